@@ -1,0 +1,65 @@
+# `make` lists what there is. Every target makes .venv and installs what it needs; a second call finds it done.
+PYTHON ?= python3
+RUN := .venv/bin/python
+ARGS ?=
+
+PACKAGING := setup.py pyproject.toml tools/install.py
+TRAIN := .venv/installed-train
+TEST := .venv/installed-test
+
+.DEFAULT_GOAL := help
+.PHONY: help train test check format compile emulate mutants coverage bench notebooks clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+train: $(TRAIN) ## train with and without batch norm and compare; options: make train ARGS="--epochs 3"
+	.venv/bin/bnkernels train $(ARGS)
+
+test: $(TEST) ## run the whole test suite; says what it skips and why
+	$(RUN) -m pytest -q $(ARGS)
+
+check: $(TEST) ## lint and formatting of Python and CUDA, and the mirror rule
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m clang_format --dry-run -Werror $(CXX_FILES)
+	$(RUN) -m pytest -q tests/test_layout.py
+
+format: $(TEST) ## format Python and CUDA
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+	$(RUN) -m clang_format -i $(CXX_FILES)
+
+compile: $(TEST) ## compile every kernel for every architecture with NVRTC; compare registers with the baseline
+	$(RUN) -m tests.compile $(ARGS)
+
+emulate: $(TEST) ## run the op tests on emulated kernels under AddressSanitizer + UBSan, then ThreadSanitizer
+	$(RUN) -m tests.emulator run asan -- -q -m "emulator and not slow" tests
+	$(RUN) -m tests.emulator run tsan -- -q -m "emulator and not slow" tests
+
+mutants: $(TEST) ## plant bugs in the kernels: the tests must catch every one
+	$(RUN) -m tests.emulator mutants
+
+coverage: $(TEST) ## lines of cuda/ that the emulated tests execute
+	$(RUN) -m tests.emulator coverage
+
+bench: $(TEST) ## time a training step
+	$(RUN) -m benchmarks.bench_train_step $(ARGS)
+
+notebooks: $(TEST) ## execute the notebooks and keep their outputs
+	$(RUN) -m pytest -q --nbmake --overwrite notebooks
+
+clean: ## remove .venv and everything that is built
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+CXX_FILES = $(wildcard cuda/*.cu cuda/*.cuh tests/emulator/*.cpp tests/emulator/*.h tests/emulator/*.hpp)
+
+# The stamps appear only after a whole installation, so a broken one is repeated.
+$(TRAIN): $(PACKAGING)
+	$(PYTHON) tools/install.py train
+	@touch $@
+
+$(TEST): $(PACKAGING)
+	$(PYTHON) tools/install.py test
+	@touch $@ $(TRAIN)

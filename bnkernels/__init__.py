@@ -1,0 +1,25 @@
+"""Batch normalisation for CuPy: CUDA kernels that need one launch, with NumPy twins of the same signatures."""
+
+from bnkernels.batch_norm import (
+    batch_norm_backward,
+    batch_norm_forward,
+    batch_norm_inference,
+    batch_norm_inference_backward,
+)
+from bnkernels.mlp import MLP
+from bnkernels.parameter_update import adam_update, momentum_update, sgd_update
+from bnkernels.softmax_cross_entropy import softmax_cross_entropy
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MLP",
+    "adam_update",
+    "batch_norm_backward",
+    "batch_norm_forward",
+    "batch_norm_inference",
+    "batch_norm_inference_backward",
+    "momentum_update",
+    "sgd_update",
+    "softmax_cross_entropy",
+]

@@ -1,0 +1,125 @@
+"""The one seam between the ops and whatever runs the kernels: CUDA through CuPy, or the tests' CPU emulator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+MAX_THREADS = 1024
+MAX_GRID = (2**31 - 1, 65535, 65535)
+MAX_SHARED_BYTES = 48 * 1024  # what every supported device grants a block without opting in
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Grid, block (in threads) and dynamic shared memory (in bytes) of one kernel launch."""
+
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what no device accepts, so that a wrong plan fails where it was made."""
+        threads = self.block[0] * self.block[1] * self.block[2]
+        if min(self.grid) < 1 or min(self.block) < 1:
+            raise ValueError(f"a launch needs at least one block and one thread, got grid {self.grid}, block {self.block}")
+        if threads > MAX_THREADS:
+            raise ValueError(f"a block holds at most {MAX_THREADS} threads, got {self.block} = {threads}")
+        if any(got > most for got, most in zip(self.grid, MAX_GRID, strict=True)):
+            raise ValueError(f"a grid is at most {MAX_GRID}, got {self.grid}")
+        if not 0 <= self.shared_bytes <= MAX_SHARED_BYTES:
+            raise ValueError(f"a block gets at most {MAX_SHARED_BYTES} bytes of shared memory, got {self.shared_bytes}")
+
+
+class Runtime(Protocol):
+    """What an op needs of a device: memory, addresses, and a way to launch."""
+
+    array_type: type
+    xp: Any  # the array module (`cupy`, or `numpy` for the emulator)
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype, like: Any) -> Any:
+        """Return a new C-contiguous array on the device of the array `like`."""
+
+    def pointer(self, array: Any) -> int:
+        """Return the address of the array's first element."""
+
+    def device(self, array: Any) -> int:
+        """Return the number of the device that holds the array."""
+
+    def launch(self, source: str, entry_point: str, launch: Launch, arguments: np.ndarray, like: Any) -> None:
+        """Enqueue `entry_point` of ``cuda/<source>.cu`` on the current stream of the device of `like`.
+
+        `arguments` is a zero-dimensional structured array laid out as the kernel's one argument, a struct by value.
+        """
+
+
+_runtimes: dict[type, Runtime] = {}
+
+
+def register(runtime: Runtime) -> None:
+    """Let arrays of ``runtime.array_type`` run on `runtime`."""
+    _runtimes[runtime.array_type] = runtime
+
+
+def runtime_of(array: Any) -> Runtime | None:
+    """Return what runs kernels on `array`, or None for a NumPy array, which takes the NumPy path.
+
+    Raises TypeError for anything else.
+    """
+    kind = type(array)
+    runtime = _runtimes.get(kind)
+    if runtime is not None or kind is np.ndarray:
+        return runtime
+    if kind.__module__.partition(".")[0] == "cupy":
+        from bnkernels import _cuda
+
+        register(_cuda.CudaRuntime())
+        return runtime_of(array)
+    if isinstance(array, np.ndarray):
+        return None
+    raise TypeError(
+        f"expected a NumPy or a CuPy array, got {kind.__module__}.{kind.__qualname__}; "
+        "other device arrays come in through cupy.from_dlpack, lists through numpy.asarray"
+    )
+
+
+def why_no_cuda() -> str | None:
+    """Return None where CUDA kernels can run, else the reason why they cannot and the way out."""
+    try:
+        from bnkernels import _cuda
+    except ImportError as error:
+        return f"CuPy cannot be imported ({error}); install bnkernels[cuda13] or bnkernels[cuda12]"
+    return _cuda.available()
+
+
+def ceil_div(a: int, b: int) -> int:
+    """Return a / b, rounded up."""
+    return -(-a // b)
+
+
+SUFFIX = {np.dtype(np.float32): "f32", np.dtype(np.float64): "f64"}
+
+
+def arguments_type(pointers: str, sizes: str, scalars: str, integers: str) -> dict[np.dtype, np.dtype]:
+    """Return the layout of a kernel's argument struct for every data type of the kernels.
+
+    The four strings hold the names of the members, in this order in the struct: addresses, 64-bit sizes and strides,
+    scalars of the accumulator's type, 32-bit integers. A test compares them with the structs in ``cuda/``.
+    """
+    return {
+        accumulator: np.dtype(
+            [(name, np.uint64) for name in pointers.split()]
+            + [(name, np.int64) for name in sizes.split()]
+            + [(name, accumulator) for name in scalars.split()]
+            + [(name, np.int32) for name in integers.split()],
+            align=True,
+        )
+        for accumulator in SUFFIX
+    }
+
+
+def pack(layout: np.dtype, *values: Any) -> np.ndarray:
+    """Return the zero-dimensional structured array of `layout` that holds `values`."""
+    return np.array(values, dtype=layout)

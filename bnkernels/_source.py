@@ -1,0 +1,72 @@
+"""Finds and reads the kernel sources: the files of ``cuda/``, wherever this package is installed."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+
+_INCLUDE = re.compile(r'[ \t]*#[ \t]*include[ \t]+"([^"]+)"[ \t]*')
+_PRAGMA_ONCE = re.compile(r"[ \t]*#[ \t]*pragma[ \t]+once[ \t]*")
+
+# An installed package carries the sources inside itself, a checkout beside itself.
+_CANDIDATES = (Path(__file__).parent / "cuda", Path(__file__).parents[1] / "cuda")
+
+
+@cache
+def folder() -> Path:
+    """Return the folder of the kernel sources.
+
+    Raises
+    ------
+    FileNotFoundError
+        If no candidate holds them; the message names the places searched.
+    """
+    for candidate in _CANDIDATES:
+        # A folder `cuda` in site-packages may well be NVIDIA's: ours is the one with our header.
+        if (candidate / "common.cuh").is_file():
+            return candidate
+    places = " and ".join(map(str, _CANDIDATES))
+    raise FileNotFoundError(
+        f"the kernel sources of bnkernels (common.cuh and the .cu files) are missing: searched {places}; "
+        "install the package again, from a wheel or a complete checkout"
+    )
+
+
+def stems() -> tuple[str, ...]:
+    """Return the sorted names of the translation units, as `read` takes them."""
+    return tuple(sorted(path.stem for path in folder().glob("*.cu")))
+
+
+def read(stem: str) -> str:
+    """Return ``cuda/<stem>.cu`` with our headers in place of their ``#include`` lines, each once.
+
+    One self-contained text, because CuPy's kernel cache looks only at the text: a change in an included header would go
+    unnoticed. ``#line`` directives keep compiler messages at the right file and line, and name no place on this machine,
+    which would change the cache's key.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such translation unit, or one of the headers is missing.
+    """
+    return _inline(f"{stem}.cu", set())
+
+
+def _inline(name: str, seen: set[str]) -> str:
+    """Return the text of one file, headers in place; `seen` holds the files that are already in."""
+    seen.add(name)
+    path = folder() / name
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no kernel source {name} in {folder()}; it has {', '.join(stems())}")
+    lines = [f'#line 1 "cuda/{name}"']
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        include = _INCLUDE.fullmatch(line)
+        if include is None:
+            # Means nothing in a header that is inlined once, and compilers warn about it in a main file.
+            lines.append("" if _PRAGMA_ONCE.fullmatch(line) else line)
+        elif include[1] in seen:
+            lines.append("")
+        else:
+            lines += [_inline(include[1], seen).rstrip("\n"), f'#line {number + 1} "cuda/{name}"']
+    return "\n".join(lines) + "\n"

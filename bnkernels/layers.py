@@ -1,0 +1,129 @@
+"""Layers of a network: each has a forward, a backward, and views of its parameters and their gradients.
+
+A layer keeps what its backward needs from its last forward in training. Parameters and gradients are views of the
+network's two flat arrays, so that an optimiser updates all of them at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bnkernels.activations import activation_named
+from bnkernels.batch_norm import batch_norm_backward, batch_norm_forward, batch_norm_inference
+
+
+class Linear:
+    """``y = x @ weight + bias``.
+
+    Parameters
+    ----------
+    parameters, gradients : dict of str to array
+        `weight`, shape (inputs, outputs), and where there is one `bias`, shape (outputs,); each with its gradient.
+    xp : module
+        numpy or cupy.
+    first : bool
+        Whether nothing stands before this layer, so that nobody needs the gradient of its input.
+    """
+
+    def __init__(self, parameters: dict[str, Any], gradients: dict[str, Any], xp: Any, *, first: bool = False) -> None:
+        self.parameters, self.gradients = parameters, gradients
+        self.xp, self.first = xp, first
+
+    def forward(self, x: Any, *, training: bool) -> Any:
+        """Return the output, shape (N, outputs), for `x`, shape (N, inputs)."""
+        if training:
+            self.x = x
+        y = self.xp.matmul(x, self.parameters["weight"])
+        if "bias" in self.parameters:
+            y += self.parameters["bias"]
+        return y
+
+    def backward(self, dy: Any) -> Any:
+        """Write the gradients of the parameters; return that of the input (None for the first layer)."""
+        self.xp.matmul(self.x.T, dy, out=self.gradients["weight"])
+        if "bias" in self.gradients:
+            self.xp.sum(dy, axis=0, out=self.gradients["bias"])
+        return None if self.first else self.xp.matmul(dy, self.parameters["weight"].T)
+
+
+class BatchNorm:
+    """Batch normalisation with the activation behind it.
+
+    Parameters
+    ----------
+    parameters, gradients : dict of str to array
+        `gamma` and `beta`, shape (C,); each with its gradient.
+    running_mean, running_var : array, shape (C,)
+        Running statistics, updated in place by every forward in training.
+    momentum : float or None
+        Weight of the new statistics; None gives the plain average of all mini-batches.
+    eps : float
+        Added to the variance, in the units of ``x**2``.
+    activation : str
+        What follows the normalisation.
+    """
+
+    def __init__(
+        self,
+        parameters: dict[str, Any],
+        gradients: dict[str, Any],
+        running_mean: Any,
+        running_var: Any,
+        *,
+        momentum: float | None = 0.1,
+        eps: float = 1e-5,
+        activation: str = "identity",
+    ) -> None:
+        self.parameters, self.gradients = parameters, gradients
+        self.running_mean, self.running_var = running_mean, running_var
+        self.momentum, self.eps, self.activation = momentum, eps, activation
+        self.batches = 0  # on the host: a counter on the device would cost a launch per step
+
+    def forward(self, x: Any, *, training: bool) -> Any:
+        """Return the output, of the shape of `x`, (N, C)."""
+        gamma, beta = self.parameters["gamma"], self.parameters["beta"]
+        running = self.running_mean, self.running_var
+        if not training:
+            return batch_norm_inference(x, gamma, beta, *running, eps=self.eps, activation=self.activation)
+        momentum = 1 / (self.batches + 1) if self.momentum is None else self.momentum
+        y, statistics = batch_norm_forward(
+            x, gamma, beta, *running, momentum=momentum, eps=self.eps, activation=self.activation
+        )
+        self.x, self.statistics = x, statistics
+        self.batches += 1
+        return y
+
+    def backward(self, dy: Any) -> Any:
+        """Write the gradients of the parameters; return that of the input, in the place of `dy`."""
+        gamma, beta = self.parameters["gamma"], self.parameters["beta"]
+        out = (dy, self.gradients["gamma"], self.gradients["beta"])
+        batch_norm_backward(dy, self.x, gamma, beta, self.statistics, activation=self.activation, out=out)
+        return dy
+
+
+class Activation:
+    """An activation on its own, for networks without a norm.
+
+    Parameters
+    ----------
+    name : str
+        One of `bnkernels.activations.ACTIVATIONS`.
+    xp : module
+        numpy or cupy.
+    """
+
+    def __init__(self, name: str, xp: Any) -> None:
+        self.parameters: dict[str, Any] = {}
+        self.gradients: dict[str, Any] = {}
+        self.phi, self.xp = activation_named(name), xp
+
+    def forward(self, z: Any, *, training: bool) -> Any:
+        """Return the activations, in the place of `z` where that is possible."""
+        h = self.phi.forward(self.xp, z)
+        if training:
+            self.h = h
+        return h
+
+    def backward(self, dh: Any) -> Any:
+        """Return the gradient of the input."""
+        return self.phi.backward(self.xp, dh, self.h)

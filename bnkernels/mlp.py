@@ -1,0 +1,220 @@
+"""The network of the question: fully connected layers, each followed by batch norm (or not) and an activation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from bnkernels.activations import activation_named
+from bnkernels.layers import Activation, BatchNorm, Linear
+
+NORMS = ("batch", "none")
+ALIGNMENT = 64  # bytes: every parameter starts where vectorised loads of any library are happy
+
+
+class MLP:
+    """A multi-layer perceptron.
+
+    With ``norm="batch"`` a hidden layer is linear without bias (beta replaces it), batch norm, activation; with
+    ``norm="none"`` linear with bias, activation. The output layer is linear with bias. The same seed gives the same
+    weight matrices with either norm.
+
+    Parameters
+    ----------
+    sizes : sequence of int
+        Number of inputs, of neurons of every hidden layer, and of classes: ``(64, 20, 10)``.
+    norm : {'batch', 'none'}
+        What stands before the hidden layers' activations.
+    activation : {'identity', 'relu', 'sigmoid', 'tanh'}
+        Of the hidden layers.
+    dtype : {'float32', 'float64'}
+        Of parameters and activations.
+    seed : int
+        Of the initial weights.
+    xp : module
+        The array module that computes: `numpy`, or `cupy` for a GPU.
+    momentum, eps : float
+        Of the batch norms; see `batch_norm_forward`. A momentum of None averages all mini-batches.
+
+    Attributes
+    ----------
+    parameters, gradients : array, shape (P,)
+        All parameters, and their gradients after a `backward`; the layers hold views.
+
+    Raises
+    ------
+    ValueError
+        If a size is not positive, or a name is unknown.
+
+    Examples
+    --------
+    >>> model = MLP((64, 20, 10))
+    >>> logits = model.forward(np.zeros((64, 64), "float32"), training=True)
+    >>> logits.shape
+    (64, 10)
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        *,
+        norm: str = "batch",
+        activation: str = "relu",
+        dtype: str = "float32",
+        seed: int = 0,
+        xp: Any = np,
+        momentum: float | None = 0.1,
+        eps: float = 1e-5,
+    ) -> None:
+        self.sizes = tuple(int(size) for size in sizes)
+        if len(self.sizes) < 2 or min(self.sizes) < 1:
+            raise ValueError(f"sizes must be at least the numbers of inputs and classes, all positive; got {sizes}")
+        if norm not in NORMS:
+            raise ValueError(f"norm must be one of {', '.join(NORMS)}; got {norm!r}")
+        activation_named(activation)
+        if dtype not in ("float32", "float64"):
+            raise ValueError(f"dtype must be float32 or float64, got {dtype!r}")
+        self.norm, self.activation, self.dtype, self.xp = norm, activation, dtype, xp
+        self._lay_out(self._shapes())
+        self._initialise(np.random.default_rng(seed))
+        self._build(momentum, eps)
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return name and shape of every parameter, in order; names start with the number of their layer."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        last = len(self.sizes) - 2
+        for i, (inputs, outputs) in enumerate(zip(self.sizes, self.sizes[1:], strict=False)):
+            shapes[f"{i}.weight"] = (inputs, outputs)
+            names = ("gamma", "beta") if self.norm == "batch" and i < last else ("bias",)
+            shapes.update({f"{i}.{name}": (outputs,) for name in names})
+        return shapes
+
+    def _lay_out(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Make the two flat arrays and the views of every parameter and gradient in them."""
+        step = ALIGNMENT // np.dtype(self.dtype).itemsize
+        starts, size = {}, 0
+        for name, shape in shapes.items():
+            starts[name] = size
+            size += -(-math.prod(shape) // step) * step  # the padding is zero and its gradient too
+        self.parameters = self.xp.zeros(size, self.dtype)
+        self.gradients = self.xp.zeros(size, self.dtype)
+
+        def views(flat: Any) -> dict[str, Any]:
+            return {
+                name: flat[starts[name] : starts[name] + math.prod(shape)].reshape(shape)
+                for name, shape in shapes.items()
+            }
+
+        self._parameters, self._gradients = views(self.parameters), views(self.gradients)
+
+    def _initialise(self, rng: np.random.Generator) -> None:
+        """Draw the weights (He et al. 2015 before a relu, else LeCun et al. 1998); gamma is 1, the rest 0."""
+        last = len(self.sizes) - 2
+        for name, view in self._parameters.items():
+            layer, kind = name.split(".")
+            if kind == "weight":
+                gain = 2 if self.activation == "relu" and int(layer) < last else 1
+                drawn = rng.standard_normal(view.shape) * math.sqrt(gain / view.shape[0])
+                view[...] = self.xp.asarray(drawn.astype(self.dtype))
+            elif kind == "gamma":
+                view[...] = 1
+
+    def _build(self, momentum: float | None, eps: float) -> None:
+        self.layers: list[Any] = []
+        self._running: dict[str, Any] = {}
+        self._norms: dict[str, BatchNorm] = {}
+        for i, outputs in enumerate(self.sizes[1:]):
+            mine = {name.split(".")[1]: view for name, view in self._parameters.items() if name.startswith(f"{i}.")}
+            grads = {name.split(".")[1]: view for name, view in self._gradients.items() if name.startswith(f"{i}.")}
+            linear = [name for name in mine if name in ("weight", "bias")]
+            self.layers.append(
+                Linear({n: mine[n] for n in linear}, {n: grads[n] for n in linear}, self.xp, first=i == 0)
+            )
+            if "gamma" in mine:
+                running = self.xp.zeros(outputs, self.dtype), self.xp.ones(outputs, self.dtype)
+                affine = ("gamma", "beta")
+                norm = BatchNorm(
+                    {n: mine[n] for n in affine},
+                    {n: grads[n] for n in affine},
+                    *running,
+                    momentum=momentum,
+                    eps=eps,
+                    activation=self.activation,
+                )
+                self._running |= {f"{i}.running_mean": running[0], f"{i}.running_var": running[1]}
+                self._norms[f"{i}.batches"] = norm
+                self.layers.append(norm)
+            elif i < len(self.sizes) - 2 and self.activation != "identity":
+                self.layers.append(Activation(self.activation, self.xp))
+
+    def forward(self, x: Any, *, training: bool) -> Any:
+        """Return the logits, shape (N, classes).
+
+        Parameters
+        ----------
+        x : array, shape (N, inputs)
+            A mini-batch, of the network's data type and array module.
+        training : bool
+            True normalises with the mini-batch's statistics, updates the running ones and keeps what `backward` needs;
+            False normalises with the running statistics and changes nothing.
+
+        Returns
+        -------
+        array, shape (N, classes)
+            Unnormalised log-probabilities.
+        """
+        for layer in self.layers:
+            x = layer.forward(x, training=training)
+        return x
+
+    def backward(self, dlogits: Any) -> None:
+        """Write all gradients for the last mini-batch given to `forward` in training.
+
+        Parameters
+        ----------
+        dlogits : array, shape (N, classes)
+            Gradient of the loss with respect to the logits.
+        """
+        for layer in reversed(self.layers):
+            dlogits = layer.backward(dlogits)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return copies, on the host, of all parameters and running statistics, by name.
+
+        Returns
+        -------
+        dict of str to numpy.ndarray
+            `0.weight`, `0.gamma`, `0.running_mean`, ...; and `0.batches`, the number of mini-batches seen.
+        """
+        host = getattr(self.xp, "asnumpy", np.array)
+        arrays = {name: np.array(host(array)) for name, array in (self._parameters | self._running).items()}
+        return arrays | {name: np.array(norm.batches) for name, norm in self._norms.items()}
+
+    def load_state(self, state: dict[str, np.ndarray]) -> None:
+        """Take parameters and running statistics from what `state` returned.
+
+        Parameters
+        ----------
+        state : dict of str to numpy.ndarray
+            All names of this network and no other.
+
+        Raises
+        ------
+        ValueError
+            If a name is missing or unknown, or a shape differs; nothing is changed then.
+        """
+        mine = self._parameters | self._running
+        expected = {name: view.shape for name, view in mine.items()} | dict.fromkeys(self._norms, ())
+        if expected.keys() != state.keys():
+            missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+            raise ValueError(f"the state is of another network: missing {missing}, unknown {extra}")
+        for name, shape in expected.items():
+            if np.shape(state[name]) != shape:
+                raise ValueError(f"the state's {name} must have the shape {shape}, got {np.shape(state[name])}")
+        for name, view in mine.items():
+            view[...] = self.xp.asarray(np.asarray(state[name], self.dtype))
+        for name, norm in self._norms.items():
+            norm.batches = int(state[name])

@@ -1,0 +1,66 @@
+// One optimiser step over all parameters of a network, which lie in one flat array: SGD, momentum, Adam, one launch.
+//
+// Formulas:  sgd:       p -= lr g
+//            momentum:  v = momentum v + g;  p -= lr v
+//            adam:      m = beta1 m + (1 - beta1) g;  s = beta2 s + (1 - beta2) g^2
+//                       p -= lr (m / correction1) / (sqrt(s / correction2) + eps),  correctioni = 1 - betai^step
+// Arrays:    parameters, gradients and the state (velocity; first and second), each (P,), C order, of type T, all
+//            different. Parameters and state are updated in place.
+// Launch:    block (256, 1, 1), grid (b, 1, 1), any b: thread i owns elements i, i + 256 b, ...; no shared memory.
+// Traffic:   sgd 2 P reads and P writes, momentum 3 P and 2 P, adam 4 P and 3 P. No barrier.
+// Numerics:  in T. Elementwise, so deterministic.
+// Reference: D. P. Kingma and J. Ba, Adam, 2015, arXiv:1412.6980, algorithm 1.
+// Called by: bnkernels/parameter_update.py
+#include "common.cuh"
+
+template <typename T>
+struct ParameterUpdate {
+    T* parameters;
+    const T* gradients;
+    T* first;   // velocity, or Adam's first moment
+    T* second;  // Adam's second moment
+    long long size;
+    T lr, momentum, beta2, eps, correction1, correction2;  // momentum is Adam's beta1
+};
+
+struct Sgd {
+    template <typename T>
+    static __device__ __forceinline__ T step(const ParameterUpdate<T>& a, long long i) {
+        return a.lr * a.gradients[i];
+    }
+};
+
+struct Momentum {
+    template <typename T>
+    static __device__ __forceinline__ T step(const ParameterUpdate<T>& a, long long i) {
+        const T velocity = fma(a.momentum, a.first[i], a.gradients[i]);
+        a.first[i] = velocity;
+        return a.lr * velocity;
+    }
+};
+
+struct Adam {
+    template <typename T>
+    static __device__ __forceinline__ T step(const ParameterUpdate<T>& a, long long i) {
+        const T g = a.gradients[i];
+        const T first = fma(a.momentum, a.first[i], (T(1) - a.momentum) * g);
+        const T second = fma(a.beta2, a.second[i], (T(1) - a.beta2) * g * g);
+        a.first[i] = first;
+        a.second[i] = second;
+        return a.lr * (first / a.correction1) / (sqrt(second / a.correction2) + a.eps);
+    }
+};
+
+template <typename Rule, typename T>
+__device__ __forceinline__ void parameter_update(const ParameterUpdate<T>& a) {
+    const long long stride = (long long)gridDim.x * blockDim.x;
+    for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < a.size; i += stride)
+        a.parameters[i] -= Rule::step(a, i);
+}
+
+BNK_KERNEL(bnk_parameter_update_sgd_f32, ParameterUpdate<float>, 256, (parameter_update<Sgd, float>))
+BNK_KERNEL(bnk_parameter_update_sgd_f64, ParameterUpdate<double>, 256, (parameter_update<Sgd, double>))
+BNK_KERNEL(bnk_parameter_update_momentum_f32, ParameterUpdate<float>, 256, (parameter_update<Momentum, float>))
+BNK_KERNEL(bnk_parameter_update_momentum_f64, ParameterUpdate<double>, 256, (parameter_update<Momentum, double>))
+BNK_KERNEL(bnk_parameter_update_adam_f32, ParameterUpdate<float>, 256, (parameter_update<Adam, float>))
+BNK_KERNEL(bnk_parameter_update_adam_f64, ParameterUpdate<double>, 256, (parameter_update<Adam, double>))

@@ -1,0 +1,65 @@
+"""Packaging of bnkernels. All metadata is here; pyproject.toml holds the configuration of the tools."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+
+TRAIN = ["scikit-learn>=1.5", "tqdm>=4.66", "matplotlib>=3.8"]
+NOTEBOOKS = [*TRAIN, "nbmake>=1.5", "ipykernel>=6.29"]
+TEST = [
+    *NOTEBOOKS,
+    "pytest>=8",
+    "pytest-benchmark>=4",
+    "hypothesis>=6.100",
+    "numpydoc>=1.8",
+    "ruff>=0.12",
+    "clang-format>=20",
+    "nvidia-cuda-nvrtc>=13",  # compiles the kernels without a driver or a GPU
+    "cuda-bindings>=13",
+    "setuptools>=77",  # tests/test_packaging.py builds without the network
+]
+
+
+def version() -> str:
+    """Read ``bnkernels.__version__`` without importing the package, which would need NumPy."""
+    text = (ROOT / "bnkernels" / "__init__.py").read_text(encoding="utf-8")
+    return re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)[1]
+
+
+setup(
+    name="bnkernels",
+    version=version(),
+    description="Custom CUDA batch-norm kernels for CuPy, with a NumPy twin on the CPU",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE"],
+    author="the bnkernels authors",
+    keywords=["CUDA", "CuPy", "batch normalization", "GPU kernels"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    # cuda/ lies at the top of the checkout but is installed inside the package: a top-level `cuda` is NVIDIA's.
+    packages=["bnkernels", "bnkernels.cuda"],
+    package_dir={"bnkernels.cuda": "cuda"},
+    package_data={"bnkernels.cuda": ["*.cu", "*.cuh"]},
+    include_package_data=False,
+    python_requires=">=3.10",
+    install_requires=["numpy>=2,<2.6"],
+    extras_require={
+        "train": TRAIN,
+        "cuda12": ["cupy-cuda12x[ctk]>=14.2,<15"],
+        "cuda13": ["cupy-cuda13x[ctk]>=14.2,<15"],
+        "notebooks": NOTEBOOKS,
+        "benchmarks": TRAIN,
+        "test": TEST,
+    },
+    entry_points={"console_scripts": ["bnkernels = bnkernels.cli:main"]},
+)

@@ -1,0 +1,113 @@
+#include "fiber.h"
+
+#include <sys/mman.h>
+
+#include <new>
+#include <vector>
+
+#include "happens_before.h"
+
+#ifdef BNK_ASAN
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+namespace bnk {
+
+namespace {
+
+struct Scheduler {  // the context that every launch runs in: Python's own thread
+    ucontext_t context;
+    void* order = nullptr;
+    void* fake_stack = nullptr;
+    const void* stack = nullptr;
+    size_t stack_bytes = 0;
+} scheduler;
+
+// Announce a switch to the stack of `bytes` bytes at `stack`; `fake_stack` is null when nobody will come back.
+void about_to_switch([[maybe_unused]] void** fake_stack, [[maybe_unused]] const void* stack,
+                     [[maybe_unused]] size_t bytes) {
+#ifdef BNK_ASAN
+    __sanitizer_start_switch_fiber(fake_stack, stack, bytes);
+#endif
+}
+
+void switched([[maybe_unused]] void* fake_stack, [[maybe_unused]] const void** from, [[maybe_unused]] size_t* bytes) {
+#ifdef BNK_ASAN
+    __sanitizer_finish_switch_fiber(fake_stack, from, bytes);
+#endif
+}
+
+}  // namespace
+
+// Stacks with a page without access below them: what overruns one fails instead of spoiling its neighbour.
+class StackPool {
+   public:
+    char* take() {
+        if (free_.empty()) return map();
+        char* const stack = free_.back();
+        free_.pop_back();
+#ifdef BNK_ASAN
+        // A thread that was abandoned in a failed launch left its red zones behind.
+        __asan_unpoison_memory_region(stack, Fiber::stack_bytes);
+#endif
+#ifdef BNK_TSAN
+        // A new mapping makes TSan forget the last owner, which may well be unordered with the next one.
+        mmap(stack, Fiber::stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+#endif
+        return stack;
+    }
+    void give_back(char* stack) { free_.push_back(stack); }
+
+   private:
+    static constexpr size_t guard_bytes = 64 * 1024;  // at least one page, whatever the machine's page size
+
+    static char* map() {
+        void* const mapped = mmap(nullptr, guard_bytes + Fiber::stack_bytes, PROT_READ | PROT_WRITE,
+                                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (mapped == MAP_FAILED) throw std::bad_alloc();
+        mprotect(mapped, guard_bytes, PROT_NONE);
+        return static_cast<char*>(mapped) + guard_bytes;
+    }
+
+    std::vector<char*> free_;
+};
+
+static StackPool stacks;
+
+void Fiber::start(void (*entry)()) {
+    stack_ = stacks.take();
+    scheduler.order = order::current();
+    order_ = order::create();
+    getcontext(&context_);
+    context_.uc_stack.ss_sp = stack_;
+    context_.uc_stack.ss_size = stack_bytes;
+    context_.uc_link = nullptr;
+    makecontext(&context_, entry, 0);
+}
+
+Fiber::~Fiber() {
+    if (!stack_) return;
+    order::destroy(order_);
+    stacks.give_back(stack_);
+}
+
+void Fiber::resume() {
+    order::switch_to(order_);
+    about_to_switch(&scheduler.fake_stack, stack_, stack_bytes);
+    swapcontext(&scheduler.context, &context_);
+    switched(scheduler.fake_stack, nullptr, nullptr);
+}
+
+void Fiber::suspend(bool for_ever) {
+    order::switch_to(scheduler.order);
+    about_to_switch(for_ever ? nullptr : &fake_stack_, scheduler.stack, scheduler.stack_bytes);
+    swapcontext(&context_, &scheduler.context);
+    switched(fake_stack_, &scheduler.stack, &scheduler.stack_bytes);
+}
+
+void Fiber::entered() { switched(nullptr, &scheduler.stack, &scheduler.stack_bytes); }
+
+void* Fiber::scheduler_order() { return scheduler.order; }
+
+}  // namespace bnk

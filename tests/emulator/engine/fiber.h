@@ -1,0 +1,44 @@
+// One fiber per CUDA thread: a stack, a saved context, and the annotations that sanitizers need to follow a switch.
+#pragma once
+#include <ucontext.h>
+
+#include <cstddef>
+
+namespace bnk {
+
+class Fiber {
+   public:
+    Fiber() = default;
+    Fiber(const Fiber&) = delete;
+    ~Fiber();
+
+    // Gets a stack from the pool, once; the first resume() calls `entry`.
+    void start(void (*entry)());
+    // Runs the fiber until it suspends. Call from the scheduler.
+    void resume();
+    // Goes back to the scheduler. Call from the running fiber; for ever = it will never be resumed.
+    void suspend(bool for_ever);
+    // The first thing `entry` has to do.
+    static void entered();
+
+    bool on_stack(const void* address, size_t bytes) const {
+        const char* first = static_cast<const char*>(address);
+        return first >= stack_ && first + bytes <= stack_ + stack_bytes;
+    }
+    void* order() const { return order_; }  // happens_before.h
+    static void* scheduler_order();
+
+   private:
+#if defined(BNK_ASAN) || defined(BNK_TSAN)
+    static constexpr size_t stack_bytes = 256 * 1024;  // a sanitizer writes its report on the stack of the culprit
+#else
+    static constexpr size_t stack_bytes = 64 * 1024;
+#endif
+    friend class StackPool;
+    char* stack_ = nullptr;
+    void* order_ = nullptr;
+    void* fake_stack_ = nullptr;
+    ucontext_t context_;
+};
+
+}  // namespace bnk

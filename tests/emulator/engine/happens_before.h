@@ -1,0 +1,41 @@
+// What orders CUDA threads, told to ThreadSanitizer; in every other build, nothing.
+//
+// A CUDA thread is a TSan fiber. Switching between fibers orders nothing: the edges drawn here are all there are.
+#pragma once
+
+#ifdef BNK_TSAN
+
+extern "C" {
+void* __tsan_get_current_fiber();
+void* __tsan_create_fiber(unsigned flags);
+void __tsan_destroy_fiber(void* fiber);
+void __tsan_switch_to_fiber(void* fiber, unsigned flags);
+void __tsan_acquire(void* tag);
+void __tsan_release(void* tag);
+}
+
+namespace bnk::order {
+
+inline void* current() { return __tsan_get_current_fiber(); }
+inline void* create() { return __tsan_create_fiber(0); }  // ordered after what the creating fiber has done
+inline void destroy(void* fiber) { __tsan_destroy_fiber(fiber); }
+inline void switch_to(void* fiber) { __tsan_switch_to_fiber(fiber, 1); }  // 1: no edge
+inline void release(void* tag) { __tsan_release(tag); }
+inline void acquire(void* tag) { __tsan_acquire(tag); }
+
+}  // namespace bnk::order
+
+#else
+
+namespace bnk::order {
+
+inline void* current() { return nullptr; }
+inline void* create() { return nullptr; }
+inline void destroy(void*) {}
+inline void switch_to(void*) {}
+inline void release(void*) {}
+inline void acquire(void*) {}
+
+}  // namespace bnk::order
+
+#endif

@@ -1,0 +1,25 @@
+// What the emulated CUDA intrinsics (../cuda_on_cpu.h) call in the engine: the only functions a kernel reaches.
+// Kernels never read the engine's memory, so that an instrumented kernel reports its own accesses and no others.
+#pragma once
+#include <cstdint>
+
+struct BnkIndex {
+    unsigned x, y, z;
+};
+
+extern "C" {
+// Constant for a CUDA thread, so the compiler may fetch each of them once.
+BnkIndex bnk_thread_index() __attribute__((const));
+BnkIndex bnk_block_index() __attribute__((const));
+BnkIndex bnk_block_dimensions() __attribute__((const));
+BnkIndex bnk_grid_dimensions() __attribute__((const));
+unsigned bnk_lane() __attribute__((const));
+void* bnk_shared_memory() __attribute__((const));
+
+// `file` and `line` are the place in the kernel.
+void bnk_barrier(const char* file, int line);
+void bnk_warp_barrier(unsigned mask, const char* file, int line);
+uint64_t bnk_shuffle(unsigned mask, uint64_t value, unsigned source_lane, const char* file, int line);
+void bnk_fence();
+unsigned bnk_atomic_add(unsigned* address, unsigned value);
+}

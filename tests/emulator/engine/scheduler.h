@@ -1,0 +1,88 @@
+// Threads, blocks and launches: what the scheduler and the intrinsics share.
+#pragma once
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "fiber.h"
+#include "intrinsics.h"
+
+namespace bnk {
+
+struct Block;
+
+struct Site {  // a place in a kernel
+    std::string_view file;
+    int line;
+    bool operator!=(const Site& other) const { return line != other.line || file != other.file; }
+};
+
+enum class State { ready, at_barrier, at_warp_barrier, at_shuffle, done };
+
+struct Thread {
+    Fiber fiber;
+    Block* block;
+    BnkIndex index;
+    unsigned number, lane;
+    State state = State::ready;
+    Site site = {};  // where it waits
+
+    unsigned mask;          // of the warp operation it waits in
+    uint64_t value;         // what it brings to a shuffle, then what it takes away
+    unsigned source_lane;   // whose value it takes away
+
+    bool fenced = false;    // has called __threadfence
+    char before_fence, before_atomics;  // tags of happens_before.h
+};
+
+struct Block {
+    BnkIndex index;
+    std::vector<Thread> threads;
+    char* shared = nullptr;
+    unsigned barriers = 0;
+    char barrier_tag;                                         // tags of happens_before.h
+    std::map<std::pair<unsigned, unsigned>, char> warp_tags;  // by warp and mask: always the same lanes
+};
+
+// Read by ../engine.py: keep both in step.
+struct Request {
+    void (*kernel)(const void*);
+    const void* arguments;
+    uint64_t argument_bytes;
+    BnkIndex grid, block;
+    uint64_t shared_bytes;
+    uint64_t seed;            // 0: blocks and threads in their natural order
+    uint64_t resident;        // blocks in flight at once
+    const uint64_t* only;     // the blocks to run; none: all of them
+    uint64_t only_count;
+};
+
+// Read by ../engine.py: keep both in step.
+struct Totals {
+    uint64_t shared_bytes_read, shared_bytes_written;
+    uint64_t barriers;       // the most that one block passed
+    uint64_t error_address;  // of the instruction that failed, where that is known
+};
+
+struct Running {
+    Request request;
+    Totals totals;
+    Thread* thread;  // null while the scheduler runs
+    std::string error;
+};
+
+extern Running running;
+
+// Ends the launch with an error. Call from a CUDA thread.
+[[noreturn]] void fail(const std::string& what);
+
+std::string text(BnkIndex index);
+std::string text(Site site);
+
+}  // namespace bnk

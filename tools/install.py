@@ -1,0 +1,90 @@
+"""Makes .venv and installs bnkernels into it, editable, with the extras named: ``python3 tools/install.py train``.
+
+CuPy comes along only where an NVIDIA driver answers, in the flavour of the driver's CUDA version. Standard library only,
+and no syntax newer than Python 3.6, so that an old interpreter gets the message below and not a syntax error.
+"""
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+OLDEST = (3, 10)
+ROOT = Path(__file__).resolve().parents[1]
+VENV = ROOT / ".venv"
+
+
+def driver_version(load=ctypes.CDLL):
+    """Return the CUDA version of the NVIDIA driver, 1000 major + 10 minor; None where none answers with a GPU."""
+    try:
+        driver = load("libcuda.so.1")
+    except OSError:
+        return None
+    version = ctypes.c_int()
+    # cuInit is what fails where the library is there but no GPU: in containers, and with NVIDIA's stub.
+    if driver.cuInit(0) != 0 or driver.cuDriverGetVersion(ctypes.byref(version)) != 0:
+        return None
+    return version.value
+
+
+def cuda_extra(version):
+    """Return the extra that brings CuPy for a driver of this CUDA version, or None: the CPU is enough."""
+    if version is None:
+        return None
+    major = version // 1000
+    return "cuda13" if major >= 13 else "cuda12" if major == 12 else None
+
+
+def run(command, failure):
+    """Run a command; where it fails, stop with a message that says what to do."""
+    if subprocess.call([str(part) for part in command]) != 0:
+        raise SystemExit("error: " + failure)
+
+
+def make_venv(venv=VENV):
+    """Make `venv` unless a working one is there; leave no half-made one behind."""
+    python = venv / "bin" / "python"
+    probe = [str(python), "-c", "import pip, sys; sys.exit(sys.version_info < {})".format(OLDEST)]
+    if python.exists() and subprocess.call(probe, stderr=subprocess.DEVNULL) == 0:
+        return python
+    try:
+        run(
+            [sys.executable, "-m", "venv", "--clear", venv],
+            "python3 could not make {}; it needs the modules venv and ensurepip "
+            "(on Debian and Ubuntu: apt-get install python3-venv)".format(venv),
+        )
+    except BaseException:
+        shutil.rmtree(str(venv), ignore_errors=True)
+        raise
+    return python
+
+
+def main(extras):
+    """Install bnkernels with `extras`."""
+    if sys.version_info < OLDEST:
+        raise SystemExit(
+            "error: bnkernels needs Python {}.{} or newer, and {} is {}.{}; name another one: "
+            "make PYTHON=/path/to/python3".format(*OLDEST, sys.executable, *sys.version_info[:2])
+        )
+    version = driver_version()
+    cuda = cuda_extra(version)
+    if version is None:
+        print("no NVIDIA driver with a GPU answers: installing for the CPU")
+    elif cuda is None:
+        print("the NVIDIA driver knows CUDA {} and CuPy needs 12: installing for the CPU".format(version // 1000))
+    else:
+        print("the NVIDIA driver knows CUDA {}: installing CuPy for it".format(version // 1000))
+    python = make_venv()
+    wanted = ",".join(extras + [cuda] if cuda else extras)
+    os.chdir(str(ROOT))
+    run(
+        [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--editable", ".[" + wanted + "]"],
+        "pip could not install bnkernels[{}], see above; run make again once that is solved "
+        "(a later call repeats the installation)".format(wanted),
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
