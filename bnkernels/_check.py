@@ -2,125 +2,202 @@
 
 `TypeError` for a wrong container or data type, `ValueError` for a wrong shape, layout or value. Every message names the
 argument and says what was expected, what came, and the way out.
+
+Most checks depend on nothing but each array's type, data type, shape and strides: its signature. So the ops make them
+in cached functions of signatures, once per combination and not once per call.
 """
 
 from __future__ import annotations
 
 import math
+import sys
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from bnkernels._runtime import SUFFIX, Runtime, runtime_of
 
-INT32, INT64 = np.dtype(np.int32), np.dtype(np.int64)
+Signature = tuple[type, np.dtype, tuple[int, ...], tuple[int, ...]]
 
 
-def same_device(arrays: dict[str, Any]) -> Runtime | None:
-    """Check that all arrays that are not None live in one place; return its runtime (None for NumPy)."""
-    given = [(name, array) for name, array in arrays.items() if array is not None]
-    first_name, first = given[0]
-    runtime = runtime_of(first)
-    for name, array in given[1:]:
-        if type(array) is not type(first) and runtime_of(array) is not runtime:
+def signature(array: Any) -> Signature | None:
+    """Return what a cached check needs to know of an array; None for None."""
+    if array is None:
+        return None
+    try:
+        return type(array), array.dtype, array.shape, array.strides
+    except AttributeError:
+        runtime_of(type(array))  # says what was expected
+        raise
+
+
+@dataclass(frozen=True)
+class Argument:
+    """A named array argument, known by its signature."""
+
+    name: str
+    kind: type
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether the array lies in memory in C order."""
+        expected = self.dtype.itemsize
+        for extent, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
+            if extent > 1 and stride != expected and 0 not in self.shape:
+                return False
+            expected *= extent
+        return True
+
+    @property
+    def element_strides(self) -> tuple[int, ...]:
+        """The strides in elements."""
+        return tuple(stride // self.dtype.itemsize for stride in self.strides)
+
+
+def arguments(signatures: dict[str, Signature | None], optional: tuple[str, ...] = ()) -> dict[str, Argument | None]:
+    """Return the arguments of these signatures; all must be arrays of one kind, and None only where optional."""
+    found: dict[str, Argument | None] = {}
+    first: Argument | None = None
+    for name, given in signatures.items():
+        if given is None:
+            if name not in optional:
+                raise TypeError(f"{name} must be an array, got None")
+            found[name] = None
+            continue
+        found[name] = argument = Argument(name, *given)
+        first = first or argument
+        if runtime_of(argument.kind) is not runtime_of(first.kind):
             raise TypeError(
-                f"{name} is a {type(array).__module__}.{type(array).__qualname__} but {first_name} is a "
-                f"{type(first).__module__}.{type(first).__qualname__}; nothing is transferred silently: convert one "
-                "with cupy.asarray or cupy.asnumpy"
+                f"{name} is a {_kind(argument)} but {first.name} is a {_kind(first)}; nothing is transferred silently: "
+                "convert one of them with cupy.asarray or cupy.asnumpy"
             )
-        if runtime is not None and runtime.device(array) != runtime.device(first):
-            raise ValueError(
-                f"{name} is on device {runtime.device(array)} but {first_name} is on device {runtime.device(first)}; "
-                "move one of them"
-            )
-    return runtime
+    return found
 
 
-def matrix(name: str, array: Any) -> tuple[int, int]:
+def _kind(argument: Argument) -> str:
+    return f"{argument.kind.__module__}.{argument.kind.__qualname__}"
+
+
+def matrix(argument: Argument) -> tuple[int, int]:
     """Check for a floating-point matrix; return its shape."""
-    if array.dtype not in SUFFIX:
-        raise TypeError(f"{name} must be float32 or float64, got {array.dtype}; convert it with {name}.astype('float32')")
-    if array.ndim != 2:
-        raise ValueError(f"{name} must have the shape (N, C), got {array.shape}; reshape it to two dimensions")
-    return array.shape
+    name = argument.name
+    if argument.dtype not in SUFFIX:
+        raise TypeError(
+            f"{name} must be float32 or float64, got {argument.dtype}; convert it with {name}.astype('float32')"
+        )
+    if len(argument.shape) != 2:
+        raise ValueError(f"{name} must have the shape (N, C), got {argument.shape}; reshape it to two dimensions")
+    return argument.shape
 
 
-def like(name: str, array: Any, shape: tuple[int, ...], dtype: np.dtype) -> None:
-    """Check for exactly this shape and data type."""
-    if array.dtype != dtype:
-        raise TypeError(f"{name} must be {dtype}, got {array.dtype}; convert it with {name}.astype('{dtype}')")
-    if array.shape != shape:
-        raise ValueError(f"{name} must have the shape {shape}, got {array.shape}")
+def like(argument: Argument | None, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    """Check for exactly this shape and data type, where given."""
+    if argument is None:
+        return
+    name = argument.name
+    if argument.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype}, got {argument.dtype}; convert it with {name}.astype('{dtype}')")
+    if argument.shape != shape:
+        raise ValueError(f"{name} must have the shape {shape}, got {argument.shape}")
 
 
-def contiguous(name: str, array: Any, shape: tuple[int, ...], dtype: np.dtype) -> None:
-    """Check for exactly this shape and data type, in C order: what kernels write to."""
-    like(name, array, shape, dtype)
-    if not array.flags.c_contiguous:
+def contiguous(argument: Argument | None, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    """Check for exactly this shape and data type, in C order, where given."""
+    like(argument, shape, dtype)
+    if argument is not None and not argument.contiguous:
         raise ValueError(
-            f"{name} must be contiguous in C order, got strides {array.strides}; writing to a copy would lose the "
-            "result: pass a contiguous array and copy from it"
+            f"{argument.name} must be contiguous in C order, got strides {argument.strides}; pass a contiguous array"
+            " (writing to a silent copy would lose the result)"
         )
 
 
-def vectors(arrays: dict[str, Any], channels: int, dtype: np.dtype) -> None:
-    """Check for contiguous vectors of one value per channel, where given."""
-    for name, array in arrays.items():
-        if array is not None:
-            contiguous(name, array, (channels,), dtype)
+def one_device(runtime: Runtime, names: tuple[str, ...], arrays: tuple) -> None:
+    """Check that all arrays of a runtime, None apart, are on one of its devices."""
+    found = [(name, runtime.device(array)) for name, array in zip(names, arrays, strict=True) if array is not None]
+    first, wanted = found[0]
+    for name, device in found:
+        if device != wanted:
+            raise ValueError(f"{name} is on device {device} but {first} is on device {wanted}; move one of them")
 
 
-def byte_range(runtime: Runtime, array: Any) -> tuple[int, int]:
+def no_overlap(
+    runtime: Runtime | None, names: tuple[str, ...], arrays: tuple, written: int, in_place: tuple[str, ...] = ()
+) -> None:
+    """Check that none of the first `written` arrays shares memory with another one; any may be None.
+
+    The first array may be exactly one of those named by `in_place`: the same memory in the same layout.
+    """
+    # NumPy arrays that are not views of the same array are told apart by identity: this is the hot path on the CPU.
+    owners = [_owner(array) for array in arrays] if runtime is None else [0] * len(arrays)
+    for i in range(written):
+        if owners.count(owners[i]) == 1 or arrays[i] is None:
+            continue
+        for j in range(i + 1, len(arrays)):
+            if owners[i] != owners[j] or arrays[j] is None or not _share_bytes(runtime, arrays[i], arrays[j]):
+                continue
+            if i == 0 and names[j] in in_place and _same_layout(runtime, arrays[i], arrays[j]):
+                continue
+            hint = f"; {names[0]} may be exactly {' or '.join(in_place)}" if in_place else ""
+            raise ValueError(f"{names[i]} overlaps {names[j]} in memory{hint}; pass a separate array")
+
+
+def _owner(array: np.ndarray | None) -> int:
+    """Return a number that arrays share where they may share memory: 0 for all memory that NumPy does not own."""
+    if array is None:
+        return -1
+    base = array.base
+    if base is None:
+        return id(array)
+    return _owner(base) if isinstance(base, np.ndarray) else 0
+
+
+def _same_layout(runtime: Runtime | None, a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    address = (lambda array: array.ctypes.data) if runtime is None else runtime.pointer
+    return a.shape == b.shape and a.strides == b.strides and address(a) == address(b)
+
+
+def _share_bytes(runtime: Runtime | None, a: Any, b: Any) -> bool:
+    if runtime is None:
+        return np.may_share_memory(a, b)
+    (start, end), (other_start, other_end) = _byte_range(runtime, a), _byte_range(runtime, b)
+    return start < other_end and other_start < end
+
+
+def _byte_range(runtime: Runtime, array: Any) -> tuple[int, int]:
     """Return the first address of the array's memory and the one behind its last."""
-    start = end = runtime.pointer(array)
     if 0 in array.shape:
-        return start, start
+        return 0, 0
+    start = end = runtime.pointer(array)
     for extent, stride in zip(array.shape, array.strides, strict=True):
         reach = (extent - 1) * stride
         start, end = (start + reach, end) if reach < 0 else (start, end + reach)
     return start, end + array.dtype.itemsize
 
 
-def _share_bytes(runtime: Runtime | None, a: Any, b: Any) -> bool:
-    if runtime is None:
-        return np.may_share_memory(a, b)
-    (start, end), (other_start, other_end) = byte_range(runtime, a), byte_range(runtime, b)
-    return start < other_end and other_start < end
-
-
-def _same_layout(runtime: Runtime | None, a: Any, b: Any) -> bool:
-    address = (lambda array: array.ctypes.data) if runtime is None else runtime.pointer
-    return a.shape == b.shape and a.strides == b.strides and address(a) == address(b)
-
-
-def overlaps(
-    runtime: Runtime | None, outputs: dict[str, Any], inputs: dict[str, Any], in_place: tuple[str, ...] = ()
-) -> None:
-    """Check that no output shares memory with an input or another output.
-
-    The first output may be exactly one of the inputs named by `in_place` (the same memory in the same layout).
-    """
-    arrays = [(name, array) for name, array in (*outputs.items(), *inputs.items()) if array is not None]
-    first = next(iter(outputs))
-    for i, (name, out) in enumerate(arrays):
-        if name not in outputs:
-            break
-        for other, array in arrays[i + 1 :]:
-            if not _share_bytes(runtime, out, array):
-                continue
-            if name == first and other in in_place and _same_layout(runtime, out, array):
-                continue
-            hint = f"; {first} may be exactly {' or '.join(in_place)}" if in_place else ""
-            raise ValueError(f"{name} overlaps {other} in memory{hint}; pass a separate array")
-
-
-def number(name: str, given: float, low: float, high: float = math.inf) -> float:
+def number(name: str, given: float, low: float, high: float = sys.float_info.max) -> float:
     """Check for a finite real number between two bounds, both allowed; return it as a float."""
+    if type(given) is float and low <= given <= high:
+        return given
     try:
         number = float(given)
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a number, got {given!r}") from None
     if not (low <= number <= high and math.isfinite(number)):
-        wanted = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+        wanted = f"at least {low}" if high == sys.float_info.max else f"between {low} and {high}"
         raise ValueError(f"{name} must be {wanted} and finite, got {given!r}")
     return number
+
+
+def pack_outputs(out: Any, names: tuple[str, ...]) -> tuple:
+    """Check `out`, a tuple with one array for every name, or None; return it, or as many None."""
+    if out is None:
+        return (None,) * len(names)
+    if not isinstance(out, tuple) or len(out) != len(names) or any(array is None for array in out):
+        raise TypeError(f"out must be a tuple of the {len(names)} arrays ({', '.join(names)}), got {out!r}")
+    return out

@@ -24,7 +24,9 @@ class Launch:
         """Refuse what no device accepts, so that a wrong plan fails where it was made."""
         threads = self.block[0] * self.block[1] * self.block[2]
         if min(self.grid) < 1 or min(self.block) < 1:
-            raise ValueError(f"a launch needs at least one block and one thread, got grid {self.grid}, block {self.block}")
+            raise ValueError(
+                f"a launch needs at least one block and one thread, got grid {self.grid}, block {self.block}"
+            )
         if threads > MAX_THREADS:
             raise ValueError(f"a block holds at most {MAX_THREADS} threads, got {self.block} = {threads}")
         if any(got > most for got, most in zip(self.grid, MAX_GRID, strict=True)):
@@ -63,21 +65,20 @@ def register(runtime: Runtime) -> None:
     _runtimes[runtime.array_type] = runtime
 
 
-def runtime_of(array: Any) -> Runtime | None:
-    """Return what runs kernels on `array`, or None for a NumPy array, which takes the NumPy path.
+def runtime_of(kind: type) -> Runtime | None:
+    """Return what runs kernels on arrays of this type, or None for NumPy arrays, which take the NumPy path.
 
     Raises TypeError for anything else.
     """
-    kind = type(array)
     runtime = _runtimes.get(kind)
     if runtime is not None or kind is np.ndarray:
         return runtime
-    if kind.__module__.partition(".")[0] == "cupy":
+    if kind.__module__.partition(".")[0] == "cupy" and kind.__name__ == "ndarray":
         from bnkernels import _cuda
 
         register(_cuda.CudaRuntime())
-        return runtime_of(array)
-    if isinstance(array, np.ndarray):
+        return _runtimes[kind]
+    if issubclass(kind, np.ndarray):
         return None
     raise TypeError(
         f"expected a NumPy or a CuPy array, got {kind.__module__}.{kind.__qualname__}; "
@@ -123,3 +124,13 @@ def arguments_type(pointers: str, sizes: str, scalars: str, integers: str) -> di
 def pack(layout: np.dtype, *values: Any) -> np.ndarray:
     """Return the zero-dimensional structured array of `layout` that holds `values`."""
     return np.array(values, dtype=layout)
+
+
+def empty(runtime: Runtime | None, shape: tuple[int, ...], like: Any) -> Any:
+    """Return a new array beside `like`, of its data type."""
+    return np.empty(shape, like.dtype) if runtime is None else runtime.empty(shape, like.dtype, like)
+
+
+def addresses(runtime: Runtime, *arrays: Any) -> tuple[int, ...]:
+    """Return the arrays' addresses, 0 for None."""
+    return tuple(0 if array is None else runtime.pointer(array) for array in arrays)

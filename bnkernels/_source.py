@@ -6,6 +6,10 @@ import re
 from functools import cache
 from pathlib import Path
 
+# How CUDA sources are compiled, everywhere. Without contraction a kernel rounds exactly where its source says, as it does
+# on the tests' emulator. CuPy adds -ftz=true: float32 numbers below 1.2e-38 are flushed to zero.
+OPTIONS = ("--std=c++17", "--fmad=false")
+
 _INCLUDE = re.compile(r'[ \t]*#[ \t]*include[ \t]+"([^"]+)"[ \t]*')
 _PRAGMA_ONCE = re.compile(r"[ \t]*#[ \t]*pragma[ \t]+once[ \t]*")
 
@@ -42,8 +46,8 @@ def read(stem: str) -> str:
     """Return ``cuda/<stem>.cu`` with our headers in place of their ``#include`` lines, each once.
 
     One self-contained text, because CuPy's kernel cache looks only at the text: a change in an included header would go
-    unnoticed. ``#line`` directives keep compiler messages at the right file and line, and name no place on this machine,
-    which would change the cache's key.
+    unnoticed. ``#line`` directives keep compiler messages at the right file and line; they name no folder of this
+    machine, which would change the cache's key.
 
     Raises
     ------

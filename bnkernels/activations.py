@@ -25,7 +25,7 @@ def _sigmoid(xp: Any, z: Any) -> Any:
 
 def _relu_backward(xp: Any, dh: Any, h: Any) -> Any:
     dz = dh.copy()
-    xp.copyto(dz, 0, where=h <= 0)
+    xp.putmask(dz, h <= 0, 0)
     return dz
 
 

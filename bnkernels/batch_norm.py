@@ -7,14 +7,15 @@ float64.
 
 from __future__ import annotations
 
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from bnkernels import _check as check
 from bnkernels import _runtime as rt
 from bnkernels._batch_norm_launch import backward_launch, forward_launch, inference_backward_launch, inference_launch
-from bnkernels._batch_norm_numpy import backward_numpy, forward_numpy, inference_backward_numpy, inference_numpy
+from bnkernels._batch_norm_numpy import backward_numpy, forward_numpy, inference_numpy
 from bnkernels.activations import activation_named
 
 FORWARD = rt.arguments_type(
@@ -105,43 +106,28 @@ def batch_norm_forward(
     >>> mean
     array([2., 0.])
     """
-    y, statistics = (None, None) if out is None else _unpack("out", out, 2)
-    given = {"x": x, "gamma": gamma, "beta": beta, "running_mean": running_mean, "running_var": running_var}
-    runtime = check.same_device(given | {"y": y, "statistics": statistics})
-    rows, channels = check.matrix("x", x)
-    check.vectors({name: given[name] for name in ("gamma", "beta", "running_mean", "running_var")}, channels, x.dtype)
-    if rows == 1:
-        raise ValueError(
-            f"x has the shape {x.shape}: one value per channel has no variance; train on at least two examples, or "
-            "use batch_norm_inference"
-        )
+    y, statistics = check.pack_outputs(out, ("y", "statistics"))
     momentum = check.number("momentum", momentum, 0, 1)
     eps = check.number("eps", eps, 0)
     phi = activation_named(activation)
+    arrays = (y, statistics, running_mean, running_var, x, gamma, beta)
+    plan = _forward_plan(*map(check.signature, arrays))
+    runtime = plan.runtime
+    if runtime is not None:
+        check.one_device(runtime, _FORWARD_NAMES, arrays)
     if out is None:
-        y, statistics = _empty(runtime, (rows, channels), x), _empty(runtime, (3, channels), x)
+        y, statistics = rt.empty(runtime, plan.shape, x), rt.empty(runtime, (3, plan.shape[1]), x)
     else:
-        check.contiguous("y", y, (rows, channels), x.dtype)
-        check.contiguous("statistics", statistics, (3, channels), x.dtype)
-    if running_mean is not None and running_mean is running_var:
-        raise ValueError("running_mean and running_var are the same array; pass two")
-    if out is not None:
-        written = {"y": y, "statistics": statistics, "running_mean": running_mean, "running_var": running_var}
-        check.overlaps(runtime, written, {"x": x, "gamma": gamma, "beta": beta}, in_place=("x",))
+        check.no_overlap(runtime, _FORWARD_NAMES, arrays, written=4, in_place=("x",))
 
-    if rows == 0 or channels == 0:
+    if plan.empty:
         statistics[...] = 0
     elif runtime is None:
         forward_numpy(x, gamma, beta, running_mean, running_var, momentum, eps, phi, y, statistics)
     else:
-        variant, launch = forward_launch(rows, channels, x.dtype)
-        arguments = rt.pack(
-            FORWARD[x.dtype],
-            *_addresses(runtime, x, gamma, beta, y, statistics, running_mean, running_var),
-            *(rows, channels, *_element_strides(x), momentum, eps, phi.code),
-        )
-        name = f"bnk_batch_norm_forward_{variant}_{rt.SUFFIX[x.dtype]}"
-        runtime.launch("batch_norm_forward", name, launch, arguments, x)
+        pointers = rt.addresses(runtime, x, gamma, beta, y, statistics, running_mean, running_var)
+        arguments = rt.pack(FORWARD[x.dtype], *pointers, *plan.sizes, momentum, eps, phi.code)
+        runtime.launch("batch_norm_forward", plan.kernel, plan.launch, arguments, x)
     return y, statistics
 
 
@@ -153,6 +139,7 @@ def batch_norm_backward(
     statistics: Any,
     *,
     activation: str = "identity",
+    y: Any = None,
     out: tuple[Any, Any, Any] | None = None,
 ) -> tuple[Any, Any, Any]:
     """Return the gradients of `batch_norm_forward`.
@@ -169,6 +156,9 @@ def batch_norm_backward(
         What the forward returned.
     activation : {'identity', 'relu', 'sigmoid', 'tanh'}
         As in the forward.
+    y : array, shape (N, C), dtype of `x`, optional
+        The forward's output, where it is at hand: NumPy then need not compute the activation again. The CUDA kernels
+        never read it, since to compute it costs them less than to read it.
     out : tuple of three arrays, optional
         Where to write `dx` (which may be `dy` or `x` itself), `dgamma` and `dbeta`; C order.
 
@@ -209,11 +199,10 @@ def batch_norm_backward(
     >>> bool(abs(dx.sum()) < 1e-15), dbeta
     (True, array([1.]))
     """
-    check.same_device({"x": x, "statistics": statistics})
-    check.matrix("x", x)
-    check.contiguous("statistics", statistics, (3, x.shape[1]), x.dtype)
-    mean, mean_low, rstd = statistics
-    return _backward(dy, x, gamma, beta, (mean, mean_low, rstd), None, activation, out)
+    outputs = _gradients(out)
+    arrays = (*outputs, dy, x, gamma, beta, statistics, None, None, y)
+    plan = _backward_plan(*map(check.signature, arrays))
+    return _backward(plan, arrays, tuple(statistics), 0.0, activation)
 
 
 def batch_norm_inference(
@@ -274,31 +263,26 @@ def batch_norm_inference(
     >>> batch_norm_inference(np.array([[3.0]]), None, None, np.array([1.0]), np.array([4.0]), eps=0.0)
     array([[1.]])
     """
-    given = {"x": x, "gamma": gamma, "beta": beta, "running_mean": running_mean, "running_var": running_var}
-    runtime = check.same_device(given | {"out": out})
-    rows, channels = check.matrix("x", x)
-    _require(running_mean=running_mean, running_var=running_var)
-    check.vectors({name: given[name] for name in ("gamma", "beta", "running_mean", "running_var")}, channels, x.dtype)
     eps = check.number("eps", eps, 0)
     phi = activation_named(activation)
+    arrays = (out, x, gamma, beta, running_mean, running_var)
+    plan = _inference_plan(*map(check.signature, arrays))
+    runtime = plan.runtime
+    if runtime is not None:
+        check.one_device(runtime, _INFERENCE_NAMES, arrays)
     if out is None:
-        out = _empty(runtime, (rows, channels), x)
+        out = rt.empty(runtime, plan.shape, x)
     else:
-        check.contiguous("out", out, (rows, channels), x.dtype)
-        check.overlaps(runtime, {"out": out}, given, in_place=("x",))
+        check.no_overlap(runtime, _INFERENCE_NAMES, arrays, written=1, in_place=("x",))
 
-    if rows == 0 or channels == 0:
+    if plan.empty:
         return out
     if runtime is None:
         inference_numpy(x, gamma, beta, running_mean, running_var, eps, phi, out)
     else:
-        arguments = rt.pack(
-            INFERENCE[x.dtype],
-            *_addresses(runtime, x, gamma, beta, out, running_mean, running_var),
-            *(rows, channels, *_element_strides(x), eps, phi.code),
-        )
-        name = f"bnk_batch_norm_inference_{rt.SUFFIX[x.dtype]}"
-        runtime.launch("batch_norm_forward", name, inference_launch(rows, channels), arguments, x)
+        pointers = rt.addresses(runtime, x, gamma, beta, out, running_mean, running_var)
+        arguments = rt.pack(INFERENCE[x.dtype], *pointers, *plan.sizes, eps, phi.code)
+        runtime.launch("batch_norm_forward", plan.kernel, plan.launch, arguments, x)
     return out
 
 
@@ -362,73 +346,132 @@ def batch_norm_inference_backward(
     >>> batch_norm_inference_backward(np.array([[3.0]]), np.array([[5.0]]), None, None, one, four, eps=0.0)
     (array([[1.5]]), array([6.]), array([3.]))
     """
-    _require(running_mean=running_mean, running_var=running_var)
     eps = check.number("eps", eps, 0)
-    return _backward(dy, x, gamma, beta, (running_mean, None, running_var), eps, activation, out)
+    outputs = _gradients(out)
+    arrays = (*outputs, dy, x, gamma, beta, None, running_mean, running_var, None)
+    plan = _backward_plan(*map(check.signature, arrays))
+    return _backward(plan, arrays, (running_mean, None, running_var), eps, activation)
 
 
-def _backward(
-    dy: Any, x: Any, gamma: Any, beta: Any, statistics: tuple, eps: float | None, activation: str, out: tuple | None
-) -> tuple[Any, Any, Any]:
-    """Both backwards: `statistics` is (mean, mean_low, rstd), or (running mean, None, running variance) with `eps`."""
-    mean, mean_low, rstd = statistics
-    dx, dgamma, dbeta = (None, None, None) if out is None else _unpack("out", out, 3)
-    frozen = mean_low is None
-    names = ("running_mean", "mean_low", "running_var") if frozen else ("mean", "mean_low", "rstd")
-    vectors = {"gamma": gamma, "beta": beta} | dict(zip(names, statistics, strict=True))
-    given = {"x": x, "dy": dy} | vectors
-    _require(dy=dy)
-    runtime = check.same_device(given | {"dx": dx, "dgamma": dgamma, "dbeta": dbeta})
-    rows, channels = check.matrix("x", x)
-    check.like("dy", dy, (rows, channels), x.dtype)
-    check.vectors(vectors, channels, x.dtype)
+def _gradients(out: Any) -> tuple:
+    return check.pack_outputs(out, ("dx", "dgamma", "dbeta"))
+
+
+def _backward(plan: Plan, arrays: tuple, statistics: tuple, eps: float, activation: str) -> tuple[Any, Any, Any]:
+    """Run either backward; `statistics` is (mean, mean_low, rstd) or (running mean, None, running variance)."""
     phi = activation_named(activation)
-    if out is None:
-        dx = _empty(runtime, (rows, channels), x)
-        dgamma, dbeta = _empty(runtime, (channels,), x), _empty(runtime, (channels,), x)
+    dx, dgamma, dbeta, dy, x, gamma, beta, _, _, _, y = arrays
+    runtime = plan.runtime
+    if runtime is not None:
+        check.one_device(runtime, _BACKWARD_NAMES, arrays)
+    if dx is None:
+        channels = plan.shape[1:]
+        dx = rt.empty(runtime, plan.shape, x)
+        dgamma, dbeta = rt.empty(runtime, channels, x), rt.empty(runtime, channels, x)
     else:
-        check.contiguous("dx", dx, (rows, channels), x.dtype)
-        check.vectors({"dgamma": dgamma, "dbeta": dbeta}, channels, x.dtype)
-        check.overlaps(runtime, {"dx": dx, "dgamma": dgamma, "dbeta": dbeta}, given, in_place=("dy", "x"))
+        check.no_overlap(runtime, _BACKWARD_NAMES, arrays, written=3, in_place=("dy", "x"))
 
-    if rows == 0 or channels == 0:
+    if plan.empty:
         dgamma[...] = 0
         dbeta[...] = 0
-    elif runtime is not None:
-        plan = inference_backward_launch if frozen else backward_launch
-        variant, launch = plan(rows, channels, x.dtype)
-        arguments = rt.pack(
-            BACKWARD[x.dtype],
-            *_addresses(runtime, dy, x, gamma, beta, mean, mean_low, rstd, dx, dgamma, dbeta),
-            *(rows, channels, *_element_strides(dy), *_element_strides(x), eps or 0.0, phi.code),
-        )
-        runtime.launch("batch_norm_backward", f"bnk_batch_norm_{variant}_{rt.SUFFIX[x.dtype]}", launch, arguments, x)
-    elif frozen:
-        inference_backward_numpy(dy, x, gamma, beta, mean, rstd, eps, phi, dx, dgamma, dbeta)
+    elif runtime is None:
+        backward_numpy(dy, x, gamma, beta, *statistics, eps, phi, y, dx, dgamma, dbeta)
     else:
-        backward_numpy(dy, x, gamma, beta, mean, mean_low, rstd, phi, dx, dgamma, dbeta)
+        pointers = rt.addresses(runtime, dy, x, gamma, beta, *statistics, dx, dgamma, dbeta)
+        arguments = rt.pack(BACKWARD[x.dtype], *pointers, *plan.sizes, eps, phi.code)
+        runtime.launch("batch_norm_backward", plan.kernel, plan.launch, arguments, x)
     return dx, dgamma, dbeta
 
 
-def _unpack(name: str, arrays: Any, count: int) -> tuple:
-    if not isinstance(arrays, tuple) or len(arrays) != count or any(array is None for array in arrays):
-        raise TypeError(f"{name} must be a tuple of {count} arrays, got {type(arrays).__name__}; see the docstring")
-    return arrays
+class Plan(NamedTuple):
+    """What a call's signatures decide: who runs it, and for a device which kernel, how, and with which sizes."""
+
+    runtime: rt.Runtime | None
+    shape: tuple[int, int]
+    kernel: str | None = None
+    launch: rt.Launch | None = None
+    sizes: tuple[int, ...] = ()
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to compute."""
+        return 0 in self.shape
 
 
-def _require(**arrays: Any) -> None:
-    for name, array in arrays.items():
-        if array is None:
-            raise TypeError(f"{name} must be an array, got None")
+# The arrays of each op, those that it writes first.
+_FORWARD_NAMES = ("y", "statistics", "running_mean", "running_var", "x", "gamma", "beta")
+_INFERENCE_NAMES = ("out", "x", "gamma", "beta", "running_mean", "running_var")
+_BACKWARD_NAMES = (
+    "dx",
+    "dgamma",
+    "dbeta",
+    "dy",
+    "x",
+    "gamma",
+    "beta",
+    "statistics",
+    "running_mean",
+    "running_var",
+    "y",
+)
 
 
-def _empty(runtime: rt.Runtime | None, shape: tuple[int, ...], like: Any) -> Any:
-    return np.empty(shape, like.dtype) if runtime is None else runtime.empty(shape, like.dtype, like)
+@lru_cache(maxsize=1024)
+def _forward_plan(*signatures: check.Signature | None) -> Plan:
+    optional = ("gamma", "beta", "running_mean", "running_var", "y", "statistics")
+    args = check.arguments(dict(zip(_FORWARD_NAMES, signatures, strict=True)), optional)
+    x = args["x"]
+    rows, channels = check.matrix(x)
+    for name in ("gamma", "beta", "running_mean", "running_var"):
+        check.contiguous(args[name], (channels,), x.dtype)
+    check.contiguous(args["y"], (rows, channels), x.dtype)
+    check.contiguous(args["statistics"], (3, channels), x.dtype)
+    if rows == 1:
+        raise ValueError(
+            f"x has the shape {x.shape}: one value per channel has no variance; train on at least two examples, or "
+            "use batch_norm_inference"
+        )
+    runtime = rt.runtime_of(x.kind)
+    if runtime is None or 0 in x.shape:
+        return Plan(runtime, x.shape)
+    variant, launch = forward_launch(rows, channels, x.dtype)
+    kernel = f"bnk_batch_norm_forward_{variant}_{rt.SUFFIX[x.dtype]}"
+    return Plan(runtime, x.shape, kernel, launch, (rows, channels, *x.element_strides))
 
 
-def _addresses(runtime: rt.Runtime, *arrays: Any) -> tuple[int, ...]:
-    return tuple(0 if array is None else runtime.pointer(array) for array in arrays)
+@lru_cache(maxsize=1024)
+def _inference_plan(*signatures: check.Signature | None) -> Plan:
+    args = check.arguments(dict(zip(_INFERENCE_NAMES, signatures, strict=True)), ("gamma", "beta", "out"))
+    x = args["x"]
+    rows, channels = check.matrix(x)
+    for name in ("gamma", "beta", "running_mean", "running_var"):
+        check.contiguous(args[name], (channels,), x.dtype)
+    check.contiguous(args["out"], (rows, channels), x.dtype)
+    runtime = rt.runtime_of(x.kind)
+    if runtime is None or 0 in x.shape:
+        return Plan(runtime, x.shape)
+    kernel = f"bnk_batch_norm_inference_{rt.SUFFIX[x.dtype]}"
+    return Plan(runtime, x.shape, kernel, inference_launch(rows, channels), (rows, channels, *x.element_strides))
 
 
-def _element_strides(array: Any) -> tuple[int, int]:
-    return array.strides[0] // array.itemsize, array.strides[1] // array.itemsize
+@lru_cache(maxsize=1024)
+def _backward_plan(*signatures: check.Signature | None) -> Plan:
+    """Either `statistics` or both running ones must be given."""
+    given = dict(zip(_BACKWARD_NAMES, signatures, strict=True))
+    frozen = given["running_mean"] is not None or given["running_var"] is not None
+    optional = ("statistics",) if frozen else ("running_mean", "running_var")
+    args = check.arguments(given, ("gamma", "beta", "y", "dx", "dgamma", "dbeta", *optional))
+    x, dy = args["x"], args["dy"]
+    rows, channels = check.matrix(x)
+    check.like(dy, (rows, channels), x.dtype)
+    check.like(args["y"], (rows, channels), x.dtype)
+    check.contiguous(args["statistics"], (3, channels), x.dtype)
+    for name in ("gamma", "beta", "running_mean", "running_var", "dgamma", "dbeta"):
+        check.contiguous(args[name], (channels,), x.dtype)
+    check.contiguous(args["dx"], (rows, channels), x.dtype)
+    runtime = rt.runtime_of(x.kind)
+    if runtime is None or 0 in x.shape:
+        return Plan(runtime, x.shape)
+    variant, launch = (inference_backward_launch if frozen else backward_launch)(rows, channels, x.dtype)
+    kernel = f"bnk_batch_norm_{variant}_{rt.SUFFIX[x.dtype]}"
+    return Plan(runtime, x.shape, kernel, launch, (rows, channels, *dy.element_strides, *x.element_strides))

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import zlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,9 @@ class Dataset:
         """Number of inputs of one example."""
         return self.x_train.shape[1]
 
+    @cached_property
     def digest(self) -> str:
-        """Return the SHA-256 of the content, by which a resumed run knows its data again."""
+        """SHA-256 of the content, by which a resumed run knows its data again."""
         digest = hashlib.sha256()
         for array in (self.x_train, self.y_train, self.x_test, self.y_test):
             digest.update(f"{array.dtype.str}{array.shape}".encode())
@@ -62,8 +64,8 @@ def load_dataset(name: str = "digits", path: str | Path | None = None, dtype: st
     Parameters
     ----------
     name : {"digits", "mnist", "npz"}
-        ``digits``: scikit-learn's 1,797 images of 8 x 8 pixels. ``mnist``: a folder with MNIST's four IDX files, gzipped
-        or not. ``npz``: a file with ``x`` (N, ...) and ``y`` (N,), and optionally ``x_test`` and ``y_test``.
+        ``digits``: scikit-learn's 1,797 images of 8 x 8 pixels. ``mnist``: a folder with MNIST's four IDX files,
+        gzipped or not. ``npz``: a file with ``x`` (N, ...) and ``y`` (N,), and optionally ``x_test`` and ``y_test``.
     path : path, optional
         The folder of ``mnist`` or the file of ``npz``; ``digits`` takes none.
     dtype : {"float32", "float64"}
@@ -90,7 +92,9 @@ def load_dataset(name: str = "digits", path: str | Path | None = None, dtype: st
         raise DataError(f"the data set must be one of {', '.join(DATASETS)}, got {name!r}")
     if name == "digits":
         if path is not None:
-            raise DataError(f"the digits come with scikit-learn and take no path, got {path}: choose mnist or npz, or drop it")
+            raise DataError(
+                f"the digits come with scikit-learn and take no path, got {path}: choose mnist or npz, or drop it"
+            )
         return _digits(dtype)
     if path is None:
         wanted = "the folder of its IDX files" if name == "mnist" else "an .npz file with x and y"
@@ -111,7 +115,9 @@ def _digits(dtype: str) -> Dataset:
 def _mnist(folder: Path, dtype: str) -> Dataset:
     """Return MNIST from its four IDX files, pixels 0 to 255 scaled to 0 to 1."""
     if not folder.is_dir():
-        raise DataError(f"MNIST's folder {folder} does not exist: give the folder that holds train-images-idx3-ubyte(.gz)")
+        raise DataError(
+            f"MNIST's folder {folder} does not exist: give the folder that holds train-images-idx3-ubyte(.gz)"
+        )
     arrays = []
     for part in ("train", "t10k"):
         images = _read_idx(_find_idx(folder, f"{part}-images", "idx3-ubyte"), IDX_UINT8_IMAGES)
@@ -153,7 +159,7 @@ def _npz(path: Path, dtype: str) -> Dataset:
     if not path.is_file():
         raise DataError(f"the data file {path} does not exist: give an .npz file with x and y")
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in ("x", "y", "x_test", "y_test") if key in archive}
     except Exception as error:  # numpy and zipfile raise a dozen types for damaged bytes
         raise DataError(f"cannot read {path} as an .npz of plain arrays: {error}: write it with numpy.savez") from error
@@ -178,7 +184,9 @@ def _check_pair(source: Any, x_name: str, x: np.ndarray, y_name: str, y: np.ndar
     if y.dtype.kind not in "iu":
         raise DataError(f"{source}: {y_name} must be integers, got {y.dtype}: convert it with astype(int)")
     if y.shape != x.shape[:1]:
-        raise DataError(f"{source}: {y_name} must have one label per row of {x_name}, shape {x.shape[:1]}, got {y.shape}")
+        raise DataError(
+            f"{source}: {y_name} must have one label per row of {x_name}, shape {x.shape[:1]}, got {y.shape}"
+        )
 
 
 def _count_classes(source: Any, y: np.ndarray) -> int:
@@ -186,8 +194,8 @@ def _count_classes(source: Any, y: np.ndarray) -> int:
     labels = np.unique(y)
     if labels.size < 2 or labels[0] != 0 or labels[-1] != labels.size - 1:
         raise DataError(
-            f"{source}: y must hold every label from 0 to K - 1 with K at least 2, got {labels.size} distinct labels from "
-            f"{labels[0]} to {labels[-1]}: renumber them with numpy.unique(y, return_inverse=True)[1]"
+            f"{source}: y must hold every label from 0 to K - 1 with K at least 2, got {labels.size} distinct labels "
+            f"from {labels[0]} to {labels[-1]}: renumber them with numpy.unique(y, return_inverse=True)[1]"
         )
     return int(labels.size)
 
@@ -209,7 +217,9 @@ def _checked(name: str, source: str, parts: tuple[np.ndarray, ...], dtype: str, 
         raise DataError(f"{source}: x_test must have rows of shape {x_train.shape[1:]} like x, got {x_test.shape[1:]}")
     for key, y in (("y", y_train), ("y_test", y_test)):
         if y.min() < 0 or y.max() >= n_classes:
-            raise DataError(f"{source}: {key} must lie in 0 to {n_classes - 1}, got {y.min()} to {y.max()}: remove those rows")
+            raise DataError(
+                f"{source}: {key} must lie in 0 to {n_classes - 1}, got {y.min()} to {y.max()}: remove those rows"
+            )
     with np.errstate(over="ignore"):  # an overflow shows as inf, which is reported below
         x_train, x_test = (np.ascontiguousarray(x.reshape(len(x), -1), dtype) for x in (x_train, x_test))
     for key, x in (("x", x_train), ("x_test", x_test)):

@@ -42,7 +42,7 @@ class Linear:
         """Write the gradients of the parameters; return that of the input (None for the first layer)."""
         self.xp.matmul(self.x.T, dy, out=self.gradients["weight"])
         if "bias" in self.gradients:
-            self.xp.sum(dy, axis=0, out=self.gradients["bias"])
+            dy.sum(axis=0, out=self.gradients["bias"])
         return None if self.first else self.xp.matmul(dy, self.parameters["weight"].T)
 
 
@@ -89,16 +89,24 @@ class BatchNorm:
         y, statistics = batch_norm_forward(
             x, gamma, beta, *running, momentum=momentum, eps=self.eps, activation=self.activation
         )
-        self.x, self.statistics = x, statistics
+        self.x, self.y, self.statistics = x, y, statistics
         self.batches += 1
         return y
 
     def backward(self, dy: Any) -> Any:
         """Write the gradients of the parameters; return that of the input, in the place of `dy`."""
         gamma, beta = self.parameters["gamma"], self.parameters["beta"]
-        out = (dy, self.gradients["gamma"], self.gradients["beta"])
-        batch_norm_backward(dy, self.x, gamma, beta, self.statistics, activation=self.activation, out=out)
-        return dy
+        dx, _, _ = batch_norm_backward(
+            dy,
+            self.x,
+            gamma,
+            beta,
+            self.statistics,
+            activation=self.activation,
+            y=self.y,
+            out=(dy, self.gradients["gamma"], self.gradients["beta"]),
+        )
+        return dx
 
 
 class Activation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -83,7 +84,7 @@ def momentum_update(parameters: Any, gradients: Any, velocity: Any, *, lr: float
     (array([0.]), array([2.]))
     """
     lr, momentum = check.number("lr", lr, 0), check.number("momentum", momentum, 0, 1)
-    runtime = _checked(parameters=parameters, gradients=gradients, velocity=velocity)
+    runtime = _checked(parameters=parameters, velocity=velocity, gradients=gradients)
     if runtime is not None:
         _launch(runtime, "momentum", (parameters, gradients, velocity, None), (lr, momentum, 0, 0, 1, 1))
     else:
@@ -147,7 +148,7 @@ def adam_update(
     beta1, beta2 = check.number("beta1", beta1, 0, below_one), check.number("beta2", beta2, 0, below_one)
     if step < 1:
         raise ValueError(f"step counts from 1, got {step}")
-    runtime = _checked(parameters=parameters, gradients=gradients, first=first, second=second)
+    runtime = _checked(parameters=parameters, first=first, second=second, gradients=gradients)
     correction1, correction2 = 1 - beta1**step, 1 - beta2**step
     if runtime is not None:
         scalars = (lr, beta1, beta2, eps, correction1, correction2)
@@ -174,27 +175,32 @@ def parameter_update_launch(size: int) -> rt.Launch:
 
 
 def _checked(**arrays: Any) -> rt.Runtime | None:
-    for name, array in arrays.items():
-        if array is None:
-            raise TypeError(f"{name} must be an array, got None")
-    runtime = check.same_device(arrays)
-    parameters = arrays["parameters"]
+    """Check the arrays, of which all but the last, the gradients, are written."""
+    names, values = tuple(arrays), tuple(arrays.values())
+    runtime = _check_signatures(names, *map(check.signature, values))
+    if runtime is not None:
+        check.one_device(runtime, names, values)
+    check.no_overlap(runtime, names, values, written=len(names) - 1)
+    return runtime
+
+
+@lru_cache(maxsize=1024)
+def _check_signatures(names: tuple[str, ...], *signatures: check.Signature | None) -> rt.Runtime | None:
+    args = check.arguments(dict(zip(names, signatures, strict=True)))
+    parameters = args["parameters"]
     if parameters.dtype not in rt.SUFFIX:
         raise TypeError(f"parameters must be float32 or float64, got {parameters.dtype}")
-    if parameters.ndim != 1:
-        raise ValueError(f"parameters must be one flat array, got the shape {parameters.shape}; pass parameters.ravel()")
-    for name, array in arrays.items():
-        check.contiguous(name, array, parameters.shape, parameters.dtype)
-    written = {name: array for name, array in arrays.items() if name != "gradients"}
-    check.overlaps(runtime, written, {"gradients": arrays["gradients"]})
-    return runtime
+    if len(parameters.shape) != 1:
+        raise ValueError(f"parameters must be one flat array, got the shape {parameters.shape}; pass a flat view")
+    for argument in args.values():
+        check.contiguous(argument, parameters.shape, parameters.dtype)
+    return rt.runtime_of(parameters.kind)
 
 
 def _launch(runtime: rt.Runtime, rule: str, arrays: tuple, scalars: tuple[float, ...]) -> None:
     parameters = arrays[0]
     if parameters.size == 0:
         return
-    pointers = (0 if array is None else runtime.pointer(array) for array in arrays)
-    arguments = rt.pack(ARGUMENTS[parameters.dtype], *pointers, parameters.size, *scalars)
+    arguments = rt.pack(ARGUMENTS[parameters.dtype], *rt.addresses(runtime, *arrays), parameters.size, *scalars)
     name = f"bnk_parameter_update_{rule}_{rt.SUFFIX[parameters.dtype]}"
     runtime.launch("parameter_update", name, parameter_update_launch(parameters.size), arguments, parameters)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from bnkernels import _check as check
 from bnkernels import _runtime as rt
 
 ARGUMENTS = rt.arguments_type("logits labels loss dlogits", "rows classes", "", "")
-LABELS = {check.INT32: "i32", check.INT64: "i64"}
+LABELS = {np.dtype(np.int32): "i32", np.dtype(np.int64): "i64"}
 WARPS = 8  # examples of a block: enough warps to hide the latency of exp, few enough to spread 64 examples
 
 
@@ -52,36 +53,45 @@ def softmax_cross_entropy(logits: Any, labels: Any, *, out: tuple[Any, Any] | No
     >>> loss, dlogits
     (array([0.69314718]), array([[ 0.5, -0.5]]))
     """
-    if out is not None and (not isinstance(out, tuple) or len(out) != 2 or any(array is None for array in out)):
-        raise TypeError(f"out must be a tuple of 2 arrays (loss, dlogits), got {out!r}")
-    loss, dlogits = (None, None) if out is None else out
-    runtime = check.same_device({"logits": logits, "labels": labels, "loss": loss, "dlogits": dlogits})
-    rows, classes = check.matrix("logits", logits)
-    check.contiguous("logits", logits, (rows, classes), logits.dtype)
-    if labels.dtype not in LABELS:
-        raise TypeError(f"labels must be int32 or int64, got {labels.dtype}; convert them with labels.astype('int64')")
-    check.contiguous("labels", labels, (rows,), labels.dtype)
-    if rows and not classes:
-        raise ValueError(f"logits has the shape {logits.shape}: there is no class to be right")
+    loss, dlogits = check.pack_outputs(out, ("loss", "dlogits"))
+    arrays = (dlogits, loss, logits, labels)
+    runtime, shape = _checked(*map(check.signature, arrays))
+    if runtime is not None:
+        check.one_device(runtime, _NAMES, arrays)
     if out is None:
-        empty = np.empty if runtime is None else lambda shape, dtype: runtime.empty(shape, dtype, logits)
-        loss, dlogits = empty((rows,), logits.dtype), empty((rows, classes), logits.dtype)
+        loss, dlogits = rt.empty(runtime, shape[:1], logits), rt.empty(runtime, shape, logits)
     else:
-        check.contiguous("loss", loss, (rows,), logits.dtype)
-        check.contiguous("dlogits", dlogits, (rows, classes), logits.dtype)
-        outputs = {"dlogits": dlogits, "loss": loss}
-        check.overlaps(runtime, outputs, {"logits": logits, "labels": labels}, in_place=("logits",))
+        check.no_overlap(runtime, _NAMES, arrays, written=2, in_place=("logits",))
 
-    if rows == 0:
+    if shape[0] == 0:
         return loss, dlogits
     if runtime is None:
         _numpy(logits, labels, loss, dlogits)
     else:
-        pointers = (runtime.pointer(array) for array in (logits, labels, loss, dlogits))
-        arguments = rt.pack(ARGUMENTS[logits.dtype], *pointers, rows, classes)
+        arguments = rt.pack(ARGUMENTS[logits.dtype], *rt.addresses(runtime, logits, labels, loss, dlogits), *shape)
         name = f"bnk_softmax_cross_entropy_{LABELS[labels.dtype]}_{rt.SUFFIX[logits.dtype]}"
-        runtime.launch("softmax_cross_entropy", name, softmax_cross_entropy_launch(rows), arguments, logits)
+        runtime.launch("softmax_cross_entropy", name, softmax_cross_entropy_launch(shape[0]), arguments, logits)
     return loss, dlogits
+
+
+_NAMES = ("dlogits", "loss", "logits", "labels")  # those that are written first
+
+
+@lru_cache(maxsize=1024)
+def _checked(*signatures: check.Signature | None) -> tuple[rt.Runtime | None, tuple[int, int]]:
+    """Check signatures; return who runs them, and the shape of the logits."""
+    args = check.arguments(dict(zip(_NAMES, signatures, strict=True)), optional=("loss", "dlogits"))
+    logits, labels = args["logits"], args["labels"]
+    rows, classes = check.matrix(logits)
+    check.contiguous(logits, (rows, classes), logits.dtype)
+    if labels.dtype not in LABELS:
+        raise TypeError(f"labels must be int32 or int64, got {labels.dtype}; convert them with labels.astype('int64')")
+    check.contiguous(labels, (rows,), labels.dtype)
+    if rows and not classes:
+        raise ValueError(f"logits has the shape {logits.shape}: there is no class to be right")
+    check.contiguous(args["loss"], (rows,), logits.dtype)
+    check.contiguous(args["dlogits"], (rows, classes), logits.dtype)
+    return rt.runtime_of(logits.kind), (rows, classes)
 
 
 def softmax_cross_entropy_launch(rows: int) -> rt.Launch:
@@ -105,7 +115,7 @@ def _numpy(logits: np.ndarray, labels: np.ndarray, loss: np.ndarray, dlogits: np
     flat = dlogits.reshape(-1)
     at_label = flat[of_label]
     np.exp(dlogits, out=dlogits)
-    total = np.add.reduce(dlogits, axis=1, keepdims=True)
+    total = dlogits.sum(axis=1, keepdims=True)
     np.subtract(np.log(total[:, 0]), at_label, out=loss)
     total *= rows
     dlogits /= total

@@ -3,89 +3,31 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import os
-import platform
-import statistics
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from time import perf_counter, strftime
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 
-import bnkernels
-from bnkernels.checkpoint import load_checkpoint, save_checkpoint, write_atomically
+from bnkernels.checkpoint import load_checkpoint
 from bnkernels.config import ConfigError, TrainingConfig
 from bnkernels.data import DataError, Dataset, load_dataset
-from bnkernels.mlp import MLP
-from bnkernels.optimizers import make_optimizer
-from bnkernels.plots import draw_curves, require_matplotlib
-from bnkernels.softmax_cross_entropy import softmax_cross_entropy
+from bnkernels.network import Network, array_module, load_networks
+from bnkernels.plots import require_matplotlib
+from bnkernels.runs import RunFolder, TrainingResult
 
-TARGET_ACCURACY = 0.95  # "steps to 95 %"
-EVALUATION_ROWS = 8192  # evaluated at a time, to bound the memory of the activations
+__all__ = ["ConfigError", "Trainer", "TrainingConfig", "TrainingResult", "resume", "train"]
+
 CHANGEABLE_ON_RESUME = ("data", "device", "epochs", "steps")
 
 
-class Network:
-    """One of the compared networks: its model, its optimiser, and what it has reached.
-
-    Parameters
-    ----------
-    norm : {"batch", "none"}
-        With batch norm or without.
-    config : TrainingConfig
-        How to build and train it.
-    sizes : sequence of int
-        Inputs, width of each hidden layer, classes.
-    xp : module
-        ``numpy`` or ``cupy``: where the network lives.
-    """
-
-    def __init__(self, norm: str, config: TrainingConfig, sizes: tuple[int, ...], xp: Any) -> None:
-        self.model = MLP(
-            sizes, norm=norm, activation=config.activation, dtype=config.dtype, seed=config.seed, xp=xp
-        )
-        self.optimizer = make_optimizer(config.optimizer, self.model, config.lr)
-        self.step = 0
-        self.history: list[dict[str, Any]] = []
-        self._batch_size = config.batch_size
-        self._out = (xp.empty(config.batch_size, config.dtype), xp.empty((config.batch_size, sizes[-1]), config.dtype))
-
-    def train(self, x: Any, y: Any, first: int, last: int, should_stop: Callable[[], bool]) -> None:
-        """Train up to step `last`, or until asked to stop; row 0 of `x` and `y` belongs to step `first`."""
-        while self.step < last and not should_stop():
-            start = (self.step - first) * self._batch_size
-            stop = start + self._batch_size
-            logits = self.model.forward(x[start:stop], training=True)
-            _, dlogits = softmax_cross_entropy(logits, y[start:stop], out=self._out)
-            self.model.backward(dlogits)
-            self.optimizer.step()
-            self.step += 1
-
-    def evaluate(self, x: Any, y: Any) -> tuple[float, float]:
-        """Return the mean cross-entropy (nats) and the accuracy on these examples, with running statistics."""
-        loss = correct = 0.0
-        for start in range(0, len(x), EVALUATION_ROWS):
-            labels = y[start : start + EVALUATION_ROWS]
-            logits = self.model.forward(x[start : start + EVALUATION_ROWS], training=False)
-            correct += float((logits.argmax(axis=1) == labels).sum())
-            loss += float(softmax_cross_entropy(logits, labels)[0].sum(dtype="float64"))
-        return loss / len(x), correct / len(x)
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Return copies of all parameters, running statistics and optimiser state, by name, on the host."""
-        parts = {"model": self.model.state(), "optimizer": self.optimizer.state()}
-        return {f"{part}/{name}": np.asarray(value) for part, state in parts.items() for name, value in state.items()}
-
-    def load_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Take over what `arrays` returned."""
-        for part, owner in (("model", self.model), ("optimizer", self.optimizer)):
-            prefix = f"{part}/"
-            owner.load_state({name[len(prefix) :]: value for name, value in arrays.items() if name.startswith(prefix)})
+def never() -> bool:
+    """Tell a run to go on to its end."""
+    return False
 
 
 class Trainer:
@@ -126,7 +68,7 @@ class Trainer:
         """Whether every network has done all its steps."""
         return all(network.step >= self.total_steps for network in self.networks.values())
 
-    def run_epoch(self, should_stop: Callable[[], bool] = lambda: False) -> bool:
+    def run_epoch(self, should_stop: Callable[[], bool] = never) -> bool:
         """Train each network to the end of the current epoch (or of the run) and evaluate it.
 
         Parameters
@@ -191,7 +133,7 @@ class Trainer:
         meta = {
             "config": asdict(self.config),
             "sizes": self.sizes,
-            "data_digest": self.dataset.digest(),
+            "data_digest": self.dataset.digest,
             "epoch": self.epoch,
             "generator": self._generator.bit_generator.state,
             "networks": {
@@ -215,56 +157,168 @@ class Trainer:
         ConfigError
             If the run is meant to end before the point the state has reached.
         """
-        if meta["data_digest"] != self.dataset.digest():
+        if meta["data_digest"] != self.dataset.digest:
             raise DataError("the data are not those the checkpoint was trained on: restore them, or start a new run")
         self.epoch = meta["epoch"]
         self._generator.bit_generator.state = meta["generator"]
         load_networks(self.networks, meta, arrays)
         done = max(network.step for network in self.networks.values())
         if done > self.total_steps:
-            raise ConfigError(f"the run has already done {done} steps, more than the {self.total_steps} asked for: give more")
+            raise ConfigError(
+                f"the run has already done {done} steps, more than the {self.total_steps} asked for: give more"
+            )
 
 
-def load_networks(networks: Mapping[str, Network], meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-    """Give each network its part of a checkpoint."""
-    for norm, network in networks.items():
-        prefix = f"{norm}/"
-        network.load_arrays({name[len(prefix) :]: array for name, array in arrays.items() if name.startswith(prefix)})
-        network.step = meta["networks"][norm]["step"]
-        network.history = list(meta["networks"][norm]["history"])
-
-
-def array_module(device: str) -> tuple[Any, str]:
-    """Return the array module of a device option, and in words what was chosen and why.
+def train(
+    config: TrainingConfig | None = None,
+    *,
+    folder: str | Path | None = None,
+    checkpoint: str | Path | None = None,
+    dataset: Dataset | None = None,
+    on_epoch: Callable[[Trainer], None] = lambda trainer: None,
+    should_stop: Callable[[], bool] = never,
+) -> TrainingResult:
+    """Train the networks of a configuration from the beginning.
 
     Parameters
     ----------
-    device : {"auto", "cpu", "cuda"}
-        ``auto`` takes a GPU where one is usable.
+    config : TrainingConfig, optional
+        What to train; by default 64-20-10 on the digits, with batch norm and without.
+    folder : path, optional
+        Where to write the checkpoint after every epoch, and ``metrics.json`` and ``curves.png`` at the end. By default
+        nothing is written.
+    checkpoint : path, optional
+        Another place for the checkpoint; needs a `folder`.
+    dataset : Dataset, optional
+        The data, where they are already loaded.
+    on_epoch : callable
+        Called with the trainer before the first epoch and after each one.
+    should_stop : callable
+        Asked before every step whether to save and stop.
 
     Returns
     -------
-    xp : module
-        ``cupy`` or ``numpy``.
-    description : str
-        For example ``"cpu (CuPy is not installed)"``.
+    TrainingResult
+        The networks, their history and the summary.
 
     Raises
     ------
-    ConfigError
-        If ``cuda`` is asked for and not usable; the message says why.
-    """
-    if device == "cpu":
-        return np, "cpu"
-    try:
-        from bnkernels import _cuda
+    ConfigError, DataError, ImportError
+        If the configuration, the data or the machine do not allow it; nothing has been written then.
+    OSError
+        If the folder cannot be written.
 
-        reason = _cuda.available()
-    except ImportError as error:
-        installed = not (isinstance(error, ModuleNotFoundError) and error.name == "cupy")
-        reason = f"CuPy cannot be imported: {error}".splitlines()[0] if installed else "CuPy is not installed"
-    if reason is None:
-        return _cuda.CudaRuntime.xp, "cuda"
-    if device == "cuda":
-        raise ConfigError(f"device cuda is not usable: {reason}; install bnkernels[cuda12] or [cuda13], or take device cpu")
-    return np, f"cpu ({reason})"
+    Examples
+    --------
+    >>> result = train(TrainingConfig(epochs=10, norm="batch"))
+    >>> result.summary["networks"]["batch"]["test_accuracy"] > 0.9
+    True
+    """
+    if folder is None and checkpoint is not None:
+        raise ConfigError(f"the checkpoint {checkpoint} needs a folder for the rest of the run: give one")
+    if folder is not None:
+        require_matplotlib()
+    trainer = Trainer(config or TrainingConfig(), dataset)
+    run = None
+    if folder is not None:
+        run = RunFolder.create(folder, checkpoint)
+        run.save(*trainer.state())  # from here on a killed run can be resumed
+    return _run(trainer, run, on_epoch, should_stop)
+
+
+def resume(
+    path: str | Path,
+    *,
+    folder: str | Path | None = None,
+    checkpoint: str | Path | None = None,
+    on_epoch: Callable[[Trainer], None] = lambda trainer: None,
+    should_stop: Callable[[], bool] = never,
+    **options: Any,
+) -> TrainingResult:
+    """Continue a run from its checkpoint, to the same bits as if it had never been interrupted (on the same device).
+
+    Parameters
+    ----------
+    path : path
+        The run's folder, or its checkpoint.
+    folder, checkpoint : path, optional
+        Where the run is, as it was told `train`: it stays there, so another place is an error.
+    on_epoch, should_stop : callable
+        As in `train`.
+    **options : any
+        Fields of `TrainingConfig`. ``epochs`` or ``steps`` extend the run, ``device`` moves it, ``data`` says where the
+        same data are now; any other must be what the run was started with.
+
+    Returns
+    -------
+    TrainingResult
+        As from `train`; its history begins with the run's.
+
+    Raises
+    ------
+    CheckpointError
+        If there is no checkpoint or it cannot be read.
+    ConfigError, DataError, ImportError
+        If an option contradicts the run, or the data are missing or others.
+    OSError
+        If the folder cannot be written.
+    """
+    require_matplotlib()
+    path = RunFolder.find_checkpoint(path)
+    meta, arrays = load_checkpoint(path)
+    run = RunFolder(Path(os.path.normpath(path.parent / meta["folder"])), path)
+    for name, given, place in (("folder", folder, run.folder), ("checkpoint", checkpoint, run.checkpoint)):
+        if given is not None and Path(given).resolve() != place.resolve():
+            raise ConfigError(f"the {name} of the run is {place}, not {given}: drop it or start a new run")
+    trainer = Trainer(_merged(TrainingConfig(**meta["config"]), options))
+    trainer.load_state(meta, arrays)
+    if trainer.finished and all(file.exists() for file in run.files.values()):
+        return _result("already finished", trainer, run)
+    return _run(trainer, run, on_epoch, should_stop)
+
+
+def _merged(config: TrainingConfig, options: Mapping[str, Any]) -> TrainingConfig:
+    """Return a run's configuration with the options that may change, after checking that the others do not."""
+    saved = asdict(config)
+    for name, value in options.items():
+        if name not in CHANGEABLE_ON_RESUME and saved[name] != value:
+            raise ConfigError(f"the run was started with {name} {saved[name]}, not {value}: drop it or start a new run")
+    changes = {name: options[name] for name in CHANGEABLE_ON_RESUME if name in options}
+    if "epochs" in changes or "steps" in changes:
+        changes = {"epochs": None, "steps": None, **changes}
+    return replace(config, **changes)
+
+
+def _run(
+    trainer: Trainer, run: RunFolder | None, on_epoch: Callable[[Trainer], None], should_stop: Callable[[], bool]
+) -> TrainingResult:
+    """Train to the end or until asked to stop, saving after every epoch."""
+    on_epoch(trainer)
+    while not trainer.finished and not should_stop():
+        complete = trainer.run_epoch(should_stop)
+        if run is not None:
+            run.save(*trainer.state())
+        if complete:
+            on_epoch(trainer)
+    result = _result("finished" if trainer.finished else "stopped", trainer, run)
+    if run is not None and trainer.finished:
+        run.write(result)
+    return result
+
+
+def _result(status: str, trainer: Trainer, run: RunFolder | None) -> TrainingResult:
+    data = trainer.dataset
+    return TrainingResult(
+        status=status,
+        config=trainer.config,
+        data={
+            "training_examples": len(data.x_train),
+            "test_examples": len(data.x_test),
+            "features": data.n_features,
+            "classes": data.n_classes,
+        },
+        device=trainer.device,
+        models={norm: network.model for norm, network in trainer.networks.items()},
+        history={norm: network.history for norm, network in trainer.networks.items()},
+        files=run.files if run is not None else {},
+    )

@@ -1,7 +1,7 @@
 """Makes .venv and installs bnkernels into it, editable, with the extras named: ``python3 tools/install.py train``.
 
-CuPy comes along only where an NVIDIA driver answers, in the flavour of the driver's CUDA version. Standard library only,
-and no syntax newer than Python 3.6, so that an old interpreter gets the message below and not a syntax error.
+CuPy comes along only where an NVIDIA driver answers, in the flavour of the CUDA version it knows. Standard library
+only, and no syntax newer than Python 3.6, so that an old interpreter gets the message below and not a syntax error.
 """
 
 import ctypes
@@ -46,14 +46,14 @@ def run(command, failure):
 def make_venv(venv=VENV):
     """Make `venv` unless a working one is there; leave no half-made one behind."""
     python = venv / "bin" / "python"
-    probe = [str(python), "-c", "import pip, sys; sys.exit(sys.version_info < {})".format(OLDEST)]
+    probe = [str(python), "-c", f"import pip, sys; sys.exit(sys.version_info < {OLDEST})"]
     if python.exists() and subprocess.call(probe, stderr=subprocess.DEVNULL) == 0:
         return python
     try:
         run(
             [sys.executable, "-m", "venv", "--clear", venv],
-            "python3 could not make {}; it needs the modules venv and ensurepip "
-            "(on Debian and Ubuntu: apt-get install python3-venv)".format(venv),
+            f"python3 could not make {venv}; it needs the modules venv and ensurepip "
+            "(on Debian and Ubuntu: apt-get install python3-venv)",
         )
     except BaseException:
         shutil.rmtree(str(venv), ignore_errors=True)
@@ -73,16 +73,16 @@ def main(extras):
     if version is None:
         print("no NVIDIA driver with a GPU answers: installing for the CPU")
     elif cuda is None:
-        print("the NVIDIA driver knows CUDA {} and CuPy needs 12: installing for the CPU".format(version // 1000))
+        print(f"the NVIDIA driver knows CUDA {version // 1000} and CuPy needs 12: installing for the CPU")
     else:
-        print("the NVIDIA driver knows CUDA {}: installing CuPy for it".format(version // 1000))
+        print(f"the NVIDIA driver knows CUDA {version // 1000}: installing CuPy for it")
     python = make_venv()
-    wanted = ",".join(extras + [cuda] if cuda else extras)
+    wanted = ",".join([*extras, cuda] if cuda else extras)
     os.chdir(str(ROOT))
     run(
         [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--editable", ".[" + wanted + "]"],
-        "pip could not install bnkernels[{}], see above; run make again once that is solved "
-        "(a later call repeats the installation)".format(wanted),
+        f"pip could not install bnkernels[{wanted}], see above; run make again once that is solved "
+        "(a later call repeats the installation)",
     )
 
 

@@ -27,7 +27,10 @@ std::string judge(const void* address, size_t bytes, size_t alignment, bool is_w
     }
     if (within(address, bytes, r.request.arguments, r.request.argument_bytes))
         return is_write ? "to the kernel's argument" : "";
-    return memory::access(reinterpret_cast<uintptr_t>(address), bytes, is_write);
+    const std::string wrong = memory::access(reinterpret_cast<uintptr_t>(address), bytes, is_write);
+    if (!wrong.empty() && within(address, 0, r.thread->block->shared, r.request.shared_bytes + 4096))
+        return "past the end of the " + std::to_string(r.request.shared_bytes) + " bytes of shared memory";
+    return wrong;
 }
 
 }  // namespace
@@ -56,7 +59,7 @@ void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 
-// The hardware demands natural alignment. 16 bytes may also be two doubles: only UBSan knows which.
+// The hardware demands natural alignment. Two doubles in one access are taken for a vector.
 #define BNK_ACCESSES(bytes, alignment)                                                                                \
     void __tsan_read##bytes(void* p) { bnk::access(p, bytes, alignment, false, __builtin_return_address(0)); } \
     void __tsan_write##bytes(void* p) { bnk::access(p, bytes, alignment, true, __builtin_return_address(0)); }
@@ -64,7 +67,7 @@ BNK_ACCESSES(1, 1)
 BNK_ACCESSES(2, 2)
 BNK_ACCESSES(4, 4)
 BNK_ACCESSES(8, 8)
-BNK_ACCESSES(16, 8)
+BNK_ACCESSES(16, 16)
 #undef BNK_ACCESSES
 
 void __tsan_read_range(void* p, size_t bytes) { bnk::access(p, bytes, 1, false, __builtin_return_address(0)); }

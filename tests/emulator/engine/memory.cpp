@@ -52,15 +52,17 @@ Array* holder(uintptr_t address, size_t bytes) {
     return &found->second;
 }
 
+// Names the neighbours: most strays are off by little.
 std::string outside(uintptr_t address) {
-    const auto before = at_or_before(address);
-    const auto after = arrays.upper_bound(address);
+    constexpr uintptr_t near = 4096;
+    const auto before = at_or_before(address), after = arrays.upper_bound(address);
     std::string text = "outside every array";
-    if (before != arrays.end())
-        text += ", " + std::to_string(address - before->first) + " bytes after the start of " + before->second.name +
-                " with its " + std::to_string(before->second.bytes) + " bytes";
-    if (after != arrays.end())
-        text += ", " + std::to_string(after->first - address) + " bytes before the start of " + after->second.name;
+    if (before != arrays.end()) {
+        const uintptr_t end = before->first + before->second.bytes;
+        if (address < end + near) text += ", " + std::to_string(address - end) + " bytes after " + before->second.name;
+    }
+    if (after != arrays.end() && after->first - address < near)
+        text += ", " + std::to_string(after->first - address) + " bytes before " + after->second.name;
     return text;
 }
 
@@ -114,7 +116,7 @@ std::string memory::access(uintptr_t address, size_t bytes, bool is_write) {
 
 }  // namespace bnk
 
-// ---- for ../engine.py -----------------------------------------------------------------------------------------------
+// ---- for ../binding.py -----------------------------------------------------------------------------------------------
 
 using namespace bnk;
 
@@ -152,7 +154,10 @@ void bnk_release(uintptr_t address) {
     arrays.erase(found);
 }
 
-void bnk_set_read_only(uintptr_t address, bool read_only) { arrays.at(address).read_only = read_only; }
+// Makes a kernel's write an error, to the array that holds the address.
+void bnk_set_read_only(uintptr_t address) {
+    if (Array* const array = holder(address, 0)) array->read_only = true;
+}
 
 bool bnk_holds(uintptr_t address) { return holder(address, 0) != nullptr; }
 

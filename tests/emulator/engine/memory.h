@@ -6,7 +6,7 @@
 
 namespace bnk {
 
-// Of one array during one launch. Read by ../engine.py: keep both in step.
+// Of one array during one launch. Read by ../binding.py: keep both in step.
 struct Traffic {
     uint64_t address, bytes;
     uint64_t reads, writes;                               // accesses

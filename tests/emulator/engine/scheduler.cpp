@@ -212,7 +212,7 @@ std::string text(Site site) { return std::string(site.file) + ":" + std::to_stri
 
 }  // namespace bnk
 
-// ---- for ../engine.py -----------------------------------------------------------------------------------------------
+// ---- for ../binding.py -----------------------------------------------------------------------------------------------
 
 // Runs a launch to its end; returns the error that ended it, or null.
 extern "C" const char* bnk_launch(const bnk::Request* request, bnk::Totals* totals) {

@@ -50,7 +50,7 @@ struct Block {
     std::map<std::pair<unsigned, unsigned>, char> warp_tags;  // by warp and mask: always the same lanes
 };
 
-// Read by ../engine.py: keep both in step.
+// Read by ../binding.py: keep both in step.
 struct Request {
     void (*kernel)(const void*);
     const void* arguments;
@@ -63,7 +63,7 @@ struct Request {
     uint64_t only_count;
 };
 
-// Read by ../engine.py: keep both in step.
+// Read by ../binding.py: keep both in step.
 struct Totals {
     uint64_t shared_bytes_read, shared_bytes_written;
     uint64_t barriers;       // the most that one block passed

@@ -1,0 +1,292 @@
+"""The command line: ``bnkernels train``, ``bnkernels predict`` and ``bnkernels info``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from types import FrameType
+from typing import Any, NoReturn
+
+import bnkernels
+from bnkernels.checkpoint import CheckpointError
+from bnkernels.config import CHOICES, DEFAULT_EPOCHS, DEFAULT_LEARNING_RATES, ConfigError, TrainingConfig
+from bnkernels.data import DataError
+from bnkernels.environment import report
+from bnkernels.predict import predict
+from bnkernels.runs import TrainingResult, default_folder
+from bnkernels.trainer import Trainer, resume, train
+
+EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
+LABELS = {"batch": "with batch norm", "none": "without batch norm"}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line.
+
+    Parameters
+    ----------
+    arguments : list of str, optional
+        The arguments after the program's name; by default those of the process.
+
+    Returns
+    -------
+    int
+        The exit code: 0, 2 for bad input, 130 after Ctrl-C.
+    """
+    options = build_parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except OSError as error:
+        return _fail(f"{error.strerror}: {error.filename}" if error.filename else str(error))
+    except (CheckpointError, ConfigError, DataError, ImportError) as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        print("bnkernels: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _fail(message: str) -> int:
+    print(f"bnkernels: error: {' '.join(message.split())}", file=sys.stderr)
+    return EXIT_BAD_INPUT
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong and where help is, and exit."""
+        self.exit(EXIT_BAD_INPUT, f"bnkernels: error: {message}; see {self.prog} --help\n")
+
+
+def build_parser() -> Parser:
+    """Return the parser of all commands; options that were not given are absent from what it returns."""
+    parser = Parser(prog="bnkernels", description=bnkernels.__doc__, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"bnkernels {bnkernels.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
+
+    command = commands.add_parser(
+        "train",
+        help="train a network with and without batch norm and compare",
+        description="Train the same network with and without batch norm, on the same batches, and say what each "
+        "reached and what a step of it cost. Writes metrics.json, curves.png and a checkpoint.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    command.set_defaults(command=run_train)
+    _add_training_options(command)
+    _add_run_options(command)
+
+    command = commands.add_parser("predict", help="evaluate a checkpoint on the test set", allow_abbrev=False)
+    command.set_defaults(command=run_predict)
+    command.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's folder or its checkpoint")
+    command.add_argument("--data", metavar="PATH", help="other data of the same kind (default: those of the run)")
+    command.add_argument("--device", choices=CHOICES["device"], default="auto", help="where to compute (default: auto)")
+    command.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
+
+    command = commands.add_parser("info", help="print the environment, for bug reports", allow_abbrev=False)
+    command.set_defaults(command=run_info)
+    return parser
+
+
+def _add_training_options(command: Parser) -> None:
+    """Add the options that are fields of `TrainingConfig`."""
+    default = TrainingConfig()
+
+    def add(group: Any, name: str, text: str, **options: Any) -> None:
+        if name in CHOICES:
+            options["choices"] = CHOICES[name]
+        group.add_argument(f"--{name.replace('_', '-')}", help=text, **options)
+
+    group = command.add_argument_group("data")
+    add(group, "dataset", f"what to train on (default: {default.dataset})")
+    add(group, "data", "the folder of MNIST's IDX files, gzipped or not, or an .npz with x and y", metavar="PATH")
+    group = command.add_argument_group("network")
+    add(
+        group,
+        "hidden",
+        "width of a hidden layer; repeat it or give several (default: 20)",
+        type=_widths,
+        action="extend",
+        metavar="N[,N...]",
+    )
+    add(group, "norm", f"which networks to train (default: {default.norm})")
+    add(group, "activation", f"activation of the hidden layers (default: {default.activation})")
+    add(group, "dtype", f"type of data and parameters (default: {default.dtype})")
+    group = command.add_argument_group("training")
+    add(group, "batch_size", f"examples per step (default: {default.batch_size})", type=int, metavar="N")
+    add(group, "optimizer", f"how gradients become steps (default: {default.optimizer})")
+    rates = ", ".join(f"{rate:g} for {name}" for name, rate in DEFAULT_LEARNING_RATES.items())
+    add(group, "lr", f"learning rate, the same for both networks (default: {rates})", type=float, metavar="RATE")
+    length = group.add_mutually_exclusive_group()
+    add(length, "epochs", f"passes over the training set (default: {DEFAULT_EPOCHS})", type=int, metavar="N")
+    add(length, "steps", "steps, instead of epochs", type=int, metavar="N")
+    add(group, "seed", f"seed of weights and order of the examples (default: {default.seed})", type=int, metavar="N")
+    add(group, "device", f"where to train; auto is a GPU where there is one (default: {default.device})")
+
+
+def _add_run_options(command: Parser) -> None:
+    """Add the options about files and output."""
+    group = command.add_argument_group("run")
+    group.add_argument("--out", metavar="DIR", help="the run's folder (default: runs/DATASET-DATE-TIME)")
+    group.add_argument("--checkpoint", metavar="PATH", help="the checkpoint (default: checkpoint.npz in the folder)")
+    group.add_argument(
+        "--resume", metavar="PATH", help="continue the run of this folder or checkpoint; --epochs or --steps extend it"
+    )
+    group = command.add_argument_group("output")
+    group.add_argument("--quiet", action="store_true", default=False, help="print the answer only")
+    group.add_argument("--json", action="store_true", default=False, help="print one JSON document and nothing else")
+
+
+def _widths(text: str) -> list[int]:
+    """Parse ``20`` or ``100,100,100``."""
+    try:
+        return [int(width) for width in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected widths such as 20 or 100,100,100, got {text!r}") from None
+
+
+def run_train(options: argparse.Namespace) -> int:
+    """``bnkernels train``: train or resume, then print the answer."""
+    given = vars(options)
+    config = {field.name: given[field.name] for field in fields(TrainingConfig) if field.name in given}
+    if "hidden" in config:
+        config["hidden"] = tuple(config["hidden"])
+    places = {"folder": given.get("out"), "checkpoint": given.get("checkpoint")}
+    with _stop_on_interrupt() as should_stop, _progress(options.quiet or options.json) as on_epoch:
+        if "resume" in given:
+            result = resume(given["resume"], on_epoch=on_epoch, should_stop=should_stop, **places, **config)
+        else:
+            config = TrainingConfig(**config)
+            places["folder"] = places["folder"] or default_folder(config.dataset)
+            result = train(config, on_epoch=on_epoch, should_stop=should_stop, **places)
+    if result.status == "stopped":
+        continuation = f"bnkernels train --resume {result.files['checkpoint']}"
+        print(f"bnkernels: stopped and saved; continue with: {continuation}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    print(json.dumps(result.document(), indent=2) if options.json else answer(result))
+    return 0
+
+
+def run_predict(options: argparse.Namespace) -> int:
+    """``bnkernels predict``: evaluate a checkpoint."""
+    result = predict(options.checkpoint, data=options.data, device=options.device)
+    if options.json:
+        print(json.dumps(result, indent=2))
+        return 0
+    print(f"{result['test_examples']} test examples of {result['dataset']}")
+    for norm, network in result["networks"].items():
+        print(
+            f"{LABELS[norm]:<18}  test accuracy {network['test_accuracy']:.2%}, loss {network['test_loss']:.4f}, "
+            f"after {network['step']} steps"
+        )
+    return 0
+
+
+def run_info(options: argparse.Namespace) -> int:
+    """``bnkernels info``: print the environment report."""
+    print(report())
+    return 0
+
+
+@contextmanager
+def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C into a question the trainer asks before every step; the second interrupts at once."""
+    requested = threading.Event()
+
+    def request(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        requested.set()
+
+    previous = signal.signal(signal.SIGINT, request)
+    try:
+        yield requested.is_set
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+@contextmanager
+def _progress(silent: bool) -> Iterator[Callable[[Trainer], None]]:
+    """Print a row of the table after every epoch, under a progress bar on the terminal."""
+    if silent:
+        yield lambda trainer: None
+        return
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise ImportError("the progress bar needs tqdm: pip install 'bnkernels[train]', or use --quiet") from error
+    with tqdm(disable=None, unit="epoch", leave=False) as bar:  # None: no bar where stderr is not a terminal
+        started = False
+
+        def on_epoch(trainer: Trainer) -> None:
+            nonlocal started
+            if not started:
+                started = True
+                bar.total = math.ceil(trainer.total_steps / trainer.steps_per_epoch)
+                bar.update(trainer.epoch)
+                tqdm.write(heading(trainer))
+            else:
+                bar.update()
+                tqdm.write(row(trainer))
+
+        yield on_epoch
+
+
+def heading(trainer: Trainer) -> str:
+    """Return what is trained, and the table's head."""
+    config, data = trainer.config, trainer.dataset
+    sizes = "-".join(str(size) for size in trainer.sizes)
+    columns = "".join(f" | {LABELS[norm]:^28}" for norm in trainer.networks)
+    units = " |   loss   accuracy    us/step" * len(trainer.networks)
+    return (
+        f"{data.name}: {len(data.x_train)} training and {len(data.x_test)} test examples\n"
+        f"network {sizes}, {config.activation}, {config.dtype}\n"
+        f"{trainer.total_steps} steps of {config.batch_size} examples, {config.optimizer} at {config.lr:g}, "
+        f"seed {config.seed}\n"
+        f"device {trainer.device}\n\n"
+        f"{'':13}{columns}\n{'epoch':>5}{'step':>8}{units}"
+    )
+
+
+def row(trainer: Trainer) -> str:
+    """Return the table's row of the last epoch."""
+    cells = []
+    for network in trainer.networks.values():
+        last = network.history[-1]
+        loss = "diverged" if last["loss"] is None else f"{last['loss']:8.4f}"
+        cells.append(f" | {loss:>8} {last['accuracy']:>8.2%} {last['us_per_step']:>9.1f}")
+    return f"{last['epoch']:5.4g}{last['step']:8d}{''.join(cells)}"
+
+
+def answer(result: TrainingResult) -> str:
+    """Return what each network reached and cost, the ratio, and the files."""
+    summary = result.summary
+    networks = summary["networks"]
+    lines = [f"\n{'':24}" + "".join(f"{LABELS[norm]:>20}" for norm in networks)]
+    if result.status == "already finished":
+        lines.insert(0, "This run had finished already; nothing was changed. Extend it with --epochs or --steps.")
+
+    def line(label: str, key: str, form: Callable[[Any], str]) -> str:
+        return f"{label:24}" + "".join(f"{form(network[key]):>20}" for network in networks.values())
+
+    lines += [
+        line("test accuracy", "test_accuracy", "{:.2%}".format),
+        line("steps to 95 %", "steps_to_95_percent", lambda steps: "not reached" if steps is None else str(steps)),
+        line("microseconds per step", "us_per_step", "{:.1f}".format),
+        "",
+    ]
+    if summary["step_time_ratio"] is not None:
+        lines.append(
+            f"A step with batch norm takes {summary['step_time_ratio']:.2f} times a step without. "
+            "Accepted wisdom: 3 to 5 times."
+        )
+    for norm, network in networks.items():
+        if network["training_loss"] is None:
+            lines.append(f"The loss {LABELS[norm]} is not finite: take a smaller --lr.")
+    return "\n".join([*lines, "Files: " + ", ".join(str(path) for path in result.files.values())])

@@ -1,0 +1,113 @@
+"""One of the compared networks: its model, its optimiser, what it has reached, and where it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from bnkernels._runtime import why_no_cuda
+from bnkernels.config import ConfigError, TrainingConfig
+from bnkernels.mlp import MLP
+from bnkernels.optimizers import make_optimizer
+from bnkernels.softmax_cross_entropy import softmax_cross_entropy
+
+EVALUATION_ROWS = 8192  # evaluated at a time, to bound the memory of the activations
+
+
+class Network:
+    """One of the compared networks: its model, its optimiser, and what it has reached.
+
+    Parameters
+    ----------
+    norm : {"batch", "none"}
+        With batch norm or without.
+    config : TrainingConfig
+        How to build and train it.
+    sizes : sequence of int
+        Inputs, width of each hidden layer, classes.
+    xp : module
+        ``numpy`` or ``cupy``: where the network lives.
+    """
+
+    def __init__(self, norm: str, config: TrainingConfig, sizes: tuple[int, ...], xp: Any) -> None:
+        self.model = MLP(sizes, norm=norm, activation=config.activation, dtype=config.dtype, seed=config.seed, xp=xp)
+        self.optimizer = make_optimizer(config.optimizer, self.model, config.lr)
+        self.step = 0
+        self.history: list[dict[str, Any]] = []
+        self._batch_size = config.batch_size
+        self._out = (xp.empty(config.batch_size, config.dtype), xp.empty((config.batch_size, sizes[-1]), config.dtype))
+
+    def train(self, x: Any, y: Any, first: int, last: int, should_stop: Callable[[], bool]) -> None:
+        """Train up to step `last`, or until asked to stop; row 0 of `x` and `y` belongs to step `first`."""
+        while self.step < last and not should_stop():
+            start = (self.step - first) * self._batch_size
+            stop = start + self._batch_size
+            logits = self.model.forward(x[start:stop], training=True)
+            _, dlogits = softmax_cross_entropy(logits, y[start:stop], out=self._out)
+            self.model.backward(dlogits)
+            self.optimizer.step()
+            self.step += 1
+
+    def evaluate(self, x: Any, y: Any) -> tuple[float, float]:
+        """Return the mean cross-entropy (nats) and the accuracy on these examples, with running statistics."""
+        loss = correct = 0.0
+        for start in range(0, len(x), EVALUATION_ROWS):
+            labels = y[start : start + EVALUATION_ROWS]
+            logits = self.model.forward(x[start : start + EVALUATION_ROWS], training=False)
+            correct += float((logits.argmax(axis=1) == labels).sum())
+            loss += float(softmax_cross_entropy(logits, labels)[0].sum(dtype="float64"))
+        return loss / len(x), correct / len(x)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return copies of all parameters, running statistics and optimiser state, by name, on the host."""
+        parts = {"model": self.model.state(), "optimizer": self.optimizer.state()}
+        return {f"{part}/{name}": np.asarray(value) for part, state in parts.items() for name, value in state.items()}
+
+    def load_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Take over what `arrays` returned."""
+        for part, owner in (("model", self.model), ("optimizer", self.optimizer)):
+            prefix = f"{part}/"
+            owner.load_state({name[len(prefix) :]: value for name, value in arrays.items() if name.startswith(prefix)})
+
+
+def load_networks(networks: Mapping[str, Network], meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+    """Give each network its part of a checkpoint."""
+    for norm, network in networks.items():
+        prefix = f"{norm}/"
+        network.load_arrays({name[len(prefix) :]: array for name, array in arrays.items() if name.startswith(prefix)})
+        network.step = meta["networks"][norm]["step"]
+        network.history = list(meta["networks"][norm]["history"])
+
+
+def array_module(device: str) -> tuple[Any, str]:
+    """Return the array module of a device option, and in words what was chosen and why.
+
+    Parameters
+    ----------
+    device : {"auto", "cpu", "cuda"}
+        ``auto`` takes a GPU where one is usable.
+
+    Returns
+    -------
+    xp : module
+        ``cupy`` or ``numpy``.
+    description : str
+        ``"cuda"`` or ``"cpu"``; a choice of the CPU that ``auto`` made is followed by its reason.
+
+    Raises
+    ------
+    ConfigError
+        If ``cuda`` is asked for and not usable; the message says why.
+    """
+    if device == "cpu":
+        return np, "cpu"
+    reason = why_no_cuda()
+    if reason is None:
+        from bnkernels._cuda import CudaRuntime
+
+        return CudaRuntime.xp, "cuda"
+    if device == "cuda":
+        raise ConfigError(f"device cuda is not usable: {reason}, or take device cpu")
+    return np, f"cpu, because {reason}"

@@ -1,0 +1,187 @@
+"""What a run leaves behind: its result, and the folder with ``metrics.json``, ``curves.png`` and the checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import strftime
+from typing import Any
+
+import numpy as np
+
+import bnkernels
+from bnkernels.checkpoint import CheckpointError, save_checkpoint, write_atomically
+from bnkernels.config import ConfigError, TrainingConfig
+from bnkernels.plots import draw_curves
+
+TARGET_ACCURACY = 0.95  # "steps to 95 %"
+CHECKPOINT_NAME = "checkpoint.npz"
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingResult:
+    """What came out of a run.
+
+    Attributes
+    ----------
+    status : {"finished", "stopped", "already finished"}
+        ``stopped``: asked to before the end; ``already finished``: the resumed run had nothing left to do.
+    config : TrainingConfig
+        What was trained.
+    data : dict
+        Number of ``training_examples``, ``test_examples``, ``features`` and ``classes``.
+    device : str
+        Where, in words.
+    models : dict of str to MLP
+        The networks, ``"batch"`` and ``"none"`` (or the one of them that was asked for).
+    history : dict of str to list of dict
+        For each network its evaluations, one per epoch: ``epoch``, ``step``, ``loss`` (mean cross-entropy over the
+        training set, in nats; None if not finite), ``accuracy`` (on the test set, 0 to 1), ``us_per_step``
+        (microseconds per training step of that epoch).
+    files : dict of str to pathlib.Path
+        The files of the run: ``checkpoint``, ``metrics``, ``curves``. Empty if it wrote none.
+    """
+
+    status: str
+    config: TrainingConfig
+    data: dict[str, int]
+    device: str
+    models: dict[str, Any]
+    history: dict[str, list[dict[str, Any]]]
+    files: dict[str, Path]
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The answer: what each network reached and cost, and the ratio of the costs (None without both)."""
+        networks = {norm: summarise(entries) for norm, entries in self.history.items() if entries}
+        both = {"batch", "none"} <= networks.keys()
+        ratio = networks["batch"]["us_per_step"] / networks["none"]["us_per_step"] if both else None
+        return {"networks": networks, "step_time_ratio": ratio}
+
+    def document(self) -> dict[str, Any]:
+        """Return everything that JSON can say: the content of ``metrics.json``."""
+        return {
+            "status": self.status,
+            "config": asdict(self.config),
+            "data": self.data,
+            "environment": {
+                "bnkernels": bnkernels.__version__,
+                "python": platform.python_version(),
+                "numpy": np.__version__,
+                "platform": platform.platform(),
+                "device": self.device,
+            },
+            "summary": self.summary,
+            "history": self.history,
+            "files": {name: str(path) for name, path in self.files.items()},
+        }
+
+
+def summarise(history: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what one network reached and cost.
+
+    Parameters
+    ----------
+    history : list of dict
+        At least one evaluation, as in `TrainingResult`.
+
+    Returns
+    -------
+    dict
+        ``test_accuracy`` (0 to 1) and ``training_loss`` (nats) at the end, ``steps_to_95_percent`` (of the first
+        evaluation at or above; None if there is none), ``us_per_step`` (microseconds; the median over the epochs, the
+        first left out as a warm-up where there are more).
+    """
+    times = [entry["us_per_step"] for entry in history]
+    return {
+        "test_accuracy": history[-1]["accuracy"],
+        "training_loss": history[-1]["loss"],
+        "steps_to_95_percent": next((e["step"] for e in history if e["accuracy"] >= TARGET_ACCURACY), None),
+        "us_per_step": statistics.median(times[1:] or times),
+    }
+
+
+def default_folder(dataset: str) -> Path:
+    """Return the folder of a run that was given none: named after the data set and the time, and not there yet."""
+    name = f"{dataset}-{strftime('%Y%m%d-%H%M%S')}"
+    folder, repeat = Path("runs", name), 1
+    while folder.exists():
+        repeat += 1
+        folder = Path("runs", f"{name}-{repeat}")
+    return folder
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The places of a run: its folder, and its checkpoint, which may lie elsewhere."""
+
+    folder: Path
+    checkpoint: Path
+
+    @classmethod
+    def create(cls, folder: str | Path, checkpoint: str | Path | None = None) -> RunFolder:
+        """Make the folders of a new run.
+
+        Parameters
+        ----------
+        folder : path
+            Where ``metrics.json`` and ``curves.png`` go; created if absent.
+        checkpoint : path, optional
+            The checkpoint; by default ``checkpoint.npz`` in the folder.
+
+        Raises
+        ------
+        ConfigError
+            If a run is there already, or a folder cannot be made.
+        """
+        run = cls(Path(folder), Path(checkpoint) if checkpoint is not None else Path(folder, CHECKPOINT_NAME))
+        for path in run.files.values():
+            if path.exists():
+                raise ConfigError(f"{path} exists already: continue that run with --resume, or choose another place")
+        try:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            run.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"cannot make the folder {error.filename}: {error.strerror}: choose another") from error
+        return run
+
+    @classmethod
+    def find_checkpoint(cls, path: str | Path) -> Path:
+        """Return the checkpoint that a path means: the file itself, or the one in a run's folder.
+
+        Raises
+        ------
+        CheckpointError
+            If there is none.
+        """
+        found = Path(path, CHECKPOINT_NAME) if Path(path).is_dir() else Path(path)
+        if not found.is_file():
+            raise CheckpointError(f"there is no checkpoint {found}: give a run's folder or its checkpoint file")
+        return found
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """The run's three files by what they are."""
+        return {
+            "checkpoint": self.checkpoint,
+            "metrics": self.folder / "metrics.json",
+            "curves": self.folder / "curves.png",
+        }
+
+    def save(self, meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+        """Write the checkpoint, which remembers where the folder is, seen from itself."""
+        folder = os.path.relpath(self.folder, self.checkpoint.parent)
+        save_checkpoint(self.checkpoint, {**meta, "folder": folder}, arrays)
+
+    def write(self, result: TrainingResult) -> None:
+        """Write the curves and the metrics, each whole or not at all."""
+        sizes = "-".join(str(size) for size in (result.data["features"], *result.config.hidden, result.data["classes"]))
+        title = f"{result.config.dataset}, network {sizes}, mini-batches of {result.config.batch_size}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.files["curves"], draw_curves(result.history, title))
+        write_atomically(self.files["metrics"], json.dumps(result.document(), indent=2, allow_nan=False).encode())

@@ -1,0 +1,29 @@
+"""What all tests share: GPU skips that can be forbidden, and a report of what was skipped and why."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+
+import pytest
+
+from bnkernels import _runtime
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test marked `cuda` where the kernels cannot run; fail it where BNKERNELS_REQUIRE_GPU=1 says they can."""
+    if item.get_closest_marker("cuda") and (reason := _runtime.why_no_cuda()):
+        if os.environ.get("BNKERNELS_REQUIRE_GPU") == "1":
+            pytest.fail(f"BNKERNELS_REQUIRE_GPU=1, but {reason}", pytrace=False)
+        pytest.skip(f"needs a GPU: {reason}")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what was skipped and why, one line per reason."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    if not skipped:
+        return
+    terminalreporter.section("skipped, and why")
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"{count:5} x {reason}")

@@ -1,0 +1,17 @@
+"""Runs the text of ``cuda/`` on the CPU, and judges and counts what it does; see docs/emulator.md."""
+
+from __future__ import annotations
+
+from .binding import Counts, Traffic
+from .build import EmulatorError
+from .runtime import EmulatedArray, EmulatorRuntime, LaunchRecord, from_environment
+
+__all__ = [
+    "Counts",
+    "EmulatedArray",
+    "EmulatorError",
+    "EmulatorRuntime",
+    "LaunchRecord",
+    "Traffic",
+    "from_environment",
+]

@@ -1,0 +1,164 @@
+// Kernels with a planted bug each, and a few correct ones: what the emulator has to report, and what it has to count.
+// Called by: ../test_emulator.py, planted.py
+#include "common.cuh"
+
+struct Planted {
+    const float* x;
+    float* y;
+    unsigned* ticket;
+    long long n;
+    int choice;
+};
+
+#define PLANTED(name)                                                                  \
+    __device__ __forceinline__ void planted_##name(const Planted& a);                  \
+    BNK_KERNEL(bnk_planted_##name, Planted, 1024, (planted_##name))                    \
+    __device__ __forceinline__ void planted_##name([[maybe_unused]] const Planted& a)
+
+// ---- correct --------------------------------------------------------------------------------------------------------
+
+// Reads x once, writes y once, one barrier.
+PLANTED(reverse) {
+    BNK_DYNAMIC_SHARED(float, tile);
+    const int t = threadIdx.x;
+    const long long first = (long long)blockIdx.x * blockDim.x;
+    tile[t] = a.x[first + t];
+    __syncthreads();
+    a.y[first + t] = tile[blockDim.x - 1 - t];
+}
+
+struct alignas(16) Vector {
+    float values[4];
+};
+
+PLANTED(copy_vectors) {
+    const long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    reinterpret_cast<Vector*>(a.y)[i] = reinterpret_cast<const Vector*>(a.x)[i];
+}
+
+// Every kind of shuffle, one row of y each, in segments of `choice` lanes.
+PLANTED(shuffles) {
+    const int t = threadIdx.x, T = blockDim.x;
+    const unsigned mask = 0xffffffffu;
+    a.y[t] = __shfl_sync(mask, a.x[t], 3, a.choice);
+    a.y[T + t] = __shfl_xor_sync(mask, a.x[t], 5, a.choice);
+    a.y[2 * T + t] = __shfl_down_sync(mask, a.x[t], 2, a.choice);
+    a.y[3 * T + t] = (float)__shfl_xor_sync(mask, (double)a.x[t], 1, a.choice);
+}
+
+// y[i] is when thread i ran, before its barrier and after it.
+PLANTED(order) {
+    const long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    a.y[i] = (float)atomicAdd(a.ticket, 1);
+    __syncthreads();
+    a.y[a.n + i] = (float)atomicAdd(a.ticket, 1);
+}
+
+PLANTED(where) {
+    const long long thread = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * (long long)threadIdx.z);
+    const long long block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * (long long)blockIdx.z);
+    const long long i = block * blockDim.x * blockDim.y * blockDim.z + thread;
+    a.y[i] = a.x[i];
+}
+
+// The sum of all x in the order of the blocks: the last block to finish adds what every block has left in y.
+// choice: 3 is correct; 1 lacks the fence before the atomic, 2 the one behind it, 0 both; 4 has the first too early.
+PLANTED(last_block) {
+    BNK_DYNAMIC_SHARED(unsigned, is_last);
+    const bool release = a.choice == 2 || a.choice == 3, acquire = a.choice == 1 || a.choice >= 3;
+    if (a.choice == 4) __threadfence();
+    if (threadIdx.x == 0) {
+        a.y[1 + blockIdx.x] = a.x[blockIdx.x];
+        if (release) __threadfence();
+        is_last[0] = atomicAdd(a.ticket, 1) == gridDim.x - 1;
+        if (acquire) __threadfence();
+    }
+    __syncthreads();
+    if (threadIdx.x == 1 && is_last[0]) {
+        float sum = 0;
+        for (unsigned block = 0; block < gridDim.x; ++block) sum += a.y[1 + block];
+        a.y[0] = sum;
+    }
+}
+
+// Neighbours in a warp exchange x through shared memory. choice: 1 is correct, 0 lacks the barrier.
+PLANTED(warp_exchange) {
+    BNK_DYNAMIC_SHARED(float, tile);
+    tile[threadIdx.x] = a.x[threadIdx.x];
+    if (a.choice) __syncwarp();
+    a.y[threadIdx.x] = tile[threadIdx.x ^ 1];
+}
+
+// ---- barriers and warps ---------------------------------------------------------------------------------------------
+
+PLANTED(missing_barrier) {
+    BNK_DYNAMIC_SHARED(float, tile);
+    tile[threadIdx.x] = a.x[threadIdx.x];
+    a.y[threadIdx.x] = tile[blockDim.x - 1 - threadIdx.x];
+}
+
+PLANTED(barrier_not_reached_by_all) {
+    if (threadIdx.x < 16) return;
+    __syncthreads();
+}
+
+PLANTED(divergent_barrier) {
+    if (threadIdx.x < 16)
+        __syncthreads();
+    else
+        __syncthreads();
+}
+
+// Launched with a block that ends within a warp.
+PLANTED(absent_lane) { a.y[threadIdx.x] = __shfl_xor_sync(0xffffffffu, a.x[threadIdx.x], 1); }
+
+PLANTED(returned_lane) {
+    if (threadIdx.x == 0) return;
+    __syncwarp();
+}
+
+PLANTED(caller_outside_mask) { a.y[threadIdx.x] = __shfl_xor_sync(0xfffffffeu, a.x[threadIdx.x], 1); }
+
+PLANTED(source_outside_mask) {
+    if (threadIdx.x < 16) a.y[threadIdx.x] = __shfl_sync(0x0000ffffu, a.x[threadIdx.x], 20);
+}
+
+PLANTED(differing_masks) { __syncwarp(threadIdx.x < 16 ? 0xffffffffu : 0xffff0000u); }
+
+PLANTED(divergent_shuffle) {
+    const float x = a.x[threadIdx.x];
+    if (threadIdx.x < 16)
+        a.y[threadIdx.x] = __shfl_xor_sync(0xffffffffu, x, 1);
+    else
+        a.y[threadIdx.x] = __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+// ---- memory ---------------------------------------------------------------------------------------------------------
+
+PLANTED(read_past_the_end) { a.y[threadIdx.x] = a.x[threadIdx.x + 1]; }
+
+PLANTED(write_before_the_start) { (a.y - 1)[threadIdx.x] = a.x[threadIdx.x]; }
+
+PLANTED(shared_past_the_end) {
+    BNK_DYNAMIC_SHARED(float, tile);
+    tile[threadIdx.x + 1] = a.x[threadIdx.x];
+}
+
+PLANTED(write_to_the_argument) { const_cast<Planted&>(a).n = 0; }
+
+PLANTED(misaligned) { a.y[threadIdx.x] = (float)reinterpret_cast<const double*>(a.x + 1)[threadIdx.x]; }
+
+PLANTED(misaligned_vector) { reinterpret_cast<Vector*>(a.y)[0] = reinterpret_cast<const Vector*>(a.x + 2)[0]; }
+
+PLANTED(uninitialised_shared) {
+    BNK_DYNAMIC_SHARED(float, tile);
+    a.y[threadIdx.x] = tile[threadIdx.x];
+}
+
+// choice is the number of elements a block skips; beyond 2^31 an int does not reach.
+PLANTED(narrow_index) {
+    const int first = (int)(blockIdx.x + 1) * a.choice;
+    if (threadIdx.x < 1) a.y[0] = (float)first;
+}
+
+PLANTED(blocks_write_the_same) { a.y[threadIdx.x] = a.x[threadIdx.x]; }

@@ -1,0 +1,213 @@
+"""Arrays in the emulator's memory, and the runtime that runs the kernels on them."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bnkernels import _runtime
+from bnkernels._runtime import Launch
+
+from .binding import Binding, Counts, Schedule
+from .build import BUILD_VARIABLE, CUDA, CUDA_VARIABLE, EmulatorError, read_sources
+
+
+class EmulatedArray(np.ndarray):
+    """An array that the ops treat as a device array: its type is what they dispatch on.
+
+    Those that `EmulatorRuntime` makes live in blocks of the exact size, poisoned and guarded. What NumPy makes of them
+    (slices, sums, copies) is an `EmulatedArray` too, and kernels may run on it, in NumPy's memory, without guards.
+    """
+
+
+@dataclass(frozen=True)
+class LaunchRecord:
+    """One launch and what it did."""
+
+    source: str
+    entry_point: str
+    launch: Launch
+    counts: Counts
+
+
+class EmulatorRuntime:
+    """Runs the text of ``cuda/`` on the CPU, behind the seam of `bnkernels._runtime`.
+
+    Parameters
+    ----------
+    build : str
+        ``plain`` and ``coverage`` judge and count every access; ``asan`` and ``tsan`` need the process to be started
+        by ``python -m tests.emulator run``.
+    sources : Mapping of str to str, optional
+        The text of every file of ``cuda/``, by name. Default: the project's own.
+
+    Attributes
+    ----------
+    launches : list of LaunchRecord
+        What ran since the last `reset`.
+    """
+
+    array_type = EmulatedArray
+    xp = np
+
+    def __init__(self, build: str = "plain", sources: Mapping[str, str] | None = None) -> None:
+        self._binding = Binding(build, read_sources() if sources is None else sources)
+        self._schedule = Schedule()
+        self.launches: list[LaunchRecord] = []
+
+    # ---- the seam ---------------------------------------------------------------------------------------------------
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype, like: Any = None) -> EmulatedArray:
+        """Return a new C-contiguous array, poisoned: NaN, or -1."""
+        return self._new(shape, np.dtype(dtype))
+
+    def pointer(self, array: EmulatedArray) -> int:
+        """Return the address of the array's first element."""
+        address = array.ctypes.data
+        if array.size and not self._binding.holds(address):
+            self._adopt(array)
+        return address
+
+    def device(self, array: EmulatedArray) -> int:
+        """Return 0: there is one emulated device."""
+        return 0
+
+    def launch(self, source: str, entry_point: str, launch: Launch, arguments: np.ndarray, like: Any = None) -> None:
+        """Run a kernel to its end, and add to `launches` what it did.
+
+        Raises
+        ------
+        EmulatorError
+            For anything a GPU would not forgive; the message says what, which thread, and where.
+        """
+        counts = self._binding.launch(source, entry_point, launch, arguments, self._schedule)
+        self.launches.append(LaunchRecord(source, entry_point, launch, counts))
+
+    # ---- for tests --------------------------------------------------------------------------------------------------
+
+    @property
+    def build(self) -> str:
+        """The name of the build."""
+        return self._binding.build
+
+    def reset(self) -> None:
+        """Forget the launches so far."""
+        self.launches.clear()
+
+    def asarray(self, array: Any, offset_elements: int = 0, read_only: bool = False) -> EmulatedArray:
+        """Return a C-contiguous copy in the emulator's memory.
+
+        Parameters
+        ----------
+        array : array_like
+            What to copy.
+        offset_elements : int
+            How many elements the copy starts behind an aligned address.
+        read_only : bool
+            Make a write to it, by a kernel or by NumPy, an error.
+        """
+        array = np.asarray(array)
+        copy = self._new(array.shape, array.dtype, offset_elements * array.itemsize)
+        copy[...] = array
+        return self._protect(copy) if read_only else copy
+
+    def like(self, array: np.ndarray, read_only: bool = False) -> EmulatedArray:
+        """Return a copy with the strides of `array`, be they zero or negative, in a block of the exact size."""
+        if array.size == 0:
+            return self.asarray(array)
+        reach = [(size - 1) * stride for size, stride in zip(array.shape, array.strides, strict=True)]
+        before = -sum(distance for distance in reach if distance < 0)
+        size = before + sum(distance for distance in reach if distance > 0) + array.itemsize
+        block = self._block(size, 0, _describe(array.shape, array.dtype))
+        copy = EmulatedArray(array.shape, array.dtype, block, before, array.strides)
+        copy[...] = array
+        return self._protect(copy) if read_only else copy
+
+    def sparse(self, shape: tuple[int, ...], dtype: np.dtype) -> EmulatedArray:
+        """Return an array of zeros, of any size: it takes memory only where it is touched.
+
+        Raises
+        ------
+        MemoryError
+            If the system refuses to promise so much (overcommitment is off): skip the test with that message.
+        """
+        dtype = np.dtype(dtype)
+        size = math.prod(shape) * dtype.itemsize
+        address = self._binding.reserve(size, _describe(shape, dtype))
+        return EmulatedArray(shape, dtype, self._owned(address, size))
+
+    def check_guards(self) -> None:
+        """Raise `EmulatorError` if anything was written just before or behind an array."""
+        self._binding.check_guards()
+
+    @contextmanager
+    def schedule(self, seed: int = 0, resident: int = 4) -> Iterator[None]:
+        """Run blocks and threads in the order of `seed` (0: the natural one), `resident` blocks at a time."""
+        with self._scheduled(replace(self._schedule, seed=seed, resident=resident)):
+            yield
+
+    @contextmanager
+    def only_blocks(self, blocks: Sequence[int]) -> Iterator[None]:
+        """Run these blocks of every grid and no others; block (x, y, z) is x + gridDim.x (y + gridDim.y z)."""
+        with self._scheduled(replace(self._schedule, only=tuple(blocks))):
+            yield
+
+    # ---- memory -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _scheduled(self, schedule: Schedule) -> Iterator[None]:
+        before, self._schedule = self._schedule, schedule
+        try:
+            yield
+        finally:
+            self._schedule = before
+
+    def _new(self, shape: tuple[int, ...], dtype: np.dtype, misalignment: int = 0) -> EmulatedArray:
+        block = self._block(math.prod(shape) * dtype.itemsize, misalignment, _describe(shape, dtype))
+        return EmulatedArray(shape, dtype, block)
+
+    def _block(self, size: int, misalignment: int, name: str) -> ctypes.Array:
+        return self._owned(self._binding.allocate(size, misalignment, name), size)
+
+    def _owned(self, address: int, size: int) -> ctypes.Array:
+        """Return the bytes at `address`, released with the last array that looks at them."""
+        block = (ctypes.c_ubyte * size).from_address(address)
+        weakref.finalize(block, self._binding.release, address).atexit = False
+        return block
+
+    def _protect(self, array: EmulatedArray) -> EmulatedArray:
+        self._binding.set_read_only(array.ctypes.data)
+        array.flags.writeable = False
+        return array
+
+    def _adopt(self, array: np.ndarray) -> None:
+        """Let kernels touch what NumPy allocated, until NumPy frees it."""
+        owner = array
+        while isinstance(owner.base, np.ndarray):
+            owner = owner.base
+        if owner.base is not None:
+            raise EmulatorError(f"expected an array in memory of the emulator or of NumPy, got one of {owner.base!r}")
+        address = owner.ctypes.data
+        self._binding.adopt(address, owner.nbytes, f"{_describe(owner.shape, owner.dtype)} of NumPy")
+        weakref.finalize(owner, self._binding.release, address).atexit = False
+
+
+def _describe(shape: tuple[int, ...], dtype: np.dtype) -> str:
+    return f"a {dtype} array of shape {tuple(shape)}"
+
+
+def from_environment() -> EmulatorRuntime:
+    """Return the runtime that BNKERNELS_EMULATOR and BNKERNELS_EMULATOR_CUDA describe, known to the ops."""
+    folder = Path(os.environ.get(CUDA_VARIABLE) or CUDA)
+    runtime = EmulatorRuntime(os.environ.get(BUILD_VARIABLE) or "plain", read_sources(folder))
+    _runtime.register(runtime)
+    return runtime

@@ -1,0 +1,76 @@
+"""Starts Python inside a sanitizer, and makes sure that no report goes unseen."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from .build import BUILD_VARIABLE, BUILDS, EmulatorError, compiler
+
+LOG_VARIABLE = "BNKERNELS_EMULATOR_LOG"
+REPORTED = 66  # exit status after a report
+_ADDR_NO_RANDOMIZE = 0x0040000
+
+
+def run(build: str, module: str, arguments: Sequence[str]) -> int:
+    """Run ``python -m module arguments`` on the emulator's build `build`; return its exit status.
+
+    Whatever the sanitizer reports ends up on stderr, and the status is then not 0.
+    """
+    environment = os.environ | {BUILD_VARIABLE: build}
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "report"
+        environment |= _environment(build, log)
+        status = subprocess.run(
+            [sys.executable, "-m", module, *arguments], env=environment, preexec_fn=_fixed_addresses
+        )
+        reports = "".join(path.read_text(errors="replace") for path in sorted(Path(folder).iterdir()))
+    if not reports:
+        return status.returncode
+    print(reports, file=sys.stderr)
+    return status.returncode or REPORTED
+
+
+def new_reports(seen: int) -> str:
+    """Return what the sanitizer of this process has reported after the first `seen` characters."""
+    log = os.environ.get(LOG_VARIABLE)
+    path = Path(f"{log}.{os.getpid()}")
+    return path.read_text(errors="replace")[seen:] if log and path.exists() else ""
+
+
+def _environment(build: str, log: Path) -> dict[str, str]:
+    """Return what a process needs around the build."""
+    sanitizer = BUILDS[build].sanitizer
+    if sanitizer is None:
+        return {}
+    if compiler() is None:
+        raise EmulatorError(f"{sanitizer} comes with g++, and there is none on the PATH: install g++")
+    library = subprocess.run(
+        [compiler(), f"-print-file-name={sanitizer}"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    if not Path(library).is_absolute():
+        raise EmulatorError(f"g++ has no {sanitizer}: install the sanitizer libraries of your g++ (libasan, libtsan)")
+    common = f"log_path={log}:exitcode={REPORTED}"
+    return {
+        LOG_VARIABLE: str(log),
+        "LD_PRELOAD": library,
+        "ASAN_OPTIONS": f"{common}:detect_leaks=0",  # the interpreter does not free everything
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "TSAN_OPTIONS": f"{common}:halt_on_error=0",
+        "OPENBLAS_NUM_THREADS": "1",  # threads that TSan would follow for nothing
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",  # the name of the test is out before a report ends the process
+    }
+
+
+def _fixed_addresses() -> None:
+    """Turn off address randomisation, which puts memory where older TSan runtimes cannot follow; not all systems may."""
+    libc = ctypes.CDLL(None)
+    persona = libc.personality(0xFFFFFFFF)
+    if persona != -1:
+        libc.personality(persona | _ADDR_NO_RANDOMIZE)

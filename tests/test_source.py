@@ -1,0 +1,97 @@
+"""The kernel sources are found and read as one self-contained text each."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bnkernels import _source
+
+
+@pytest.fixture
+def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Put a folder of our own in place of ``cuda/``."""
+    (tmp_path / "common.cuh").write_text("#pragma once\nshared\n")
+    monkeypatch.setattr(_source, "_CANDIDATES", (tmp_path / "absent", tmp_path))
+    _source.folder.cache_clear()
+    yield tmp_path
+    _source.folder.cache_clear()
+
+
+def lines_by_place(text: str) -> dict[tuple[str, int], str]:
+    """Return every line under the file and number that a compiler would name."""
+    places, name, number = {}, "", 0
+    for line in text.splitlines():
+        if directive := re.fullmatch(r'#line (\d+) "(.*)"', line):
+            name, number = directive[2], int(directive[1])
+        else:
+            places[name, number] = line
+            number += 1
+    return places
+
+
+@pytest.mark.parametrize("stem", _source.stems())
+def test_every_line_keeps_its_file_and_number(stem: str) -> None:
+    places = lines_by_place(_source.read(stem))
+    for path in _source.folder().iterdir():
+        name = f"cuda/{path.name}"
+        if (name, 1) not in places:
+            continue
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            if not line.startswith(("#include", "#pragma once")):
+                assert places[name, number] == line
+    assert (f"cuda/{stem}.cu", 1) in places
+    assert ("cuda/common.cuh", 1) in places
+
+
+@pytest.mark.parametrize("stem", _source.stems())
+def test_the_text_is_self_contained_and_the_same_wherever_it_is_installed(stem: str) -> None:
+    text = _source.read(stem)
+    assert '#include "' not in text
+    assert str(_source.folder().parent) not in text
+
+
+def test_each_header_comes_once_where_it_is_first_included(sources: Path) -> None:
+    (sources / "pair.cuh").write_text('#include "common.cuh"\npair\n')
+    (sources / "op.cu").write_text('// op\n#include "pair.cuh"\n#include "common.cuh"\nbody\n')
+    text = _source.read("op")
+    assert [line for line in text.splitlines() if line and not line.startswith("#line")] == [
+        *("// op", "shared", "pair", "body"),
+    ]
+    places = lines_by_place(text)
+    assert places["cuda/common.cuh", 2] == "shared"
+    assert places["cuda/pair.cuh", 2] == "pair"
+    assert places["cuda/op.cu", 4] == "body"
+
+
+def test_system_headers_stay(sources: Path) -> None:
+    (sources / "op.cu").write_text("#include <cuda_fp16.h>\n")
+    assert "#include <cuda_fp16.h>" in _source.read("op")
+
+
+def test_an_unknown_source_is_named_with_those_there_are(sources: Path) -> None:
+    (sources / "op.cu").write_text("body\n")
+    with pytest.raises(FileNotFoundError, match=r"no kernel source opp\.cu .* it has op$"):
+        _source.read("opp")
+
+
+def test_a_missing_header_is_named(sources: Path) -> None:
+    (sources / "op.cu").write_text('#include "gone.cuh"\n')
+    with pytest.raises(FileNotFoundError, match=r"gone\.cuh"):
+        _source.read("op")
+
+
+def test_nvidias_cuda_folder_is_not_taken_for_ours(sources: Path) -> None:
+    (sources / "absent").mkdir()
+    (sources / "absent" / "bindings.py").write_text("")
+    assert _source.folder() == sources
+
+
+def test_the_message_names_all_places_searched(sources: Path) -> None:
+    (sources / "common.cuh").unlink()
+    with pytest.raises(FileNotFoundError, match="install the package again") as error:
+        _source.folder()
+    assert f"searched {sources / 'absent'} and {sources};" in str(error.value)
