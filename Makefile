@@ -6,6 +6,7 @@ ARGS ?=
 PACKAGING := setup.py pyproject.toml tools/install.py
 TRAIN := .venv/installed-train
 TEST := .venv/installed-test
+CXX_FILES = $(shell find cuda tests/emulator -name "*.cu" -o -name "*.cuh" -o -name "*.h" -o -name "*.cpp")
 
 .DEFAULT_GOAL := help
 .PHONY: help train test check format compile emulate mutants coverage bench notebooks clean
@@ -22,20 +23,20 @@ test: $(TEST) ## run the whole test suite; says what it skips and why
 check: $(TEST) ## lint and formatting of Python and CUDA, and the mirror rule
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m clang_format --dry-run -Werror $(CXX_FILES)
+	.venv/bin/clang-format --dry-run -Werror $(CXX_FILES)
 	$(RUN) -m pytest -q tests/test_layout.py
 
 format: $(TEST) ## format Python and CUDA
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
-	$(RUN) -m clang_format -i $(CXX_FILES)
+	.venv/bin/clang-format -i $(CXX_FILES)
 
 compile: $(TEST) ## compile every kernel for every architecture with NVRTC; compare registers with the baseline
 	$(RUN) -m tests.compile $(ARGS)
 
 emulate: $(TEST) ## run the op tests on emulated kernels under AddressSanitizer + UBSan, then ThreadSanitizer
-	$(RUN) -m tests.emulator run asan -- -q -m "emulator and not slow" tests
-	$(RUN) -m tests.emulator run tsan -- -q -m "emulator and not slow" tests
+	$(RUN) -m tests.emulator run asan pytest -q -m "emulator and not slow" tests
+	$(RUN) -m tests.emulator run tsan pytest -q -m "emulator and not slow" tests
 
 mutants: $(TEST) ## plant bugs in the kernels: the tests must catch every one
 	$(RUN) -m tests.emulator mutants
@@ -52,8 +53,6 @@ notebooks: $(TEST) ## execute the notebooks and keep their outputs
 clean: ## remove .venv and everything that is built
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
-
-CXX_FILES = $(wildcard cuda/*.cu cuda/*.cuh tests/emulator/*.cpp tests/emulator/*.h tests/emulator/*.hpp)
 
 # The stamps appear only after a whole installation, so a broken one is repeated.
 $(TRAIN): $(PACKAGING)

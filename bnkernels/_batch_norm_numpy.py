@@ -26,7 +26,7 @@ def _moments(x: np.ndarray, statistics: np.ndarray) -> tuple[np.ndarray, np.ndar
     """Write mean and mean_low; return the variance in the type of `x`, and ``x - mean`` in float64.
 
     Float32 is summed exactly in float64. Float64 has nothing wider: its channels are first shifted by their first
-    value, so that a constant channel is exactly zero.
+    value, so that a constant channel is exactly zero, and what is left of their mean is subtracted in a second pass.
     """
     single = x.dtype == np.float32
     centred = x.astype(np.float64) if single else x - x[0]
@@ -38,8 +38,11 @@ def _moments(x: np.ndarray, statistics: np.ndarray) -> tuple[np.ndarray, np.ndar
         mean[...] = shift
         np.subtract(shift, mean, out=low, casting="same_kind")
     else:
+        rest = _sum(centred)
+        rest /= len(x)
+        centred -= rest
         np.add(x[0], shift, out=mean)
-        np.add(x[0] - mean, shift, out=low)
+        np.add(x[0] - mean, shift + rest, out=low)
     var = _sum(centred * centred)
     var /= len(x)
     return var.astype(x.dtype), centred

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections import Counter
+from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
 from bnkernels import _runtime
+from tests import backends
+from tests.emulator import EmulatorRuntime
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -27,3 +32,26 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
     for reason, count in reasons.most_common():
         terminalreporter.write_line(f"{count:5} x {reason}")
+
+
+@pytest.fixture(params=backends.PARAMETERS)
+def backend(request: pytest.FixtureRequest) -> Iterator[backends.Backend]:
+    """Return each place an op runs in; afterwards nothing outside an emulated array may have been written."""
+    yield backends.make(request.param)
+    if request.param == "emulator":
+        backends.emulated_runtime().check_guards()
+
+
+@pytest.fixture
+def emulated() -> Iterator[EmulatorRuntime]:
+    """Return the emulator, with no launches yet; afterwards nothing outside its arrays may have been written."""
+    runtime = backends.emulated_runtime()
+    runtime.reset()
+    yield runtime
+    runtime.check_guards()
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """Return random numbers seeded by the test's name."""
+    return np.random.default_rng(zlib.crc32(request.node.nodeid.encode()))

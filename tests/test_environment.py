@@ -19,7 +19,7 @@ def facts() -> dict[str, str]:
     return dict(line.split(": ", 1) for line in report().splitlines())
 
 
-def fake_cupy(**cuda: object) -> SimpleNamespace:
+def fake_cupy() -> SimpleNamespace:
     runtime = SimpleNamespace(
         driverGetVersion=lambda: 13010,
         runtimeGetVersion=lambda: 12090,

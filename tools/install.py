@@ -43,8 +43,8 @@ def run(command, failure):
         raise SystemExit("error: " + failure)
 
 
-def make_venv(venv=VENV):
-    """Make `venv` unless a working one is there; leave no half-made one behind."""
+def make_venv(venv):
+    """Make `venv` unless a working one is there; leave no half-made one behind. Return its Python."""
     python = venv / "bin" / "python"
     probe = [str(python), "-c", f"import pip, sys; sys.exit(sys.version_info < {OLDEST})"]
     if python.exists() and subprocess.call(probe, stderr=subprocess.DEVNULL) == 0:
@@ -76,7 +76,7 @@ def main(extras):
         print(f"the NVIDIA driver knows CUDA {version // 1000} and CuPy needs 12: installing for the CPU")
     else:
         print(f"the NVIDIA driver knows CUDA {version // 1000}: installing CuPy for it")
-    python = make_venv()
+    python = make_venv(VENV)
     wanted = ",".join([*extras, cuda] if cuda else extras)
     os.chdir(str(ROOT))
     run(

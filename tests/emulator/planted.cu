@@ -46,12 +46,12 @@ PLANTED(shuffles) {
     a.y[3 * T + t] = (float)__shfl_xor_sync(mask, (double)a.x[t], 1, a.choice);
 }
 
-// y[i] is when thread i ran, before its barrier and after it.
+// y[i] tells when thread i ran, before its barrier and after it.
 PLANTED(order) {
     const long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-    a.y[i] = (float)atomicAdd(a.ticket, 1);
+    a.y[2 * i] = (float)atomicAdd(a.ticket, 1);
     __syncthreads();
-    a.y[a.n + i] = (float)atomicAdd(a.ticket, 1);
+    a.y[2 * i + 1] = (float)atomicAdd(a.ticket, 1);
 }
 
 PLANTED(where) {

@@ -28,6 +28,7 @@ SETTINGS: dict[str, dict] = {
     "misaligned": {"x_size": 66},
     "misaligned_vector": {"x_size": 64},
     "narrow_index": {"grid": (2, 1, 1)},
+    "order": {"y_size": 64},
     "shuffles": {"y_size": 128},
 }
 

@@ -61,7 +61,7 @@ def _environment(build: str, log: Path) -> dict[str, str]:
         "LD_PRELOAD": library,
         "ASAN_OPTIONS": f"{common}:detect_leaks=0",  # the interpreter does not free everything
         "UBSAN_OPTIONS": "print_stacktrace=1",
-        "TSAN_OPTIONS": f"{common}:halt_on_error=0",
+        "TSAN_OPTIONS": f"{common}:suppress_equal_stacks=0:suppress_equal_addresses=0",  # each launch is judged by itself
         "OPENBLAS_NUM_THREADS": "1",  # threads that TSan would follow for nothing
         "OMP_NUM_THREADS": "1",
         "PYTHONUNBUFFERED": "1",  # the name of the test is out before a report ends the process

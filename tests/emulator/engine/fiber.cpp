@@ -8,6 +8,7 @@
 #include "happens_before.h"
 
 #ifdef BNK_ASAN
+#include <dlfcn.h>
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
@@ -29,6 +30,18 @@ void about_to_switch([[maybe_unused]] void** fake_stack, [[maybe_unused]] const 
                      [[maybe_unused]] size_t bytes) {
 #ifdef BNK_ASAN
     __sanitizer_start_switch_fiber(fake_stack, stack, bytes);
+#endif
+}
+
+// ASan's own swapcontext would warn that it cannot follow fibers, and erase red zones. The two announcements above and
+// below tell it all it needs, so it is passed over.
+void swap_contexts(ucontext_t* from, const ucontext_t* to) {
+#ifdef BNK_ASAN
+    static const auto swap =
+        reinterpret_cast<decltype(&swapcontext)>(dlsym(dlopen("libc.so.6", RTLD_LAZY | RTLD_NOLOAD), "swapcontext"));
+    swap(from, to);
+#else
+    swapcontext(from, to);
 #endif
 }
 
@@ -95,14 +108,14 @@ Fiber::~Fiber() {
 void Fiber::resume() {
     order::switch_to(order_);
     about_to_switch(&scheduler.fake_stack, stack_, stack_bytes);
-    swapcontext(&scheduler.context, &context_);
+    swap_contexts(&scheduler.context, &context_);
     switched(scheduler.fake_stack, nullptr, nullptr);
 }
 
 void Fiber::suspend(bool for_ever) {
     order::switch_to(scheduler.order);
     about_to_switch(for_ever ? nullptr : &fake_stack_, scheduler.stack, scheduler.stack_bytes);
-    swapcontext(&context_, &scheduler.context);
+    swap_contexts(&context_, &scheduler.context);
     switched(fake_stack_, &scheduler.stack, &scheduler.stack_bytes);
 }
 

@@ -3,6 +3,15 @@
 // A CUDA thread is a TSan fiber. Switching between fibers orders nothing: the edges drawn here are all there are.
 #pragma once
 
+namespace bnk::order {
+
+// Where a clock is kept: what was released there happened before what acquires it later.
+struct alignas(8) Tag {  // TSan has one clock for 8 bytes
+    char unused;
+};
+
+}  // namespace bnk::order
+
 #ifdef BNK_TSAN
 
 extern "C" {
@@ -20,8 +29,8 @@ inline void* current() { return __tsan_get_current_fiber(); }
 inline void* create() { return __tsan_create_fiber(0); }  // ordered after what the creating fiber has done
 inline void destroy(void* fiber) { __tsan_destroy_fiber(fiber); }
 inline void switch_to(void* fiber) { __tsan_switch_to_fiber(fiber, 1); }  // 1: no edge
-inline void release(void* tag) { __tsan_release(tag); }
-inline void acquire(void* tag) { __tsan_acquire(tag); }
+inline void release(Tag& tag) { __tsan_release(&tag); }
+inline void acquire(Tag& tag) { __tsan_acquire(&tag); }
 
 }  // namespace bnk::order
 
@@ -33,8 +42,8 @@ inline void* current() { return nullptr; }
 inline void* create() { return nullptr; }
 inline void destroy(void*) {}
 inline void switch_to(void*) {}
-inline void release(void*) {}
-inline void acquire(void*) {}
+inline void release(Tag&) {}
+inline void acquire(Tag&) {}
 
 }  // namespace bnk::order
 

@@ -4,7 +4,6 @@
 #include <cstdio>
 
 #include "access.h"
-#include "happens_before.h"
 #include "scheduler.h"
 
 using namespace bnk;
@@ -13,8 +12,15 @@ namespace {
 
 Thread& self() { return *running.thread; }
 
-// Orders what each of the threads did before this meeting before what all of them do after it.
-void meet(const std::vector<Thread*>& threads, char* tag) {
+// What the engine does on a thread's behalf, such as allocating memory, is none of the thread's own accesses.
+class EngineWork {
+   public:
+    EngineWork() { order::switch_to(Fiber::scheduler_order()); }
+    ~EngineWork() { order::switch_to(self().fiber.order()); }
+};
+
+// Orders what each of the threads did before this meeting before what all of them do after it. In EngineWork.
+void meet(const std::vector<Thread*>& threads, order::Tag& tag) {
     for (const Thread* thread : threads) {
         order::switch_to(thread->fiber.order());
         order::release(tag);
@@ -23,12 +29,21 @@ void meet(const std::vector<Thread*>& threads, char* tag) {
         order::switch_to(thread->fiber.order());
         order::acquire(tag);
     }
-    order::switch_to(self().fiber.order());
+    order::switch_to(Fiber::scheduler_order());
 }
 
-void wait(State state, Site site) {
-    self().state = state;
-    self().site = site;
+// What happened before `from` now happens before `to`; the caller itself neither gives nor gets. In EngineWork.
+void pass_on(order::Tag& from, order::Tag& to) {
+    void* const messenger = order::create();
+    order::switch_to(messenger);
+    order::acquire(from);
+    order::release(to);
+    order::switch_to(Fiber::scheduler_order());
+    order::destroy(messenger);
+}
+
+void let_go(const std::vector<Thread*>& threads) {
+    for (Thread* thread : threads) thread->state = State::ready;
 }
 
 std::string lane_text(unsigned lane, unsigned mask) {
@@ -37,12 +52,37 @@ std::string lane_text(unsigned lane, unsigned mask) {
     return text;
 }
 
-// The threads of the caller's warp that the mask names, once all of them wait in this operation; empty until then.
-std::vector<Thread*> gather(unsigned mask, const char* what) {
+void arrive_at_barrier(Site site) {
+    const EngineWork work;
+    Thread& me = self();
+    Block& block = *me.block;
+    me.state = State::at_barrier;
+    me.site = site;
+    std::vector<Thread*> arrived;
+    for (Thread& other : block.threads) {
+        if (other.state != State::at_barrier) continue;
+        if (other.site != site)
+            fail("divergent __syncthreads: here at " + text(site) + ", elsewhere at " + text(other.site));
+        arrived.push_back(&other);
+    }
+    if (arrived.size() < block.threads.size()) return;
+    ++block.barriers;
+    meet(arrived, block.barrier_tag);
+    let_go(arrived);
+}
+
+// Joins the operation `state` of the caller's warp. Returns the threads that the mask names once all of them wait in
+// it; until then, none.
+std::vector<Thread*> arrive_in_warp(State state, unsigned mask, Site site) {
     Thread& me = self();
     const auto refuse = [&](unsigned lane, const std::string& why) {
-        fail(std::string(what) + " at " + text(me.site) + ": " + lane_text(lane, mask) + why);
+        fail((state == State::at_shuffle ? "shuffle at " : "__syncwarp at ") + text(site) + ": " +
+             lane_text(lane, mask) + why);
     };
+    if (!(mask >> me.lane & 1)) refuse(me.lane, " calls, and is not in the mask");
+    me.state = state;
+    me.site = site;
+    me.mask = mask;
     std::vector<Thread*> lanes;
     bool complete = true;
     for (unsigned lane = 0; lane < 32; ++lane) {
@@ -51,19 +91,34 @@ std::vector<Thread*> gather(unsigned mask, const char* what) {
         if (number >= me.block->threads.size()) refuse(lane, " does not exist in this block");
         Thread& other = me.block->threads[number];
         if (other.state == State::done) refuse(lane, " has returned");
+        if (other.state != state || other.mask != mask) complete = false;
+        else if (state == State::at_shuffle && other.site != site) refuse(lane, " shuffles at " + text(other.site));
         lanes.push_back(&other);
-        complete = complete && other.state == me.state && other.mask == mask;
-        if (complete && me.state == State::at_shuffle && other.site != me.site)
-            refuse(lane, " shuffles elsewhere, at " + text(other.site));
     }
     if (!complete) lanes.clear();
     return lanes;
 }
 
-void check_mask(unsigned mask, const char* what, Site site) {
-    if (!(mask >> self().lane & 1))
-        fail(std::string(what) + " at " + text(site) + ": the caller is not in its mask: " +
-             lane_text(self().lane, mask));
+void arrive_at_warp_barrier(unsigned mask, Site site) {
+    const EngineWork work;
+    const std::vector<Thread*> lanes = arrive_in_warp(State::at_warp_barrier, mask, site);
+    if (lanes.empty()) return;
+    meet(lanes, self().block->warp_tags[{self().number / 32, mask}]);
+    let_go(lanes);
+}
+
+// A shuffle exchanges values but orders no memory.
+void arrive_at_shuffle(unsigned mask, uint64_t value, unsigned source_lane, Site site) {
+    const EngineWork work;
+    self().value = value;
+    self().source_lane = source_lane;
+    const std::vector<Thread*> lanes = arrive_in_warp(State::at_shuffle, mask, site);
+    if (!(mask >> source_lane & 1))
+        fail("shuffle at " + text(site) + ": " + lane_text(source_lane, mask) + " is a source, and is not in the mask");
+    std::array<uint64_t, 32> brought;
+    for (const Thread* thread : lanes) brought[thread->lane] = thread->value;
+    for (Thread* thread : lanes) thread->value = brought[thread->source_lane];
+    let_go(lanes);
 }
 
 }  // namespace
@@ -76,90 +131,37 @@ unsigned bnk_lane() { return self().lane; }
 void* bnk_shared_memory() { return self().block->shared; }
 
 void bnk_barrier(const char* file, int line) {
-    Thread& me = self();
-    Block& block = *me.block;
-    wait(State::at_barrier, {file, line});
-    std::vector<Thread*> arrived;
-    for (Thread& other : block.threads) {
-        if (other.state != State::at_barrier) continue;
-        if (other.site != me.site)
-            fail("divergent __syncthreads: here at " + text(me.site) + ", elsewhere at " + text(other.site));
-        arrived.push_back(&other);
-    }
-    if (arrived.size() == block.threads.size()) {
-        ++block.barriers;
-        meet(arrived, &block.barrier_tag);
-        for (Thread* thread : arrived) thread->state = State::ready;
-    }
-    me.fiber.suspend(false);
+    arrive_at_barrier({file, line});
+    self().fiber.suspend(false);
 }
 
 void bnk_warp_barrier(unsigned mask, const char* file, int line) {
-    Thread& me = self();
-    check_mask(mask, "__syncwarp", {file, line});
-    wait(State::at_warp_barrier, {file, line});
-    me.mask = mask;
-    const std::vector<Thread*> lanes = gather(mask, "__syncwarp");
-    if (!lanes.empty()) meet(lanes, &me.block->warp_tags[{me.number / 32, mask}]);
-    for (Thread* thread : lanes) thread->state = State::ready;
-    me.fiber.suspend(false);
+    arrive_at_warp_barrier(mask, {file, line});
+    self().fiber.suspend(false);
 }
 
-// A shuffle exchanges values but orders no memory.
 uint64_t bnk_shuffle(unsigned mask, uint64_t value, unsigned source_lane, const char* file, int line) {
-    Thread& me = self();
-    check_mask(mask, "shuffle", {file, line});
-    if (!(mask >> source_lane & 1))
-        fail("shuffle at " + text(Site{file, line}) + ": the source is not in the mask: " +
-             lane_text(source_lane, mask));
-    wait(State::at_shuffle, {file, line});
-    me.mask = mask;
-    me.value = value;
-    me.source_lane = source_lane;
-    const std::vector<Thread*> lanes = gather(mask, "shuffle");
-    if (!lanes.empty()) {
-        std::array<uint64_t, 32> brought;
-        for (const Thread* thread : lanes) brought[thread->lane] = thread->value;
-        for (Thread* thread : lanes) {
-            thread->value = brought[thread->source_lane];
-            thread->state = State::ready;
-        }
-    }
-    me.fiber.suspend(false);
-    return me.value;
+    arrive_at_shuffle(mask, value, source_lane, {file, line});
+    self().fiber.suspend(false);
+    return self().value;
 }
 
-// ---- fences and atomics: one block hands its results to another by fence + atomic, then atomic + fence --------------
-// A fence alone orders nothing, and an atomic alone orders nothing: what a thread did before its last fence reaches
-// an atomic's address, and what it saw there counts from its next fence on.
-
-namespace {
-
-// What happened before `from` now happens before `to`; the caller itself neither gives nor gets anything.
-void pass_on(void* from, void* to) {
-    order::switch_to(Fiber::scheduler_order());
-    void* const messenger = order::create();
-    order::switch_to(messenger);
-    order::acquire(from);
-    order::release(to);
-    order::switch_to(Fiber::scheduler_order());
-    order::destroy(messenger);
-    order::switch_to(self().fiber.order());
-}
-
-}  // namespace
-
+// One block hands its results to another by fence + atomic there, then atomic + fence here. Neither of the two orders
+// anything alone: an atomic publishes what its thread did before its last fence, and what the atomic saw of other
+// threads counts from the next fence on.
 void bnk_fence() {
-    order::release(&self().before_fence);
-    order::acquire(&self().before_atomics);
+    order::release(self().before_fence);
+    order::acquire(self().before_atomics);
     self().fenced = true;
 }
 
 unsigned bnk_atomic_add(unsigned* address, unsigned value) {
+    const EngineWork work;
     for (const bool is_write : {false, true})
         bnk::access(address, sizeof *address, sizeof *address, is_write, __builtin_return_address(0));
-    pass_on(address, &self().before_atomics);
-    if (self().fenced) pass_on(&self().before_fence, address);
+    order::Tag& published = running.atomic_tags[address];
+    pass_on(published, self().before_atomics);
+    if (self().fenced) pass_on(self().before_fence, published);
     const unsigned old = *address;
     *address = old + value;
     return old;

@@ -10,7 +10,6 @@
 #include <numeric>
 #include <random>
 
-#include "happens_before.h"
 #include "memory.h"
 
 namespace bnk {
@@ -21,7 +20,7 @@ namespace {
 
 constexpr unsigned warp_size = 32;
 constexpr uint64_t most_resident_threads = 4096;
-char launch_start, launch_end;  // tags of happens_before.h
+order::Tag launch_start, launch_end;
 
 BnkIndex unravel(uint64_t number, BnkIndex extent) {
     return {unsigned(number % extent.x), unsigned(number / extent.x % extent.y),
@@ -54,9 +53,8 @@ void give_back_shared(char* shared, [[maybe_unused]] size_t bytes) {
 void thread_entry() {
     Fiber::entered();
     Thread& self = *running.thread;
-    order::acquire(&launch_start);
+    order::acquire(launch_start);
     running.request.kernel(running.request.arguments);
-    order::release(&launch_end);
     self.state = State::done;
     self.fiber.suspend(true);
 }
@@ -78,7 +76,13 @@ std::unique_ptr<Block> start_block(uint64_t number) {
     return block;
 }
 
+// Also of a block that was abandoned.
 void end_block(std::unique_ptr<Block>& block) {
+    for (const Thread& thread : block->threads) {
+        order::switch_to(thread.fiber.order());
+        order::release(launch_end);
+    }
+    order::switch_to(Fiber::scheduler_order());
     running.totals.barriers = std::max<uint64_t>(running.totals.barriers, block->barriers);
     give_back_shared(block->shared, running.request.shared_bytes);
     block.reset();
@@ -220,12 +224,12 @@ extern "C" const char* bnk_launch(const bnk::Request* request, bnk::Totals* tota
     // An aligned copy: the record of the caller has the alignment of bytes.
     std::vector<std::max_align_t> arguments(request->argument_bytes / sizeof(std::max_align_t) + 1);
     memcpy(arguments.data(), request->arguments, request->argument_bytes);
-    running = {*request, {}, nullptr, {}};
+    running = {*request, {}, nullptr, {}, {}};
     running.request.arguments = arguments.data();
     memory::start_launch();
-    order::release(&launch_start);
+    order::release(launch_start);
     run_blocks();
-    order::acquire(&launch_end);
+    order::acquire(launch_end);
     *totals = running.totals;
     return running.error.empty() ? nullptr : running.error.c_str();
 }

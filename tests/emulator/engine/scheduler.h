@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "fiber.h"
+#include "happens_before.h"
 #include "intrinsics.h"
 
 namespace bnk {
@@ -38,7 +39,7 @@ struct Thread {
     unsigned source_lane;   // whose value it takes away
 
     bool fenced = false;    // has called __threadfence
-    char before_fence, before_atomics;  // tags of happens_before.h
+    order::Tag before_fence, before_atomics;
 };
 
 struct Block {
@@ -46,8 +47,8 @@ struct Block {
     std::vector<Thread> threads;
     char* shared = nullptr;
     unsigned barriers = 0;
-    char barrier_tag;                                         // tags of happens_before.h
-    std::map<std::pair<unsigned, unsigned>, char> warp_tags;  // by warp and mask: always the same lanes
+    order::Tag barrier_tag;
+    std::map<std::pair<unsigned, unsigned>, order::Tag> warp_tags;  // by warp and mask: always the same lanes
 };
 
 // Read by ../binding.py: keep both in step.
@@ -73,7 +74,8 @@ struct Totals {
 struct Running {
     Request request;
     Totals totals;
-    Thread* thread;  // null while the scheduler runs
+    Thread* thread;                                  // null while the scheduler runs
+    std::map<const void*, order::Tag> atomic_tags;  // by the address of the atomic
     std::string error;
 };
 
