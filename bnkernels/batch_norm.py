@@ -1,38 +1,27 @@
 """Batch normalisation of an (N, C) mini-batch with an activation behind it: forward, backward, inference.
 
-CuPy arrays run ``cuda/batch_norm_forward.cu`` and ``cuda/batch_norm_backward.cu``, one launch each
-(``_batch_norm_launch.py`` chooses the grid); NumPy arrays run the twins in ``_batch_norm_numpy.py``, with statistics in
-float64.
+CuPy arrays run ``cuda/batch_norm_forward.cu`` and ``cuda/batch_norm_backward.cu``, one launch each; NumPy arrays run
+the twins of ``_batch_norm_numpy.py``, with statistics in float64. An op checks its values here and everything else in
+``_batch_norm_plan.py``, which also runs it.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from bnkernels import _check as check
-from bnkernels import _runtime as rt
-from bnkernels._batch_norm_launch import backward_launch, forward_launch, inference_backward_launch, inference_launch
-from bnkernels._batch_norm_numpy import backward_numpy, forward_numpy, inference_numpy
+from bnkernels._batch_norm_plan import (
+    BACKWARD_NAMES,
+    FORWARD_NAMES,
+    INFERENCE_NAMES,
+    plan_backward,
+    plan_forward,
+    plan_inference,
+    run_backward,
+    run_forward,
+    run_inference,
+)
 from bnkernels.activations import activation_named
-
-FORWARD = rt.arguments_type(
-    "x gamma beta y statistics running_mean running_var",
-    "rows channels row_stride channel_stride",
-    "momentum eps",
-    "activation",
-)
-INFERENCE = rt.arguments_type(
-    "x gamma beta y running_mean running_var", "rows channels row_stride channel_stride", "eps", "activation"
-)
-BACKWARD = rt.arguments_type(
-    "dy x gamma beta mean mean_low rstd dx dgamma dbeta",
-    "rows channels dy_row_stride dy_channel_stride x_row_stride x_channel_stride",
-    "eps",
-    "activation",
-)
 
 
 def batch_norm_forward(
@@ -111,24 +100,10 @@ def batch_norm_forward(
     eps = check.number("eps", eps, 0)
     phi = activation_named(activation)
     arrays = (y, statistics, running_mean, running_var, x, gamma, beta)
-    plan = _forward_plan(*map(check.signature, arrays))
-    runtime = plan.runtime
-    if runtime is not None:
-        check.one_device(runtime, _FORWARD_NAMES, arrays)
-    if out is None:
-        y, statistics = rt.empty(runtime, plan.shape, x), rt.empty(runtime, (3, plan.shape[1]), x)
-    else:
-        check.no_overlap(runtime, _FORWARD_NAMES, arrays, written=4, in_place=("x",))
-
-    if plan.empty:
-        statistics[...] = 0
-    elif runtime is None:
-        forward_numpy(x, gamma, beta, running_mean, running_var, momentum, eps, phi, y, statistics)
-    else:
-        pointers = rt.addresses(runtime, x, gamma, beta, y, statistics, running_mean, running_var)
-        arguments = rt.pack(FORWARD[x.dtype], *pointers, *plan.sizes, momentum, eps, phi.code)
-        runtime.launch("batch_norm_forward", plan.kernel, plan.launch, arguments, x)
-    return y, statistics
+    plan = plan_forward(*map(check.signature, arrays))
+    if out is not None:
+        check.no_overlap(plan.runtime, FORWARD_NAMES, arrays, written=4, in_place=("x",))
+    return run_forward(plan, arrays, momentum, eps, phi)
 
 
 def batch_norm_backward(
@@ -199,10 +174,13 @@ def batch_norm_backward(
     >>> bool(abs(dx.sum()) < 1e-15), dbeta
     (True, array([1.]))
     """
-    outputs = _gradients(out)
+    outputs = check.pack_outputs(out, ("dx", "dgamma", "dbeta"))
+    phi = activation_named(activation)
     arrays = (*outputs, dy, x, gamma, beta, statistics, None, None, y)
-    plan = _backward_plan(*map(check.signature, arrays))
-    return _backward(plan, arrays, tuple(statistics), 0.0, activation)
+    plan = plan_backward(*map(check.signature, arrays))
+    if out is not None:
+        check.no_overlap(plan.runtime, BACKWARD_NAMES, arrays, written=3, in_place=("dy", "x"))
+    return run_backward(plan, arrays, 0.0, phi)
 
 
 def batch_norm_inference(
@@ -266,24 +244,10 @@ def batch_norm_inference(
     eps = check.number("eps", eps, 0)
     phi = activation_named(activation)
     arrays = (out, x, gamma, beta, running_mean, running_var)
-    plan = _inference_plan(*map(check.signature, arrays))
-    runtime = plan.runtime
-    if runtime is not None:
-        check.one_device(runtime, _INFERENCE_NAMES, arrays)
-    if out is None:
-        out = rt.empty(runtime, plan.shape, x)
-    else:
-        check.no_overlap(runtime, _INFERENCE_NAMES, arrays, written=1, in_place=("x",))
-
-    if plan.empty:
-        return out
-    if runtime is None:
-        inference_numpy(x, gamma, beta, running_mean, running_var, eps, phi, out)
-    else:
-        pointers = rt.addresses(runtime, x, gamma, beta, out, running_mean, running_var)
-        arguments = rt.pack(INFERENCE[x.dtype], *pointers, *plan.sizes, eps, phi.code)
-        runtime.launch("batch_norm_forward", plan.kernel, plan.launch, arguments, x)
-    return out
+    plan = plan_inference(*map(check.signature, arrays))
+    if out is not None:
+        check.no_overlap(plan.runtime, INFERENCE_NAMES, arrays, written=1, in_place=("x",))
+    return run_inference(plan, arrays, eps, phi)
 
 
 def batch_norm_inference_backward(
@@ -347,131 +311,10 @@ def batch_norm_inference_backward(
     (array([[1.5]]), array([6.]), array([3.]))
     """
     eps = check.number("eps", eps, 0)
-    outputs = _gradients(out)
-    arrays = (*outputs, dy, x, gamma, beta, None, running_mean, running_var, None)
-    plan = _backward_plan(*map(check.signature, arrays))
-    return _backward(plan, arrays, (running_mean, None, running_var), eps, activation)
-
-
-def _gradients(out: Any) -> tuple:
-    return check.pack_outputs(out, ("dx", "dgamma", "dbeta"))
-
-
-def _backward(plan: Plan, arrays: tuple, statistics: tuple, eps: float, activation: str) -> tuple[Any, Any, Any]:
-    """Run either backward; `statistics` is (mean, mean_low, rstd) or (running mean, None, running variance)."""
+    outputs = check.pack_outputs(out, ("dx", "dgamma", "dbeta"))
     phi = activation_named(activation)
-    dx, dgamma, dbeta, dy, x, gamma, beta, _, _, _, y = arrays
-    runtime = plan.runtime
-    if runtime is not None:
-        check.one_device(runtime, _BACKWARD_NAMES, arrays)
-    if dx is None:
-        channels = plan.shape[1:]
-        dx = rt.empty(runtime, plan.shape, x)
-        dgamma, dbeta = rt.empty(runtime, channels, x), rt.empty(runtime, channels, x)
-    else:
-        check.no_overlap(runtime, _BACKWARD_NAMES, arrays, written=3, in_place=("dy", "x"))
-
-    if plan.empty:
-        dgamma[...] = 0
-        dbeta[...] = 0
-    elif runtime is None:
-        backward_numpy(dy, x, gamma, beta, *statistics, eps, phi, y, dx, dgamma, dbeta)
-    else:
-        pointers = rt.addresses(runtime, dy, x, gamma, beta, *statistics, dx, dgamma, dbeta)
-        arguments = rt.pack(BACKWARD[x.dtype], *pointers, *plan.sizes, eps, phi.code)
-        runtime.launch("batch_norm_backward", plan.kernel, plan.launch, arguments, x)
-    return dx, dgamma, dbeta
-
-
-class Plan(NamedTuple):
-    """What a call's signatures decide: who runs it, and for a device which kernel, how, and with which sizes."""
-
-    runtime: rt.Runtime | None
-    shape: tuple[int, int]
-    kernel: str | None = None
-    launch: rt.Launch | None = None
-    sizes: tuple[int, ...] = ()
-
-    @property
-    def empty(self) -> bool:
-        """Whether there is nothing to compute."""
-        return 0 in self.shape
-
-
-# The arrays of each op, those that it writes first.
-_FORWARD_NAMES = ("y", "statistics", "running_mean", "running_var", "x", "gamma", "beta")
-_INFERENCE_NAMES = ("out", "x", "gamma", "beta", "running_mean", "running_var")
-_BACKWARD_NAMES = (
-    "dx",
-    "dgamma",
-    "dbeta",
-    "dy",
-    "x",
-    "gamma",
-    "beta",
-    "statistics",
-    "running_mean",
-    "running_var",
-    "y",
-)
-
-
-@lru_cache(maxsize=1024)
-def _forward_plan(*signatures: check.Signature | None) -> Plan:
-    optional = ("gamma", "beta", "running_mean", "running_var", "y", "statistics")
-    args = check.arguments(dict(zip(_FORWARD_NAMES, signatures, strict=True)), optional)
-    x = args["x"]
-    rows, channels = check.matrix(x)
-    for name in ("gamma", "beta", "running_mean", "running_var"):
-        check.contiguous(args[name], (channels,), x.dtype)
-    check.contiguous(args["y"], (rows, channels), x.dtype)
-    check.contiguous(args["statistics"], (3, channels), x.dtype)
-    if rows == 1:
-        raise ValueError(
-            f"x has the shape {x.shape}: one value per channel has no variance; train on at least two examples, or "
-            "use batch_norm_inference"
-        )
-    runtime = rt.runtime_of(x.kind)
-    if runtime is None or 0 in x.shape:
-        return Plan(runtime, x.shape)
-    variant, launch = forward_launch(rows, channels, x.dtype)
-    kernel = f"bnk_batch_norm_forward_{variant}_{rt.SUFFIX[x.dtype]}"
-    return Plan(runtime, x.shape, kernel, launch, (rows, channels, *x.element_strides))
-
-
-@lru_cache(maxsize=1024)
-def _inference_plan(*signatures: check.Signature | None) -> Plan:
-    args = check.arguments(dict(zip(_INFERENCE_NAMES, signatures, strict=True)), ("gamma", "beta", "out"))
-    x = args["x"]
-    rows, channels = check.matrix(x)
-    for name in ("gamma", "beta", "running_mean", "running_var"):
-        check.contiguous(args[name], (channels,), x.dtype)
-    check.contiguous(args["out"], (rows, channels), x.dtype)
-    runtime = rt.runtime_of(x.kind)
-    if runtime is None or 0 in x.shape:
-        return Plan(runtime, x.shape)
-    kernel = f"bnk_batch_norm_inference_{rt.SUFFIX[x.dtype]}"
-    return Plan(runtime, x.shape, kernel, inference_launch(rows, channels), (rows, channels, *x.element_strides))
-
-
-@lru_cache(maxsize=1024)
-def _backward_plan(*signatures: check.Signature | None) -> Plan:
-    """Either `statistics` or both running ones must be given."""
-    given = dict(zip(_BACKWARD_NAMES, signatures, strict=True))
-    frozen = given["running_mean"] is not None or given["running_var"] is not None
-    optional = ("statistics",) if frozen else ("running_mean", "running_var")
-    args = check.arguments(given, ("gamma", "beta", "y", "dx", "dgamma", "dbeta", *optional))
-    x, dy = args["x"], args["dy"]
-    rows, channels = check.matrix(x)
-    check.like(dy, (rows, channels), x.dtype)
-    check.like(args["y"], (rows, channels), x.dtype)
-    check.contiguous(args["statistics"], (3, channels), x.dtype)
-    for name in ("gamma", "beta", "running_mean", "running_var", "dgamma", "dbeta"):
-        check.contiguous(args[name], (channels,), x.dtype)
-    check.contiguous(args["dx"], (rows, channels), x.dtype)
-    runtime = rt.runtime_of(x.kind)
-    if runtime is None or 0 in x.shape:
-        return Plan(runtime, x.shape)
-    variant, launch = (inference_backward_launch if frozen else backward_launch)(rows, channels, x.dtype)
-    kernel = f"bnk_batch_norm_{variant}_{rt.SUFFIX[x.dtype]}"
-    return Plan(runtime, x.shape, kernel, launch, (rows, channels, *dy.element_strides, *x.element_strides))
+    arrays = (*outputs, dy, x, gamma, beta, None, running_mean, running_var, None)
+    plan = plan_backward(*map(check.signature, arrays))
+    if out is not None:
+        check.no_overlap(plan.runtime, BACKWARD_NAMES, arrays, written=3, in_place=("dy", "x"))
+    return run_backward(plan, arrays, eps, phi)

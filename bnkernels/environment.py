@@ -42,7 +42,7 @@ def report() -> str:
         "CUDA kernels": lambda: _runtime.why_no_cuda() or "can run",
         "CUDA driver": lambda: _release(_cupy().cuda.runtime.driverGetVersion()),
         "CUDA runtime": lambda: _release(_cupy().cuda.runtime.runtimeGetVersion()),
-        "NVRTC": _nvrtc,
+        "NVRTC": lambda: ".".join(map(str, _cupy().cuda.nvrtc.getVersion())),
         "GPUs": _gpus,
         "kernel sources": lambda: f"{_source.folder()} (SHA-256 {_digest()})",
         "kernel cache": lambda: str(Path(os.environ.get("CUPY_CACHE_DIR", _CACHE)).expanduser()),
@@ -84,14 +84,6 @@ def _cupy() -> ModuleType:
 def _release(version: int) -> str:
     """Return a CUDA version as people write it: 13010 is 13.1."""
     return f"{version // 1000}.{version % 1000 // 10}" if version else "no driver answers"
-
-
-def _nvrtc() -> str:
-    """Return the version that CuPy loads."""
-    _cupy()
-    from cupy.cuda import nvrtc
-
-    return ".".join(map(str, nvrtc.getVersion()))
 
 
 def _gpus() -> str:

@@ -6,10 +6,20 @@ network's two flat arrays, so that an optimiser updates all of them at once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+from bnkernels import _check as check
+from bnkernels._batch_norm_plan import (
+    Plan,
+    plan_backward,
+    plan_forward,
+    plan_inference,
+    run_backward,
+    run_forward,
+    run_inference,
+)
 from bnkernels.activations import activation_named
-from bnkernels.batch_norm import batch_norm_backward, batch_norm_forward, batch_norm_inference
 
 
 class Linear:
@@ -78,35 +88,38 @@ class BatchNorm:
         self.running_mean, self.running_var = running_mean, running_var
         self.momentum, self.eps, self.activation = momentum, eps, activation
         self.batches = 0  # on the host: a counter on the device would cost a launch per step
+        self._phi = activation_named(activation)
+        self._plans: dict[tuple, Plan] = {}
 
     def forward(self, x: Any, *, training: bool) -> Any:
         """Return the output, of the shape of `x`, (N, C)."""
-        gamma, beta = self.parameters["gamma"], self.parameters["beta"]
+        vectors = self.parameters["gamma"], self.parameters["beta"]
         running = self.running_mean, self.running_var
         if not training:
-            return batch_norm_inference(x, gamma, beta, *running, eps=self.eps, activation=self.activation)
+            arrays = (None, x, *vectors, *running)
+            return run_inference(self._plan(plan_inference, arrays, (1,)), arrays, self.eps, self._phi)
+        arrays = (None, None, *running, x, *vectors)
+        plan = self._plan(plan_forward, arrays, (4,))
         momentum = 1 / (self.batches + 1) if self.momentum is None else self.momentum
-        y, statistics = batch_norm_forward(
-            x, gamma, beta, *running, momentum=momentum, eps=self.eps, activation=self.activation
-        )
+        y, statistics = run_forward(plan, arrays, momentum, self.eps, self._phi)
         self.x, self.y, self.statistics = x, y, statistics
         self.batches += 1
         return y
 
     def backward(self, dy: Any) -> Any:
-        """Write the gradients of the parameters; return that of the input, in the place of `dy`."""
-        gamma, beta = self.parameters["gamma"], self.parameters["beta"]
-        dx, _, _ = batch_norm_backward(
-            dy,
-            self.x,
-            gamma,
-            beta,
-            self.statistics,
-            activation=self.activation,
-            y=self.y,
-            out=(dy, self.gradients["gamma"], self.gradients["beta"]),
-        )
-        return dx
+        """Write the gradients of the parameters; return that of the input, in the place of `dy`, which is C-ordered."""
+        vectors = self.parameters["gamma"], self.parameters["beta"]
+        outputs = dy, self.gradients["gamma"], self.gradients["beta"]
+        arrays = (*outputs, dy, self.x, *vectors, self.statistics, None, None, self.y)
+        return run_backward(self._plan(plan_backward, arrays, (3, 4)), arrays, self.eps, self._phi)[0]
+
+    def _plan(self, plan: Callable[..., Plan], arrays: tuple, varying: tuple[int, ...]) -> Plan:
+        """Return the plan for these arrays, of which only the `varying` ones differ between calls."""
+        key = (plan, *[check.signature(arrays[i]) for i in varying])
+        found = self._plans.get(key)
+        if found is None:
+            found = self._plans[key] = plan(*map(check.signature, arrays))
+        return found
 
 
 class Activation:

@@ -11,29 +11,27 @@ import numpy as np
 import pytest
 
 import bnkernels
-from bnkernels import _source
-from bnkernels.environment import report
+from bnkernels import _runtime, _source, environment
 
 
 def facts() -> dict[str, str]:
-    return dict(line.split(": ", 1) for line in report().splitlines())
+    return dict(line.split(": ", 1) for line in environment.report().splitlines())
 
 
-def fake_cupy() -> SimpleNamespace:
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Put a CuPy with two GPUs in place of whatever is installed; return its module `cuda`."""
+    gpu = {"major": 9, "minor": 0, "totalGlobalMem": 3 * 2**29}
     runtime = SimpleNamespace(
         driverGetVersion=lambda: 13010,
         runtimeGetVersion=lambda: 12090,
         getDeviceCount=lambda: 2,
-        getDeviceProperties=lambda device: {
-            "name": b"GPU %d" % device,
-            "major": 9,
-            "minor": 0,
-            "totalGlobalMem": 3 * 2**29,
-        },
+        getDeviceProperties=lambda device: gpu | {"name": b"GPU %d" % device},
     )
-    return SimpleNamespace(
-        __version__="14.2.0", cuda=SimpleNamespace(runtime=runtime, is_available=lambda: True, **cuda)
-    )
+    nvrtc = SimpleNamespace(getVersion=lambda: (13, 5))
+    cuda = SimpleNamespace(runtime=runtime, nvrtc=nvrtc, is_available=lambda: True)
+    monkeypatch.setattr(environment, "_cupy", lambda: SimpleNamespace(__version__="14.2.0", cuda=cuda))
+    return cuda
 
 
 def test_the_installation_is_described() -> None:
@@ -46,43 +44,40 @@ def test_the_installation_is_described() -> None:
 
 
 def test_an_absent_cupy_is_a_fact(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Absent:
-        def find_spec(self, name: str, path: object = None, target: object = None) -> None:
-            if name.partition(".")[0] == "cupy":
-                raise ModuleNotFoundError(f"No module named {name!r}", name="cupy")
-
-    monkeypatch.delitem(sys.modules, "cupy", raising=False)
-    monkeypatch.setattr(sys, "meta_path", [Absent(), *sys.meta_path])
+    monkeypatch.setitem(sys.modules, "cupy", None)  # import raises ModuleNotFoundError
     found = facts()
     for name in ("CuPy", "CUDA driver", "CUDA runtime", "NVRTC", "GPUs"):
         assert found[name] == "cupy is not installed"
 
 
-def test_gpus_and_versions_are_described(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "cupy", fake_cupy())
+def test_gpus_and_versions_are_described(cuda: SimpleNamespace) -> None:
     found = facts()
     assert found["CuPy"] == "14.2.0"
     assert found["CUDA driver"] == "13.1"
     assert found["CUDA runtime"] == "12.9"
+    assert found["NVRTC"] == "13.5"
     assert found["GPUs"] == "GPU 0, sm_90, 1.5 GiB; GPU 1, sm_90, 1.5 GiB"
 
 
-def test_a_driver_that_does_not_answer_is_a_fact(monkeypatch: pytest.MonkeyPatch) -> None:
-    cupy = fake_cupy()
-    cupy.cuda.is_available = lambda: False
-    cupy.cuda.runtime.driverGetVersion = lambda: 0
-    monkeypatch.setitem(sys.modules, "cupy", cupy)
+def test_a_driver_that_does_not_answer_is_a_fact(cuda: SimpleNamespace) -> None:
+    cuda.is_available = lambda: False
+    cuda.runtime.driverGetVersion = lambda: 0
     found = facts()
     assert found["GPUs"] == found["CUDA driver"] == "no driver answers"
 
 
-def test_a_broken_part_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whether_the_kernels_can_run_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_runtime, "why_no_cuda", lambda: "the reason")
+    assert facts()["CUDA kernels"] == "the reason"
+    monkeypatch.setattr(_runtime, "why_no_cuda", lambda: None)
+    assert facts()["CUDA kernels"] == "can run"
+
+
+def test_a_broken_part_leaves_the_others(cuda: SimpleNamespace) -> None:
     def fail() -> int:
         raise RuntimeError("two\nlines")
 
-    cupy = fake_cupy()
-    cupy.cuda.runtime.driverGetVersion = fail
-    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    cuda.runtime.driverGetVersion = fail
     found = facts()
     assert found["CUDA driver"] == "no answer (RuntimeError: two lines)"
     assert found["CUDA runtime"] == "12.9"

@@ -126,7 +126,7 @@ class Binding:
         if sanitizer and not hasattr(ctypes.CDLL(None), f"__{sanitizer[3:7]}_init"):
             raise EmulatorError(
                 f"the build {build!r} needs {sanitizer} in the process from its start; "
-                f"run: python -m tests.emulator run {build} pytest ..."
+                f"run: python -m tests.emulator run {build} -- [pytest's arguments]"
             )
         self.build = build
         self._sources = dict(sources)

@@ -27,10 +27,12 @@ class Fiber {
     }
     void* order() const { return order_; }  // happens_before.h
     static void* scheduler_order();
+    // All that the launch did now happens before the next one: what followed its threads may follow others.
+    static void launch_ended();
 
    private:
 #if defined(BNK_ASAN) || defined(BNK_TSAN)
-    static constexpr size_t stack_bytes = 256 * 1024;  // a sanitizer writes its report on the stack of the culprit
+    static constexpr size_t stack_bytes = 64 * 1024;  // a sanitizer writes its report on the stack of the culprit
 #else
     static constexpr size_t stack_bytes = 64 * 1024;
 #endif

@@ -230,6 +230,7 @@ extern "C" const char* bnk_launch(const bnk::Request* request, bnk::Totals* tota
     order::release(launch_start);
     run_blocks();
     order::acquire(launch_end);
+    Fiber::launch_ended();
     *totals = running.totals;
     return running.error.empty() ? nullptr : running.error.c_str();
 }
