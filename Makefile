@@ -47,8 +47,8 @@ coverage: $(TEST) ## lines of cuda/ that the emulated tests execute
 bench: $(TEST) ## time a training step
 	$(RUN) -m benchmarks.bench_train_step $(ARGS)
 
-notebooks: $(TEST) ## execute the notebooks and keep their outputs
-	$(RUN) -m pytest -q --nbmake --overwrite notebooks
+notebooks: $(TEST) ## execute the notebooks; keep their outputs: make notebooks ARGS=--overwrite
+	$(RUN) -m pytest -q --nbmake $(ARGS) notebooks
 
 clean: ## remove .venv and everything that is built
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import numpy as np
 
 from bnkernels.mlp import MLP
 from bnkernels.parameter_update import adam_update, momentum_update, sgd_update
 
 
-class Optimizer:
+class Optimizer(ABC):
     """What the optimisers share: the network's arrays, and a state of arrays of the same shape and a step count.
 
     Parameters
@@ -32,9 +34,9 @@ class Optimizer:
         self.steps += 1
         self.update()
 
+    @abstractmethod
     def update(self) -> None:
         """Launch the update of step `steps`."""
-        raise TypeError(f"{type(self).__name__} has no update rule; use SGD, Momentum or Adam")
 
     def state(self) -> dict[str, np.ndarray]:
         """Return copies of the state on the host, by name; `steps` is the number of steps made."""

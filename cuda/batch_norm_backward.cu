@@ -164,8 +164,8 @@ __device__ __forceinline__ void batch_norm_inference_backward(const BatchNormBac
     write_parameter_gradients(a, c, channel.rstd, sum_over_lanes(sums));
 }
 
-#define BATCH_NORM_BACKWARD(variant, suffix, T, A, threads, body)            \
-    using arguments_##variant##_##suffix = BatchNormBackward<T, A>;           \
+#define BATCH_NORM_BACKWARD(variant, suffix, T, A, threads, body)   \
+    using arguments_##variant##_##suffix = BatchNormBackward<T, A>; \
     BNK_KERNEL(bnk_batch_norm_##variant##_##suffix, arguments_##variant##_##suffix, threads, body)
 
 BATCH_NORM_BACKWARD(backward_held4, f32, float, float, 512, (batch_norm_backward<float, float, 4>))

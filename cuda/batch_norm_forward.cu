@@ -101,12 +101,47 @@ __device__ __forceinline__ int load_rows(A (&values)[VALUES], const T* column, l
     return count;
 }
 
+// Mean and M2 of a channel over the whole mini-batch, from the lanes' in shared memory. Every thread merges all lanes of
+// its channel itself, in the same order: that is cheaper than a second barrier.
+template <typename A>
+__device__ __forceinline__ Moments<A> merge_lanes(const A* partial, long long rows) {
+    const int width = blockDim.x, lanes = blockDim.y, plane = lanes * width;
+    const long long rounds = rows / lanes;
+    const int longer = (int)(rows - rounds * lanes);  // the first lanes own one row more
+    const int filled = rounds > 0 ? lanes : longer;
+    Pair<A> sum = {A(0), A(0)};
+    for (int j = 0; j < filled; ++j) {
+        const A* lane = partial + j * width + threadIdx.x;
+        const Pair<A> mean = {lane[0], lane[plane]};
+        sum = add(sum, multiply(mean, A(rounds + (j < longer))));
+    }
+    Moments<A> all = {A(rows), divide(sum, A(rows)), {A(0), A(0)}};
+    for (int j = 0; j < filled; ++j) {
+        const A* lane = partial + j * width + threadIdx.x;
+        const A delta = (lane[0] - all.mean.high) + (lane[plane] - all.mean.low);
+        all.m2 = add(all.m2, lane[2 * plane]);
+        all.m2 = add(all.m2, delta * delta * A(rounds + (j < longer)));
+    }
+    return all;
+}
+
+template <typename T, typename A>
+__device__ __forceinline__ void write_statistics(const BatchNormForward<T, A>& a, long long c, const Moments<A>& all,
+                                                 A rstd) {
+    a.statistics[c] = all.mean.high;
+    a.statistics[a.channels + c] = all.mean.low;
+    a.statistics[2 * a.channels + c] = rstd;
+    const A keep = A(1) - a.momentum, unbiased = value(all.m2) / A(a.rows - 1);
+    if (a.running_mean) a.running_mean[c] = fma(a.momentum, all.mean.high, keep * a.running_mean[c]);
+    if (a.running_var) a.running_var[c] = fma(a.momentum, unbiased, keep * a.running_var[c]);
+}
+
 template <typename T, typename A, int VALUES, bool HELD>
 __device__ __forceinline__ void batch_norm_forward(const BatchNormForward<T, A>& a) {
     BNK_DYNAMIC_SHARED(A, partial);  // [mean.high, mean.low, m2][lane][channel of the slice]
-    const int width = blockDim.x, lanes = blockDim.y, lane = threadIdx.y;
-    const int slot = lane * width + threadIdx.x, plane = lanes * width;
-    const long long c = (long long)blockIdx.x * width + threadIdx.x;
+    const int lanes = blockDim.y, lane = threadIdx.y, plane = lanes * blockDim.x;
+    const long long c = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    const long long chunk = (long long)VALUES * lanes;
     const bool active = c < a.channels;  // no early return: every thread must reach the barrier
     const T* column = a.x + c * a.channel_stride;
     A values[VALUES];
@@ -116,51 +151,29 @@ __device__ __forceinline__ void batch_norm_forward(const BatchNormForward<T, A>&
         count = load_rows(values, column, lane, a.rows, a.row_stride);
         Moments<A> own = moments_of(values, count);
         if (!HELD)
-            for (long long row = lane + (long long)VALUES * lanes; row < a.rows; row += (long long)VALUES * lanes) {
+            for (long long row = lane + chunk; row < a.rows; row += chunk) {
                 count = load_rows(values, column, row, a.rows, a.row_stride);
                 own = merge(own, moments_of(values, count));
             }
-        partial[slot] = own.mean.high;
-        partial[plane + slot] = own.mean.low;
-        partial[2 * plane + slot] = value(own.m2);
+        A* slot = partial + lane * blockDim.x + threadIdx.x;
+        slot[0] = own.mean.high;
+        slot[plane] = own.mean.low;
+        slot[2 * plane] = value(own.m2);
     }
     __syncthreads();
     if (!active) return;
 
-    // Every thread merges all lanes of its channel itself, in the same order: cheaper than a second barrier.
-    const int filled = a.rows < lanes ? (int)a.rows : lanes;
-    Pair<A> sum = {A(0), A(0)};
-    for (int j = 0; j < filled; ++j) {
-        const Pair<A> mean = {partial[j * width + threadIdx.x], partial[plane + j * width + threadIdx.x]};
-        sum = add(sum, multiply(mean, A((a.rows - j - 1) / lanes + 1)));
-    }
-    const Pair<A> mean = divide(sum, A(a.rows));
-    Pair<A> m2 = {A(0), A(0)};
-    for (int j = 0; j < filled; ++j) {
-        const int other = j * width + threadIdx.x;
-        const A delta = (partial[other] - mean.high) + (partial[plane + other] - mean.low);
-        m2 = add(m2, partial[2 * plane + other]);
-        m2 = add(m2, delta * delta * A((a.rows - j - 1) / lanes + 1));
-    }
-    const A var = value(m2) / A(a.rows);
-    const A rstd = A(1) / sqrt(var + a.eps);
-
-    if (lane == 0) {
-        a.statistics[c] = mean.high;
-        a.statistics[a.channels + c] = mean.low;
-        a.statistics[2 * a.channels + c] = rstd;
-        const A keep = A(1) - a.momentum;
-        if (a.running_mean) a.running_mean[c] = fma(a.momentum, mean.high, keep * a.running_mean[c]);
-        if (a.running_var) a.running_var[c] = fma(a.momentum, value(m2) / A(a.rows - 1), keep * a.running_var[c]);
-    }
+    const Moments<A> all = merge_lanes(partial, a.rows);
+    const A rstd = A(1) / sqrt(value(all.m2) / all.count + a.eps);
+    if (lane == 0) write_statistics(a, c, all, rstd);
 
     const A scale = a.gamma ? a.gamma[c] * rstd : rstd, beta = a.beta ? a.beta[c] : A(0);
-    for (long long row = lane; row < a.rows; row += (long long)VALUES * lanes) {
+    for (long long row = lane; row < a.rows; row += chunk) {
         if (!HELD) count = load_rows(values, column, row, a.rows, a.row_stride);
 #pragma unroll
         for (int i = 0; i < VALUES; ++i)
             if (i < count) {
-                const A z = fma(scale, subtract(values[i], mean), beta);
+                const A z = fma(scale, subtract(values[i], all.mean), beta);
                 a.y[(row + (long long)i * lanes) * a.channels + c] = T(activate(z, a.activation));
             }
     }
@@ -179,14 +192,13 @@ __device__ __forceinline__ void batch_norm_inference(const BatchNormInference<T,
     }
 }
 
-#define BATCH_NORM_FORWARD(variant, suffix, T, A, threads, values, held)                                      \
-    using arguments_forward_##variant##_##suffix = BatchNormForward<T, A>;                                    \
+#define BATCH_NORM_FORWARD(variant, suffix, T, A, threads, values, held)                                     \
+    using arguments_forward_##variant##_##suffix = BatchNormForward<T, A>;                                   \
     BNK_KERNEL(bnk_batch_norm_forward_##variant##_##suffix, arguments_forward_##variant##_##suffix, threads, \
                (batch_norm_forward<T, A, values, held>))
-#define BATCH_NORM_INFERENCE(suffix, T, A)                                                   \
-    using arguments_inference_##suffix = BatchNormInference<T, A>;                            \
-    BNK_KERNEL(bnk_batch_norm_inference_##suffix, arguments_inference_##suffix, 512, \
-               (batch_norm_inference<T, A>))
+#define BATCH_NORM_INFERENCE(suffix, T, A)                         \
+    using arguments_inference_##suffix = BatchNormInference<T, A>; \
+    BNK_KERNEL(bnk_batch_norm_inference_##suffix, arguments_inference_##suffix, 512, (batch_norm_inference<T, A>))
 
 BATCH_NORM_FORWARD(held4, f32, float, float, 512, 4, true)
 BATCH_NORM_FORWARD(held4, f64, double, double, 512, 4, true)

@@ -8,15 +8,13 @@
 #ifndef BNK_KERNEL
 // One kernel: its name (unmangled, so that CuPy can cache it), its one argument (a struct, by value), the most threads
 // a block of it may have, and the templated device function that is its body, in parentheses.
-#define BNK_KERNEL(name, Arguments, threads, body)                                              \
-    extern "C" __global__ void __launch_bounds__(threads) name(const Arguments arguments) { \
-        body(arguments);                                                                          \
-    }
+#define BNK_KERNEL(name, Arguments, threads, body) \
+    extern "C" __global__ void __launch_bounds__(threads) name(const Arguments arguments) { body(arguments); }
 #endif
 
 #ifndef BNK_DYNAMIC_SHARED
 // The block's shared memory, of the size the launch asked for, as an array of T.
-#define BNK_DYNAMIC_SHARED(T, name)                              \
+#define BNK_DYNAMIC_SHARED(T, name)                               \
     extern __shared__ __align__(16) unsigned char name##_bytes[]; \
     T* const name = reinterpret_cast<T*>(name##_bytes)
 #endif

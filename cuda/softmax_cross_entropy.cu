@@ -73,8 +73,8 @@ __device__ __forceinline__ void softmax_cross_entropy(const SoftmaxCrossEntropy<
     }
 }
 
-#define SOFTMAX_CROSS_ENTROPY(labels, suffix, L, T, A)                                          \
-    using arguments_##labels##_##suffix = SoftmaxCrossEntropy<T, L, A>;                         \
+#define SOFTMAX_CROSS_ENTROPY(labels, suffix, L, T, A)                                            \
+    using arguments_##labels##_##suffix = SoftmaxCrossEntropy<T, L, A>;                           \
     BNK_KERNEL(bnk_softmax_cross_entropy_##labels##_##suffix, arguments_##labels##_##suffix, 256, \
                (softmax_cross_entropy<T, L, A>))
 

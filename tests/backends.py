@@ -27,6 +27,7 @@ class Backend(NamedTuple):
     asarray: Callable[[Any], Any]  # a C-contiguous copy
     like: Callable[[np.ndarray], Any]  # a copy with the same strides
     asnumpy: Callable[[Any], np.ndarray]
+    xp: Any  # the array module
 
     def arrays(self, *arrays: np.ndarray | None) -> list[Any]:
         """Return a copy of each; None stays None."""
@@ -43,6 +44,33 @@ def emulated_runtime() -> emulator.EmulatorRuntime:
     if shutil.which("g++") is None:
         pytest.skip("the emulator needs g++")
     return emulator.from_environment()
+
+
+class EmulatedNumPy:
+    """NumPy, whose new arrays lie in the emulator's memory."""
+
+    def __init__(self, runtime: emulator.EmulatorRuntime) -> None:
+        self._runtime = runtime
+
+    def __getattr__(self, name: str) -> Any:
+        """Return NumPy's own function."""
+        return getattr(np, name)
+
+    def asarray(self, array: Any) -> emulator.EmulatedArray:
+        """Return an emulated copy."""
+        return self._runtime.asarray(array)
+
+    def zeros(self, shape: Any, dtype: Any) -> emulator.EmulatedArray:
+        """Return emulated zeros."""
+        return self._runtime.asarray(np.zeros(shape, dtype))
+
+    def ones(self, shape: Any, dtype: Any) -> emulator.EmulatedArray:
+        """Return emulated ones."""
+        return self._runtime.asarray(np.ones(shape, dtype))
+
+    def zeros_like(self, array: Any) -> emulator.EmulatedArray:
+        """Return emulated zeros of the same shape and data type."""
+        return self.zeros(array.shape, array.dtype)
 
 
 def _like(base: Callable[[np.ndarray], Any], array: np.ndarray) -> Any:
@@ -63,10 +91,11 @@ def _like(base: Callable[[np.ndarray], Any], array: np.ndarray) -> Any:
 def make(name: str) -> Backend:
     """Return a backend by name."""
     if name == "numpy":
-        return Backend(name, np.array, lambda array: _like(np.array, array), np.asarray)
+        return Backend(name, np.array, lambda array: _like(np.array, array), np.asarray, np)
     if name == "emulator":
         runtime = emulated_runtime()
-        return Backend(name, runtime.asarray, runtime.like, lambda array: np.array(array, subok=False))
+        xp = EmulatedNumPy(runtime)
+        return Backend(name, runtime.asarray, runtime.like, lambda array: np.array(array, subok=False), xp)
     import cupy
 
-    return Backend(name, cupy.array, lambda array: _like(cupy.array, array), cupy.asnumpy)
+    return Backend(name, cupy.array, lambda array: _like(cupy.array, array), cupy.asnumpy, cupy)

@@ -14,17 +14,18 @@ import pytest
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installed: kernels are not compiled")
 
-from bnkernels import _source, batch_norm, parameter_update
+from bnkernels import _source, parameter_update
+from bnkernels._batch_norm_plan import BACKWARD, FORWARD, INFERENCE
 from bnkernels.softmax_cross_entropy import ARGUMENTS as SOFTMAX_CROSS_ENTROPY
 from tests.compile import __main__ as command
 from tests.compile import nvrtc, ptx
 
 ARCHITECTURE = 90
 LAYOUTS = {
-    "bnk_batch_norm_forward": batch_norm.FORWARD,
-    "bnk_batch_norm_inference": batch_norm.INFERENCE,
-    "bnk_batch_norm_inference_backward": batch_norm.BACKWARD,
-    "bnk_batch_norm_backward": batch_norm.BACKWARD,
+    "bnk_batch_norm_forward": FORWARD,
+    "bnk_batch_norm_inference": INFERENCE,
+    "bnk_batch_norm_inference_backward": BACKWARD,
+    "bnk_batch_norm_backward": BACKWARD,
     "bnk_parameter_update": parameter_update.ARGUMENTS,
     "bnk_softmax_cross_entropy": SOFTMAX_CROSS_ENTROPY,
 }

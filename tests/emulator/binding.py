@@ -16,7 +16,7 @@ import numpy as np
 from bnkernels._runtime import Launch
 
 from .build import BUILDS, EmulatorError, engine_library, kernel_library
-from .sanitizers import new_reports
+from .sanitizers import Reports
 
 
 class _Index(ctypes.Structure):
@@ -131,7 +131,7 @@ class Binding:
         self.build = build
         self._sources = dict(sources)
         self._libraries: dict[str, ctypes.CDLL] = {}
-        self._reports_seen = len(new_reports(0))
+        self._reports = Reports()
         # PyDLL keeps the interpreter's lock: the engine has one thread, and so has a launch.
         self._engine = ctypes.PyDLL(str(engine_library(build)))
         for name, result, arguments in (
@@ -209,9 +209,7 @@ class Binding:
         if error is not None:
             place = _source_line(library._name, totals.error_address)
             raise EmulatorError(f"{source}.cu, {entry_point}: {error.decode()}{place}")
-        reports = new_reports(self._reports_seen)
-        if reports:
-            self._reports_seen += len(reports)
+        if reports := self._reports.new():
             raise EmulatorError(f"{source}.cu, {entry_point}: {reports}")
         return Counts(self._array_traffic(), totals.shared_bytes_read, totals.shared_bytes_written, totals.barriers)
 

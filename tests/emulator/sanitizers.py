@@ -32,15 +32,34 @@ def run(build: str, module: str, arguments: Sequence[str]) -> int:
         reports = "".join(path.read_text(errors="replace") for path in sorted(Path(folder).iterdir()))
     if not reports:
         return status.returncode
-    print(reports, file=sys.stderr)
+    print(_beginning(reports), file=sys.stderr)
     return status.returncode or REPORTED
 
 
-def new_reports(seen: int) -> str:
-    """Return what the sanitizer of this process has reported after the first `seen` characters."""
-    log = os.environ.get(LOG_VARIABLE)
-    path = Path(f"{log}.{os.getpid()}")
-    return path.read_text(errors="replace")[seen:] if log and path.exists() else ""
+class Reports:
+    """What the sanitizer of this process reports, as it comes."""
+
+    def __init__(self) -> None:
+        log = os.environ.get(LOG_VARIABLE)
+        self._path = Path(f"{log}.{os.getpid()}") if log else None
+        self._seen = 0
+
+    def new(self) -> str:
+        """Return the beginning of what came since the last call."""
+        if self._path is None or not self._path.exists():
+            return ""
+        with self._path.open(errors="replace") as log:
+            log.seek(self._seen)
+            text = log.read()
+            self._seen = log.tell()
+        return _beginning(text)
+
+
+def _beginning(reports: str, most_lines: int = 60) -> str:
+    """Keep the first reports: one race of a thousand threads is a thousand reports."""
+    lines = reports.splitlines()
+    rest = f"\n... and {len(lines) - most_lines} more lines of reports" if len(lines) > most_lines else ""
+    return "\n".join(lines[:most_lines]) + rest
 
 
 def _environment(build: str, log: Path) -> dict[str, str]:

@@ -20,7 +20,7 @@ namespace {
 
 constexpr unsigned warp_size = 32;
 constexpr uint64_t most_resident_threads = 4096;
-order::Tag launch_start, launch_end;
+order::Tag block_start, launch_end;
 
 BnkIndex unravel(uint64_t number, BnkIndex extent) {
     return {unsigned(number % extent.x), unsigned(number / extent.x % extent.y),
@@ -53,7 +53,7 @@ void give_back_shared(char* shared, [[maybe_unused]] size_t bytes) {
 void thread_entry() {
     Fiber::entered();
     Thread& self = *running.thread;
-    order::acquire(launch_start);
+    order::acquire(block_start);
     running.request.kernel(running.request.arguments);
     self.state = State::done;
     self.fiber.suspend(true);
@@ -73,6 +73,7 @@ std::unique_ptr<Block> start_block(uint64_t number) {
         thread.lane = i % warp_size;
         thread.fiber.start(thread_entry);
     }
+    order::release(block_start);  // what the scheduler has prepared; it never learns what the blocks do
     return block;
 }
 
@@ -227,7 +228,6 @@ extern "C" const char* bnk_launch(const bnk::Request* request, bnk::Totals* tota
     running = {*request, {}, nullptr, {}, {}};
     running.request.arguments = arguments.data();
     memory::start_launch();
-    order::release(launch_start);
     run_blocks();
     order::acquire(launch_end);
     Fiber::launch_ended();

@@ -1,0 +1,1 @@
+"""Bugs of other libraries that must not happen here: each test is named after the upstream issue it guards against."""
