@@ -11,10 +11,6 @@ import numpy as np
 from bnkernels import _source
 from bnkernels._runtime import Launch
 
-# CuPy appends -ftz=true: float32 numbers below 1.2e-38 are flushed to zero. Without contraction a kernel rounds
-# exactly where its source says, as it does on the emulator.
-OPTIONS = ("--std=c++17", "--fmad=false")
-
 
 def available() -> str | None:
     """Return None where CUDA kernels can run, else the reason why they cannot."""
@@ -57,6 +53,6 @@ class CudaRuntime:
         with self._lock:
             module = self._modules.get((device, source))
             if module is None:
-                module = cupy.RawModule(code=_source.read(source), options=OPTIONS)
+                module = cupy.RawModule(code=_source.read(source), options=_source.OPTIONS)
                 self._modules[device, source] = module
             return self._kernels.setdefault((device, entry_point), module.get_function(entry_point))

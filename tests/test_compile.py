@@ -131,8 +131,7 @@ def test_every_difference_from_the_baseline_is_told(table: command.Table) -> Non
     assert command.differences(found, baseline) == [
         "new: not in the baseline",
         "gone: in the baseline, but gone",
-        "kept on sm_90: 32 -> 40 registers",
-        "kept on sm_100: no -> 8 registers",
+        "kept: registers sm_90 32 -> 40, sm_100 no -> 8",
     ]
     found["nvrtc"] = "14.0"
     assert command.differences(found, baseline) == ["new: not in the baseline", "gone: in the baseline, but gone"]
@@ -152,5 +151,5 @@ def test_the_command_fails_on_a_difference(
     assert command.main([]) == 1
     printed = capsys.readouterr()
     assert f"{kernel} on sm_90: 4 bytes of spill loads, must be 0" in printed.err
-    assert "-> 1 registers" in printed.err
+    assert f"{kernel}: registers sm_90 {table[kernel]['90'].registers} -> 1\n" in printed.err
     assert printed.out.endswith("1 failures, 1 differences from the baseline\n")

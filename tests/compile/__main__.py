@@ -61,19 +61,21 @@ def baseline_of(table: Table, version: str) -> dict:
 
 
 def differences(found: dict, baseline: dict) -> list[str]:
-    """Return how `found` differs from the baseline, one line each; another NVRTC may use other registers."""
+    """Return how `found` differs from the baseline, a line per kernel; another NVRTC may use other registers."""
     new, old = found["registers"], baseline["registers"]
     lines = [f"{kernel}: not in the baseline" for kernel in sorted(new.keys() - old.keys())]
     lines += [f"{kernel}: in the baseline, but gone" for kernel in sorted(old.keys() - new.keys())]
     if found["nvrtc"] != baseline["nvrtc"]:
         return lines
-    return lines + [
-        f"{kernel} on sm_{architecture}: {old[kernel].get(architecture, 'no')} -> {new[kernel].get(architecture, 'no')}"
-        " registers"
-        for kernel in sorted(new.keys() & old.keys())
-        for architecture in sorted(new[kernel].keys() | old[kernel].keys(), key=int)
-        if new[kernel].get(architecture) != old[kernel].get(architecture)
-    ]
+    for kernel in sorted(new.keys() & old.keys()):
+        changes = [
+            f"sm_{architecture} {old[kernel].get(architecture, 'no')} -> {new[kernel].get(architecture, 'no')}"
+            for architecture in sorted(new[kernel].keys() | old[kernel].keys(), key=int)
+            if new[kernel].get(architecture) != old[kernel].get(architecture)
+        ]
+        if changes:
+            lines.append(f"{kernel}: registers {', '.join(changes)}")
+    return lines
 
 
 def compare(found: dict) -> list[str]:

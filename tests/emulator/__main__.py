@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from .build import BUILDS
+from .coverage import coverage
 from .sanitizers import run
 
 
@@ -16,9 +17,14 @@ def main() -> int:
     running = commands.add_parser("run", help="run pytest on a build of the emulator; fail on any report")
     running.add_argument("build", choices=BUILDS)
     running.add_argument("--module", default="pytest", help="another module to run")
-    running.add_argument("arguments", nargs="*", metavar="-- ARGUMENT", help="of pytest")
-    options = parser.parse_args()
-    return run(options.build, options.module, options.arguments)
+    running.epilog = "What follows -- are the arguments of pytest."
+    commands.add_parser("coverage", help="list the lines of cuda/ that no emulated test executes; -- ARGUMENTS of pytest")
+    separator = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    options = parser.parse_args(sys.argv[1:separator])
+    arguments = sys.argv[separator + 1 :]
+    if options.command == "coverage":
+        return coverage(arguments)
+    return run(options.build, options.module, arguments)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,10 @@ struct Planted {
     int choice;
 };
 
-#define PLANTED(name)                                                                  \
-    __device__ __forceinline__ void planted_##name(const Planted& a);                  \
-    BNK_KERNEL(bnk_planted_##name, Planted, 1024, (planted_##name))                    \
+#define PLANTED(name) PLANTED_WITH_BOUNDS(name, 1024)
+#define PLANTED_WITH_BOUNDS(name, threads)                                   \
+    __device__ __forceinline__ void planted_##name(const Planted& a);        \
+    BNK_KERNEL(bnk_planted_##name, Planted, threads, (planted_##name))       \
     __device__ __forceinline__ void planted_##name([[maybe_unused]] const Planted& a)
 
 // ---- correct --------------------------------------------------------------------------------------------------------
@@ -26,6 +27,9 @@ PLANTED(reverse) {
     __syncthreads();
     a.y[first + t] = tile[blockDim.x - 1 - t];
 }
+
+// No block of more than 64 threads.
+PLANTED_WITH_BOUNDS(bounded, 64) { a.y[threadIdx.x] = a.x[threadIdx.x]; }
 
 struct alignas(16) Vector {
     float values[4];

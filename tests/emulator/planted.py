@@ -22,6 +22,7 @@ ARGUMENTS = np.dtype(
 
 # What differs from one block of a warp, with 32 elements of x, y and shared memory.
 SETTINGS: dict[str, dict] = {
+    "copy_vectors": {"x_size": 128, "y_size": 128},
     "absent_lane": {"block": (24, 1, 1)},
     "blocks_write_the_same": {"grid": (2, 1, 1)},
     "last_block": {"grid": (4, 1, 1)},

@@ -145,6 +145,10 @@ class EmulatorRuntime:
         address = self._binding.reserve(size, _describe(shape, dtype))
         return EmulatedArray(shape, dtype, self._owned(address, size))
 
+    def holds(self, address: int) -> bool:
+        """Tell whether kernels may touch `address` now."""
+        return self._binding.holds(address)
+
     def check_guards(self) -> None:
         """Raise `EmulatorError` if anything was written just before or behind an array."""
         self._binding.check_guards()

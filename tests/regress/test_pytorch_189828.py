@@ -1,0 +1,59 @@
+"""Shapes that nobody compared, found when kernels read past the end of what they had been given."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.backends import Backend
+from tests.regress.refusal import refused
+from tests.regress.calls import CALLS, EVERY_ARRAY, make_arrays
+
+SPOILERS = {
+    "short": lambda array: array[:-1],
+    "long": lambda array: np.concatenate([array, array[-1:]]),
+    "empty": lambda array: array[:0],
+    "narrow": lambda array: array[..., :-1],
+    "higher rank": lambda array: array[None],
+    "lower rank": lambda array: np.array(array[0]),
+}
+
+
+@pytest.mark.parametrize("spoiler", SPOILERS)
+@pytest.mark.parametrize(("op", "name"), EVERY_ARRAY)
+def test_pytorch_189828_wrong_shape_of_any_array(backend: Backend, op: str, name: str, spoiler: str) -> None:
+    """One array short, long, empty or of another rank was read or written out of bounds. 193097 and 188958 too."""
+    arrays = make_arrays(op)
+    arrays[name] = SPOILERS[spoiler](arrays[name])
+    on = {key: backend.asarray(array) for key, array in arrays.items()}
+    with refused(backend, ValueError, "must|has the shape", *on.values()):
+        CALLS[op].run(on)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int32", "complex64", "other"])
+@pytest.mark.parametrize(("op", "name"), EVERY_ARRAY)
+def test_pytorch_189831_wrong_type_of_any_array(backend: Backend, op: str, name: str, dtype: str) -> None:
+    """A type that the kernels do not know, or not the type of the rest, must never be reinterpreted."""
+    if (name, dtype) == ("labels", "int32"):
+        pytest.skip("int32 is a type of labels")
+    arrays = make_arrays(op)
+    arrays[name] = arrays[name].astype("float64" if dtype == "other" else dtype)
+    on = {key: backend.asarray(array) for key, array in arrays.items()}
+    with refused(backend, TypeError, "must be (float|int)", *on.values()):
+        CALLS[op].run(on)
+
+
+@pytest.mark.parametrize(("op", "name"), [pair for pair in EVERY_ARRAY if pair[1] not in CALLS[pair[0]].any_strides])
+def test_pytorch_189828_gaps_in_any_array_that_must_have_none(backend: Backend, op: str, name: str) -> None:
+    """A view with gaps was taken for a dense array."""
+    arrays = make_arrays(op)
+    on = {key: backend.asarray(array) for key, array in arrays.items()}
+    on[name] = backend.like(np.repeat(arrays[name], 2, axis=-1)[..., ::2])
+    with refused(backend, ValueError, "contiguous", *on.values()):
+        CALLS[op].run(on)
+
+
+def test_every_array_is_there() -> None:
+    """Without spoiling, every call of the table works: what the tests above refuse is refused for its fault alone."""
+    for op, call in CALLS.items():
+        call.run(make_arrays(op))
