@@ -7,13 +7,20 @@ never two data types in one call over the whole matrix, which NumPy would conver
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
 from bnkernels.activations import Activation
 
-
 SINGLE, DOUBLE = np.dtype(np.float32), np.dtype(np.float64)
+
+
+class Kept(NamedTuple):
+    """What the forward knows and the backward would compute again: the output and ``x - mean`` in float64."""
+
+    y: np.ndarray
+    centred: np.ndarray
 
 
 class _Sums:
@@ -38,13 +45,10 @@ _sums = lru_cache(maxsize=16)(_Sums)
 
 
 @lru_cache(maxsize=64)
-def _weights(momentum: float, rows: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the weights of the old and of the new mean, and that of the new, biased variance."""
-    weights = 1 - momentum, momentum, momentum * rows / (rows - 1)
-    return tuple(np.array(weight, dtype) for weight in weights)
-
-
-_eps = lru_cache(maxsize=16)(np.array)
+def _scalars(rows: int, momentum: float, eps: float, double: bool) -> tuple[np.ndarray, ...]:
+    """Return eps and the weights of the old mean, of the new mean, and of the new, biased variance."""
+    values = eps, 1 - momentum, momentum, momentum * rows / (rows - 1)
+    return tuple(np.array(value, DOUBLE if double else SINGLE) for value in values)
 
 
 def _moments(x: np.ndarray, statistics: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -83,8 +87,8 @@ def _centred(x: np.ndarray, mean: np.ndarray, low: np.ndarray | None) -> np.ndar
     return centred
 
 
-def _rstd(var: np.ndarray, eps: float) -> np.ndarray:
-    rstd = var + _eps(eps, var.dtype)
+def _rstd(var: np.ndarray, eps: np.ndarray) -> np.ndarray:
+    rstd = var + eps
     np.sqrt(rstd, out=rstd)
     return np.reciprocal(rstd, out=rstd)
 
@@ -118,19 +122,21 @@ def forward_numpy(
     phi: Activation,
     y: np.ndarray,
     statistics: np.ndarray,
-) -> None:
+) -> Kept:
     """Write `y`, `statistics` and the running statistics of the training forward."""
     var, centred = _moments(x, statistics)
-    statistics[2] = rstd = _rstd(var, eps)
-    keep, take, take_unbiased = _weights(momentum, len(x), x.dtype)
+    small, keep, take, take_unbiased = _scalars(len(x), momentum, eps, x.dtype == DOUBLE)
+    statistics[2] = rstd = _rstd(var, small)
     if running_mean is not None:
         running_mean *= keep
         running_mean += take * statistics[0]
     if running_var is not None:
         running_var *= keep
-        running_var += take_unbiased * var
+        var *= take_unbiased
+        running_var += var
     _affine(centred, _scale(gamma, rstd), beta, y)
     _activate(phi, y)
+    return Kept(y, centred)
 
 
 def inference_numpy(
@@ -144,7 +150,7 @@ def inference_numpy(
     y: np.ndarray,
 ) -> None:
     """Write `y` of the inference forward."""
-    _affine(_centred(x, running_mean, None), _scale(gamma, _rstd(running_var, eps)), beta, y)
+    _affine(_centred(x, running_mean, None), _scale(gamma, _rstd(running_var, x.dtype.type(eps))), beta, y)
     _activate(phi, y)
 
 
@@ -158,7 +164,7 @@ def backward_numpy(
     rstd: np.ndarray,
     eps: float,
     phi: Activation,
-    y: np.ndarray | None,
+    kept: Kept | None,
     dx: np.ndarray,
     dgamma: np.ndarray,
     dbeta: np.ndarray,
@@ -166,14 +172,16 @@ def backward_numpy(
     """Write the gradients; where `mean_low` is None, `mean` and `rstd` are the running mean and variance."""
     frozen = mean_low is None
     if frozen:
-        rstd = _rstd(rstd, eps)
-    centred, scale = _centred(x, mean, mean_low), _scale(gamma, rstd)
-    if phi.code != 0 and y is None:
-        y = phi.forward(np, _affine(centred, scale, beta, np.empty_like(x)))
-    g = phi.backward(np, dy, y)
+        rstd = _rstd(rstd, x.dtype.type(eps))
+    scale = _scale(gamma, rstd)
+    if kept is None:
+        centred = _centred(x, mean, mean_low)
+        y = None if phi.code == 0 else phi.forward(np, _affine(centred, scale, beta, np.empty_like(x)))
+        kept = Kept(y, centred)
+    g = phi.backward(np, dy, kept.y)
     wide = g.astype(DOUBLE)
     over_batch = _sums(len(x))
-    sum_g, sum_g_xhat = over_batch.sum(wide), over_batch.sum(wide * centred)
+    sum_g, sum_g_xhat = over_batch.sum(wide), over_batch.sum(wide * kept.centred)
     sum_g_xhat *= rstd
     dbeta[...] = sum_g
     dgamma[...] = sum_g_xhat
@@ -183,7 +191,6 @@ def backward_numpy(
     sum_g_xhat *= rstd
     sum_g_xhat /= over_batch.rows
     sum_g /= over_batch.rows
-    centred *= sum_g_xhat
-    centred += sum_g
-    wide -= centred
+    wide -= kept.centred * sum_g_xhat
+    wide -= sum_g
     np.multiply(wide, scale, out=dx, casting="same_kind")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from bnkernels import _check as check
 from bnkernels import _runtime as rt
 from bnkernels._batch_norm_launch import backward_launch, forward_launch, inference_backward_launch, inference_launch
-from bnkernels._batch_norm_numpy import backward_numpy, forward_numpy, inference_numpy
+from bnkernels._batch_norm_numpy import Kept, backward_numpy, forward_numpy, inference_numpy
 from bnkernels.activations import Activation
 
 FORWARD = rt.arguments_type(
@@ -49,19 +49,7 @@ class Plan(NamedTuple):
 # The arrays of each op, those that it writes first.
 FORWARD_NAMES = ("y", "statistics", "running_mean", "running_var", "x", "gamma", "beta")
 INFERENCE_NAMES = ("out", "x", "gamma", "beta", "running_mean", "running_var")
-BACKWARD_NAMES = (
-    "dx",
-    "dgamma",
-    "dbeta",
-    "dy",
-    "x",
-    "gamma",
-    "beta",
-    "statistics",
-    "running_mean",
-    "running_var",
-    "y",
-)
+BACKWARD_NAMES = ("dx", "dgamma", "dbeta", "dy", "x", "gamma", "beta", "statistics", "running_mean", "running_var")
 
 
 @lru_cache(maxsize=1024)
@@ -110,11 +98,10 @@ def plan_backward(*signatures: check.Signature | None) -> Plan:
     given = dict(zip(BACKWARD_NAMES, signatures, strict=True))
     frozen = given["running_mean"] is not None or given["running_var"] is not None
     optional = ("statistics",) if frozen else ("running_mean", "running_var")
-    args = check.arguments(given, ("gamma", "beta", "y", "dx", "dgamma", "dbeta", *optional))
+    args = check.arguments(given, ("gamma", "beta", "dx", "dgamma", "dbeta", *optional))
     x, dy = args["x"], args["dy"]
     rows, channels = check.matrix(x)
     check.like(dy, (rows, channels), x.dtype)
-    check.like(args["y"], (rows, channels), x.dtype)
     check.contiguous(args["statistics"], (3, channels), x.dtype)
     for name in ("gamma", "beta", "running_mean", "running_var", "dgamma", "dbeta"):
         check.contiguous(args[name], (channels,), x.dtype)
@@ -127,22 +114,27 @@ def plan_backward(*signatures: check.Signature | None) -> Plan:
     return Plan(runtime, x.shape, kernel, launch, (rows, channels, *dy.element_strides, *x.element_strides))
 
 
-def run_forward(plan: Plan, arrays: tuple, momentum: float, eps: float, phi: Activation) -> tuple[Any, Any]:
-    """Run the training forward on the arrays FORWARD_NAMES; return `y` and `statistics`."""
+def run_forward(
+    plan: Plan, arrays: tuple, momentum: float, eps: float, phi: Activation
+) -> tuple[Any, Any, Kept | None]:
+    """Run the training forward on the arrays FORWARD_NAMES.
+
+    Returns `y`, `statistics`, and from NumPy what its backward may otherwise compute again.
+    """
     y, statistics, running_mean, running_var, x, gamma, beta = arrays
-    runtime = plan.runtime
+    runtime, kept = plan.runtime, None
     if y is None:
         y, statistics = rt.empty(runtime, plan.shape, x), rt.empty(runtime, (3, plan.shape[1]), x)
     if plan.empty:
         statistics[...] = 0
     elif runtime is None:
-        forward_numpy(x, gamma, beta, running_mean, running_var, momentum, eps, phi, y, statistics)
+        kept = forward_numpy(x, gamma, beta, running_mean, running_var, momentum, eps, phi, y, statistics)
     else:
         check.one_device(runtime, FORWARD_NAMES, arrays)
         pointers = rt.addresses(runtime, x, gamma, beta, y, statistics, running_mean, running_var)
         arguments = rt.pack(FORWARD[x.dtype], *pointers, *plan.sizes, momentum, eps, phi.code)
         runtime.launch("batch_norm_forward", plan.kernel, plan.launch, arguments, x)
-    return y, statistics
+    return y, statistics, kept
 
 
 def run_inference(plan: Plan, arrays: tuple, eps: float, phi: Activation) -> Any:
@@ -163,9 +155,11 @@ def run_inference(plan: Plan, arrays: tuple, eps: float, phi: Activation) -> Any
     return out
 
 
-def run_backward(plan: Plan, arrays: tuple, eps: float, phi: Activation) -> tuple[Any, Any, Any]:
+def run_backward(
+    plan: Plan, arrays: tuple, eps: float, phi: Activation, kept: Kept | None = None
+) -> tuple[Any, Any, Any]:
     """Run either backward on the arrays BACKWARD_NAMES; return the three gradients."""
-    dx, dgamma, dbeta, dy, x, gamma, beta, statistics, running_mean, running_var, y = arrays
+    dx, dgamma, dbeta, dy, x, gamma, beta, statistics, running_mean, running_var = arrays
     # The kernels take the rows of the statistics, or the running ones in the places of mean and rstd.
     rows = (running_mean, None, running_var) if statistics is None else (statistics[0], statistics[1], statistics[2])
     runtime = plan.runtime
@@ -176,7 +170,7 @@ def run_backward(plan: Plan, arrays: tuple, eps: float, phi: Activation) -> tupl
         dgamma[...] = 0
         dbeta[...] = 0
     elif runtime is None:
-        backward_numpy(dy, x, gamma, beta, *rows, eps, phi, y, dx, dgamma, dbeta)
+        backward_numpy(dy, x, gamma, beta, *rows, eps, phi, kept, dx, dgamma, dbeta)
     else:
         check.one_device(runtime, BACKWARD_NAMES, arrays)
         pointers = rt.addresses(runtime, dy, x, gamma, beta, *rows, dx, dgamma, dbeta)

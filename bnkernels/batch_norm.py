@@ -103,7 +103,8 @@ def batch_norm_forward(
     plan = plan_forward(*map(check.signature, arrays))
     if out is not None:
         check.no_overlap(plan.runtime, FORWARD_NAMES, arrays, written=4, in_place=("x",))
-    return run_forward(plan, arrays, momentum, eps, phi)
+    y, statistics, _ = run_forward(plan, arrays, momentum, eps, phi)
+    return y, statistics
 
 
 def batch_norm_backward(
@@ -114,7 +115,6 @@ def batch_norm_backward(
     statistics: Any,
     *,
     activation: str = "identity",
-    y: Any = None,
     out: tuple[Any, Any, Any] | None = None,
 ) -> tuple[Any, Any, Any]:
     """Return the gradients of `batch_norm_forward`.
@@ -131,9 +131,6 @@ def batch_norm_backward(
         What the forward returned.
     activation : {'identity', 'relu', 'sigmoid', 'tanh'}
         As in the forward.
-    y : array, shape (N, C), dtype of `x`, optional
-        The forward's output, where it is at hand: NumPy then need not compute the activation again. The CUDA kernels
-        never read it, since to compute it costs them less than to read it.
     out : tuple of three arrays, optional
         Where to write `dx` (which may be `dy` or `x` itself), `dgamma` and `dbeta`; C order.
 
@@ -176,7 +173,7 @@ def batch_norm_backward(
     """
     outputs = check.pack_outputs(out, ("dx", "dgamma", "dbeta"))
     phi = activation_named(activation)
-    arrays = (*outputs, dy, x, gamma, beta, statistics, None, None, y)
+    arrays = (*outputs, dy, x, gamma, beta, statistics, None, None)
     plan = plan_backward(*map(check.signature, arrays))
     if out is not None:
         check.no_overlap(plan.runtime, BACKWARD_NAMES, arrays, written=3, in_place=("dy", "x"))
@@ -313,7 +310,7 @@ def batch_norm_inference_backward(
     eps = check.number("eps", eps, 0)
     outputs = check.pack_outputs(out, ("dx", "dgamma", "dbeta"))
     phi = activation_named(activation)
-    arrays = (*outputs, dy, x, gamma, beta, None, running_mean, running_var, None)
+    arrays = (*outputs, dy, x, gamma, beta, None, running_mean, running_var)
     plan = plan_backward(*map(check.signature, arrays))
     if out is not None:
         check.no_overlap(plan.runtime, BACKWARD_NAMES, arrays, written=3, in_place=("dy", "x"))

@@ -89,7 +89,7 @@ class BatchNorm:
         self.momentum, self.eps, self.activation = momentum, eps, activation
         self.batches = 0  # on the host: a counter on the device would cost a launch per step
         self._phi = activation_named(activation)
-        self._plans: dict[tuple, Plan] = {}
+        self._plans: dict[Callable, tuple[list, Plan]] = {}  # the last of each kind
 
     def forward(self, x: Any, *, training: bool) -> Any:
         """Return the output, of the shape of `x`, (N, C)."""
@@ -101,8 +101,8 @@ class BatchNorm:
         arrays = (None, None, *running, x, *vectors)
         plan = self._plan(plan_forward, arrays, (4,))
         momentum = 1 / (self.batches + 1) if self.momentum is None else self.momentum
-        y, statistics = run_forward(plan, arrays, momentum, self.eps, self._phi)
-        self.x, self.y, self.statistics = x, y, statistics
+        y, self.statistics, self._kept = run_forward(plan, arrays, momentum, self.eps, self._phi)
+        self.x = x
         self.batches += 1
         return y
 
@@ -110,15 +110,16 @@ class BatchNorm:
         """Write the gradients of the parameters; return that of the input, in the place of `dy`, which is C-ordered."""
         vectors = self.parameters["gamma"], self.parameters["beta"]
         outputs = dy, self.gradients["gamma"], self.gradients["beta"]
-        arrays = (*outputs, dy, self.x, *vectors, self.statistics, None, None, self.y)
-        return run_backward(self._plan(plan_backward, arrays, (3, 4)), arrays, self.eps, self._phi)[0]
+        arrays = (*outputs, dy, self.x, *vectors, self.statistics, None, None)
+        return run_backward(self._plan(plan_backward, arrays, (3, 4)), arrays, self.eps, self._phi, self._kept)[0]
 
     def _plan(self, plan: Callable[..., Plan], arrays: tuple, varying: tuple[int, ...]) -> Plan:
         """Return the plan for these arrays, of which only the `varying` ones differ between calls."""
-        key = (plan, *[check.signature(arrays[i]) for i in varying])
-        found = self._plans.get(key)
-        if found is None:
-            found = self._plans[key] = plan(*map(check.signature, arrays))
+        signatures = [check.signature(arrays[i]) for i in varying]
+        known, found = self._plans.get(plan, (None, None))
+        if signatures != known:
+            found = plan(*map(check.signature, arrays))
+            self._plans[plan] = signatures, found
         return found
 
 

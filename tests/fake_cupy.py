@@ -103,9 +103,8 @@ class Driver:
         module.launch("module", name, launch, record)
 
     def _holds(self, address: int) -> bool:
-        return any(
-            start <= address < start + array.nbytes for array in self._memory[self.device] for start in [array.data.ptr]
-        )
+        offsets = ((address - array.data.ptr, array.nbytes) for array in self._memory[self.device])
+        return any(0 <= offset < size for offset, size in offsets)
 
 
 class Device:
@@ -205,9 +204,10 @@ class RawKernel:
         self._driver, self._code, self._options, self._name = driver, code, options, name
 
     def __call__(self, grid: tuple, block: tuple, args: tuple, *, shared_mem: int = 0) -> None:
+        """Launch; `args` holds the one argument of our kernels, a struct."""
         if type(grid) is not tuple or type(block) is not tuple:
             raise TypeError(f"grid and block must be tuples, got {grid!r} and {block!r}")
-        (record,) = args  # our kernels take one argument, a struct
+        (record,) = args
         if not isinstance(record, np.ndarray) or record.size != 1 or record.dtype.fields is None:
             raise TypeError(
                 f"only a structured numpy.ndarray of size one is passed by value as a struct, got {record!r}"

@@ -37,7 +37,10 @@ def runtime(module_runtime: EmulatorRuntime) -> Iterator[EmulatorRuntime]:
     ("kernel", "report"),
     [
         ("barrier_not_reached_by_all", r"deadlock.*16 of 32 threads wait at __syncthreads.*16 of 32 .* have returned"),
-        ("divergent_barrier", r"divergent __syncthreads: here at cuda/planted.cu:\d+, elsewhere at cuda/planted.cu:\d+"),
+        (
+            "divergent_barrier",
+            r"divergent __syncthreads: here at cuda/planted.cu:\d+, elsewhere at cuda/planted.cu:\d+",
+        ),
         ("absent_lane", "lane 24 of mask 0xffffffff does not exist"),
         ("returned_lane", "lane 0 of mask 0xffffffff has returned"),
         ("caller_outside_mask", "lane 0 of mask 0xfffffffe calls, and is not in the mask"),
@@ -71,7 +74,7 @@ def test_missing_barrier_shows_in_the_values_of_some_schedule(runtime: EmulatorR
 
 def test_write_to_a_read_only_array_is_reported(runtime: EmulatorRuntime) -> None:
     x = runtime.asarray(np.zeros(32, np.float32), read_only=True)
-    with pytest.raises(EmulatorError, match="write of 4 bytes to a float32 array .* which is read-only"):
+    with pytest.raises(EmulatorError, match=r"write of 4 bytes to a float32 array .* which is read-only"):
         launch_on(runtime, "reverse", x, x)
     with pytest.raises(ValueError, match="read-only"):
         x[0] = 1
@@ -90,7 +93,7 @@ def test_unknown_kernel_source_and_build_are_refused(runtime: EmulatorRuntime) -
         runtime.launch("nothing", "bnk_nothing", launch, np.zeros((), planted.ARGUMENTS))
     with pytest.raises(EmulatorError, match="expected a build among"):
         EmulatorRuntime("fast")
-    with pytest.raises(EmulatorError, match="python -m tests.emulator run tsan"):
+    with pytest.raises(EmulatorError, match=r"python -m tests\.emulator run tsan"):
         EmulatorRuntime("tsan")
 
 

@@ -7,6 +7,8 @@ import sys
 
 from .build import BUILDS
 from .coverage import coverage
+from .mutant_list import MUTANTS
+from .mutants import check
 from .sanitizers import run
 
 
@@ -18,12 +20,17 @@ def main() -> int:
     running.add_argument("build", choices=BUILDS)
     running.add_argument("--module", default="pytest", help="another module to run")
     running.epilog = "What follows -- are the arguments of pytest."
-    commands.add_parser("coverage", help="list the lines of cuda/ that no emulated test executes; -- ARGUMENTS of pytest")
+    commands.add_parser(
+        "coverage", help="list the lines of cuda/ that no emulated test executes; -- ARGUMENTS of pytest"
+    )
+    commands.add_parser("mutants", help="plant bugs in the kernels; fail unless the tests notice all of them")
     separator = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     options = parser.parse_args(sys.argv[1:separator])
     arguments = sys.argv[separator + 1 :]
     if options.command == "coverage":
         return coverage(arguments)
+    if options.command == "mutants":
+        return check(MUTANTS)
     return run(options.build, options.module, arguments)
 
 

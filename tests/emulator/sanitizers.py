@@ -80,7 +80,8 @@ def _environment(build: str, log: Path) -> dict[str, str]:
         "LD_PRELOAD": library,
         "ASAN_OPTIONS": f"{common}:detect_leaks=0",  # the interpreter does not free everything
         "UBSAN_OPTIONS": "print_stacktrace=1",
-        "TSAN_OPTIONS": f"{common}:suppress_equal_stacks=0:suppress_equal_addresses=0",  # each launch is judged by itself
+        # Each launch is judged by itself, whatever was reported before.
+        "TSAN_OPTIONS": f"{common}:suppress_equal_stacks=0:suppress_equal_addresses=0",
         "OPENBLAS_NUM_THREADS": "1",  # threads that TSan would follow for nothing
         "OMP_NUM_THREADS": "1",
         "PYTHONUNBUFFERED": "1",  # the name of the test is out before a report ends the process
@@ -88,7 +89,7 @@ def _environment(build: str, log: Path) -> dict[str, str]:
 
 
 def _fixed_addresses() -> None:
-    """Turn off address randomisation, which puts memory where older TSan runtimes cannot follow; not all systems may."""
+    """Turn off address randomisation, where allowed: it puts memory where older TSan runtimes cannot follow."""
     libc = ctypes.CDLL(None)
     persona = libc.personality(0xFFFFFFFF)
     if persona != -1:

@@ -1,0 +1,103 @@
+"""Plants bugs in the kernels, one at a time: the tests of the ops must notice every one of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from .build import CUDA, CUDA_VARIABLE, ROOT, EmulatorError, read_sources
+
+TESTS = {  # the quickest first: the first failure ends a run
+    "common.cuh": ("tests/test_batch_norm.py", "tests/regress"),
+    "batch_norm_forward.cu": ("tests/test_batch_norm.py", "tests/regress"),
+    "batch_norm_backward.cu": ("tests/test_batch_norm.py", "tests/regress"),
+    "softmax_cross_entropy.cu": ("tests/test_softmax_cross_entropy.py", "tests/regress"),
+    "parameter_update.cu": ("tests/test_parameter_update.py", "tests/regress"),
+}
+TIME_LIMIT = 120  # seconds; a mutant that hangs is noticed too
+AT_ONCE = 2
+# Exit statuses of pytest and of `python -m tests.emulator run`.
+PASSED, FAILED, REPORTED = 0, 1, 66
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One bug: in `file`, the text `original`, which occurs there exactly once, becomes `mutated`.
+
+    It is tried on `builds` in turn until the tests notice. `select` narrows the tests down, as pytest's ``-k`` does.
+    """
+
+    name: str
+    file: str
+    original: str
+    mutated: str
+    builds: tuple[str, ...] = ("plain",)
+    select: str = ""
+
+    def sources(self, originals: dict[str, str]) -> dict[str, str]:
+        """Return all sources with the bug in them."""
+        count = originals.get(self.file, "").count(self.original)
+        if count != 1:
+            raise EmulatorError(f"{self.name}: expected once in cuda/{self.file}, found {count} times: {self.original}")
+        return originals | {self.file: originals[self.file].replace(self.original, self.mutated)}
+
+
+def check(mutants: list[Mutant]) -> int:
+    """Run the tests on the unchanged kernels, then on every mutant; return 0 if all were caught."""
+    originals = read_sources(CUDA)
+    mutated = [mutant.sources(originals) for mutant in mutants]
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        needed = sorted({(build, TESTS[m.file], m.select) for m in mutants for build in m.builds})
+        for run, outcome in zip(needed, pool.map(lambda run: _run(originals, *run), needed), strict=True):
+            if outcome.status != PASSED:
+                print(f"the kernels as they are fail {run}:\n{outcome.text}")
+                return 1
+        caught = sum(pool.map(_is_caught, mutants, mutated))
+    print(f"{caught} of {len(mutants)} caught")
+    return 0 if caught == len(mutants) else 1
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    status: int
+    text: str
+
+
+def _is_caught(mutant: Mutant, sources: dict[str, str]) -> bool:
+    """Try one mutant and print a line about it."""
+    for build in mutant.builds:
+        outcome = _run(sources, build, TESTS[mutant.file], mutant.select)
+        if outcome.status not in (PASSED, FAILED, REPORTED) or "g++ does not compile" in outcome.text:
+            print(f"NOT A VERDICT  {mutant.name} ({build}):\n{outcome.text}", flush=True)
+            return False
+        if outcome.status != PASSED:
+            print(f"caught  {mutant.name} ({build})", flush=True)
+            return True
+    print(f"MISSED  {mutant.name} ({', '.join(mutant.builds)})", flush=True)
+    return False
+
+
+def _run(sources: dict[str, str], build: str, tests: tuple[str, ...], select: str) -> _Outcome:
+    """Run the fast tests of an op on one build of `sources`, up to the first failure."""
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-m", "emulator and not slow"]
+    command = [sys.executable, "-m", "tests.emulator", "run", build, "--", *options, "-k", select, *tests]
+    with tempfile.TemporaryDirectory() as folder:
+        for file, text in sources.items():
+            (Path(folder) / file).write_text(text)
+        try:
+            run = subprocess.run(
+                command,
+                cwd=ROOT,
+                env=os.environ | {CUDA_VARIABLE: folder},
+                capture_output=True,
+                text=True,
+                timeout=TIME_LIMIT,
+            )
+        except subprocess.TimeoutExpired:
+            return _Outcome(FAILED, f"no end after {TIME_LIMIT} seconds")
+    return _Outcome(run.returncode, run.stdout + run.stderr)

@@ -1,0 +1,186 @@
+"""What the batch-norm ops refuse: the message says what was expected, what came and the way out, and nothing happens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import bnkernels as bn
+from tests import backends
+from tests.backends import Backend
+from tests.regress.calls import CALLS, make_arrays
+from tests.regress.refusal import refused
+
+OPS = ("forward", "backward", "inference", "inference_backward")
+ARRAYS = [(op, name) for op in OPS for name in CALLS[op].names]
+FUNCTIONS = {
+    "forward": bn.batch_norm_forward,
+    "backward": bn.batch_norm_backward,
+    "inference": bn.batch_norm_inference,
+    "inference_backward": bn.batch_norm_inference_backward,
+}
+
+
+def on_backend(backend: Backend, op: str) -> dict[str, Any]:
+    return {name: backend.asarray(array) for name, array in make_arrays(op).items()}
+
+
+def call(op: str, on: dict[str, Any], **options: Any) -> Any:
+    """Call an op with the arrays that it reads, or updates in place, and these options."""
+    names = [name for name in CALLS[op].reads if name != "y"]
+    names += ["running_mean", "running_var"] if op == "forward" else []
+    return FUNCTIONS[op](*(on[name] for name in names), **options)
+
+
+@pytest.mark.emulator
+@pytest.mark.parametrize("others", ["numpy", "emulator"])
+@pytest.mark.parametrize(("op", "name"), ARRAYS)
+def test_arrays_of_two_kinds_are_never_mixed(op: str, name: str, others: str) -> None:
+    odd = {"numpy": "emulator", "emulator": "numpy"}[others]
+    backend = backends.make(others)
+    on = on_backend(backend, op)
+    on[name] = backends.make(odd).asarray(make_arrays(op)[name])
+    with refused(backends.make("emulator"), TypeError, r"is a .* but .* is a .*cupy\.asarray", *on.values()):
+        CALLS[op].run(on)
+
+
+@pytest.mark.parametrize("thing", [[[1.0, 2.0]], 3, 2.5, "text", object()], ids=lambda thing: type(thing).__name__)
+@pytest.mark.parametrize(("op", "name"), ARRAYS)
+def test_what_is_no_array_is_refused(backend: Backend, op: str, name: str, thing: Any) -> None:
+    on = on_backend(backend, op)
+    rest = [array for other, array in on.items() if other != name]
+    on[name] = thing
+    kind = type(thing).__name__
+    with refused(backend, TypeError, rf"expected a NumPy or a CuPy array, got .*{kind}.*numpy\.asarray", *rest):
+        CALLS[op].run(on)
+
+
+REQUIRED = {
+    "forward": ("x",),
+    "backward": ("dy", "x", "statistics"),
+    "inference": ("x", "running_mean", "running_var"),
+    "inference_backward": ("dy", "x", "running_mean", "running_var"),
+}
+
+
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op, names in REQUIRED.items() for name in names])
+def test_none_is_refused_where_an_array_must_be(backend: Backend, op: str, name: str) -> None:
+    on = on_backend(backend, op)
+    rest = [array for other, array in on.items() if other != name]
+    on[name] = None
+    with refused(backend, TypeError, f"{name} must be an array, got None", *rest):
+        CALLS[op].run(on)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int32", "int64", "uint8", "bool", "complex128"])
+@pytest.mark.parametrize("op", OPS)
+def test_data_types_without_a_kernel_name_the_way_out(backend: Backend, op: str, dtype: str) -> None:
+    on = {name: backend.asarray(array.astype(dtype)) for name, array in make_arrays(op).items()}
+    message = rf"x must be float32 or float64, got {dtype}; convert it with x\.astype\('float32'\)"
+    with refused(backend, TypeError, message, *on.values()):
+        CALLS[op].run(on)
+
+
+@pytest.mark.parametrize("shape", [(), (6,), (6, 3, 1), (1, 6, 3)])
+@pytest.mark.parametrize("op", OPS)
+def test_an_x_that_is_no_matrix_names_the_way_out(backend: Backend, op: str, shape: tuple[int, ...]) -> None:
+    on = on_backend(backend, op)
+    on["x"] = backend.asarray(np.ones(shape, np.float32))
+    message = r"x must have the shape \(N, C\), got \(.*\); reshape it to two dimensions"
+    with refused(backend, ValueError, message, *on.values()):
+        CALLS[op].run(on)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_wrong_shape_names_both_shapes(backend: Backend, op: str) -> None:
+    on = on_backend(backend, op)
+    on["beta"] = backend.asarray(np.ones(4, np.float32))
+    with refused(backend, ValueError, r"beta must have the shape \(3,\), got \(4,\)", *on.values()):
+        CALLS[op].run(on)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_two_data_types_name_the_conversion(backend: Backend, op: str) -> None:
+    on = on_backend(backend, op)
+    on["gamma"] = backend.asarray(np.ones(3, np.float64))
+    message = r"gamma must be float32, got float64; convert it with gamma\.astype\('float32'\)"
+    with refused(backend, TypeError, message, *on.values()):
+        CALLS[op].run(on)
+
+
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op in OPS for name in CALLS[op].writes])
+def test_a_written_array_must_be_contiguous(backend: Backend, op: str, name: str) -> None:
+    arrays = make_arrays(op)
+    on = on_backend(backend, op)
+    on[name] = backend.like(np.repeat(arrays[name], 2, -1)[..., ::2])
+    message = rf"{name} must be contiguous in C order, got strides \(.*\); pass a contiguous array"
+    with refused(backend, ValueError, message, *on.values()):
+        CALLS[op].run(on)
+
+
+@pytest.mark.parametrize("op", ["forward", "backward", "inference_backward"])
+@pytest.mark.parametrize("wrong", ["list", "array", "too few", "too many", "a None"])
+def test_out_must_be_a_tuple_of_all_outputs(backend: Backend, op: str, wrong: str) -> None:
+    on = on_backend(backend, op)
+    names = [name for name in CALLS[op].writes if not name.startswith("running")]
+    out = tuple(on[name] for name in names)
+    spoilt = {
+        "list": list(out),
+        "array": out[0],
+        "too few": out[:-1],
+        "too many": (*out, out[-1]),
+        "a None": (None, *out[1:]),
+    }[wrong]
+    message = rf"out must be a tuple of the {len(names)} arrays \({', '.join(names)}\), got "
+    with refused(backend, TypeError, message, *on.values()):
+        call(op, on, out=spoilt)
+
+
+def test_overlap_names_both_arrays_and_what_may_be(backend: Backend) -> None:
+    on = on_backend(backend, "forward")
+    on["running_var"] = on["running_mean"]
+    message = "running_mean overlaps running_var in memory; y may be exactly x; pass a separate array"
+    with refused(backend, ValueError, message, *on.values()):
+        CALLS["forward"].run(on)
+
+
+def test_running_statistics_overlap_without_out(backend: Backend) -> None:
+    """What is updated in place must not be read elsewhere, whether or not the outputs are given."""
+    on = on_backend(backend, "forward")
+    on["running_var"] = on["running_mean"]
+    with refused(backend, ValueError, "running_mean overlaps running_var", *on.values()):
+        call("forward", on)
+
+
+@pytest.mark.parametrize("bad", [-1e-9, 1.0000001, np.nan, np.inf, -np.inf, -5])
+def test_momentum_out_of_range(backend: Backend, bad: float) -> None:
+    on = on_backend(backend, "forward")
+    with refused(backend, ValueError, "momentum must be between 0 and 1 and finite, got ", *on.values()):
+        call("forward", on, momentum=bad)
+
+
+@pytest.mark.parametrize("bad", [-1e-9, np.nan, np.inf, -np.inf, -1])
+@pytest.mark.parametrize("op", ["forward", "inference", "inference_backward"])
+def test_eps_out_of_range(backend: Backend, op: str, bad: float) -> None:
+    on = on_backend(backend, op)
+    with refused(backend, ValueError, "eps must be at least 0 and finite, got ", *on.values()):
+        call(op, on, eps=bad)
+
+
+@pytest.mark.parametrize("name", ["momentum", "eps"])
+@pytest.mark.parametrize("bad", [None, "0.1x", [0.1], 1j], ids=repr)
+def test_options_that_are_no_numbers(backend: Backend, name: str, bad: Any) -> None:
+    on = on_backend(backend, "forward")
+    with refused(backend, TypeError, f"{name} must be a number, got ", *on.values()):
+        call("forward", on, **{name: bad})
+
+
+@pytest.mark.parametrize("bad", ["gelu", "ReLU", "", None, 1, ["relu"]], ids=repr)
+@pytest.mark.parametrize("op", OPS)
+def test_unknown_activation_lists_the_known(backend: Backend, op: str, bad: Any) -> None:
+    on = on_backend(backend, op)
+    message = "activation must be one of identity, relu, sigmoid, tanh; got "
+    with refused(backend, ValueError, message, *on.values()):
+        call(op, on, activation=bad)
