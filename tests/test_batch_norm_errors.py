@@ -29,8 +29,7 @@ def on_backend(backend: Backend, op: str) -> dict[str, Any]:
 
 def call(op: str, on: dict[str, Any], **options: Any) -> Any:
     """Call an op with the arrays that it reads, or updates in place, and these options."""
-    names = [name for name in CALLS[op].reads if name != "y"]
-    names += ["running_mean", "running_var"] if op == "forward" else []
+    names = (*CALLS[op].reads, *(("running_mean", "running_var") if op == "forward" else ()))
     return FUNCTIONS[op](*(on[name] for name in names), **options)
 
 

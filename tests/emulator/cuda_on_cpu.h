@@ -14,7 +14,7 @@
 
 // The kernel becomes a function of the address of its argument's bytes, found by name in the shared library. The two
 // others let the caller refuse a record of the wrong size and a block beyond the launch bounds.
-#define BNK_KERNEL(name, Arguments, threads, body)                                                 \
+#define BNK_KERNEL(name, Arguments, threads, body)                                           \
     extern "C" void name(const void* bytes) { body(*static_cast<const Arguments*>(bytes)); } \
     extern "C" unsigned long long name##_argument_bytes() { return sizeof(Arguments); }      \
     extern "C" unsigned long long name##_most_threads() { return threads; }

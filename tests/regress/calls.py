@@ -47,11 +47,11 @@ CALLS = {
         lambda a: bn.batch_norm_forward(*_take(a, "x gamma beta running_mean running_var"), out=_take(a, "y statistics")),
     ),
     "backward": Call(
-        ("dy", "x", "gamma", "beta", "statistics", "y"),
+        ("dy", "x", "gamma", "beta", "statistics"),
         ("dx", "dgamma", "dbeta"),
-        ("dy", "x", "y"),
+        ("dy", "x"),
         lambda a: bn.batch_norm_backward(
-            *_take(a, "dy x gamma beta statistics"), activation="relu", y=a["y"], out=_take(a, "dx dgamma dbeta")
+            *_take(a, "dy x gamma beta statistics"), activation="relu", out=_take(a, "dx dgamma dbeta")
         ),
     ),
     "inference": Call(

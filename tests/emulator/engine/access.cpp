@@ -60,7 +60,7 @@ void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 
 // The hardware demands natural alignment. Two doubles in one access are taken for a vector.
-#define BNK_ACCESSES(bytes, alignment)                                                                                \
+#define BNK_ACCESSES(bytes, alignment)                                                                         \
     void __tsan_read##bytes(void* p) { bnk::access(p, bytes, alignment, false, __builtin_return_address(0)); } \
     void __tsan_write##bytes(void* p) { bnk::access(p, bytes, alignment, true, __builtin_return_address(0)); }
 BNK_ACCESSES(1, 1)

@@ -55,7 +55,7 @@ void switched([[maybe_unused]] void* fake_stack, [[maybe_unused]] const void** f
 
 // Stacks with a page without access below them: what overruns one fails instead of spoiling its neighbour.
 class StackPool {
-   public:
+  public:
     char* take() {
         if (free_.empty()) return map();
         char* const stack = free_.back();
@@ -72,7 +72,7 @@ class StackPool {
     }
     void give_back(char* stack) { free_.push_back(stack); }
 
-   private:
+  private:
     static constexpr size_t guard_bytes = 64 * 1024;  // at least one page, whatever the machine's page size
 
     static char* map() {
@@ -89,7 +89,7 @@ class StackPool {
 // TSan takes a millisecond to make a fiber. One serves again, though only in a later launch: in its own, whoever got it
 // next would be ordered after whoever had it before.
 class OrderPool {
-   public:
+  public:
     void* take() {
         if (rested_.empty()) return order::create();
         void* const fiber = rested_.back();
@@ -111,7 +111,7 @@ class OrderPool {
         used_.clear();
     }
 
-   private:
+  private:
     static constexpr size_t most_kept = 1024;
     std::vector<void*> rested_, used_;
 };

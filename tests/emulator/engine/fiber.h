@@ -7,7 +7,7 @@
 namespace bnk {
 
 class Fiber {
-   public:
+  public:
     Fiber() = default;
     Fiber(const Fiber&) = delete;
     ~Fiber();
@@ -30,7 +30,7 @@ class Fiber {
     // All that the launch did now happens before the next one: what followed its threads may follow others.
     static void launch_ended();
 
-   private:
+  private:
 #if defined(BNK_ASAN) || defined(BNK_TSAN)
     static constexpr size_t stack_bytes = 64 * 1024;  // a sanitizer writes its report on the stack of the culprit
 #else

@@ -14,7 +14,7 @@ Thread& self() { return *running.thread; }
 
 // What the engine does on a thread's behalf, such as allocating memory, is none of the thread's own accesses.
 class EngineWork {
-   public:
+  public:
     EngineWork() { order::switch_to(Fiber::scheduler_order()); }
     ~EngineWork() { order::switch_to(self().fiber.order()); }
 };
@@ -58,17 +58,16 @@ void arrive_at_barrier(Site site) {
     Block& block = *me.block;
     me.state = State::at_barrier;
     me.site = site;
-    std::vector<Thread*> arrived;
-    for (Thread& other : block.threads) {
-        if (other.state != State::at_barrier) continue;
-        if (other.site != site)
-            fail("divergent __syncthreads: here at " + text(site) + ", elsewhere at " + text(other.site));
-        arrived.push_back(&other);
-    }
-    if (arrived.size() < block.threads.size()) return;
+    if (block.at_barrier == 0) block.barrier_site = site;
+    if (block.barrier_site != site)
+        fail("divergent __syncthreads: here at " + text(site) + ", elsewhere at " + text(block.barrier_site));
+    if (++block.at_barrier < block.threads.size()) return;
+    block.at_barrier = 0;
     ++block.barriers;
-    meet(arrived, block.barrier_tag);
-    let_go(arrived);
+    std::vector<Thread*> all;
+    for (Thread& thread : block.threads) all.push_back(&thread);
+    meet(all, block.barrier_tag);
+    let_go(all);
 }
 
 // Joins the operation `state` of the caller's warp. Returns the threads that the mask names once all of them wait in
@@ -91,8 +90,10 @@ std::vector<Thread*> arrive_in_warp(State state, unsigned mask, Site site) {
         if (number >= me.block->threads.size()) refuse(lane, " does not exist in this block");
         Thread& other = me.block->threads[number];
         if (other.state == State::done) refuse(lane, " has returned");
-        if (other.state != state || other.mask != mask) complete = false;
-        else if (state == State::at_shuffle && other.site != site) refuse(lane, " shuffles at " + text(other.site));
+        if (other.state != state || other.mask != mask)
+            complete = false;
+        else if (state == State::at_shuffle && other.site != site)
+            refuse(lane, " shuffles at " + text(other.site));
         lanes.push_back(&other);
     }
     if (!complete) lanes.clear();

@@ -11,7 +11,7 @@ namespace bnk {
 
 namespace {
 
-constexpr size_t alignment = 256;  // of device memory: cudaMalloc promises at least that
+constexpr size_t alignment = 256;       // of device memory: cudaMalloc promises at least that
 constexpr unsigned char poison = 0xff;  // NaN in every floating-point type, -1 in every integer
 constexpr unsigned char sentinel = 0xa5;
 #ifdef BNK_ASAN
@@ -67,7 +67,7 @@ std::string outside(uintptr_t address) {
 }
 
 // Marks bytes first .. first + bytes - 1 in a bitmap of 64 per word; returns how many were new.
-template <uint64_t Touched::*kind>
+template <uint64_t Touched::* kind>
 uint64_t mark(Array& array, size_t first, size_t bytes) {
     uint64_t fresh = 0;
     while (bytes > 0) {

@@ -9,10 +9,10 @@ namespace bnk {
 // Of one array during one launch. Read by ../binding.py: keep both in step.
 struct Traffic {
     uint64_t address, bytes;
-    uint64_t reads, writes;                               // accesses
-    uint64_t bytes_read, bytes_written;                   // a byte counts each time
-    uint64_t unique_bytes_read, unique_bytes_written;     // a byte counts once
-    uint64_t vector_accesses;                             // of 16 bytes
+    uint64_t reads, writes;                            // accesses
+    uint64_t bytes_read, bytes_written;                // a byte counts each time
+    uint64_t unique_bytes_read, unique_bytes_written;  // a byte counts once
+    uint64_t vector_accesses;                          // of 16 bytes
 };
 
 namespace memory {

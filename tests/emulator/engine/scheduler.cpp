@@ -124,7 +124,7 @@ std::string deadlock(const std::vector<std::unique_ptr<Block>>& resident) {
 
 // The numbers 0 .. count - 1 in a random order, a few instructions each: first + k step, step prime to count.
 class Sequence {
-   public:
+  public:
     Sequence(uint64_t count, std::mt19937_64* random) : count_(count) {
         if (!random) return;
         next_ = (*random)() % count;
@@ -139,7 +139,7 @@ class Sequence {
         return number;
     }
 
-   private:
+  private:
     uint64_t count_, taken_ = 0, next_ = 0, step_ = 1;
 };
 

@@ -34,11 +34,11 @@ struct Thread {
     State state = State::ready;
     Site site = {};  // where it waits
 
-    unsigned mask;          // of the warp operation it waits in
-    uint64_t value;         // what it brings to a shuffle, then what it takes away
-    unsigned source_lane;   // whose value it takes away
+    unsigned mask;         // of the warp operation it waits in
+    uint64_t value;        // what it brings to a shuffle, then what it takes away
+    unsigned source_lane;  // whose value it takes away
 
-    bool fenced = false;    // has called __threadfence
+    bool fenced = false;  // has called __threadfence
     order::Tag before_fence, before_atomics;
 };
 
@@ -46,7 +46,9 @@ struct Block {
     BnkIndex index;
     std::vector<Thread> threads;
     char* shared = nullptr;
-    unsigned barriers = 0;
+    unsigned barriers = 0;    // passed
+    unsigned at_barrier = 0;  // threads that wait in the next one
+    Site barrier_site = {};   // where the first of them waits
     order::Tag barrier_tag;
     std::map<std::pair<unsigned, unsigned>, order::Tag> warp_tags;  // by warp and mask: always the same lanes
 };
@@ -58,9 +60,9 @@ struct Request {
     uint64_t argument_bytes;
     BnkIndex grid, block;
     uint64_t shared_bytes;
-    uint64_t seed;            // 0: blocks and threads in their natural order
-    uint64_t resident;        // blocks in flight at once
-    const uint64_t* only;     // the blocks to run; none: all of them
+    uint64_t seed;         // 0: blocks and threads in their natural order
+    uint64_t resident;     // blocks in flight at once
+    const uint64_t* only;  // the blocks to run; none: all of them
     uint64_t only_count;
 };
 
@@ -74,7 +76,7 @@ struct Totals {
 struct Running {
     Request request;
     Totals totals;
-    Thread* thread;                                  // null while the scheduler runs
+    Thread* thread;                                 // null while the scheduler runs
     std::map<const void*, order::Tag> atomic_tags;  // by the address of the atomic
     std::string error;
 };
