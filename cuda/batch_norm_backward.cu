@@ -154,6 +154,7 @@ __device__ __forceinline__ void batch_norm_inference_backward(const BatchNormBac
     Sums<A> sums = {};
     if (c < a.channels) {
         channel = load_channel(a, c);
+#pragma unroll 1  // unrolled it needs a stack on sm_120
         for (long long row = threadIdx.y; row < a.rows; row += blockDim.y) {
             const A centred = subtract(A(a.x[row * a.x_row_stride + c * a.x_channel_stride]), channel.mean);
             const A g = channel.gradient(A(a.dy[row * a.dy_row_stride + c * a.dy_channel_stride]), centred);

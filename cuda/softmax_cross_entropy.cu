@@ -52,7 +52,9 @@ __device__ __forceinline__ void softmax_cross_entropy(const SoftmaxCrossEntropy<
     const long long label = a.labels[row];
     const bool valid = 0 <= label && label < a.classes;
 
+    // The loops over classes stay rolled: unrolled they spill on sm_120.
     A top = log(A(0)), at_label = A(0);  // minus infinity; each logit is read by the lane that owns it alone
+#pragma unroll 1
     for (long long k = threadIdx.x; k < a.classes; k += 32) {
         const A z = A(logits[k]);
         top = z > top || z != z ? z : top;
@@ -61,12 +63,14 @@ __device__ __forceinline__ void softmax_cross_entropy(const SoftmaxCrossEntropy<
     top = warp_max(top);
     at_label = warp_sum(at_label);
     A total = A(0);
+#pragma unroll 1
     for (long long k = threadIdx.x; k < a.classes; k += 32) total += exp(A(logits[k]) - top);
     total = warp_sum(total);
 
     const A poison = valid ? A(0) : A(nan(""));
     if (threadIdx.x == 0) a.loss[row] = log(total) - (at_label - top) + poison;
     const A each = A(1) / A(a.rows);
+#pragma unroll 1
     for (long long k = threadIdx.x; k < a.classes; k += 32) {
         const A p = exp(A(logits[k]) - top) / total;
         a.dlogits[row * a.classes + k] = T((p - (k == label ? A(1) : A(0))) * each + poison);

@@ -11,7 +11,9 @@ from tests.emulator import Counts, EmulatorRuntime
 pytestmark = pytest.mark.emulator
 
 # A block of float64 has half the threads beyond held4, and so holds half the rows of a wide slice.
-HELD = [(shape, dtype) for shape in [(2, 1), (64, 20), (67, 32), (128, 33), (1024, 3)] for dtype in ("float32", "float64")]
+HELD = [
+    (shape, dtype) for shape in [(2, 1), (64, 20), (67, 32), (128, 33), (1024, 3)] for dtype in ("float32", "float64")
+]
 HELD += [((256, 33), "float32"), ((257, 20), "float32"), ((129, 20), "float64")]
 STREAMED = [(shape, dtype) for shape in [(1025, 1), (1100, 3), (600, 33)] for dtype in ("float32", "float64")]
 STREAMED += [((257, 32), "float32"), ((129, 33), "float64")]

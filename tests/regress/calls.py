@@ -44,7 +44,9 @@ CALLS = {
         ("x", "gamma", "beta"),
         ("running_mean", "running_var", "y", "statistics"),
         ("x",),
-        lambda a: bn.batch_norm_forward(*_take(a, "x gamma beta running_mean running_var"), out=_take(a, "y statistics")),
+        lambda a: bn.batch_norm_forward(
+            *_take(a, "x gamma beta running_mean running_var"), out=_take(a, "y statistics")
+        ),
     ),
     "backward": Call(
         ("dy", "x", "gamma", "beta", "statistics"),

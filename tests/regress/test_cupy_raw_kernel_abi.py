@@ -64,7 +64,9 @@ def test_cupy_raw_kernel_abi_members_agree(struct: str, accumulator: np.dtype) -
     offsets = [layout.fields[name][1] for name in layout.names]
     for (before, after), (name, kind), (_, next_kind) in zip(pairwise(offsets), members, members[1:], strict=False):
         end = before + kind.itemsize
-        assert after == -(-end // next_kind.itemsize) * next_kind.itemsize, f"what follows {name} is not where C++ has it"
+        assert after == -(-end // next_kind.itemsize) * next_kind.itemsize, (
+            f"what follows {name} is not where C++ has it"
+        )
     assert layout.itemsize % max(kind.itemsize for _, kind in members) == 0
 
 

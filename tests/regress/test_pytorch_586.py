@@ -12,9 +12,7 @@ from tests.backends import Backend
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_pytorch_586_gradient_of_inference_is_a_scaling(
-    backend: Backend, rng: np.random.Generator, dtype: str
-) -> None:
+def test_pytorch_586_gradient_of_inference_is_a_scaling(backend: Backend, rng: np.random.Generator, dtype: str) -> None:
     """The backward of inference used the batch's formula, and a second call differed. mxnet 9648 and xla 913 too."""
     x, dy = (rng.standard_normal((33, 5)).astype(dtype) for _ in range(2))
     gamma, mean = (rng.standard_normal(5).astype(dtype) for _ in range(2))

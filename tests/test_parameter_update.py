@@ -1,0 +1,242 @@
+"""The optimisers' steps on all backends, against their formulas in extended precision over many steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import bnkernels as bn
+from bnkernels.parameter_update import parameter_update_launch
+from tests import oracle
+from tests.backends import Backend
+from tests.emulator import EmulatorRuntime
+from tests.regress.refusal import refused
+
+SIZES = [1, 255, 256, 257, 1530]  # around a block, and the parameters of the network of the question
+DTYPES = ["float32", "float64"]
+RULES = {"sgd": 0, "momentum": 1, "adam": 2}  # how many arrays of state
+STEPS = 20
+LR, MOMENTUM, BETA1, BETA2, EPS = 0.1, 0.9, 0.9, 0.999, 1e-8
+
+
+def update(rule: str, arrays: list[Any], step: int, **options: Any) -> None:
+    """Make one step of a rule; `arrays` are parameters, gradients and state."""
+    given = {"lr": LR, "step": step, **options} if rule == "adam" else {"lr": LR, **options}
+    getattr(bn, f"{rule}_update")(*arrays, **given)
+
+
+class Exact:
+    """A rule in extended precision, and how far the op may be from each array.
+
+    Every array is followed by its bound: what it had, through the formula, and the roundings of this step.
+    """
+
+    def __init__(self, rule: str, parameters: np.ndarray) -> None:
+        self.rule, self.u = rule, oracle.unit_roundoff(parameters.dtype)
+        zero = np.zeros(parameters.shape, oracle.Wide)
+        self.parameters, self.first, self.second = parameters.astype(oracle.Wide), zero, zero
+        self.bounds = {"parameters": zero, "first": zero, "second": zero}
+
+    def decay(self, name: str, keep: float, new: np.ndarray) -> None:
+        """Set an array of state to ``keep`` times itself plus `new`."""
+        kept = oracle.Wide(keep) * getattr(self, name)
+        setattr(self, name, kept + new)
+        rounding = oracle.SLACK * self.u * (np.abs(kept) + np.abs(new))
+        self.bounds[name] = keep * self.bounds[name] + rounding
+
+    def step(self, gradients: np.ndarray, number: int) -> None:
+        """Make one step."""
+        g = gradients.astype(oracle.Wide)
+        if self.rule == "sgd":
+            change, of_change = LR * g, 0
+        elif self.rule == "momentum":
+            self.decay("first", MOMENTUM, g)
+            change, of_change = LR * self.first, LR * self.bounds["first"]
+        else:
+            self.decay("first", BETA1, (1 - oracle.Wide(BETA1)) * g)
+            self.decay("second", BETA2, (1 - oracle.Wide(BETA2)) * g * g)
+            correction1, correction2 = 1 - oracle.Wide(BETA1) ** number, 1 - oracle.Wide(BETA2) ** number
+            root = np.sqrt(self.second / correction2) + EPS
+            change = LR * self.first / correction1 / root
+            of_root = self.bounds["second"] / np.where(self.second == 0, 1, self.second)  # relative, and halved below
+            of_change = LR * self.bounds["first"] / correction1 / root + np.abs(change) * of_root / 2
+        self.parameters = self.parameters - change
+        rounding = oracle.SLACK * self.u * (np.abs(self.parameters) + np.abs(change))
+        self.bounds["parameters"] = self.bounds["parameters"] + of_change + rounding
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("rule", RULES)
+def test_twenty_steps_match_extended_precision(
+    backend: Backend, rng: np.random.Generator, rule: str, size: int, dtype: str
+) -> None:
+    parameters = rng.standard_normal(size).astype(dtype)
+    state = [np.zeros(size, dtype) for _ in range(RULES[rule])]
+    exact = Exact(rule, parameters)
+    on_parameters, *on_state = backend.arrays(parameters, *state)
+    for number in range(1, STEPS + 1):
+        gradients = (rng.standard_normal(size) + 0.5).astype(dtype)
+        on_gradients = backend.asarray(gradients)
+        update(rule, [on_parameters, on_gradients, *on_state], number)
+        exact.step(gradients, number)
+        np.testing.assert_array_equal(backend.asnumpy(on_gradients), gradients)
+    for name, array in zip(("parameters", "first", "second"), (on_parameters, *on_state), strict=False):
+        oracle.assert_within(backend.asnumpy(array), getattr(exact, name), exact.bounds[name], name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gradient", [3.0, -3.0, 1e-3, -1e4])
+def test_the_first_adam_step_is_the_learning_rate(backend: Backend, gradient: float, dtype: str) -> None:
+    """The corrections undo the first decay exactly, so the step is lr times the sign, to the last digits."""
+    parameters, gradients, first, second = backend.arrays(*(np.full(5, value, dtype) for value in (0, gradient, 0, 0)))
+    bn.adam_update(parameters, gradients, first, second, step=1, lr=LR, eps=0.0)
+    error = np.abs(backend.asnumpy(parameters).astype(oracle.Wide) + LR * np.sign(gradient))
+    assert (error <= oracle.SLACK * oracle.unit_roundoff(np.dtype(dtype)) * LR).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_adam_with_a_zero_gradient_does_not_move(backend: Backend, dtype: str) -> None:
+    parameters, gradients, first, second = backend.arrays(*(np.full(5, value, dtype) for value in (2, 0, 0, 0)))
+    for step in (1, 2):
+        bn.adam_update(parameters, gradients, first, second, step=step, lr=LR)
+    np.testing.assert_array_equal(backend.asnumpy(parameters), 2)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_learning_rate_zero_leaves_the_parameters(backend: Backend, rng: np.random.Generator, rule: str) -> None:
+    arrays = backend.arrays(*(rng.uniform(0.5, 2, 300) for _ in range(2 + RULES[rule])))
+    before = backend.asnumpy(arrays[0]).copy()
+    update(rule, arrays, 1, lr=0.0)
+    np.testing.assert_array_equal(backend.asnumpy(arrays[0]), before)
+
+
+@pytest.mark.parametrize(("momentum", "velocity"), [(0.0, 3.0), (1.0, 5.0)])
+def test_momentum_is_what_is_left_of_the_velocity(backend: Backend, momentum: float, velocity: float) -> None:
+    arrays = backend.arrays(np.array([1.0]), np.array([3.0]), np.array([2.0]))
+    bn.momentum_update(*arrays, lr=0.5, momentum=momentum)
+    assert backend.asnumpy(arrays[2])[0] == velocity
+    assert backend.asnumpy(arrays[0])[0] == 1 - velocity / 2
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_no_parameters_are_no_error(backend: Backend, rule: str) -> None:
+    arrays = backend.arrays(*(np.zeros(0) for _ in range(2 + RULES[rule])))
+    update(rule, arrays, 1)
+    assert all(array.shape == (0,) for array in arrays)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_nan_stays_in_its_parameter(backend: Backend, rng: np.random.Generator, rule: str) -> None:
+    plain = [rng.uniform(0.5, 2, 40) for _ in range(2 + RULES[rule])]
+    spoilt = [array.copy() for array in plain]
+    spoilt[1][7] = np.nan
+    on, on_spoilt = backend.arrays(*plain), backend.arrays(*spoilt)
+    update(rule, on, 1)
+    update(rule, on_spoilt, 1)
+    want, got = backend.asnumpy(on[0]), backend.asnumpy(on_spoilt[0])
+    assert np.isnan(got[7])
+    np.testing.assert_array_equal(np.delete(got, 7), np.delete(want, 7))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_300000_parameters(backend: Backend, rng: np.random.Generator, rule: str) -> None:
+    """More than the threads of the largest grid, so threads stride; the result of each element is its own."""
+    size = 300_000
+    plain = [rng.uniform(0.5, 2, size).astype("float32") for _ in range(2 + RULES[rule])]
+    on = backend.arrays(*plain)
+    assert parameter_update_launch(size).grid[0] * 256 < size
+    update(rule, on, 3)
+    some = np.r_[0, 255, 256, 262143, 262144, 262145, size - 1]
+    few = backend.arrays(*(array[some] for array in plain))
+    update(rule, few, 3)
+    for large, small in zip(on, few, strict=True):
+        np.testing.assert_allclose(
+            backend.asnumpy(large)[some], backend.asnumpy(small), rtol=0 if backend.name != "numpy" else 1e-6
+        )
+    assert (backend.asnumpy(on[0]) != plain[0]).all()
+
+
+OPTION_ERRORS = [
+    ("sgd", {"lr": -0.1}, ValueError, "lr must be at least 0 and finite, got -0.1"),
+    ("sgd", {"lr": np.nan}, ValueError, "lr must be at least 0 and finite, got nan"),
+    ("momentum", {"lr": np.inf}, ValueError, "lr must be at least 0 and finite, got inf"),
+    ("momentum", {"momentum": 1.1}, ValueError, "momentum must be between 0 and 1 and finite, got 1.1"),
+    ("momentum", {"momentum": "much"}, TypeError, "momentum must be a number, got 'much'"),
+    ("adam", {"beta1": 1.0}, ValueError, "beta1 must be .* got 1.0"),
+    ("adam", {"beta2": -0.1}, ValueError, "beta2 must be .* got -0.1"),
+    ("adam", {"beta2": 1}, ValueError, "beta2 must be .* got 1"),
+    ("adam", {"eps": -1e-8}, ValueError, "eps must be at least 0 and finite, got -1e-08"),
+    ("adam", {"step": 0}, ValueError, "step counts from 1, got 0"),
+    ("adam", {"step": -3}, ValueError, "step counts from 1, got -3"),
+    ("adam", {"step": np.nan}, ValueError, "step .* got nan"),
+    ("adam", {"step": None}, TypeError, "step must be .* got None"),
+]
+
+
+@pytest.mark.parametrize(("rule", "options", "error", "message"), OPTION_ERRORS)
+def test_option_errors_say_what_came(
+    backend: Backend, rule: str, options: dict, error: type[Exception], message: str
+) -> None:
+    arrays = backend.arrays(*(np.ones(6, "float32") for _ in range(2 + RULES[rule])))
+    with refused(backend, error, message, *arrays):
+        update(rule, arrays, **{"step": 1, **options})
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    ("spoilt", "error", "message"),
+    [
+        (np.ones((2, 3), "float32"), ValueError, r"one flat array, got the shape \(2, 3\); pass a flat view"),
+        (np.ones(6, "float16"), TypeError, "parameters must be float32 or float64, got float16"),
+        (np.ones(6, "int64"), TypeError, "parameters must be float32 or float64, got int64"),
+        (np.ones(12, "float32")[::2], ValueError, "parameters must be contiguous in C order"),
+    ],
+)
+def test_parameters_of_the_wrong_kind(
+    backend: Backend, rule: str, spoilt: np.ndarray, error: type[Exception], message: str
+) -> None:
+    arrays = [backend.like(spoilt), *backend.arrays(*(np.ones(6, "float32") for _ in range(1 + RULES[rule])))]
+    with refused(backend, error, message, *arrays):
+        update(rule, arrays, 1)
+
+
+@pytest.mark.emulator
+@pytest.mark.parametrize("rule", RULES)
+def test_same_bits_in_every_schedule(emulated: EmulatorRuntime, rng: np.random.Generator, rule: str) -> None:
+    plain = [rng.uniform(0.5, 2, 1530).astype("float32") for _ in range(2 + RULES[rule])]
+
+    def run() -> list[np.ndarray]:
+        on = [emulated.asarray(array) for array in plain]
+        update(rule, on, 2)
+        return on
+
+    want = run()
+    for seed in range(1, 7):
+        with emulated.schedule(seed=seed, resident=(1, 2, 64)[seed % 3]):
+            for one, other in zip(want, run(), strict=True):
+                np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rule", RULES)
+def test_twenty_steps_agree_with_torch(backend: Backend, rng: np.random.Generator, rule: str, dtype: str) -> None:
+    torch = pytest.importorskip("torch")
+    parameters = rng.standard_normal(100).astype(dtype)
+    leaf = torch.tensor(parameters.copy(), requires_grad=True)
+    peers = {
+        "sgd": lambda: torch.optim.SGD([leaf], lr=LR),
+        "momentum": lambda: torch.optim.SGD([leaf], lr=LR, momentum=MOMENTUM),
+        "adam": lambda: torch.optim.Adam([leaf], lr=LR, betas=(BETA1, BETA2), eps=EPS),
+    }
+    peer = peers[rule]()
+    on = backend.arrays(parameters, *(np.zeros(100, dtype) for _ in range(RULES[rule])))
+    for number in range(1, STEPS + 1):
+        gradients = (rng.standard_normal(100) + 0.5).astype(dtype)
+        leaf.grad = torch.tensor(gradients)
+        peer.step()
+        update(rule, [on[0], backend.asarray(gradients), *on[1:]], number)
+    tolerance = 1000 * float(np.finfo(dtype).eps)
+    np.testing.assert_allclose(backend.asnumpy(on[0]), leaf.detach().numpy(), rtol=tolerance, atol=tolerance)
