@@ -1,4 +1,4 @@
-"""What the batch-norm ops refuse: the message says what was expected, what came and the way out, and nothing happens."""
+"""What the batch-norm ops refuse: messages say what was expected, what came and the way out, and nothing happens."""
 
 from __future__ import annotations
 

@@ -49,13 +49,13 @@ TRAINING = {"forward": (forward_launch, 3, "forward_"), "backward": (backward_la
 
 
 def assert_covers_channels(launch: Launch, channels: int) -> None:
-    """Every channel belongs to one thread column, and no block has none."""
+    """Check that every channel belongs to one column of threads, and that no block has none."""
     width, blocks = launch.block[0], launch.grid[0]
     assert width * (blocks - 1) < channels <= width * blocks
 
 
 def assert_within_limits(launch: Launch, threads: int) -> None:
-    """A device grants the grid, the block and its shared memory, and the kernel was compiled for the block."""
+    """Check that a device grants grid, block and shared memory, and that the kernel was compiled for the block."""
     block_threads = launch.block[0] * launch.block[1]
     assert launch.block[2] == 1
     assert block_threads <= min(threads, MAX_THREADS)

@@ -53,7 +53,7 @@ def test_every_truncation_is_found_and_the_file_left_alone(path):
     whole = path.read_bytes()
     for length in range(0, len(whole), 13):
         path.write_bytes(whole[:length])
-        with pytest.raises(CheckpointError, match="checkpoint.npz is truncated or damaged|is not a bnkernels"):
+        with pytest.raises(CheckpointError, match=r"checkpoint\.npz is truncated or damaged"):
             load_checkpoint(path)
         assert path.read_bytes() == whole[:length]
 
@@ -90,7 +90,7 @@ def test_a_changed_array_in_an_intact_zip_is_found(path):
 def test_a_foreign_file_is_refused(tmp_path, content):
     path = tmp_path / "other.npz"
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match="other.npz is not a bnkernels checkpoint"):
+    with pytest.raises(CheckpointError, match=r"other\.npz is not a bnkernels checkpoint"):
         load_checkpoint(path)
 
 

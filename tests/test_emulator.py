@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from bnkernels._runtime import Launch
-from tests.emulator import EmulatedArray, EmulatorError, EmulatorRuntime, Traffic, planted
-from tests.emulator.build import ROOT, read_sources
+from tests.emulator import EmulatedArray, EmulatorError, EmulatorRuntime, Traffic, coverage, planted, sanitizers
+from tests.emulator.build import CUDA, ROOT, read_sources
+from tests.emulator.mutant_list import MUTANTS
+from tests.emulator.mutants import Mutant
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++")
 
@@ -95,6 +97,13 @@ def test_unknown_kernel_source_and_build_are_refused(runtime: EmulatorRuntime) -
         EmulatorRuntime("fast")
     with pytest.raises(EmulatorError, match=r"python -m tests\.emulator run tsan"):
         EmulatorRuntime("tsan")
+
+
+def test_impossible_schedules_are_refused(runtime: EmulatorRuntime) -> None:
+    with pytest.raises(EmulatorError, match="resident >= 1"), runtime.schedule(resident=0):
+        pass
+    with runtime.only_blocks([4]), pytest.raises(EmulatorError, match="expected blocks below 4"):
+        planted.launch(runtime, "reverse", 128, 128, grid=(4, 1, 1))
 
 
 def test_launch_bounds_are_enforced(runtime: EmulatorRuntime) -> None:
@@ -249,6 +258,10 @@ def test_sparse_arrays_reach_beyond_32_bits(runtime: EmulatorRuntime) -> None:
 
 def sanitized(build: str, *cases: str) -> tuple[int, dict[str, str], str]:
     """Run cases of planted.cu; return the exit status, what became of each, and the reports."""
+    try:
+        sanitizers.library(build)
+    except EmulatorError as error:
+        pytest.skip(str(error))
     command = [sys.executable, "-m", "tests.emulator", "run", build, "--module", "tests.emulator.planted", "--", *cases]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     return run.returncode, dict(line.split(": ", 1) for line in run.stdout.splitlines()), run.stderr
@@ -293,3 +306,40 @@ def test_thread_sanitizer_reports() -> None:
         **dict.fromkeys(races, True),
         **dict.fromkeys(CORRECT, False),
     }
+
+
+# ---- mutants and coverage -------------------------------------------------------------------------------------------
+
+
+def test_every_mutant_fits_the_kernels_of_today() -> None:
+    originals = read_sources()
+    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS) >= 15
+    for mutant in MUTANTS:
+        assert mutant.sources(originals) != originals
+
+
+def test_mutant_of_a_text_that_is_not_there_once_is_refused() -> None:
+    sources = {"a.cu": "x = 1; x = 2;"}
+    assert Mutant("a", "a.cu", "x = 1", "x = 3").sources(sources) == {"a.cu": "x = 3; x = 2;"}
+    for absent in ("x =", "y = 1"):
+        with pytest.raises(EmulatorError, match="expected once in"):
+            Mutant("a", "a.cu", absent, "").sources(sources)
+
+
+@pytest.mark.parametrize(
+    ("executed", "reason", "status"),
+    [(True, None, 0), (False, None, 1), (False, "cannot happen", 0), (True, "cannot happen", 1)],
+)
+def test_coverage_wants_every_line_executed_or_excused(
+    capsys: pytest.CaptureFixture[str], executed: bool, reason: str | None, status: int
+) -> None:
+    texts = {path.name: path.read_text().splitlines() for path in CUDA.glob("*.cu*")}
+    lines = {file: {1: True, 2: executed or file != "common.cuh"} for file in texts}
+    reasons = {} if reason is None else {("common.cuh", texts["common.cuh"][1].strip()): reason}
+    assert coverage.report(lines, reasons) == status
+    assert ("NEVER EXECUTED" in capsys.readouterr().out) == (not executed and reason is None)
+
+
+def test_coverage_wants_every_file_executed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert coverage.report({}, {}) == 1
+    assert "cuda/common.cuh: not executed at all" in capsys.readouterr().out

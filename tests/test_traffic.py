@@ -41,7 +41,7 @@ def only_launch(runtime: EmulatorRuntime, kernel: str) -> Counts:
 
 
 def assert_moved(counts: Counts, array: np.ndarray, *, reads: int = 0, writes: int = 0) -> None:
-    """Every byte of the array is read so many times, and written so many times, and none more often than another."""
+    """Check how often each byte of the array was read and written."""
     traffic = counts.of(array)
     assert (traffic.bytes_read, traffic.unique_bytes_read) == (reads * array.nbytes, min(reads, 1) * array.nbytes)
     assert (traffic.bytes_written, traffic.unique_bytes_written) == (
@@ -51,7 +51,7 @@ def assert_moved(counts: Counts, array: np.ndarray, *, reads: int = 0, writes: i
 
 
 def assert_only(counts: Counts, *arrays: np.ndarray) -> None:
-    """Nothing but these arrays was touched."""
+    """Check that nothing but these arrays was touched."""
     assert sum((traffic.unique_bytes_read + traffic.unique_bytes_written) for traffic in counts.arrays.values()) == sum(
         counts.of(array).unique_bytes_read + counts.of(array).unique_bytes_written for array in arrays
     )

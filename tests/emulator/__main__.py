@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from .build import BUILDS
+from .build import BUILDS, EmulatorError
 from .coverage import coverage
 from .mutant_list import MUTANTS
 from .mutants import check
@@ -14,24 +14,27 @@ from .sanitizers import run
 
 def main() -> int:
     """Run one of the emulator's commands and return its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m tests.emulator", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.emulator", description=__doc__, epilog="What follows -- are arguments of pytest."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     running = commands.add_parser("run", help="run pytest on a build of the emulator; fail on any report")
     running.add_argument("build", choices=BUILDS)
     running.add_argument("--module", default="pytest", help="another module to run")
-    running.epilog = "What follows -- are the arguments of pytest."
-    commands.add_parser(
-        "coverage", help="list the lines of cuda/ that no emulated test executes; -- ARGUMENTS of pytest"
-    )
+    commands.add_parser("coverage", help="list the lines of cuda/ that no emulated test executes")
     commands.add_parser("mutants", help="plant bugs in the kernels; fail unless the tests notice all of them")
     separator = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    options = parser.parse_args(sys.argv[1:separator])
     arguments = sys.argv[separator + 1 :]
-    if options.command == "coverage":
-        return coverage(arguments)
-    if options.command == "mutants":
-        return check(MUTANTS)
-    return run(options.build, options.module, arguments)
+    options = parser.parse_args(sys.argv[1:separator])
+    try:
+        if options.command == "coverage":
+            return coverage(arguments)
+        if options.command == "mutants":
+            return check(MUTANTS)
+        return run(options.build, options.module, arguments)
+    except EmulatorError as error:
+        print(error, file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

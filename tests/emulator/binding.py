@@ -115,6 +115,11 @@ class Schedule:
     resident: int = 4
     only: Sequence[int] = ()
 
+    def __post_init__(self) -> None:
+        """Refuse what the engine cannot follow."""
+        if self.seed < 0 or self.resident < 1 or min(self.only, default=0) < 0:
+            raise EmulatorError(f"expected seed >= 0, resident >= 1 and blocks >= 0, got {self}")
+
 
 class Binding:
     """One build of the engine and of the kernels in `sources`."""
@@ -123,9 +128,9 @@ class Binding:
         if build not in BUILDS:
             raise EmulatorError(f"expected a build among {sorted(BUILDS)}, got {build!r}")
         sanitizer = BUILDS[build].sanitizer
-        if sanitizer and not hasattr(ctypes.CDLL(None), f"__{sanitizer[3:7]}_init"):
+        if sanitizer and not hasattr(ctypes.CDLL(None), f"__{sanitizer}_init"):
             raise EmulatorError(
-                f"the build {build!r} needs {sanitizer} in the process from its start; "
+                f"the build {build!r} needs the sanitizer in the process from its start; "
                 f"run: python -m tests.emulator run {build} -- [pytest's arguments]"
             )
         self.build = build
@@ -191,6 +196,9 @@ class Binding:
         """Run a kernel and return what it did; raise what it did wrong."""
         library = self._library(source)
         kernel = self._kernel(library, source, entry_point, launch, arguments)
+        blocks = launch.grid[0] * launch.grid[1] * launch.grid[2]
+        if max(schedule.only, default=0) >= blocks:
+            raise EmulatorError(f"expected blocks below {blocks}, the size of the grid {launch.grid}, got {schedule}")
         only = (c_uint64 * len(schedule.only))(*schedule.only)
         request = _Request(
             kernel=ctypes.cast(kernel, c_void_p),

@@ -39,7 +39,7 @@ class Build:
     engine: tuple[str, ...]  # flags for the engine, which is never instrumented
     kernel: tuple[str, ...]  # flags for the kernels
     link: tuple[str, ...] = ()
-    sanitizer: str | None = None  # the library that must be in the process before all others
+    sanitizer: str | None = None  # whose library must be in the process before all others
 
 
 BUILDS: Mapping[str, Build] = {
@@ -55,11 +55,9 @@ BUILDS: Mapping[str, Build] = {
         engine=("-DBNK_ASAN",),
         kernel=("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
         link=("-fsanitize=address,undefined",),
-        sanitizer="libasan.so",
+        sanitizer="asan",
     ),
-    "tsan": Build(
-        engine=("-DBNK_TSAN",), kernel=("-fsanitize=thread",), link=("-fsanitize=thread",), sanitizer="libtsan.so"
-    ),
+    "tsan": Build(engine=("-DBNK_TSAN",), kernel=("-fsanitize=thread",), link=("-fsanitize=thread",), sanitizer="tsan"),
 }
 
 

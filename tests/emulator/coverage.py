@@ -33,7 +33,7 @@ def coverage(arguments: Iterable[str]) -> int:
         if status != 0:
             return status
         lines = _executed(Path(folder))
-    return _report(lines, _read_exceptions())
+    return report(lines, _read_exceptions())
 
 
 def _executed(folder: Path) -> Lines:
@@ -66,7 +66,7 @@ def _read_exceptions() -> dict[tuple[str, str], str]:
     return reasons
 
 
-def _report(lines: Lines, reasons: dict[tuple[str, str], str]) -> int:
+def report(lines: Lines, reasons: dict[tuple[str, str], str]) -> int:
     """Print the verdict on every file of ``cuda/``; return the exit status."""
     failures, excused = 0, set()
     for path in sorted(CUDA.glob("*.cu*")):

@@ -66,8 +66,8 @@ MUTANTS = [
     Mutant(
         "update: the index in 32 bits",
         UPDATE,
-        "i = (long long)blockIdx.x * blockDim.x + threadIdx.x;",
-        "i = (int)(blockIdx.x * blockDim.x + threadIdx.x);",
+        "for (long long i = (long long)blockIdx.x",
+        "for (int i = blockIdx.x",
     ),
     Mutant(
         "backward: parameter gradients of channels that do not exist",

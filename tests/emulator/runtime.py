@@ -123,7 +123,7 @@ class EmulatorRuntime:
     def like(self, array: np.ndarray, read_only: bool = False) -> EmulatedArray:
         """Return a copy with the strides of `array`, be they zero or negative, in a block of the exact size."""
         if array.size == 0:
-            return self.asarray(array)
+            return self.asarray(array, read_only=read_only)
         reach = [(size - 1) * stride for size, stride in zip(array.shape, array.strides, strict=True)]
         before = -sum(distance for distance in reach if distance < 0)
         size = before + sum(distance for distance in reach if distance > 0) + array.itemsize

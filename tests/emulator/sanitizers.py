@@ -62,22 +62,27 @@ def _beginning(reports: str, most_lines: int = 60) -> str:
     return "\n".join(lines[:most_lines]) + rest
 
 
+def library(sanitizer: str) -> Path:
+    """Return the sanitizer's library, which comes with g++; raise `EmulatorError` where it does not."""
+    name = f"lib{sanitizer}.so"
+    if compiler() is None:
+        raise EmulatorError(f"{name} comes with g++, and there is none on the PATH: install g++")
+    found = subprocess.run([compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+    path = Path(found.stdout.strip())
+    if not path.is_absolute():
+        raise EmulatorError(f"this g++ has no {name}: install the sanitizer libraries that belong to it")
+    return path
+
+
 def _environment(build: str, log: Path) -> dict[str, str]:
     """Return what a process needs around the build."""
     sanitizer = BUILDS[build].sanitizer
     if sanitizer is None:
         return {}
-    if compiler() is None:
-        raise EmulatorError(f"{sanitizer} comes with g++, and there is none on the PATH: install g++")
-    library = subprocess.run(
-        [compiler(), f"-print-file-name={sanitizer}"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    if not Path(library).is_absolute():
-        raise EmulatorError(f"g++ has no {sanitizer}: install the sanitizer libraries of your g++ (libasan, libtsan)")
     common = f"log_path={log}:exitcode={REPORTED}"
     return {
         LOG_VARIABLE: str(log),
-        "LD_PRELOAD": library,
+        "LD_PRELOAD": str(library(sanitizer)),
         "ASAN_OPTIONS": f"{common}:detect_leaks=0",  # the interpreter does not free everything
         "UBSAN_OPTIONS": "print_stacktrace=1",
         # Each launch is judged by itself, whatever was reported before.

@@ -1,4 +1,4 @@
-"""A cooperative launch that was cut to fewer blocks with a warning: kernels that stride must not count on their grid."""
+"""A cooperative launch was cut to fewer blocks with a warning: kernels that stride must not count on their grid."""
 
 from __future__ import annotations
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from tests.backends import Backend
-from tests.regress.refusal import refused
 from tests.regress.calls import CALLS, EVERY_ARRAY, make_arrays
+from tests.regress.refusal import refused
 
 SPOILERS = {
     "short": lambda array: array[:-1],

@@ -45,7 +45,7 @@ std::map<uintptr_t, Array>::iterator at_or_before(uintptr_t address) {
     return after == arrays.begin() ? arrays.end() : std::prev(after);
 }
 
-// The array that holds these bytes, or null. Most accesses hit one of the last few arrays.
+// The array that holds these bytes, or null.
 Array* holder(uintptr_t address, size_t bytes) {
     const auto found = at_or_before(address);
     if (found == arrays.end() || address + bytes > found->first + found->second.bytes) return nullptr;

@@ -19,7 +19,12 @@ Running running;
 namespace {
 
 constexpr unsigned warp_size = 32;
+#ifdef BNK_TSAN
+constexpr uint64_t most_resident_threads =
+    1024;  // TSan takes two megabytes for each; it needs no overlap to see a race
+#else
 constexpr uint64_t most_resident_threads = 4096;
+#endif
 order::Tag block_start, launch_end;
 
 BnkIndex unravel(uint64_t number, BnkIndex extent) {

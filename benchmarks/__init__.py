@@ -1,0 +1,7 @@
+"""Benchmarks, each library with one thread: their thread pools read these variables when they are first imported."""
+
+import os
+
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+os.environ.update(dict.fromkeys(THREAD_VARIABLES, "1"))

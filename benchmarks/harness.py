@@ -1,0 +1,118 @@
+"""What all benchmarks share: interleaved timing, quantiles, and the facts of a run."""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import importlib
+import subprocess
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bnkernels.environment import report
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+class WrongResultError(ArithmeticError):
+    """A variant computes something else than the reference, so its speed is of no interest."""
+
+
+# ---- timing -------------------------------------------------------------------------------------------------------------
+
+
+def interleave(measurements: Mapping[str, Callable[[], float]], rounds: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Take every measurement once per round, in a random order, so that all of them see the same moods of the machine.
+
+    Parameters
+    ----------
+    measurements : dict of str to callable
+        Each returns its figure, in whatever unit.
+    rounds : int
+        How often.
+    seed : int
+        Of the order.
+
+    Returns
+    -------
+    dict of str to numpy.ndarray, shape (rounds,)
+        The figures by name, round by round.
+    """
+    rng = np.random.default_rng(seed)
+    names = list(measurements)
+    figures = {name: np.empty(rounds) for name in names}
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()  # a collection would hit whichever variant happens to run
+    try:
+        for i in range(rounds):
+            for name in rng.permutation(names):
+                figures[name][i] = measurements[name]()
+    finally:
+        if collecting:
+            gc.enable()
+    return figures
+
+
+def quantiles(figures: np.ndarray) -> dict[str, float]:
+    """Return median, p20 and p80, to four digits."""
+    p20, median, p80 = np.quantile(figures, (0.2, 0.5, 0.8))
+    return {"median": round4(median), "p20": round4(p20), "p80": round4(p80)}
+
+
+def round4(figure: float) -> float:
+    """Return a figure to four significant digits: no timing here is better than that."""
+    return float(f"{figure:.4g}")
+
+
+# ---- the facts of a run -------------------------------------------------------------------------------------------------
+
+
+def facts(*packages: str) -> dict[str, Any]:
+    """Return what a table of figures has to say about where they come from.
+
+    Parameters
+    ----------
+    *packages : str
+        Names of further packages whose versions matter.
+
+    Returns
+    -------
+    dict
+        Device, system, versions (None for what is not installed), threads, commit and date.
+    """
+    about = dict(line.split(": ", 1) for line in report().splitlines())
+    versions = {name: about[name] for name in ("Python", "NumPy", "BLAS", "bnkernels")}
+    return {
+        "device": about["CPU"],
+        "system": about["system"],
+        "versions": versions | {name: version_of(name) for name in packages},
+        "threads": 1,
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def version_of(package: str) -> str | None:
+    """Return the version of a package, or None where it is not installed."""
+    try:
+        return importlib.import_module(package).__version__
+    except ImportError:
+        return None
+
+
+def commit() -> str:
+    """Return the short hash of the checkout, with ``+`` behind it if anything tracked differs from it."""
+    try:
+        name = _git("rev-parse", "--short", "HEAD")
+        return name + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "not a git checkout"
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
