@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import gc
 import importlib
+import json
 import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from bnkernels.checkpoint import write_atomically
 from bnkernels.environment import report
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +24,7 @@ class WrongResultError(ArithmeticError):
     """A variant computes something else than the reference, so its speed is of no interest."""
 
 
-# ---- timing -------------------------------------------------------------------------------------------------------------
+# ---- timing ---------------------------------------------------------------------------------------------------------
 
 
 def interleave(measurements: Mapping[str, Callable[[], float]], rounds: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -69,7 +71,7 @@ def round4(figure: float) -> float:
     return float(f"{figure:.4g}")
 
 
-# ---- the facts of a run -------------------------------------------------------------------------------------------------
+# ---- the facts of a run ---------------------------------------------------------------------------------------------
 
 
 def facts(*packages: str) -> dict[str, Any]:
@@ -86,7 +88,7 @@ def facts(*packages: str) -> dict[str, Any]:
         Device, system, versions (None for what is not installed), threads, commit and date.
     """
     about = dict(line.split(": ", 1) for line in report().splitlines())
-    versions = {name: about[name] for name in ("Python", "NumPy", "BLAS", "bnkernels")}
+    versions = {name: about[name].partition(",")[0] for name in ("Python", "NumPy", "BLAS", "bnkernels")}
     return {
         "device": about["CPU"],
         "system": about["system"],
@@ -116,3 +118,18 @@ def commit() -> str:
 
 def _git(*arguments: str) -> str:
     return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Write a document of figures, one line per entry at its top two levels, so that changes read well."""
+    entries = [f"{json.dumps(key)}: {_lines(value)}" for key, value in document.items()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, ("{\n" + ",\n".join(entries) + "\n}\n").encode())
+
+
+def _lines(value: Any) -> str:
+    if isinstance(value, list) and value:
+        return "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n]"
+    if isinstance(value, dict) and value:
+        return "{\n  " + ",\n  ".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in value.items()) + "\n}"
+    return json.dumps(value)

@@ -101,7 +101,7 @@ def batch_norm_forward(
     phi = activation_named(activation)
     arrays = (y, statistics, running_mean, running_var, x, gamma, beta)
     plan = plan_forward(*map(check.signature, arrays))
-    if out is not None:
+    if out is not None or running_mean is not None or running_var is not None:
         check.no_overlap(plan.runtime, FORWARD_NAMES, arrays, written=4, in_place=("x",))
     y, statistics, _ = run_forward(plan, arrays, momentum, eps, phi)
     return y, statistics

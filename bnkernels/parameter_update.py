@@ -11,7 +11,7 @@ from bnkernels import _check as check
 from bnkernels import _runtime as rt
 
 ARGUMENTS = rt.arguments_type(
-    "parameters gradients first second", "size", "lr momentum beta2 eps correction1 correction2", ""
+    "parameters gradients first second", "size", "lr beta1 beta2 rest1 rest2 eps correction1 correction2", ""
 )
 THREADS = 256
 MAX_BLOCKS = 1024  # several per multiprocessor of the largest GPU; threads stride over the rest
@@ -47,7 +47,7 @@ def sgd_update(parameters: Any, gradients: Any, *, lr: float) -> None:
     lr = check.number("lr", lr, 0)
     runtime = _checked(parameters=parameters, gradients=gradients)
     if runtime is not None:
-        _launch(runtime, "sgd", (parameters, gradients, None, None), (lr, 0, 0, 0, 1, 1))
+        _launch(runtime, "sgd", (parameters, gradients, None, None), (lr, 0, 0, 0, 0, 0, 1, 1))
     else:
         parameters -= lr * gradients
 
@@ -86,7 +86,7 @@ def momentum_update(parameters: Any, gradients: Any, velocity: Any, *, lr: float
     lr, momentum = check.number("lr", lr, 0), check.number("momentum", momentum, 0, 1)
     runtime = _checked(parameters=parameters, velocity=velocity, gradients=gradients)
     if runtime is not None:
-        _launch(runtime, "momentum", (parameters, gradients, velocity, None), (lr, momentum, 0, 0, 1, 1))
+        _launch(runtime, "momentum", (parameters, gradients, velocity, None), (lr, momentum, 0, 0, 0, 0, 1, 1))
     else:
         velocity *= momentum
         velocity += gradients
@@ -146,12 +146,11 @@ def adam_update(
     lr, eps = check.number("lr", lr, 0), check.number("eps", eps, 0)
     below_one = float(np.nextafter(1, 0))
     beta1, beta2 = check.number("beta1", beta1, 0, below_one), check.number("beta2", beta2, 0, below_one)
-    if step < 1:
-        raise ValueError(f"step counts from 1, got {step}")
+    step = check.number("step", step, 1)
     runtime = _checked(parameters=parameters, first=first, second=second, gradients=gradients)
     correction1, correction2 = 1 - beta1**step, 1 - beta2**step
     if runtime is not None:
-        scalars = (lr, beta1, beta2, eps, correction1, correction2)
+        scalars = (lr, beta1, beta2, 1 - beta1, 1 - beta2, eps, correction1, correction2)
         _launch(runtime, "adam", (parameters, gradients, first, second), scalars)
     else:
         first *= beta1

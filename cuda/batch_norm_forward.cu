@@ -14,6 +14,7 @@
 // Launch:    block (w, l, 1), grid (ceil(C/w), 1, 1), shared memory 3 w l sizeof(A). Thread (i, j) owns the channel
 //            c = w blockIdx.x + i and its rows j, j + l, j + 2l, ...: neighbouring threads read neighbouring channels,
 //            so a block reads whole rows of its slice. No block ever waits for another: partition by neuron.
+//            N >= l: every thread has a row.
 //            held: a thread's rows, at most VALUES of them, stay in registers. streamed: chunks of VALUES rows.
 //            64 x 20: one block (20, 16, 1), 4 values a thread, one barrier.
 //            Inference: the same blocks, grid (ceil(C/w), rows in tiles, 1), no shared memory, no barrier.
@@ -108,15 +109,14 @@ __device__ __forceinline__ Moments<A> merge_lanes(const A* partial, long long ro
     const int width = blockDim.x, lanes = blockDim.y, plane = lanes * width;
     const long long rounds = rows / lanes;
     const int longer = (int)(rows - rounds * lanes);  // the first lanes own one row more
-    const int filled = rounds > 0 ? lanes : longer;
     Pair<A> sum = {A(0), A(0)};
-    for (int j = 0; j < filled; ++j) {
+    for (int j = 0; j < lanes; ++j) {
         const A* lane = partial + j * width + threadIdx.x;
         const Pair<A> mean = {lane[0], lane[plane]};
         sum = add(sum, multiply(mean, A(rounds + (j < longer))));
     }
     Moments<A> all = {A(rows), divide(sum, A(rows)), {A(0), A(0)}};
-    for (int j = 0; j < filled; ++j) {
+    for (int j = 0; j < lanes; ++j) {
         const A* lane = partial + j * width + threadIdx.x;
         const A delta = (lane[0] - all.mean.high) + (lane[plane] - all.mean.low);
         all.m2 = add(all.m2, lane[2 * plane]);
@@ -147,7 +147,7 @@ __device__ __forceinline__ void batch_norm_forward(const BatchNormForward<T, A>&
     A values[VALUES];
     int count = 0;
 
-    if (active && lane < a.rows) {
+    if (active) {
         count = load_rows(values, column, lane, a.rows, a.row_stride);
         Moments<A> own = moments_of(values, count);
         if (!HELD)

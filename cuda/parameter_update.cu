@@ -8,7 +8,8 @@
 //            different. Parameters and state are updated in place.
 // Launch:    block (256, 1, 1), grid (b, 1, 1), any b: thread i owns elements i, i + 256 b, ...; no shared memory.
 // Traffic:   sgd 2 P reads and P writes, momentum 3 P and 2 P, adam 4 P and 3 P. No barrier.
-// Numerics:  in T. Elementwise, so deterministic.
+// Numerics:  in T; what depends on the step alone is formed in double precision on the host (1 - beta2, 0.001, would
+//            lose four digits in float32). Elementwise, so deterministic.
 // Reference: D. P. Kingma and J. Ba, Adam, 2015, arXiv:1412.6980, algorithm 1.
 // Called by: bnkernels/parameter_update.py
 #include "common.cuh"
@@ -20,7 +21,7 @@ struct ParameterUpdate {
     T* first;   // velocity, or Adam's first moment
     T* second;  // Adam's second moment
     long long size;
-    T lr, momentum, beta2, eps, correction1, correction2;  // momentum is Adam's beta1
+    T lr, beta1, beta2, rest1, rest2, eps, correction1, correction2;  // beta1 is the momentum; resti = 1 - betai
 };
 
 struct Sgd {
@@ -33,7 +34,7 @@ struct Sgd {
 struct Momentum {
     template <typename T>
     static __device__ __forceinline__ T step(const ParameterUpdate<T>& a, long long i) {
-        const T velocity = fma(a.momentum, a.first[i], a.gradients[i]);
+        const T velocity = fma(a.beta1, a.first[i], a.gradients[i]);
         a.first[i] = velocity;
         return a.lr * velocity;
     }
@@ -43,8 +44,8 @@ struct Adam {
     template <typename T>
     static __device__ __forceinline__ T step(const ParameterUpdate<T>& a, long long i) {
         const T g = a.gradients[i];
-        const T first = fma(a.momentum, a.first[i], (T(1) - a.momentum) * g);
-        const T second = fma(a.beta2, a.second[i], (T(1) - a.beta2) * g * g);
+        const T first = fma(a.beta1, a.first[i], a.rest1 * g);
+        const T second = fma(a.beta2, a.second[i], a.rest2 * g * g);
         a.first[i] = first;
         a.second[i] = second;
         return a.lr * (first / a.correction1) / (sqrt(second / a.correction2) + a.eps);

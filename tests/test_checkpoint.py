@@ -44,7 +44,7 @@ def test_a_checkpoint_is_a_plain_npz_without_pickle(path):
 
 
 def test_objects_are_refused_and_nothing_is_written(tmp_path):
-    with pytest.raises(ValueError, match="[Oo]bject"):
+    with pytest.raises(ValueError, match=r"[Oo]bject"):
         save_checkpoint(tmp_path / "c.npz", META, {"a": np.array([None])})
     assert list(tmp_path.iterdir()) == []
 

@@ -13,6 +13,12 @@ from bnkernels.predict import predict
 from bnkernels.trainer import ConfigError, Trainer, TrainingConfig, resume, train
 
 
+@pytest.fixture(autouse=True)
+def no_drawing(monkeypatch):
+    """Leave the picture, the slowest part of a small run, to test_plots.py."""
+    monkeypatch.setattr("bnkernels.runs.draw_curves", lambda history, title: b"a picture")
+
+
 def blobs(n_train=100, n_test=30, classes=3, dtype="float32"):
     """Return well separated clouds of points, one per class."""
     rng = np.random.default_rng(0)

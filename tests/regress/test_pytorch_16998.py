@@ -41,6 +41,7 @@ def test_apex_411_rows_around_65536(backend: Backend, rng: np.random.Generator, 
     check(backend, rng, rows, 1)
 
 
+@pytest.mark.slow  # under a sanitizer
 def test_pytorch_16998_channels_65536(backend: Backend, rng: np.random.Generator) -> None:
     """One block per channel along an axis of the grid that ends at 65,535."""
     check(backend, rng, 2, 65536)

@@ -113,6 +113,7 @@ def test_flashinfer_3391_last_row_of_a_huge_array(emulated: EmulatorRuntime) -> 
 
 
 @pytest.mark.emulator
+@pytest.mark.slow  # under a sanitizer
 def test_cupy_7539_optimiser_beyond_32_bits(emulated: EmulatorRuntime) -> None:
     """The last parameter of 2^31 + 5, which the grid reaches after thousands of strides."""
     size = 2**31 + 5

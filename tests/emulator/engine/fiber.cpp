@@ -2,6 +2,7 @@
 
 #include <sys/mman.h>
 
+#include <deque>
 #include <new>
 #include <vector>
 
@@ -86,34 +87,31 @@ class StackPool {
     std::vector<char*> free_;
 };
 
-// TSan takes a millisecond to make a fiber. One serves again, though only in a later launch: in its own, whoever got it
-// next would be ordered after whoever had it before.
+// TSan takes a millisecond and two megabytes to make a fiber, so not many of them serve again and again: those that
+// rested since the launch before, where nothing is lost, then the one that has rested longest. Whoever gets that one is
+// ordered after the thread that had it, which ran many blocks ago.
 class OrderPool {
   public:
     void* take() {
-        if (rested_.empty()) return order::create();
-        void* const fiber = rested_.back();
-        rested_.pop_back();
+        if (rested_.empty() && made_ < most) {
+            ++made_;
+            return order::create();
+        }
+        std::deque<void*>& pool = rested_.empty() ? used_ : rested_;
+        void* const fiber = pool.front();
+        pool.pop_front();
         return fiber;
     }
-    void give_back(void* fiber) {
-        if (used_.size() < most_kept)
-            used_.push_back(fiber);
-        else
-            order::destroy(fiber);
-    }
+    void give_back(void* fiber) { used_.push_back(fiber); }
     void launch_ended() {
-        for (void* fiber : used_)
-            if (rested_.size() < most_kept)
-                rested_.push_back(fiber);
-            else
-                order::destroy(fiber);
+        rested_.insert(rested_.end(), used_.begin(), used_.end());
         used_.clear();
     }
 
   private:
-    static constexpr size_t most_kept = 1024;
-    std::vector<void*> rested_, used_;
+    static constexpr size_t most = 1024 + most_resident_threads;
+    size_t made_ = 0;
+    std::deque<void*> rested_, used_;
 };
 
 static StackPool stacks;

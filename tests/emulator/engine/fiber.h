@@ -6,6 +6,12 @@
 
 namespace bnk {
 
+#ifdef BNK_TSAN
+constexpr size_t most_resident_threads = 512;  // or one block: TSan needs no overlap to see a race
+#else
+constexpr size_t most_resident_threads = 4096;
+#endif
+
 class Fiber {
   public:
     Fiber() = default;

@@ -116,7 +116,7 @@ std::string memory::access(uintptr_t address, size_t bytes, bool is_write) {
 
 }  // namespace bnk
 
-// ---- for ../binding.py -----------------------------------------------------------------------------------------------
+// ---- for ../binding.py --------------------------------------------------------------------------------------------
 
 using namespace bnk;
 

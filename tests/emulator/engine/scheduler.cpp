@@ -19,12 +19,6 @@ Running running;
 namespace {
 
 constexpr unsigned warp_size = 32;
-#ifdef BNK_TSAN
-constexpr uint64_t most_resident_threads =
-    1024;  // TSan takes two megabytes for each; it needs no overlap to see a race
-#else
-constexpr uint64_t most_resident_threads = 4096;
-#endif
 order::Tag block_start, launch_end;
 
 BnkIndex unravel(uint64_t number, BnkIndex extent) {
@@ -222,7 +216,7 @@ std::string text(Site site) { return std::string(site.file) + ":" + std::to_stri
 
 }  // namespace bnk
 
-// ---- for ../binding.py -----------------------------------------------------------------------------------------------
+// ---- for ../binding.py ---------------------------------------------------------------------------------------------
 
 // Runs a launch to its end; returns the error that ended it, or null.
 extern "C" const char* bnk_launch(const bnk::Request* request, bnk::Totals* totals) {
