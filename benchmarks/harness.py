@@ -85,13 +85,12 @@ def facts(*packages: str) -> dict[str, Any]:
     Returns
     -------
     dict
-        Device, system, versions (None for what is not installed), threads, commit and date.
+        Device, versions (None for what is not installed), threads, commit and date.
     """
     about = dict(line.split(": ", 1) for line in report().splitlines())
     versions = {name: about[name].partition(",")[0] for name in ("Python", "NumPy", "BLAS", "bnkernels")}
     return {
         "device": about["CPU"],
-        "system": about["system"],
         "versions": versions | {name: version_of(name) for name in packages},
         "threads": 1,
         "commit": commit(),
@@ -122,14 +121,18 @@ def _git(*arguments: str) -> str:
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
     """Write a document of figures, one line per entry at its top two levels, so that changes read well."""
-    entries = [f"{json.dumps(key)}: {_lines(value)}" for key, value in document.items()]
+    entries = [f"{_dumps(key)}: {_lines(value)}" for key, value in document.items()]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, ("{\n" + ",\n".join(entries) + "\n}\n").encode())
 
 
 def _lines(value: Any) -> str:
     if isinstance(value, list) and value:
-        return "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n]"
+        return "[\n  " + ",\n  ".join(map(_dumps, value)) + "\n]"
     if isinstance(value, dict) and value:
-        return "{\n  " + ",\n  ".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in value.items()) + "\n}"
-    return json.dumps(value)
+        return "{\n  " + ",\n  ".join(f"{_dumps(k)}: {_dumps(v)}" for k, v in value.items()) + "\n}"
+    return _dumps(value)
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

@@ -32,7 +32,7 @@ __device__ __forceinline__ A warp_max(A v) {
 #pragma unroll
     for (int apart = 16; apart > 0; apart /= 2) {
         const A other = __shfl_xor_sync(0xffffffffu, v, apart);
-        v = other > v || other != other ? other : v;  // NaN wins
+        v = other > v ? other : v;
     }
     return v;
 }
@@ -57,7 +57,7 @@ __device__ __forceinline__ void softmax_cross_entropy(const SoftmaxCrossEntropy<
 #pragma unroll 1
     for (long long k = threadIdx.x; k < a.classes; k += 32) {
         const A z = A(logits[k]);
-        top = z > top || z != z ? z : top;
+        top = z > top ? z : top;  // not of NaN, which reaches the row through the sum
         if (k == label) at_label = z;
     }
     top = warp_max(top);

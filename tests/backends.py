@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -91,11 +91,13 @@ def _like(base: Callable[[np.ndarray], Any], array: np.ndarray) -> Any:
 def make(name: str) -> Backend:
     """Return a backend by name."""
     if name == "numpy":
-        return Backend(name, np.array, lambda array: _like(np.array, array), np.asarray, np)
+        copy = partial(np.array, order="C")
+        return Backend(name, copy, lambda array: _like(copy, array), np.asarray, np)
     if name == "emulator":
         runtime = emulated_runtime()
         xp = EmulatedNumPy(runtime)
         return Backend(name, runtime.asarray, runtime.like, lambda array: np.array(array, subok=False), xp)
     import cupy
 
-    return Backend(name, cupy.array, lambda array: _like(cupy.array, array), cupy.asnumpy, cupy)
+    copy = partial(cupy.array, order="C")
+    return Backend(name, copy, lambda array: _like(copy, array), cupy.asnumpy, cupy)

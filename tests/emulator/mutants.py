@@ -84,7 +84,8 @@ def _is_caught(mutant: Mutant, sources: dict[str, str]) -> bool:
 
 def _run(sources: dict[str, str], build: str, tests: tuple[str, ...], select: str) -> _Outcome:
     """Run the fast tests of an op on one build of `sources`, up to the first failure."""
-    options = ["-x", "-q", "-p", "no:cacheprovider", "-m", "emulator and not slow"]
+    marked = "emulator" if build == "plain" else "emulator and not slow"
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-m", marked]
     command = [sys.executable, "-m", "tests.emulator", "run", build, "--", *options, "-k", select, *tests]
     with tempfile.TemporaryDirectory() as folder:
         for file, text in sources.items():
