@@ -17,7 +17,7 @@ from benchmarks.harness import RESULTS, ROOT
 ABSENT = "not yet measured"
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "numerics.md")
 BASELINE = ROOT / "tests" / "compile" / "baseline.json"
-ARCHITECTURES = {"80": "A100", "90": "H100", "120": "RTX 50"}  # of which the registers are shown
+ARCHITECTURES = ("80", "90", "120")  # of which the registers are shown: A100, H100, RTX 50
 
 NORMS = {"batch": "batch norm", "none": "no norm"}
 OPTIMIZERS = {"sgd": "SGD", "momentum": "momentum", "adam": "Adam"}
@@ -182,9 +182,8 @@ def render(text: str, contents: Mapping[str, str]) -> str:
     if opened != closed or len(set(opened)) < len(opened) or not set(opened) <= contents.keys():
         raise ValueError(f"expected pairs of comments of {', '.join(contents)}; got {opened}, closed by {closed}")
     for name in opened:
-        start, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
-        before, rest = text.split(start)
-        text = before + start + contents[name] + end + rest.split(end)[1]
+        inside = re.compile(f"(?<=<!-- {name} -->\\n).*?(?=<!-- /{name} -->)", re.S)
+        text = inside.sub(lambda _, name=name: f"\n{contents[name]}\n\n", text)
     return text
 
 
