@@ -46,8 +46,9 @@ mutants: $(TEST) ## plant bugs in the kernels: the tests must catch every one
 coverage: $(TEST) ## lines of cuda/ that the emulated tests execute
 	$(RUN) -m tests.emulator coverage
 
-bench: $(TEST) ## time a training step
-	$(RUN) -m benchmarks.bench_train_step $(ARGS)
+bench: $(TEST) ## time a training step; write benchmarks/results/cpu.json and the tables of README.md
+	$(RUN) -m benchmarks.bench_train_step --json benchmarks/results/cpu.json $(ARGS)
+	$(RUN) -m benchmarks.report
 
 notebooks: $(TEST) ## execute the notebooks; keep their outputs: make notebooks ARGS=--overwrite
 	$(RUN) -m pytest -q --nbmake $(ARGS) notebooks

@@ -7,7 +7,7 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 
-TRAIN = ["scikit-learn>=1.5", "tqdm>=4.66", "matplotlib>=3.8"]
+TRAIN = ["scikit-learn>=1.5", "threadpoolctl>=3.1", "tqdm>=4.66", "matplotlib>=3.8"]
 NOTEBOOKS = [*TRAIN, "nbmake>=1.5", "ipykernel>=6.29"]
 TEST = [
     *NOTEBOOKS,
@@ -58,7 +58,7 @@ setup(
         "cuda12": ["cupy-cuda12x[ctk]>=14.2,<15"],
         "cuda13": ["cupy-cuda13x[ctk]>=14.2,<15"],
         "notebooks": NOTEBOOKS,
-        "benchmarks": TRAIN,
+        "benchmarks": [*TRAIN, "torch>=2.5"],
         "test": TEST,
     },
     entry_points={"console_scripts": ["bnkernels = bnkernels.cli:main"]},

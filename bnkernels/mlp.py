@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -86,7 +87,7 @@ class MLP:
         """Return name and shape of every parameter, in order; names start with the number of their layer."""
         shapes: dict[str, tuple[int, ...]] = {}
         last = len(self.sizes) - 2
-        for i, (inputs, outputs) in enumerate(zip(self.sizes, self.sizes[1:], strict=False)):
+        for i, (inputs, outputs) in enumerate(pairwise(self.sizes)):
             shapes[f"{i}.weight"] = (inputs, outputs)
             names = ("gamma", "beta") if self.norm == "batch" and i < last else ("bias",)
             shapes.update({f"{i}.{name}": (outputs,) for name in names})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from bnkernels.mlp import MLP
 from bnkernels.optimizers import make_optimizer
 from bnkernels.softmax_cross_entropy import softmax_cross_entropy
 
+SMALL_PRODUCT = 2**20  # multiplications of a matrix product below which threads wait longer than they compute
 EVALUATION_ROWS = 8192  # evaluated at a time, to bound the memory of the activations
 
 
@@ -111,3 +114,18 @@ def array_module(device: str) -> tuple[Any, str]:
     if device == "cuda":
         raise ConfigError(f"device cuda is not usable: {reason}, or take device cpu")
     return np, f"cpu, because {reason}"
+
+
+def blas_threads(sizes: tuple[int, ...], batch_size: int) -> contextlib.AbstractContextManager:
+    """Return a context in which NumPy's BLAS takes one thread, if all products of a step are too small to share.
+
+    It needs threadpoolctl, which comes with scikit-learn; without it BLAS does as it likes, and is only slower.
+    """
+    largest = batch_size * max(inputs * outputs for inputs, outputs in pairwise(sizes))
+    if largest >= SMALL_PRODUCT:
+        return contextlib.nullcontext()
+    try:
+        from threadpoolctl import threadpool_limits
+    except ImportError:
+        return contextlib.nullcontext()
+    return threadpool_limits(limits=1, user_api="blas")

@@ -16,7 +16,7 @@ import numpy as np
 from bnkernels.checkpoint import load_checkpoint
 from bnkernels.config import ConfigError, TrainingConfig
 from bnkernels.data import DataError, Dataset, load_dataset
-from bnkernels.network import Network, array_module, load_networks
+from bnkernels.network import Network, array_module, blas_threads, load_networks
 from bnkernels.plots import require_matplotlib
 from bnkernels.runs import RunFolder, TrainingResult
 
@@ -294,12 +294,13 @@ def _run(
 ) -> TrainingResult:
     """Train to the end or until asked to stop, saving after every epoch."""
     on_epoch(trainer)
-    while not trainer.finished and not should_stop():
-        complete = trainer.run_epoch(should_stop)
-        if run is not None:
-            run.save(*trainer.state())
-        if complete:
-            on_epoch(trainer)
+    with blas_threads(trainer.sizes, trainer.config.batch_size):
+        while not trainer.finished and not should_stop():
+            complete = trainer.run_epoch(should_stop)
+            if run is not None:
+                run.save(*trainer.state())
+            if complete:
+                on_epoch(trainer)
     result = _result("finished" if trainer.finished else "stopped", trainer, run)
     if run is not None and trainer.finished:
         run.write(result)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from bnkernels.data import DataError, Dataset
-from bnkernels.network import EVALUATION_ROWS
+from bnkernels.network import EVALUATION_ROWS, blas_threads
 from bnkernels.optimizers import OPTIMIZERS
 from bnkernels.predict import predict
 from bnkernels.trainer import ConfigError, Trainer, TrainingConfig, resume, train
@@ -331,3 +331,18 @@ def test_predict_refuses_data_of_another_shape(npz, tmp_path):
     np.savez(other, x=np.zeros((10, 5)), y=np.arange(10) % 3)
     with pytest.raises(DataError, match="take 6 features and tell 3 classes apart, but the data have 5 and 3"):
         predict(tmp_path / "run", data=other)
+
+
+def test_small_products_take_one_blas_thread_and_large_ones_all() -> None:
+    threadpoolctl = pytest.importorskip("threadpoolctl")
+
+    def threads() -> list[int]:
+        return [pool["num_threads"] for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
+
+    with threadpoolctl.threadpool_limits(limits=2, user_api="blas"):
+        before = threads()
+        with blas_threads((64, 20, 10), 64):
+            assert set(threads()) == {1}
+        assert threads() == before
+        with blas_threads((784, 512, 10), 256):
+            assert threads() == before
