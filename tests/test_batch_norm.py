@@ -269,3 +269,34 @@ def test_inputs_are_never_written(backend: Backend, rng: np.random.Generator) ->
         bn.batch_norm_backward(dy, x, gamma, beta, statistics, activation=activation)
         for before, after in zip((*originals, *kept), (*on, y, statistics), strict=True):
             np.testing.assert_array_equal(backend.asnumpy(after), before)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_semantics_are_those_of_pytorch(backend: Backend, rng: np.random.Generator, activation: str) -> None:
+    """Momentum, the two variances, eps, the gradients: three steps of training, then inference and its gradient."""
+    torch = pytest.importorskip("torch")
+    _, gamma, beta, _ = make_case(rng, (12, 4), "float64")
+    layer = torch.nn.BatchNorm1d(4, eps=1e-3, momentum=0.3, dtype=torch.float64)
+    layer.weight.data, layer.bias.data = torch.from_numpy(gamma.copy()), torch.from_numpy(beta.copy())
+    phi = getattr(torch, activation, lambda z: z)
+    running = backend.arrays(np.zeros(4), np.ones(4))
+    vectors = backend.arrays(gamma, beta)
+    for training in (True, True, True, False):
+        x, _, _, dy = make_case(rng, (12, 4), "float64")
+        layer.train(training)
+        their_x = torch.from_numpy(x).requires_grad_()
+        layer.zero_grad()
+        their_y = phi(layer(their_x))
+        their_y.backward(torch.from_numpy(dy))
+        on_x, on_dy = backend.arrays(x, dy)
+        if training:
+            y, statistics = bn.batch_norm_forward(
+                on_x, *vectors, *running, momentum=0.3, eps=1e-3, activation=activation
+            )
+            grads = bn.batch_norm_backward(on_dy, on_x, *vectors, statistics, activation=activation)
+        else:
+            y = bn.batch_norm_inference(on_x, *vectors, *running, eps=1e-3, activation=activation)
+            grads = bn.batch_norm_inference_backward(on_dy, on_x, *vectors, *running, eps=1e-3, activation=activation)
+        theirs = (their_y, their_x.grad, layer.weight.grad, layer.bias.grad, layer.running_mean, layer.running_var)
+        for got, want in zip((y, *grads, *running), theirs, strict=True):
+            np.testing.assert_allclose(backend.asnumpy(got), want.detach().numpy(), rtol=1e-10, atol=1e-12)
