@@ -9,8 +9,9 @@ import bnkernels as bn
 from tests import oracle
 from tests.backends import Backend
 
-# One below, at and above what a thread holds (4, 16 rows) and a slice is wide (32 channels); primes; held and streamed.
-SHAPES = [(2, 1), (3, 5), (64, 20), (63, 33), (65, 32), (17, 1), (128, 20), (257, 7), (260, 33), (1030, 2)]
+# One below, at and above what a thread holds (4, 16 rows) and a slice is wide (32 channels); primes; held and streamed;
+# the last is large for NumPy, which takes it in blocks.
+SHAPES = [(2, 1), (3, 5), (64, 20), (63, 33), (65, 32), (17, 1), (128, 20), (257, 7), (260, 33), (1030, 2), (1100, 20)]
 ACTIVATIONS = ["identity", "relu", "sigmoid", "tanh"]
 DTYPES = ["float32", "float64"]
 
@@ -58,7 +59,7 @@ def test_forward_and_backward_match_extended_precision(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 3), (64, 20), (300, 33)])
+@pytest.mark.parametrize("shape", [(1, 3), (64, 20), (300, 33), (1100, 20)])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_inference_matches_extended_precision(
     backend: Backend, rng: np.random.Generator, shape: tuple[int, int], dtype: str, activation: str
@@ -231,7 +232,7 @@ def test_any_strides_give_the_same_bits(backend: Backend, rng: np.random.Generat
         np.testing.assert_allclose(straight, other, rtol=0 if backend.name != "numpy" else 1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(64, 20), (600, 3)])
+@pytest.mark.parametrize("shape", [(64, 20), (600, 3), (1100, 20)])
 def test_out_may_be_the_input(backend: Backend, rng: np.random.Generator, shape: tuple[int, int]) -> None:
     x, gamma, beta, dy = make_case(rng, shape, "float32")
     channels = shape[1]
@@ -300,3 +301,14 @@ def test_semantics_are_those_of_pytorch(backend: Backend, rng: np.random.Generat
         theirs = (their_y, their_x.grad, layer.weight.grad, layer.bias.grad, layer.running_mean, layer.running_var)
         for got, want in zip((y, *grads, *running), theirs, strict=True):
             np.testing.assert_allclose(backend.asnumpy(got), want.detach().numpy(), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("rows", [4, 9000])
+def test_inference_gradient_does_not_depend_on_x(backend: Backend, rows: int) -> None:
+    """An infinite example spoils its own output, and not the gradient that flows to it."""
+    x, dy = np.ones((rows, 2), "float32"), np.full((rows, 2), 3, "float32")
+    x[1, 0] = np.inf
+    running = backend.arrays(np.zeros(2, "float32"), np.ones(2, "float32"))
+    dx, _, dbeta = bn.batch_norm_inference_backward(*backend.arrays(dy, x), None, None, *running, eps=0.0)
+    np.testing.assert_array_equal(backend.asnumpy(dx), 3)
+    np.testing.assert_array_equal(backend.asnumpy(dbeta), 3 * rows)
