@@ -226,9 +226,9 @@ def backward_numpy(
     frozen = mean_low is None
     if frozen:
         rstd = _rstd(rstd, x.dtype.type(eps))
-    scale, over_batch = _scale(gamma, rstd), _sums(len(x))
-    large = x.size > BLOCK
+    scale, large = _scale(gamma, rstd), x.size > BLOCK
     if large:
+        count = len(x)
         known = (mean, mean_low, scale, beta, phi)
         blocks = _blocks(x)
         sum_g = sum_g_xhat = np.zeros(x.shape[1])
@@ -237,6 +237,8 @@ def backward_numpy(
             of_block = _sums(len(g))
             sum_g, sum_g_xhat = sum_g + of_block.sum(g), sum_g_xhat + of_block.sum(g * centred)
     else:
+        over_batch = _sums(len(x))
+        count = over_batch.rows
         if kept is None:
             g, centred = _before_activation(dy, x, mean, mean_low, scale, beta, phi)
         else:
@@ -249,8 +251,8 @@ def backward_numpy(
         sum_g = sum_g_xhat = None  # the statistics do not depend on x
     else:
         sum_g_xhat *= rstd
-        sum_g_xhat /= over_batch.rows
-        sum_g /= over_batch.rows
+        sum_g_xhat /= count
+        sum_g /= count
     if large:
         for rows in blocks:
             _write_dx(*_before_activation(dy[rows], x[rows], *known), sum_g, sum_g_xhat, scale, dx[rows])
