@@ -6,15 +6,18 @@ ARGS ?=
 PACKAGING := setup.py pyproject.toml tools/install.py
 TRAIN := .venv/installed-train
 TEST := .venv/installed-test
+BENCH := .venv/installed-bench
+OUT ?= build/gpu
 # Every kernel in every variant; the rest of the suite repeats them with other values, and ThreadSanitizer takes its time.
 OP_TESTS = tests/test_batch_norm.py tests/test_softmax_cross_entropy.py tests/test_parameter_update.py
-CXX_FILES = $(shell find cuda tests/emulator -name "*.cu" -o -name "*.cuh" -o -name "*.h" -o -name "*.cpp")
+CXX_FILES = $(shell find cuda tests/emulator benchmarks -name "*.cu" -o -name "*.cuh" -o -name "*.h" -o -name "*.cpp")
 
 .DEFAULT_GOAL := help
 .PHONY: help train test check format compile emulate mutants coverage bench notebooks clean
+.PHONY: gpu gpu-test gpu-sanitize gpu-bench gpu-dry-run
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 train: $(TRAIN) ## train with and without batch norm and compare; options: make train ARGS="--epochs 3"
 	.venv/bin/bnkernels train $(ARGS)
@@ -46,9 +49,24 @@ mutants: $(TEST) ## plant bugs in the kernels: the tests must catch every one
 coverage: $(TEST) ## lines of cuda/ that the emulated tests execute
 	$(RUN) -m tests.emulator coverage
 
-bench: $(TEST) ## time a training step; write benchmarks/results/cpu.json and the tables of README.md
-	$(RUN) -m benchmarks.bench_train_step --json benchmarks/results/cpu.json $(ARGS)
-	$(RUN) -m benchmarks.report
+bench: $(BENCH) ## measure everything that this machine can, beside the rivals; write the results and the tables
+	$(RUN) -m benchmarks.everything $(ARGS)
+
+# With whichever python3 has CuPy, and without installing anything: a GPU machine has its own way of doing that.
+gpu: ## on a GPU machine: facts, tests, sanitizers, benchmarks in 9 minutes, into OUT (build/gpu)
+	$(PYTHON) -m benchmarks.gpu --out $(OUT) $(ARGS)
+
+gpu-test: ## only the tests of make gpu
+	$(PYTHON) -m benchmarks.gpu --out $(OUT) --parts test $(ARGS)
+
+gpu-sanitize: ## only compute-sanitizer
+	$(PYTHON) -m benchmarks.gpu --out $(OUT) --parts sanitize $(ARGS)
+
+gpu-bench: ## only facts and benchmarks
+	$(PYTHON) -m benchmarks.gpu --out $(OUT) --parts facts,bench $(ARGS)
+
+gpu-dry-run: $(TEST) ## walk all of make gpu on a machine without a GPU, on the emulator: no figures
+	$(RUN) -m benchmarks.gpu --dry-run $(ARGS)
 
 notebooks: $(TEST) ## execute the notebooks; keep their outputs: make notebooks ARGS=--overwrite
 	$(RUN) -m pytest -q --nbmake $(ARGS) notebooks
@@ -61,6 +79,10 @@ clean: ## remove .venv and everything that is built
 $(TRAIN): $(PACKAGING)
 	$(PYTHON) tools/install.py train
 	@touch $@
+
+$(BENCH): $(PACKAGING)
+	$(PYTHON) tools/install.py test benchmarks
+	@touch $@ $(TEST) $(TRAIN)
 
 $(TEST): $(PACKAGING)
 	$(PYTHON) tools/install.py test

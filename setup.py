@@ -19,6 +19,7 @@ TEST = [
     "clang-format>=20",
     "nvidia-cuda-nvrtc>=13",  # compiles the kernels without a driver or a GPU
     "cuda-bindings>=13",
+    "ml_dtypes>=0.5",  # bfloat16 for NumPy
     "setuptools>=77",  # tests/test_packaging.py builds without the network
 ]
 
@@ -58,7 +59,7 @@ setup(
         "cuda12": ["cupy-cuda12x[ctk]>=14.2,<15"],
         "cuda13": ["cupy-cuda13x[ctk]>=14.2,<15"],
         "notebooks": NOTEBOOKS,
-        "benchmarks": [*TRAIN, "torch>=2.5"],
+        "benchmarks": [*TRAIN, "torch>=2.5", "ml_dtypes>=0.5"],  # more rivals take part where they are installed
         "test": TEST,
     },
     entry_points={"console_scripts": ["bnkernels = bnkernels.cli:main"]},

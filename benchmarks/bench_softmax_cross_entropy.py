@@ -1,74 +1,98 @@
-"""Softmax cross-entropy with its gradient: ``pytest benchmarks --benchmark-only``."""
+"""Softmax cross-entropy with its gradient: losses and gradient of their mean, from logits and labels."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
-import pytest
 
 import bnkernels as bn
-from benchmarks.op_cases import Arrays, Op, bench, on_cupy, require_torch
+from benchmarks.case import Arrays, Call, Case, NotSupportedError, Op, Provider
+from benchmarks.peers import pytorch
 
-SHAPES = [(64, 10), (256, 1000), (4096, 1000)]
-
-
-def inputs(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> Arrays:
-    """Return logits and labels."""
-    return {"logits": rng.standard_normal(shape).astype(dtype), "labels": rng.integers(shape[1], size=shape[0])}
+SHAPES = [(64, 10), (256, 1000), (4096, 1000)]  # examples, classes
+LABEL_BYTES = 4
+SPREAD = 1e6  # times a normal number, modulo the classes: a label
 
 
-def ours(a: Arrays) -> Any:
+def inputs(case: Case, random: Callable[..., Any]) -> Arrays:
+    """Return logits and labels.
+
+    Raises
+    ------
+    NotSupportedError
+        For 16-bit logits, and for what belongs to other ops: layouts and epilogues.
+    """
+    if case.dtype not in ("float32", "float64") or case.layout != "NC" or case.epilogue:
+        raise NotSupportedError("softmax_cross_entropy is for (N, K) in float32 or float64")
+    examples, classes = case.shape
+    labels = (abs(random((examples,))) * SPREAD).astype(np.int32) % classes
+    return {"logits": random(case.shape), "labels": labels}
+
+
+def ours(case: Case, arrays: Arrays) -> Call:
     """Prepare ours."""
-    out = bn.softmax_cross_entropy(a["logits"], a["labels"])
-    return lambda: bn.softmax_cross_entropy(a["logits"], a["labels"], out=out)
+    logits, labels = arrays["logits"], arrays["labels"]
+    out = bn.softmax_cross_entropy(logits, labels)
+    return lambda: bn.softmax_cross_entropy(logits, labels, out=out)
 
 
-def expression(a: Arrays) -> Any:
+def expression(case: Case, arrays: Arrays) -> Call:
     """Prepare what a user would write."""
-    logits, labels = a["logits"], a["labels"]
+    logits, labels = arrays["logits"], arrays["labels"]
+    classes = np.arange(logits.shape[1], like=labels)  # for CuPy arrays NumPy hands this on to CuPy
 
     def call() -> tuple:
         shifted = logits - logits.max(axis=1, keepdims=True)
-        exponentials = np.exp(shifted)  # for CuPy arrays NumPy hands this on to CuPy
+        exponentials = np.exp(shifted)
         totals = exponentials.sum(axis=1, keepdims=True)
-        dlogits = exponentials / totals
-        at_label = labels[:, np.newaxis] == np.arange(logits.shape[1], like=labels)
-        dlogits -= at_label
-        return np.log(totals[:, 0]) - (shifted * at_label).sum(axis=1), dlogits / len(labels)
+        at_label = labels[:, np.newaxis] == classes
+        losses = np.log(totals[:, 0]) - (shifted * at_label).sum(axis=1)
+        return losses, (exponentials / totals - at_label) / len(labels)
 
     return call
 
 
-def torch(a: Arrays) -> Any:
-    """Prepare PyTorch's loss and its gradient."""
-    library = require_torch()
-    logits, labels = library.from_numpy(a["logits"]).requires_grad_(), library.from_numpy(a["labels"])
+def eager(case: Case, arrays: Arrays) -> Call:
+    """Prepare PyTorch's loss, and its gradient by autograd."""
+    torch = pytorch.load()
+    logits, labels = (pytorch.tensor_of(arrays[name]) for name in ("logits", "labels"))
+    logits.requires_grad_()
+    labels = labels.long()  # what PyTorch asks for
 
     def call() -> tuple:
-        losses = library.nn.functional.cross_entropy(logits, labels, reduction="none")
-        (dlogits,) = library.autograd.grad(losses.mean(), logits)
+        losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+        (dlogits,) = torch.autograd.grad(losses.mean(), logits)
         return losses.detach(), dlogits
 
     return call
 
 
+def reference(case: Case, arrays: Arrays, xp: Any) -> tuple:
+    """Return losses and gradient of float64 logits."""
+    return expression(case, arrays)()
+
+
+def bytes_moved(case: Case) -> int:
+    """Return the bytes of logits and labels, which are read, and of gradient and losses, which are written."""
+    examples = case.shape[0]
+    return 2 * case.size * case.itemsize + examples * (LABEL_BYTES + case.itemsize)
+
+
 OP = Op(
-    inputs,
-    lambda a: expression(a)(),
-    lambda a: 2 * a["logits"].nbytes + a["labels"].nbytes,  # logits and labels in, dlogits out
-    {
-        "bnkernels": ours,
-        "NumPy expression": expression,
-        "PyTorch": torch,
-        "bnkernels, CuPy": on_cupy(ours),
-        "CuPy expression": on_cupy(expression),
-    },
+    name="softmax_cross_entropy",
+    cases=[Case("softmax_cross_entropy", "forward+backward", shape) for shape in SHAPES],
+    inputs=inputs,
+    reference=reference,
+    bytes_moved=bytes_moved,
+    providers=(
+        Provider("bnkernels", "cpu", ours),
+        Provider("bnkernels", "cuda", ours, engine="cupy"),
+        Provider("NumPy expression", "cpu", expression),
+        Provider("CuPy expression", "cuda", expression, engine="cupy"),
+        Provider("PyTorch eager", "cpu", eager, partial(pytorch.absent, "cpu")),
+        Provider("PyTorch eager", "cuda", eager, partial(pytorch.absent, "cuda"), engine="torch"),
+    ),
 )
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("provider", OP.providers)
-def test_softmax_cross_entropy(benchmark: Any, provider: str, shape: tuple[int, int]) -> None:
-    """Time loss and gradient."""
-    bench(benchmark, OP, provider, shape, "float32")

@@ -1,24 +1,26 @@
 """The training step of the question, ours beside others', with and without batch norm, on the CPU with one thread.
 
-``python -m benchmarks.bench_train_step`` prints the figures; ``--json PATH`` also writes them. Every variant first has
-to compute the losses that float64 computes from the same weights; then all are timed in many short interleaved rounds,
-each of which starts from the initial weights again. Nothing here fails because of a time: targets are met or not met.
+``python -m benchmarks.bench_train_step`` prints the figures; ``--json PATH`` also writes them, ``--place cuda`` does it
+on a GPU. Every variant first has to compute the losses that float64 computes from the same weights; then all are timed
+in many short interleaved rounds, each of which starts from the initial weights again. Nothing here fails because of a
+time: targets are met or not met.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.harness import WrongResultError, facts, interleave, quantiles, round4, version_of, write_json
-from benchmarks.peers import NumPyStep, OurStep, State, Step, TorchStep
-from bnkernels import MLP
+from benchmarks import steps
+from benchmarks.case import NotSupportedError, WrongResultError
+from benchmarks.harness import facts, interleave, quantiles, round4, write_json
+from benchmarks.steps.expression import ExpressionStep
+from benchmarks.steps.step import Batches, Maker, Step, check_losses, initial_state, stopwatch
 from bnkernels.config import DEFAULT_LEARNING_RATES
 from bnkernels.data import load_dataset
 from bnkernels.trainer import TrainingConfig, train
@@ -31,31 +33,19 @@ LOSS_ROUNDINGS = 64  # of float32, relative to 1 + loss: correct variants stay b
 SEEDS = 5
 
 OURS, TORCH = "bnkernels", "PyTorch"
-MAKERS: dict[str, Callable[[State, str, float], Step]] = {
-    OURS: OurStep,
-    "NumPy expression": NumPyStep,
-    TORCH: TorchStep,
-    "PyTorch, fused optimiser": lambda state, optimizer, lr: TorchStep(state, optimizer, lr, fused=True),
-}
-
-Batches = Sequence[tuple[np.ndarray, np.ndarray]]
+EXPRESSIONS = {"cpu": "NumPy expression", "cuda": "CuPy expression"}
 
 
 class Variant(NamedTuple):
-    """One row: who makes the step, with which norm and optimiser, and from which weights."""
+    """One row: who makes the step, with which norm and optimiser."""
 
     maker: str
     norm: str
     optimizer: str
 
-    def make(self) -> Step:
-        """Return a fresh network with its optimiser."""
-        return MAKERS[self.maker](initial_state(self.norm), self.optimizer, DEFAULT_LEARNING_RATES[self.optimizer])
-
-
-def initial_state(norm: str) -> State:
-    """Return the weights that all start from."""
-    return MLP(SIZES, norm=norm).state()
+    def __str__(self) -> str:
+        """Return it as messages show it."""
+        return f"{self.maker} (norm {self.norm}, {self.optimizer})"
 
 
 def mini_batches() -> Batches:
@@ -65,58 +55,64 @@ def mini_batches() -> Batches:
     return [(data.x_train[start : start + BATCH], data.y_train[start : start + BATCH]) for start in starts]
 
 
-def losses_of(network: Step, batches: Batches) -> np.ndarray:
-    """Train on every batch; return the mean loss of each."""
-    steps = (network.step(*network.prepare(*batch)) for batch in batches)
-    return np.array([np.asarray(losses, np.float64).mean() for losses in steps])
+def make(variant: Variant, maker: Maker) -> Step:
+    """Return a fresh network with its optimiser."""
+    state = initial_state(SIZES, variant.norm)
+    return maker.make(state, variant.optimizer, DEFAULT_LEARNING_RATES[variant.optimizer])
 
 
-def check(variants: Sequence[Variant], batches: Batches) -> dict[Variant, float]:
-    """Compare every variant's losses with those of float64; return the largest deviations, in roundings of float32.
+def check(variant: Variant, step: Step, batches: Batches) -> float:
+    """Compare a step's losses with those of float64; return the largest deviation, in roundings of float32.
 
     Raises
     ------
     WrongResultError
-        If a variant is wrong.
+        If it is wrong.
     """
-    deviations = {}
-    for variant in variants:
-        rate = DEFAULT_LEARNING_RATES[variant.optimizer]
-        exact = losses_of(NumPyStep(initial_state(variant.norm), variant.optimizer, rate, "float64"), batches)
-        found = losses_of(variant.make(), batches)
-        deviations[variant] = float(np.max(np.abs(found - exact) / (1 + exact)) / np.finfo(np.float32).eps)
-        if not deviations[variant] <= LOSS_ROUNDINGS:  # also if it is NaN
-            raise WrongResultError(
-                f"{variant.maker} (norm {variant.norm}, {variant.optimizer}): the losses are off by "
-                f"{deviations[variant]:.3g} roundings, more than {LOSS_ROUNDINGS}: not timed"
-            )
-    return deviations
+    rate = DEFAULT_LEARNING_RATES[variant.optimizer]
+    exact = ExpressionStep(initial_state(SIZES, variant.norm), variant.optimizer, rate, dtype="float64")
+    expected = exact.losses(exact.prepare_all(batches))
+    return check_losses(str(variant), step.losses(step.prepare_all(batches)), expected, LOSS_ROUNDINGS)
 
 
-def time_steps(variants: Sequence[Variant], batches: Batches, rounds: int) -> dict[Variant, np.ndarray]:
+def time_steps(networks: Mapping[Variant, Step], batches: Batches, rounds: int) -> dict[Variant, np.ndarray]:
     """Return microseconds per step of every variant in every round."""
-
-    def measurement(variant: Variant) -> Callable[[], float]:
-        def measure() -> float:
-            network = variant.make()
-            prepared = [network.prepare(*batch) for batch in batches]
-            for batch in prepared[:WARM_UP]:
-                network.step(*batch)
-            started = perf_counter()
-            for batch in prepared[WARM_UP:]:
-                network.step(*batch)
-            return 1e6 * (perf_counter() - started) / TIMED
-
-        return measure
-
     # By number: NumPy, which shuffles the names, would take a named tuple apart.
-    figures = interleave({str(i): measurement(variant) for i, variant in enumerate(variants)}, rounds)
-    return {variant: figures[str(i)] for i, variant in enumerate(variants)}
+    watches = {str(i): stopwatch(step, batches, WARM_UP) for i, step in enumerate(networks.values())}
+    figures = interleave(watches, rounds)
+    return {variant: figures[str(i)] for i, variant in enumerate(networks)}
 
 
-def accuracies() -> dict[str, dict[str, Any]]:
+def checked(makers: Mapping[str, Maker], optimizer: str, batches: Batches) -> tuple[dict, dict, dict[str, str]]:
+    """Return the networks of all makers, their deviations, and by name why a maker has none.
+
+    Raises
+    ------
+    WrongResultError
+        If one is wrong: then nothing is timed.
+    """
+    networks, deviations, failed = {}, {}, {}
+    for name, maker in makers.items():
+        made = {}
+        try:
+            for norm in NORMS:
+                variant = Variant(name, norm, optimizer)
+                made[variant] = make(variant, maker)
+                deviations[variant] = check(variant, made[variant], batches)
+        except WrongResultError:
+            raise
+        except NotSupportedError as error:
+            failed[name] = str(error)
+        except Exception as error:  # of a framework: the others go on, and the reason is shown
+            failed[name] = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        else:
+            networks |= made
+    return networks, deviations, failed
+
+
+def accuracies(place: str = "cpu") -> dict[str, dict[str, Any]]:
     """Return, by norm, what the trainer's defaults reach: accuracy on the test set and steps to 95 %, seed by seed."""
-    summaries = [train(TrainingConfig(seed=seed, device="cpu")).summary["networks"] for seed in range(SEEDS)]
+    summaries = [train(TrainingConfig(seed=seed, device=place)).summary["networks"] for seed in range(SEEDS)]
     found = {}
     for norm in NORMS:
         reached = [summary[norm]["test_accuracy"] for summary in summaries]
@@ -125,33 +121,52 @@ def accuracies() -> dict[str, dict[str, Any]]:
     return found
 
 
-def measure(optimizers: Sequence[str], rounds: int) -> dict[str, Any]:
-    """Check and time everything that is installed; return the document that the report reads."""
+def measure(optimizers: Sequence[str], rounds: int, place: str = "cpu", only: Sequence[str] = ()) -> dict[str, Any]:
+    """Check and time everything that is installed; return the document that the report reads.
+
+    Parameters
+    ----------
+    optimizers : sequence of str
+        Which ones.
+    rounds : int
+        How many times each variant is timed.
+    place : str
+        ``cpu`` or ``cuda``.
+    only : sequence of str
+        Who takes part, by name; if empty, everybody but those left out by default.
+
+    Returns
+    -------
+    dict
+        Facts, protocol, rows, by name why somebody is absent, ratios, accuracies, targets (of the CPU).
+    """
     batches = mini_batches()
-    makers = [name for name in MAKERS if not name.startswith(TORCH) or version_of("torch")]
+    invited = steps.makers(place, tuple(only))
+    absent = {name: reason for name, maker in invited.items() if (reason := maker.absent())}
     rows, ratios = [], {}
     for optimizer in optimizers:
-        variants = [Variant(maker, norm, optimizer) for maker in makers for norm in NORMS]
-        deviations = check(variants, batches)
-        times = time_steps(variants, batches, rounds)
+        makers = {name: maker for name, maker in invited.items() if name not in absent}
+        networks, deviations, failed = checked(makers, optimizer, batches)
+        absent |= failed
+        times = time_steps(networks, batches, rounds)
         rows += [
             {**variant._asdict(), "us": quantiles(times[variant]), "deviation": round(deviations[variant], 2)}
-            for variant in variants
+            for variant in networks
         ]
-        ratios[optimizer] = ratios_of(times, optimizer)
-    accuracy = accuracies()
+        ratios[optimizer] = ratios_of(times, optimizer, place)
+    accuracy = accuracies(place) if place == "cpu" or OURS not in absent else {}
     document = {
-        **facts("torch"),
+        **facts("torch", "jax", place=place),
         "protocol": {"rounds": rounds, "steps_per_round": TIMED, "sizes": SIZES, "batch": BATCH, "dtype": "float32"},
         "rows": rows,
-        "absent": [name for name in MAKERS if name not in makers],
+        "absent": absent,
         "ratios": ratios,
         "accuracy": accuracy,
     }
-    return document | {"targets": targets(accuracy, ratios)}
+    return document | {"targets": targets(accuracy, ratios) if place == "cpu" else []}
 
 
-def ratios_of(times: Mapping[Variant, np.ndarray], optimizer: str) -> dict[str, dict[str, float]]:
+def ratios_of(times: Mapping[Variant, np.ndarray], optimizer: str, place: str = "cpu") -> dict[str, dict[str, float]]:
     """Return the ratios of interest, round by round: both sides of each saw the same mood of the machine."""
 
     def us(maker: str, norm: str) -> np.ndarray | None:
@@ -161,7 +176,7 @@ def ratios_of(times: Mapping[Variant, np.ndarray], optimizer: str) -> dict[str, 
         "with / without": (us(OURS, "batch"), us(OURS, "none")),
         "PyTorch with / without": (us(TORCH, "batch"), us(TORCH, "none")),
         "ours / PyTorch, batch norm": (us(OURS, "batch"), us(TORCH, "batch")),
-        "ours / NumPy expression, batch norm": (us(OURS, "batch"), us("NumPy expression", "batch")),
+        f"ours / {EXPRESSIONS[place]}, batch norm": (us(OURS, "batch"), us(EXPRESSIONS[place], "batch")),
     }
     return {name: quantiles(a / b) for name, (a, b) in pairs.items() if a is not None and b is not None}
 
@@ -169,11 +184,11 @@ def ratios_of(times: Mapping[Variant, np.ndarray], optimizer: str) -> dict[str, 
 def targets(accuracy: Mapping[str, Any], ratios: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return each target with what was found (None where nothing was) and whether it is met."""
     sgd = ratios["sgd"]
-    torch, without = sgd.get("ours / PyTorch, batch norm"), sgd["with / without"]
+    torch, without = sgd.get("ours / PyTorch, batch norm"), sgd.get("with / without")
     found = [
         ("mean test accuracy with batch norm", ">=", 0.965, accuracy["batch"]["mean"]),
         ("step with batch norm, ours / PyTorch", "<=", 0.5, torch and torch["median"]),
-        ("our step, with batch norm / without", "<=", 1.7, without["median"]),
+        ("our step, with batch norm / without", "<=", 1.7, without and without["median"]),
     ]
     return [
         {
@@ -194,8 +209,8 @@ def text(document: Mapping[str, Any]) -> str:
         us = row["us"]
         figures = f"{us['median']:8.1f}{us['p20']:8.1f}{us['p80']:8.1f}"
         lines.append(f"{row['maker']:26}{row['norm']:7}{row['optimizer']:11}{figures}")
-    lines += [f"{name:26}not installed" for name in document["absent"]]
-    lines += ["GPU                       not yet measured", ""]
+    lines += [f"{name:26}{reason}" for name, reason in document["absent"].items()]
+    lines += ["GPU                       not yet measured", ""] if document["place"] == "cpu" else [""]
     for optimizer, ratios in document["ratios"].items():
         lines += [f"{name}, {optimizer}: {ratio['median']:.2f}" for name, ratio in ratios.items()]
     lines.append("")
@@ -213,16 +228,23 @@ def text(document: Mapping[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_train_step", description=__doc__.splitlines()[0])
+    parser.add_argument("--place", choices=("cpu", "cuda"), default="cpu", help="where; default cpu")
+    parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help="who takes part, as the table names them")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the figures to this file")
     parser.add_argument("--quick", action="store_true", help="SGD alone, in few rounds: to see that it works")
     options = parser.parse_args(arguments)
+    optimizers, rounds = (["sgd"], 20) if options.quick else (list(DEFAULT_LEARNING_RATES), 200)
     try:
-        document = measure(["sgd"] if options.quick else list(DEFAULT_LEARNING_RATES), 20 if options.quick else 200)
-    except WrongResultError as error:
+        document = measure(optimizers, rounds, options.place, options.only)
+    except (WrongResultError, ValueError) as error:
         sys.exit(f"error: {error}")
     print(text(document))
+    if not document["rows"]:
+        sys.exit("error: nobody could be measured")
     if options.json:
         write_json(options.json, document)
+    if failed := [name for name, reason in document["absent"].items() if reason.startswith("failed")]:
+        sys.exit(f"error: {', '.join(failed)} failed")
 
 
 if __name__ == "__main__":

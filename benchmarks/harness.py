@@ -6,6 +6,7 @@ import datetime
 import gc
 import importlib
 import json
+import re
 import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -74,28 +75,41 @@ def round4(figure: float) -> float:
 # ---- the facts of a run ---------------------------------------------------------------------------------------------
 
 
-def facts(*packages: str) -> dict[str, Any]:
+def facts(*packages: str, place: str = "cpu") -> dict[str, Any]:
     """Return what a table of figures has to say about where they come from.
 
     Parameters
     ----------
     *packages : str
         Names of further packages whose versions matter.
+    place : str
+        ``cpu`` or ``cuda``.
 
     Returns
     -------
     dict
-        Device, versions (None for what is not installed), threads, commit and date.
+        Place, device, versions (None for what is not installed), threads of the CPU, commit and date.
     """
     about = dict(line.split(": ", 1) for line in report().splitlines())
-    versions = {name: about[name].partition(",")[0] for name in ("Python", "NumPy", "BLAS", "bnkernels")}
+    wanted = ["Python", "NumPy", "BLAS", "bnkernels"]
+    device = about["CPU"]
+    if place == "cuda":
+        wanted += ["CuPy", "CUDA driver", "CUDA runtime", "NVRTC"]
+        device = about["GPUs"].partition(",")[0]
     return {
-        "device": about["CPU"],
-        "versions": versions | {name: version_of(name) for name in packages},
+        "place": place,
+        "device": device,
+        "versions": {name: about[name].partition(",")[0] for name in wanted}
+        | {name: version_of(name) for name in packages},
         "threads": 1,
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def results_folder(document: Mapping[str, Any]) -> Path:
+    """Return where the results of a device belong, by the facts of a run."""
+    return RESULTS / re.sub(r"[^a-z0-9]+", "-", document["device"].lower()).strip("-")
 
 
 def version_of(package: str) -> str | None:

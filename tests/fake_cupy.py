@@ -2,7 +2,8 @@
 
 It has what `bnkernels._cuda` and its tests use, and refuses what CuPy or a GPU would refuse: options that are no tuple,
 NumPy arrays of more than one element as kernel arguments, implicit conversions to NumPy, addresses of another device.
-Beyond CuPy it remembers what it compiled, launched and read back.
+Beyond CuPy it remembers what it compiled, launched and read back. `tests.fake_cupy_streams` adds what benchmarks use:
+streams with captures, graphs, events, and kernels that are not the project's.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 import types
 import weakref
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -46,6 +48,10 @@ class Driver:
         In order.
     reads : int
         Copies from a device to the host, each of which would wait for the device.
+    captures : dict of int to list of callable
+        The work of every stream under capture.
+    twins : dict of str to callable
+        What stands for the kernels that the emulator cannot compile, by name: see `tests.fake_cupy_streams`.
     """
 
     def __init__(self, emulator: EmulatorRuntime, devices: int) -> None:
@@ -54,6 +60,8 @@ class Driver:
         self.functions: Counter[tuple] = Counter()
         self.launches: list[LaunchRecord] = []
         self.reads = 0
+        self.captures: dict[int, list[Callable[[], None]]] = {}
+        self.twins: dict[str, Callable[..., None]] = {}
         self._modules: dict[tuple, EmulatorRuntime] = {}
         self._memory: dict[int, weakref.WeakSet[Array]] = defaultdict(weakref.WeakSet)
         self._thread = threading.local()
@@ -81,6 +89,23 @@ class Driver:
         """Return the number of a new stream."""
         return next(self._stream_numbers)
 
+    @property
+    def capture(self) -> list[Callable[[], None]] | None:
+        """What the current stream of the current device has captured, or None while it captures nothing."""
+        return self.captures.get(self.streams[self.device])
+
+    def enqueue(self, work: Callable[[], None]) -> None:
+        """Do the work at once; under capture, when the graph is launched."""
+        if self.capture is None:
+            work()
+        else:
+            self.capture.append(work)
+
+    def wait(self, what: str) -> None:
+        """Refuse to wait for a device while a stream of it is under capture."""
+        if self.captures:
+            raise RuntimeError(f"cudaErrorStreamCaptureUnsupported: {what} while a stream is being captured")
+
     def hold(self, array: Array) -> None:
         """Let kernels of the array's device touch its memory."""
         self._memory[array.device.id].add(array)
@@ -100,7 +125,15 @@ class Driver:
             if dtype == np.uint64 and record[field] and not self._holds(int(record[field])):
                 raise RuntimeError(f"cudaErrorIllegalAddress: {name}: {field} is not on device {self.device}")
         self.launches.append(LaunchRecord(self.device, self.streams[self.device], name, launch))
-        module.launch("module", name, launch, record)
+        record = record.copy()  # a launch takes its argument with it
+        self.enqueue(lambda: module.launch("module", name, launch, record))
+
+    def launch_twin(self, name: str, launch: Launch, args: tuple) -> None:
+        """Run what stands for a kernel of someone else."""
+        if name not in self.twins:
+            raise RuntimeError(f"the stand-in for CuPy has no twin of the kernel {name}")
+        self.launches.append(LaunchRecord(self.device, self.streams[self.device], name, launch))
+        self.enqueue(functools.partial(self.twins[name], launch, *args))
 
     def _holds(self, address: int) -> bool:
         offsets = ((address - array.data.ptr, array.nbytes) for array in self._memory[self.device])
@@ -110,8 +143,8 @@ class Driver:
 class Device:
     """``cupy.cuda.Device``: a context in which it is the current device."""
 
-    def __init__(self, driver: Driver, device: int) -> None:
-        self.id, self._driver, self._before = device, driver, []
+    def __init__(self, driver: Driver, device: int | None = None) -> None:
+        self.id, self._driver, self._before = driver.device if device is None else device, driver, []
 
     def __enter__(self) -> Device:
         """Return the device itself, as CuPy's does."""
@@ -159,13 +192,18 @@ class Array:
     def __getitem__(self, key: Any) -> Array:
         """Return a view: no index gives a host's number."""
         key = key if isinstance(key, tuple) else (key,)
-        return type(self)(self._memory[(*key, ...)], self._device, self._owner or self)
+        return self.view_of(self._memory[(*key, ...)])
+
+    def view_of(self, memory: Any) -> Array:
+        """Return an array that looks at the same memory."""
+        return type(self)(memory, self._device, self if self._owner is None else self._owner)
 
     def __setitem__(self, key: Any, value: float) -> None:
         self._memory[key] = float(value)
 
     def get(self) -> np.ndarray:
         """Return a copy on the host."""
+        self.driver.wait("a copy to the host")
         self.driver.reads += 1
         return np.array(self._memory, subok=False)
 
@@ -173,7 +211,8 @@ class Array:
         """Return the one element."""
         return self.get().item()
 
-    __float__ = item
+    def __float__(self) -> float:
+        return float(self.item())
 
     def __bool__(self) -> bool:
         return bool(self.get())
@@ -204,17 +243,22 @@ class RawKernel:
         self._driver, self._code, self._options, self._name = driver, code, options, name
 
     def __call__(self, grid: tuple, block: tuple, args: tuple, *, shared_mem: int = 0) -> None:
-        """Launch; `args` holds the one argument of our kernels, a struct."""
+        """Launch: a kernel of ours, whose one argument is a struct, on the emulator; any other through its twin."""
         if type(grid) is not tuple or type(block) is not tuple:
             raise TypeError(f"grid and block must be tuples, got {grid!r} and {block!r}")
+        for value in args:
+            if isinstance(value, np.ndarray) and (value.size != 1 or value.dtype.fields is None):
+                raise TypeError(
+                    f"only a structured numpy.ndarray of size one is passed by value as a struct, got {value!r}"
+                )
+        launch = Launch(*((*given, 1, 1)[:3] for given in (grid, block)), shared_mem)
+        if self._name in self._driver.twins:
+            self._driver.launch_twin(self._name, launch, args)
+            return
         (record,) = args
-        if not isinstance(record, np.ndarray) or record.size != 1 or record.dtype.fields is None:
-            raise TypeError(
-                f"only a structured numpy.ndarray of size one is passed by value as a struct, got {record!r}"
-            )
-        module = self._driver.load(self._code, self._options)
-        grid, block = ((*given, 1, 1)[:3] for given in (grid, block))
-        self._driver.launch(module, self._name, Launch(grid, block, shared_mem), record)
+        if not isinstance(record, np.ndarray):
+            raise TypeError(f"the emulator runs kernels of one argument, a struct; {self._name} got {record!r}")
+        self._driver.launch(self._driver.load(self._code, self._options), self._name, launch, record)
 
 
 def make(emulator: EmulatorRuntime, devices: int = 2) -> types.ModuleType:

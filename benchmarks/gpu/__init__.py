@@ -1,0 +1,1 @@
+"""One command for a GPU machine: facts, tests, sanitizers, benchmarks. ``python3 -m benchmarks.gpu``."""

@@ -1,0 +1,314 @@
+"""NVIDIA's compute-sanitizer over every kernel, each tool first on a planted bug that it has to report.
+
+``python -m benchmarks.gpu.sanitize --out PATH`` runs memcheck, racecheck, initcheck and synccheck, one after the
+other. A tool that overlooks the bug planted for it is blind on this machine: its silence on our kernels is then not
+claimed. ``--run clean`` and ``--run TOOL`` are what runs inside a tool. With ``--dry-run`` the sanitizers of the
+tests' emulator take the place of NVIDIA's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import bnkernels as bn
+from benchmarks.gpu.device import SOURCES
+from benchmarks.gpu.processes import run_limited
+from benchmarks.harness import ROOT, write_json
+from bnkernels import _runtime
+
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+EXIT = 66
+NUMBERS = 63  # of the planted kernels' arrays, for 64 threads
+ROWS, CHANNELS = (10, 100, 300), 33  # every variant of the batch norms, and a slice of one channel
+ROUNDINGS = 1000  # of the largest element: a right result is far below, a wrong one far above
+SIZE = 1000  # of the optimisers' parameters
+COMPLETE = "every kernel ran and computed what NumPy computes"
+SUMMARY = re.compile(r"(?:ERROR SUMMARY|RACECHECK SUMMARY): (\d+)")
+EMULATED = {  # a build of the emulator for each tool, and a bug of tests/emulator/planted.cu
+    "memcheck": ("asan", "read_past_the_end", "heap-buffer-overflow"),
+    "racecheck": ("tsan", "missing_barrier", "data race"),
+    "synccheck": ("plain", "divergent_barrier", "divergent __syncthreads"),
+}
+
+
+# ---- what runs inside a tool ----------------------------------------------------------------------------------------
+
+
+def run_clean(asarray: Callable[[np.ndarray], Any], asnumpy: Callable[[Any], np.ndarray]) -> None:
+    """Run every op in every variant on small arrays; raise ArithmeticError unless all kernels ran, and ran right."""
+    runtime = _runtime.runtime_of(type(asarray(np.zeros(1))))
+    launched, launch = set(), runtime.launch
+
+    def recording(source: str, entry_point: str, *rest: Any) -> None:
+        launched.add(entry_point)
+        launch(source, entry_point, *rest)
+
+    runtime.launch = recording
+    try:
+        for dtype in (np.float32, np.float64):
+            for number, (op, arrays) in enumerate(calls(dtype)):
+                right = op(*(array.copy() for array in arrays))
+                found = op(*map(asarray, arrays))
+                for output, exact in zip(found, right, strict=True):
+                    compare(asnumpy(output), exact, f"call {number} in {np.dtype(dtype)}")
+    finally:
+        runtime.launch = launch
+    baseline = json.loads((ROOT / "tests" / "compile" / "baseline.json").read_text(encoding="utf-8"))
+    if missing := set(baseline["registers"]) - launched:
+        raise ArithmeticError(f"these kernels did not run: {', '.join(sorted(missing))}")
+    print(f"{len(launched)} kernels: {COMPLETE}", flush=True)
+
+
+def compare(found: np.ndarray, exact: np.ndarray, what: str) -> None:
+    """Raise ArithmeticError if a result is wrong by more than roundings explain."""
+    error = np.abs(found - exact).max(initial=0)
+    if not error <= ROUNDINGS * np.finfo(exact.dtype).eps * np.abs(exact).max(initial=1):  # also if it is NaN
+        raise ArithmeticError(f"{what}: off by {error:.3g}")
+
+
+Op = Callable[..., Sequence[Any]]
+
+
+def calls(dtype: type) -> list[tuple[Op, list[np.ndarray]]]:
+    """Return ops with their arrays: an op takes them, and returns all that it has written."""
+    rng = np.random.default_rng(0)
+    found: list[tuple[Op, list[np.ndarray]]] = []
+    for rows in ROWS:
+        x, dy = (rng.standard_normal((rows, CHANNELS)).astype(dtype) for _ in range(2))
+        gamma, beta, mean, var = (rng.uniform(0.5, 1.5, CHANNELS).astype(dtype) for _ in range(4))
+        found.append((batch_norm, [x, dy, gamma, beta, mean, var]))
+        for integer in (np.int32, np.int64):
+            found.append((bn.softmax_cross_entropy, [x, rng.integers(0, CHANNELS, rows).astype(integer)]))
+    states = [rng.standard_normal(SIZE).astype(dtype) for _ in range(2)]
+    moments = [np.zeros(SIZE, dtype) for _ in range(2)]
+    return [*found, (sgd, states), (momentum, [*states, moments[0]]), (adam, [*states, *moments])]
+
+
+def batch_norm(x: Any, dy: Any, gamma: Any, beta: Any, mean: Any, var: Any) -> Sequence[Any]:
+    """Train one step, forward and backward, then the same with running statistics."""
+    y, statistics = bn.batch_norm_forward(x, gamma, beta, mean, var, activation="tanh")
+    gradients = bn.batch_norm_backward(dy, x, gamma, beta, statistics, activation="tanh")
+    frozen = bn.batch_norm_inference(x, gamma, beta, mean, var, activation="sigmoid")
+    frozen_gradients = bn.batch_norm_inference_backward(dy, x, gamma, beta, mean, var, activation="sigmoid")
+    return [y, statistics[0], statistics[2], mean, var, *gradients, frozen, *frozen_gradients]
+
+
+def sgd(parameters: Any, gradients: Any) -> Sequence[Any]:
+    """Take a step of SGD."""
+    bn.sgd_update(parameters, gradients, lr=0.1)
+    return (parameters,)
+
+
+def momentum(parameters: Any, gradients: Any, velocity: Any) -> Sequence[Any]:
+    """Take a step with momentum."""
+    bn.momentum_update(parameters, gradients, velocity, lr=0.1)
+    return parameters, velocity
+
+
+def adam(parameters: Any, gradients: Any, first: Any, second: Any) -> Sequence[Any]:
+    """Take a step of Adam."""
+    bn.adam_update(parameters, gradients, first, second, step=1, lr=0.1)
+    return parameters, first, second
+
+
+def run_planted(tool: str) -> None:
+    """Run the kernel with the bug for a tool, whatever becomes of it."""
+    import cupy
+
+    cupy.cuda.set_allocator(None)  # a pool would put the end of an array in the middle of its own memory
+    code = (SOURCES / "planted.cu").read_text(encoding="utf-8")
+    kernel = cupy.RawKernel(code, f"bnk_planted_{tool}", ("--std=c++17",))
+    x, y = (cupy.empty(NUMBERS, "float32") for _ in range(2))
+    try:
+        kernel((1,), (64,), (x, y, np.int64(NUMBERS)))
+        cupy.cuda.runtime.deviceSynchronize()
+    except Exception as problem:  # the tool may stop the kernel; its report is what counts
+        print(f"after the launch: {' '.join(str(problem).split())}")
+
+
+def inside(what: str, emulated: bool) -> int:
+    """Run what a tool watches."""
+    if emulated:
+        from tests import backends
+
+        runtime = backends.emulated_runtime()
+        run_clean(runtime.asarray, lambda array: np.array(array, subok=False))
+    elif what == "clean":
+        import cupy
+
+        cupy.cuda.set_allocator(None)
+        run_clean(cupy.asarray, cupy.asnumpy)
+    else:
+        run_planted(what)
+    return 0
+
+
+# ---- the tools ------------------------------------------------------------------------------------------------------
+
+
+class Output(NamedTuple):
+    """What became of a run: exit status (None: it was stopped), what it printed, and how long it took."""
+
+    status: int | None
+    text: str
+    seconds: float
+
+    @property
+    def reports(self) -> int | None:
+        """How many errors compute-sanitizer counts, or None where it prints no summary."""
+        counts = [int(count) for count in SUMMARY.findall(self.text)]
+        return sum(counts) if counts else None
+
+    @property
+    def complaint(self) -> str:
+        """The line that says most about what went wrong."""
+        lines = [line.strip("= ").strip() for line in self.text.splitlines() if line.strip("= ").strip()]
+        telling = [line for line in lines if re.search(r"not supported|error|Error|failed|Failed|denied|hazard", line)]
+        ended = "was stopped at its time limit" if self.status is None else f"ended with status {self.status}"
+        return f"{(telling or lines or ['it printed nothing'])[0][:200]} ({ended})"
+
+
+class Tool(NamedTuple):
+    """A tool: its runs, and how to tell that it has reported, and that it has nothing to report."""
+
+    name: str
+    planted: list[str]
+    clean: list[str]
+    has_reported: Callable[[Output], bool]
+    is_silent: Callable[[Output], bool]
+
+
+def nvidia_tool(sanitizer: str, name: str) -> Tool:
+    """Return a tool of compute-sanitizer."""
+    prefix = [sanitizer, "--tool", name, "--error-exitcode", str(EXIT), "--print-limit", "20", sys.executable]
+    prefix += ["-m", "benchmarks.gpu.sanitize", "--run"]
+    return Tool(
+        name,
+        [*prefix, name],
+        [*prefix, "clean"],
+        lambda out: bool(out.status and out.reports and f"bnk_planted_{name}" in out.text),
+        lambda out: out.status == 0 and out.reports == 0 and COMPLETE in out.text,
+    )
+
+
+def emulator_tool(name: str) -> Tool:
+    """Return the emulator's counterpart of a tool."""
+    build, bug, report = EMULATED[name]
+    run = [sys.executable, "-m", "tests.emulator", "run", build, "--module"]
+    return Tool(
+        name,
+        [*run, "tests.emulator.planted", "--", bug],
+        [*run, "benchmarks.gpu.sanitize", "--", "--run", "clean", "--emulated"],
+        lambda out: bool(out.status and report in out.text),
+        lambda out: out.status == 0 and COMPLETE in out.text,
+    )
+
+
+def find_sanitizer() -> str | None:
+    """Return the path of compute-sanitizer, or None where it is not installed."""
+    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
+    places = [os.environ.get("PATH", ""), *(f"{home}/bin" for home in homes if home)]
+    return shutil.which("compute-sanitizer", path=os.pathsep.join(places))
+
+
+class Limit(NamedTuple):
+    """Until when all runs together may take, and how many seconds each."""
+
+    end: float
+    each: float
+
+    @property
+    def reached(self) -> bool:
+        """Whether no time is left."""
+        return time.monotonic() > self.end
+
+
+def execute(command: Sequence[str], limit: Limit) -> Output:
+    """Run a program for as long as there is time; repeat on this program's output what it prints."""
+    started = time.monotonic()
+    with tempfile.TemporaryFile() as log:
+        status = run_limited(command, max(1.0, min(limit.each, limit.end - started)), log=log)
+        log.seek(0)
+        text = log.read().decode(errors="replace")
+    print(f"\n== {' '.join(command)}: {status}\n{text[-8000:]}", flush=True)
+    return Output(status, text, time.monotonic() - started)
+
+
+def judge(tool: Tool, limit: Limit) -> dict[str, Any]:
+    """Run a tool on its bug, and if it reports that, on our kernels."""
+    if limit.reached:
+        return {"outcome": "not run: out of time"}
+    planted = execute(tool.planted, limit)
+    found: dict[str, Any] = {"planted_seconds": round(planted.seconds)}
+    if not tool.has_reported(planted):
+        return {"outcome": f"blind: {planted.complaint}"} | found
+    if limit.reached:
+        return {"outcome": "not run on our kernels: out of time"} | found
+    clean = execute(tool.clean, limit)
+    found["clean_seconds"] = round(clean.seconds)
+    return {"outcome": "ok" if tool.is_silent(clean) else f"failed: {clean.complaint}"} | found
+
+
+def measure(seconds: float, dry_run: bool, out: Path) -> dict[str, Any]:
+    """Run all tools; write the document after each."""
+    limit = Limit(time.monotonic() + seconds, seconds / 3)
+    document: dict[str, Any] = {"outcome": "stopped in the middle", "dry_run": dry_run, "tools": {}}
+    keep = partial(write_json, out, document)
+    sanitizer = None if dry_run else find_sanitizer()
+    if not dry_run and sanitizer is None:
+        return finished(document | {"outcome": "compute-sanitizer is not installed"}, out)
+    document["sanitizer"] = sanitizer or "the emulator's builds; initcheck has no counterpart among them"
+    keep()
+    command = [sys.executable, "-m", "benchmarks.gpu.sanitize", "--run", "clean", *(["--emulated"] if dry_run else [])]
+    bare = execute(command, limit)  # also compiles, which would take longer inside a tool
+    if bare.status != 0 or COMPLETE not in bare.text:
+        return finished(document | {"outcome": f"failed without any tool: {bare.complaint}"}, out)
+    tools = map(emulator_tool, EMULATED) if dry_run else (nvidia_tool(sanitizer, name) for name in TOOLS)
+    for tool in tools:
+        document["tools"][tool.name] = {"outcome": "stopped in the middle of it"}
+        keep()
+        document["tools"][tool.name] = judge(tool, limit)
+    wrong = [f"{name} {tool['outcome']}" for name, tool in document["tools"].items() if tool["outcome"] != "ok"]
+    return finished(document | {"outcome": "; ".join(wrong) if wrong else "ok"}, out)
+
+
+def finished(document: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Write the document with what the last table shows of it."""
+    document["figures"] = [f"{name} {tool['outcome'].partition(':')[0]}" for name, tool in document["tools"].items()]
+    write_json(out, document)
+    return document
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run from the command line; return 1 unless every tool saw its bug and nothing else."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.sanitize", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, metavar="PATH.json")
+    parser.add_argument("--seconds", type=float, default=90.0)
+    parser.add_argument("--run", choices=("clean", *TOOLS), help="run what a tool watches, without a tool")
+    parser.add_argument("--emulated", action="store_true", help="with --run clean: on the emulator")
+    parser.add_argument("--dry-run", action="store_true", help="the emulator's sanitizers instead of NVIDIA's")
+    options = parser.parse_args(arguments)
+    if options.run:
+        return inside(options.run, options.emulated)
+    if options.out is None:
+        parser.error("--out is needed")
+    document = measure(options.seconds, options.dry_run, options.out)
+    print(f"outcome: {document['outcome']}")
+    return int(document["outcome"] != "ok")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

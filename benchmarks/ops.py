@@ -1,0 +1,10 @@
+"""Every op that has benchmarks, by name."""
+
+from __future__ import annotations
+
+from benchmarks import bench_batch_norm, bench_parameter_update, bench_softmax_cross_entropy
+from benchmarks.case import Op
+
+OPS: dict[str, Op] = {
+    op.name: op for op in (bench_batch_norm.OP, bench_softmax_cross_entropy.OP, *bench_parameter_update.OPS.values())
+}

@@ -1,0 +1,206 @@
+"""Batch norm with CuPy's own means beyond plain expressions: kernels of one's own, and fusion.
+
+"CuPy, Chainer style" is how the last deep-learning framework on CuPy did it without cuDNN: reductions for mean and
+variance, and one elementwise kernel per direction. "cupy.fuse" lets CuPy make one kernel of the whole expression, which
+waits for the whole grid at each reduction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, partial
+from types import ModuleType
+from typing import Any
+
+from benchmarks.case import Arrays, Call, Case, NotSupportedError, Provider
+from benchmarks.peers import EPSILON, MOMENTUM
+from benchmarks.peers.expression import axes_of
+from benchmarks.places import why_absent
+
+
+def _cupy() -> ModuleType:
+    import cupy
+
+    return cupy
+
+
+# ---- kernels in the style of Chainer --------------------------------------------------------------------------------
+
+
+@cache
+def _kernels() -> tuple[Any, Any, Any]:
+    """Return the elementwise kernels: normalise, update of the running statistics, gradient of the input."""
+    make = _cupy().ElementwiseKernel
+    normalise = make(
+        "T x, U mean, U rstd, U gamma, U beta",
+        "T y",
+        "y = T(gamma * ((U(x) - mean) * rstd) + beta)",
+        "benchmark_normalise",
+    )
+    update = make(
+        "U mean, U variance, float64 unbiased, float64 momentum",
+        "U running_mean, U running_var",
+        """
+        running_mean += U(momentum) * (mean - running_mean);
+        running_var += U(momentum) * (U(unbiased) * variance - running_var);
+        """,
+        "benchmark_update",
+    )
+    gradient = make(
+        "T dy, T x, U mean, U rstd, U gamma, U dgamma, U dbeta, float64 inverse_count",
+        "T dx",
+        """
+        const U xhat = (U(x) - mean) * rstd;
+        dx = T(gamma * rstd * (U(dy) - (dbeta + xhat * dgamma) * U(inverse_count)));
+        """,
+        "benchmark_gradient",
+    )
+    return normalise, update, gradient
+
+
+@cache
+def _products() -> Any:
+    """Return the reduction of dy times the normalised x."""
+    return _cupy().ReductionKernel(
+        "T dy, T x, U mean, U rstd",
+        "U dgamma",
+        "U(dy) * ((U(x) - mean) * rstd)",
+        "a + b",
+        "dgamma = a",
+        "0",
+        "benchmark_products",
+    )
+
+
+def prepare_kernels(case: Case, arrays: Arrays) -> Call:
+    """Prepare a case in the style of Chainer."""
+    cupy = _cupy()
+    axes, wide = axes_of(case)
+    x, gamma, beta = arrays["x"], arrays["gamma"], arrays["beta"]
+    normalise, update, gradient = _kernels()
+    count = case.size // case.shape[1]
+
+    def statistics() -> tuple[Any, Any, Any]:
+        mean, variance = x.mean(axis=axes, dtype=gamma.dtype), x.var(axis=axes, dtype=gamma.dtype)
+        return mean, variance, 1 / cupy.sqrt(variance + gamma.dtype.type(EPSILON))
+
+    def output(mean: Any, rstd: Any) -> Any:
+        y = normalise(x, *(vector.reshape(wide) for vector in (mean, rstd, gamma, beta)))
+        if case.epilogue == "add_relu":
+            y += arrays["residual"]
+        return cupy.maximum(y, 0, out=y) if case.epilogue else y
+
+    if case.direction == "forward":
+        running = arrays["running_mean"], arrays["running_var"]
+
+        def forward() -> tuple:
+            mean, variance, rstd = statistics()
+            update(mean, variance, count / (count - 1), MOMENTUM, *running)
+            return output(mean, rstd), *running
+
+        return forward
+    mean, _, rstd = statistics()
+    h = output(mean, rstd)
+
+    def backward() -> tuple:
+        dz = arrays["dy"] * (h > 0) if case.epilogue else arrays["dy"]
+        dbeta = dz.sum(axis=axes, dtype=gamma.dtype)
+        dgamma = _products()(dz, x, mean.reshape(wide), rstd.reshape(wide), axis=axes)
+        vectors = (vector.reshape(wide) for vector in (mean, rstd, gamma, dgamma, dbeta))
+        dx = gradient(dz, x, *vectors, 1 / count)
+        return (dx, dgamma, dbeta, dz) if case.epilogue == "add_relu" else (dx, dgamma, dbeta)
+
+    return backward
+
+
+# ---- cupy.fuse ------------------------------------------------------------------------------------------------------
+
+
+@cache
+def fused(case: Case) -> Callable[..., Any]:
+    """Return a case as one function that CuPy fuses."""
+    cupy = _cupy()
+    return cupy.fuse(kernel_name=f"benchmark_fused_{case.direction}")(unfused(case, cupy))
+
+
+def unfused(case: Case, xp: Any) -> Callable[..., Any]:
+    """Return a case as a function of arrays, in the words that fusion understands."""
+    axes, wide = axes_of(case)
+    expand = tuple(slice(None) if extent == -1 else None for extent in wide)
+    count = case.size // case.shape[1]
+
+    def normalise(x: Any) -> tuple[Any, Any, Any]:
+        mean = xp.sum(x, axis=axes) / count
+        centred = x - mean[expand]
+        variance = xp.sum(centred * centred, axis=axes) / count
+        return centred, mean, variance
+
+    def forward(x: Any, gamma: Any, beta: Any, running_mean: Any, running_var: Any) -> Any:
+        centred, mean, variance = normalise(x)
+        rstd = 1.0 / xp.sqrt(variance + EPSILON)
+        running_mean *= 1 - MOMENTUM
+        running_mean += MOMENTUM * mean
+        running_var *= 1 - MOMENTUM
+        running_var += MOMENTUM * count / (count - 1) * variance
+        return gamma[expand] * centred * rstd[expand] + beta[expand]
+
+    def backward(dy: Any, x: Any, mean: Any, rstd: Any, gamma: Any) -> tuple[Any, Any, Any]:
+        xhat = (x - mean[expand]) * rstd[expand]
+        dbeta, dgamma = xp.sum(dy, axis=axes), xp.sum(dy * xhat, axis=axes)
+        inner = dy - (dbeta[expand] + xhat * dgamma[expand]) / count
+        return (gamma * rstd)[expand] * inner, dgamma, dbeta
+
+    # Fusion counts parameters, so none of them is an asterisk.
+    chosen = {
+        ("forward", ""): lambda x, g, b, m, v: forward(x, g, b, m, v),
+        ("forward", "relu"): lambda x, g, b, m, v: xp.maximum(forward(x, g, b, m, v), 0),
+        ("forward", "add_relu"): lambda r, x, g, b, m, v: xp.maximum(forward(x, g, b, m, v) + r, 0),
+        ("backward", ""): lambda dy, x, m, s, g: backward(dy, x, m, s, g),
+        ("backward", "relu"): lambda h, dy, x, m, s, g: backward(dy * (h > 0), x, m, s, g),
+        ("backward", "add_relu"): lambda h, dy, x, m, s, g: (*backward(dy * (h > 0), x, m, s, g), dy * (h > 0)),
+    }
+    return chosen[case.direction, case.epilogue]
+
+
+def prepare_fused(case: Case, arrays: Arrays, make: Callable[[Case], Callable[..., Any]] = fused) -> Call:
+    """Prepare a case with ``cupy.fuse``.
+
+    Raises
+    ------
+    NotSupportedError
+        For 16-bit data, whose sums fusion would keep in 16 bits; and with CuPy's message where it cannot fuse the case.
+    """
+    if case.itemsize == 2:
+        raise NotSupportedError("not supported: cupy.fuse sums 16-bit data in 16 bits")
+    function, a = make(case), arrays
+    axes, wide = axes_of(case)
+    first = [a["residual"]] if case.epilogue == "add_relu" else []
+    if case.direction == "forward":
+        running = a["running_mean"], a["running_var"]
+        return lambda: (function(*first, a["x"], a["gamma"], a["beta"], *running), *running)
+    mean, rstd = a["x"].mean(axis=axes), (a["x"].var(axis=axes) + EPSILON) ** -0.5
+    h = (a["x"] - mean.reshape(wide)) * (rstd * a["gamma"]).reshape(wide) + a["beta"].reshape(wide)
+    if first:
+        h += first[0]
+    masks = [h] if case.epilogue else []
+    arguments = (*masks, a["dy"], a["x"], mean, rstd, a["gamma"])
+    return lambda: function(*arguments)
+
+
+def tried(case: Case, arrays: Arrays) -> Call:
+    """Prepare a fused case and try it on copies first."""
+    try:
+        prepare_fused(case, {name: array.copy() for name, array in arrays.items()})()
+    except NotSupportedError:
+        raise
+    except (
+        Exception
+    ) as refusal:  # of whatever kind: fusion traces Python code, and says what it cannot trace in many ways
+        raise NotSupportedError(f"not supported: cupy.fuse: {type(refusal).__name__}: {refusal}") from refusal
+    return prepare_fused(case, arrays)
+
+
+PROVIDERS = (
+    Provider("CuPy, Chainer style", "cuda", prepare_kernels, partial(why_absent, "cuda"), engine="cupy"),
+    Provider("cupy.fuse", "cuda", tried, partial(why_absent, "cuda"), engine="cupy"),
+)

@@ -1,0 +1,126 @@
+"""Tables of the ops for the documents, from the rows of ``python -m benchmarks``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from benchmarks.measure import OK, Row
+from benchmarks.places import COPY, COPY_MEMCPY, EMPTY
+from benchmarks.records import key_of
+from benchmarks.report.text import ABSENT, origin, spread, table
+
+OURS = "bnkernels"
+LIMITS = (COPY, COPY_MEMCPY, EMPTY)
+QUESTION = ("64x20", "float32", "")
+
+
+def kind_of(rows: Sequence[Row]) -> str:
+    """Return what the rows are compared by: from cold caches on a GPU, hot on a CPU."""
+    return "cold" if any("cold_us_median" in row for row in rows) else "hot"
+
+
+def median(row: Row | None, kind: str) -> float | None:
+    """Return a row's median, or None where it has none."""
+    return row.get(f"{kind}_us_median") if row and row["status"] == OK else None
+
+
+def cases(document: Mapping[str, Any]) -> Iterator[list[Row]]:
+    """Yield the rows of every case."""
+    for _, rows in groupby(document["rows"], key=key_of):
+        yield list(rows)
+
+
+def name_of(row: Row) -> str:
+    """Return a case as the tables show it."""
+    op = row["op"].replace("_", " ")
+    layout = "" if row["layout"] == "NC" else f" {row['layout']}"
+    epilogue = {"": "", "relu": " + ReLU", "add_relu": " + sum + ReLU"}[row["epilogue"]]
+    return f"{op} {row['direction']}{epilogue}, {row['shape'].replace('x', ' x ')} {row['dtype']}{layout}"
+
+
+def summary(document: Mapping[str, Any] | None) -> str:
+    """Return a line per measured case: ours, the limit, and the best of the rivals."""
+    if document is None:
+        return f"Ops: {ABSENT}."
+    lines, left = [], 0
+    for rows in cases(document):
+        if all(row["status"].startswith("not measured") for row in rows):
+            left += 1
+            continue
+        lines.append(line_of(rows))
+    header = ["case", "ours, µs", "% of a copy", "best rival", "its µs", "ours / best rival"]
+    text = f"{origin(document)}\n\n{table(header, lines)}"
+    if left:
+        text += f"\n\n{left} more cases of the list are {ABSENT} here: they are left to a GPU, or the time was up."
+    return text
+
+
+def line_of(rows: Sequence[Row]) -> list[str]:
+    """Return the cells of one case."""
+    kind = kind_of(rows)
+    ours = next((row for row in rows if row["provider"] == OURS), None)
+    rivals = [row for row in rows if row["provider"] not in (OURS, *LIMITS) and median(row, kind)]
+    best = min(rivals, key=lambda row: median(row, kind), default=None)
+    mine, theirs = median(ours, kind), median(best, kind)
+    return [
+        name_of(rows[0]),
+        spread(ours, f"{kind}_us_") if mine else short(ours["status"] if ours else ABSENT),
+        f"{ours['percent_of_copy']:.0f}" if mine and "percent_of_copy" in ours else "",
+        best["provider"] if best else "none",
+        spread(best, f"{kind}_us_") if theirs else "",
+        f"{mine / theirs:.2f}" if mine and theirs else "",
+    ]
+
+
+def short(status: str) -> str:
+    """Return a status without its explanation."""
+    return status.partition(":")[0]
+
+
+def rivals(documents: Mapping[str, Mapping[str, Any] | None]) -> str:
+    """Return who needs how long for the question's own size: a table for every place, ``cpu`` and ``cuda``."""
+    parts = []
+    for place, title in (("cpu", "On a CPU"), ("cuda", "On a GPU")):
+        document = documents.get(place)
+        found = {} if document is None else {row["direction"]: rows for rows in cases(document) if (row := asked(rows))}
+        if found:
+            parts.append(f"{title}, {origin(document)}\n\n{of_the_question(found)}")
+        else:
+            parts.append(f"{title}: {ABSENT}.")
+    return "\n\n".join(parts)
+
+
+def asked(rows: Sequence[Row]) -> Row | None:
+    """Return a row of these if they are about the question's own size."""
+    row = rows[0]
+    wanted = row["op"] == "batch_norm" and (row["shape"], row["dtype"], row["epilogue"]) == QUESTION
+    return row if wanted else None
+
+
+def of_the_question(found: Mapping[str, Sequence[Row]]) -> str:
+    """Return a table with a row for every provider that was measured, the fastest forward first."""
+    kind = kind_of(found["forward"])
+    by_name = {direction: {row["provider"]: row for row in rows} for direction, rows in found.items()}
+    names = [name for name in by_name["forward"] if any(median(rows.get(name), kind) for rows in by_name.values())]
+    names.sort(key=lambda name: median(by_name["forward"].get(name), kind) or float("inf"))
+    columns = ["kernels"] if kind == "cold" else []
+    rows = []
+    for name in names:
+        row = [f"**{name}**" if name == OURS else name]
+        for direction in by_name:
+            one = by_name[direction].get(name)
+            row.append(spread(one, f"{kind}_us_") if median(one, kind) else short(one["status"]) if one else "")
+            row += [f"{one['kernels']:g}" if one and "kernels" in one else ""] if columns else []
+        rows.append(row)
+    header = ["µs"]
+    for direction in by_name:
+        header += [direction, *columns]
+    missing = [
+        f"{row['provider']} ({row['status'].partition(': ')[2]})"
+        for row in found["forward"]
+        if row["status"].startswith("absent")
+    ]
+    text = table(header, rows)
+    return text + (f"\n\nAbsent on that machine: {'; '.join(missing)}." if missing else "")

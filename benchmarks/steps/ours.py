@@ -1,0 +1,86 @@
+"""The training step of bnkernels, on NumPy or CuPy arrays, as its trainer makes it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from benchmarks.case import NotSupportedError
+from benchmarks.steps.step import Maker, State, Step, norm_of, sizes_of
+from bnkernels import MLP, softmax_cross_entropy
+from bnkernels._runtime import why_no_cuda
+from bnkernels.optimizers import make_optimizer
+
+
+class OurStep(Step):
+    """The ops of bnkernels, composed as its trainer does.
+
+    Parameters
+    ----------
+    state : dict of str to numpy.ndarray
+        Of the network, see `initial_state`.
+    optimizer : {'sgd', 'momentum', 'adam'}
+        Which one.
+    lr : float
+        Learning rate.
+    xp : module
+        ``numpy`` or ``cupy``: what computes.
+
+    Raises
+    ------
+    NotSupportedError
+        For a norm that `MLP` does not have yet.
+    """
+
+    def __init__(self, state: State, optimizer: str, lr: float, *, xp: Any = np) -> None:
+        self.state, self.xp = state, xp
+        try:
+            self.model = MLP(sizes_of(state), norm=norm_of(state), xp=xp)
+        except ValueError:
+            if norm_of(state) in ("none", "batch"):
+                raise
+            raise NotSupportedError("not supported yet") from None
+        self.optimizer = make_optimizer(optimizer, self.model, lr)
+        self.initial = self.optimizer.state()
+        self.out: tuple[Any, Any] | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Take the initial weights again."""
+        self.model.load_state(self.state)
+        self.optimizer.load_state(self.initial)
+
+    def prepare(self, x: np.ndarray, labels: np.ndarray) -> tuple[Any, Any]:
+        """Return them as arrays of `xp`."""
+        if self.out is None or len(self.out[0]) != len(x):
+            classes = self.model.sizes[-1]
+            self.out = self.xp.empty(len(x), x.dtype), self.xp.empty((len(x), classes), x.dtype)
+        return self.xp.asarray(x), self.xp.asarray(labels)
+
+    def step(self, x: Any, labels: Any) -> Any:
+        """Train on the mini-batch."""
+        logits = self.model.forward(x, training=True)
+        losses, dlogits = softmax_cross_entropy(logits, labels, out=self.out)
+        self.model.backward(dlogits)
+        self.optimizer.step()
+        return losses
+
+    def to_host(self, losses: Any) -> np.ndarray:
+        """Return losses as a NumPy array."""
+        return getattr(self.xp, "asnumpy", np.asarray)(losses)
+
+    def synchronise(self) -> None:
+        """Wait for the GPU, where there is one."""
+        if self.xp is not np:
+            self.xp.cuda.get_current_stream().synchronize()
+
+
+def on_cupy(state: State, optimizer: str, lr: float) -> OurStep:
+    """Return our step on a GPU."""
+    import cupy
+
+    return OurStep(state, optimizer, lr, xp=cupy)
+
+
+MAKERS = (Maker("bnkernels", "cpu", OurStep), Maker("bnkernels", "cuda", on_cupy, why_no_cuda))

@@ -1,0 +1,267 @@
+"""More of the stand-in for CuPy: streams with captures, graphs, events, arithmetic, and kernels of others.
+
+Benchmarks run on it without a GPU, to see that they would run with one. Its rules are CuPy's and CUDA's: the default
+stream cannot capture, a stream under capture records and does not run, nobody waits meanwhile. Arithmetic is NumPy's
+and cannot be captured here. Events answer NaN for a time, so that no figure can come out of a rehearsal.
+
+A kernel that is not the project's cannot run on the emulator. It is compiled by NVRTC where that is installed, and then
+its twin runs, a Python function that does the same: ``driver.twins[name](launch, *arguments)``.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from bnkernels._runtime import Launch
+from tests import fake_cupy
+from tests.emulator import EmulatorRuntime
+from tests.fake_cupy_arrays import Array, bare, computed
+
+ARCHITECTURES = (80, 90)
+ATTRIBUTES = {
+    "MultiProcessorCount": 8,
+    "L2CacheSize": 2**16,
+    "MaxSharedMemoryPerBlockOptin": 232448,
+    "MaxSharedMemoryPerMultiprocessor": 233472,
+    "MaxThreadsPerMultiProcessor": 2048,
+    "MaxRegistersPerMultiprocessor": 65536,
+    "CooperativeLaunch": 1,
+}
+
+
+# ---- streams, graphs, events ----------------------------------------------------------------------------------------
+
+
+class Stream(fake_cupy.Stream):
+    """``cupy.cuda.Stream`` with captures."""
+
+    def __init__(self, driver: fake_cupy.Driver, null: bool = False, non_blocking: bool = False) -> None:
+        super().__init__(driver)
+        self.is_non_blocking = non_blocking
+        # As an address would look: far from the small numbers that CUDA reserves for the default streams.
+        self.ptr = 0 if null else self.ptr << 12
+
+    def begin_capture(self, mode: int | None = None) -> None:
+        """Record what comes."""
+        if self.ptr == 0:
+            raise RuntimeError("cannot capture on the default (legacy) stream")
+        if self.ptr in self._driver.captures:
+            raise RuntimeError("cudaErrorIllegalState: the stream is being captured already")
+        self._driver.captures[self.ptr] = []
+
+    def end_capture(self) -> Graph:
+        """Return what came."""
+        if self.ptr not in self._driver.captures:
+            raise RuntimeError("cudaErrorIllegalState: the stream is not being captured")
+        return Graph(self._driver, self._driver.captures.pop(self.ptr))
+
+    def is_capturing(self) -> bool:
+        """Tell whether it records."""
+        return self.ptr in self._driver.captures
+
+    def synchronize(self) -> None:
+        """Return: what was launched has run."""
+        self._driver.wait("a wait for a stream")
+
+
+class Graph:
+    """``cupy.cuda.Graph``."""
+
+    def __init__(self, driver: fake_cupy.Driver, work: Sequence[Callable[[], None]]) -> None:
+        self._driver, self.work = driver, work
+
+    def launch(self, stream: Stream | None = None) -> None:
+        """Do the work."""
+        self._driver.wait("the launch of a graph")
+        for item in self.work:
+            item()
+
+    def upload(self, stream: Stream | None = None) -> None:
+        """Return: the emulator has it."""
+        self._driver.wait("the upload of a graph")
+
+
+class Event:
+    """``cupy.cuda.Event``."""
+
+    def __init__(self, driver: fake_cupy.Driver) -> None:
+        self._driver, self.recorded = driver, False
+
+    def record(self, stream: Stream | None = None) -> None:
+        """Note that it has been passed."""
+        self.recorded = True
+
+    def synchronize(self) -> None:
+        """Return: it has been passed."""
+        self._driver.wait("a wait for an event")
+
+
+def get_elapsed_time(start: Event, end: Event) -> float:
+    """Return NaN: no time here may be taken for a GPU's."""
+    if not (start.recorded and end.recorded):
+        raise RuntimeError("cudaErrorInvalidResourceHandle: both events must have been recorded")
+    return float("nan")
+
+
+# ---- kernels of others ----------------------------------------------------------------------------------------------
+
+
+def _words(array: Any) -> np.ndarray:
+    return np.asarray(array._memory).view(np.uint8).reshape(-1)
+
+
+def _copy(launch: Launch, source: Array, target: Array, words: np.int64) -> None:
+    _words(target)[: 16 * int(words)] = _words(source)[: 16 * int(words)]
+
+
+def _nothing(launch: Launch, *args: Any) -> None:
+    """Stand for a kernel that leaves no trace: an empty one, or one that only reads."""
+
+
+TWINS: dict[str, Callable[..., None]] = {"bnk_copy": _copy, "bnk_empty": _nothing, "bnk_flush": _nothing}
+
+
+@functools.cache
+def compile_for_gpus(code: str) -> bool:
+    """Compile a kernel's source for several architectures; return False where NVRTC is not installed."""
+    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
+        return False
+    from tests.compile import nvrtc
+
+    return all(nvrtc.resources(code, architecture) for architecture in ARCHITECTURES)
+
+
+class Function:
+    """``cupy.cuda.Function``, which `cupy_backends` launches by its address too."""
+
+    def __init__(self, kernel: fake_cupy.RawKernel, functions: dict[int, Function]) -> None:
+        self._kernel, self.ptr = kernel, id(kernel)
+        functions[self.ptr] = self
+
+    def __call__(
+        self, grid: tuple, block: tuple, args: tuple, shared_mem: int = 0, stream: Stream | None = None
+    ) -> None:
+        """Launch; what was wrapped before is unwrapped."""
+        args = tuple(arg.array if isinstance(arg, CNumpyArray) else arg for arg in args)
+        self._kernel(grid, block, args, shared_mem=shared_mem)
+
+
+class CNumpyArray:
+    """``cupy.cuda.function.CNumpyArray``."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+
+
+def raw_kernel(driver: fake_cupy.Driver, functions: dict[int, Function]) -> Callable[..., fake_cupy.RawKernel]:
+    """Return ``cupy.RawKernel``."""
+
+    def make(
+        code: str, name: str, options: tuple = (), backend: str = "nvrtc", *, enable_cooperative_groups: bool = False
+    ) -> fake_cupy.RawKernel:
+        if type(code) is not str or type(options) is not tuple:
+            raise TypeError(f"code must be a str and options a tuple, got {type(code)} and {options!r}")
+        if name not in driver.twins:
+            raise RuntimeError(f"the stand-in for CuPy has no twin of the kernel {name}")
+        if f" {name}(" not in code and "##" not in code:
+            raise RuntimeError(f"CUDA_ERROR_NOT_FOUND: {name}")
+        compile_for_gpus(code)
+        kernel = fake_cupy.RawKernel(driver, code, options, name)
+        kernel.kernel = Function(kernel, functions)
+        return kernel
+
+    return make
+
+
+# ---- the module -----------------------------------------------------------------------------------------------------
+
+
+class Module(types.ModuleType):
+    """The module `cupy`; what it does not have itself comes from NumPy."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Return NumPy's function of the same name, for arrays of the stand-in."""
+        found = getattr(np, name)
+        if isinstance(found, type) or not callable(found):
+            return found
+        return lambda *args, **given: computed(self.driver, found, args, given)
+
+
+class Random:
+    """``cupy.random.Generator``."""
+
+    def __init__(self, driver: fake_cupy.Driver, seed: int) -> None:
+        self._driver, self._random = driver, np.random.default_rng(seed)
+
+    def standard_normal(self, shape: Any = None, dtype: Any = np.float64) -> Array:
+        """Draw numbers."""
+        return self._driver.new(self._random.standard_normal(shape, dtype=dtype))
+
+
+def make(emulator: EmulatorRuntime, devices: int = 1) -> types.ModuleType:
+    """Return a new module `cupy` with everything; its driver is its attribute `driver`."""
+    base = fake_cupy.make(emulator, devices)
+    driver = base.driver
+    cupy = Module("cupy")
+    cupy.driver, cupy.__version__, cupy.RawModule = driver, "a stand-in", base.RawModule
+    cupy.ndarray = type("ndarray", (Array,), {"__module__": "cupy", "driver": driver})
+    driver.new = lambda values: cupy.ndarray(emulator.asarray(np.asarray(values)), driver.device)
+    driver.twins.update(TWINS)
+    driver.pointers = {}
+    cupy.empty = lambda shape, dtype=float: cupy.ndarray(emulator.empty(_shape(shape), np.dtype(dtype)), driver.device)
+    cupy.empty_like = lambda array: cupy.empty(array.shape, array.dtype)
+    cupy.asarray = cupy.array = lambda array, dtype=None, **_: driver.new(np.asarray(bare(array), dtype))
+    cupy.asnumpy = lambda array: array.get() if isinstance(array, fake_cupy.Array) else np.asarray(array)
+    cupy.copyto = lambda target, source: target.__setitem__(..., source)
+    cupy.RawKernel = raw_kernel(driver, driver.pointers)
+    cupy.random = types.SimpleNamespace(default_rng=functools.partial(Random, driver))
+    cupy.cuda = cuda(base.cuda, driver)
+    return cupy
+
+
+def _shape(shape: Any) -> tuple[int, ...]:
+    return tuple(shape) if isinstance(shape, Sequence) else (int(shape),)
+
+
+def cuda(base: Any, driver: fake_cupy.Driver) -> types.SimpleNamespace:
+    """Return ``cupy.cuda``."""
+
+    def device(number: int | None = None) -> fake_cupy.Device:
+        made = base.Device(number)
+        made.attributes, made.compute_capability = ATTRIBUTES, "90"
+        made.synchronize = functools.partial(driver.wait, "a wait for a device")
+        return made
+
+    @contextmanager
+    def using_allocator(allocator: Any) -> Iterator[None]:
+        yield
+
+    properties = {"name": b"emulator", "major": 9, "minor": 0, "totalGlobalMem": 2**30}
+    return types.SimpleNamespace(
+        is_available=base.is_available,
+        Device=device,
+        Stream=functools.partial(Stream, driver),
+        Event=functools.partial(Event, driver),
+        get_elapsed_time=get_elapsed_time,
+        MemoryPool=lambda: types.SimpleNamespace(malloc=None, free_all_blocks=lambda: None),
+        using_allocator=using_allocator,
+        set_allocator=lambda allocator=None: None,
+        function=types.SimpleNamespace(CNumpyArray=CNumpyArray),
+        nvrtc=types.SimpleNamespace(getVersion=lambda: (0, 0)),
+        get_current_stream=lambda: types.SimpleNamespace(synchronize=functools.partial(driver.wait, "a wait")),
+        runtime=types.SimpleNamespace(
+            memGetInfo=lambda: (2**28, 2**30),
+            getDeviceCount=lambda: driver.devices,
+            getDeviceProperties=lambda device: properties,
+            driverGetVersion=lambda: 0,
+            runtimeGetVersion=lambda: 0,
+            deviceSynchronize=functools.partial(driver.wait, "a wait for a device"),
+        ),
+    )

@@ -1,0 +1,46 @@
+"""Programs with a time limit: their exit status, and nothing of them left behind."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.gpu.processes import run_limited
+
+
+def test_the_status_of_a_program_and_none_at_the_limit() -> None:
+    assert run_limited([sys.executable, "-c", "raise SystemExit(3)"], 30) == 3
+    assert run_limited([sys.executable, "-c", "import time; time.sleep(60)"], 0.5) is None
+
+
+def test_an_interrupt_lets_a_program_write_what_it_has(tmp_path: Path) -> None:
+    note = tmp_path / "note"
+    program = f"""
+import time
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    open({str(note)!r}, "w").write("kept")
+"""
+    assert run_limited([sys.executable, "-c", program], 1) is None
+    assert note.read_text() == "kept"
+
+
+def test_a_stopped_program_takes_its_children_with_it(tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+    program = f"""
+import signal, subprocess, sys, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+open({str(note)!r}, "w").write(str(child.pid))
+time.sleep(60)
+"""
+    started = time.monotonic()
+    assert run_limited([sys.executable, "-c", program], 1.5, grace=0.5) is None
+    assert time.monotonic() - started < 10
+    state = Path(f"/proc/{note.read_text()}/stat")
+    deadline = time.monotonic() + 5
+    while state.exists() and state.read_text().split()[2] != "Z" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not state.exists() or state.read_text().split()[2] == "Z"
