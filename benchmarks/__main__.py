@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.exit(f"error: nothing can be measured on {options.place}: {reason}")
     providers = {op.name: chosen(op, options) for op in OPS.values()}
     tasks = [(op, case) for op, case in wanted(options) if providers[op.name]]
+    tasks.sort(key=lambda task: EPILOGUES.index(task[1].epilogue))  # time that is short is spent on the plain ops first
     if not tasks:
         sys.exit("error: no case is left: python -m benchmarks --list shows what there is")
     if options.list:

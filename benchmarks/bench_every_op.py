@@ -43,7 +43,7 @@ def parameters() -> Iterator[Any]:
                         yield pytest.param(op, case, provider, marks=marks, id=f"{case}-{place}-{provider.name}")
 
 
-@pytest.mark.parametrize(("op", "case", "provider"), parameters())
+@pytest.mark.parametrize(("op", "case", "provider"), list(parameters()))
 def test_benchmark(benchmark: Any, op: Op, case: Case, provider: Provider) -> None:
     """Check and time one provider."""
     place = place_of(provider.place)

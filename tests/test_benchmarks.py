@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +15,9 @@ import numpy as np
 import pytest
 
 import benchmarks.__main__ as command
-from benchmarks import clocks, measure, places, records
+from benchmarks import clocks, everything, measure, places, records
 from benchmarks.case import Arrays, Call, Case, NotSupportedError, Op, Provider, WrongResultError
+from benchmarks.harness import ROOT
 
 CASES = [Case("double", "forward", (rows, 3)) for rows in (4, 8)]
 
@@ -281,3 +285,41 @@ def test_a_host_batch_makes_every_call_once() -> None:
     batch = clocks.HostClock().batch([lambda i=i: (made.append(i),) for i in range(3)], keep=False)
     assert batch.run() > 0
     assert made == [0, 1, 2]
+
+
+# ---- other ways in --------------------------------------------------------------------------------------------------
+
+
+def test_the_same_case_under_pytest_benchmark(tmp_path: Path) -> None:
+    path = tmp_path / "benchmarks.json"
+    wanted = "forward and 64x20 and float32-cpu-bnkernels"
+    arguments = ["-m", "pytest", "-q", "benchmarks", "--benchmark-only", "-k", wanted, f"--benchmark-json={path}"]
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (found,) = json.loads(path.read_text())["benchmarks"]
+    assert found["group"] == "batch_norm forward 64x20 float32 on cpu"
+    assert found["extra_info"]["status"] == "ok"
+    assert found["extra_info"]["hot_us_median"] > 0
+    assert found["stats"]["median"] > 0
+
+
+@pytest.mark.parametrize("failing", [None, "benchmarks.overhead"])
+def test_everything_runs_all_parts_whatever_becomes_of_one(
+    failing: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    modules: list[str] = []
+
+    def run(arguments: list[str], cwd: Path) -> subprocess.CompletedProcess:
+        modules.append(arguments[2])
+        return subprocess.CompletedProcess(arguments, returncode=int(arguments[2] == failing))
+
+    monkeypatch.setattr(everything, "subprocess", types.SimpleNamespace(run=run))
+    assert everything.main(["--place", "cpu"]) == int(failing is not None)
+    assert modules == [
+        "benchmarks",
+        "benchmarks.bench_train_step",
+        "benchmarks.overhead",
+        "benchmarks.static",
+        "benchmarks.report",
+    ]
+    assert capsys.readouterr().out.count("failed (1)") == int(failing is not None)

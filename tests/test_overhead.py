@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import functools
 import itertools
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from benchmarks import overhead, overhead_plot, steps
@@ -153,3 +155,61 @@ def test_the_points_are_those_of_the_published_measurement() -> None:
     }
     assert by_axis == {"units": [2**i for i in range(5, 11)], "batch": [2**i for i in range(8, 15)]}
     assert Point("units", 32).sizes == (32,) * 6 + (10,)
+
+
+@pytest.mark.usefixtures("small")
+def test_a_term_missing_in_a_backward_is_noticed() -> None:
+    """The first loss is right then, and the rate of the figure is small: the losses after it have to tell."""
+
+    class Forgetful(ExpressionStep):
+        def _norm_backward(self, i: int, da: Any, xhat: Any, rstd: Any, gradients: dict[str, Any]) -> Any:
+            whole = super()._norm_backward(i, da, xhat, rstd, gradients)
+            return self.parameters[f"{i}.gamma"] * rstd * da if self.norm == "batch" else whole
+
+    rows, _ = overhead.measure_point(Point("units", 32), {"forgetful": Maker("forgetful", "cpu", Forgetful)}, until=0)
+    statuses = {row["norm"]: row["status"].partition(":")[0] for row in rows}
+    assert statuses == {"none": "ok", "batch": "wrong", "layer": "ok"}
+
+
+def test_a_ratio_is_that_of_the_same_round() -> None:
+    figures = {("a", "none"): np.array([1.0, 10.0, 100.0]), ("a", "batch"): np.array([2.0, 20.0, 200.0])}
+    found = overhead.figures_of(figures, "a", "batch", 7)
+    assert found["us_median"] == 20
+    assert found["ratio_p20"] == found["ratio_median"] == found["ratio_p80"] == 2
+    assert (found["rounds"], found["steps_per_round"]) == (3, 7)
+    del figures["a", "none"]
+    assert "ratio_median" not in overhead.figures_of(figures, "a", "batch", 7)
+
+
+@pytest.mark.usefixtures("small")
+def test_the_slow_starters_come_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[str, int]] = []
+
+    def recording(name: str, state: State, *rest: Any) -> ExpressionStep:
+        made.append((name, len(state["0.weight"])))
+        return ExpressionStep(state, *rest)
+
+    makers = [
+        Maker("slow", "cpu", functools.partial(recording, "slow"), slow_start=True),
+        Maker("fast", "cpu", functools.partial(recording, "fast")),
+    ]
+    only(monkeypatch, *makers)
+    monkeypatch.setattr(overhead, "POINTS", (Point("units", 4), Point("units", 8)))
+    overhead.main(["--out", str(tmp_path)])
+    assert list(dict.fromkeys(made)) == [("fast", 4), ("fast", 8), ("slow", 4), ("slow", 8)]
+    assert {row["status"] for row in rows_of(tmp_path)} == {"ok"}
+
+
+def test_ctrl_c_during_the_rounds_loses_the_unfinished_block_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = iter([1.0, 2.0, 3.0, 4.0])
+
+    def watch() -> float:
+        if (figure := next(figures, None)) is None:
+            raise KeyboardInterrupt
+        return figure
+
+    monkeypatch.setattr(overhead, "BLOCK", 3)
+    taken, interrupted = overhead.take_rounds({"0": watch}, until=float("inf"))
+    assert interrupted
+    np.testing.assert_array_equal(taken["0"], [1.0, 2.0, 3.0])
+    assert overhead.take_rounds({"0": watch}, until=float("inf")) == ({}, True)

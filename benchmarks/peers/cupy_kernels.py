@@ -8,6 +8,7 @@ waits for the whole grid at each reduction.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from types import ModuleType
 from typing import Any
@@ -100,7 +101,7 @@ def prepare_kernels(case: Case, arrays: Arrays) -> Call:
 
         return forward
     mean, _, rstd = statistics()
-    h = output(mean, rstd)
+    h = output(mean, rstd) if case.epilogue else None
 
     def backward() -> tuple:
         dz = arrays["dy"] * (h > 0) if case.epilogue else arrays["dy"]
@@ -117,49 +118,44 @@ def prepare_kernels(case: Case, arrays: Arrays) -> Call:
 
 
 @cache
-def fused(case: Case) -> Callable[..., Any]:
-    """Return a case as one function that CuPy fuses."""
+def fused(kind: Case) -> Callable[..., Any]:
+    """Return all cases of a kind, whatever their sizes, as one function that CuPy fuses: compiling takes seconds."""
     cupy = _cupy()
-    return cupy.fuse(kernel_name=f"benchmark_fused_{case.direction}")(unfused(case, cupy))
+    return cupy.fuse(kernel_name=f"benchmark_fused_{kind.direction}")(unfused(kind, cupy))
 
 
-def unfused(case: Case, xp: Any) -> Callable[..., Any]:
-    """Return a case as a function of arrays, in the words that fusion understands."""
-    axes, wide = axes_of(case)
-    expand = tuple(slice(None) if extent == -1 else None for extent in wide)
-    count = case.size // case.shape[1]
+def unfused(kind: Case, xp: Any) -> Callable[..., Any]:
+    """Return a kind of cases as a function of arrays and numbers, in the words that fusion understands."""
+    axes, wide = axes_of(kind)
+    expand = tuple(slice(None) if extent == -1 else None for extent in wide)  # fusion has no reshape
 
-    def normalise(x: Any) -> tuple[Any, Any, Any]:
-        mean = xp.sum(x, axis=axes) / count
+    def forward(x: Any, gamma: Any, beta: Any, running: tuple[Any, Any], count: float, step: float) -> Any:
+        running_mean, running_var = running
+        mean = xp.sum(x, axis=axes) / count  # fusion has no mean and no var
         centred = x - mean[expand]
         variance = xp.sum(centred * centred, axis=axes) / count
-        return centred, mean, variance
-
-    def forward(x: Any, gamma: Any, beta: Any, running_mean: Any, running_var: Any) -> Any:
-        centred, mean, variance = normalise(x)
         rstd = 1.0 / xp.sqrt(variance + EPSILON)
         running_mean *= 1 - MOMENTUM
         running_mean += MOMENTUM * mean
         running_var *= 1 - MOMENTUM
-        running_var += MOMENTUM * count / (count - 1) * variance
+        running_var += step * variance  # unbiased
         return gamma[expand] * centred * rstd[expand] + beta[expand]
 
-    def backward(dy: Any, x: Any, mean: Any, rstd: Any, gamma: Any) -> tuple[Any, Any, Any]:
+    def backward(dy: Any, x: Any, mean: Any, rstd: Any, gamma: Any, count: float) -> tuple[Any, Any, Any]:
         xhat = (x - mean[expand]) * rstd[expand]
         dbeta, dgamma = xp.sum(dy, axis=axes), xp.sum(dy * xhat, axis=axes)
         inner = dy - (dbeta[expand] + xhat * dgamma[expand]) / count
         return (gamma * rstd)[expand] * inner, dgamma, dbeta
 
-    # Fusion counts parameters, so none of them is an asterisk.
     chosen = {
-        ("forward", ""): lambda x, g, b, m, v: forward(x, g, b, m, v),
-        ("forward", "relu"): lambda x, g, b, m, v: xp.maximum(forward(x, g, b, m, v), 0),
-        ("forward", "add_relu"): lambda r, x, g, b, m, v: xp.maximum(forward(x, g, b, m, v) + r, 0),
-        ("backward", ""): lambda dy, x, m, s, g: backward(dy, x, m, s, g),
-        ("backward", "relu"): lambda h, dy, x, m, s, g: backward(dy * (h > 0), x, m, s, g),
-        ("backward", "add_relu"): lambda h, dy, x, m, s, g: (*backward(dy * (h > 0), x, m, s, g), dy * (h > 0)),
+        ("forward", ""): lambda x, g, b, m, v, n, s: forward(x, g, b, (m, v), n, s),
+        ("forward", "relu"): lambda x, g, b, m, v, n, s: xp.maximum(forward(x, g, b, (m, v), n, s), 0),
+        ("forward", "add_relu"): lambda r, x, g, b, m, v, n, s: xp.maximum(forward(x, g, b, (m, v), n, s) + r, 0),
+        ("backward", ""): backward,
+        ("backward", "relu"): lambda h, dy, x, m, s, g, n: backward(dy * (h > 0), x, m, s, g, n),
+        ("backward", "add_relu"): lambda h, dy, x, m, s, g, n: (*backward(dy * (h > 0), x, m, s, g, n), dy * (h > 0)),
     }
-    return chosen[case.direction, case.epilogue]
+    return chosen[kind.direction, kind.epilogue]
 
 
 def prepare_fused(case: Case, arrays: Arrays, make: Callable[[Case], Callable[..., Any]] = fused) -> Call:
@@ -168,34 +164,43 @@ def prepare_fused(case: Case, arrays: Arrays, make: Callable[[Case], Callable[..
     Raises
     ------
     NotSupportedError
-        For 16-bit data, whose sums fusion would keep in 16 bits; and with CuPy's message where it cannot fuse the case.
+        For 16-bit data, whose sums fusion would keep in 16 bits.
     """
     if case.itemsize == 2:
-        raise NotSupportedError("not supported: cupy.fuse sums 16-bit data in 16 bits")
-    function, a = make(case), arrays
+        raise NotSupportedError("not supported: cupy.fuse keeps the sums of 16-bit data in 16 bits")
+    function, a = make(replace(case, shape=(0,) * len(case.shape))), arrays
     axes, wide = axes_of(case)
+    count = float(case.size // case.shape[1])
     first = [a["residual"]] if case.epilogue == "add_relu" else []
     if case.direction == "forward":
         running = a["running_mean"], a["running_var"]
-        return lambda: (function(*first, a["x"], a["gamma"], a["beta"], *running), *running)
+        given = (*first, a["x"], a["gamma"], a["beta"], *running, count, MOMENTUM * count / (count - 1))
+        return lambda: (function(*given), *running)
     mean, rstd = a["x"].mean(axis=axes), (a["x"].var(axis=axes) + EPSILON) ** -0.5
     h = (a["x"] - mean.reshape(wide)) * (rstd * a["gamma"]).reshape(wide) + a["beta"].reshape(wide)
     if first:
         h += first[0]
     masks = [h] if case.epilogue else []
-    arguments = (*masks, a["dy"], a["x"], mean, rstd, a["gamma"])
-    return lambda: function(*arguments)
+    given = (*masks, a["dy"], a["x"], mean, rstd, a["gamma"], count)
+    return lambda: function(*given)
 
 
 def tried(case: Case, arrays: Arrays) -> Call:
-    """Prepare a fused case and try it on copies first."""
+    """Prepare a fused case, after a try on three examples of two channels.
+
+    Raises
+    ------
+    NotSupportedError
+        Where CuPy cannot fuse it, with CuPy's words.
+    """
+    small = replace(case, shape=tuple(min(n, 2 if axis == 1 else 3) for axis, n in enumerate(case.shape)))
+    few = tuple(map(slice, small.memory_shape))
+    parts = {name: array[few if array.ndim > 1 else slice(small.shape[1])] for name, array in arrays.items()}
     try:
-        prepare_fused(case, {name: array.copy() for name, array in arrays.items()})()
+        prepare_fused(small, {name: part.copy() for name, part in parts.items()})()
     except NotSupportedError:
         raise
-    except (
-        Exception
-    ) as refusal:  # of whatever kind: fusion traces Python code, and says what it cannot trace in many ways
+    except Exception as refusal:  # fusion traces Python code, and says in many ways what it cannot trace
         raise NotSupportedError(f"not supported: cupy.fuse: {type(refusal).__name__}: {refusal}") from refusal
     return prepare_fused(case, arrays)
 
