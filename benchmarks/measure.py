@@ -21,7 +21,7 @@ from benchmarks.places import COPY, COPY_MEMCPY, EMPTY, Gpu, Host, cast, copies,
 SUMMED, STORED = 1000, 4  # roundings that a right result may be off by: of the accumulator, and of the stored type
 BURST = 20  # calls of one measurement of the host's time
 BATCH_SECONDS = 2e-3  # a hot batch lasts about so long
-MOST_CALLS = 1000
+MOST_CALLS = 300
 ROUNDS = (5, 50)  # at least and at most
 OK = "ok"
 

@@ -83,7 +83,8 @@ class Gpu:
 
         self.xp = cupy
         self.device = Device()
-        self.random = partial(cupy.random.default_rng(SEED).standard_normal, dtype=np.float32)
+        with self.working():  # where the numbers are drawn as well: a generator has a state on the device
+            self.random = partial(cupy.random.default_rng(SEED).standard_normal, dtype=np.float32)
         self._blocks = 8 * int(cupy.cuda.Device().attributes["MultiProcessorCount"])
         self._copy_kernel, self._empty_kernel = (
             cupy.RawKernel(self.COPY_SOURCE, f"bnk_{n}") for n in ("copy", "empty")

@@ -90,7 +90,14 @@ def train_step(folder: Path, seconds: float, dry_run: bool) -> list[str]:
 def ops(folder: Path, seconds: float, dry_run: bool) -> list[str]:
     """Return the command for the ops, whose list begins with what says most."""
     # A case that has begun is finished: the limit leaves time for one in which something compiles.
-    own = ["--seconds", f"{max(seconds - 3 * MARGIN, 1):.0f}", "--out", f"{folder}/ops.json"]
+    own = [
+        "--seconds",
+        f"{max(seconds - 3 * MARGIN, 1):.0f}",
+        "--seconds-per-case",
+        "0.5",
+        "--out",
+        f"{folder}/ops.json",
+    ]
     quick = ["--quick", "--providers", OURS] if dry_run else []
     return [*measuring("benchmarks.__main__" if dry_run else "benchmarks", dry_run), *own, *quick]
 
