@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.peers import EPSILON, MOMENTUM
-from benchmarks.steps.step import Maker, State, Step, linears, norm_of
+from benchmarks.steps.step import ArrayStep, Maker, State, linears, norm_of
 from bnkernels._runtime import why_no_cuda
 
 
-class ExpressionStep(Step):
+class ExpressionStep(ArrayStep):
     """Plain array expressions for the forward, the backward and the optimiser.
 
     Parameters
@@ -119,24 +119,8 @@ class ExpressionStep(Step):
                 unbiased = self.xp.sqrt(s / (1 - 0.999**self.steps))
                 p -= self.lr * (m / (1 - 0.9**self.steps)) / (unbiased + 1e-8)
 
-    def to_host(self, losses: Any) -> np.ndarray:
-        """Return losses as a NumPy array."""
-        return getattr(self.xp, "asnumpy", np.asarray)(losses)
-
-    def synchronise(self) -> None:
-        """Wait for the GPU, where there is one."""
-        if self.xp is not np:
-            self.xp.cuda.get_current_stream().synchronize()
-
-
-def on_cupy(state: State, optimizer: str, lr: float) -> ExpressionStep:
-    """Return the expressions on a GPU."""
-    import cupy
-
-    return ExpressionStep(state, optimizer, lr, xp=cupy)
-
 
 MAKERS = (
     Maker("NumPy expression", "cpu", ExpressionStep),
-    Maker("CuPy expression", "cuda", on_cupy, why_no_cuda),
+    Maker("CuPy expression", "cuda", ExpressionStep.on_cupy, why_no_cuda),
 )

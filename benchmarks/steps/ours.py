@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 
 from benchmarks.case import NotSupportedError
-from benchmarks.steps.step import Maker, State, Step, norm_of, sizes_of
+from benchmarks.steps.step import ArrayStep, Maker, State, norm_of, sizes_of
 from bnkernels import MLP, softmax_cross_entropy
 from bnkernels._runtime import why_no_cuda
 from bnkernels.optimizers import make_optimizer
 
 
-class OurStep(Step):
+class OurStep(ArrayStep):
     """The ops of bnkernels, composed as its trainer does.
 
     Parameters
@@ -66,21 +66,5 @@ class OurStep(Step):
         self.optimizer.step()
         return losses
 
-    def to_host(self, losses: Any) -> np.ndarray:
-        """Return losses as a NumPy array."""
-        return getattr(self.xp, "asnumpy", np.asarray)(losses)
 
-    def synchronise(self) -> None:
-        """Wait for the GPU, where there is one."""
-        if self.xp is not np:
-            self.xp.cuda.get_current_stream().synchronize()
-
-
-def on_cupy(state: State, optimizer: str, lr: float) -> OurStep:
-    """Return our step on a GPU."""
-    import cupy
-
-    return OurStep(state, optimizer, lr, xp=cupy)
-
-
-MAKERS = (Maker("bnkernels", "cpu", OurStep), Maker("bnkernels", "cuda", on_cupy, why_no_cuda))
+MAKERS = (Maker("bnkernels", "cpu", OurStep), Maker("bnkernels", "cuda", OurStep.on_cupy, why_no_cuda))

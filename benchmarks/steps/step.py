@@ -58,6 +58,28 @@ class Step(ABC):
         """Wait until all steps are done; on a CPU they are."""
 
 
+class ArrayStep(Step):
+    """A step on the arrays of a module with NumPy's functions: `xp`, which is NumPy or CuPy."""
+
+    xp: Any
+
+    @classmethod
+    def on_cupy(cls, state: State, optimizer: str, lr: float) -> ArrayStep:
+        """Return the step on a GPU."""
+        import cupy
+
+        return cls(state, optimizer, lr, xp=cupy)
+
+    def to_host(self, losses: Any) -> np.ndarray:
+        """Return losses as a NumPy array."""
+        return getattr(self.xp, "asnumpy", np.asarray)(losses)
+
+    def synchronise(self) -> None:
+        """Wait for the GPU, where there is one."""
+        if self.xp is not np:
+            self.xp.cuda.get_current_stream().synchronize()
+
+
 @dataclass(frozen=True)
 class Maker:
     """Somebody who can make training steps.
