@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -131,13 +132,24 @@ def no_overlap(
 
     The first array may be exactly one of those named by `in_place`: the same memory in the same layout.
     """
-    # NumPy arrays that are not views of the same array are told apart by identity: this is the hot path on the CPU.
-    owners = [_owner(array) for array in arrays] if runtime is None else [0] * len(arrays)
+    if runtime is None:
+        # Arrays that are not views of the same array are told apart by identity: this is the hot path on the CPU.
+        owners = [_owner(array) for array in arrays]
+        ranges = [(0, 0)] * len(arrays)
+    else:
+        owners = [0] * len(arrays)
+        ranges = [_byte_range(runtime, array) for array in arrays]
     for i in range(written):
         if owners.count(owners[i]) == 1 or arrays[i] is None:
             continue
+        start, end = ranges[i]
         for j in range(i + 1, len(arrays)):
-            if owners[i] != owners[j] or arrays[j] is None or not _share_bytes(runtime, arrays[i], arrays[j]):
+            if owners[i] != owners[j] or arrays[j] is None:
+                continue
+            if runtime is None:
+                if not np.may_share_memory(arrays[i], arrays[j]):
+                    continue
+            elif start >= ranges[j][1] or ranges[j][0] >= end:
                 continue
             if i == 0 and names[j] in in_place and _same_layout(runtime, arrays[i], arrays[j]):
                 continue
@@ -162,22 +174,24 @@ def _same_layout(runtime: Runtime | None, a: Any, b: Any) -> bool:
     return a.shape == b.shape and a.strides == b.strides and address(a) == address(b)
 
 
-def _share_bytes(runtime: Runtime | None, a: Any, b: Any) -> bool:
-    if runtime is None:
-        return np.may_share_memory(a, b)
-    (start, end), (other_start, other_end) = _byte_range(runtime, a), _byte_range(runtime, b)
-    return start < other_end and other_start < end
-
-
 def _byte_range(runtime: Runtime, array: Any) -> tuple[int, int]:
-    """Return the first address of the array's memory and the one behind its last."""
-    if 0 in array.shape:
+    """Return the first address of the array's memory and the one behind its last; (0, 0) for no memory."""
+    if array is None:
         return 0, 0
-    start = end = runtime.pointer(array)
-    for extent, stride in zip(array.shape, array.strides, strict=True):
-        reach = (extent - 1) * stride
-        start, end = (start + reach, end) if reach < 0 else (start, end + reach)
-    return start, end + array.dtype.itemsize
+    reach = _reach(array.shape, array.strides)
+    if reach is None:
+        return 0, 0
+    address = runtime.pointer(array)
+    return address + reach[0], address + reach[1] + array.dtype.itemsize
+
+
+@lru_cache(maxsize=1024)
+def _reach(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int] | None:
+    """Return how far the elements of an array lie before and behind its first, in bytes; None if it has none."""
+    if 0 in shape:
+        return None
+    ends = [(extent - 1) * stride for extent, stride in zip(shape, strides, strict=True)]
+    return sum(end for end in ends if end < 0), sum(end for end in ends if end > 0)
 
 
 def number(name: str, given: float, low: float, high: float = sys.float_info.max) -> float:
