@@ -6,6 +6,7 @@ from bnkernels.batch_norm import (
     batch_norm_inference,
     batch_norm_inference_backward,
 )
+from bnkernels.batch_norm_folding import batch_norm_scale_shift, fold_batch_norm
 from bnkernels.mlp import MLP
 from bnkernels.parameter_update import adam_update, momentum_update, sgd_update
 from bnkernels.softmax_cross_entropy import softmax_cross_entropy
@@ -19,6 +20,8 @@ __all__ = [
     "batch_norm_forward",
     "batch_norm_inference",
     "batch_norm_inference_backward",
+    "batch_norm_scale_shift",
+    "fold_batch_norm",
     "momentum_update",
     "sgd_update",
     "softmax_cross_entropy",
