@@ -104,6 +104,7 @@ def uninterrupted(npz, tmp_path_factory):
     return final(folder)
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(npz, tmp_path):
     epochs = 300
     assert finish([*TRAIN, *options(npz, epochs), "--out", str(tmp_path / "whole")]) == (0, "")
