@@ -297,7 +297,8 @@ def test_no_sanitizer_and_no_time_are_not_green(tmp_path: Path, monkeypatch: pyt
     assert json.loads(out.read_text())["outcome"] == "compute-sanitizer is not installed"
 
 
-@pytest.mark.emulator
+# Not marked as an emulator test: it starts builds of its own choice, one of them the plain one, which must not be
+# loaded into a process that a sanitizer watches.
 def test_the_emulator_in_its_place_sees_its_bug_and_is_blind_to_none_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     backends.emulated_runtime()
     limit = sanitize.Limit(time.monotonic() + 60, 60)
