@@ -23,7 +23,8 @@ def _matrix(array: np.ndarray | None, layout: Layout) -> np.ndarray | None:
     if array is None or _is_matrix(array, layout):
         return array
     rows = np.moveaxis(array, layout.axis, -1).reshape(layout.rows, layout.channels)
-    return rows.astype(accumulator(array.dtype), copy=False)
+    with np.errstate(invalid="ignore"):  # a NaN that signals
+        return rows.astype(accumulator(array.dtype), copy=False)
 
 
 def _target(out: np.ndarray | None, layout: Layout) -> np.ndarray | None:

@@ -110,14 +110,16 @@ def _erfc(xp: Any, z: Any) -> Any:
 
 
 def _silu_gate(xp: Any, z: Any) -> tuple[Any, Any]:
-    gate = _sigmoid(xp, z)
-    return gate, gate * (1 - gate)
+    decay = xp.exp(-xp.abs(z))
+    above = 1 / (1 + decay)
+    return xp.where(z < 0, decay, 1) * above, decay * above * above
 
 
 def _gelu_tanh_gate(xp: Any, z: Any) -> tuple[Any, Any]:
     z = xp.clip(z, -50, 50)  # where the gate has long been 0 or 1
-    gate = _sigmoid(xp, z * (SIGMOID_OF + 0.044715 * SIGMOID_OF * z * z))
-    return gate, gate * (1 - gate) * (SIGMOID_OF + 3 * 0.044715 * SIGMOID_OF * z * z)
+    square = z * z
+    gate, density = _silu_gate(xp, z * (SIGMOID_OF + 0.044715 * SIGMOID_OF * square))
+    return gate, density * (SIGMOID_OF + 3 * 0.044715 * SIGMOID_OF * square)
 
 
 def _gelu_gate(xp: Any, z: Any) -> tuple[Any, Any]:

@@ -153,7 +153,7 @@ def batch_norm_backward(
         As in the forward.
     statistics : array, shape (3, C), type A
         What the forward returned.
-    axis, residual, activation, alpha
+    axis, residual, activation, alpha : int, array, str, float
         As in the forward.
     out : tuple of arrays, optional
         Where to write what is returned; C order. `dx` may be `dy`, `x` or `residual` itself.
@@ -230,7 +230,7 @@ def batch_norm_inference(
         Scale and shift; None means 1 and 0.
     running_mean, running_var : array, shape (C,), type A
         The statistics to normalise with. Never written.
-    eps, axis, residual, activation, alpha
+    eps, axis, residual, activation, alpha : float, int, array, str, float
         As in `batch_norm_forward`.
     out : array, shape and type of `x`, optional
         Where to write the output; C order; may be `x` or `residual` itself.
@@ -301,7 +301,7 @@ def batch_norm_inference_backward(
         As in the forward.
     running_mean, running_var : array, shape (C,), type A
         As in the forward. Never written.
-    eps, axis, residual, activation, alpha
+    eps, axis, residual, activation, alpha : float, int, array, str, float
         As in the forward.
     out : tuple of arrays, optional
         Where to write what is returned; C order. `dx` may be `dy`, `x` or `residual` itself.

@@ -1,8 +1,8 @@
 // Activations h = phi(z) and their gradients. NaN passes through all of them.
 //
 // The codes are those of bnkernels/activations.py, which passes `alpha` as well: the slope below zero of the piecewise
-// linear three (identity 1, relu 0), and elu's factor. Kernels unroll over the values of a thread, so code is dear: all
-// but gelu are made of one expm1.
+// linear three (identity 1, relu 0), and elu's factor. The rest, the curved ones, are long, and kernels unroll over the
+// values of a thread: they call these in a loop that stays rolled.
 #pragma once
 
 enum Activation { LINEAR = 0, SIGMOID = 1, TANH = 2, ELU = 3, SILU = 4, GELU_TANH = 5, GELU = 6 };
@@ -44,21 +44,21 @@ __device__ __forceinline__ Gate<A> normal_gate(A z) {
 template <typename A>
 __device__ __forceinline__ Gate<A> gate_of(A z, int activation) {
     if (activation == GELU) return normal_gate(z);
-    // gelu_tanh: (1 + tanh(u)) / 2 = sigmoid(2u), where 2u = z (a + b z^2).
-    const A a = A(1.5957691216057307118), b = A(0.071354816272600241884);
-    const A inner = activation == GELU_TANH ? z * fma(b, z * z, a) : z;
-    // tanh of a negative number from expm1 of its double: no cancellation and no overflow.
-    const A argument = activation == TANH ? A(-2) * fabs(z) : activation == ELU ? z : -inner;
-    const A e = expm1(argument);
-    if (activation == ELU) return {e, e + A(1)};
-    if (activation == TANH) {
+    if (activation <= ELU && activation >= TANH) {
+        // tanh of a negative number from expm1 of its double: no cancellation and no overflow.
+        const A e = expm1(activation == TANH ? A(-2) * fabs(z) : z);
+        if (activation == ELU) return {e, e + A(1)};
         const A h = copysign(e / (e + A(2)), z);
         return {h, fma(-h, h, A(1))};
     }
-    const A h = A(1) / (e + A(2));
-    const A slope = h * (A(1) - h);
+    // gelu_tanh: (1 + tanh(u)) / 2 = sigmoid(2u), where 2u = z (a + b z^2).
+    const A a = A(1.5957691216057308), b = A(0.07135481627260025);
+    const A inner = activation == GELU_TANH ? z * fma(b, z * z, a) : z;
+    // sigmoid of either sign from what is small, so its derivative loses nothing where it is nearly 0 or 1.
+    const A decay = exp(-fabs(inner)), above = A(1) / (A(1) + decay), slope = decay * above * above;
     const bool flat = slope == A(0);  // where the inner derivative may be infinite
-    return {h, activation == GELU_TANH && !flat ? slope * fma(A(3) * b, z * z, a) : slope};
+    return {inner < A(0) ? decay * above : above,
+            activation == GELU_TANH && !flat ? slope * fma(A(3) * b, z * z, a) : slope};
 }
 
 // Piecewise linear: what z is multiplied with, and the gradient too. 0 instead of NaN for alpha 0 and minus infinity.
