@@ -9,12 +9,14 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from bnkernels import _check as check
 from bnkernels import _runtime as rt
 from bnkernels._batch_norm_host import backward_host, forward_host, inference_host
 from bnkernels._batch_norm_launch import backward_launch, forward_launch, inference_backward_launch, inference_launch
 from bnkernels._batch_norm_layout import Layout, element_strides, layout_of
-from bnkernels._batch_norm_numpy import Kept
+from bnkernels._batch_norm_numpy import Kept, backward_numpy, forward_numpy
 from bnkernels.activations import Activation
 
 SIZES = "outer channels inner"
@@ -42,15 +44,13 @@ class Plan(NamedTuple):
     runtime: rt.Runtime | None
     layout: Layout
     shape: tuple[int, ...]
+    wide: np.dtype  # the type of parameters and statistics
+    empty: bool  # whether there is nothing to compute
+    twin: bool  # whether the NumPy twins take the arrays as they are
     kernel: str | None = None
     launch: rt.Launch | None = None
     sizes: tuple[int, ...] = ()
     copied: tuple[str, ...] = ()  # inputs that no three strides describe
-
-    @property
-    def empty(self) -> bool:
-        """Whether there is nothing to compute."""
-        return 0 in self.shape
 
 
 # The arrays of each op, those that it writes first.
@@ -84,8 +84,10 @@ def _planned(args: dict, layout: Layout, inputs: tuple[str, ...], choose: Callab
     """Return the plan of a call whose arrays have been checked."""
     x = args["x"]
     runtime = rt.runtime_of(x.kind)
-    if runtime is None or 0 in x.shape:
-        return Plan(runtime, layout, x.shape)
+    twin = runtime is None and layout == (*x.shape, 1, 1) and x.dtype.itemsize > 2
+    plan = Plan(runtime, layout, x.shape, rt.accumulator(x.dtype), 0 in x.shape, twin)
+    if runtime is None or plan.empty:
+        return plan
     sizes, copied = [layout.outer, layout.channels, layout.inner], []
     for name in inputs:
         strides = (0, 0, 0) if args[name] is None else element_strides(args[name], layout.axis)
@@ -95,7 +97,7 @@ def _planned(args: dict, layout: Layout, inputs: tuple[str, ...], choose: Callab
         sizes += strides
     variant, launch = choose(layout.outer, layout.channels, x.dtype, layout.inner)
     kernel = f"bnk_batch_norm_{variant}_{rt.suffix(x.dtype)}"
-    return Plan(runtime, layout, x.shape, kernel, launch, tuple(sizes), tuple(copied))
+    return plan._replace(kernel=kernel, launch=launch, sizes=tuple(sizes), copied=tuple(copied))
 
 
 @lru_cache(maxsize=1024)
@@ -150,11 +152,12 @@ def run_forward(
     """
     y, statistics, running_mean, running_var, x, residual, gamma, beta = arrays
     runtime, layout, kept = plan.runtime, plan.layout, None
-    wide = rt.accumulator(x.dtype)
     if y is None:
-        y, statistics = rt.empty(runtime, plan.shape, x), rt.empty(runtime, (3, layout.channels), x, wide)
+        y, statistics = rt.empty(runtime, plan.shape, x), rt.empty(runtime, (3, layout.channels), x, plan.wide)
     if plan.empty:
         statistics[...] = 0
+    elif plan.twin:
+        kept = forward_numpy(x, residual, gamma, beta, running_mean, running_var, momentum, eps, phi, y, statistics)
     elif runtime is None:
         vectors = gamma, beta, running_mean, running_var
         kept = forward_host(layout, x, residual, vectors, momentum, eps, phi, y, statistics)
@@ -162,7 +165,7 @@ def run_forward(
         check.one_device(runtime, FORWARD_NAMES, arrays)
         sources = _sources(plan, x=x, residual=residual)
         pointers = rt.addresses(runtime, *sources, gamma, beta, y, statistics, running_mean, running_var)
-        arguments = rt.pack(FORWARD[wide], *pointers, *plan.sizes, momentum, eps, phi.alpha, phi.code)
+        arguments = rt.pack(FORWARD[plan.wide], *pointers, *plan.sizes, momentum, eps, phi.alpha, phi.code)
         runtime.launch("batch_norm_forward", plan.kernel, plan.launch, arguments, x)
     return y, statistics, kept
 
@@ -181,8 +184,7 @@ def run_inference(plan: Plan, arrays: tuple, eps: float, phi: Activation) -> Any
         check.one_device(runtime, INFERENCE_NAMES, arrays)
         sources = _sources(plan, x=x, residual=residual)
         pointers = rt.addresses(runtime, *sources, gamma, beta, out, running_mean, running_var)
-        layout = INFERENCE[rt.accumulator(x.dtype)]
-        arguments = rt.pack(layout, *pointers, *plan.sizes, eps, phi.alpha, phi.code)
+        arguments = rt.pack(INFERENCE[plan.wide], *pointers, *plan.sizes, eps, phi.alpha, phi.code)
         runtime.launch("batch_norm_forward", plan.kernel, plan.launch, arguments, x)
     return out
 
@@ -192,7 +194,7 @@ def run_backward(plan: Plan, arrays: tuple, eps: float, phi: Activation, kept: K
     dx, dgamma, dbeta, dresidual, dy, x, residual, gamma, beta, statistics, running_mean, running_var = arrays
     # The kernels take the rows of the statistics, or the running ones in the places of mean and rstd.
     rows = (running_mean, None, running_var) if statistics is None else (statistics[0], statistics[1], statistics[2])
-    runtime, wide = plan.runtime, rt.accumulator(x.dtype)
+    runtime, wide = plan.runtime, plan.wide
     if dx is None:
         vector = (plan.layout.channels,)
         dx = rt.empty(runtime, plan.shape, x)
@@ -201,6 +203,8 @@ def run_backward(plan: Plan, arrays: tuple, eps: float, phi: Activation, kept: K
     if plan.empty:
         dgamma[...] = 0
         dbeta[...] = 0
+    elif plan.twin:
+        backward_numpy(dy, x, residual, gamma, beta, *rows, eps, phi, kept, dx, dgamma, dbeta, dresidual)
     elif runtime is None:
         outputs = dx, dgamma, dbeta, dresidual
         backward_host(plan.layout, (dy, x, residual), (gamma, beta, *rows), eps, phi, kept, outputs)
