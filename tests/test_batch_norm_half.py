@@ -40,7 +40,8 @@ def around_every_tie(dtype: np.dtype) -> np.ndarray:
         finite = np.unique(finite[np.isfinite(finite)])
         middle = ((finite[1:] + finite[:-1]) / 2).astype(np.float32)
     edge = np.float32([65504, 65519.996, 65520, 65536, 3.3895e38, 3.3961e38, 3.4028235e38, 1e-40, 5.9e-8, 2.98e-8])
-    special = np.float32([np.inf, np.nan, 0])
+    # Infinity, two NaN, through one of which a carry would run, and 0.
+    special = np.uint32([0x7F800000, 0x7FC00000, 0x7FFFFFFF, 0]).view(np.float32)
     values = np.concatenate([middle, *(np.nextafter(middle, np.float32(end)) for end in (np.inf, -np.inf))])
     return np.concatenate([values, edge, -edge, special, -special])
 
