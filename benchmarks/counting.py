@@ -196,12 +196,8 @@ def two_slices(case: Case) -> tuple[Case, int] | None:
     return (small, times) if scaled == full else None
 
 
-def counted_by_slices(case: Case) -> tuple[list[Count], str] | None:
-    """Return what each launch of the case does, from a count of two slices; and on what was counted. None if not."""
-    found = two_slices(case)
-    if found is None:
-        return None
-    small, times = found
+def counted_by_slices(case: Case, small: Case, times: int) -> tuple[list[Count], str]:
+    """Return what each launch of the case does, from a count of two slices; and on what was counted."""
     counts = [
         Count(*count[:2], launch, count.barriers, *(figure * times for figure in count[4:]))
         for count, (_, _, launch) in zip(counted_in_full(small), planned(case), strict=True)
@@ -220,10 +216,10 @@ def counted(case: Case) -> tuple[list[Count], str]:
     planned(replace(case, shape=tuple(min(size, 3) for size in case.shape)))  # refuses quickly
     if case.size <= MOST_COUNTED:
         return counted_in_full(case), extent(case.shape)
-    found = counted_by_slices(case)
-    if found is None:
-        raise NotSupportedError("too large for the emulator, and its launch does not repeat over slices of channels")
-    return found
+    found = two_slices(case)
+    if found is None or found[0].size > MOST_COUNTED:
+        raise NotSupportedError("too large for the emulator, and so are two slices of its channels, if it has slices")
+    return counted_by_slices(case, *found)
 
 
 def extent(sizes: Sequence[int]) -> str:

@@ -8,37 +8,56 @@ from __future__ import annotations
 
 import numpy as np
 
-from bnkernels._runtime import Launch, ceil_div
+from bnkernels._runtime import Launch, accumulator, ceil_div
 
 WIDTH = 32  # channels of a slice: 128 bytes of float32, four whole memory sectors per row
-MAX_LANES = 64  # every thread merges the partial results of all lanes itself
-HELD = (4, 16)  # rows that a thread can hold in registers: the variants held4 and held16
+SECTOR = 32  # bytes that memory moves at once
+THREADS = 512  # of a block, at most: what the kernels' launch bounds say
+SERIAL_LANES = 64  # that every thread merges itself, as in cuda/channel.cuh
+HELD = 4  # rows that each thread should have: enough to keep its loads in flight, and few in a row to add up
 INFERENCE_ROWS = 8  # rows per thread of the inference kernel, which has no reason to keep blocks few
 
 
-def _threads(dtype: np.dtype, values: int | None) -> int:
-    """Return the most threads of a block: what the kernel's ``__launch_bounds__`` allow without spilling."""
-    return 512 if dtype.itemsize == 4 or values == HELD[0] else 256
+def _held_more(dtype: np.dtype) -> int:
+    """Return the rows that a thread can hold in the same registers: those of the variants held16 and held8."""
+    return 8 if dtype.itemsize == 8 else 16
 
 
-def _grid_and_block(rows: int, channels: int, dtype: np.dtype, values: int | None) -> tuple[tuple, tuple]:
-    """Return grid and block for threads that hold `values` rows each (None: any number of rows)."""
-    width = min(channels, WIDTH)
-    lanes = min(ceil_div(rows, values or 1), _threads(dtype, values) // width, MAX_LANES)
-    return (ceil_div(channels, width), 1, 1), (width, lanes, 1)
+def slice_width(channels: int, inner: int, dtype: np.dtype) -> int:
+    """Return how many channels a block owns.
+
+    Neighbouring threads have to read neighbouring addresses. With an inner axis of a sector or more these are rows of
+    one channel, so a block owns one. Without it, or with a short one, whose sectors the rows after share, they are
+    channels. Outputs always lie so; an input in another order is read less well.
+
+    Examples
+    --------
+    >>> slice_width(64, 1, np.dtype("float32")), slice_width(64, 7 * 7, np.dtype("float32"))
+    (32, 1)
+    """
+    return 1 if inner * dtype.itemsize >= SECTOR else min(channels, WIDTH)
 
 
-def _choose(rows: int, channels: int, dtype: np.dtype, planes: int) -> tuple[str, Launch]:
+def _lanes(wanted: int, width: int) -> int:
+    """Return how many lanes a block has: as many as wanted and possible, above 64 a power of two, for equal groups."""
+    lanes = min(wanted, THREADS // width)
+    return lanes if lanes <= SERIAL_LANES else 1 << (lanes.bit_length() - 1)
+
+
+def _choose(outer: int, channels: int, inner: int, dtype: np.dtype, planes: int) -> tuple[str, Launch]:
     """Return the first variant whose threads can hold all rows, with `planes` shared values per thread."""
-    for values in (*HELD, None):
-        grid, block = _grid_and_block(rows, channels, dtype, values)
-        if values is None or values * block[1] >= rows:
-            break
-    variant = "streamed" if values is None else f"held{values}"
-    return variant, Launch(grid, block, planes * block[0] * block[1] * dtype.itemsize)
+    rows, width = outer * inner, slice_width(channels, inner, dtype)
+    lanes = _lanes(ceil_div(rows, HELD), width)
+    more = _held_more(dtype)
+    if inner == 1 and HELD * lanes >= rows:
+        variant = f"held{HELD}"
+    else:
+        variant = f"held{more}" if more * lanes >= rows else "streamed"
+    shared = planes * width * lanes * accumulator(dtype).itemsize
+    return variant, Launch((ceil_div(channels, width), 1, 1), (width, lanes, 1), shared)
 
 
-def forward_launch(rows: int, channels: int, dtype: np.dtype) -> tuple[str, Launch]:
+def forward_launch(outer: int, channels: int, dtype: np.dtype, inner: int = 1) -> tuple[str, Launch]:
     """Return variant and launch of the training forward for at least one row and one channel.
 
     Examples
@@ -46,10 +65,10 @@ def forward_launch(rows: int, channels: int, dtype: np.dtype) -> tuple[str, Laun
     >>> forward_launch(64, 20, np.dtype("float32"))
     ('held4', Launch(grid=(1, 1, 1), block=(20, 16, 1), shared_bytes=3840))
     """
-    return _choose(rows, channels, dtype, planes=3)
+    return _choose(outer, channels, inner, dtype, planes=3)
 
 
-def backward_launch(rows: int, channels: int, dtype: np.dtype) -> tuple[str, Launch]:
+def backward_launch(outer: int, channels: int, dtype: np.dtype, inner: int = 1) -> tuple[str, Launch]:
     """Return variant and launch of the training backward for at least one row and one channel.
 
     Examples
@@ -57,18 +76,21 @@ def backward_launch(rows: int, channels: int, dtype: np.dtype) -> tuple[str, Lau
     >>> backward_launch(64, 20, np.dtype("float32"))
     ('backward_held4', Launch(grid=(1, 1, 1), block=(20, 16, 1), shared_bytes=2560))
     """
-    variant, launch = _choose(rows, channels, dtype, planes=2)
+    variant, launch = _choose(outer, channels, inner, dtype, planes=2)
     return f"backward_{variant}", launch
 
 
-def inference_backward_launch(rows: int, channels: int, dtype: np.dtype) -> tuple[str, Launch]:
+def inference_backward_launch(outer: int, channels: int, dtype: np.dtype, inner: int = 1) -> tuple[str, Launch]:
     """Return variant and launch of the backward for running statistics."""
-    grid, block = _grid_and_block(rows, channels, dtype, None)
-    return "inference_backward", Launch(grid, block, 2 * block[0] * block[1] * dtype.itemsize)
+    width = slice_width(channels, inner, dtype)
+    lanes = _lanes(outer * inner, width)
+    shared = 2 * width * lanes * accumulator(dtype).itemsize
+    return "inference_backward", Launch((ceil_div(channels, width), 1, 1), (width, lanes, 1), shared)
 
 
-def inference_launch(rows: int, channels: int) -> Launch:
+def inference_launch(outer: int, channels: int, dtype: np.dtype, inner: int = 1) -> Launch:
     """Return the launch of the inference forward, whose blocks share the rows freely."""
-    width = min(channels, WIDTH)
-    lanes = min(ceil_div(rows, INFERENCE_ROWS), 512 // width)
-    return Launch((ceil_div(channels, width), min(ceil_div(rows, lanes * INFERENCE_ROWS), 65535), 1), (width, lanes, 1))
+    rows, width = outer * inner, slice_width(channels, inner, dtype)
+    lanes = min(ceil_div(rows, INFERENCE_ROWS), THREADS // width)
+    tiles = min(ceil_div(rows, lanes * INFERENCE_ROWS), 65535)
+    return Launch((ceil_div(channels, width), tiles, 1), (width, lanes, 1))

@@ -5,28 +5,35 @@ The ops plan and run on every call. A layer, whose own arrays never change, plan
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from bnkernels import _check as check
 from bnkernels import _runtime as rt
+from bnkernels._batch_norm_host import backward_host, forward_host, inference_host
 from bnkernels._batch_norm_launch import backward_launch, forward_launch, inference_backward_launch, inference_launch
-from bnkernels._batch_norm_numpy import Kept, backward_numpy, forward_numpy, inference_numpy
+from bnkernels._batch_norm_layout import Layout, element_strides, layout_of
+from bnkernels._batch_norm_numpy import Kept, backward_numpy, forward_numpy
 from bnkernels.activations import Activation
 
+SIZES = "outer channels inner"
+X_STRIDES = "x_outer x_channel x_inner residual_outer residual_channel residual_inner"
 FORWARD = rt.arguments_type(
-    "x gamma beta y statistics running_mean running_var",
-    "rows channels row_stride channel_stride",
-    "momentum eps",
+    "x residual gamma beta y statistics running_mean running_var",
+    f"{SIZES} {X_STRIDES}",
+    "momentum eps alpha",
     "activation",
 )
 INFERENCE = rt.arguments_type(
-    "x gamma beta y running_mean running_var", "rows channels row_stride channel_stride", "eps", "activation"
+    "x residual gamma beta y running_mean running_var", f"{SIZES} {X_STRIDES}", "eps alpha", "activation"
 )
 BACKWARD = rt.arguments_type(
-    "dy x gamma beta mean mean_low rstd dx dgamma dbeta",
-    "rows channels dy_row_stride dy_channel_stride x_row_stride x_channel_stride",
-    "eps",
+    "dy x residual gamma beta mean mean_low rstd dx dgamma dbeta dresidual",
+    f"{SIZES} dy_outer dy_channel dy_inner {X_STRIDES}",
+    "eps alpha",
     "activation",
 )
 
@@ -35,83 +42,105 @@ class Plan(NamedTuple):
     """What a call's signatures decide: who runs it, and for a device which kernel, how, and with which sizes."""
 
     runtime: rt.Runtime | None
-    shape: tuple[int, int]
+    layout: Layout
+    shape: tuple[int, ...]
+    wide: np.dtype  # the type of parameters and statistics
+    empty: bool  # whether there is nothing to compute
+    twin: bool  # whether the NumPy twins take the arrays as they are
     kernel: str | None = None
     launch: rt.Launch | None = None
     sizes: tuple[int, ...] = ()
-
-    @property
-    def empty(self) -> bool:
-        """Whether there is nothing to compute."""
-        return 0 in self.shape
+    copied: tuple[str, ...] = ()  # inputs that no three strides describe
 
 
 # The arrays of each op, those that it writes first.
-FORWARD_NAMES = ("y", "statistics", "running_mean", "running_var", "x", "gamma", "beta")
-INFERENCE_NAMES = ("out", "x", "gamma", "beta", "running_mean", "running_var")
-BACKWARD_NAMES = ("dx", "dgamma", "dbeta", "dy", "x", "gamma", "beta", "statistics", "running_mean", "running_var")
+FORWARD_NAMES = ("y", "statistics", "running_mean", "running_var", "x", "residual", "gamma", "beta")
+INFERENCE_NAMES = ("out", "x", "residual", "gamma", "beta", "running_mean", "running_var")
+BACKWARD_NAMES = (
+    *("dx", "dgamma", "dbeta", "dresidual", "dy", "x", "residual", "gamma", "beta"),
+    *("statistics", "running_mean", "running_var"),
+)
+OPTIONAL = ("gamma", "beta", "residual")
+
+
+def _checked(names: tuple[str, ...], signatures: tuple, axis: Any, optional: tuple[str, ...]) -> tuple[dict, Layout]:
+    """Check all arrays of an op against the shape and data type of `x`; return them and the layout."""
+    args = check.arguments(dict(zip(names, signatures, strict=True)), (*OPTIONAL, *optional))
+    x = args["x"]
+    check.floating(x)
+    layout = layout_of(x, axis)
+    wide, channels = rt.accumulator(x.dtype), layout.channels
+    for name, argument in args.items():
+        if name in ("dy", "residual"):
+            check.like(argument, x.shape, x.dtype)
+        elif name in ("y", "out", "dx", "dresidual"):
+            check.contiguous(argument, x.shape, x.dtype)
+        elif name != "x":
+            check.contiguous(argument, (3, channels) if name == "statistics" else (channels,), wide)
+    return args, layout
+
+
+def _planned(args: dict, layout: Layout, inputs: tuple[str, ...], choose: Callable[..., tuple[str, rt.Launch]]) -> Plan:
+    """Return the plan of a call whose arrays have been checked."""
+    x = args["x"]
+    runtime = rt.runtime_of(x.kind)
+    twin = runtime is None and layout == (*x.shape, 1, 1) and x.dtype.itemsize > 2
+    plan = Plan(runtime, layout, x.shape, rt.accumulator(x.dtype), 0 in x.shape, twin)
+    if runtime is None or plan.empty:
+        return plan
+    sizes, copied = [layout.outer, layout.channels, layout.inner], []
+    for name in inputs:
+        strides = (0, 0, 0) if args[name] is None else element_strides(args[name], layout.axis)
+        if strides is None:
+            copied.append(name)
+            strides = layout.channels * layout.inner, layout.inner, 1
+        sizes += strides
+    variant, launch = choose(layout.outer, layout.channels, x.dtype, layout.inner)
+    kernel = f"bnk_batch_norm_{variant}_{rt.suffix(x.dtype)}"
+    return plan._replace(kernel=kernel, launch=launch, sizes=tuple(sizes), copied=tuple(copied))
 
 
 @lru_cache(maxsize=1024)
-def plan_forward(*signatures: check.Signature | None) -> Plan:
+def plan_forward(axis: Any, *signatures: check.Signature | None) -> Plan:
     """Check the signatures of the arrays FORWARD_NAMES; plan the training forward."""
-    optional = ("gamma", "beta", "running_mean", "running_var", "y", "statistics")
-    args = check.arguments(dict(zip(FORWARD_NAMES, signatures, strict=True)), optional)
-    x = args["x"]
-    rows, channels = check.matrix(x)
-    for name in ("gamma", "beta", "running_mean", "running_var"):
-        check.contiguous(args[name], (channels,), x.dtype)
-    check.contiguous(args["y"], (rows, channels), x.dtype)
-    check.contiguous(args["statistics"], (3, channels), x.dtype)
-    if rows == 1:
+    optional = ("running_mean", "running_var", "y", "statistics")
+    args, layout = _checked(FORWARD_NAMES, signatures, axis, optional)
+    if layout.rows == 1:
         raise ValueError(
-            f"x has the shape {x.shape}: one value per channel has no variance; train on at least two examples, or "
-            "use batch_norm_inference"
+            f"x has the shape {args['x'].shape}: one value per channel has no variance; train on at least two "
+            "examples, or use batch_norm_inference"
         )
-    runtime = rt.runtime_of(x.kind)
-    if runtime is None or 0 in x.shape:
-        return Plan(runtime, x.shape)
-    variant, launch = forward_launch(rows, channels, x.dtype)
-    kernel = f"bnk_batch_norm_forward_{variant}_{rt.SUFFIX[x.dtype]}"
-    return Plan(runtime, x.shape, kernel, launch, (rows, channels, *x.element_strides))
+
+    def choose(*sizes: Any) -> tuple[str, rt.Launch]:
+        variant, launch = forward_launch(*sizes)
+        return f"forward_{variant}", launch
+
+    return _planned(args, layout, ("x", "residual"), choose)
 
 
 @lru_cache(maxsize=1024)
-def plan_inference(*signatures: check.Signature | None) -> Plan:
+def plan_inference(axis: Any, *signatures: check.Signature | None) -> Plan:
     """Check the signatures of the arrays INFERENCE_NAMES; plan the inference forward."""
-    args = check.arguments(dict(zip(INFERENCE_NAMES, signatures, strict=True)), ("gamma", "beta", "out"))
-    x = args["x"]
-    rows, channels = check.matrix(x)
-    for name in ("gamma", "beta", "running_mean", "running_var"):
-        check.contiguous(args[name], (channels,), x.dtype)
-    check.contiguous(args["out"], (rows, channels), x.dtype)
-    runtime = rt.runtime_of(x.kind)
-    if runtime is None or 0 in x.shape:
-        return Plan(runtime, x.shape)
-    kernel = f"bnk_batch_norm_inference_{rt.SUFFIX[x.dtype]}"
-    return Plan(runtime, x.shape, kernel, inference_launch(rows, channels), (rows, channels, *x.element_strides))
+    args, layout = _checked(INFERENCE_NAMES, signatures, axis, ("out",))
+    return _planned(args, layout, ("x", "residual"), lambda *sizes: ("inference", inference_launch(*sizes)))
 
 
 @lru_cache(maxsize=1024)
-def plan_backward(*signatures: check.Signature | None) -> Plan:
+def plan_backward(axis: Any, *signatures: check.Signature | None) -> Plan:
     """Check the signatures of the arrays BACKWARD_NAMES; plan the backward: of training where `statistics` is given."""
     given = dict(zip(BACKWARD_NAMES, signatures, strict=True))
     frozen = given["running_mean"] is not None or given["running_var"] is not None
     optional = ("statistics",) if frozen else ("running_mean", "running_var")
-    args = check.arguments(given, ("gamma", "beta", "dx", "dgamma", "dbeta", *optional))
-    x, dy = args["x"], args["dy"]
-    rows, channels = check.matrix(x)
-    check.like(dy, (rows, channels), x.dtype)
-    check.contiguous(args["statistics"], (3, channels), x.dtype)
-    for name in ("gamma", "beta", "running_mean", "running_var", "dgamma", "dbeta"):
-        check.contiguous(args[name], (channels,), x.dtype)
-    check.contiguous(args["dx"], (rows, channels), x.dtype)
-    runtime = rt.runtime_of(x.kind)
-    if runtime is None or 0 in x.shape:
-        return Plan(runtime, x.shape)
-    variant, launch = (inference_backward_launch if frozen else backward_launch)(rows, channels, x.dtype)
-    kernel = f"bnk_batch_norm_{variant}_{rt.SUFFIX[x.dtype]}"
-    return Plan(runtime, x.shape, kernel, launch, (rows, channels, *dy.element_strides, *x.element_strides))
+    args, layout = _checked(BACKWARD_NAMES, signatures, axis, ("dx", "dgamma", "dbeta", "dresidual", *optional))
+    choose = inference_backward_launch if frozen else backward_launch
+    return _planned(args, layout, ("dy", "x", "residual"), choose)
+
+
+def _sources(plan: Plan, **inputs: Any) -> tuple[Any, ...]:
+    """Return the inputs, those that the kernels cannot walk through copied."""
+    if not plan.copied:
+        return tuple(inputs.values())
+    return tuple(plan.runtime.contiguous(array) if name in plan.copied else array for name, array in inputs.items())
 
 
 def run_forward(
@@ -121,59 +150,68 @@ def run_forward(
 
     Returns `y`, `statistics`, and from NumPy what its backward may otherwise compute again.
     """
-    y, statistics, running_mean, running_var, x, gamma, beta = arrays
-    runtime, kept = plan.runtime, None
+    y, statistics, running_mean, running_var, x, residual, gamma, beta = arrays
+    runtime, layout, kept = plan.runtime, plan.layout, None
     if y is None:
-        y, statistics = rt.empty(runtime, plan.shape, x), rt.empty(runtime, (3, plan.shape[1]), x)
+        y, statistics = rt.empty(runtime, plan.shape, x), rt.empty(runtime, (3, layout.channels), x, plan.wide)
     if plan.empty:
         statistics[...] = 0
+    elif plan.twin:
+        kept = forward_numpy(x, residual, gamma, beta, running_mean, running_var, momentum, eps, phi, y, statistics)
     elif runtime is None:
-        kept = forward_numpy(x, gamma, beta, running_mean, running_var, momentum, eps, phi, y, statistics)
+        vectors = gamma, beta, running_mean, running_var
+        kept = forward_host(layout, x, residual, vectors, momentum, eps, phi, y, statistics)
     else:
         check.one_device(runtime, FORWARD_NAMES, arrays)
-        pointers = rt.addresses(runtime, x, gamma, beta, y, statistics, running_mean, running_var)
-        arguments = rt.pack(FORWARD[x.dtype], *pointers, *plan.sizes, momentum, eps, phi.code)
+        sources = _sources(plan, x=x, residual=residual)
+        pointers = rt.addresses(runtime, *sources, gamma, beta, y, statistics, running_mean, running_var)
+        arguments = rt.pack(FORWARD[plan.wide], *pointers, *plan.sizes, momentum, eps, phi.alpha, phi.code)
         runtime.launch("batch_norm_forward", plan.kernel, plan.launch, arguments, x)
     return y, statistics, kept
 
 
 def run_inference(plan: Plan, arrays: tuple, eps: float, phi: Activation) -> Any:
     """Run the inference forward on the arrays INFERENCE_NAMES; return the output."""
-    out, x, gamma, beta, running_mean, running_var = arrays
+    out, x, residual, gamma, beta, running_mean, running_var = arrays
     runtime = plan.runtime
     if out is None:
         out = rt.empty(runtime, plan.shape, x)
     if plan.empty:
         return out
     if runtime is None:
-        inference_numpy(x, gamma, beta, running_mean, running_var, eps, phi, out)
+        inference_host(plan.layout, x, residual, (gamma, beta, running_mean, running_var), eps, phi, out)
     else:
         check.one_device(runtime, INFERENCE_NAMES, arrays)
-        pointers = rt.addresses(runtime, x, gamma, beta, out, running_mean, running_var)
-        arguments = rt.pack(INFERENCE[x.dtype], *pointers, *plan.sizes, eps, phi.code)
+        sources = _sources(plan, x=x, residual=residual)
+        pointers = rt.addresses(runtime, *sources, gamma, beta, out, running_mean, running_var)
+        arguments = rt.pack(INFERENCE[plan.wide], *pointers, *plan.sizes, eps, phi.alpha, phi.code)
         runtime.launch("batch_norm_forward", plan.kernel, plan.launch, arguments, x)
     return out
 
 
-def run_backward(
-    plan: Plan, arrays: tuple, eps: float, phi: Activation, kept: Kept | None = None
-) -> tuple[Any, Any, Any]:
-    """Run either backward on the arrays BACKWARD_NAMES; return the three gradients."""
-    dx, dgamma, dbeta, dy, x, gamma, beta, statistics, running_mean, running_var = arrays
+def run_backward(plan: Plan, arrays: tuple, eps: float, phi: Activation, kept: Kept | None = None) -> tuple[Any, ...]:
+    """Run either backward on the arrays BACKWARD_NAMES; return the gradients, the residual's too where there is one."""
+    dx, dgamma, dbeta, dresidual, dy, x, residual, gamma, beta, statistics, running_mean, running_var = arrays
     # The kernels take the rows of the statistics, or the running ones in the places of mean and rstd.
     rows = (running_mean, None, running_var) if statistics is None else (statistics[0], statistics[1], statistics[2])
-    runtime = plan.runtime
+    runtime, wide = plan.runtime, plan.wide
     if dx is None:
+        vector = (plan.layout.channels,)
         dx = rt.empty(runtime, plan.shape, x)
-        dgamma, dbeta = rt.empty(runtime, plan.shape[1:], x), rt.empty(runtime, plan.shape[1:], x)
+        dgamma, dbeta = rt.empty(runtime, vector, x, wide), rt.empty(runtime, vector, x, wide)
+        dresidual = None if residual is None else rt.empty(runtime, plan.shape, x)
     if plan.empty:
         dgamma[...] = 0
         dbeta[...] = 0
+    elif plan.twin:
+        backward_numpy(dy, x, residual, gamma, beta, *rows, eps, phi, kept, dx, dgamma, dbeta, dresidual)
     elif runtime is None:
-        backward_numpy(dy, x, gamma, beta, *rows, eps, phi, kept, dx, dgamma, dbeta)
+        outputs = dx, dgamma, dbeta, dresidual
+        backward_host(plan.layout, (dy, x, residual), (gamma, beta, *rows), eps, phi, kept, outputs)
     else:
         check.one_device(runtime, BACKWARD_NAMES, arrays)
-        pointers = rt.addresses(runtime, dy, x, gamma, beta, *rows, dx, dgamma, dbeta)
-        arguments = rt.pack(BACKWARD[x.dtype], *pointers, *plan.sizes, eps, phi.code)
+        sources = _sources(plan, dy=dy, x=x, residual=residual)
+        pointers = rt.addresses(runtime, *sources, gamma, beta, *rows, dx, dgamma, dbeta, dresidual)
+        arguments = rt.pack(BACKWARD[wide], *pointers, *plan.sizes, eps, phi.alpha, phi.code)
         runtime.launch("batch_norm_backward", plan.kernel, plan.launch, arguments, x)
-    return dx, dgamma, dbeta
+    return (dx, dgamma, dbeta) if residual is None else (dx, dgamma, dbeta, dresidual)

@@ -10,6 +10,7 @@ in cached functions of signatures, once per combination and not once per call.
 from __future__ import annotations
 
 import math
+import operator
 import sys
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from bnkernels._runtime import SUFFIX, Runtime, runtime_of
+from bnkernels._runtime import SUFFIX, Runtime, runtime_of, suffix
 
 Signature = tuple[type, np.dtype, tuple[int, ...], tuple[int, ...]]
 
@@ -95,6 +96,16 @@ def matrix(argument: Argument) -> tuple[int, int]:
     return argument.shape
 
 
+def floating(argument: Argument) -> None:
+    """Check for a data type of the batch-norm kernels."""
+    if suffix(argument.dtype) is None:
+        name = argument.name
+        raise TypeError(
+            f"{name} must be float16, bfloat16, float32 or float64, got {argument.dtype}; convert it with "
+            f"{name}.astype('float32')"
+        )
+
+
 def like(argument: Argument | None, shape: tuple[int, ...], dtype: np.dtype) -> None:
     """Check for exactly this shape and data type, where given."""
     if argument is None:
@@ -153,7 +164,8 @@ def no_overlap(
                 continue
             if i == 0 and names[j] in in_place and _same_layout(runtime, arrays[i], arrays[j]):
                 continue
-            hint = f"; {names[0]} may be exactly {' or '.join(in_place)}" if in_place else ""
+            given = [name for name, array in zip(names, arrays, strict=True) if name in in_place and array is not None]
+            hint = f"; {names[0]} may be exactly {' or '.join(given)}" if given else ""
             raise ValueError(f"{names[i]} overlaps {names[j]} in memory{hint}; pass a separate array")
 
 
@@ -206,6 +218,16 @@ def number(name: str, given: float, low: float, high: float = sys.float_info.max
         wanted = f"at least {low}" if high == sys.float_info.max else f"between {low} and {high}"
         raise ValueError(f"{name} must be {wanted} and finite, got {given!r}")
     return number
+
+
+def integer(name: str, given: Any) -> int:
+    """Check for an integer; return it as an int."""
+    if type(given) is int:
+        return given
+    try:
+        return operator.index(given)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {given!r}") from None
 
 
 def pack_outputs(out: Any, names: tuple[str, ...]) -> tuple:

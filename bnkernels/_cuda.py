@@ -35,6 +35,11 @@ class CudaRuntime:
         with like.device:
             return cupy.empty(shape, dtype)
 
+    def contiguous(self, array: Any) -> Any:
+        """Return a C-contiguous copy, made on the current stream of the array's device."""
+        with array.device:
+            return array.copy(order="C")
+
     def pointer(self, array: Any) -> int:
         """Return the array's address on its device."""
         return array.data.ptr

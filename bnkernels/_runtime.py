@@ -44,6 +44,9 @@ class Runtime(Protocol):
     def empty(self, shape: tuple[int, ...], dtype: np.dtype, like: Any) -> Any:
         """Return a new C-contiguous array on the device of the array `like`."""
 
+    def contiguous(self, array: Any) -> Any:
+        """Return a C-contiguous copy on the device of the array."""
+
     def pointer(self, array: Any) -> int:
         """Return the address of the array's first element."""
 
@@ -101,6 +104,18 @@ def ceil_div(a: int, b: int) -> int:
 
 
 SUFFIX = {np.dtype(np.float32): "f32", np.dtype(np.float64): "f64"}
+# By name, since bfloat16 is a data type of ml_dtypes, which need not be installed.
+SUFFIX_16 = {"float16": "f16", "bfloat16": "bf16"}
+
+
+def suffix(dtype: np.dtype) -> str | None:
+    """Return the end of the names of the kernels for data of this type; None if there are none."""
+    return SUFFIX.get(dtype) or SUFFIX_16.get(dtype.name)
+
+
+def accumulator(dtype: np.dtype) -> np.dtype:
+    """Return the type that kernels compute in, and keep sums and parameters in, for data of this type."""
+    return np.dtype(np.float32) if dtype.itemsize == 2 else dtype
 
 
 def arguments_type(pointers: str, sizes: str, scalars: str, integers: str) -> dict[np.dtype, np.dtype]:
@@ -126,9 +141,10 @@ def pack(layout: np.dtype, *values: Any) -> np.ndarray:
     return np.array(values, dtype=layout)
 
 
-def empty(runtime: Runtime | None, shape: tuple[int, ...], like: Any) -> Any:
-    """Return a new array beside `like`, of its data type."""
-    return np.empty(shape, like.dtype) if runtime is None else runtime.empty(shape, like.dtype, like)
+def empty(runtime: Runtime | None, shape: tuple[int, ...], like: Any, dtype: np.dtype | None = None) -> Any:
+    """Return a new array beside `like`, of its data type or another."""
+    dtype = like.dtype if dtype is None else dtype
+    return np.empty(shape, dtype) if runtime is None else runtime.empty(shape, dtype, like)
 
 
 def addresses(runtime: Runtime, *arrays: Any) -> tuple[int, ...]:

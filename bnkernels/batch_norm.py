@@ -1,8 +1,12 @@
-"""Batch normalisation of an (N, C) mini-batch with an activation behind it: forward, backward, inference.
+"""Batch normalisation with a residual sum and an activation behind it: forward, backward, inference.
 
 CuPy arrays run ``cuda/batch_norm_forward.cu`` and ``cuda/batch_norm_backward.cu``, one launch each; NumPy arrays run
 the twins of ``_batch_norm_numpy.py``, with statistics in float64. An op checks its values here and everything else in
 ``_batch_norm_plan.py``, which also runs it.
+
+Below, T is the data type of `x`: float16, bfloat16 (of ml_dtypes), float32 or float64. A is that of the accumulator, in
+which all is computed and parameters and statistics are kept: float32 for 16-bit T, else T. C is the number of channels,
+``x.shape[axis]``, and N that of the values of each. Inputs of the shape of `x` may have any strides.
 """
 
 from __future__ import annotations
@@ -24,6 +28,13 @@ from bnkernels._batch_norm_plan import (
 from bnkernels.activations import activation_named
 
 
+def _gradients(out: Any, residual: Any) -> tuple[Any, ...]:
+    """Return the four arrays of `out`, or None for each; the last is None without a residual."""
+    if residual is not None:
+        return check.pack_outputs(out, ("dx", "dgamma", "dbeta", "dresidual"))
+    return *check.pack_outputs(out, ("dx", "dgamma", "dbeta")), None
+
+
 def batch_norm_forward(
     x: Any,
     gamma: Any = None,
@@ -33,33 +44,42 @@ def batch_norm_forward(
     *,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    axis: int = 1,
+    residual: Any = None,
     activation: str = "identity",
+    alpha: float | None = None,
     out: tuple[Any, Any] | None = None,
 ) -> tuple[Any, Any]:
     """Normalise every channel over the mini-batch, scale, shift and activate.
 
     Parameters
     ----------
-    x : array, shape (N, C), float32 or float64
-        The mini-batch: N >= 2 examples (or none), C channels (neurons). Any strides. Never written.
-    gamma, beta : array, shape (C,), dtype of `x`, optional
+    x : array, shape (N, C), (N, C, L), (N, C, H, W), ..., type T
+        The mini-batch: two values of each channel at least, or none. Never written.
+    gamma, beta : array, shape (C,), type A, optional
         Scale and shift; without them 1 and 0.
-    running_mean, running_var : array, shape (C,), dtype of `x`, optional
+    running_mean, running_var : array, shape (C,), type A, optional
         Running statistics, updated in place. `running_var` takes the unbiased variance.
     momentum : float
         Weight of the new statistics in the running ones, between 0 and 1.
     eps : float
         Added to the variance, in the units of ``x**2``.
-    activation : {'identity', 'relu', 'sigmoid', 'tanh'}
-        What follows the normalisation.
+    axis : int
+        The axis of the channels: 1, or -1 where they come last.
+    residual : array, shape and type of `x`, optional
+        Added before the activation. Never written.
+    activation : str
+        What follows: identity, relu, leaky_relu, sigmoid, tanh, gelu (exact), gelu_tanh, silu or elu.
+    alpha : float, optional
+        Of leaky_relu the slope below zero (default 0.01), of elu the factor (default 1).
     out : tuple of two arrays, optional
-        Where to write `y` (which may be `x` itself) and `statistics`; C order.
+        Where to write `y` (which may be `x` or `residual` itself) and `statistics`; C order.
 
     Returns
     -------
-    y : array, shape (N, C), dtype of `x`
+    y : array, shape and type of `x`, C order
         The output.
-    statistics : array, shape (3, C), dtype of `x`
+    statistics : array, shape (3, C), type A
         Its rows are `mean`, `mean_low` and `rstd`, for the backward. ``mean + mean_low`` is the mean to about twice
         the precision of `mean` alone; ``rstd = 1 / sqrt(var + eps)`` with the biased variance.
 
@@ -78,7 +98,8 @@ def batch_norm_forward(
     Notes
     -----
     With N = 0 the running statistics stay as they are and `statistics` is 0. Nothing synchronises; with `out` nothing
-    is allocated. Source: ``cuda/batch_norm_forward.cu``.
+    is allocated, unless an input's strides cannot be walked through as (outer, C, inner): then the input is copied
+    first. Source: ``cuda/batch_norm_forward.cu``.
 
     References
     ----------
@@ -98,11 +119,11 @@ def batch_norm_forward(
     y, statistics = check.pack_outputs(out, ("y", "statistics"))
     momentum = check.number("momentum", momentum, 0, 1)
     eps = check.number("eps", eps, 0)
-    phi = activation_named(activation)
-    arrays = (y, statistics, running_mean, running_var, x, gamma, beta)
-    plan = plan_forward(*map(check.signature, arrays))
+    axis, phi = check.integer("axis", axis), activation_named(activation, alpha)
+    arrays = (y, statistics, running_mean, running_var, x, residual, gamma, beta)
+    plan = plan_forward(axis, *map(check.signature, arrays))
     if out is not None or running_mean is not None or running_var is not None:
-        check.no_overlap(plan.runtime, FORWARD_NAMES, arrays, written=4, in_place=("x",))
+        check.no_overlap(plan.runtime, FORWARD_NAMES, arrays, written=4, in_place=("x", "residual"))
     y, statistics, _ = run_forward(plan, arrays, momentum, eps, phi)
     return y, statistics
 
@@ -114,32 +135,37 @@ def batch_norm_backward(
     beta: Any,
     statistics: Any,
     *,
+    axis: int = 1,
+    residual: Any = None,
     activation: str = "identity",
-    out: tuple[Any, Any, Any] | None = None,
-) -> tuple[Any, Any, Any]:
+    alpha: float | None = None,
+    out: tuple[Any, ...] | None = None,
+) -> tuple[Any, ...]:
     """Return the gradients of `batch_norm_forward`.
 
     Parameters
     ----------
-    dy : array, shape (N, C), dtype of `x`
-        Gradient with respect to the output. Any strides. Never written.
-    x : array, shape (N, C), float32 or float64
+    dy : array, shape and type of `x`
+        Gradient with respect to the output. Never written.
+    x : array, type T
         The forward's input.
-    gamma, beta : array, shape (C,), dtype of `x`, or None
+    gamma, beta : array, shape (C,), type A, or None
         As in the forward.
-    statistics : array, shape (3, C), dtype of `x`
+    statistics : array, shape (3, C), type A
         What the forward returned.
-    activation : {'identity', 'relu', 'sigmoid', 'tanh'}
+    axis, residual, activation, alpha : int, array, str, float
         As in the forward.
-    out : tuple of three arrays, optional
-        Where to write `dx` (which may be `dy` or `x` itself), `dgamma` and `dbeta`; C order.
+    out : tuple of arrays, optional
+        Where to write what is returned; C order. `dx` may be `dy`, `x` or `residual` itself.
 
     Returns
     -------
-    dx : array, shape (N, C), dtype of `x`
-        Gradient with respect to `x`; its sum over the batch is 0.
-    dgamma, dbeta : array, shape (C,), dtype of `x`
+    dx : array, shape and type of `x`
+        Gradient with respect to `x`; its sum over each channel is 0.
+    dgamma, dbeta : array, shape (C,), type A
         Gradients with respect to `gamma` and `beta`, also where those are None.
+    dresidual : array, shape and type of `x`
+        Gradient with respect to `residual`; only where that is given.
 
     Raises
     ------
@@ -171,12 +197,12 @@ def batch_norm_backward(
     >>> bool(abs(dx.sum()) < 1e-15), dbeta
     (True, array([1.]))
     """
-    outputs = check.pack_outputs(out, ("dx", "dgamma", "dbeta"))
-    phi = activation_named(activation)
-    arrays = (*outputs, dy, x, gamma, beta, statistics, None, None)
-    plan = plan_backward(*map(check.signature, arrays))
+    outputs = _gradients(out, residual)
+    axis, phi = check.integer("axis", axis), activation_named(activation, alpha)
+    arrays = (*outputs, dy, x, residual, gamma, beta, statistics, None, None)
+    plan = plan_backward(axis, *map(check.signature, arrays))
     if out is not None:
-        check.no_overlap(plan.runtime, BACKWARD_NAMES, arrays, written=3, in_place=("dy", "x"))
+        check.no_overlap(plan.runtime, BACKWARD_NAMES, arrays, written=4, in_place=("dy", "x", "residual"))
     return run_backward(plan, arrays, 0.0, phi)
 
 
@@ -188,29 +214,30 @@ def batch_norm_inference(
     running_var: Any,
     *,
     eps: float = 1e-5,
+    axis: int = 1,
+    residual: Any = None,
     activation: str = "identity",
+    alpha: float | None = None,
     out: Any = None,
 ) -> Any:
     """Normalise with running statistics, scale, shift and activate.
 
     Parameters
     ----------
-    x : array, shape (N, C), float32 or float64
-        N >= 0 examples. Any strides. Never written.
-    gamma, beta : array, shape (C,), dtype of `x`, or None
+    x : array, type T
+        Any number of examples. Never written.
+    gamma, beta : array, shape (C,), type A, or None
         Scale and shift; None means 1 and 0.
-    running_mean, running_var : array, shape (C,), dtype of `x`
+    running_mean, running_var : array, shape (C,), type A
         The statistics to normalise with. Never written.
-    eps : float
-        Added to the variance, in the units of ``x**2``.
-    activation : {'identity', 'relu', 'sigmoid', 'tanh'}
-        What follows the normalisation.
-    out : array, shape (N, C), optional
-        Where to write the output; C order; may be `x` itself.
+    eps, axis, residual, activation, alpha : float, int, array, str, float
+        As in `batch_norm_forward`.
+    out : array, shape and type of `x`, optional
+        Where to write the output; C order; may be `x` or `residual` itself.
 
     Returns
     -------
-    array, shape (N, C), dtype of `x`
+    array, shape and type of `x`, C order
         The output. Every example's is independent of the others.
 
     Raises
@@ -239,11 +266,11 @@ def batch_norm_inference(
     array([[1.]])
     """
     eps = check.number("eps", eps, 0)
-    phi = activation_named(activation)
-    arrays = (out, x, gamma, beta, running_mean, running_var)
-    plan = plan_inference(*map(check.signature, arrays))
+    axis, phi = check.integer("axis", axis), activation_named(activation, alpha)
+    arrays = (out, x, residual, gamma, beta, running_mean, running_var)
+    plan = plan_inference(axis, *map(check.signature, arrays))
     if out is not None:
-        check.no_overlap(plan.runtime, INFERENCE_NAMES, arrays, written=1, in_place=("x",))
+        check.no_overlap(plan.runtime, INFERENCE_NAMES, arrays, written=1, in_place=("x", "residual"))
     return run_inference(plan, arrays, eps, phi)
 
 
@@ -256,34 +283,35 @@ def batch_norm_inference_backward(
     running_var: Any,
     *,
     eps: float = 1e-5,
+    axis: int = 1,
+    residual: Any = None,
     activation: str = "identity",
-    out: tuple[Any, Any, Any] | None = None,
-) -> tuple[Any, Any, Any]:
+    alpha: float | None = None,
+    out: tuple[Any, ...] | None = None,
+) -> tuple[Any, ...]:
     """Return the gradients of `batch_norm_inference`, whose statistics do not depend on `x`.
 
     Parameters
     ----------
-    dy : array, shape (N, C), dtype of `x`
-        Gradient with respect to the output. Any strides. Never written.
-    x : array, shape (N, C), float32 or float64
+    dy : array, shape and type of `x`
+        Gradient with respect to the output. Never written.
+    x : array, type T
         The forward's input.
-    gamma, beta : array, shape (C,), dtype of `x`, or None
+    gamma, beta : array, shape (C,), type A, or None
         As in the forward.
-    running_mean, running_var : array, shape (C,), dtype of `x`
+    running_mean, running_var : array, shape (C,), type A
         As in the forward. Never written.
-    eps : float
+    eps, axis, residual, activation, alpha : float, int, array, str, float
         As in the forward.
-    activation : {'identity', 'relu', 'sigmoid', 'tanh'}
-        As in the forward.
-    out : tuple of three arrays, optional
-        Where to write `dx` (which may be `dy` or `x` itself), `dgamma` and `dbeta`; C order.
+    out : tuple of arrays, optional
+        Where to write what is returned; C order. `dx` may be `dy`, `x` or `residual` itself.
 
     Returns
     -------
-    dx : array, shape (N, C), dtype of `x`
+    dx : array, shape and type of `x`
         Gradient with respect to `x`: ``dy * gamma * rstd``, through the activation.
-    dgamma, dbeta : array, shape (C,), dtype of `x`
-        Gradients with respect to `gamma` and `beta`, also where those are None.
+    dgamma, dbeta, dresidual
+        As in `batch_norm_backward`.
 
     Raises
     ------
@@ -308,10 +336,10 @@ def batch_norm_inference_backward(
     (array([[1.5]]), array([6.]), array([3.]))
     """
     eps = check.number("eps", eps, 0)
-    outputs = check.pack_outputs(out, ("dx", "dgamma", "dbeta"))
-    phi = activation_named(activation)
-    arrays = (*outputs, dy, x, gamma, beta, None, running_mean, running_var)
-    plan = plan_backward(*map(check.signature, arrays))
+    outputs = _gradients(out, residual)
+    axis, phi = check.integer("axis", axis), activation_named(activation, alpha)
+    arrays = (*outputs, dy, x, residual, gamma, beta, None, running_mean, running_var)
+    plan = plan_backward(axis, *map(check.signature, arrays))
     if out is not None:
-        check.no_overlap(plan.runtime, BACKWARD_NAMES, arrays, written=3, in_place=("dy", "x"))
+        check.no_overlap(plan.runtime, BACKWARD_NAMES, arrays, written=4, in_place=("dy", "x", "residual"))
     return run_backward(plan, arrays, eps, phi)

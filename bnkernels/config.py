@@ -17,7 +17,7 @@ DEFAULT_LEARNING_RATES = {"sgd": 0.5, "momentum": 0.1, "adam": 0.01}
 CHOICES = {
     "dataset": DATASETS,
     "norm": ("batch", "none", "both"),
-    "activation": tuple(ACTIVATIONS),
+    "activation": ACTIVATIONS,
     "optimizer": tuple(DEFAULT_LEARNING_RATES),
     "dtype": ("float32", "float64"),
     "device": ("auto", "cpu", "cuda"),
@@ -45,8 +45,8 @@ class TrainingConfig:
         statistics over a handful of examples would only add noise.
     norm : {"both", "batch", "none"}
         Which networks to train: with batch norm, without, or both.
-    activation : {"relu", "sigmoid", "tanh", "identity"}
-        The activation of the hidden layers.
+    activation : str
+        The activation of the hidden layers: one of `bnkernels.activations.ACTIVATIONS`.
     optimizer : {"sgd", "momentum", "adam"}
         How gradients become steps.
     lr : float, optional

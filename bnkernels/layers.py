@@ -96,9 +96,9 @@ class BatchNorm:
         vectors = self.parameters["gamma"], self.parameters["beta"]
         running = self.running_mean, self.running_var
         if not training:
-            arrays = (None, x, *vectors, *running)
+            arrays = (None, x, None, *vectors, *running)
             return run_inference(self._plan(plan_inference, arrays, (1,)), arrays, self.eps, self._phi)
-        arrays = (None, None, *running, x, *vectors)
+        arrays = (None, None, *running, x, None, *vectors)
         plan = self._plan(plan_forward, arrays, (4,))
         momentum = 1 / (self.batches + 1) if self.momentum is None else self.momentum
         y, self.statistics, self._kept = run_forward(plan, arrays, momentum, self.eps, self._phi)
@@ -110,15 +110,15 @@ class BatchNorm:
         """Write the gradients of the parameters; return that of the input, in the place of `dy`, which is C-ordered."""
         vectors = self.parameters["gamma"], self.parameters["beta"]
         outputs = dy, self.gradients["gamma"], self.gradients["beta"]
-        arrays = (*outputs, dy, self.x, *vectors, self.statistics, None, None)
-        return run_backward(self._plan(plan_backward, arrays, (3, 4)), arrays, self.eps, self._phi, self._kept)[0]
+        arrays = (*outputs, None, dy, self.x, None, *vectors, self.statistics, None, None)
+        return run_backward(self._plan(plan_backward, arrays, (4, 5)), arrays, self.eps, self._phi, self._kept)[0]
 
     def _plan(self, plan: Callable[..., Plan], arrays: tuple, varying: tuple[int, ...]) -> Plan:
         """Return the plan for these arrays, of which only the `varying` ones differ between calls."""
         signatures = [check.signature(arrays[i]) for i in varying]
         known, found = self._plans.get(plan, (None, None))
         if signatures != known:
-            found = plan(*map(check.signature, arrays))
+            found = plan(1, *map(check.signature, arrays))
             self._plans[plan] = signatures, found
         return found
 
@@ -140,12 +140,12 @@ class Activation:
         self.phi, self.xp = activation_named(name), xp
 
     def forward(self, z: Any, *, training: bool) -> Any:
-        """Return the activations, in the place of `z` where that is possible."""
+        """Return the activations, in the place of `z` where the backward does not need that."""
         h = self.phi.forward(self.xp, z)
         if training:
-            self.h = h
+            self.kept = h if self.phi.from_output else z
         return h
 
     def backward(self, dh: Any) -> Any:
         """Return the gradient of the input."""
-        return self.phi.backward(self.xp, dh, self.h)
+        return self.phi.backward(self.xp, dh, self.kept)

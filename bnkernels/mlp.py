@@ -13,6 +13,7 @@ from bnkernels.activations import activation_named
 from bnkernels.layers import Activation, BatchNorm, Linear
 
 NORMS = ("batch", "none")
+RECTIFIERS = ("relu", "leaky_relu", "gelu", "gelu_tanh", "silu", "elu")  # which lose about half of the variance
 ALIGNMENT = 64  # bytes: every parameter starts where vectorised loads of any library are happy
 
 
@@ -29,8 +30,8 @@ class MLP:
         Number of inputs, of neurons of every hidden layer, and of classes: ``(64, 20, 10)``.
     norm : {'batch', 'none'}
         What stands before the hidden layers' activations.
-    activation : {'identity', 'relu', 'sigmoid', 'tanh'}
-        Of the hidden layers.
+    activation : str
+        Of the hidden layers: one of `bnkernels.activations.ACTIVATIONS`, with its usual `alpha`.
     dtype : {'float32', 'float64'}
         Of parameters and activations.
     seed : int
@@ -112,12 +113,12 @@ class MLP:
         self._parameters, self._gradients = views(self.parameters), views(self.gradients)
 
     def _initialise(self, rng: np.random.Generator) -> None:
-        """Draw the weights (He et al. 2015 before a relu, else LeCun et al. 1998); gamma is 1, the rest 0."""
+        """Draw the weights (He et al. 2015 before a rectifier, else LeCun et al. 1998); gamma is 1, the rest 0."""
         last = len(self.sizes) - 2
         for name, view in self._parameters.items():
             layer, kind = name.split(".")
             if kind == "weight":
-                gain = 2 if self.activation == "relu" and int(layer) < last else 1
+                gain = 2 if self.activation in RECTIFIERS and int(layer) < last else 1
                 drawn = rng.standard_normal(view.shape) * math.sqrt(gain / view.shape[0])
                 view[...] = self.xp.asarray(drawn.astype(self.dtype))
             elif kind == "gamma":

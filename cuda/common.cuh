@@ -1,4 +1,4 @@
-// What every kernel here shares: the launch macros, arithmetic in pairs of floating-point numbers, activations.
+// What every kernel here shares: the launch macros, and arithmetic in pairs of floating-point numbers.
 //
 // The text of this folder is compiled twice: by NVRTC for GPUs, and by a C++ compiler for the CPU emulator of the
 // tests, which defines the two macros below before it gets here. Nothing else differs. Both compilations contract a
@@ -10,6 +10,10 @@
 // a block of it may have, and the templated device function that is its body, in parentheses.
 #define BNK_KERNEL(name, Arguments, threads, body) \
     extern "C" __global__ void __launch_bounds__(threads) name(const Arguments arguments) { body(arguments); }
+
+// The same, with as many registers as it needs: the compiler would rather spill than fit fewer blocks on a multiprocessor.
+#define BNK_KERNEL_ROOMY(name, Arguments, threads, body) \
+    extern "C" __global__ void __launch_bounds__(threads, 1) name(const Arguments arguments) { body(arguments); }
 #endif
 
 #ifndef BNK_DYNAMIC_SHARED
@@ -78,36 +82,4 @@ __device__ __forceinline__ A value(Pair<A> a) {
 template <typename A>
 __device__ __forceinline__ A subtract(A x, Pair<A> a) {
     return (x - a.high) - a.low;
-}
-
-// ---- activations: h = phi(z) ------------------------------------------------------------------------------------------
-// The codes are those of bnkernels/activations.py. NaN passes through all of them.
-
-enum Activation { IDENTITY = 0, RELU = 1, SIGMOID = 2, TANH = 3 };
-
-template <typename A>
-__device__ __forceinline__ A activate(A z, int activation) {
-    switch (activation) {
-        case RELU: return z <= A(0) ? A(0) : z;
-        case SIGMOID: return A(1) / (A(1) + exp(-z));
-        case TANH: return tanh(z);
-        default: return z;
-    }
-}
-
-// dy phi'(z): the gradient before the activation from the one behind it.
-template <typename A>
-__device__ __forceinline__ A activation_gradient(A dy, A z, int activation) {
-    switch (activation) {
-        case RELU: return z <= A(0) ? A(0) : dy;
-        case SIGMOID: {
-            const A h = A(1) / (A(1) + exp(-z));
-            return dy * (h * (A(1) - h));
-        }
-        case TANH: {
-            const A h = tanh(z);
-            return dy * fma(-h, h, A(1));
-        }
-        default: return dy;
-    }
 }

@@ -201,6 +201,11 @@ class Array:
     def __setitem__(self, key: Any, value: float) -> None:
         self._memory[key] = float(value)
 
+    def copy(self, order: str) -> Array:
+        """Return a copy in C order on the current device."""
+        assert order == "C"
+        return type(self)(self.driver.emulator.asarray(self._memory), self.driver.device)
+
     def get(self) -> np.ndarray:
         """Return a copy on the host."""
         self.driver.wait("a copy to the host")

@@ -73,23 +73,95 @@ def test_none_is_refused_where_an_array_must_be(backend: Backend, op: str, name:
         CALLS[op].run(on)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "int32", "int64", "uint8", "bool", "complex128"])
+@pytest.mark.parametrize("dtype", ["int8", "int32", "int64", "uint8", "bool", "complex128", "longdouble"])
 @pytest.mark.parametrize("op", OPS)
 def test_data_types_without_a_kernel_name_the_way_out(backend: Backend, op: str, dtype: str) -> None:
     on = {name: backend.asarray(array.astype(dtype)) for name, array in make_arrays(op).items()}
-    message = rf"x must be float32 or float64, got {dtype}; convert it with x\.astype\('float32'\)"
+    name = np.dtype(dtype).name
+    message = rf"x must be float16, bfloat16, float32 or float64, got {name}; convert it with x\.astype\('float32'\)"
     with refused(backend, TypeError, message, *on.values()):
         CALLS[op].run(on)
 
 
-@pytest.mark.parametrize("shape", [(), (6,), (6, 3, 1), (1, 6, 3)])
+@pytest.mark.parametrize("shape", [(), (6,)])
 @pytest.mark.parametrize("op", OPS)
-def test_an_x_that_is_no_matrix_names_the_way_out(backend: Backend, op: str, shape: tuple[int, ...]) -> None:
+def test_an_x_of_too_few_dimensions(backend: Backend, op: str, shape: tuple[int, ...]) -> None:
     on = on_backend(backend, op)
     on["x"] = backend.asarray(np.ones(shape, np.float32))
-    message = r"x must have the shape \(N, C\), got \(.*\); reshape it to two dimensions"
+    message = r"x must have at least two dimensions, such as \(N, C\), got the shape \("
     with refused(backend, ValueError, message, *on.values()):
         CALLS[op].run(on)
+
+
+@pytest.mark.parametrize("axis", [2, -3, 10**30])
+@pytest.mark.parametrize("op", OPS)
+def test_an_axis_out_of_range(backend: Backend, op: str, axis: int) -> None:
+    on = on_backend(backend, op)
+    message = rf"axis must be from -2 to 1 for x of the shape \(6, 3\), got {axis}"
+    with refused(backend, ValueError, message, *on.values()):
+        call(op, on, axis=axis)
+
+
+@pytest.mark.parametrize("axis", [1.0, "1", None, (1,), [1]], ids=repr)
+@pytest.mark.parametrize("op", OPS)
+def test_an_axis_that_is_no_integer(backend: Backend, op: str, axis: Any) -> None:
+    on = on_backend(backend, op)
+    call(op, on, axis=np.int64(1))
+    with refused(backend, TypeError, "axis must be an integer, got ", *on.values()):
+        call(op, on, axis=axis)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_residual_must_be_like_x(backend: Backend, op: str) -> None:
+    on = on_backend(backend, op)
+    for spoilt, error, message in (
+        (np.ones((6, 1), np.float32), ValueError, r"residual must have the shape \(6, 3\), got \(6, 1\)"),
+        (np.ones((6, 3), np.float64), TypeError, r"residual must be float32, got float64; convert it with residual\."),
+    ):
+        with refused(backend, error, message, *on.values()):
+            call(op, on, residual=backend.asarray(spoilt))
+    with refused(backend, TypeError, "expected a NumPy or a CuPy array, got builtins.int", *on.values()):
+        call(op, on, residual=1)
+
+
+@pytest.mark.parametrize("op", ["backward", "inference_backward"])
+def test_out_has_a_place_for_the_gradient_of_a_residual(backend: Backend, op: str) -> None:
+    on = on_backend(backend, op)
+    out = on["dx"], on["dgamma"], on["dbeta"]
+    residual = backend.asarray(np.ones((6, 3), np.float32))
+    message = r"out must be a tuple of the 4 arrays \(dx, dgamma, dbeta, dresidual\), got "
+    with refused(backend, TypeError, message, *on.values()):
+        call(op, on, residual=residual, out=out)
+    message = "dx overlaps dresidual in memory; dx may be exactly dy or x or residual; pass a separate array"
+    with refused(backend, ValueError, message, *on.values()):
+        call(op, on, residual=residual, out=(*out, on["dx"]))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("op", "name"), [(op, name) for op, name in ARRAYS if name in ("gamma", "dgamma", "running_var")]
+)
+def test_parameters_of_16_bit_data_are_float32(backend: Backend, op: str, name: str, dtype: str) -> None:
+    pytest.importorskip("ml_dtypes")
+    half = np.dtype(dtype)
+    arrays = make_arrays(op)
+    like_x = ("x", "dy", "y", "dx", "out", name)
+    on = {key: backend.asarray(array.astype(half if key in like_x else "float32")) for key, array in arrays.items()}
+    message = rf"{name} must be float32, got {dtype}; convert it with {name}\.astype\('float32'\)"
+    with refused(backend, TypeError, message, *on.values()):
+        CALLS[op].run(on)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_alpha_is_a_number_and_only_for_those_that_have_it(backend: Backend, op: str) -> None:
+    on = on_backend(backend, op)
+    for activation, alpha, error, message in (
+        ("relu", 0.1, ValueError, "alpha is an option of leaky_relu and elu, not of relu; got 0.1"),
+        ("elu", np.inf, ValueError, "alpha must be finite, got inf"),
+        ("leaky_relu", "steep", TypeError, "alpha must be a number, got 'steep'"),
+    ):
+        with refused(backend, error, message, *on.values()):
+            call(op, on, activation=activation, alpha=alpha)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -176,10 +248,10 @@ def test_options_that_are_no_numbers(backend: Backend, name: str, bad: Any) -> N
         call("forward", on, **{name: bad})
 
 
-@pytest.mark.parametrize("bad", ["gelu", "ReLU", "", None, 1, ["relu"]], ids=repr)
+@pytest.mark.parametrize("bad", ["softplus", "ReLU", "", None, 1, ["relu"]], ids=repr)
 @pytest.mark.parametrize("op", OPS)
 def test_unknown_activation_lists_the_known(backend: Backend, op: str, bad: Any) -> None:
     on = on_backend(backend, op)
-    message = "activation must be one of identity, relu, sigmoid, tanh; got "
+    message = "activation must be one of identity, relu, leaky_relu, sigmoid, tanh, gelu, gelu_tanh, silu, elu; got "
     with refused(backend, ValueError, message, *on.values()):
         call(op, on, activation=bad)

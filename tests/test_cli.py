@@ -71,6 +71,7 @@ def test_the_main_job_answers_the_question(capsys):
         (["--activation", "relu"], "activation", "relu"),
         (["--activation", "sigmoid"], "activation", "sigmoid"),
         (["--activation", "tanh"], "activation", "tanh"),
+        (["--activation", "gelu"], "activation", "gelu"),
         (["--optimizer", "sgd"], "lr", 0.5),
         (["--optimizer", "momentum"], "lr", 0.1),
         (["--optimizer", "adam"], "lr", 0.01),

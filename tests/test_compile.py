@@ -29,7 +29,9 @@ LAYOUTS = {
     "bnk_parameter_update": parameter_update.ARGUMENTS,
     "bnk_softmax_cross_entropy": SOFTMAX_CROSS_ENTROPY,
 }
-DTYPES = {"f32": np.dtype(np.float32), "f64": np.dtype(np.float64)}
+# By the end of a kernel's name, the type that it computes in.
+DTYPES = {"f16": np.dtype(np.float32), "bf16": np.dtype(np.float32)}
+DTYPES |= {"f32": np.dtype(np.float32), "f64": np.dtype(np.float64)}
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from bnkernels.optimizers import OPTIMIZERS
     [
         ({"dataset": "cifar"}, "dataset must be one of digits, mnist, npz; got 'cifar'"),
         ({"norm": "layer"}, "norm must be one of"),
-        ({"activation": "gelu"}, "activation must be one of"),
+        ({"activation": "softplus"}, "activation must be one of"),
         ({"optimizer": "lion"}, "optimizer must be one of"),
         ({"dtype": "float16"}, "dtype must be one of"),
         ({"device": "tpu"}, "device must be one of"),

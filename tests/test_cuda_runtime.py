@@ -90,6 +90,22 @@ def test_grid_block_and_shared_memory_are_those_of_the_plan(cupy: types.ModuleTy
 
 
 @pytest.mark.emulator
+def test_what_no_strides_describe_is_copied_beside_itself(
+    cupy: types.ModuleType, emulated: EmulatorRuntime, rng: np.random.Generator
+) -> None:
+    """Every other line of an image, on a device that is not the current one: no transfer, and the dense bits."""
+    images = rng.standard_normal((4, 3, 6, 5)).astype("float32")
+    with cupy.cuda.Device(1):
+        x = cupy.asarray(images)[:, :, ::2]
+    y, _ = bn.batch_norm_forward(x, residual=x)
+    assert y.device.id == 1
+    assert cupy.driver.reads == 0
+    assert [record.device for record in cupy.driver.launches] == [1]
+    dense = emulated.asarray(images[:, :, ::2])
+    np.testing.assert_array_equal(y.get(), bn.batch_norm_forward(dense, residual=dense)[0])
+
+
+@pytest.mark.emulator
 def test_source_and_options_are_those_declared(cupy: types.ModuleType, rng: np.random.Generator) -> None:
     bn.batch_norm_forward(cupy.asarray(batch(rng)[0]))
     ((_, code, options),) = cupy.driver.compiled

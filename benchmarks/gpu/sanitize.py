@@ -24,16 +24,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import bnkernels as bn
+from benchmarks.case import DTYPES, EPS, native_dtype
 from benchmarks.gpu.device import SOURCES
 from benchmarks.gpu.processes import run_limited
 from benchmarks.harness import ROOT, write_json
+from benchmarks.measure import STORED, SUMMED
 from bnkernels import _runtime
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 EXIT = 66
 NUMBERS = 63  # of the planted kernels' arrays, for 64 threads
 ROWS, CHANNELS = (10, 100, 300), 33  # every variant of the batch norms, and a slice of one channel
-ROUNDINGS = 1000  # of the largest element: a right result is far below, a wrong one far above
+IMAGES = (5, 49)  # values of an image: neighbouring threads read neighbouring channels, and neighbouring values
 SIZE = 1000  # of the optimisers' parameters
 COMPLETE = "every kernel ran and computed what NumPy computes"
 SUMMARY = re.compile(r"(?:ERROR SUMMARY|RACECHECK SUMMARY): (\d+)")
@@ -58,12 +60,12 @@ def run_clean(asarray: Callable[[np.ndarray], Any], asnumpy: Callable[[Any], np.
 
     runtime.launch = recording
     try:
-        for dtype in (np.float32, np.float64):
-            for number, (op, arrays) in enumerate(calls(dtype)):
+        for name in DTYPES:
+            for number, (op, arrays) in enumerate(calls(native_dtype(name))):
                 right = op(*(array.copy() for array in arrays))
                 found = op(*map(asarray, arrays))
                 for output, exact in zip(found, right, strict=True):
-                    compare(asnumpy(output), exact, f"call {number} in {np.dtype(dtype)}")
+                    compare(asnumpy(output), exact, f"call {number} in {name}")
     finally:
         runtime.launch = launch
     baseline = json.loads((ROOT / "tests" / "compile" / "baseline.json").read_text(encoding="utf-8"))
@@ -74,35 +76,49 @@ def run_clean(asarray: Callable[[np.ndarray], Any], asnumpy: Callable[[Any], np.
 
 def compare(found: np.ndarray, exact: np.ndarray, what: str) -> None:
     """Raise ArithmeticError if a result is wrong by more than roundings explain."""
+    name = exact.dtype.name
+    found, exact = found.astype(np.float64), exact.astype(np.float64)
     error = np.abs(found - exact).max(initial=0)
-    if not error <= ROUNDINGS * np.finfo(exact.dtype).eps * np.abs(exact).max(initial=1):  # also if it is NaN
+    allowed = STORED * EPS[name] + SUMMED * EPS["float64" if name == "float64" else "float32"]
+    if not error <= allowed * np.abs(exact).max(initial=1):  # also if it is NaN
         raise ArithmeticError(f"{what}: off by {error:.3g}")
 
 
 Op = Callable[..., Sequence[Any]]
 
 
-def calls(dtype: type) -> list[tuple[Op, list[np.ndarray]]]:
+def calls(dtype: np.dtype) -> list[tuple[Op, list[np.ndarray]]]:
     """Return ops with their arrays: an op takes them, and returns all that it has written."""
     rng = np.random.default_rng(0)
     found: list[tuple[Op, list[np.ndarray]]] = []
     for rows in ROWS:
         x, dy = (rng.standard_normal((rows, CHANNELS)).astype(dtype) for _ in range(2))
-        gamma, beta, mean, var = (rng.uniform(0.5, 1.5, CHANNELS).astype(dtype) for _ in range(4))
-        found.append((batch_norm, [x, dy, gamma, beta, mean, var]))
-        for integer in (np.int32, np.int64):
-            found.append((bn.softmax_cross_entropy, [x, rng.integers(0, CHANNELS, rows).astype(integer)]))
+        found.append((batch_norm, [x, dy, *vectors(rng, dtype)]))
+        if dtype.itemsize > 2:
+            for integer in (np.int32, np.int64):
+                found.append((bn.softmax_cross_entropy, [x, rng.integers(0, CHANNELS, rows).astype(integer)]))
+    for size in IMAGES:
+        x, dy, residual = (rng.standard_normal((3, CHANNELS, size)).astype(dtype) for _ in range(3))
+        found.append((batch_norm, [x, dy, *vectors(rng, dtype), residual]))
+    if dtype.itemsize == 2:
+        return found
     states = [rng.standard_normal(SIZE).astype(dtype) for _ in range(2)]
     moments = [np.zeros(SIZE, dtype) for _ in range(2)]
     return [*found, (sgd, states), (momentum, [*states, moments[0]]), (adam, [*states, *moments])]
 
 
-def batch_norm(x: Any, dy: Any, gamma: Any, beta: Any, mean: Any, var: Any) -> Sequence[Any]:
+def vectors(rng: np.random.Generator, dtype: np.dtype) -> list[np.ndarray]:
+    """Return parameters and running statistics, in the type of the kernels' sums."""
+    return [rng.uniform(0.5, 1.5, CHANNELS).astype(_runtime.accumulator(dtype)) for _ in range(4)]
+
+
+def batch_norm(x: Any, dy: Any, gamma: Any, beta: Any, mean: Any, var: Any, residual: Any = None) -> Sequence[Any]:
     """Train one step, forward and backward, then the same with running statistics."""
-    y, statistics = bn.batch_norm_forward(x, gamma, beta, mean, var, activation="tanh")
-    gradients = bn.batch_norm_backward(dy, x, gamma, beta, statistics, activation="tanh")
-    frozen = bn.batch_norm_inference(x, gamma, beta, mean, var, activation="sigmoid")
-    frozen_gradients = bn.batch_norm_inference_backward(dy, x, gamma, beta, mean, var, activation="sigmoid")
+    tanh, sigmoid = ({"activation": name, "residual": residual} for name in ("tanh", "sigmoid"))
+    y, statistics = bn.batch_norm_forward(x, gamma, beta, mean, var, **tanh)
+    gradients = bn.batch_norm_backward(dy, x, gamma, beta, statistics, **tanh)
+    frozen = bn.batch_norm_inference(x, gamma, beta, mean, var, **sigmoid)
+    frozen_gradients = bn.batch_norm_inference_backward(dy, x, gamma, beta, mean, var, **sigmoid)
     return [y, statistics[0], statistics[2], mean, var, *gradients, frozen, *frozen_gradients]
 
 

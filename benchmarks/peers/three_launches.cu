@@ -17,14 +17,14 @@ struct Forward {
     float *running_mean, *running_var, *mean, *rstd, *partial, *y;
     long long rows, channels, rows_of_block, blocks;
     float momentum, eps;
-    int activation;
+    int relu;
 };
 
 struct Backward {
     const float *x, *dy, *gamma, *beta, *mean, *rstd;
     float *dgamma, *dbeta, *partial, *dx;
     long long rows, channels, rows_of_block, blocks;
-    int activation;
+    int relu;
 };
 
 // How many values, their mean, and the sum of the squared deviations from it. A float counts to 2^24.
@@ -61,6 +61,11 @@ __device__ __forceinline__ Place place_of(const Arguments& a) {
     const long long c = (long long)blockIdx.x * blockDim.x + threadIdx.x, first = blockIdx.y * a.rows_of_block;
     const long long end = first + a.rows_of_block;
     return {c, first + threadIdx.y, end < a.rows ? end : a.rows, c < a.channels};
+}
+
+// A value or a gradient behind the activation, whose argument is z; a NaN in z lets it through.
+__device__ __forceinline__ float through_relu(float value, float z, int relu) {
+    return relu && z <= 0.0f ? 0.0f : value;
 }
 
 // ---- forward --------------------------------------------------------------------------------------------------------
@@ -120,7 +125,8 @@ __device__ __forceinline__ void forward_apply(const Forward& a) {
     const float mean = a.mean[at.c], scale = a.gamma[at.c] * a.rstd[at.c], beta = a.beta[at.c];
     for (long long row = at.first; row < at.last; row += blockDim.y) {
         const long long i = row * a.channels + at.c;
-        a.y[i] = activate(fma(scale, a.x[i] - mean, beta), a.activation);
+        const float z = fma(scale, a.x[i] - mean, beta);
+        a.y[i] = through_relu(z, z, a.relu);
     }
 }
 
@@ -134,7 +140,7 @@ struct Element {
 __device__ __forceinline__ Element element(const Backward& a, long long i, float mean, float rstd, float gamma,
                                            float beta) {
     const float deviation = a.x[i] - mean;  // as in the forward: the same side of the kink
-    return {activation_gradient(a.dy[i], fma(gamma * rstd, deviation, beta), a.activation), deviation * rstd};
+    return {through_relu(a.dy[i], fma(gamma * rstd, deviation, beta), a.relu), deviation * rstd};
 }
 
 struct Sums {

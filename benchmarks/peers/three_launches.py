@@ -16,14 +16,11 @@ from benchmarks.peers import EPSILON, MOMENTUM
 from benchmarks.places import why_absent
 from bnkernels import _source
 from bnkernels._runtime import Launch, arguments_type, ceil_div, pack
-from bnkernels.activations import activation_named
 
 SOURCE = Path(__file__).with_suffix(".cu")
 SIZES = "rows channels rows_of_block blocks"
-FORWARD = arguments_type(
-    "x gamma beta running_mean running_var mean rstd partial y", SIZES, "momentum eps", "activation"
-)
-BACKWARD = arguments_type("x dy gamma beta mean rstd dgamma dbeta partial dx", SIZES, "", "activation")
+FORWARD = arguments_type("x gamma beta running_mean running_var mean rstd partial y", SIZES, "momentum eps", "relu")
+BACKWARD = arguments_type("x dy gamma beta mean rstd dgamma dbeta partial dx", SIZES, "", "relu")
 WIDTH, LANES, LANES_TO_FINALISE = 32, 8, 32  # threads of a block: channels, and examples or blocks of examples
 FEWEST_ROWS, MOST_BLOCKS = 64, 512  # so that a block has work, and the few that finalise have not too much
 PHASES = ("sums", "finalise", "apply")
@@ -91,7 +88,7 @@ def prepare(case: Case, arrays: Arrays) -> Call:
         used |= {"dgamma": vector(), "dbeta": vector(), "dx": out}
     scalars = (MOMENTUM, EPSILON) if forward else ()
     pointers = [used[name].data.ptr for name in layout.names if name in used]
-    arguments = pack(layout, *pointers, *sizes, *scalars, activation_named(case.epilogue or "identity").code)
+    arguments = pack(layout, *pointers, *sizes, *scalars, case.epilogue == "relu")
     outputs = tuple(used[name] for name in (("y", "running_mean", "running_var") if forward else GRADIENTS))
 
     def call() -> tuple:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from bnkernels import _source
@@ -16,12 +18,12 @@ Table = dict[str, dict[str, nvrtc.Resources]]  # kernel -> architecture -> resou
 
 
 def measure(architectures: list[int]) -> Table:
-    """Compile everything in ``cuda/``."""
+    """Compile everything in ``cuda/``, on all processors: NVRTC takes its time and does not hold Python's lock."""
     table: Table = {}
-    for stem in _source.stems():
-        text = _source.read(stem)
-        for architecture in architectures:
-            for kernel, resources in nvrtc.resources(text, architecture).items():
+    jobs = [(_source.read(stem), architecture) for stem in _source.stems() for architecture in architectures]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for (_, architecture), found in zip(jobs, pool.map(lambda job: nvrtc.resources(*job), jobs), strict=True):
+            for kernel, resources in found.items():
                 table.setdefault(kernel, {})[str(architecture)] = resources
     return dict(sorted(table.items()))
 

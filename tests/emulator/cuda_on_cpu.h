@@ -18,6 +18,7 @@
     extern "C" void name(const void* bytes) { body(*static_cast<const Arguments*>(bytes)); } \
     extern "C" unsigned long long name##_argument_bytes() { return sizeof(Arguments); }      \
     extern "C" unsigned long long name##_most_threads() { return threads; }
+#define BNK_KERNEL_ROOMY BNK_KERNEL
 
 #define BNK_DYNAMIC_SHARED(T, name) T* const name = static_cast<T*>(bnk_shared_memory())
 
@@ -36,6 +37,11 @@ __forceinline__ void __syncwarp(unsigned mask = 0xffffffffu, const char* file = 
 }
 
 __forceinline__ void __threadfence() { bnk_fence(); }
+
+template <typename T>
+__forceinline__ T min(T a, T b) {
+    return b < a ? b : a;
+}
 
 __forceinline__ unsigned atomicAdd(unsigned* address, unsigned value) { return bnk_atomic_add(address, value); }
 
@@ -71,4 +77,36 @@ __forceinline__ T __shfl_down_sync(unsigned mask, T value, unsigned delta, unsig
                                    const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
     const unsigned lane = bnk_lane(), source = lane + delta, last = lane | (width - 1);
     return bnk::shuffle(mask, value, source <= last ? source : lane, file, line);
+}
+
+// ---- cuda/half.cuh: what inline PTX does on a GPU -------------------------------------------------------------------
+#define BNK_HALF_CONVERSIONS
+
+__forceinline__ unsigned bnk_bits_of(float value) {
+    unsigned bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+__forceinline__ float bnk_float_of(unsigned bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+__forceinline__ float bnk_half_to_float(unsigned short bits) {
+    const unsigned sign = (bits & 0x8000u) << 16, exponent = (bits >> 10) & 31u, digits = bits & 0x3ffu;
+    if (exponent == 31) return bnk_float_of(sign | (digits ? 0x7fffffffu : 0x7f800000u));
+    if (exponent != 0) return bnk_float_of(sign | ((exponent + 112) << 23) | (digits << 13));
+    const float magnitude = (float)digits * 0x1p-24f;
+    return sign ? -magnitude : magnitude;
+}
+
+__forceinline__ unsigned short bnk_float_to_half(float value) {
+    const unsigned bits = bnk_bits_of(value), sign = (bits >> 16) & 0x8000u, size = bits & 0x7fffffffu;
+    if (size > 0x7f800000u) return 0x7fffu;          // NaN
+    if (size >= 0x477ff000u) return sign | 0x7c00u;  // from 65520 on: infinity
+    if (size < 0x38800000u)                          // subnormal: the sum's last place is the half's
+        return sign | (bnk_bits_of(bnk_float_of(size) + 0.5f) - bnk_bits_of(0.5f));
+    return sign | ((size - 0x38000000u + 0xfffu + ((size >> 13) & 1u)) >> 13);
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .mutants import Mutant
 
 COMMON, FORWARD, BACKWARD = "common.cuh", "batch_norm_forward.cu", "batch_norm_backward.cu"
+HALF, ACTIVATION, CHANNEL = "half.cuh", "activation.cuh", "channel.cuh"
 SOFTMAX, UPDATE = "softmax_cross_entropy.cu", "parameter_update.cu"
 
 MUTANTS = [
@@ -12,16 +13,30 @@ MUTANTS = [
     Mutant(
         "forward: no barrier before the merge",
         FORWARD,
-        "    __syncthreads();\n    if (!active) return;\n",
-        "    if (!active) return;\n",
+        "    __syncthreads();\n    int step = 1;\n",
+        "    int step = 1;\n",
     ),
     Mutant(
         "forward: threads without a channel return before the barrier",
         FORWARD,
-        "    __syncthreads();\n    if (!active) return;\n",
-        "    if (!active) return;\n    __syncthreads();\n",
+        "    __syncthreads();\n    int step = 1;\n",
+        "    if (!active) return;\n    __syncthreads();\n    int step = 1;\n",
     ),
-    Mutant("backward: no barrier before the sums", BACKWARD, "    __syncthreads();\n", ""),
+    Mutant(
+        "forward: no barrier between the levels of the merge", FORWARD, "        __syncthreads();\n    }\n", "    }\n"
+    ),
+    Mutant(
+        "backward: no barrier before the sums",
+        BACKWARD,
+        "    __syncthreads();\n    if (lanes <= SERIAL_LANES)",
+        "    if (lanes <= SERIAL_LANES)",
+    ),
+    Mutant(
+        "backward: no barrier between the levels of the sums",
+        BACKWARD,
+        "    __syncthreads();\n    return sum_lanes(partial, 0, lanes, GROUP);",
+        "    return sum_lanes(partial, 0, lanes, GROUP);",
+    ),
     Mutant(
         "forward: every lane updates the running statistics",
         FORWARD,
@@ -49,19 +64,19 @@ MUTANTS = [
         "for (int apart = 8; apart > 0; apart /= 2) v +=",
     ),
     # ---- memory and indices
-    Mutant("forward: reads one row past the tail", FORWARD, "if (row < rows) {", "if (row <= rows) {"),
+    Mutant("channel: one row past the tail", CHANNEL, "return outer < outers;", "return outer <= outers;"),
     Mutant("forward: shared memory one plane short", FORWARD, "slot[2 * plane] =", "slot[3 * plane] ="),
     Mutant(
         "backward: a sum that is never stored, uninitialised",
         BACKWARD,
-        "    partial[plane + slot] = value(own.g_centred);\n",
+        "    slot[blockDim.x * blockDim.y] = value(own.g_centred);\n",
         "",
     ),
     Mutant(
-        "forward: the index of y in 32 bits",
-        FORWARD,
-        "a.y[(row + (long long)i * lanes) * a.channels + c]",
-        "a.y[(int)(row + (long long)i * lanes) * (int)a.channels + c]",
+        "channel: the index of an output in 32 bits",
+        CHANNEL,
+        "MATRIX ? outer * channels + c :",
+        "MATRIX ? (int)outer * (int)channels + (int)c :",
     ),
     Mutant(
         "update: the index in 32 bits",
@@ -76,9 +91,39 @@ MUTANTS = [
         "if (threadIdx.y != 0) return;",
     ),
     Mutant(
-        "backward: rows past the tail", BACKWARD, "row < a.rows; row += blockDim.y", "row <= a.rows; row += blockDim.y"
+        "backward: the last lane is left out", BACKWARD, "lane < last; lane += step", "lane + 1 < last; lane += step"
     ),
-    Mutant("backward: the last lane is left out", BACKWARD, "other < plane;", "other < plane - width;"),
+    Mutant("channel: the inner index is never carried", CHANNEL, "            ++outer;\n", ""),
+    Mutant(
+        "channel: outer and inner strides exchanged",
+        CHANNEL,
+        "outer * outer_stride + index * inner_stride",
+        "outer * inner_stride + index * outer_stride",
+    ),
+    Mutant(
+        "channel: an output in channels-last order",
+        CHANNEL,
+        "(outer * channels + c) * inner + index",
+        "(outer * inner + index) * channels + c",
+    ),
+    Mutant(
+        "channel: the output of an inner axis in 32 bits",
+        CHANNEL,
+        "(outer * channels + c) * inner + index",
+        "((int)outer * (int)channels + (int)c) * (int)inner + index",
+    ),
+    Mutant(
+        "backward: dy walked through with the strides of x",
+        BACKWARD,
+        "dy[row.at(a.dy_outer, a.dy_inner)]",
+        "dy[row.at(a.x_outer, a.x_inner)]",
+    ),
+    Mutant(
+        "forward: the residual of the first channel for all",
+        FORWARD,
+        "a.residual + c * a.residual_channel",
+        "a.residual",
+    ),
     Mutant("softmax: a label one past the last class", SOFTMAX, "label < a.classes;", "label <= a.classes;"),
     Mutant("update: writes one past the end", UPDATE, "i < a.size;", "i <= a.size;"),
     Mutant(
@@ -91,8 +136,8 @@ MUTANTS = [
     Mutant(
         "forward: running_var takes the biased variance",
         FORWARD,
-        "unbiased = value(all.m2) / A(a.rows - 1);",
-        "unbiased = value(all.m2) / A(a.rows);",
+        "value(all.m2) / A(a.outer * a.inner - 1);",
+        "value(all.m2) / A(a.outer * a.inner);",
     ),
     Mutant(
         "forward: normalises with the unbiased variance",
@@ -112,18 +157,70 @@ MUTANTS = [
         "fma(a.momentum, all.mean.high, keep * a.running_mean[c])",
         "fma(keep, all.mean.high, a.momentum * a.running_mean[c])",
     ),
-    Mutant("forward: all lanes weigh the same", FORWARD, "longer = (int)(rows - rounds * lanes);", "longer = 0;"),
+    Mutant("forward: all lanes weigh the same", FORWARD, "longer((int)(rows - rounds * lanes))", "longer(0)"),
     Mutant(
         "forward: the merge forgets how many rows a lane has",
         FORWARD,
-        "delta * delta * A(rounds + (j < longer))",
+        "delta * delta * A(shares.rows(j, min(j + step, last)))",
         "delta * delta",
     ),
     Mutant("common: the low part of the mean is dropped", COMMON, "return (x - a.high) - a.low;", "return x - a.high;"),
-    Mutant("common: relu turns NaN into 0", COMMON, "return z <= A(0) ? A(0) : z;", "return z > A(0) ? z : A(0);"),
-    Mutant("common: half of the sigmoid's derivative", COMMON, "dy * (h * (A(1) - h))", "dy * (A(1) - h)"),
-    Mutant("common: tanh is not squared in its derivative", COMMON, "fma(-h, h, A(1))", "(A(1) - h)"),
+    Mutant("activation: relu turns NaN into 0", ACTIVATION, "return z <= A(0) ? (alpha", "return !(z > A(0)) ? (alpha"),
+    Mutant("activation: the slope of leaky_relu is ignored", ACTIVATION, "alpha * value) : value", "A(0)) : value"),
+    Mutant(
+        "activation: elu's factor is forgotten in its derivative",
+        ACTIVATION,
+        "return alpha * gate.density;",
+        "return gate.density;",
+    ),
+    Mutant("activation: half of the sigmoid's derivative", ACTIVATION, "decay * above * above", "decay * above"),
+    Mutant("activation: tanh is not squared in its derivative", ACTIVATION, "fma(-h, h, A(1))", "(A(1) - h)"),
+    Mutant(
+        "activation: the gradient of a gate without the gate's own",
+        ACTIVATION,
+        "gate.gate + z * gate.density",
+        "gate.gate",
+    ),
+    Mutant(
+        "activation: NaN from minus infinity times 0",
+        ACTIVATION,
+        "return gate == A(0) ? A(0) : z * gate;",
+        "return z * gate;",
+    ),
+    Mutant(
+        "activation: gelu_tanh takes b for 3 b in its derivative",
+        ACTIVATION,
+        "fma(A(3) * b, z * z, a)",
+        "fma(b, z * z, a)",
+    ),
+    Mutant(
+        "activation: gelu by 1 + erf without its digits below zero",
+        ACTIVATION,
+        "erfc_inline(z * A(-0.70710678118654752440))",
+        "(A(1) + erf(z * A(0.70710678118654752440)))",
+    ),
+    Mutant("half: bfloat16 is truncated", HALF, "(wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16", "wide >> 16"),
+    Mutant(
+        "half: ties of bfloat16 go up", HALF, "(wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16", "(wide + 0x8000u) >> 16"
+    ),
+    Mutant("half: NaN becomes a number", HALF, "value == value ? rounded : nan", "rounded"),
     Mutant("backward: dx without gamma", BACKWARD, "channel.scale * (g[i] -", "channel.rstd * (g[i] -"),
+    Mutant(
+        "backward: the gradient of the residual is not written",
+        BACKWARD,
+        "if (a.dresidual) store(a.dresidual[at], g[i]);",
+        "",
+    ),
+    Mutant(
+        "backward: the residual's gradient is dy, not g",
+        BACKWARD,
+        "store(a.dresidual[at], g[i])",
+        "store(a.dresidual[at], a.dy[at])",
+    ),
+    Mutant(
+        "backward: the activation is taken without the residual", BACKWARD, "if (!a.residual) return z;", "return z;"
+    ),
+    Mutant("backward: a curved gradient out of turn", BACKWARD, "        rotate(g);\n", ""),
     Mutant("backward: dgamma is not normalised", BACKWARD, "value(total.g_centred) * rstd;", "value(total.g_centred);"),
     Mutant(
         "softmax: exp of logits that were not shifted",

@@ -12,10 +12,11 @@ from pathlib import Path
 
 from .build import CUDA, CUDA_VARIABLE, ROOT, EmulatorError, read_sources
 
+BATCH_NORM = ("tests/test_batch_norm.py", "tests/test_batch_norm_layouts.py", "tests/regress")
 TESTS = {  # the quickest first: the first failure ends a run
-    "common.cuh": ("tests/test_batch_norm.py", "tests/regress"),
-    "batch_norm_forward.cu": ("tests/test_batch_norm.py", "tests/regress"),
-    "batch_norm_backward.cu": ("tests/test_batch_norm.py", "tests/regress"),
+    "half.cuh": ("tests/test_batch_norm_half.py",),
+    "activation.cuh": ("tests/test_batch_norm_activations.py",),
+    **dict.fromkeys(("common.cuh", "channel.cuh", "batch_norm_forward.cu", "batch_norm_backward.cu"), BATCH_NORM),
     "softmax_cross_entropy.cu": ("tests/test_softmax_cross_entropy.py", "tests/regress"),
     "parameter_update.cu": ("tests/test_parameter_update.py", "tests/regress"),
 }

@@ -70,6 +70,10 @@ class EmulatorRuntime:
         """Return a new C-contiguous array, poisoned: NaN, or -1."""
         return self._new(shape, np.dtype(dtype))
 
+    def contiguous(self, array: EmulatedArray) -> EmulatedArray:
+        """Return a C-contiguous copy."""
+        return self.asarray(array)
+
     def pointer(self, array: EmulatedArray) -> int:
         """Return the address of the array's first element."""
         address = array.ctypes.data

@@ -53,6 +53,10 @@ class RecordingRuntime:
         self.allocations.append(array)
         return array
 
+    def contiguous(self, array: RecordedArray) -> RecordedArray:
+        """Return an array beside it, of the same shape."""
+        return self.empty(array.shape, array.dtype, array)
+
     def pointer(self, array: RecordedArray) -> int:
         """Return the array's address."""
         return array.address

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 import bnkernels as bn
+from bnkernels.activations import ACTIVATIONS
 from tests.backends import Backend
 
 
-@pytest.mark.parametrize("activation", ["identity", "relu", "sigmoid", "tanh"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("rows", [5, 70, 300])
 @np.errstate(invalid="ignore")  # infinity minus infinity
@@ -37,7 +38,7 @@ def test_nnlib_509_nan_stays_and_stays_in_its_channel(
     assert not np.isfinite(running_mean[1])
 
 
-@pytest.mark.parametrize("activation", ["identity", "relu", "sigmoid", "tanh"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_pytorch_7999_nan_in_inference_stays_in_its_element(backend: Backend, activation: str) -> None:
     """The activation behind the normalisation must not hide a NaN either where nothing is summed."""
     x = np.float32([[1, np.nan], [2, 3]])

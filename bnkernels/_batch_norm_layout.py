@@ -1,0 +1,74 @@
+"""How batch norm sees a tensor: as (outer, C, inner), the axes before and behind the channels' each taken together.
+
+A row is one position of a channel; there are ``outer * inner`` of them. A matrix (N, C) has ``inner = 1``, as has
+whatever lies channels-last; NCHW has ``outer = N`` and ``inner = H W``. See ``cuda/channel.cuh``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from bnkernels._check import Argument
+
+
+class Layout(NamedTuple):
+    """The sizes of a tensor, and which of its axes holds the channels, counted from the front."""
+
+    outer: int
+    channels: int
+    inner: int
+    axis: int
+
+    @property
+    def rows(self) -> int:
+        """The number of values of a channel."""
+        return self.outer * self.inner
+
+
+def layout_of(x: Argument, axis: int) -> Layout:
+    """Return the layout of `x` with the channels in `axis`; check both.
+
+    Raises
+    ------
+    ValueError
+        If `x` has fewer than two dimensions, or none of this number.
+    """
+    dimensions = len(x.shape)
+    if dimensions < 2:
+        raise ValueError(f"{x.name} must have at least two dimensions, such as (N, C), got the shape {x.shape}")
+    if not -dimensions <= axis < dimensions:
+        raise ValueError(
+            f"axis must be from {-dimensions} to {dimensions - 1} for {x.name} of the shape {x.shape}, got {axis}"
+        )
+    axis %= dimensions
+    return Layout(math.prod(x.shape[:axis]), x.shape[axis], math.prod(x.shape[axis + 1 :]), axis)
+
+
+def element_strides(argument: Argument, axis: int) -> tuple[int, int, int] | None:
+    """Return the strides of an array's outer, channel and inner axis in elements; None if no such three exist.
+
+    They exist where the axes before the channels', and those behind, each follow one another as in a reshaped view.
+    """
+    itemsize = argument.dtype.itemsize
+    if any(stride % itemsize for stride in argument.strides):
+        return None
+    steps = [stride // itemsize for stride in argument.strides]
+    outer = _merged(argument.shape[:axis], steps[:axis])
+    inner = _merged(argument.shape[axis + 1 :], steps[axis + 1 :])
+    return None if outer is None or inner is None else (outer, steps[axis], inner)
+
+
+def _merged(shape: tuple[int, ...], strides: list[int]) -> int | None:
+    """Return the one stride with which these axes can be walked through in C order, or None."""
+    merged = None
+    for extent, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if extent == 1:
+            continue
+        if merged is None:
+            merged, reach = stride, extent * stride
+        elif stride == reach:
+            reach = extent * stride
+        else:
+            return None
+    return 0 if merged is None else merged

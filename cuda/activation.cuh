@@ -1,0 +1,96 @@
+// Activations h = phi(z) and their gradients. NaN passes through all of them.
+//
+// The codes are those of bnkernels/activations.py, which passes `alpha` as well: the slope below zero of the piecewise
+// linear three (identity 1, relu 0), and elu's factor. The rest, the curved ones, are long, and kernels unroll over the
+// values of a thread: they call these in a loop that stays rolled.
+#pragma once
+
+enum Activation { LINEAR = 0, SIGMOID = 1, TANH = 2, ELU = 3, SILU = 4, GELU_TANH = 5, GELU = 6 };
+
+// What the curved ones are made of: gate is sigmoid(z), tanh(z), exp(z) - 1 or, where h = z gate, the gate; `density` is
+// the derivative of the gate. Infinite z: the gate's limit, and density 0.
+template <typename A>
+struct Gate {
+    A gate, density;
+};
+
+// exp(x^2) (1 + 2x) erfc(x), x >= 0, is a polynomial of (x - 3.75) / (x + 3.75) to 2e-16, after Shepherd and Laframboise
+// (1981); the coefficients are our own fit. CUDA's erfc for double is a call, and a call makes kernels spill.
+__device__ __forceinline__ double erfc_inline(double z) {
+    constexpr double c[] = {
+        1.2375126308378275,     -0.14024059858554697,   0.0035854154854790257,   0.0822767384901452,
+        -0.10880393014244462,   0.09230432116037748,    -0.05869339857664934,    0.028362277418956406,
+        -0.009746579683265262,  0.0017556258528952954,  0.000293714378044958,    -0.0002901540805408417,
+        5.164652974177416e-05,  2.238423915508223e-05,  -1.1438048033346894e-05, -9.73559896736775e-07,
+        1.7419821586224816e-06, -5.721823060322409e-08, -2.4857126248016745e-07, 2.3263508708859127e-08,
+        3.197926671666804e-08,  -3.744210080962021e-09, -2.6231073471334755e-09, 3.1114333809799285e-10};
+    constexpr int degree = sizeof(c) / sizeof(c[0]) - 1;
+    const double x = fabs(z), t = (x - 3.75) / (x + 3.75), square = x * x;
+    double sum = c[degree];
+#pragma unroll
+    for (int i = degree - 1; i >= 0; --i) sum = fma(sum, t, c[i]);
+    const double tail = sum / fma(2.0, x, 1.0) * exp(-square) * (1.0 - fma(x, x, -square));
+    const double above = square < 750.0 ? tail : (z == z ? 0.0 : z);
+    return z < 0.0 ? 2.0 - above : above;
+}
+__device__ __forceinline__ float erfc_inline(float z) { return erfc(z); }
+
+// Of gelu: the normal distribution and its density. erfc keeps the digits that 1 + erf would lose below zero.
+template <typename A>
+__device__ __forceinline__ Gate<A> normal_gate(A z) {
+    return {A(0.5) * erfc_inline(z * A(-0.70710678118654752440)), A(0.39894228040143267794) * exp(A(-0.5) * z * z)};
+}
+
+template <typename A>
+__device__ __forceinline__ Gate<A> gate_of(A z, int activation) {
+    if (activation == GELU) return normal_gate(z);
+    if (activation <= ELU && activation >= TANH) {
+        // tanh of a negative number from expm1 of its double: no cancellation and no overflow.
+        const A e = expm1(activation == TANH ? A(-2) * fabs(z) : z);
+        if (activation == ELU) return {e, e + A(1)};
+        const A h = copysign(e / (e + A(2)), z);
+        return {h, fma(-h, h, A(1))};
+    }
+    // gelu_tanh: (1 + tanh(u)) / 2 = sigmoid(2u), where 2u = z (a + b z^2).
+    const A a = A(1.5957691216057308), b = A(0.07135481627260025);
+    const A inner = activation == GELU_TANH ? z * fma(b, z * z, a) : z;
+    // sigmoid of either sign from what is small, so its derivative loses nothing where it is nearly 0 or 1.
+    const A decay = exp(-fabs(inner)), above = A(1) / (A(1) + decay), slope = decay * above * above;
+    const bool flat = slope == A(0);  // where the inner derivative may be infinite
+    return {inner < A(0) ? decay * above : above,
+            activation == GELU_TANH && !flat ? slope * fma(A(3) * b, z * z, a) : slope};
+}
+
+// Piecewise linear: what z is multiplied with, and the gradient too. 0 instead of NaN for alpha 0 and minus infinity.
+template <typename A>
+__device__ __forceinline__ A linear(A value, A z, A alpha) {
+    return z <= A(0) ? (alpha == A(0) ? A(0) : alpha * value) : value;
+}
+
+template <typename A>
+__device__ __forceinline__ A curved(A z, int activation, A alpha) {
+    if (activation == ELU && !(z <= A(0))) return z;
+    const A gate = gate_of(z, activation).gate;
+    if (activation == ELU) return alpha * gate;
+    if (activation < ELU) return gate;
+    return gate == A(0) ? A(0) : z * gate;  // 0, not NaN, for minus infinity
+}
+
+template <typename A>
+__device__ __forceinline__ A curved_derivative(A z, int activation, A alpha) {
+    if (activation == ELU && !(z <= A(0))) return A(1);
+    const Gate<A> gate = gate_of(z, activation);
+    if (activation == ELU) return alpha * gate.density;
+    if (activation < ELU) return gate.density;
+    return gate.density == A(0) ? gate.gate : gate.gate + z * gate.density;
+}
+
+// Moves every value one place down and the first to the end: a loop that stays rolled takes them one after the other,
+// although registers have no index. So the code of the curved activations is there once.
+template <int N, typename A>
+__device__ __forceinline__ void rotate(A (&values)[N]) {
+    const A first = values[0];
+#pragma unroll
+    for (int i = 0; i + 1 < N; ++i) values[i] = values[i + 1];
+    values[N - 1] = first;
+}
