@@ -258,7 +258,7 @@ def row(**changes: Any) -> dict[str, Any]:
     """Return a row as it might have been counted, of a case that does not exist."""
     case = Case("batch_norm", "forward", (64, 33))
     launch = counting.Launch((2, 1, 1), (32, 16, 1), 6144)
-    count = counting.Count("batch_norm_forward", "bnk", launch, 1, 9000, 8500, 18_000, 8500)
+    count = counting.Count("batch_norm_forward", "bnk", launch, 1, 9000, 8500, 18_000, 8500, 8448, 8448)
     registers = {"80": 32, "90": 38, "100": 64, "120": 128}
     about = static.describe(case) | {"status": static.COUNTED, "counted_on": "64x33", "launches": 1}
     return about | static.row_of(case, count, registers) | changes
