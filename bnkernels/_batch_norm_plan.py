@@ -71,9 +71,9 @@ def _checked(names: tuple[str, ...], signatures: tuple, axis: Any, optional: tup
     layout = layout_of(x, axis)
     wide, channels = rt.accumulator(x.dtype), layout.channels
     for name, argument in args.items():
-        if name in ("dy", "residual"):
+        if name in ("dy", "residual", "ddx", "ddresidual"):
             check.like(argument, x.shape, x.dtype)
-        elif name in ("y", "out", "dx", "dresidual"):
+        elif name in ("y", "out", "dx", "dresidual", "ddy"):
             check.contiguous(argument, x.shape, x.dtype)
         elif name != "x":
             check.contiguous(argument, (3, channels) if name == "statistics" else (channels,), wide)
