@@ -5,6 +5,7 @@ from __future__ import annotations
 from .mutants import Mutant
 
 COMMON, FORWARD, BACKWARD = "common.cuh", "batch_norm_forward.cu", "batch_norm_backward.cu"
+DOUBLE, SUMS = "batch_norm_double_backward.cu", "channel_sums.cuh"
 HALF, ACTIVATION, CHANNEL = "half.cuh", "activation.cuh", "channel.cuh"
 SOFTMAX, UPDATE = "softmax_cross_entropy.cu", "parameter_update.cu"
 
@@ -62,6 +63,24 @@ MUTANTS = [
         SOFTMAX,
         "for (int apart = 16; apart > 0; apart /= 2) v +=",
         "for (int apart = 8; apart > 0; apart /= 2) v +=",
+    ),
+    Mutant(
+        "double backward: no barrier before the sums",
+        SUMS,
+        "    __syncthreads();\n    if (lanes > SERIAL_LANES) {",
+        "    if (lanes > SERIAL_LANES) {",
+    ),
+    Mutant(
+        "double backward: no barrier between the levels of the sums",
+        SUMS,
+        "        __syncthreads();\n    }\n    return merge_lanes",
+        "    }\n    return merge_lanes",
+    ),
+    Mutant(
+        "double backward: threads without a channel return before the barrier",
+        DOUBLE,
+        "    const ChannelSums<A, TERMS> total = merge_block(own);\n    if (!active) return;",
+        "    if (!active) return;\n    const ChannelSums<A, TERMS> total = merge_block(own);",
     ),
     # ---- memory and indices
     Mutant("channel: one row past the tail", CHANNEL, "return outer < outers;", "return outer <= outers;"),
@@ -204,6 +223,34 @@ MUTANTS = [
         "half: ties of bfloat16 go up", HALF, "(wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16", "(wide + 0x8000u) >> 16"
     ),
     Mutant("half: NaN becomes a number", HALF, "value == value ? rounded : nan", "rounded"),
+    Mutant(
+        "double backward: nothing through s e",
+        DOUBLE,
+        "- of.fall * sum[V_XHAT] + s * e) / n",
+        "- of.fall * sum[V_XHAT]) / n",
+    ),
+    Mutant(
+        "double backward: nothing through the second derivative", DOUBLE, "row.k = dy * phi.second;", "row.k = A(0);"
+    ),
+    Mutant("double backward: dgamma misses the scale", DOUBLE, "sum_q_xhat + channel.rstd * e;", "sum_q_xhat;"),
+    Mutant(
+        "double backward: an infinite gradient through a flat piece",
+        DOUBLE,
+        "activation == LINEAR && slope == A(0) ? A(0) : value * slope",
+        "value * slope",
+    ),
+    Mutant(
+        "activation: the second derivative of a gate without the first of its own",
+        ACTIVATION,
+        "fma(z, bend, A(2))",
+        "z * bend",
+    ),
+    Mutant(
+        "activation: gelu_tanh's argument taken for straight",
+        ACTIVATION,
+        "fma(fall, slope, A(6) * b * z / slope)",
+        "fall * slope",
+    ),
     Mutant("backward: dx without gamma", BACKWARD, "channel.scale * (g[i] -", "channel.rstd * (g[i] -"),
     Mutant(
         "backward: the gradient of the residual is not written",

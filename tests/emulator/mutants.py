@@ -15,8 +15,11 @@ from .build import CUDA, CUDA_VARIABLE, ROOT, EmulatorError, read_sources
 BATCH_NORM = ("tests/test_batch_norm.py", "tests/test_batch_norm_layouts.py", "tests/regress")
 TESTS = {  # the quickest first: the first failure ends a run
     "half.cuh": ("tests/test_batch_norm_half.py",),
-    "activation.cuh": ("tests/test_batch_norm_activations.py",),
+    "activation.cuh": ("tests/test_batch_norm_activations.py", "tests/test_batch_norm_double_backward.py"),
     **dict.fromkeys(("common.cuh", "channel.cuh", "batch_norm_forward.cu", "batch_norm_backward.cu"), BATCH_NORM),
+    **dict.fromkeys(
+        ("channel_sums.cuh", "batch_norm_double_backward.cu"), ("tests/test_batch_norm_double_backward.py",)
+    ),
     "softmax_cross_entropy.cu": ("tests/test_softmax_cross_entropy.py", "tests/regress"),
     "parameter_update.cu": ("tests/test_parameter_update.py", "tests/regress"),
 }
