@@ -14,9 +14,16 @@ import numpy as np
 from bnkernels import _check as check
 from bnkernels import _runtime as rt
 from bnkernels._batch_norm_host import backward_host, forward_host, inference_host
-from bnkernels._batch_norm_launch import backward_launch, forward_launch, inference_backward_launch, inference_launch
+from bnkernels._batch_norm_launch import (
+    HELD,
+    backward_launch,
+    forward_launch,
+    inference_backward_launch,
+    inference_launch,
+)
 from bnkernels._batch_norm_layout import Layout, element_strides, layout_of
 from bnkernels._batch_norm_numpy import Kept, backward_numpy, forward_numpy
+from bnkernels._batch_norm_spread import VECTOR, Spread, Tensor, choose_spread, spread_arguments
 from bnkernels.activations import Activation
 
 SIZES = "outer channels inner"
@@ -51,6 +58,7 @@ class Plan(NamedTuple):
     launch: rt.Launch | None = None
     sizes: tuple[int, ...] = ()
     copied: tuple[str, ...] = ()  # inputs that no three strides describe
+    tensor: Tensor | None = None  # for the choice of a spread kernel, which the device decides as well
 
 
 # The arrays of each op, those that it writes first.
@@ -88,16 +96,20 @@ def _planned(args: dict, layout: Layout, inputs: tuple[str, ...], choose: Callab
     plan = Plan(runtime, layout, x.shape, rt.accumulator(x.dtype), 0 in x.shape, twin)
     if runtime is None or plan.empty:
         return plan
-    sizes, copied = [layout.outer, layout.channels, layout.inner], []
+    sizes, copied, given = [layout.outer, layout.channels, layout.inner], [], []
     for name in inputs:
         strides = (0, 0, 0) if args[name] is None else element_strides(args[name], layout.axis)
         if strides is None:
             copied.append(name)
             strides = layout.channels * layout.inner, layout.inner, 1
         sizes += strides
+        if args[name] is not None:
+            given.append(strides)
     variant, launch = choose(layout.outer, layout.channels, x.dtype, layout.inner)
+    spreads = not variant.endswith(f"held{HELD}") and "inference" not in variant
     kernel = f"bnk_batch_norm_{variant}_{rt.suffix(x.dtype)}"
-    return plan._replace(kernel=kernel, launch=launch, sizes=tuple(sizes), copied=tuple(copied))
+    tensor = Tensor(layout.outer, layout.channels, layout.inner, x.dtype, tuple(given)) if spreads else None
+    return plan._replace(kernel=kernel, launch=launch, sizes=tuple(sizes), copied=tuple(copied), tensor=tensor)
 
 
 @lru_cache(maxsize=1024)
@@ -143,6 +155,23 @@ def _sources(plan: Plan, **inputs: Any) -> tuple[Any, ...]:
     return tuple(plan.runtime.contiguous(array) if name in plan.copied else array for name, array in inputs.items())
 
 
+def _spread(plan: Plan, direction: str, x: Any, data: int) -> Spread | None:
+    """Return how a spread kernel would run, or None; `data` are the addresses of all data, or-ed."""
+    if plan.tensor is None or data % VECTOR:
+        return None
+    return choose_spread(direction, plan.tensor, plan.runtime.limits(x))
+
+
+def _launch_spread(
+    plan: Plan, spread: Spread, pointers: tuple[int, ...], scalars: tuple[float, ...], code: int, x: Any
+) -> None:
+    runtime, direction = plan.runtime, spread.variant.partition("_")[0]
+    workspace = runtime.workspace(x) if spread.launch.cooperative else 0
+    arguments = spread_arguments(spread, plan.tensor, pointers, workspace, scalars, code)
+    kernel = f"bnk_batch_norm_{spread.variant}_{rt.suffix(plan.tensor.dtype)}"
+    runtime.launch(f"batch_norm_{direction}_spread", kernel, spread.launch, arguments, x)
+
+
 def run_forward(
     plan: Plan, arrays: tuple, momentum: float, eps: float, phi: Activation
 ) -> tuple[Any, Any, Kept | None]:
@@ -165,8 +194,12 @@ def run_forward(
         check.one_device(runtime, FORWARD_NAMES, arrays)
         sources = _sources(plan, x=x, residual=residual)
         pointers = rt.addresses(runtime, *sources, gamma, beta, y, statistics, running_mean, running_var)
-        arguments = rt.pack(FORWARD[plan.wide], *pointers, *plan.sizes, momentum, eps, phi.alpha, phi.code)
-        runtime.launch("batch_norm_forward", plan.kernel, plan.launch, arguments, x)
+        spread = _spread(plan, "forward", x, pointers[0] | pointers[1] | pointers[4])
+        if spread is not None:
+            _launch_spread(plan, spread, pointers, (momentum, eps, phi.alpha), phi.code, x)
+        else:
+            arguments = rt.pack(FORWARD[plan.wide], *pointers, *plan.sizes, momentum, eps, phi.alpha, phi.code)
+            runtime.launch("batch_norm_forward", plan.kernel, plan.launch, arguments, x)
     return y, statistics, kept
 
 
@@ -212,6 +245,11 @@ def run_backward(plan: Plan, arrays: tuple, eps: float, phi: Activation, kept: K
         check.one_device(runtime, BACKWARD_NAMES, arrays)
         sources = _sources(plan, dy=dy, x=x, residual=residual)
         pointers = rt.addresses(runtime, *sources, gamma, beta, *rows, dx, dgamma, dbeta, dresidual)
-        arguments = rt.pack(BACKWARD[wide], *pointers, *plan.sizes, eps, phi.alpha, phi.code)
-        runtime.launch("batch_norm_backward", plan.kernel, plan.launch, arguments, x)
+        data = pointers[0] | pointers[1] | pointers[2] | pointers[8] | pointers[11]
+        spread = _spread(plan, "backward", x, data)
+        if spread is not None:
+            _launch_spread(plan, spread, pointers, (phi.alpha,), phi.code, x)
+        else:
+            arguments = rt.pack(BACKWARD[wide], *pointers, *plan.sizes, eps, phi.alpha, phi.code)
+            runtime.launch("batch_norm_backward", plan.kernel, plan.launch, arguments, x)
     return (dx, dgamma, dbeta) if residual is None else (dx, dgamma, dbeta, dresidual)

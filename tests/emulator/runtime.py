@@ -15,10 +15,13 @@ from typing import Any
 import numpy as np
 
 from bnkernels import _runtime
-from bnkernels._runtime import Launch
+from bnkernels._runtime import Launch, Limits
 
 from .binding import Binding, Counts, Schedule
 from .build import BUILD_VARIABLE, CUDA, CUDA_VARIABLE, EmulatorError, read_sources
+
+# A small device: a GPU's worth of threads at once would take the memory of one.
+LIMITS = Limits(sms=4, shared_bytes=227 * 1024, shared_bytes_of_sm=228 * 1024, cooperative=True)
 
 
 class EmulatedArray(np.ndarray):
@@ -62,6 +65,8 @@ class EmulatorRuntime:
     def __init__(self, build: str = "plain", sources: Mapping[str, str] | None = None) -> None:
         self._binding = Binding(build, read_sources() if sources is None else sources)
         self._schedule = Schedule()
+        self._limits = LIMITS
+        self._workspace: EmulatedArray | None = None
         self.launches: list[LaunchRecord] = []
 
     # ---- the seam ---------------------------------------------------------------------------------------------------
@@ -84,6 +89,16 @@ class EmulatorRuntime:
     def device(self, array: EmulatedArray) -> int:
         """Return 0: there is one emulated device."""
         return 0
+
+    def limits(self, array: EmulatedArray) -> Limits:
+        """Return the limits of the emulated device."""
+        return self._limits
+
+    def workspace(self, array: EmulatedArray) -> int:
+        """Return the address of the memory that launches share."""
+        if self._workspace is None:
+            self._workspace = self.asarray(np.zeros(_runtime.WORKSPACE_BYTES, np.uint8))
+        return self.pointer(self._workspace)
 
     def launch(self, source: str, entry_point: str, launch: Launch, arguments: np.ndarray, like: Any = None) -> None:
         """Run a kernel to its end, and add to `launches` what it did.
@@ -168,6 +183,15 @@ class EmulatorRuntime:
         """Run these blocks of every grid and no others; block (x, y, z) is x + gridDim.x (y + gridDim.y z)."""
         with self._scheduled(replace(self._schedule, only=tuple(blocks))):
             yield
+
+    @contextmanager
+    def device_limits(self, limits: Limits) -> Iterator[None]:
+        """Be a device with these limits."""
+        before, self._limits = self._limits, limits
+        try:
+            yield
+        finally:
+            self._limits = before
 
     # ---- memory -----------------------------------------------------------------------------------------------------
 
