@@ -62,7 +62,7 @@ enum Term { V, V_XHAT, G, G_XHAT, V_G, K, K_XHAT, K_XHAT_XHAT, U_K, U_K_XHAT, TE
 
 // What a thread knows of its channel.
 template <typename A>
-struct Normalisation {
+struct Scaling {
     Pair<A> mean;
     A rstd, scale, gamma, beta;  // scale = gamma rstd
 };
@@ -80,8 +80,8 @@ struct Row {
 };
 
 template <typename T, typename A>
-__device__ __forceinline__ Normalisation<A> load_normalisation(const BatchNormDoubleBackward<T, A>& a, long long c) {
-    Normalisation<A> channel;
+__device__ __forceinline__ Scaling<A> load_scaling(const BatchNormDoubleBackward<T, A>& a, long long c) {
+    Scaling<A> channel;
     channel.mean = {a.statistics[c], a.statistics[a.channels + c]};
     channel.rstd = a.statistics[2 * a.channels + c];
     channel.gamma = a.gamma ? a.gamma[c] : A(1);
@@ -98,7 +98,7 @@ __device__ __forceinline__ A through(A value, A slope, int activation) {
 
 template <typename T, typename A>
 __device__ __forceinline__ Row<A> load_row(const BatchNormDoubleBackward<T, A>& a, long long c,
-                                           const Normalisation<A>& channel, const Rows<false>& at) {
+                                           const Scaling<A>& channel, const Rows<false>& at) {
     Row<A> row;
     const A centred = subtract(A(a.x[at.at(a.x_outer, a.x_inner) + c * a.x_channel]), channel.mean);
     const A dy = A(a.dy[at.at(a.dy_outer, a.dy_inner) + c * a.dy_channel]);
@@ -123,7 +123,7 @@ __device__ __forceinline__ Row<A> load_row(const BatchNormDoubleBackward<T, A>& 
 
 template <typename T, typename A>
 __device__ __forceinline__ Coefficients<A> coefficients_of(const BatchNormDoubleBackward<T, A>& a, long long c,
-                                                           const Normalisation<A>& channel,
+                                                           const Scaling<A>& channel,
                                                            const ChannelSums<A, TERMS>& sums) {
     A sum[TERMS];
 #pragma unroll
@@ -149,10 +149,10 @@ __device__ __forceinline__ void batch_norm_double_backward(const BatchNormDouble
     const long long c = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     const bool active = c < a.channels;  // no early return: every thread must reach the barriers
     const Rows<false> first(a.outer, a.inner, threadIdx.y, blockDim.y);
-    Normalisation<A> channel = {};
+    Scaling<A> channel = {};
     ChannelSums<A, TERMS> own = {};
     if (active) {
-        channel = load_normalisation(a, c);
+        channel = load_scaling(a, c);
 #pragma unroll 1
         for (Rows<false> at = first; at.inside(); at.advance()) {
             const Row<A> row = load_row(a, c, channel, at);
