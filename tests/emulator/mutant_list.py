@@ -155,8 +155,15 @@ MUTANTS = [
     Mutant(
         "forward: running_var takes the biased variance",
         FORWARD,
-        "value(all.m2) / A(a.outer * a.inner - 1);",
+        "value(all.m2) / a.divisor;",
         "value(all.m2) / A(a.outer * a.inner);",
+    ),
+    Mutant(
+        "forward: running_var takes the unbiased variance whatever was asked for",
+        FORWARD,
+        "value(all.m2) / a.divisor;",
+        "value(all.m2) / A(a.outer * a.inner - 1);",
+        select="n_minus_1",
     ),
     Mutant(
         "forward: normalises with the unbiased variance",

@@ -12,11 +12,13 @@ from pathlib import Path
 
 from .build import CUDA, CUDA_VARIABLE, ROOT, EmulatorError, read_sources
 
-BATCH_NORM = ("tests/test_batch_norm.py", "tests/test_batch_norm_layouts.py", "tests/regress")
+BATCH_NORM = tuple(f"tests/{name}" for name in ("test_batch_norm.py", "test_batch_norm_layouts.py", "regress"))
+RUNNING = ("tests/test_running_statistics.py",)
 TESTS = {  # the quickest first: the first failure ends a run
     "half.cuh": ("tests/test_batch_norm_half.py",),
     "activation.cuh": ("tests/test_batch_norm_activations.py", "tests/test_batch_norm_double_backward.py"),
-    **dict.fromkeys(("common.cuh", "channel.cuh", "batch_norm_forward.cu", "batch_norm_backward.cu"), BATCH_NORM),
+    **dict.fromkeys(("common.cuh", "channel.cuh", "batch_norm_backward.cu"), BATCH_NORM),
+    "batch_norm_forward.cu": (*BATCH_NORM, *RUNNING),
     **dict.fromkeys(
         ("channel_sums.cuh", "batch_norm_double_backward.cu"), ("tests/test_batch_norm_double_backward.py",)
     ),
