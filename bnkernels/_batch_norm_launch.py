@@ -93,8 +93,9 @@ def double_backward_launch(outer: int, channels: int, dtype: np.dtype, inner: in
 
     Examples
     --------
-    >>> double_backward_launch(64, 20, np.dtype("float32"))
-    ('double_backward', Launch(grid=(1, 1, 1), block=(20, 16, 1), shared_bytes=12800))
+    >>> variant, launch = double_backward_launch(64, 20, np.dtype("float32"))
+    >>> launch.block, launch.shared_bytes
+    ((20, 16, 1), 12800)
     """
     width = slice_width(channels, inner, dtype)
     lanes = _lanes(ceil_div(outer * inner, HELD), width)
