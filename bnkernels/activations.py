@@ -23,7 +23,7 @@ class Activation(NamedTuple):
     from_output: bool  # whether the backward takes phi's output; else its input
     forward: Callable[[Any, Any], Any]  # (xp, z) -> h; may overwrite z where from_output
     backward: Callable[[Any, Any, Any], Any]  # (xp, dh, h or z) -> dz; overwrites neither
-    second: Callable[[Any, Any], Any]  # (xp, z) -> phi''(z), best in float64; 0 at a kink; does not overwrite z
+    second: Callable[[Any, Any], Any]  # (xp, z) -> phi''(z), best in float64; does not overwrite z
 
     @property
     def is_identity(self) -> bool:

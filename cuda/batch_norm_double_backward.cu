@@ -21,8 +21,10 @@
 //            channel c = w blockIdx.x + i and rows j, j + l, j + 2l, ... of it, one at a time.
 // Traffic:   every input twice, every output once. One barrier, above 64 lanes two.
 // Numerics:  in A, sums in pairs (common.cuh): dx sums to 0 over the batch as well as rounding allows. z has the bits of
-//            the forward. Deterministic (channel_sums.cuh). phi'' is 0 at a kink, where it does not exist.
-// Reference: Ioffe and Szegedy, Batch Normalization, 2015, arXiv:1502.03167, section 3, differentiated once more.
+//            the forward. Deterministic (channel_sums.cuh). phi'' at a kink, where it does not exist, is 0;
+//            elu's at 0 is that from below.
+// Reference: Ioffe and Szegedy, Batch Normalization, 2015, arXiv:1502.03167, section 3, differentiated once more:
+//            docs/double_backward.md derives every line of the formulas.
 // Called by: bnkernels/batch_norm_double_backward.py
 #include "activation.cuh"
 #include "channel.cuh"
