@@ -104,7 +104,8 @@ def batch_norm_double_backward(
     -----
     With `ddx` alone and the gradient of a loss as `dy`, `dx` is the Hessian of ``<dy, y(x)>`` times `ddx`. The second
     derivative of relu and leaky_relu counts as 0 at their kink, that of elu at 0 is the one from below. An empty batch
-    gives zero parameter gradients. Derivation: ``docs/double_backward.md``. Source: ``cuda/batch_norm_double_backward.cu``.
+    gives zero parameter gradients. Derivation: ``docs/double_backward.md``. Source:
+    ``cuda/batch_norm_double_backward.cu``.
 
     Examples
     --------
