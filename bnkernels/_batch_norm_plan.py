@@ -106,9 +106,10 @@ def _planned(args: dict, layout: Layout, inputs: tuple[str, ...], choose: Callab
         if args[name] is not None:
             given.append(strides)
     variant, launch = choose(layout.outer, layout.channels, x.dtype, layout.inner)
-    spreads = not variant.endswith(f"held{HELD}") and "inference" not in variant
     kernel = f"bnk_batch_norm_{variant}_{rt.suffix(x.dtype)}"
-    tensor = Tensor(layout.outer, layout.channels, layout.inner, x.dtype, tuple(given)) if spreads else None
+    tensor = Tensor(layout.outer, layout.channels, layout.inner, x.dtype, tuple(given))
+    if variant.endswith(f"held{HELD}") or "inference" in variant or not tensor.may_spread:
+        tensor = None
     return plan._replace(kernel=kernel, launch=launch, sizes=tuple(sizes), copied=tuple(copied), tensor=tensor)
 
 

@@ -24,6 +24,7 @@ RESERVED = 1024  # bytes of shared memory that a block costs beside its own
 MOST_BLOCKS = 256  # of a group
 ARRIVALS_PITCH = 8  # counters of a group, as in cuda/spread.cuh
 MOST_GROUPS = 256
+EXCHANGED = 1 / 4  # bytes that a block may read of the others, for a byte of data; they come from the L2 cache
 ARRIVALS = MOST_GROUPS * ARRIVALS_PITCH * 4  # bytes of the counters for groups of one size
 PARTIALS = MOST_BLOCKS.bit_length() * ARRIVALS  # where in the workspace the partial results begin
 QUANTITIES = {"forward": 3, "backward": 2}  # partial results of a channel
@@ -70,9 +71,10 @@ class Tensor(NamedTuple):
         return VECTOR // self.dtype.itemsize
 
     @property
-    def in_vectors(self) -> bool:
-        """Whether all rows are whole vectors, provided that the arrays begin at one."""
-        if self.dtype.itemsize > 4:
+    def may_spread(self) -> bool:
+        """Whether the tensor is large enough, and all rows are whole vectors, provided that the arrays begin at one."""
+        size = self.outer * self.channels * self.inner * self.dtype.itemsize
+        if self.dtype.itemsize > 4 or size <= SMALL:
             return False
         contiguous = 1 if self.inner == 1 else 2  # the axis whose neighbours lie side by side
         along = self.channels if self.inner == 1 else self.inner
@@ -92,8 +94,8 @@ class Tensor(NamedTuple):
 def choose_spread(direction: str, tensor: Tensor, limits: Limits) -> Spread | None:
     """Return how the spread kernel of a direction would run, or None where the others are to be taken.
 
-    They are taken for float64, for tensors that do not lie in rows of 16 bytes, for small ones, and for those whose
-    threads would have less than a row each.
+    They are taken for float64, for tensors that do not lie in rows of 16 bytes, for small ones (`Tensor.may_spread`),
+    for those whose threads would have less than a row each, and for a device whose shared memory holds no row.
 
     Examples
     --------
@@ -102,12 +104,10 @@ def choose_spread(direction: str, tensor: Tensor, limits: Limits) -> Spread | No
     >>> choose_spread("forward", matrix, h200).launch.grid  # 16 groups take the 32 slices in turn
     (16, 16, 1)
     """
-    size = tensor.outer * tensor.channels * tensor.inner * tensor.dtype.itemsize
-    if size <= SMALL or not tensor.in_vectors:
-        return None
     widths = [tensor.dtype.itemsize] if tensor.inner > 1 else [min(w, _row(tensor)) for w in WIDTHS]
     blocks = [_Block(direction, tensor, width, limits) for width in widths]
-    if blocks[0].rows < blocks[0].lanes:
+    blocks = [block for block in blocks if block.most_held > 0 and block.rows >= block.lanes]
+    if not blocks:
         return None
     alone = [block for block in blocks if block.keeps_all(1)]
     for block in alone:  # the widest that keeps half of the device busy
@@ -115,13 +115,11 @@ def choose_spread(direction: str, tensor: Tensor, limits: Limits) -> Spread | No
             return block.spread(1, block.slices)
     if not limits.cooperative:
         return None
-    block = blocks[0]
     resident = BLOCKS_PER_SM * limits.sms
-    together = 1
-    while 2 * together <= min(resident, MOST_BLOCKS, FAN_IN * block.lanes, block.rows // block.lanes) and (
-        2 * together * block.slices <= resident or not block.keeps_all(together)
-    ):
-        together *= 2
+    for block in blocks:  # the widest that exchanges little
+        together = block.together(resident)
+        if block.keeps_all(together) and block.exchanged(together) <= EXCHANGED * block.read(together):
+            break
     return block.spread(together, min(block.slices, resident // together, MOST_GROUPS))
 
 
@@ -155,6 +153,22 @@ class _Block:
     def keeps_all(self, together: int) -> bool:
         """Tell whether all rows stay on the chip."""
         return self.rows_of_thread(together) <= self.most_held
+
+    def together(self, resident: int) -> int:
+        """Return how many blocks share a slice: enough to keep it on the chip, and to have work for all."""
+        most = min(resident, MOST_BLOCKS, FAN_IN * self.lanes, self.rows // self.lanes)
+        together = 1
+        while 2 * together <= most and (2 * together * self.slices <= resident or not self.keeps_all(together)):
+            together *= 2
+        return together
+
+    def exchanged(self, together: int) -> int:
+        """Return the bytes that a block reads of the others: all their partial results."""
+        return together * QUANTITIES[self.direction] * self.channels * 4
+
+    def read(self, together: int) -> int:
+        """Return the bytes of the data that a block reads."""
+        return self.rows_of_thread(together) * self.row
 
     def spread(self, together: int, groups: int) -> Spread:
         """Return the choice with so many blocks for a slice, and so many groups of them."""

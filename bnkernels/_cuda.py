@@ -79,13 +79,14 @@ class CudaRuntime:
             key = device.id, stream.ptr, threading.get_ident() if stream.ptr == PER_THREAD else 0
             found = self._workspaces.get(key)
             if found is None:
-                if stream.ptr not in (0, PER_THREAD) and stream.is_capturing():
+                if stream.ptr and stream.is_capturing():  # the null stream never is, and does not like to be asked
                     raise RuntimeError(
                         "this launch needs a workspace that its stream does not have yet, and it cannot be made while "
                         "a graph is captured: call the op once on this stream before the capture begins"
                     )
-                found = self._workspaces.setdefault(key, cupy.zeros(WORKSPACE_BYTES, np.uint8))
-        return found.data.ptr
+                # With the stream, so that no other one gets its handle.
+                found = self._workspaces.setdefault(key, (cupy.zeros(WORKSPACE_BYTES, np.uint8), stream))
+        return found[0].data.ptr
 
     def launch(self, source: str, entry_point: str, launch: Launch, arguments: np.ndarray, like: Any) -> None:
         """Enqueue the kernel; a NumPy array of one structured element is passed by value."""

@@ -20,7 +20,7 @@ from bnkernels._runtime import Launch, Limits
 from .binding import Binding, Counts, Schedule
 from .build import BUILD_VARIABLE, CUDA, CUDA_VARIABLE, EmulatorError, read_sources
 
-# A small device: a GPU's worth of threads at once would take the memory of one.
+# A small device: it does not take a GPU's worth of threads for blocks to wait for one another.
 LIMITS = Limits(sms=4, shared_bytes=227 * 1024, shared_bytes_of_sm=228 * 1024, cooperative=True)
 
 
@@ -57,6 +57,8 @@ class EmulatorRuntime:
     ----------
     launches : list of LaunchRecord
         What ran since the last `reset`.
+    workspace_array : EmulatedArray or None
+        What `workspace` returns the address of, once it was asked for.
     """
 
     array_type = EmulatedArray
@@ -65,8 +67,8 @@ class EmulatorRuntime:
     def __init__(self, build: str = "plain", sources: Mapping[str, str] | None = None) -> None:
         self._binding = Binding(build, read_sources() if sources is None else sources)
         self._schedule = Schedule()
-        self._limits = LIMITS
-        self._workspace: EmulatedArray | None = None
+        self._limits = LIMITS._replace(sms=1) if build == "tsan" else LIMITS  # a thread of TSan's takes two megabytes
+        self.workspace_array: EmulatedArray | None = None
         self.launches: list[LaunchRecord] = []
 
     # ---- the seam ---------------------------------------------------------------------------------------------------
@@ -96,9 +98,9 @@ class EmulatorRuntime:
 
     def workspace(self, array: EmulatedArray) -> int:
         """Return the address of the memory that launches share."""
-        if self._workspace is None:
-            self._workspace = self.asarray(np.zeros(_runtime.WORKSPACE_BYTES, np.uint8))
-        return self.pointer(self._workspace)
+        if self.workspace_array is None:
+            self.workspace_array = self.asarray(np.zeros(_runtime.WORKSPACE_BYTES, np.uint8))
+        return self.pointer(self.workspace_array)
 
     def launch(self, source: str, entry_point: str, launch: Launch, arguments: np.ndarray, like: Any = None) -> None:
         """Run a kernel to its end, and add to `launches` what it did.
