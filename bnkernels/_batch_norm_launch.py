@@ -63,7 +63,7 @@ def forward_launch(outer: int, channels: int, dtype: np.dtype, inner: int = 1) -
     Examples
     --------
     >>> forward_launch(64, 20, np.dtype("float32"))
-    ('held4', Launch(grid=(1, 1, 1), block=(20, 16, 1), shared_bytes=3840))
+    ('held4', Launch(grid=(1, 1, 1), block=(20, 16, 1), shared_bytes=3840, cooperative=False))
     """
     return _choose(outer, channels, inner, dtype, planes=3)
 
@@ -74,7 +74,7 @@ def backward_launch(outer: int, channels: int, dtype: np.dtype, inner: int = 1) 
     Examples
     --------
     >>> backward_launch(64, 20, np.dtype("float32"))
-    ('backward_held4', Launch(grid=(1, 1, 1), block=(20, 16, 1), shared_bytes=2560))
+    ('backward_held4', Launch(grid=(1, 1, 1), block=(20, 16, 1), shared_bytes=2560, cooperative=False))
     """
     variant, launch = _choose(outer, channels, inner, dtype, planes=2)
     return f"backward_{variant}", launch

@@ -102,7 +102,7 @@ __device__ __forceinline__ Derivatives<A> curved_derivatives(A z, int activation
     if (density == A(0)) return {gate.gate, A(0)};
     A bend = activation == GELU ? -z : fall;  // gate'' / gate'
     if (activation == GELU_TANH) {
-        const A a = A(1.5957691216057308), b = A(0.07135481627260025), slope = fma(A(3) * b, z * z, a);
+        const A a = A(1.5957691216057308), b = A(0.07135481627260025), slope = fma(z * z, A(3) * b, a);
         bend = fma(fall, slope, A(6) * b * z / slope);
     }
     return {gate.gate + z * density, density * fma(z, bend, A(2))};

@@ -28,6 +28,7 @@ from tests.fake_cupy_arrays import Array, bare, computed
 
 ARCHITECTURES = (80, 90)
 ATTRIBUTES = fake_cupy.ATTRIBUTES | {
+    "MultiProcessorCount": 8,
     "L2CacheSize": 2**16,
     "MaxThreadsPerMultiProcessor": 2048,
     "MaxRegistersPerMultiprocessor": 65536,

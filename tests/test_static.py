@@ -122,7 +122,7 @@ def test_nothing_undercuts_the_launch_or_the_fewest_bytes() -> None:
 
 
 @pytest.mark.emulator
-@pytest.mark.parametrize("shape", [(64, 128), (1030, 128), (70, 100)], ids=str)
+@pytest.mark.parametrize("shape", [(64, 128), (1030, 126), (70, 100)], ids=str)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("op", ["batch_norm", "batch_norm_inference"])
 def test_two_slices_scaled_are_the_whole(
@@ -134,6 +134,24 @@ def test_two_slices_scaled_are_the_whole(
     counts, where = counting.counted_by_slices(case, *found)
     assert where == f"{shape[0]}x{shape[1] // 2}, times 2"
     assert counts == counting.counted_in_full(case)
+
+
+@pytest.mark.emulator
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_slice_of_each_group_scaled_is_the_whole(
+    counting_build: EmulatorRuntime, monkeypatch: pytest.MonkeyPatch, direction: str
+) -> None:
+    """But for what the blocks exchange, whose memory all slices share: each byte counted once, that is no more."""
+    monkeypatch.setattr(counting, "DEVICE", replace(H200, sms=4))
+    case = Case("batch_norm", direction, (6000, 256))
+    small, times = counting.fewer_slices(case)
+    assert times > 1
+    ((count,), _), (whole,) = counting.counted_by_slices(case, small, times), counting.counted_in_full(case)
+    assert whole.launch.cooperative
+    scaled = count._replace(barriers=whole.barriers, read=whole.read, written=whole.written)
+    assert scaled == whole
+    assert whole.read <= count.read <= 1.02 * whole.read
+    assert whole.written <= count.written <= 1.02 * whole.written
 
 
 @pytest.mark.parametrize("shape", [(64, 20), (64, 96), (64, 97)], ids=str)
@@ -161,8 +179,8 @@ def test_planned_launches_are_those_that_run(counting_build: EmulatorRuntime, ca
 
 def test_planning_takes_no_memory_and_no_time() -> None:
     ((_, kernel, launch),) = counting.planned(Case("batch_norm", "backward", (65_536, 4096)))
-    assert kernel == "bnk_batch_norm_backward_streamed_f32"
-    assert launch.grid == (128, 1, 1)
+    assert kernel == "bnk_batch_norm_backward_spread_f32"
+    assert launch.grid == (4, 64, 1)
 
 
 @pytest.mark.parametrize(

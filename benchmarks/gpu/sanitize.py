@@ -36,6 +36,7 @@ EXIT = 66
 NUMBERS = 63  # of the planted kernels' arrays, for 64 threads
 ROWS, CHANNELS = (10, 100, 300), 33  # every variant of the batch norms, and a slice of one channel
 IMAGES = (5, 49)  # values of an image: neighbouring threads read neighbouring channels, and neighbouring values
+SHARED = [(20_000, 8), (6, 2, 30_000)]  # slices that several blocks share, on any GPU
 SIZE = 1000  # of the optimisers' parameters
 COMPLETE = "every kernel ran and computed what NumPy computes"
 SUMMARY = re.compile(r"(?:ERROR SUMMARY|RACECHECK SUMMARY): (\d+)")
@@ -100,6 +101,9 @@ def calls(dtype: np.dtype) -> list[tuple[Op, list[np.ndarray]]]:
     for size in IMAGES:
         x, dy, residual = (rng.standard_normal((3, CHANNELS, size)).astype(dtype) for _ in range(3))
         found.append((batch_norm, [x, dy, *vectors(rng, dtype), residual]))
+    for shape in SHARED if dtype.itemsize <= 4 else []:
+        x, dy, residual = (rng.standard_normal(shape).astype(dtype) for _ in range(3))
+        found.append((batch_norm, [x, dy, *vectors(rng, dtype, shape[1]), residual]))
     if dtype.itemsize == 2:
         return found
     states = [rng.standard_normal(SIZE).astype(dtype) for _ in range(2)]
@@ -107,9 +111,9 @@ def calls(dtype: np.dtype) -> list[tuple[Op, list[np.ndarray]]]:
     return [*found, (sgd, states), (momentum, [*states, moments[0]]), (adam, [*states, *moments])]
 
 
-def vectors(rng: np.random.Generator, dtype: np.dtype) -> list[np.ndarray]:
+def vectors(rng: np.random.Generator, dtype: np.dtype, channels: int = CHANNELS) -> list[np.ndarray]:
     """Return parameters and running statistics, in the type of the kernels' sums."""
-    return [rng.uniform(0.5, 1.5, CHANNELS).astype(_runtime.accumulator(dtype)) for _ in range(4)]
+    return [rng.uniform(0.5, 1.5, channels).astype(_runtime.accumulator(dtype)) for _ in range(4)]
 
 
 def batch_norm(x: Any, dy: Any, gamma: Any, beta: Any, mean: Any, var: Any, residual: Any = None) -> Sequence[Any]:

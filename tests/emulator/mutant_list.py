@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+from .mutant_list_double_backward import MUTANTS as DOUBLE_BACKWARD
 from .mutants import Mutant
 
 COMMON, FORWARD, BACKWARD = "common.cuh", "batch_norm_forward.cu", "batch_norm_backward.cu"
-DOUBLE, SUMS = "batch_norm_double_backward.cu", "channel_sums.cuh"
+MOMENTS, SPREAD, VECTOR = "moments.cuh", "spread.cuh", "vector.cuh"
+FORWARD_SPREAD, BACKWARD_SPREAD = "batch_norm_forward_spread.cu", "batch_norm_backward_spread.cu"
 HALF, ACTIVATION, CHANNEL = "half.cuh", "activation.cuh", "channel.cuh"
 SOFTMAX, UPDATE = "softmax_cross_entropy.cu", "parameter_update.cu"
 
 MUTANTS = [
+    *DOUBLE_BACKWARD,
     # ---- barriers, warps, races
     Mutant(
         "forward: no barrier before the merge",
         FORWARD,
-        "    __syncthreads();\n    int step = 1;\n",
-        "    int step = 1;\n",
+        "    __syncthreads();\n    const A* const slots",
+        "    const A* const slots",
     ),
     Mutant(
         "forward: threads without a channel return before the barrier",
         FORWARD,
-        "    __syncthreads();\n    int step = 1;\n",
-        "    if (!active) return;\n    __syncthreads();\n    int step = 1;\n",
+        "    __syncthreads();\n    const A* const slots",
+        "    if (!active) return;\n    __syncthreads();\n    const A* const slots",
     ),
     Mutant(
         "forward: no barrier between the levels of the merge", FORWARD, "        __syncthreads();\n    }\n", "    }\n"
@@ -63,24 +66,6 @@ MUTANTS = [
         SOFTMAX,
         "for (int apart = 16; apart > 0; apart /= 2) v +=",
         "for (int apart = 8; apart > 0; apart /= 2) v +=",
-    ),
-    Mutant(
-        "double backward: no barrier before the sums",
-        SUMS,
-        "    __syncthreads();\n    if (lanes > SERIAL_LANES) {",
-        "    if (lanes > SERIAL_LANES) {",
-    ),
-    Mutant(
-        "double backward: no barrier between the levels of the sums",
-        SUMS,
-        "        __syncthreads();\n    }\n    return merge_lanes",
-        "    }\n    return merge_lanes",
-    ),
-    Mutant(
-        "double backward: threads without a channel return before the barrier",
-        DOUBLE,
-        "    const ChannelSums<A, TERMS> total = merge_block(own);\n    if (!active) return;",
-        "    if (!active) return;\n    const ChannelSums<A, TERMS> total = merge_block(own);",
     ),
     # ---- memory and indices
     Mutant("channel: one row past the tail", CHANNEL, "return outer < outers;", "return outer <= outers;"),
@@ -183,11 +168,11 @@ MUTANTS = [
         "fma(a.momentum, all.mean.high, keep * a.running_mean[c])",
         "fma(keep, all.mean.high, a.momentum * a.running_mean[c])",
     ),
-    Mutant("forward: all lanes weigh the same", FORWARD, "longer((int)(rows - rounds * lanes))", "longer(0)"),
+    Mutant("forward: all lanes weigh the same", MOMENTS, "longer((int)(rows - rounds * lanes))", "longer(0)"),
     Mutant(
         "forward: the merge forgets how many rows a lane has",
-        FORWARD,
-        "delta * delta * A(shares.rows(j, min(j + step, last)))",
+        MOMENTS,
+        "delta * delta * A(shares.of(j, min(j + step, last)))",
         "delta * delta",
     ),
     Mutant("common: the low part of the mean is dropped", COMMON, "return (x - a.high) - a.low;", "return x - a.high;"),
@@ -230,34 +215,6 @@ MUTANTS = [
         "half: ties of bfloat16 go up", HALF, "(wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16", "(wide + 0x8000u) >> 16"
     ),
     Mutant("half: NaN becomes a number", HALF, "value == value ? rounded : nan", "rounded"),
-    Mutant(
-        "double backward: nothing through s e",
-        DOUBLE,
-        "- of.fall * sum[V_XHAT] + s * e) / n",
-        "- of.fall * sum[V_XHAT]) / n",
-    ),
-    Mutant(
-        "double backward: nothing through the second derivative", DOUBLE, "row.k = dy * phi.second;", "row.k = A(0);"
-    ),
-    Mutant("double backward: dgamma misses the scale", DOUBLE, "sum_q_xhat + channel.rstd * e;", "sum_q_xhat;"),
-    Mutant(
-        "double backward: an infinite gradient through a flat piece",
-        DOUBLE,
-        "activation == LINEAR && slope == A(0) ? A(0) : value * slope",
-        "value * slope",
-    ),
-    Mutant(
-        "activation: the second derivative of a gate without the first of its own",
-        ACTIVATION,
-        "fma(z, bend, A(2))",
-        "z * bend",
-    ),
-    Mutant(
-        "activation: gelu_tanh's argument taken for straight",
-        ACTIVATION,
-        "fma(fall, slope, A(6) * b * z / slope)",
-        "fall * slope",
-    ),
     Mutant("backward: dx without gamma", BACKWARD, "channel.scale * (g[i] -", "channel.rstd * (g[i] -"),
     Mutant(
         "backward: the gradient of the residual is not written",
@@ -288,5 +245,73 @@ MUTANTS = [
         UPDATE,
         "(sqrt(second / a.correction2) + a.eps)",
         "sqrt(second / a.correction2 + a.eps)",
+    ),
+    # ---- slices that several blocks share
+    Mutant(
+        "spread: a block arrives without a fence",
+        SPREAD,
+        "        __threadfence();\n        const unsigned ticket",
+        "        const unsigned ticket",
+        ("tsan",),
+        "test_the_order_of_blocks_and_threads_changes_no_bit and shape1",
+    ),
+    Mutant(
+        "spread: no barrier behind the meeting",
+        SPREAD,
+        "        __threadfence();\n    }\n    __syncthreads();\n",
+        "        __threadfence();\n    }\n",
+    ),
+    Mutant("spread: nobody waits", SPREAD, "(ticket / blocks + 1) * blocks", "ticket"),
+    Mutant(
+        "spread: the last block waits for the next meeting", SPREAD, "(ticket / blocks + 1)", "(ticket / blocks + 2)"
+    ),
+    Mutant(
+        "spread: the next slice's partial results over those of this one",
+        SPREAD,
+        "(odd ? gridDim.x : 0)",
+        "0",
+        ("plain", "tsan"),
+        "test_the_order_of_blocks_and_threads_changes_no_bit and shape0",
+    ),
+    Mutant("spread: all threads keep their rows in the same place", SPREAD, "own[row * threads]", "own[row]"),
+    Mutant("spread: the last eight of the partial results are not whole", SPREAD, "min(first + FAN_IN, blocks)", "8"),
+    Mutant("vector: the second half of a word erases the first", VECTOR, "& 0xffffu : 0u", "& 0u : 0u"),
+    Mutant(
+        "forward spread: every block updates the running statistics",
+        FORWARD_SPREAD,
+        "if (threadIdx.y == 0 && blockIdx.y == 0) write",
+        "if (threadIdx.y == 0) write",
+    ),
+    Mutant(
+        "forward spread: rows that are not held are looked for in shared memory",
+        FORWARD_SPREAD,
+        "first + i < a.held ? held",
+        "true ? held",
+    ),
+    Mutant(
+        "forward spread: no barrier before the next slice",
+        FORWARD_SPREAD,
+        "        __syncthreads();  // all have seen the merged moments\n",
+        "",
+        ("plain", "tsan"),
+        "test_the_order_of_blocks_and_threads_changes_no_bit and shape0",
+    ),
+    Mutant(
+        "forward spread: a chunk that is not the first replaces the others",
+        FORWARD_SPREAD,
+        "if (!first) moments",
+        "if (false) moments",
+    ),
+    Mutant(
+        "backward spread: dx without the mean of g xhat",
+        BACKWARD_SPREAD,
+        "fma(gradient.centred[j], means.slope[own], means.g[own])",
+        "means.g[own]",
+    ),
+    Mutant(
+        "backward spread: dy is kept where x is",
+        BACKWARD_SPREAD,
+        "held_dy[first + i] = chunk[0].dy",
+        "held_x[first + i] = chunk[0].dy",
     ),
 ]
