@@ -28,7 +28,7 @@ ONE = np.ones((), np.float32)
 
 
 class Count(NamedTuple):
-    """What one launch did: bytes by every access, and each byte counted once."""
+    """What one launch did: bytes by every access, each byte counted once, and of the large arrays alone."""
 
     source: str
     kernel: str
@@ -38,6 +38,8 @@ class Count(NamedTuple):
     written: int
     accessed_read: int
     accessed_written: int
+    data_read: int  # by every access, from arrays as large as the data
+    data_written: int
 
 
 # ---- the cases ------------------------------------------------------------------------------------------------------
@@ -170,12 +172,18 @@ def counted_in_full(case: Case) -> list[Count]:
         call()
     records = list(runtime.launches)
     runtime.reset()
-    return [count_of(record) for record in records]
+    return [count_of(record, case, runtime.workspace_array) for record in records]
 
 
-def count_of(record: LaunchRecord) -> Count:
+def count_of(record: LaunchRecord, case: Case, workspace: np.ndarray | None) -> Count:
     """Return what a launch did."""
     total = record.counts.total
+    others = None if workspace is None else workspace.ctypes.data
+    data = [
+        traffic
+        for block, traffic in record.counts.arrays.items()
+        if len(block) == case.size * case.itemsize and block.start != others
+    ]
     return Count(
         record.source,
         record.entry_point,
@@ -185,6 +193,8 @@ def count_of(record: LaunchRecord) -> Count:
         total.unique_bytes_written,
         total.bytes_read,
         total.bytes_written,
+        sum(traffic.bytes_read for traffic in data),
+        sum(traffic.bytes_written for traffic in data),
     )
 
 
@@ -240,6 +250,8 @@ def counted(case: Case) -> tuple[list[Count], str]:
     if case.size <= WHOLE:
         return counted_in_full(case), extent(case.shape)
     found = fewer_slices(case)
+    if found is None and case.size <= MOST_COUNTED:
+        return counted_in_full(case), extent(case.shape)
     if found is None or found[0].size > MOST_COUNTED:
         raise NotSupportedError("too large for the emulator, and so are some slices of its channels, if it has slices")
     return counted_by_slices(case, *found)
