@@ -88,6 +88,21 @@ def inference_backward_launch(outer: int, channels: int, dtype: np.dtype, inner:
     return "inference_backward", Launch((ceil_div(channels, width), 1, 1), (width, lanes, 1), shared)
 
 
+def double_backward_launch(outer: int, channels: int, dtype: np.dtype, inner: int = 1) -> tuple[str, Launch]:
+    """Return variant and launch of the double backward, whose rows are streamed at any length.
+
+    Examples
+    --------
+    >>> variant, launch = double_backward_launch(64, 20, np.dtype("float32"))
+    >>> launch.block, launch.shared_bytes
+    ((20, 16, 1), 12800)
+    """
+    width = slice_width(channels, inner, dtype)
+    lanes = _lanes(ceil_div(outer * inner, HELD), width)
+    shared = 10 * width * lanes * accumulator(dtype).itemsize
+    return "double_backward", Launch((ceil_div(channels, width), 1, 1), (width, lanes, 1), shared)
+
+
 def inference_launch(outer: int, channels: int, dtype: np.dtype, inner: int = 1) -> Launch:
     """Return the launch of the inference forward, whose blocks share the rows freely."""
     rows, width = outer * inner, slice_width(channels, inner, dtype)

@@ -31,7 +31,7 @@ X_STRIDES = "x_outer x_channel x_inner residual_outer residual_channel residual_
 FORWARD = rt.arguments_type(
     "x residual gamma beta y statistics running_mean running_var",
     f"{SIZES} {X_STRIDES}",
-    "momentum eps alpha",
+    "momentum divisor eps alpha",
     "activation",
 )
 INFERENCE = rt.arguments_type(
@@ -79,9 +79,9 @@ def _checked(names: tuple[str, ...], signatures: tuple, axis: Any, optional: tup
     layout = layout_of(x, axis)
     wide, channels = rt.accumulator(x.dtype), layout.channels
     for name, argument in args.items():
-        if name in ("dy", "residual"):
+        if name in ("dy", "residual", "ddx", "ddresidual"):
             check.like(argument, x.shape, x.dtype)
-        elif name in ("y", "out", "dx", "dresidual"):
+        elif name in ("y", "out", "dx", "dresidual", "ddy"):
             check.contiguous(argument, x.shape, x.dtype)
         elif name != "x":
             check.contiguous(argument, (3, channels) if name == "statistics" else (channels,), wide)
@@ -174,7 +174,7 @@ def _launch_spread(
 
 
 def run_forward(
-    plan: Plan, arrays: tuple, momentum: float, eps: float, phi: Activation
+    plan: Plan, arrays: tuple, momentum: float, eps: float, phi: Activation, unbiased: bool = True
 ) -> tuple[Any, Any, Kept | None]:
     """Run the training forward on the arrays FORWARD_NAMES.
 
@@ -182,24 +182,26 @@ def run_forward(
     """
     y, statistics, running_mean, running_var, x, residual, gamma, beta = arrays
     runtime, layout, kept = plan.runtime, plan.layout, None
+    divisor = float(layout.rows - unbiased)  # of the squares, for the running variance
     if y is None:
         y, statistics = rt.empty(runtime, plan.shape, x), rt.empty(runtime, (3, layout.channels), x, plan.wide)
     if plan.empty:
         statistics[...] = 0
     elif plan.twin:
-        kept = forward_numpy(x, residual, gamma, beta, running_mean, running_var, momentum, eps, phi, y, statistics)
+        vectors = gamma, beta, running_mean, running_var
+        kept = forward_numpy(x, residual, *vectors, momentum, divisor, eps, phi, y, statistics)
     elif runtime is None:
         vectors = gamma, beta, running_mean, running_var
-        kept = forward_host(layout, x, residual, vectors, momentum, eps, phi, y, statistics)
+        kept = forward_host(layout, x, residual, vectors, momentum, divisor, eps, phi, y, statistics)
     else:
         check.one_device(runtime, FORWARD_NAMES, arrays)
         sources = _sources(plan, x=x, residual=residual)
         pointers = rt.addresses(runtime, *sources, gamma, beta, y, statistics, running_mean, running_var)
         spread = _spread(plan, "forward", x, pointers[0] | pointers[1] | pointers[4])
         if spread is not None:
-            _launch_spread(plan, spread, pointers, (momentum, eps, phi.alpha), phi.code, x)
+            _launch_spread(plan, spread, pointers, (momentum, divisor, eps, phi.alpha), phi.code, x)
         else:
-            arguments = rt.pack(FORWARD[plan.wide], *pointers, *plan.sizes, momentum, eps, phi.alpha, phi.code)
+            arguments = rt.pack(FORWARD[plan.wide], *pointers, *plan.sizes, momentum, divisor, eps, phi.alpha, phi.code)
             runtime.launch("batch_norm_forward", plan.kernel, plan.launch, arguments, x)
     return y, statistics, kept
 

@@ -36,7 +36,7 @@ ARGUMENTS = {
     "forward": rt.arguments_type(
         "x residual gamma beta y statistics running_mean running_var partial arrivals",
         f"{SIZES} {STRIDES}",
-        "momentum eps alpha",
+        "momentum divisor eps alpha",
         "activation",
     )[np.dtype(np.float32)],
     "backward": rt.arguments_type(

@@ -43,6 +43,7 @@ def batch_norm_forward(
     running_var: Any = None,
     *,
     momentum: float = 0.1,
+    unbiased: bool = True,
     eps: float = 1e-5,
     axis: int = 1,
     residual: Any = None,
@@ -59,9 +60,11 @@ def batch_norm_forward(
     gamma, beta : array, shape (C,), type A, optional
         Scale and shift; without them 1 and 0.
     running_mean, running_var : array, shape (C,), type A, optional
-        Running statistics, updated in place. `running_var` takes the unbiased variance.
+        Running statistics, updated in place.
     momentum : float
         Weight of the new statistics in the running ones, between 0 and 1.
+    unbiased : bool
+        Whether `running_var` takes the variance over N - 1, as in PyTorch, or over N, as in Flax and Keras.
     eps : float
         Added to the variance, in the units of ``x**2``.
     axis : int
@@ -117,14 +120,14 @@ def batch_norm_forward(
     array([2., 0.])
     """
     y, statistics = check.pack_outputs(out, ("y", "statistics"))
-    momentum = check.number("momentum", momentum, 0, 1)
+    momentum, unbiased = check.number("momentum", momentum, 0, 1), check.boolean("unbiased", unbiased)
     eps = check.number("eps", eps, 0)
     axis, phi = check.integer("axis", axis), activation_named(activation, alpha)
     arrays = (y, statistics, running_mean, running_var, x, residual, gamma, beta)
     plan = plan_forward(axis, *map(check.signature, arrays))
     if out is not None or running_mean is not None or running_var is not None:
         check.no_overlap(plan.runtime, FORWARD_NAMES, arrays, written=4, in_place=("x", "residual"))
-    y, statistics, _ = run_forward(plan, arrays, momentum, eps, phi)
+    y, statistics, _ = run_forward(plan, arrays, momentum, eps, phi, unbiased)
     return y, statistics
 
 

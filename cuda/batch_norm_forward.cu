@@ -5,7 +5,7 @@
 //            rstd[c] = 1 / sqrt(var[c] + eps)
 //            y[n,c]  = phi(gamma[c] (x[n,c] - mean[c]) rstd[c] + beta[c] + residual[n,c])
 //            running_mean[c] = (1 - momentum) running_mean[c] + momentum mean[c]
-//            running_var[c]  = (1 - momentum) running_var[c] + momentum var[c] N/(N-1)     unbiased
+//            running_var[c]  = (1 - momentum) running_var[c] + momentum var[c] N/divisor     N or N-1
 //            Inference takes mean and var from the running statistics and changes nothing.
 // Arrays:    x (outer, C, inner), any strides; residual like x, may be null (0); y C order, may be x or residual itself;
 //            all of type T: float, double, or 16 bits (half.cuh), for which A is float; else A is T.
@@ -48,7 +48,7 @@ struct BatchNormForward {
     long long outer, channels, inner;
     long long x_outer, x_channel, x_inner;  // strides, in elements
     long long residual_outer, residual_channel, residual_inner;
-    A momentum, eps, alpha;
+    A momentum, divisor, eps, alpha;
     int activation;
 };
 
@@ -99,9 +99,9 @@ __device__ __forceinline__ void write_statistics(const BatchNormForward<T, A>& a
     a.statistics[c] = all.mean.high;
     a.statistics[a.channels + c] = all.mean.low;
     a.statistics[2 * a.channels + c] = rstd;
-    const A keep = A(1) - a.momentum, unbiased = value(all.m2) / A(a.outer * a.inner - 1);
+    const A keep = A(1) - a.momentum, var = value(all.m2) / a.divisor;
     if (a.running_mean) a.running_mean[c] = fma(a.momentum, all.mean.high, keep * a.running_mean[c]);
-    if (a.running_var) a.running_var[c] = fma(a.momentum, unbiased, keep * a.running_var[c]);
+    if (a.running_var) a.running_var[c] = fma(a.momentum, var, keep * a.running_var[c]);
 }
 
 // Activate and write the first `count` of these rows, whose distances from the mean are `values`; uses them up.

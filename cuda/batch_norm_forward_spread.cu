@@ -39,7 +39,7 @@ struct BatchNormForwardSpread {
     long long x_outer, x_channel;  // strides, in elements
     long long residual_outer, residual_channel;
     long long held;  // rows of a thread that stay in shared memory
-    float momentum, eps, alpha;
+    float momentum, divisor, eps, alpha;
     int activation;
 };
 
@@ -110,9 +110,9 @@ __device__ __forceinline__ void write_statistics(const BatchNormForwardSpread<T>
     a.statistics[c] = mean.high;
     a.statistics[a.channels + c] = mean.low;
     a.statistics[2 * a.channels + c] = rstd;
-    const float keep = 1.0f - a.momentum, unbiased = m2 / float(a.outer * a.inner - 1);
+    const float keep = 1.0f - a.momentum, var = m2 / a.divisor;
     if (a.running_mean) a.running_mean[c] = fma(a.momentum, mean.high, keep * a.running_mean[c]);
-    if (a.running_var) a.running_var[c] = fma(a.momentum, unbiased, keep * a.running_var[c]);
+    if (a.running_var) a.running_var[c] = fma(a.momentum, var, keep * a.running_var[c]);
 }
 
 // From the merged moments of the slice; the first lane of the first block writes them.

@@ -123,7 +123,9 @@ def batch_norm(x: Any, dy: Any, gamma: Any, beta: Any, mean: Any, var: Any, resi
     gradients = bn.batch_norm_backward(dy, x, gamma, beta, statistics, **tanh)
     frozen = bn.batch_norm_inference(x, gamma, beta, mean, var, **sigmoid)
     frozen_gradients = bn.batch_norm_inference_backward(dy, x, gamma, beta, mean, var, **sigmoid)
-    return [y, statistics[0], statistics[2], mean, var, *gradients, frozen, *frozen_gradients]
+    # What comes in are arrays that are there: a second gradient has a product with each of them.
+    double = bn.batch_norm_double_backward(x, gamma, beta, dy, x, gamma, beta, statistics, **tanh)
+    return [y, statistics[0], statistics[2], mean, var, *gradients, *double, frozen, *frozen_gradients]
 
 
 def sgd(parameters: Any, gradients: Any) -> Sequence[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .mutant_list_double_backward import MUTANTS as DOUBLE_BACKWARD
 from .mutants import Mutant
 
 COMMON, FORWARD, BACKWARD = "common.cuh", "batch_norm_forward.cu", "batch_norm_backward.cu"
@@ -11,6 +12,7 @@ HALF, ACTIVATION, CHANNEL = "half.cuh", "activation.cuh", "channel.cuh"
 SOFTMAX, UPDATE = "softmax_cross_entropy.cu", "parameter_update.cu"
 
 MUTANTS = [
+    *DOUBLE_BACKWARD,
     # ---- barriers, warps, races
     Mutant(
         "forward: no barrier before the merge",
@@ -138,8 +140,15 @@ MUTANTS = [
     Mutant(
         "forward: running_var takes the biased variance",
         FORWARD,
-        "value(all.m2) / A(a.outer * a.inner - 1);",
+        "value(all.m2) / a.divisor;",
         "value(all.m2) / A(a.outer * a.inner);",
+    ),
+    Mutant(
+        "forward: running_var takes the unbiased variance whatever was asked for",
+        FORWARD,
+        "value(all.m2) / a.divisor;",
+        "value(all.m2) / A(a.outer * a.inner - 1);",
+        select="n_minus_1",
     ),
     Mutant(
         "forward: normalises with the unbiased variance",

@@ -14,6 +14,7 @@ import pytest
 from bnkernels import _batch_norm_plan as plan
 from bnkernels import _source
 from bnkernels._runtime import SUFFIX
+from bnkernels.batch_norm_double_backward import ARGUMENTS as DOUBLE_BACKWARD
 from bnkernels.parameter_update import ARGUMENTS as PARAMETER_UPDATE
 from bnkernels.softmax_cross_entropy import ARGUMENTS as SOFTMAX_CROSS_ENTROPY
 from tests.regress.calls import CALLS, make_arrays
@@ -23,6 +24,7 @@ LAYOUTS = {
     "BatchNormForward": plan.FORWARD,
     "BatchNormInference": plan.INFERENCE,
     "BatchNormBackward": plan.BACKWARD,
+    "BatchNormDoubleBackward": DOUBLE_BACKWARD,
     "SoftmaxCrossEntropy": SOFTMAX_CROSS_ENTROPY,
     "ParameterUpdate": PARAMETER_UPDATE,
 }
