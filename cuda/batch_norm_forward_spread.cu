@@ -104,30 +104,47 @@ __device__ __forceinline__ void read_rows(const BatchNormForwardSpread<T>& a, co
     }
 }
 
-template <typename T>
-__device__ __forceinline__ void write_statistics(const BatchNormForwardSpread<T>& a, long long c, Pair<float> mean,
-                                                 float m2, float rstd) {
-    a.statistics[c] = mean.high;
-    a.statistics[a.channels + c] = mean.low;
-    a.statistics[2 * a.channels + c] = rstd;
-    const float keep = 1.0f - a.momentum, var = m2 / a.divisor;
-    if (a.running_mean) a.running_mean[c] = fma(a.momentum, mean.high, keep * a.running_mean[c]);
-    if (a.running_var) a.running_var[c] = fma(a.momentum, var, keep * a.running_var[c]);
+// The merged moments of channel `own` of a thread.
+struct Merged {
+    Pair<float> mean;
+    float m2, rstd;
+
+    template <typename T>
+    __device__ __forceinline__ Merged(const BatchNormForwardSpread<T>& a, const Meeting<PartialMoments>& meeting,
+                                      int channel) {
+        const float* slot = meeting.shared + channel;
+        mean = {slot[0], slot[meeting.plane]};
+        m2 = slot[2 * meeting.plane];
+        rstd = 1.0f / sqrt(m2 / float(a.outer * a.inner) + a.eps);
+    }
+};
+
+// What the first lane of the first block writes, of its channels from c on.
+template <typename T, int OWN>
+__device__ __forceinline__ void write_statistics(const BatchNormForwardSpread<T>& a, long long c,
+                                                 const Meeting<PartialMoments>& meeting) {
+#pragma unroll 1
+    for (int i = 0; i < OWN; ++i, ++c) {
+        const Merged merged(a, meeting, threadIdx.x * OWN + i);
+        a.statistics[c] = merged.mean.high;
+        a.statistics[a.channels + c] = merged.mean.low;
+        a.statistics[2 * a.channels + c] = merged.rstd;
+        const float keep = 1.0f - a.momentum, var = merged.m2 / a.divisor;
+        if (a.running_mean) a.running_mean[c] = fma(a.momentum, merged.mean.high, keep * a.running_mean[c]);
+        if (a.running_var) a.running_var[c] = fma(a.momentum, var, keep * a.running_var[c]);
+    }
 }
 
-// From the merged moments of the slice; the first lane of the first block writes them.
 template <typename T, int OWN>
 __device__ __forceinline__ Normalisation<OWN> normalisation_of(const BatchNormForwardSpread<T>& a, long long c,
                                                                const Meeting<PartialMoments>& meeting) {
     Normalisation<OWN> n;
 #pragma unroll
     for (int i = 0; i < OWN; ++i) {
-        const float* merged = meeting.shared + threadIdx.x * OWN + i;
-        n.mean[i] = {merged[0], merged[meeting.plane]};
-        const float m2 = merged[2 * meeting.plane], rstd = 1.0f / sqrt(m2 / float(a.outer * a.inner) + a.eps);
-        n.scale[i] = a.gamma ? a.gamma[c + i] * rstd : rstd;
+        const Merged merged(a, meeting, threadIdx.x * OWN + i);
+        n.mean[i] = merged.mean;
+        n.scale[i] = a.gamma ? a.gamma[c + i] * merged.rstd : merged.rstd;
         n.beta[i] = a.beta ? a.beta[c + i] : 0.0f;
-        if (threadIdx.y == 0 && blockIdx.y == 0) write_statistics(a, c + i, n.mean[i], m2, rstd);
     }
     return n;
 }
@@ -205,7 +222,10 @@ __device__ __forceinline__ void batch_norm_forward_spread(const BatchNormForward
             for (int i = 0; i < OWN; ++i) PartialMoments::store(meeting.slot(OWN) + i, meeting.plane, own[i]);
         }
         meeting.merge(a.partial, a.arrivals, odd);
-        if (active) write_rows(a, place, c, held, normalisation_of<T, OWN>(a, c, meeting));
+        if (active) {
+            if (threadIdx.y == 0 && blockIdx.y == 0) write_statistics<T, OWN>(a, c, meeting);
+            write_rows(a, place, c, held, normalisation_of<T, OWN>(a, c, meeting));
+        }
         __syncthreads();  // all have seen the merged moments
         odd = !odd;
     }

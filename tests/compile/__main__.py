@@ -6,7 +6,8 @@ import argparse
 import json
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 from bnkernels import _source
@@ -18,11 +19,11 @@ Table = dict[str, dict[str, nvrtc.Resources]]  # kernel -> architecture -> resou
 
 
 def measure(architectures: list[int]) -> Table:
-    """Compile everything in ``cuda/``, on all processors: NVRTC takes its time and does not hold Python's lock."""
+    """Compile everything in ``cuda/``, on all processors: processes, since threads wait for one another in NVRTC."""
     table: Table = {}
     jobs = [(_source.read(stem), architecture) for stem in _source.stems() for architecture in architectures]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for (_, architecture), found in zip(jobs, pool.map(lambda job: nvrtc.resources(*job), jobs), strict=True):
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        for (_, architecture), found in zip(jobs, pool.map(nvrtc.resources, *zip(*jobs, strict=True)), strict=True):
             for kernel, resources in found.items():
                 table.setdefault(kernel, {})[str(architecture)] = resources
     return dict(sorted(table.items()))
