@@ -13,6 +13,7 @@ import numpy as np
 
 from bnkernels import _check as check
 from bnkernels import _runtime as rt
+from bnkernels._batch_norm_again import Launches
 from bnkernels._batch_norm_host import backward_host, forward_host, inference_host
 from bnkernels._batch_norm_launch import backward_launch, forward_launch, inference_backward_launch, inference_launch
 from bnkernels._batch_norm_layout import Layout, element_strides, layout_of
@@ -53,6 +54,7 @@ class Plan(NamedTuple):
     copied: tuple[str, ...] = ()  # inputs that no three strides describe
 
 
+FORWARD_LAUNCHES, INFERENCE_LAUNCHES, BACKWARD_LAUNCHES = Launches(), Launches(), Launches()
 # The arrays of each op, those that it writes first.
 FORWARD_NAMES = ("y", "statistics", "running_mean", "running_var", "x", "residual", "gamma", "beta")
 INFERENCE_NAMES = ("out", "x", "residual", "gamma", "beta", "running_mean", "running_var")
@@ -143,12 +145,20 @@ def _sources(plan: Plan, **inputs: Any) -> tuple[Any, ...]:
     return tuple(plan.runtime.contiguous(array) if name in plan.copied else array for name, array in inputs.items())
 
 
+def _launch(plan: Plan, source: str, arguments: np.ndarray, x: Any, again: Launches, facts: list | None) -> None:
+    """Launch the kernel; note it under these facts, unless it reads copies that this call has made."""
+    plan.runtime.launch(source, plan.kernel, plan.launch, arguments, x)
+    if facts is not None and not plan.copied:
+        again.keep(facts, source, plan.kernel, plan.launch, arguments)
+
+
 def run_forward(
-    plan: Plan, arrays: tuple, momentum: float, eps: float, phi: Activation
+    plan: Plan, arrays: tuple, momentum: float, eps: float, phi: Activation, facts: list | None = None
 ) -> tuple[Any, Any, Kept | None]:
     """Run the training forward on the arrays FORWARD_NAMES.
 
-    Returns `y`, `statistics`, and from NumPy what its backward may otherwise compute again.
+    Returns `y`, `statistics`, and from NumPy what its backward may otherwise compute again. `facts` are those of a call
+    with all of its outputs, for `Launches`.
     """
     y, statistics, running_mean, running_var, x, residual, gamma, beta = arrays
     runtime, layout, kept = plan.runtime, plan.layout, None
@@ -166,11 +176,11 @@ def run_forward(
         sources = _sources(plan, x=x, residual=residual)
         pointers = rt.addresses(runtime, *sources, gamma, beta, y, statistics, running_mean, running_var)
         arguments = rt.pack(FORWARD[plan.wide], *pointers, *plan.sizes, momentum, eps, phi.alpha, phi.code)
-        runtime.launch("batch_norm_forward", plan.kernel, plan.launch, arguments, x)
+        _launch(plan, "batch_norm_forward", arguments, x, FORWARD_LAUNCHES, facts)
     return y, statistics, kept
 
 
-def run_inference(plan: Plan, arrays: tuple, eps: float, phi: Activation) -> Any:
+def run_inference(plan: Plan, arrays: tuple, eps: float, phi: Activation, facts: list | None = None) -> Any:
     """Run the inference forward on the arrays INFERENCE_NAMES; return the output."""
     out, x, residual, gamma, beta, running_mean, running_var = arrays
     runtime = plan.runtime
@@ -185,16 +195,25 @@ def run_inference(plan: Plan, arrays: tuple, eps: float, phi: Activation) -> Any
         sources = _sources(plan, x=x, residual=residual)
         pointers = rt.addresses(runtime, *sources, gamma, beta, out, running_mean, running_var)
         arguments = rt.pack(INFERENCE[plan.wide], *pointers, *plan.sizes, eps, phi.alpha, phi.code)
-        runtime.launch("batch_norm_forward", plan.kernel, plan.launch, arguments, x)
+        _launch(plan, "batch_norm_forward", arguments, x, INFERENCE_LAUNCHES, facts)
     return out
 
 
-def run_backward(plan: Plan, arrays: tuple, eps: float, phi: Activation, kept: Kept | None = None) -> tuple[Any, ...]:
+def run_backward(
+    plan: Plan,
+    arrays: tuple,
+    eps: float,
+    phi: Activation,
+    kept: Kept | None = None,
+    facts: list | None = None,
+) -> tuple[Any, ...]:
     """Run either backward on the arrays BACKWARD_NAMES; return the gradients, the residual's too where there is one."""
     dx, dgamma, dbeta, dresidual, dy, x, residual, gamma, beta, statistics, running_mean, running_var = arrays
-    # The kernels take the rows of the statistics, or the running ones in the places of mean and rstd.
-    rows = (running_mean, None, running_var) if statistics is None else (statistics[0], statistics[1], statistics[2])
+    # In the places of mean and rstd, both ways take running statistics.
+    rows = (running_mean, None, running_var)
     runtime, wide = plan.runtime, plan.wide
+    if statistics is not None and runtime is None:
+        rows = (statistics[0], statistics[1], statistics[2])
     if dx is None:
         vector = (plan.layout.channels,)
         dx = rt.empty(runtime, plan.shape, x)
@@ -211,7 +230,13 @@ def run_backward(plan: Plan, arrays: tuple, eps: float, phi: Activation, kept: K
     else:
         check.one_device(runtime, BACKWARD_NAMES, arrays)
         sources = _sources(plan, dy=dy, x=x, residual=residual)
-        pointers = rt.addresses(runtime, *sources, gamma, beta, *rows, dx, dgamma, dbeta, dresidual)
-        arguments = rt.pack(BACKWARD[wide], *pointers, *plan.sizes, eps, phi.alpha, phi.code)
-        runtime.launch("batch_norm_backward", plan.kernel, plan.launch, arguments, x)
+        before = rt.addresses(runtime, *sources, gamma, beta)
+        after = rt.addresses(runtime, dx, dgamma, dbeta, dresidual)
+        if statistics is None:
+            rows = rt.addresses(runtime, *rows)
+        else:  # to slice an array costs more than all of this
+            mean, row = runtime.pointer(statistics), plan.layout.channels * wide.itemsize
+            rows = mean, mean + row, mean + 2 * row
+        arguments = rt.pack(BACKWARD[wide], *before, *rows, *after, *plan.sizes, eps, phi.alpha, phi.code)
+        _launch(plan, "batch_norm_backward", arguments, x, BACKWARD_LAUNCHES, facts)
     return (dx, dgamma, dbeta) if residual is None else (dx, dgamma, dbeta, dresidual)

@@ -209,7 +209,7 @@ def _reach(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int] 
 def number(name: str, given: float, low: float, high: float = sys.float_info.max) -> float:
     """Check for a finite real number between two bounds, both allowed; return it as a float."""
     if type(given) is float and low <= given <= high:
-        return given
+        return given + 0.0  # -0.0 is 0
     try:
         number = float(given)
     except (TypeError, ValueError):
@@ -217,7 +217,7 @@ def number(name: str, given: float, low: float, high: float = sys.float_info.max
     if not (low <= number <= high and math.isfinite(number)):
         wanted = f"at least {low}" if high == sys.float_info.max else f"between {low} and {high}"
         raise ValueError(f"{name} must be {wanted} and finite, got {given!r}")
-    return number
+    return number + 0.0
 
 
 def integer(name: str, given: Any) -> int:
@@ -237,3 +237,10 @@ def pack_outputs(out: Any, names: tuple[str, ...]) -> tuple:
     if not isinstance(out, tuple) or len(out) != len(names) or any(array is None for array in out):
         raise TypeError(f"out must be a tuple of the {len(names)} arrays ({', '.join(names)}), got {out!r}")
     return out
+
+
+def pack_gradients(out: Any, residual: Any) -> tuple[Any, ...]:
+    """Return the four arrays of `out`, or None for each; the last is None without a residual."""
+    if residual is not None:
+        return pack_outputs(out, ("dx", "dgamma", "dbeta", "dresidual"))
+    return *pack_outputs(out, ("dx", "dgamma", "dbeta")), None

@@ -9,7 +9,7 @@ import cupy
 import numpy as np
 
 from bnkernels import _source
-from bnkernels._runtime import Launch
+from bnkernels._runtime import Launch, facts_as_of_cupy
 
 
 def available() -> str | None:
@@ -46,7 +46,9 @@ class CudaRuntime:
 
     def device(self, array: Any) -> int:
         """Return the number of the device that holds the array."""
-        return array.device.id
+        return array.data.device_id
+
+    facts = facts_as_of_cupy
 
     def launch(self, source: str, entry_point: str, launch: Launch, arguments: np.ndarray, like: Any) -> None:
         """Enqueue the kernel; a NumPy array of one structured element is passed by value."""

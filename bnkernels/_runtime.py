@@ -53,11 +53,43 @@ class Runtime(Protocol):
     def device(self, array: Any) -> int:
         """Return the number of the device that holds the array."""
 
+    def facts(self, arrays: tuple) -> list | None:
+        """Return what decides a launch, of every array: data type, shape, strides, address, device; None for None.
+
+        Returns None if there is anything else than arrays of exactly `array_type` among them.
+        """
+        facts: list[tuple | None] = []
+        for array in arrays:
+            if type(array) is self.array_type:
+                facts.append((array.dtype, array.shape, array.strides, self.pointer(array), self.device(array)))
+            elif array is None:
+                facts.append(None)
+            else:
+                return None
+        return facts
+
     def launch(self, source: str, entry_point: str, launch: Launch, arguments: np.ndarray, like: Any) -> None:
         """Enqueue `entry_point` of ``cuda/<source>.cu`` on the current stream of the device of `like`.
 
         `arguments` is a zero-dimensional structured array laid out as the kernel's one argument, a struct by value.
         """
+
+
+def facts_as_of_cupy(runtime: Runtime, arrays: tuple) -> list | None:
+    """Return `Runtime.facts` of arrays with the attributes of CuPy's: the same, without a call per array.
+
+    This is most of what a repeated call of an op costs; see ``benchmarks/host_cost.py``.
+    """
+    kind, facts = runtime.array_type, []
+    for array in arrays:
+        if type(array) is kind:
+            data = array.data
+            facts.append((array.dtype, array.shape, array.strides, data.ptr, data.device_id))
+        elif array is None:
+            facts.append(None)
+        else:
+            return None
+    return facts
 
 
 _runtimes: dict[type, Runtime] = {}

@@ -37,7 +37,7 @@ class Recorded(NamedTuple):
     like: RecordedArray
 
 
-class RecordingRuntime:
+class RecordingRuntime(_runtime.Runtime):
     """Allocates addresses and launches nothing, and remembers both."""
 
     array_type = RecordedArray
