@@ -13,7 +13,7 @@ import numpy as np
 
 from bnkernels import _check as check
 from bnkernels import _runtime as rt
-from bnkernels._batch_norm_again import Launches
+from bnkernels._batch_norm_again import Call, Launches
 from bnkernels._batch_norm_host import backward_host, forward_host, inference_host
 from bnkernels._batch_norm_launch import backward_launch, forward_launch, inference_backward_launch, inference_launch
 from bnkernels._batch_norm_layout import Layout, element_strides, layout_of
@@ -145,20 +145,20 @@ def _sources(plan: Plan, **inputs: Any) -> tuple[Any, ...]:
     return tuple(plan.runtime.contiguous(array) if name in plan.copied else array for name, array in inputs.items())
 
 
-def _launch(plan: Plan, source: str, arguments: np.ndarray, x: Any, again: Launches, facts: list | None) -> None:
-    """Launch the kernel; note it under these facts, unless it reads copies that this call has made."""
+def _launch(plan: Plan, source: str, arguments: np.ndarray, x: Any, known: Launches, call: Call | None) -> None:
+    """Launch the kernel; keep that for the next such call, unless the kernel reads copies that this one has made."""
     plan.runtime.launch(source, plan.kernel, plan.launch, arguments, x)
-    if facts is not None and not plan.copied:
-        again.keep(facts, source, plan.kernel, plan.launch, arguments)
+    if call is not None and not plan.copied:
+        known.keep(call, source, plan.kernel, plan.launch, arguments)
 
 
 def run_forward(
-    plan: Plan, arrays: tuple, momentum: float, eps: float, phi: Activation, facts: list | None = None
+    plan: Plan, arrays: tuple, momentum: float, eps: float, phi: Activation, call: Call | None = None
 ) -> tuple[Any, Any, Kept | None]:
     """Run the training forward on the arrays FORWARD_NAMES.
 
-    Returns `y`, `statistics`, and from NumPy what its backward may otherwise compute again. `facts` are those of a call
-    with all of its outputs, for `Launches`.
+    Returns `y`, `statistics`, and from NumPy what its backward may otherwise compute again. `call` is
+    what `Launches.again` gave.
     """
     y, statistics, running_mean, running_var, x, residual, gamma, beta = arrays
     runtime, layout, kept = plan.runtime, plan.layout, None
@@ -176,11 +176,11 @@ def run_forward(
         sources = _sources(plan, x=x, residual=residual)
         pointers = rt.addresses(runtime, *sources, gamma, beta, y, statistics, running_mean, running_var)
         arguments = rt.pack(FORWARD[plan.wide], *pointers, *plan.sizes, momentum, eps, phi.alpha, phi.code)
-        _launch(plan, "batch_norm_forward", arguments, x, FORWARD_LAUNCHES, facts)
+        _launch(plan, "batch_norm_forward", arguments, x, FORWARD_LAUNCHES, call)
     return y, statistics, kept
 
 
-def run_inference(plan: Plan, arrays: tuple, eps: float, phi: Activation, facts: list | None = None) -> Any:
+def run_inference(plan: Plan, arrays: tuple, eps: float, phi: Activation, call: Call | None = None) -> Any:
     """Run the inference forward on the arrays INFERENCE_NAMES; return the output."""
     out, x, residual, gamma, beta, running_mean, running_var = arrays
     runtime = plan.runtime
@@ -195,7 +195,7 @@ def run_inference(plan: Plan, arrays: tuple, eps: float, phi: Activation, facts:
         sources = _sources(plan, x=x, residual=residual)
         pointers = rt.addresses(runtime, *sources, gamma, beta, out, running_mean, running_var)
         arguments = rt.pack(INFERENCE[plan.wide], *pointers, *plan.sizes, eps, phi.alpha, phi.code)
-        _launch(plan, "batch_norm_forward", arguments, x, INFERENCE_LAUNCHES, facts)
+        _launch(plan, "batch_norm_forward", arguments, x, INFERENCE_LAUNCHES, call)
     return out
 
 
@@ -205,7 +205,7 @@ def run_backward(
     eps: float,
     phi: Activation,
     kept: Kept | None = None,
-    facts: list | None = None,
+    call: Call | None = None,
 ) -> tuple[Any, ...]:
     """Run either backward on the arrays BACKWARD_NAMES; return the gradients, the residual's too where there is one."""
     dx, dgamma, dbeta, dresidual, dy, x, residual, gamma, beta, statistics, running_mean, running_var = arrays
@@ -238,5 +238,5 @@ def run_backward(
             mean, row = runtime.pointer(statistics), plan.layout.channels * wide.itemsize
             rows = mean, mean + row, mean + 2 * row
         arguments = rt.pack(BACKWARD[wide], *before, *rows, *after, *plan.sizes, eps, phi.alpha, phi.code)
-        _launch(plan, "batch_norm_backward", arguments, x, BACKWARD_LAUNCHES, facts)
+        _launch(plan, "batch_norm_backward", arguments, x, BACKWARD_LAUNCHES, call)
     return (dx, dgamma, dbeta) if residual is None else (dx, dgamma, dbeta, dresidual)

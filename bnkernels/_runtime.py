@@ -92,12 +92,12 @@ def facts_as_of_cupy(runtime: Runtime, arrays: tuple) -> list | None:
     return facts
 
 
-_runtimes: dict[type, Runtime] = {}
+runtimes: dict[type, Runtime] = {}  # by the type of their arrays
 
 
 def register(runtime: Runtime) -> None:
     """Let arrays of ``runtime.array_type`` run on `runtime`."""
-    _runtimes[runtime.array_type] = runtime
+    runtimes[runtime.array_type] = runtime
 
 
 def runtime_of(kind: type) -> Runtime | None:
@@ -105,14 +105,14 @@ def runtime_of(kind: type) -> Runtime | None:
 
     Raises TypeError for anything else.
     """
-    runtime = _runtimes.get(kind)
+    runtime = runtimes.get(kind)
     if runtime is not None or kind is np.ndarray:
         return runtime
     if kind.__module__.partition(".")[0] == "cupy" and kind.__name__ == "ndarray":
         from bnkernels import _cuda
 
         register(_cuda.CudaRuntime())
-        return _runtimes[kind]
+        return runtimes[kind]
     if issubclass(kind, np.ndarray):
         return None
     raise TypeError(

@@ -100,8 +100,8 @@ def batch_norm_forward(
     array([2., 0.])
     """
     given = running_mean, running_var, x, residual, gamma, beta
-    facts = plans.FORWARD_LAUNCHES.again(out, given, momentum, eps, axis, activation, alpha)
-    if facts is True:
+    call = plans.FORWARD_LAUNCHES.again(out, given, momentum, eps, axis, activation, alpha)
+    if call is True:
         return out
     y, statistics = check.pack_outputs(out, ("y", "statistics"))
     momentum = check.number("momentum", momentum, 0, 1)
@@ -111,7 +111,7 @@ def batch_norm_forward(
     plan = plans.plan_forward(axis, *map(check.signature, arrays))
     if out is not None or running_mean is not None or running_var is not None:
         check.no_overlap(plan.runtime, plans.FORWARD_NAMES, arrays, written=4, in_place=("x", "residual"))
-    y, statistics, _ = plans.run_forward(plan, arrays, momentum, eps, phi, facts)
+    y, statistics, _ = plans.run_forward(plan, arrays, momentum, eps, phi, call)
     return y, statistics
 
 
@@ -185,8 +185,8 @@ def batch_norm_backward(
     (True, array([1.]))
     """
     given = dy, x, residual, gamma, beta, statistics
-    facts = plans.BACKWARD_LAUNCHES.again(out, given, None, None, axis, activation, alpha)
-    if facts is True:
+    call = plans.BACKWARD_LAUNCHES.again(out, given, None, None, axis, activation, alpha)
+    if call is True:
         return out
     outputs = check.pack_gradients(out, residual)
     axis, phi = check.integer("axis", axis), activation_named(activation, alpha)
@@ -194,7 +194,7 @@ def batch_norm_backward(
     plan = plans.plan_backward(axis, *map(check.signature, arrays))
     if out is not None:
         check.no_overlap(plan.runtime, plans.BACKWARD_NAMES, arrays, written=4, in_place=("dy", "x", "residual"))
-    return plans.run_backward(plan, arrays, 0.0, phi, facts=facts)
+    return plans.run_backward(plan, arrays, 0.0, phi, call=call)
 
 
 def batch_norm_inference(
@@ -258,8 +258,8 @@ def batch_norm_inference(
     """
     given = x, residual, gamma, beta, running_mean, running_var
     outputs = None if out is None else (out,)
-    facts = plans.INFERENCE_LAUNCHES.again(outputs, given, None, eps, axis, activation, alpha)
-    if facts is True:
+    call = plans.INFERENCE_LAUNCHES.again(outputs, given, None, eps, axis, activation, alpha)
+    if call is True:
         return out
     eps = check.number("eps", eps, 0)
     axis, phi = check.integer("axis", axis), activation_named(activation, alpha)
@@ -267,7 +267,7 @@ def batch_norm_inference(
     plan = plans.plan_inference(axis, *map(check.signature, arrays))
     if out is not None:
         check.no_overlap(plan.runtime, plans.INFERENCE_NAMES, arrays, written=1, in_place=("x", "residual"))
-    return plans.run_inference(plan, arrays, eps, phi, facts)
+    return plans.run_inference(plan, arrays, eps, phi, call)
 
 
 def batch_norm_inference_backward(
@@ -332,8 +332,8 @@ def batch_norm_inference_backward(
     (array([[1.5]]), array([6.]), array([3.]))
     """
     given = dy, x, residual, gamma, beta
-    facts = plans.BACKWARD_LAUNCHES.again(out, (*given, running_mean, running_var), None, eps, axis, activation, alpha)
-    if facts is True:
+    call = plans.BACKWARD_LAUNCHES.again(out, (*given, running_mean, running_var), None, eps, axis, activation, alpha)
+    if call is True:
         return out
     eps = check.number("eps", eps, 0)
     outputs = check.pack_gradients(out, residual)
@@ -342,4 +342,4 @@ def batch_norm_inference_backward(
     plan = plans.plan_backward(axis, *map(check.signature, arrays))
     if out is not None:
         check.no_overlap(plan.runtime, plans.BACKWARD_NAMES, arrays, written=4, in_place=("dy", "x", "residual"))
-    return plans.run_backward(plan, arrays, eps, phi, facts=facts)
+    return plans.run_backward(plan, arrays, eps, phi, call=call)

@@ -82,7 +82,7 @@ def recording() -> Iterator[RecordingRuntime]:
     try:
         yield _runtime_of_records
     finally:
-        del _runtime._runtimes[RecordedArray]
+        del _runtime.runtimes[RecordedArray]
 
 
 def record_of(arrays: dict[str, np.ndarray]) -> dict[str, RecordedArray]:
