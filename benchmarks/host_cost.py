@@ -10,10 +10,11 @@ there is nothing to compare with. A verdict does not change it: other work on a 
 from __future__ import annotations
 
 import sys
-import time
+import timeit
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import cache, partial
+from functools import cache
+from itertools import cycle
 from typing import Any
 from unittest import mock
 
@@ -29,7 +30,7 @@ ROWS, CHANNELS = 64, 20
 TRAINING = ("batch_norm_forward", "batch_norm_backward")  # what the verdicts are about
 ELSEWHERE = "batch_norm_forward, x at a new address"
 
-Calls = dict[str, Callable[[], Any]]
+Calls = dict[str, tuple[str, dict[str, Any]]]  # a statement, and the names in it
 
 
 class Address(int):
@@ -81,25 +82,20 @@ def standins() -> StandinRuntime:
 
 def our_calls(asarray: Callable[[Any], Any]) -> Calls:
     """Return calls of the ops on arrays that `asarray` makes."""
-    new = partial(np.ones, dtype=np.float32)
-    x, y, dy, dx = (asarray(new((ROWS, CHANNELS))) for _ in range(4))
-    gamma, beta, mean, var, dgamma, dbeta = (asarray(new(CHANNELS)) for _ in range(6))
-    statistics = asarray(new((3, CHANNELS)))
-    others = [asarray(new((ROWS, CHANNELS))) for _ in range(64)]
-    outputs, gradients = (y, statistics), (dx, dgamma, dbeta)
-
-    def elsewhere() -> None:
-        others.append(others.pop(0))
-        bn.batch_norm_forward(others[0], gamma, beta, mean, var, activation="relu", out=outputs)
-
-    return {
-        "batch_norm_forward": lambda: bn.batch_norm_forward(x, gamma, beta, mean, var, activation="relu", out=outputs),
-        "batch_norm_backward": lambda: bn.batch_norm_backward(
-            dy, x, gamma, beta, statistics, activation="relu", out=gradients
-        ),
-        "batch_norm_inference": lambda: bn.batch_norm_inference(x, gamma, beta, mean, var, activation="relu", out=y),
-        ELSEWHERE: elsewhere,
+    shapes = dict.fromkeys(("x", "y", "dy", "dx"), (ROWS, CHANNELS)) | {"statistics": (3, CHANNELS)}
+    shapes |= dict.fromkeys(("gamma", "beta", "mean", "var", "dgamma", "dbeta"), (CHANNELS,))
+    names = {name: asarray(np.ones(shape, np.float32)) for name, shape in shapes.items()}
+    names |= vars(bn)
+    names |= {"outputs": (names["y"], names["statistics"]), "gradients": (names["dx"], names["dgamma"], names["dbeta"])}
+    names["others"] = cycle([asarray(np.ones((ROWS, CHANNELS), np.float32)) for _ in range(64)])
+    forward = "batch_norm_forward({}, gamma, beta, mean, var, activation='relu', out=outputs)"
+    statements = {
+        "batch_norm_forward": forward.format("x"),
+        "batch_norm_backward": "batch_norm_backward(dy, x, gamma, beta, statistics, activation='relu', out=gradients)",
+        "batch_norm_inference": "batch_norm_inference(x, gamma, beta, mean, var, activation='relu', out=y)",
+        ELSEWHERE: forward.format("next(others)"),
     }
+    return {name: (statement, names) for name, statement in statements.items()}
 
 
 def torch_calls() -> Calls:
@@ -109,33 +105,22 @@ def torch_calls() -> Calls:
     except ImportError:
         return {}
     torch.set_num_threads(1)
-    batch_norm = torch.nn.functional.batch_norm
-    one, two = torch.ones(1, 1), torch.ones(2, 1)
-    vectors = torch.zeros(1), torch.ones(1), torch.ones(1), torch.zeros(1)
+    names = {"batch_norm": torch.nn.functional.batch_norm, "one": torch.ones(1, 1), "two": torch.ones(2, 1)}
+    names |= {"mean": torch.zeros(1), "var": torch.ones(1), "gamma": torch.ones(1), "beta": torch.zeros(1)}
     return {
-        "PyTorch, 1 x 1, inference": lambda: batch_norm(one, *vectors),
+        "PyTorch, 1 x 1, inference": ("batch_norm(one, mean, var, gamma, beta)", names),
         # Of one value per channel it refuses to take statistics.
-        "PyTorch, 2 x 1, training": lambda: batch_norm(two, *vectors, training=True),
+        "PyTorch, 2 x 1, training": ("batch_norm(two, mean, var, gamma, beta, training=True)", names),
     }
-
-
-def stopwatch(call: Callable[[], Any]) -> Callable[[], float]:
-    """Return a function that takes the microseconds of a call, the loop around it included."""
-
-    def measure() -> float:
-        start = time.perf_counter()
-        for _ in range(CALLS):
-            call()
-        return (time.perf_counter() - start) / CALLS * 1e6
-
-    return measure
 
 
 def measured(calls: Calls) -> dict[str, np.ndarray]:
     """Return the microseconds of every call, round by round."""
-    for call in calls.values():  # the first call of each takes the long way
-        call()
-    return interleave({name: stopwatch(call) for name, call in calls.items()}, ROUNDS)
+    timers = {name: timeit.Timer(statement, globals=names) for name, (statement, names) in calls.items()}
+    for timer in timers.values():  # the first call of each takes the long way
+        timer.timeit(1)
+    watches = {name: lambda timer=timer: timer.timeit(CALLS) / CALLS * 1e6 for name, timer in timers.items()}
+    return interleave(watches, ROUNDS)
 
 
 def report(arrays: str, figures: dict[str, np.ndarray]) -> float | None:
