@@ -52,7 +52,7 @@ class StandinRuntime(_runtime.Runtime):
 
     array_type = Standin
     xp = np
-    facts = _runtime.facts_as_of_cupy
+    reader = _runtime.cupy_reader
 
     def asarray(self, array: np.ndarray) -> Standin:
         """Return a copy."""

@@ -15,25 +15,30 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bnkernels import _runtime
-from bnkernels._runtime import Launch, Runtime
+from bnkernels._runtime import Launch, Reader, Runtime
 
 MOST_ADDRESSES, MOST_EACH = 1024, 8  # an entry takes about 2 kB
 UNCHANGING = {float, int, bool, str, type(None)}  # options that nobody can change behind our back
 
 
 class Call(NamedTuple):
-    """The facts of a call: who runs it, those of its arrays, and its options."""
+    """A call that was not known: who would run it, what reads its facts, these, and its options."""
 
     runtime: Runtime
-    arrays: list  # as `Runtime.facts` returns them
+    read: Reader
+    facts: list
     options: tuple  # momentum, eps, axis, activation, alpha
 
 
 class Launches:
-    """The launches of one op that may be made again, by the address of the first array that it writes."""
+    """The launches of one op that may be made again.
+
+    They are kept by the type of the arrays, by which of them are given, which decides what reads their facts, and by
+    the address of the first.
+    """
 
     def __init__(self) -> None:
-        self._known: dict[int, tuple[tuple, ...]] = {}
+        self._known: dict[type, tuple[tuple[Runtime, Reader, dict[int, tuple]], ...]] = {}
 
     def again(
         self, out: Any, rest: tuple, momentum: Any, eps: Any, axis: Any, activation: Any, alpha: Any
@@ -45,36 +50,57 @@ class Launches:
         """
         if type(out) is not tuple or not out:
             return None
-        runtime = _runtime.runtimes.get(type(out[0]))
-        facts = None if runtime is None else runtime.facts(out + rest)
-        if facts is None:
-            return None
-        for known, by, options, source, entry_point, launch, arguments in self._known.get(facts[0][3], ()):
-            if known == facts and by is runtime:
-                known_momentum, known_eps, known_axis, known_activation, known_alpha = options
-                if (
-                    (axis is known_axis or _same(axis, known_axis))
-                    and (activation is known_activation or _same(activation, known_activation))
-                    and (momentum is known_momentum or _same(momentum, known_momentum))
-                    and (eps is known_eps or _same(eps, known_eps))
-                    and (alpha is known_alpha or _same(alpha, known_alpha))
-                ):
-                    runtime.launch(source, entry_point, launch, arguments, out[0])
-                    return True
-        return Call(runtime, facts, (momentum, eps, axis, activation, alpha))
+        arrays = out + rest
+        for runtime, read, launches in self._known.get(type(out[0]), ()):
+            facts = read(arrays)
+            if facts is None:
+                continue
+            for known, options, source, entry_point, launch, arguments in launches.get(facts[0], ()):
+                if known == facts:
+                    known_momentum, known_eps, known_axis, known_activation, known_alpha = options
+                    if (
+                        (axis is known_axis or _same(axis, known_axis))
+                        and (activation is known_activation or _same(activation, known_activation))
+                        and (momentum is known_momentum or _same(momentum, known_momentum))
+                        and (eps is known_eps or _same(eps, known_eps))
+                        and (alpha is known_alpha or _same(alpha, known_alpha))
+                    ):
+                        runtime.launch(source, entry_point, launch, arguments, out[0])
+                        return True
+            return Call(runtime, read, facts, (momentum, eps, axis, activation, alpha))
+        return _unknown(arrays, (momentum, eps, axis, activation, alpha))
 
     def keep(self, call: Call, source: str, entry_point: str, launch: Launch, arguments: np.ndarray) -> None:
         """Keep a launch that was made after all checks."""
         if not UNCHANGING.issuperset(map(type, call.options)):
             return
         arguments.flags.writeable = False
-        address = call.arrays[0][3]
-        if len(self._known) >= MOST_ADDRESSES:
-            self._known.clear()
+        launches = self._launches(call)
+        if len(launches) >= MOST_ADDRESSES:
+            launches.clear()
         # A new tuple, not a changed one: another thread may be walking through it.
-        others = self._known.get(address, ())[: MOST_EACH - 1]
-        entry = (call.arrays, call.runtime, call.options, source, entry_point, launch, arguments)
-        self._known[address] = (entry, *others)
+        others = launches.get(call.facts[0], ())[: MOST_EACH - 1]
+        launches[call.facts[0]] = ((call.facts, call.options, source, entry_point, launch, arguments), *others)
+
+    def _launches(self, call: Call) -> dict[int, tuple]:
+        """Return the launches of arrays of this type, these of them given."""
+        kind = call.runtime.array_type
+        for _, read, launches in self._known.get(kind, ()):
+            if read is call.read:
+                return launches
+        launches: dict[int, tuple] = {}
+        self._known[kind] = (*self._known.get(kind, ()), (call.runtime, call.read, launches))
+        return launches
+
+
+def _unknown(arrays: tuple, options: tuple) -> Call | None:
+    """Return a call whose arrays are of a type, or given in a combination, that was not seen before."""
+    runtime = _runtime.runtimes.get(type(arrays[0]))
+    if runtime is None:
+        return None
+    read = runtime.reader(tuple(array is not None for array in arrays))
+    facts = read(arrays)
+    return None if facts is None else Call(runtime, read, facts, options)
 
 
 def _same(given: Any, known: Any) -> bool:

@@ -9,7 +9,7 @@ import cupy
 import numpy as np
 
 from bnkernels import _source
-from bnkernels._runtime import Launch, facts_as_of_cupy
+from bnkernels._runtime import Launch, cupy_reader
 
 
 def available() -> str | None:
@@ -48,7 +48,7 @@ class CudaRuntime:
         """Return the number of the device that holds the array."""
         return array.data.device_id
 
-    facts = facts_as_of_cupy
+    reader = cupy_reader
 
     def launch(self, source: str, entry_point: str, launch: Launch, arguments: np.ndarray, like: Any) -> None:
         """Enqueue the kernel; a NumPy array of one structured element is passed by value."""

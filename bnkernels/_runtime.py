@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -35,6 +37,11 @@ class Launch:
             raise ValueError(f"a block gets at most {MAX_SHARED_BYTES} bytes of shared memory, got {self.shared_bytes}")
 
 
+# Reads what decides a launch: of every array address, device, data type, shape and strides, one after the other. Gives
+# None if the arrays are not of exactly the runtime's type, and None, where that is expected.
+Reader = Callable[[tuple], list | None]
+
+
 class Runtime(Protocol):
     """What an op needs of a device: memory, addresses, and a way to launch."""
 
@@ -53,20 +60,9 @@ class Runtime(Protocol):
     def device(self, array: Any) -> int:
         """Return the number of the device that holds the array."""
 
-    def facts(self, arrays: tuple) -> list | None:
-        """Return what decides a launch, of every array: data type, shape, strides, address, device; None for None.
-
-        Returns None if there is anything else than arrays of exactly `array_type` among them.
-        """
-        facts: list[tuple | None] = []
-        for array in arrays:
-            if type(array) is self.array_type:
-                facts.append((array.dtype, array.shape, array.strides, self.pointer(array), self.device(array)))
-            elif array is None:
-                facts.append(None)
-            else:
-                return None
-        return facts
+    def reader(self, given: tuple[bool, ...]) -> Reader:
+        """Return what reads the facts of so many arrays, None where not `given`; the same object every time."""
+        return _reader(self, given)
 
     def launch(self, source: str, entry_point: str, launch: Launch, arguments: np.ndarray, like: Any) -> None:
         """Enqueue `entry_point` of ``cuda/<source>.cu`` on the current stream of the device of `like`.
@@ -75,28 +71,52 @@ class Runtime(Protocol):
         """
 
 
-def facts_as_of_cupy(runtime: Runtime, arrays: tuple) -> list | None:
-    """Return `Runtime.facts` of arrays with the attributes of CuPy's: the same, without a call per array.
-
-    This is most of what a repeated call of an op costs; see ``benchmarks/host_cost.py``.
-    """
-    kind, facts = runtime.array_type, []
-    for array in arrays:
-        if type(array) is kind:
-            data = array.data
-            facts.append((array.dtype, array.shape, array.strides, data.ptr, data.device_id))
-        elif array is None:
-            facts.append(None)
-        else:
+@lru_cache(maxsize=256)
+def _reader(runtime: Runtime, given: tuple[bool, ...]) -> Reader:
+    def read(arrays: tuple) -> list | None:
+        expected = tuple(runtime.array_type if here else type(None) for here in given)
+        if tuple(map(type, arrays)) != expected:
             return None
-    return facts
+        found = [array for array in arrays if array is not None]
+        return [
+            fact
+            for array in found
+            for fact in (runtime.pointer(array), runtime.device(array), array.dtype, array.shape, array.strides)
+        ]
+
+    return read
+
+
+@lru_cache(maxsize=256)
+def cupy_reader(runtime: Runtime, given: tuple[bool, ...]) -> Reader:
+    """Return `Runtime.reader` for arrays with the attributes of CuPy's.
+
+    Reading is most of what a repeated call of an op costs, see ``benchmarks/host_cost.py``, and a loop would cost a
+    third as much again. So the reading of every array is written out.
+    """
+    names = [f"array{i}" for i in range(len(given))]
+    arrays = list(zip(names, given, strict=True))
+    wrong = " or ".join(f"type({name}) is not kind" if here else f"{name} is not None" for name, here in arrays)
+    facts = "(data := {0}.data).ptr, data.device_id, {0}.dtype, {0}.shape, {0}.strides"
+    source = f"""
+def read(arrays):
+    if len(arrays) != {len(given)}:
+        return None
+    {", ".join(names)}, = arrays
+    if {wrong}:
+        return None
+    return [{", ".join(facts.format(name) for name, here in arrays if here)}]
+"""
+    namespace: dict[str, Any] = {"kind": runtime.array_type}
+    exec(source, namespace)
+    return namespace["read"]
 
 
 runtimes: dict[type, Runtime] = {}  # by the type of their arrays
 
 
 def register(runtime: Runtime) -> None:
-    """Let arrays of ``runtime.array_type`` run on `runtime`."""
+    """Let arrays of ``runtime.array_type`` run on `runtime`, for good: the ops keep what they learn of it."""
     runtimes[runtime.array_type] = runtime
 
 
