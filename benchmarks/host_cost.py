@@ -68,7 +68,7 @@ class StandinRuntime(_runtime.Runtime):
         """Return 0: there is one."""
         return array.data.device_id
 
-    def launch(self, *_: Any) -> None:
+    def launch(self, source: str, entry_point: str, launch: _runtime.Launch, arguments: np.ndarray, like: Any) -> None:
         """Do nothing."""
 
 

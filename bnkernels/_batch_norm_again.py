@@ -48,25 +48,24 @@ class Launches:
         Returns True if there was one; else the call, for `keep`, or None where there will be nothing to keep: on the
         host, without `out`, for what is no array.
         """
-        if type(out) is not tuple or not out:
+        if type(out) is not tuple:
             return None
         arrays = out + rest
-        for runtime, read, launches in self._known.get(type(out[0]), ()):
+        for runtime, read, launches in self._known.get(type(arrays[0]), ()):
             facts = read(arrays)
             if facts is None:
                 continue
-            for known, options, source, entry_point, launch, arguments in launches.get(facts[0], ()):
-                if known == facts:
-                    known_momentum, known_eps, known_axis, known_activation, known_alpha = options
-                    if (
-                        (axis is known_axis or _same(axis, known_axis))
-                        and (activation is known_activation or _same(activation, known_activation))
-                        and (momentum is known_momentum or _same(momentum, known_momentum))
-                        and (eps is known_eps or _same(eps, known_eps))
-                        and (alpha is known_alpha or _same(alpha, known_alpha))
-                    ):
-                        runtime.launch(source, entry_point, launch, arguments, out[0])
-                        return True
+            for known, (m, e, ax, phi, al), source, entry_point, launch, arguments in launches.get(facts[0], ()):
+                if (
+                    known == facts
+                    and (activation is phi or _same(activation, phi))
+                    and (momentum is m or _same(momentum, m))
+                    and (eps is e or _same(eps, e))
+                    and (axis is ax or _same(axis, ax))
+                    and (alpha is al or _same(alpha, al))
+                ):
+                    runtime.launch(source, entry_point, launch, arguments, arrays[0])
+                    return True
             return Call(runtime, read, facts, (momentum, eps, axis, activation, alpha))
         return _unknown(arrays, (momentum, eps, axis, activation, alpha))
 

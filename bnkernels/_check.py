@@ -129,9 +129,12 @@ def contiguous(argument: Argument | None, shape: tuple[int, ...], dtype: np.dtyp
 
 def one_device(runtime: Runtime, names: tuple[str, ...], arrays: tuple) -> None:
     """Check that all arrays of a runtime, None apart, are on one of its devices."""
-    found = [(name, runtime.device(array)) for name, array in zip(names, arrays, strict=True) if array is not None]
-    first, wanted = found[0]
-    for name, device in found:
+    devices = [runtime.device(array) for array in arrays if array is not None]
+    if devices.count(devices[0]) == len(devices):
+        return
+    given = [name for name, array in zip(names, arrays, strict=True) if array is not None]
+    first, wanted = given[0], devices[0]
+    for name, device in zip(given, devices, strict=True):
         if device != wanted:
             raise ValueError(f"{name} is on device {device} but {first} is on device {wanted}; move one of them")
 
@@ -150,6 +153,8 @@ def no_overlap(
     else:
         owners = [0] * len(arrays)
         ranges = [_byte_range(runtime, array) for array in arrays]
+        if _apart(ranges):
+            return
     for i in range(written):
         if owners.count(owners[i]) == 1 or arrays[i] is None:
             continue
@@ -167,6 +172,16 @@ def no_overlap(
             given = [name for name, array in zip(names, arrays, strict=True) if name in in_place and array is not None]
             hint = f"; {names[0]} may be exactly {' or '.join(given)}" if given else ""
             raise ValueError(f"{names[i]} overlaps {names[j]} in memory{hint}; pass a separate array")
+
+
+def _apart(ranges: list[tuple[int, int]]) -> bool:
+    """Return whether no two of these ranges overlap."""
+    last = 0
+    for start, end in sorted(ranges):
+        if start < last:
+            return False
+        last = end
+    return True
 
 
 def _owner(array: np.ndarray | None) -> int:

@@ -100,9 +100,10 @@ def cupy_reader(runtime: Runtime, given: tuple[bool, ...]) -> Reader:
     facts = "(data := {0}.data).ptr, data.device_id, {0}.dtype, {0}.shape, {0}.strides"
     source = f"""
 def read(arrays):
-    if len(arrays) != {len(given)}:
+    try:
+        {", ".join(names)}, = arrays
+    except ValueError:  # another number of them
         return None
-    {", ".join(names)}, = arrays
     if {wrong}:
         return None
     return [{", ".join(facts.format(name) for name, here in arrays if here)}]
@@ -201,4 +202,5 @@ def empty(runtime: Runtime | None, shape: tuple[int, ...], like: Any, dtype: np.
 
 def addresses(runtime: Runtime, *arrays: Any) -> tuple[int, ...]:
     """Return the arrays' addresses, 0 for None."""
-    return tuple(0 if array is None else runtime.pointer(array) for array in arrays)
+    pointer = runtime.pointer
+    return tuple([0 if array is None else pointer(array) for array in arrays])
