@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -68,6 +69,19 @@ class RecordingRuntime(_runtime.Runtime):
     def launch(self, source: str, entry_point: str, launch: Launch, arguments: np.ndarray, like: RecordedArray) -> None:
         """Remember the launch."""
         self.launches.append(Recorded(source, entry_point, launch, arguments, like))
+
+
+class CuPyLikeArray(RecordedArray):
+    """A recorded array with the attributes that CuPy's have."""
+
+    data = property(lambda self: types.SimpleNamespace(ptr=self.address, device_id=self.device_number))
+
+
+class CuPyLikeRuntime(RecordingRuntime):
+    """A recording runtime that reads facts as the CUDA runtime does."""
+
+    array_type = CuPyLikeArray
+    reader = _runtime.cupy_reader
 
 
 _runtime_of_records = RecordingRuntime()  # one for ever: the ops' cached plans hold on to it
