@@ -22,12 +22,19 @@ UNCHANGING = {float, int, bool, str, type(None)}  # options that nobody can chan
 
 
 class Call(NamedTuple):
-    """A call that was not known: who would run it, what reads its facts, these, and its options."""
+    """A call that was not known: who would run it, what reads its facts, these, its options, and what is like it."""
 
     runtime: Runtime
     read: Reader
     facts: list
     options: tuple  # momentum, eps, axis, activation, alpha
+    launches: dict[int, tuple] | None  # those of such arrays; None if there has been none
+
+    @property
+    def on_one_device(self) -> bool:
+        """Whether all arrays are on the same device."""
+        devices = self.facts[1::5]
+        return devices.count(devices[0]) == len(devices)
 
 
 class Launches:
@@ -66,7 +73,7 @@ class Launches:
                 ):
                     runtime.launch(source, entry_point, launch, arguments, arrays[0])
                     return True
-            return Call(runtime, read, facts, (momentum, eps, axis, activation, alpha))
+            return Call(runtime, read, facts, (momentum, eps, axis, activation, alpha), launches)
         return _unknown(arrays, (momentum, eps, axis, activation, alpha))
 
     def keep(self, call: Call, source: str, entry_point: str, launch: Launch, arguments: np.ndarray) -> None:
@@ -74,19 +81,16 @@ class Launches:
         if not UNCHANGING.issuperset(map(type, call.options)):
             return
         arguments.flags.writeable = False
-        launches = self._launches(call)
+        launches = self._new(call) if call.launches is None else call.launches
         if len(launches) >= MOST_ADDRESSES:
             launches.clear()
         # A new tuple, not a changed one: another thread may be walking through it.
         others = launches.get(call.facts[0], ())[: MOST_EACH - 1]
         launches[call.facts[0]] = ((call.facts, call.options, source, entry_point, launch, arguments), *others)
 
-    def _launches(self, call: Call) -> dict[int, tuple]:
-        """Return the launches of arrays of this type, these of them given."""
+    def _new(self, call: Call) -> dict[int, tuple]:
+        """Return the place of the launches of arrays of this type, these of them given."""
         kind = call.runtime.array_type
-        for _, read, launches in self._known.get(kind, ()):
-            if read is call.read:
-                return launches
         launches: dict[int, tuple] = {}
         self._known[kind] = (*self._known.get(kind, ()), (call.runtime, call.read, launches))
         return launches
@@ -99,7 +103,7 @@ def _unknown(arrays: tuple, options: tuple) -> Call | None:
         return None
     read = runtime.reader(tuple(array is not None for array in arrays))
     facts = read(arrays)
-    return None if facts is None else Call(runtime, read, facts, options)
+    return None if facts is None else Call(runtime, read, facts, options, None)
 
 
 def _same(given: Any, known: Any) -> bool:

@@ -172,7 +172,8 @@ def run_forward(
         vectors = gamma, beta, running_mean, running_var
         kept = forward_host(layout, x, residual, vectors, momentum, eps, phi, y, statistics)
     else:
-        check.one_device(runtime, FORWARD_NAMES, arrays)
+        if call is None or not call.on_one_device:
+            check.one_device(runtime, FORWARD_NAMES, arrays)
         sources = _sources(plan, x=x, residual=residual)
         pointers = rt.addresses(runtime, *sources, gamma, beta, y, statistics, running_mean, running_var)
         arguments = rt.pack(FORWARD[plan.wide], *pointers, *plan.sizes, momentum, eps, phi.alpha, phi.code)
@@ -191,7 +192,8 @@ def run_inference(plan: Plan, arrays: tuple, eps: float, phi: Activation, call: 
     if runtime is None:
         inference_host(plan.layout, x, residual, (gamma, beta, running_mean, running_var), eps, phi, out)
     else:
-        check.one_device(runtime, INFERENCE_NAMES, arrays)
+        if call is None or not call.on_one_device:
+            check.one_device(runtime, INFERENCE_NAMES, arrays)
         sources = _sources(plan, x=x, residual=residual)
         pointers = rt.addresses(runtime, *sources, gamma, beta, out, running_mean, running_var)
         arguments = rt.pack(INFERENCE[plan.wide], *pointers, *plan.sizes, eps, phi.alpha, phi.code)
@@ -228,7 +230,8 @@ def run_backward(
         outputs = dx, dgamma, dbeta, dresidual
         backward_host(plan.layout, (dy, x, residual), (gamma, beta, *rows), eps, phi, kept, outputs)
     else:
-        check.one_device(runtime, BACKWARD_NAMES, arrays)
+        if call is None or not call.on_one_device:
+            check.one_device(runtime, BACKWARD_NAMES, arrays)
         sources = _sources(plan, dy=dy, x=x, residual=residual)
         before = rt.addresses(runtime, *sources, gamma, beta)
         after = rt.addresses(runtime, dx, dgamma, dbeta, dresidual)

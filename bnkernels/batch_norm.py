@@ -108,7 +108,7 @@ def batch_norm_forward(
     eps = check.number("eps", eps, 0)
     axis, phi = check.integer("axis", axis), activation_named(activation, alpha)
     arrays = (y, statistics, running_mean, running_var, x, residual, gamma, beta)
-    plan = plans.plan_forward(axis, *map(check.signature, arrays))
+    plan = plans.plan_forward(axis, *check.signatures(arrays))
     if out is not None or running_mean is not None or running_var is not None:
         check.no_overlap(plan.runtime, plans.FORWARD_NAMES, arrays, written=4, in_place=("x", "residual"))
     y, statistics, _ = plans.run_forward(plan, arrays, momentum, eps, phi, call)
@@ -191,7 +191,7 @@ def batch_norm_backward(
     outputs = check.pack_gradients(out, residual)
     axis, phi = check.integer("axis", axis), activation_named(activation, alpha)
     arrays = (*outputs, *given, None, None)
-    plan = plans.plan_backward(axis, *map(check.signature, arrays))
+    plan = plans.plan_backward(axis, *check.signatures(arrays))
     if out is not None:
         check.no_overlap(plan.runtime, plans.BACKWARD_NAMES, arrays, written=4, in_place=("dy", "x", "residual"))
     return plans.run_backward(plan, arrays, 0.0, phi, call=call)
@@ -264,7 +264,7 @@ def batch_norm_inference(
     eps = check.number("eps", eps, 0)
     axis, phi = check.integer("axis", axis), activation_named(activation, alpha)
     arrays = (out, *given)
-    plan = plans.plan_inference(axis, *map(check.signature, arrays))
+    plan = plans.plan_inference(axis, *check.signatures(arrays))
     if out is not None:
         check.no_overlap(plan.runtime, plans.INFERENCE_NAMES, arrays, written=1, in_place=("x", "residual"))
     return plans.run_inference(plan, arrays, eps, phi, call)
@@ -339,7 +339,7 @@ def batch_norm_inference_backward(
     outputs = check.pack_gradients(out, residual)
     axis, phi = check.integer("axis", axis), activation_named(activation, alpha)
     arrays = (*outputs, *given, None, running_mean, running_var)
-    plan = plans.plan_backward(axis, *map(check.signature, arrays))
+    plan = plans.plan_backward(axis, *check.signatures(arrays))
     if out is not None:
         check.no_overlap(plan.runtime, plans.BACKWARD_NAMES, arrays, written=4, in_place=("dy", "x", "residual"))
     return plans.run_backward(plan, arrays, eps, phi, call=call)
