@@ -24,7 +24,7 @@ import bnkernels as bn
 from benchmarks.harness import interleave
 from bnkernels import _runtime
 
-ROUNDS, CALLS = 1000, 100  # rounds; calls of each in a round
+ROUNDS, CALLS = 1000, 100  # the best round had the machine to itself
 MOST_US = 3.0
 ROWS, CHANNELS = 64, 20
 TRAINING = ("batch_norm_forward", "batch_norm_backward")  # what the verdicts are about

@@ -99,7 +99,7 @@ def cupy_reader(runtime: Runtime, given: tuple[bool, ...]) -> Reader:
     wrong = " or ".join(f"type({name}) is not kind" if here else f"{name} is not None" for name, here in arrays)
     facts = "(data := {0}.data).ptr, data.device_id, {0}.dtype, {0}.shape, {0}.strides"
     source = f"""
-def read(arrays):
+def read(arrays, kind=kind, type=type):
     try:
         {", ".join(names)}, = arrays
     except ValueError:  # another number of them
