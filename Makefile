@@ -13,7 +13,7 @@ OP_TESTS = tests/test_batch_norm.py tests/test_softmax_cross_entropy.py tests/te
 CXX_FILES = $(shell find cuda tests/emulator benchmarks -name "*.cu" -o -name "*.cuh" -o -name "*.h" -o -name "*.cpp")
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check format compile emulate mutants coverage bench host-cost notebooks clean
+.PHONY: help train test check format compile emulate mutants coverage bench host-cost features traffic notebooks clean
 .PHONY: gpu gpu-test gpu-sanitize gpu-bench gpu-dry-run
 
 help: ## list the targets
@@ -54,6 +54,12 @@ bench: $(BENCH) ## measure everything that this machine can, beside the rivals; 
 
 host-cost: $(BENCH) ## time the Python part of a batch-norm call, beside PyTorch's call on one number
 	$(RUN) -m benchmarks.host_cost
+
+features: $(TEST) ## what batch norm can do, and how many tests stand behind each line
+	$(RUN) -m tests.features
+
+traffic: $(TEST) ## count the bytes that batch norm moves, on the emulator, against the fewest possible
+	$(RUN) -m benchmarks.traffic
 
 # With whichever python3 has CuPy, and without installing anything: a GPU machine has its own way of doing that.
 gpu: ## on a GPU machine: facts, tests, sanitizers, benchmarks in 9 minutes, into OUT (build/gpu)

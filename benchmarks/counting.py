@@ -16,17 +16,19 @@ import numpy as np
 import bnkernels as bn
 from benchmarks import bench_batch_norm
 from benchmarks.case import Arrays, Call, Case, NotSupportedError, native_dtype
+from benchmarks.limits import H200
 from bnkernels import _runtime
-from bnkernels._runtime import Launch
+from bnkernels._runtime import Launch, Limits
 from tests.backends import emulated_runtime
 from tests.emulator import LaunchRecord
 
-MOST_COUNTED = 2**22  # elements that the emulator gets through in a second or two
+WHOLE, MOST_COUNTED = 2**22, 2**24  # elements: of a case that is counted as a whole, and of some of its slices
+DEVICE = H200  # that the launches are planned for
 ONE = np.ones((), np.float32)
 
 
 class Count(NamedTuple):
-    """What one launch did: bytes by every access, and each byte counted once."""
+    """What one launch did: bytes by every access, each byte counted once, and of the large arrays alone."""
 
     source: str
     kernel: str
@@ -36,6 +38,8 @@ class Count(NamedTuple):
     written: int
     accessed_read: int
     accessed_written: int
+    data_read: int  # by every access, from arrays as large as the data
+    data_written: int
 
 
 # ---- the cases ------------------------------------------------------------------------------------------------------
@@ -130,6 +134,14 @@ class Planner(_runtime.Runtime):
         """Return 0: there is one."""
         return 0
 
+    def limits(self, array: Planned) -> Limits:
+        """Return the limits of the device that the launches are planned for."""
+        return DEVICE.choice
+
+    def workspace(self, array: Planned) -> int:
+        """Return an address: nothing is there."""
+        return 16
+
     def launch(self, source: str, entry_point: str, launch: Launch, arguments: np.ndarray, like: Any = None) -> None:
         """Note the launch."""
         self.launches.append((source, entry_point, launch))
@@ -154,17 +166,24 @@ def planned(case: Case) -> list[tuple[str, str, Launch]]:
 def counted_in_full(case: Case) -> list[Count]:
     """Run a call of the case on the emulator and return what each launch did."""
     runtime = emulated_runtime()
-    call = prepare(case, runtime.asarray)
-    runtime.reset()
-    call()
+    with runtime.device_limits(DEVICE.choice):
+        call = prepare(case, runtime.asarray)
+        runtime.reset()
+        call()
     records = list(runtime.launches)
     runtime.reset()
-    return [count_of(record) for record in records]
+    return [count_of(record, case, runtime.workspace_array) for record in records]
 
 
-def count_of(record: LaunchRecord) -> Count:
+def count_of(record: LaunchRecord, case: Case, workspace: np.ndarray | None) -> Count:
     """Return what a launch did."""
     total = record.counts.total
+    others = None if workspace is None else workspace.ctypes.data
+    data = [
+        traffic
+        for block, traffic in record.counts.arrays.items()
+        if len(block) == case.size * case.itemsize and block.start != others
+    ]
     return Count(
         record.source,
         record.entry_point,
@@ -174,35 +193,49 @@ def count_of(record: LaunchRecord) -> Count:
         total.unique_bytes_written,
         total.bytes_read,
         total.bytes_written,
+        sum(traffic.bytes_read for traffic in data),
+        sum(traffic.bytes_written for traffic in data),
     )
 
 
-def two_slices(case: Case) -> tuple[Case, int] | None:
-    """Return the case with fewer channels, two blocks' worth, and how often that goes into the whole; None if not.
+def fewer_slices(case: Case) -> tuple[Case, int] | None:
+    """Return the case with fewer channels, and how often that goes into the whole; None if not.
 
-    Blocks that own slices of channels all do the same, so fewer slices are proportionally less work. Here that is so if
-    both cases launch the same kernels with the same blocks, and the grid of the whole is that many times as wide.
+    Slices of channels are all alike, so fewer of them are proportionally less work. Where blocks own a slice each, two
+    of them are counted, if that launches the same kernels with the same blocks, and the grid of the whole is that many
+    times as wide. Where groups of blocks take the slices in turn, one of each is counted, if the launch is the same.
     """
     full = planned(case)
-    slices, channels = full[0][2].grid[0], case.shape[1] if len(case.shape) > 1 else 0
-    if slices % 2 or not channels or channels % (slices // 2):
+    launch, channels = full[0][2], case.shape[1] if len(case.shape) > 1 else 0
+    if launch.cooperative:
+        width = channels_of_slice(case, launch)
+        counted, grids = launch.grid[0] * width, 1
+    else:
+        counted, grids = 2 * channels // launch.grid[0], launch.grid[0] // 2
+    if not counted or channels % counted or (not launch.cooperative and channels // counted != grids):
         return None
-    times = slices // 2
-    small = replace(case, shape=(case.shape[0], channels // times, *case.shape[2:]))
+    times = channels // counted
+    small = replace(case, shape=(case.shape[0], counted, *case.shape[2:]))
     scaled = [
-        (source, kernel, replace(launch, grid=(launch.grid[0] * times, *launch.grid[1:])))
+        (source, kernel, replace(launch, grid=(launch.grid[0] * grids, *launch.grid[1:])))
         for source, kernel, launch in planned(small)
     ]
     return (small, times) if scaled == full else None
 
 
+def channels_of_slice(case: Case, launch: Launch) -> int:
+    """Return the channels that a group of blocks takes at a time: a thread owns those of 16 bytes, or one of many."""
+    together = 1 if case.layout in ("NCL", "NCHW") else 16 // case.itemsize
+    return launch.block[0] * together
+
+
 def counted_by_slices(case: Case, small: Case, times: int) -> tuple[list[Count], str]:
-    """Return what each launch of the case does, from a count of two slices; and on what was counted."""
+    """Return what each launch of the case does, from a count of fewer slices; and on what was counted."""
     counts = [
         Count(*count[:2], launch, count.barriers, *(figure * times for figure in count[4:]))
         for count, (_, _, launch) in zip(counted_in_full(small), planned(case), strict=True)
     ]
-    return counts, f"{extent(small.shape)}, times {times}"
+    return counts, extent(small.shape) if times == 1 else f"{extent(small.shape)}, times {times}"
 
 
 def counted(case: Case) -> tuple[list[Count], str]:
@@ -214,11 +247,13 @@ def counted(case: Case) -> tuple[list[Count], str]:
         If the op refuses the case ("not supported yet"), or it cannot be counted here.
     """
     planned(replace(case, shape=tuple(min(size, 3) for size in case.shape)))  # refuses quickly
-    if case.size <= MOST_COUNTED:
+    if case.size <= WHOLE:
         return counted_in_full(case), extent(case.shape)
-    found = two_slices(case)
+    found = fewer_slices(case)
+    if found is None and case.size <= MOST_COUNTED:
+        return counted_in_full(case), extent(case.shape)
     if found is None or found[0].size > MOST_COUNTED:
-        raise NotSupportedError("too large for the emulator, and so are two slices of its channels, if it has slices")
+        raise NotSupportedError("too large for the emulator, and so are some slices of its channels, if it has slices")
     return counted_by_slices(case, *found)
 
 

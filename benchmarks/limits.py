@@ -19,6 +19,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from bnkernels._runtime import Limits
+
 WARP = 32
 REGISTERS = 65536  # of an SM, 32 bits each; also the most that one block gets
 PARTITIONS = 4
@@ -79,6 +81,12 @@ class Device:
     launch_floor: float | None = None
     l2_latency: int | None = None
     shared_latency: int | None = None
+
+    @property
+    def choice(self) -> Limits:
+        """What the choice of a launch asks."""
+        shared = self.architecture.shared_bytes
+        return Limits(self.sms, shared - SHARED_RESERVED, shared, cooperative=True)
 
 
 KIB, MIB = 1024, 1024**2

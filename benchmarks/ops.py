@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-from benchmarks import bench_batch_norm, bench_parameter_update, bench_softmax_cross_entropy
+from benchmarks import (
+    bench_batch_norm,
+    bench_batch_norm_double_backward,
+    bench_parameter_update,
+    bench_softmax_cross_entropy,
+)
 from benchmarks.case import Op
 
 OPS: dict[str, Op] = {
-    op.name: op for op in (bench_batch_norm.OP, bench_softmax_cross_entropy.OP, *bench_parameter_update.OPS.values())
+    op.name: op
+    for op in (
+        bench_batch_norm.OP,
+        bench_batch_norm_double_backward.OP,
+        bench_softmax_cross_entropy.OP,
+        *bench_parameter_update.OPS.values(),
+    )
 }

@@ -82,7 +82,8 @@ def row_of(case: Case, count: Count, registers: Mapping[str, int]) -> Row:
             f"registers_{name}": registers[name],
             f"blocks_per_sm_{name}": fits.blocks,
             f"occupancy_{name}": round4(fits.share),
-            f"waves_{name}": round4(limits.waves(device, blocks, fits.blocks)),
+            # None where no block fits: a device with less shared memory gets another launch.
+            f"waves_{name}": round4(limits.waves(device, blocks, fits.blocks)) if fits.blocks else None,
             f"busy_sms_{name}": limits.busy_sms(device, blocks),
         }
     work = limits.Work(blocks, moved, count.accessed_read + count.accessed_written, count.barriers)
@@ -133,7 +134,8 @@ def table(document: Mapping[str, Any]) -> str:
     notes = [
         f"Registers and occupancy: {names}. SMs at work, and times: {document['predicted_for']}; predicted, not "
         "measured: no launch of this grid and these bytes can take less, and no kernel whatever less than the last "
-        "column says. Bytes and barriers are counted on the emulator."
+        "column says. Bytes and barriers are counted on the emulator. The launches are those of that device; occupancy "
+        "0: another device, with less shared memory, gets other launches."
     ]
     scaled = dict.fromkeys(
         f"{row['shape']} on {row['counted_on']}" for row in shown if row["counted_on"] != row["shape"]

@@ -6,6 +6,7 @@ from bnkernels.batch_norm import (
     batch_norm_inference,
     batch_norm_inference_backward,
 )
+from bnkernels.batch_norm_double_backward import batch_norm_double_backward
 from bnkernels.batch_norm_folding import batch_norm_scale_shift, fold_batch_norm
 from bnkernels.mlp import MLP
 from bnkernels.parameter_update import adam_update, momentum_update, sgd_update
@@ -17,6 +18,7 @@ __all__ = [
     "MLP",
     "adam_update",
     "batch_norm_backward",
+    "batch_norm_double_backward",
     "batch_norm_forward",
     "batch_norm_inference",
     "batch_norm_inference_backward",

@@ -27,7 +27,7 @@ class Call(NamedTuple):
     runtime: Runtime
     read: Reader
     facts: list
-    options: tuple  # momentum, eps, axis, activation, alpha
+    options: tuple  # momentum, eps, axis, activation, alpha, unbiased
     launches: dict[int, tuple] | None  # those of such arrays; None if there has been none
 
     @property
@@ -48,7 +48,15 @@ class Launches:
         self._known: dict[type, tuple[tuple[Runtime, Reader, dict[int, tuple]], ...]] = {}
 
     def again(
-        self, out: Any, rest: tuple, momentum: Any, eps: Any, axis: Any, activation: Any, alpha: Any
+        self,
+        out: Any,
+        rest: tuple,
+        momentum: Any,
+        eps: Any,
+        axis: Any,
+        activation: Any,
+        alpha: Any,
+        unbiased: Any = None,
     ) -> Call | bool | None:
         """Launch what such a call once launched; `out` holds the arrays that come before the `rest`.
 
@@ -62,7 +70,7 @@ class Launches:
             facts = read(arrays)
             if facts is None:
                 continue
-            for known, (m, e, ax, phi, al), source, entry_point, launch, arguments in launches.get(facts[0], ()):
+            for known, (m, e, ax, phi, al, u), source, entry_point, launch, arguments in launches.get(facts[0], ()):
                 if (
                     known == facts
                     and (activation is phi or _same(activation, phi))
@@ -70,11 +78,12 @@ class Launches:
                     and (eps is e or _same(eps, e))
                     and (axis is ax or _same(axis, ax))
                     and (alpha is al or _same(alpha, al))
+                    and (unbiased is u or _same(unbiased, u))
                 ):
                     runtime.launch(source, entry_point, launch, arguments, arrays[0])
                     return True
-            return Call(runtime, read, facts, (momentum, eps, axis, activation, alpha), launches)
-        return _unknown(arrays, (momentum, eps, axis, activation, alpha))
+            return Call(runtime, read, facts, (momentum, eps, axis, activation, alpha, unbiased), launches)
+        return _unknown(arrays, (momentum, eps, axis, activation, alpha, unbiased))
 
     def keep(self, call: Call, source: str, entry_point: str, launch: Launch, arguments: np.ndarray) -> None:
         """Keep a launch that was made after all checks."""

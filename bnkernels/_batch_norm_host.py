@@ -49,6 +49,7 @@ def forward_host(
     residual: np.ndarray | None,
     vectors: tuple[np.ndarray | None, ...],
     momentum: float,
+    divisor: float,
     eps: float,
     phi: Activation,
     y: np.ndarray,
@@ -57,7 +58,7 @@ def forward_host(
     """Write `y`, `statistics` and the running statistics; `vectors` are gamma, beta and the running statistics."""
     target = _target(y, layout)
     rows, extra = _matrix(x, layout), _matrix(residual, layout)
-    kept = forward_numpy(rows, extra, *vectors, momentum, eps, phi, target, statistics)
+    kept = forward_numpy(rows, extra, *vectors, momentum, divisor, eps, phi, target, statistics)
     _bring_back(target, y, layout)
     return kept
 

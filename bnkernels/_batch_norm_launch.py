@@ -63,7 +63,7 @@ def forward_launch(outer: int, channels: int, dtype: np.dtype, inner: int = 1) -
     Examples
     --------
     >>> forward_launch(64, 20, np.dtype("float32"))
-    ('held4', Launch(grid=(1, 1, 1), block=(20, 16, 1), shared_bytes=3840))
+    ('held4', Launch(grid=(1, 1, 1), block=(20, 16, 1), shared_bytes=3840, cooperative=False))
     """
     return _choose(outer, channels, inner, dtype, planes=3)
 
@@ -74,7 +74,7 @@ def backward_launch(outer: int, channels: int, dtype: np.dtype, inner: int = 1) 
     Examples
     --------
     >>> backward_launch(64, 20, np.dtype("float32"))
-    ('backward_held4', Launch(grid=(1, 1, 1), block=(20, 16, 1), shared_bytes=2560))
+    ('backward_held4', Launch(grid=(1, 1, 1), block=(20, 16, 1), shared_bytes=2560, cooperative=False))
     """
     variant, launch = _choose(outer, channels, inner, dtype, planes=2)
     return f"backward_{variant}", launch
@@ -86,6 +86,21 @@ def inference_backward_launch(outer: int, channels: int, dtype: np.dtype, inner:
     lanes = _lanes(outer * inner, width)
     shared = 2 * width * lanes * accumulator(dtype).itemsize
     return "inference_backward", Launch((ceil_div(channels, width), 1, 1), (width, lanes, 1), shared)
+
+
+def double_backward_launch(outer: int, channels: int, dtype: np.dtype, inner: int = 1) -> tuple[str, Launch]:
+    """Return variant and launch of the double backward, whose rows are streamed at any length.
+
+    Examples
+    --------
+    >>> variant, launch = double_backward_launch(64, 20, np.dtype("float32"))
+    >>> launch.block, launch.shared_bytes
+    ((20, 16, 1), 12800)
+    """
+    width = slice_width(channels, inner, dtype)
+    lanes = _lanes(ceil_div(outer * inner, HELD), width)
+    shared = 10 * width * lanes * accumulator(dtype).itemsize
+    return "double_backward", Launch((ceil_div(channels, width), 1, 1), (width, lanes, 1), shared)
 
 
 def inference_launch(outer: int, channels: int, dtype: np.dtype, inner: int = 1) -> Launch:

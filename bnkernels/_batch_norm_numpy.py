@@ -48,9 +48,9 @@ _sums = lru_cache(maxsize=16)(_Sums)
 
 
 @lru_cache(maxsize=64)
-def _scalars(rows: int, momentum: float, eps: float, double: bool) -> tuple[np.ndarray, ...]:
+def _scalars(rows: int, momentum: float, divisor: float, eps: float, double: bool) -> tuple[np.ndarray, ...]:
     """Return eps and the weights of the old mean, of the new mean, and of the new, biased variance."""
-    values = eps, 1 - momentum, momentum, momentum * rows / (rows - 1)
+    values = eps, 1 - momentum, momentum, momentum * rows / divisor
     return tuple(np.array(value, DOUBLE if double else SINGLE) for value in values)
 
 
@@ -162,6 +162,7 @@ def forward_numpy(
     running_mean: np.ndarray | None,
     running_var: np.ndarray | None,
     momentum: float,
+    divisor: float,
     eps: float,
     phi: Activation,
     y: np.ndarray,
@@ -170,14 +171,14 @@ def forward_numpy(
     """Write `y`, `statistics` and the running statistics of the training forward."""
     large = x.size > BLOCK
     var, centred = (_moments_in_blocks(x, statistics), None) if large else _moments(x, statistics)
-    small, keep, take, take_unbiased = _scalars(len(x), momentum, eps, x.dtype == DOUBLE)
+    small, keep, take, take_var = _scalars(len(x), momentum, divisor, eps, x.dtype == DOUBLE)
     statistics[2] = rstd = _rstd(var, small)
     if running_mean is not None:
         running_mean *= keep
         running_mean += take * statistics[0]
     if running_var is not None:
         running_var *= keep
-        var *= take_unbiased
+        var *= take_var
         running_var += var
     scale = _scale(gamma, rstd)
     if large:

@@ -15,9 +15,16 @@ from bnkernels import _check as check
 from bnkernels import _runtime as rt
 from bnkernels._batch_norm_again import Call, Launches
 from bnkernels._batch_norm_host import backward_host, forward_host, inference_host
-from bnkernels._batch_norm_launch import backward_launch, forward_launch, inference_backward_launch, inference_launch
+from bnkernels._batch_norm_launch import (
+    HELD,
+    backward_launch,
+    forward_launch,
+    inference_backward_launch,
+    inference_launch,
+)
 from bnkernels._batch_norm_layout import Layout, element_strides, layout_of
 from bnkernels._batch_norm_numpy import Kept, backward_numpy, forward_numpy
+from bnkernels._batch_norm_spread import VECTOR, Spread, Tensor, choose_spread, spread_arguments
 from bnkernels.activations import Activation
 
 SIZES = "outer channels inner"
@@ -25,7 +32,7 @@ X_STRIDES = "x_outer x_channel x_inner residual_outer residual_channel residual_
 FORWARD = rt.arguments_type(
     "x residual gamma beta y statistics running_mean running_var",
     f"{SIZES} {X_STRIDES}",
-    "momentum eps alpha",
+    "momentum divisor eps alpha",
     "activation",
 )
 INFERENCE = rt.arguments_type(
@@ -52,6 +59,7 @@ class Plan(NamedTuple):
     launch: rt.Launch | None = None
     sizes: tuple[int, ...] = ()
     copied: tuple[str, ...] = ()  # inputs that no three strides describe
+    tensor: Tensor | None = None  # for the choice of a spread kernel, which the device decides as well
 
 
 FORWARD_LAUNCHES, INFERENCE_LAUNCHES, BACKWARD_LAUNCHES = Launches(), Launches(), Launches()
@@ -73,9 +81,9 @@ def _checked(names: tuple[str, ...], signatures: tuple, axis: Any, optional: tup
     layout = layout_of(x, axis)
     wide, channels = rt.accumulator(x.dtype), layout.channels
     for name, argument in args.items():
-        if name in ("dy", "residual"):
+        if name in ("dy", "residual", "ddx", "ddresidual"):
             check.like(argument, x.shape, x.dtype)
-        elif name in ("y", "out", "dx", "dresidual"):
+        elif name in ("y", "out", "dx", "dresidual", "ddy"):
             check.contiguous(argument, x.shape, x.dtype)
         elif name != "x":
             check.contiguous(argument, (3, channels) if name == "statistics" else (channels,), wide)
@@ -90,16 +98,21 @@ def _planned(args: dict, layout: Layout, inputs: tuple[str, ...], choose: Callab
     plan = Plan(runtime, layout, x.shape, rt.accumulator(x.dtype), 0 in x.shape, twin)
     if runtime is None or plan.empty:
         return plan
-    sizes, copied = [layout.outer, layout.channels, layout.inner], []
+    sizes, copied, given = [layout.outer, layout.channels, layout.inner], [], []
     for name in inputs:
         strides = (0, 0, 0) if args[name] is None else element_strides(args[name], layout.axis)
         if strides is None:
             copied.append(name)
             strides = layout.channels * layout.inner, layout.inner, 1
         sizes += strides
+        if args[name] is not None:
+            given.append(strides)
     variant, launch = choose(layout.outer, layout.channels, x.dtype, layout.inner)
     kernel = f"bnk_batch_norm_{variant}_{rt.suffix(x.dtype)}"
-    return plan._replace(kernel=kernel, launch=launch, sizes=tuple(sizes), copied=tuple(copied))
+    tensor = Tensor(layout.outer, layout.channels, layout.inner, x.dtype, tuple(given))
+    if variant.endswith(f"held{HELD}") or "inference" in variant or not tensor.may_spread:
+        tensor = None
+    return plan._replace(kernel=kernel, launch=launch, sizes=tuple(sizes), copied=tuple(copied), tensor=tensor)
 
 
 @lru_cache(maxsize=1024)
@@ -145,15 +158,50 @@ def _sources(plan: Plan, **inputs: Any) -> tuple[Any, ...]:
     return tuple(plan.runtime.contiguous(array) if name in plan.copied else array for name, array in inputs.items())
 
 
-def _launch(plan: Plan, source: str, arguments: np.ndarray, x: Any, known: Launches, call: Call | None) -> None:
-    """Launch the kernel; keep that for the next such call, unless the kernel reads copies that this one has made."""
-    plan.runtime.launch(source, plan.kernel, plan.launch, arguments, x)
-    if call is not None and not plan.copied:
-        known.keep(call, source, plan.kernel, plan.launch, arguments)
+def _launch(
+    plan: Plan,
+    known: Launches,
+    call: Call | None,
+    source: str,
+    kernel: str,
+    launch: rt.Launch,
+    arguments: np.ndarray,
+    x: Any,
+) -> None:
+    """Launch a kernel; keep that for the next such call, unless the argument holds what belongs to this call alone.
+
+    That are copies which it has made, and the workspace of its stream.
+    """
+    plan.runtime.launch(source, kernel, launch, arguments, x)
+    if call is not None and not plan.copied and not launch.cooperative:
+        known.keep(call, source, kernel, launch, arguments)
+
+
+def _spread(plan: Plan, direction: str, x: Any, data: int) -> Spread | None:
+    """Return how a spread kernel would run, or None; `data` are the addresses of all data, or-ed."""
+    if plan.tensor is None or data % VECTOR:
+        return None
+    return choose_spread(direction, plan.tensor, plan.runtime.limits(x))
+
+
+def _spread_launch(
+    plan: Plan, spread: Spread, pointers: tuple[int, ...], scalars: tuple[float, ...], code: int, x: Any
+) -> tuple[str, str, rt.Launch, np.ndarray]:
+    """Return source, kernel, launch and argument of a spread kernel."""
+    workspace = plan.runtime.workspace(x) if spread.launch.cooperative else 0
+    arguments = spread_arguments(spread, plan.tensor, pointers, workspace, scalars, code)
+    kernel = f"bnk_batch_norm_{spread.variant}_{rt.suffix(plan.tensor.dtype)}"
+    return f"batch_norm_{spread.direction}_spread", kernel, spread.launch, arguments
 
 
 def run_forward(
-    plan: Plan, arrays: tuple, momentum: float, eps: float, phi: Activation, call: Call | None = None
+    plan: Plan,
+    arrays: tuple,
+    momentum: float,
+    eps: float,
+    phi: Activation,
+    unbiased: bool = True,
+    call: Call | None = None,
 ) -> tuple[Any, Any, Kept | None]:
     """Run the training forward on the arrays FORWARD_NAMES.
 
@@ -162,22 +210,29 @@ def run_forward(
     """
     y, statistics, running_mean, running_var, x, residual, gamma, beta = arrays
     runtime, layout, kept = plan.runtime, plan.layout, None
+    divisor = float(layout.rows - unbiased)  # of the squares, for the running variance
     if y is None:
         y, statistics = rt.empty(runtime, plan.shape, x), rt.empty(runtime, (3, layout.channels), x, plan.wide)
     if plan.empty:
         statistics[...] = 0
     elif plan.twin:
-        kept = forward_numpy(x, residual, gamma, beta, running_mean, running_var, momentum, eps, phi, y, statistics)
+        vectors = gamma, beta, running_mean, running_var
+        kept = forward_numpy(x, residual, *vectors, momentum, divisor, eps, phi, y, statistics)
     elif runtime is None:
         vectors = gamma, beta, running_mean, running_var
-        kept = forward_host(layout, x, residual, vectors, momentum, eps, phi, y, statistics)
+        kept = forward_host(layout, x, residual, vectors, momentum, divisor, eps, phi, y, statistics)
     else:
         if call is None or not call.on_one_device:
             check.one_device(runtime, FORWARD_NAMES, arrays)
         sources = _sources(plan, x=x, residual=residual)
         pointers = rt.addresses(runtime, *sources, gamma, beta, y, statistics, running_mean, running_var)
-        arguments = rt.pack(FORWARD[plan.wide], *pointers, *plan.sizes, momentum, eps, phi.alpha, phi.code)
-        _launch(plan, "batch_norm_forward", arguments, x, FORWARD_LAUNCHES, call)
+        spread = _spread(plan, "forward", x, pointers[0] | pointers[1] | pointers[4])
+        if spread is not None:
+            made = _spread_launch(plan, spread, pointers, (momentum, divisor, eps, phi.alpha), phi.code, x)
+        else:
+            arguments = rt.pack(FORWARD[plan.wide], *pointers, *plan.sizes, momentum, divisor, eps, phi.alpha, phi.code)
+            made = "batch_norm_forward", plan.kernel, plan.launch, arguments
+        _launch(plan, FORWARD_LAUNCHES, call, *made, x)
     return y, statistics, kept
 
 
@@ -197,7 +252,7 @@ def run_inference(plan: Plan, arrays: tuple, eps: float, phi: Activation, call: 
         sources = _sources(plan, x=x, residual=residual)
         pointers = rt.addresses(runtime, *sources, gamma, beta, out, running_mean, running_var)
         arguments = rt.pack(INFERENCE[plan.wide], *pointers, *plan.sizes, eps, phi.alpha, phi.code)
-        _launch(plan, "batch_norm_forward", arguments, x, INFERENCE_LAUNCHES, call)
+        _launch(plan, INFERENCE_LAUNCHES, call, "batch_norm_forward", plan.kernel, plan.launch, arguments, x)
     return out
 
 
@@ -240,6 +295,12 @@ def run_backward(
         else:  # to slice an array costs more than all of this
             mean, row = runtime.pointer(statistics), plan.layout.channels * wide.itemsize
             rows = mean, mean + row, mean + 2 * row
-        arguments = rt.pack(BACKWARD[wide], *before, *rows, *after, *plan.sizes, eps, phi.alpha, phi.code)
-        _launch(plan, "batch_norm_backward", arguments, x, BACKWARD_LAUNCHES, call)
+        pointers = (*before, *rows, *after)
+        spread = _spread(plan, "backward", x, before[0] | before[1] | before[2] | after[0] | after[3])
+        if spread is not None:
+            made = _spread_launch(plan, spread, pointers, (phi.alpha,), phi.code, x)
+        else:
+            arguments = rt.pack(BACKWARD[wide], *pointers, *plan.sizes, eps, phi.alpha, phi.code)
+            made = "batch_norm_backward", plan.kernel, plan.launch, arguments
+        _launch(plan, BACKWARD_LAUNCHES, call, *made, x)
     return (dx, dgamma, dbeta) if residual is None else (dx, dgamma, dbeta, dresidual)

@@ -255,6 +255,13 @@ def integer(name: str, given: Any) -> int:
         raise TypeError(f"{name} must be an integer, got {given!r}") from None
 
 
+def boolean(name: str, given: Any) -> bool:
+    """Check for True or False; return it as a bool."""
+    if not isinstance(given, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False, got {given!r}")
+    return bool(given)
+
+
 def pack_outputs(out: Any, names: tuple[str, ...]) -> tuple:
     """Check `out`, a tuple with one array for every name, or None; return it, or as many None."""
     if out is None:

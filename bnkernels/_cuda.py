@@ -9,7 +9,9 @@ import cupy
 import numpy as np
 
 from bnkernels import _source
-from bnkernels._runtime import Launch, cupy_reader
+from bnkernels._runtime import WORKSPACE_BYTES, Launch, Limits, cupy_reader
+
+PER_THREAD = 2  # the handle of the default stream that every thread has its own of
 
 
 def available() -> str | None:
@@ -28,6 +30,8 @@ class CudaRuntime:
     def __init__(self) -> None:
         self._kernels: dict[tuple[int, str], Any] = {}
         self._modules: dict[tuple[int, str], Any] = {}
+        self._limits: dict[int, Limits] = {}
+        self._workspaces: dict[tuple[int, int], Any] = {}
         self._lock = threading.Lock()
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype, like: Any) -> Any:
@@ -50,11 +54,51 @@ class CudaRuntime:
 
     reader = cupy_reader
 
+    def limits(self, array: Any) -> Limits:
+        """Return the limits of the array's device."""
+        device = array.device
+        found = self._limits.get(device.id)
+        if found is None:
+            given = device.attributes
+            found = self._limits[device.id] = Limits(
+                given["MultiProcessorCount"],
+                given["MaxSharedMemoryPerBlockOptin"],
+                given["MaxSharedMemoryPerMultiprocessor"],
+                bool(given["CooperativeLaunch"]),
+            )
+        return found
+
+    def workspace(self, array: Any) -> int:
+        """Return the address of the workspace of the current stream on the array's device.
+
+        Raises
+        ------
+        RuntimeError
+            If the stream has none yet and is being captured: a graph would clear it at every replay.
+        """
+        with array.device as device:
+            stream = cupy.cuda.get_current_stream()
+            key = device.id, stream.ptr, threading.get_ident() if stream.ptr == PER_THREAD else 0
+            found = self._workspaces.get(key)
+            if found is None:
+                if stream.ptr and stream.is_capturing():  # the null stream never is, and does not like to be asked
+                    raise RuntimeError(
+                        "this launch needs a workspace that its stream does not have yet, and it cannot be made while "
+                        "a graph is captured: call the op once on this stream before the capture begins"
+                    )
+                # With the stream, so that no other one gets its handle.
+                found = self._workspaces.setdefault(key, (cupy.zeros(WORKSPACE_BYTES, np.uint8), stream))
+        return found[0].data.ptr
+
     def launch(self, source: str, entry_point: str, launch: Launch, arguments: np.ndarray, like: Any) -> None:
         """Enqueue the kernel; a NumPy array of one structured element is passed by value."""
         with like.device as device:
             kernel = self._kernels.get((device.id, entry_point)) or self._compiled(device.id, source, entry_point)
-            kernel(launch.grid, launch.block, (arguments,), shared_mem=launch.shared_bytes)
+            if launch.cooperative:
+                function = kernel.kernel  # RawKernel's own call would need a module compiled for cooperative groups
+                function(launch.grid, launch.block, (arguments,), launch.shared_bytes, enable_cooperative_groups=True)
+            else:
+                kernel(launch.grid, launch.block, (arguments,), shared_mem=launch.shared_bytes)
 
     def _compiled(self, device: int, source: str, entry_point: str) -> Any:
         with self._lock:
@@ -62,4 +106,7 @@ class CudaRuntime:
             if module is None:
                 module = cupy.RawModule(code=_source.read(source), options=_source.OPTIONS)
                 self._modules[device, source] = module
-            return self._kernels.setdefault((device, entry_point), module.get_function(entry_point))
+            kernel = module.get_function(entry_point)
+            if source.endswith("_spread"):
+                kernel.max_dynamic_shared_size_bytes = self._limits[device].shared_bytes
+            return self._kernels.setdefault((device, entry_point), kernel)

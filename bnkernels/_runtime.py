@@ -5,22 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 MAX_THREADS = 1024
 MAX_GRID = (2**31 - 1, 65535, 65535)
-MAX_SHARED_BYTES = 48 * 1024  # what every supported device grants a block without opting in
+MAX_SHARED_BYTES = 227 * 1024  # the most that any device grants a block
+WORKSPACE_BYTES = 2**20  # of a stream
+SHARED_BYTES = 48 * 1024  # what every supported device grants a block without opting in
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Grid, block (in threads) and dynamic shared memory (in bytes) of one kernel launch."""
+    """Grid, block (in threads) and dynamic shared memory (in bytes) of one kernel launch.
+
+    The blocks of a cooperative launch are all resident at once, so they may wait for one another.
+    """
 
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
     shared_bytes: int = 0
+    cooperative: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what no device accepts, so that a wrong plan fails where it was made."""
@@ -35,6 +41,15 @@ class Launch:
             raise ValueError(f"a grid is at most {MAX_GRID}, got {self.grid}")
         if not 0 <= self.shared_bytes <= MAX_SHARED_BYTES:
             raise ValueError(f"a block gets at most {MAX_SHARED_BYTES} bytes of shared memory, got {self.shared_bytes}")
+
+
+class Limits(NamedTuple):
+    """What launch choices ask of a device."""
+
+    sms: int
+    shared_bytes: int  # of a block, at most, which asks for it where it is more than `SHARED_BYTES`
+    shared_bytes_of_sm: int
+    cooperative: bool  # whether the blocks of a launch may wait for one another
 
 
 # Reads what decides a launch: of every array address, device, data type, shape and strides, one after the other. Gives
@@ -63,6 +78,15 @@ class Runtime(Protocol):
     def reader(self, given: tuple[bool, ...]) -> Reader:
         """Return what reads the facts of so many arrays, None where not `given`; the same object every time."""
         return _reader(self, given)
+
+    def limits(self, array: Any) -> Limits:
+        """Return the limits of the device that holds the array."""
+
+    def workspace(self, array: Any) -> int:
+        """Return the address of `WORKSPACE_BYTES` on the device of the array, for launches on its current stream.
+
+        They were zeros once; what a launch leaves there the next one finds.
+        """
 
     def launch(self, source: str, entry_point: str, launch: Launch, arguments: np.ndarray, like: Any) -> None:
         """Enqueue `entry_point` of ``cuda/<source>.cu`` on the current stream of the device of `like`.

@@ -1,7 +1,8 @@
 """The activations that follow a normalisation: their names, their codes in the kernels, and their NumPy forms.
 
-Each has a forward, ``h = phi(z)``, and a backward, ``dz = dh * phi'(z)``. They work on NumPy and on CuPy arrays; the
-kernels compute the same from code and alpha (``cuda/activation.cuh``). NaN passes through all of them.
+Each has a forward, ``h = phi(z)``, a backward, ``dz = dh * phi'(z)``, and a second derivative, ``phi''(z)``. They work
+on NumPy and on CuPy arrays; the kernels compute the same from code and alpha (``cuda/activation.cuh``). NaN passes
+through all of them.
 """
 
 from __future__ import annotations
@@ -15,18 +16,24 @@ import numpy as np
 
 
 class Activation(NamedTuple):
-    """One activation: what the kernels know of it, and its two functions of arrays, called with the array module."""
+    """One activation: what the kernels know of it, and its functions of arrays, called with the array module."""
 
     code: int
     alpha: float  # 0 where the kernels have no use for it
     from_output: bool  # whether the backward takes phi's output; else its input
     forward: Callable[[Any, Any], Any]  # (xp, z) -> h; may overwrite z where from_output
     backward: Callable[[Any, Any, Any], Any]  # (xp, dh, h or z) -> dz; overwrites neither
+    second: Callable[[Any, Any], Any]  # (xp, z) -> phi''(z), best in float64; does not overwrite z
 
     @property
     def is_identity(self) -> bool:
         """Whether phi(z) = z, so that nothing of the forward is needed."""
         return self.code == 0 and self.alpha == 1
+
+    @property
+    def is_piecewise_linear(self) -> bool:
+        """Whether phi'' is 0 wherever it exists."""
+        return self.code == 0
 
 
 # exp(x^2) (1 + 2x) erfc(x) for x >= 0 as a polynomial of (x - 3.75) / (x + 3.75); see cuda/activation.cuh.
@@ -65,6 +72,10 @@ def _sigmoid(xp: Any, z: Any) -> Any:
     return xp.where(z >= 0, 1, decay) / (1 + decay)
 
 
+def _flat(xp: Any, z: Any) -> Any:
+    return xp.where(xp.isnan(z), z, z.dtype.type(0))
+
+
 def _relu(xp: Any, z: Any) -> Any:
     return xp.maximum(z, _ZERO if xp is np else 0, out=z)
 
@@ -81,7 +92,7 @@ def _leaky_relu(alpha: float) -> tuple[Callable, Callable]:
         below = value * value.dtype.type(alpha) if alpha else xp.zeros_like(value)  # not NaN for minus infinity
         return xp.where(z <= 0, below, value)
 
-    return lambda xp, z: scaled(xp, z, z), scaled
+    return lambda xp, z: scaled(xp, z, z), scaled, _flat
 
 
 def _elu(alpha: float) -> tuple[Callable, Callable]:
@@ -91,7 +102,10 @@ def _elu(alpha: float) -> tuple[Callable, Callable]:
     def backward(xp: Any, dh: Any, z: Any) -> Any:
         return dh * xp.where(z <= 0, z.dtype.type(alpha) * xp.exp(xp.minimum(z, 0)), 1)
 
-    return forward, backward
+    def second(xp: Any, z: Any) -> Any:
+        return xp.where(z > 0, 0, z.dtype.type(alpha) * xp.exp(xp.minimum(z, 0)))
+
+    return forward, backward, second
 
 
 def _erfc(xp: Any, z: Any) -> Any:
@@ -127,7 +141,38 @@ def _gelu_gate(xp: Any, z: Any) -> tuple[Any, Any]:
     return _erfc(xp, z * -math.sqrt(0.5)) / 2, xp.exp(z * z / -2) / math.sqrt(2 * math.pi)
 
 
-def _gated(gate_of: Callable[[Any, Any], tuple[Any, Any]]) -> tuple[Callable, Callable]:
+# Second derivatives. A sigmoid s has s'' = s' (1 - 2 s); a gate makes phi'' = 2 gate' + z gate''.
+
+
+def _sigmoid_second(xp: Any, z: Any) -> Any:
+    gate, density = _silu_gate(xp, z)
+    return density * (1 - 2 * gate)
+
+
+def _tanh_second(xp: Any, z: Any) -> Any:
+    h = xp.tanh(z)
+    return -2 * h * (1 - h * h)
+
+
+def _silu_second(xp: Any, z: Any) -> Any:
+    gate, density = _silu_gate(xp, z)
+    return density * (2 + xp.where(density == 0, 0, z) * (1 - 2 * gate))
+
+
+def _gelu_tanh_second(xp: Any, z: Any) -> Any:
+    z = xp.clip(z, -50, 50)
+    gate, density = _gelu_tanh_gate(xp, z)
+    slope = SIGMOID_OF + 3 * 0.044715 * SIGMOID_OF * z * z
+    bend = (1 - 2 * gate) * slope + 6 * 0.044715 * SIGMOID_OF * z / slope  # gate'' / gate'
+    return density * (2 + z * bend)
+
+
+def _gelu_second(xp: Any, z: Any) -> Any:
+    z = xp.clip(z, -50, 50)
+    return xp.exp(z * z / -2) / math.sqrt(2 * math.pi) * (2 - z * z)
+
+
+def _gated(gate_of: Callable[[Any, Any], tuple[Any, Any]], second: Callable) -> tuple[Callable, Callable, Callable]:
     def forward(xp: Any, z: Any) -> Any:
         wide = z.astype(np.float64)
         gate, _ = gate_of(xp, wide)
@@ -138,20 +183,20 @@ def _gated(gate_of: Callable[[Any, Any], tuple[Any, Any]]) -> tuple[Callable, Ca
         gate, density = gate_of(xp, wide)
         return (dh * (gate + xp.where(density == 0, 0, wide) * density)).astype(dh.dtype)
 
-    return forward, backward
+    return forward, backward, second
 
 
-# By name: the code, the default of alpha (None where there is none), whether the backward takes the output, and the two
-# functions, or what makes them of alpha.
+# By name: the code, the default of alpha (None where there is none), whether the backward takes the output, and the
+# three functions, or what makes them of alpha.
 _TABLE: dict[str, tuple[int, float | None, bool, Any]] = {
-    "identity": (0, None, True, (lambda xp, z: z, lambda xp, dh, h: dh)),
-    "relu": (0, None, True, (_relu, _relu_backward)),
+    "identity": (0, None, True, (lambda xp, z: z, lambda xp, dh, h: dh, _flat)),
+    "relu": (0, None, True, (_relu, _relu_backward, _flat)),
     "leaky_relu": (0, 0.01, False, _leaky_relu),
-    "sigmoid": (1, None, True, (_sigmoid, lambda xp, dh, h: dh * (h * (1 - h)))),
-    "tanh": (2, None, True, (lambda xp, z: xp.tanh(z, out=z), lambda xp, dh, h: dh * (1 - h * h))),
-    "gelu": (6, None, False, _gated(_gelu_gate)),
-    "gelu_tanh": (5, None, False, _gated(_gelu_tanh_gate)),
-    "silu": (4, None, False, _gated(_silu_gate)),
+    "sigmoid": (1, None, True, (_sigmoid, lambda xp, dh, h: dh * (h * (1 - h)), _sigmoid_second)),
+    "tanh": (2, None, True, (lambda xp, z: xp.tanh(z, out=z), lambda xp, dh, h: dh * (1 - h * h), _tanh_second)),
+    "gelu": (6, None, False, _gated(_gelu_gate, _gelu_second)),
+    "gelu_tanh": (5, None, False, _gated(_gelu_tanh_gate, _gelu_tanh_second)),
+    "silu": (4, None, False, _gated(_silu_gate, _silu_second)),
     "elu": (3, 1.0, False, _elu),
 }
 ACTIVATIONS = tuple(_TABLE)

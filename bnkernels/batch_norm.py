@@ -26,6 +26,7 @@ def batch_norm_forward(
     running_var: Any = None,
     *,
     momentum: float = 0.1,
+    unbiased: bool = True,
     eps: float = 1e-5,
     axis: int = 1,
     residual: Any = None,
@@ -42,9 +43,11 @@ def batch_norm_forward(
     gamma, beta : array, shape (C,), type A, optional
         Scale and shift; without them 1 and 0.
     running_mean, running_var : array, shape (C,), type A, optional
-        Running statistics, updated in place. `running_var` takes the unbiased variance.
+        Running statistics, updated in place.
     momentum : float
         Weight of the new statistics in the running ones, between 0 and 1.
+    unbiased : bool
+        Whether `running_var` takes the variance over N - 1, as in PyTorch, or over N, as in Flax and Keras.
     eps : float
         Added to the variance, in the units of ``x**2``.
     axis : int
@@ -100,18 +103,18 @@ def batch_norm_forward(
     array([2., 0.])
     """
     given = running_mean, running_var, x, residual, gamma, beta
-    call = plans.FORWARD_LAUNCHES.again(out, given, momentum, eps, axis, activation, alpha)
+    call = plans.FORWARD_LAUNCHES.again(out, given, momentum, eps, axis, activation, alpha, unbiased)
     if call is True:
         return out
     y, statistics = check.pack_outputs(out, ("y", "statistics"))
-    momentum = check.number("momentum", momentum, 0, 1)
+    momentum, unbiased = check.number("momentum", momentum, 0, 1), check.boolean("unbiased", unbiased)
     eps = check.number("eps", eps, 0)
     axis, phi = check.integer("axis", axis), activation_named(activation, alpha)
     arrays = (y, statistics, running_mean, running_var, x, residual, gamma, beta)
     plan = plans.plan_forward(axis, *check.signatures(arrays))
     if out is not None or running_mean is not None or running_var is not None:
         check.no_overlap(plan.runtime, plans.FORWARD_NAMES, arrays, written=4, in_place=("x", "residual"))
-    y, statistics, _ = plans.run_forward(plan, arrays, momentum, eps, phi, call)
+    y, statistics, _ = plans.run_forward(plan, arrays, momentum, eps, phi, unbiased, call)
     return y, statistics
 
 

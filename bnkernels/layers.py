@@ -63,10 +63,13 @@ class BatchNorm:
     ----------
     parameters, gradients : dict of str to array
         `gamma` and `beta`, shape (C,); each with its gradient.
-    running_mean, running_var : array, shape (C,)
-        Running statistics, updated in place by every forward in training.
+    running_mean, running_var : array, shape (C,), or both None
+        Running statistics, updated in place by every forward in training. None: not tracked; then every forward, also
+        outside training, normalises with the statistics of its mini-batch.
     momentum : float or None
         Weight of the new statistics; None gives the plain average of all mini-batches.
+    unbiased : bool
+        Whether `running_var` takes the variance over N - 1; else over N.
     eps : float
         Added to the variance, in the units of ``x**2``.
     activation : str
@@ -77,16 +80,23 @@ class BatchNorm:
         self,
         parameters: dict[str, Any],
         gradients: dict[str, Any],
-        running_mean: Any,
-        running_var: Any,
+        running_mean: Any = None,
+        running_var: Any = None,
         *,
         momentum: float | None = 0.1,
+        unbiased: bool = True,
         eps: float = 1e-5,
         activation: str = "identity",
     ) -> None:
+        if (running_mean is None) != (running_var is None):
+            missing = "running_mean" if running_mean is None else "running_var"
+            raise ValueError(f"{missing} is None and its companion is not; pass both, or neither to track nothing")
+        if momentum is not None:
+            momentum = check.number("momentum", momentum, 0, 1)
         self.parameters, self.gradients = parameters, gradients
         self.running_mean, self.running_var = running_mean, running_var
-        self.momentum, self.eps, self.activation = momentum, eps, activation
+        self.momentum, self.unbiased = momentum, check.boolean("unbiased", unbiased)
+        self.eps, self.activation = check.number("eps", eps, 0), activation
         self.batches = 0  # on the host: a counter on the device would cost a launch per step
         self._phi = activation_named(activation)
         self._plans: dict[Callable, tuple[list, Plan]] = {}  # the last of each kind
@@ -95,15 +105,16 @@ class BatchNorm:
         """Return the output, of the shape of `x`, (N, C)."""
         vectors = self.parameters["gamma"], self.parameters["beta"]
         running = self.running_mean, self.running_var
-        if not training:
+        if not training and self.running_mean is not None:
             arrays = (None, x, None, *vectors, *running)
             return run_inference(self._plan(plan_inference, arrays, (1,)), arrays, self.eps, self._phi)
         arrays = (None, None, *running, x, None, *vectors)
         plan = self._plan(plan_forward, arrays, (4,))
         momentum = 1 / (self.batches + 1) if self.momentum is None else self.momentum
-        y, self.statistics, self._kept = run_forward(plan, arrays, momentum, self.eps, self._phi)
-        self.x = x
-        self.batches += 1
+        y, statistics, kept = run_forward(plan, arrays, momentum, self.eps, self._phi, self.unbiased)
+        if training:
+            self.x, self.statistics, self._kept = x, statistics, kept
+            self.batches += 1
         return y
 
     def backward(self, dy: Any) -> Any:

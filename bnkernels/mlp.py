@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from bnkernels import _check as check
 from bnkernels.activations import activation_named
 from bnkernels.layers import Activation, BatchNorm, Linear
 
@@ -38,8 +39,10 @@ class MLP:
         Of the initial weights.
     xp : module
         The array module that computes: `numpy`, or `cupy` for a GPU.
-    momentum, eps : float
+    momentum, unbiased, eps : float, bool, float
         Of the batch norms; see `batch_norm_forward`. A momentum of None averages all mini-batches.
+    track_running_stats : bool
+        False: the batch norms have no running statistics and normalise with those of the mini-batch, always.
 
     Attributes
     ----------
@@ -69,7 +72,9 @@ class MLP:
         seed: int = 0,
         xp: Any = np,
         momentum: float | None = 0.1,
+        unbiased: bool = True,
         eps: float = 1e-5,
+        track_running_stats: bool = True,
     ) -> None:
         self.sizes = tuple(int(size) for size in sizes)
         if len(self.sizes) < 2 or min(self.sizes) < 1:
@@ -82,7 +87,8 @@ class MLP:
         self.norm, self.activation, self.dtype, self.xp = norm, activation, dtype, xp
         self._lay_out(self._shapes())
         self._initialise(np.random.default_rng(seed))
-        self._build(momentum, eps)
+        options = {"momentum": momentum, "unbiased": unbiased, "eps": eps}
+        self._build(options, check.boolean("track_running_stats", track_running_stats))
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         """Return name and shape of every parameter, in order; names start with the number of their layer."""
@@ -124,7 +130,7 @@ class MLP:
             elif kind == "gamma":
                 view[...] = 1
 
-    def _build(self, momentum: float | None, eps: float) -> None:
+    def _build(self, options: dict[str, Any], tracked: bool) -> None:
         self.layers: list[Any] = []
         self._running: dict[str, Any] = {}
         self._norms: dict[str, BatchNorm] = {}
@@ -136,18 +142,20 @@ class MLP:
                 Linear({n: mine[n] for n in linear}, {n: grads[n] for n in linear}, self.xp, first=i == 0)
             )
             if "gamma" in mine:
-                running = self.xp.zeros(outputs, self.dtype), self.xp.ones(outputs, self.dtype)
+                running = ()
+                if tracked:
+                    running = self.xp.zeros(outputs, self.dtype), self.xp.ones(outputs, self.dtype)
                 affine = ("gamma", "beta")
                 norm = BatchNorm(
                     {n: mine[n] for n in affine},
                     {n: grads[n] for n in affine},
                     *running,
-                    momentum=momentum,
-                    eps=eps,
                     activation=self.activation,
+                    **options,
                 )
-                self._running |= {f"{i}.running_mean": running[0], f"{i}.running_var": running[1]}
-                self._norms[f"{i}.batches"] = norm
+                if tracked:
+                    self._running |= {f"{i}.running_mean": running[0], f"{i}.running_var": running[1]}
+                    self._norms[f"{i}.batches"] = norm
                 self.layers.append(norm)
             elif i < len(self.sizes) - 2 and self.activation != "identity":
                 self.layers.append(Activation(self.activation, self.xp))
@@ -161,7 +169,7 @@ class MLP:
             A mini-batch, of the network's data type and array module.
         training : bool
             True normalises with the mini-batch's statistics, updates the running ones and keeps what `backward` needs;
-            False normalises with the running statistics and changes nothing.
+            False normalises with the running statistics, where they are tracked, and changes nothing.
 
         Returns
         -------
@@ -189,7 +197,8 @@ class MLP:
         Returns
         -------
         dict of str to numpy.ndarray
-            `0.weight`, `0.gamma`, `0.running_mean`, ...; and `0.batches`, the number of mini-batches seen.
+            `0.weight`, `0.gamma`, `0.running_mean`, ...; and `0.batches`, the number of mini-batches seen. Without
+            running statistics, the parameters alone.
         """
         host = getattr(self.xp, "asnumpy", np.array)
         arrays = {name: np.array(host(array)) for name, array in (self._parameters | self._running).items()}

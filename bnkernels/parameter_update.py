@@ -168,7 +168,7 @@ def parameter_update_launch(size: int) -> rt.Launch:
     Examples
     --------
     >>> parameter_update_launch(1530)
-    Launch(grid=(6, 1, 1), block=(256, 1, 1), shared_bytes=0)
+    Launch(grid=(6, 1, 1), block=(256, 1, 1), shared_bytes=0, cooperative=False)
     """
     return rt.Launch((min(rt.ceil_div(size, THREADS), MAX_BLOCKS), 1, 1), (THREADS, 1, 1))
 

@@ -100,7 +100,7 @@ def softmax_cross_entropy_launch(rows: int) -> rt.Launch:
     Examples
     --------
     >>> softmax_cross_entropy_launch(64)
-    Launch(grid=(8, 1, 1), block=(32, 8, 1), shared_bytes=0)
+    Launch(grid=(8, 1, 1), block=(32, 8, 1), shared_bytes=0, cooperative=False)
     """
     return rt.Launch((rt.ceil_div(rows, WARPS), 1, 1), (32, WARPS, 1))
 

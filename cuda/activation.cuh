@@ -1,4 +1,4 @@
-// Activations h = phi(z) and their gradients. NaN passes through all of them.
+// Activations h = phi(z) and their first two derivatives. NaN passes through all of them.
 //
 // The codes are those of bnkernels/activations.py, which passes `alpha` as well: the slope below zero of the piecewise
 // linear three (identity 1, relu 0), and elu's factor. The rest, the curved ones, are long, and kernels unroll over the
@@ -83,6 +83,29 @@ __device__ __forceinline__ A curved_derivative(A z, int activation, A alpha) {
     if (activation == ELU) return alpha * gate.density;
     if (activation < ELU) return gate.density;
     return gate.density == A(0) ? gate.gate : gate.gate + z * gate.density;
+}
+
+template <typename A>
+struct Derivatives {
+    A first, second;
+};
+
+// phi' as above and phi'' of the curved ones, 0 at infinity. A gate makes phi'' = 2 gate' + z gate''.
+template <typename A>
+__device__ __forceinline__ Derivatives<A> curved_derivatives(A z, int activation, A alpha) {
+    if (activation == ELU && !(z <= A(0))) return {A(1), z == z ? A(0) : z};
+    const Gate<A> gate = gate_of(z, activation);
+    const A density = gate.density, fall = fma(A(-2), gate.gate, A(1));  // a sigmoid s has s'' = s' (1 - 2 s)
+    if (activation == ELU) return {alpha * density, alpha * density};
+    if (activation == TANH) return {density, A(-2) * gate.gate * density};
+    if (activation == SIGMOID) return {density, fall * density};
+    if (density == A(0)) return {gate.gate, A(0)};
+    A bend = activation == GELU ? -z : fall;  // gate'' / gate'
+    if (activation == GELU_TANH) {
+        const A a = A(1.5957691216057308), b = A(0.07135481627260025), slope = fma(z * z, A(3) * b, a);
+        bend = fma(fall, slope, A(6) * b * z / slope);
+    }
+    return {gate.gate + z * density, density * fma(z, bend, A(2))};
 }
 
 // Moves every value one place down and the first to the end: a loop that stays rolled takes them one after the other,

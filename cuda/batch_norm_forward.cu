@@ -5,7 +5,7 @@
 //            rstd[c] = 1 / sqrt(var[c] + eps)
 //            y[n,c]  = phi(gamma[c] (x[n,c] - mean[c]) rstd[c] + beta[c] + residual[n,c])
 //            running_mean[c] = (1 - momentum) running_mean[c] + momentum mean[c]
-//            running_var[c]  = (1 - momentum) running_var[c] + momentum var[c] N/(N-1)     unbiased
+//            running_var[c]  = (1 - momentum) running_var[c] + momentum var[c] N/divisor     N or N-1
 //            Inference takes mean and var from the running statistics and changes nothing.
 // Arrays:    x (outer, C, inner), any strides; residual like x, may be null (0); y C order, may be x or residual itself;
 //            all of type T: float, double, or 16 bits (half.cuh), for which A is float; else A is T.
@@ -33,6 +33,7 @@
 #include "channel.cuh"
 #include "common.cuh"
 #include "half.cuh"
+#include "moments.cuh"
 
 template <typename T, typename A>
 struct BatchNormForward {
@@ -47,7 +48,7 @@ struct BatchNormForward {
     long long outer, channels, inner;
     long long x_outer, x_channel, x_inner;  // strides, in elements
     long long residual_outer, residual_channel, residual_inner;
-    A momentum, eps, alpha;
+    A momentum, divisor, eps, alpha;
     int activation;
 };
 
@@ -67,38 +68,6 @@ struct BatchNormInference {
     int activation;
 };
 
-// Count, mean and sum of squared differences from the mean, of some rows of one channel.
-template <typename A>
-struct Moments {
-    A count;
-    Pair<A> mean, m2;
-};
-
-// Of the first `count` of the values that a thread holds; 1 <= count <= VALUES.
-template <int VALUES, typename A>
-__device__ __forceinline__ Moments<A> moments_of(const A (&values)[VALUES], int count) {
-    Pair<A> sum = {A(0), A(0)};
-#pragma unroll
-    for (int i = 0; i < VALUES; ++i)
-        if (i < count) sum = add(sum, values[i]);
-    const Pair<A> mean = divide(sum, A(count));
-    A m2 = A(0);
-#pragma unroll
-    for (int i = 0; i < VALUES; ++i)
-        if (i < count) m2 += subtract(values[i], mean) * subtract(values[i], mean);
-    return {A(count), mean, {m2, A(0)}};
-}
-
-// Chan, Golub and LeVeque's merge of two disjoint sets of rows.
-template <typename A>
-__device__ __forceinline__ Moments<A> merge(const Moments<A>& a, const Moments<A>& b) {
-    const A count = a.count + b.count;
-    const A delta = (b.mean.high - a.mean.high) + (b.mean.low - a.mean.low);
-    const Pair<A> mean = divide(add(multiply(a.mean, a.count), multiply(b.mean, b.count)), count);
-    const Pair<A> m2 = add(add(a.m2, b.m2), delta * delta * (a.count * (b.count / count)));
-    return {count, mean, m2};
-}
-
 // The next rows of a thread, as many as there are and fit; returns how many.
 template <typename T, typename A, int VALUES, bool MATRIX>
 __device__ __forceinline__ int load_rows(A (&values)[VALUES], const BatchNormForward<T, A>& a, long long c,
@@ -113,42 +82,6 @@ __device__ __forceinline__ int load_rows(A (&values)[VALUES], const BatchNormFor
             rows.advance();
         }
     return count;
-}
-
-// How many rows each lane has.
-struct Shares {
-    long long rounds;
-    int longer, lanes;  // the first `longer` lanes own one row more than `rounds`
-
-    __device__ __forceinline__ Shares(long long rows, int lanes)
-        : rounds(rows / lanes), longer((int)(rows - rounds * lanes)), lanes(lanes) {}
-
-    __device__ __forceinline__ long long rows(int first, int last) const {
-        return rounds * (last - first) + (longer < first ? 0 : longer < last ? longer - first : last - first);
-    }
-};
-
-// Mean and M2 of a channel over the lanes first ... last - 1, from shared memory, where the slot of lane j holds those of
-// the lanes j ... j + step - 1.
-template <typename A>
-__device__ __forceinline__ Moments<A> merge_lanes(const A* partial, const Shares& shares, int first, int last,
-                                                  int step) {
-    const int width = blockDim.x, plane = shares.lanes * width;
-    Pair<A> sum = {A(0), A(0)};
-    for (int j = first; j < last; j += step) {
-        const A* slot = partial + j * width + threadIdx.x;
-        const Pair<A> mean = {slot[0], slot[plane]};
-        sum = add(sum, multiply(mean, A(shares.rows(j, min(j + step, last)))));
-    }
-    const A count = A(shares.rows(first, last));
-    Moments<A> all = {count, divide(sum, count), {A(0), A(0)}};
-    for (int j = first; j < last; j += step) {
-        const A* slot = partial + j * width + threadIdx.x;
-        const A delta = (slot[0] - all.mean.high) + (slot[plane] - all.mean.low);
-        all.m2 = add(all.m2, slot[2 * plane]);
-        all.m2 = add(all.m2, delta * delta * A(shares.rows(j, min(j + step, last))));
-    }
-    return all;
 }
 
 template <typename A>
@@ -166,9 +99,9 @@ __device__ __forceinline__ void write_statistics(const BatchNormForward<T, A>& a
     a.statistics[c] = all.mean.high;
     a.statistics[a.channels + c] = all.mean.low;
     a.statistics[2 * a.channels + c] = rstd;
-    const A keep = A(1) - a.momentum, unbiased = value(all.m2) / A(a.outer * a.inner - 1);
+    const A keep = A(1) - a.momentum, var = value(all.m2) / a.divisor;
     if (a.running_mean) a.running_mean[c] = fma(a.momentum, all.mean.high, keep * a.running_mean[c]);
-    if (a.running_var) a.running_var[c] = fma(a.momentum, unbiased, keep * a.running_var[c]);
+    if (a.running_var) a.running_var[c] = fma(a.momentum, var, keep * a.running_var[c]);
 }
 
 // Activate and write the first `count` of these rows, whose distances from the mean are `values`; uses them up.
@@ -227,16 +160,19 @@ __device__ __forceinline__ void batch_norm_forward(const BatchNormForward<T, A>&
         store_moments(partial, own);
     }
     __syncthreads();
+    const A* const slots = partial + threadIdx.x;
+    const int width = blockDim.x, plane = width * lanes;
     int step = 1;
     if (lanes > SERIAL_LANES) {
         step = GROUP;
         if (active && lane % GROUP == 0)
-            store_moments(partial, merge_lanes(partial, shares, lane, min(lane + GROUP, lanes), 1));
+            store_moments(partial,
+                          merge_lanes(slots + lane * width, plane, width, shares, lane, min(lane + GROUP, lanes), 1));
         __syncthreads();
     }
     if (!active) return;
 
-    const Moments<A> all = merge_lanes(partial, shares, 0, lanes, step);
+    const Moments<A> all = merge_lanes(slots, plane, step * width, shares, 0, lanes, step);
     const A rstd = A(1) / sqrt(value(all.m2) / all.count + a.eps);
     if (lane == 0) write_statistics(a, c, all, rstd);
 

@@ -14,6 +14,10 @@
 // The same, with as many registers as it needs: the compiler would rather spill than fit fewer blocks on a multiprocessor.
 #define BNK_KERNEL_ROOMY(name, Arguments, threads, body) \
     extern "C" __global__ void __launch_bounds__(threads, 1) name(const Arguments arguments) { body(arguments); }
+
+// The same, with so few registers that two blocks fit on a multiprocessor: while one waits, the other works.
+#define BNK_KERNEL_PAIRED(name, Arguments, threads, body) \
+    extern "C" __global__ void __launch_bounds__(threads, 2) name(const Arguments arguments) { body(arguments); }
 #endif
 
 #ifndef BNK_DYNAMIC_SHARED

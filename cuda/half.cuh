@@ -7,7 +7,7 @@
 #pragma once
 
 #ifndef BNK_HALF_CONVERSIONS  // the tests' emulator defines it, with twins of these four functions
-// The only inline PTX. The header of CUDA that wraps these instructions would be more text than all of our kernels.
+// The header of CUDA that wraps these instructions would be more text than all of our kernels.
 __device__ __forceinline__ float bnk_half_to_float(unsigned short bits) {
     float value;
     asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));

@@ -21,8 +21,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from bnkernels._runtime import Launch
-from tests.emulator import EmulatedArray, EmulatorRuntime
+from bnkernels._runtime import SHARED_BYTES, Launch
+from tests.emulator import LIMITS, EmulatedArray, EmulatorRuntime
 
 
 @dataclass(frozen=True)
@@ -140,11 +140,20 @@ class Driver:
         return any(0 <= offset < size for offset, size in offsets)
 
 
+ATTRIBUTES = {
+    "MultiProcessorCount": LIMITS.sms,
+    "MaxSharedMemoryPerBlockOptin": LIMITS.shared_bytes,
+    "MaxSharedMemoryPerMultiprocessor": LIMITS.shared_bytes_of_sm,
+    "CooperativeLaunch": int(LIMITS.cooperative),
+}
+
+
 class Device:
     """``cupy.cuda.Device``: a context in which it is the current device."""
 
     def __init__(self, driver: Driver, device: int | None = None) -> None:
         self.id, self._driver, self._before = driver.device if device is None else device, driver, []
+        self.attributes = ATTRIBUTES
 
     def __enter__(self) -> Device:
         """Return the device itself, as CuPy's does."""
@@ -246,8 +255,16 @@ class RawKernel:
 
     def __init__(self, driver: Driver, code: str, options: tuple[str, ...], name: str) -> None:
         self._driver, self._code, self._options, self._name = driver, code, options, name
+        self.max_dynamic_shared_size_bytes = SHARED_BYTES
+        self.kernel = self._launch
 
     def __call__(self, grid: tuple, block: tuple, args: tuple, *, shared_mem: int = 0) -> None:
+        """Launch; blocks of a RawKernel of these options may not wait for one another."""
+        self._launch(grid, block, args, shared_mem)
+
+    def _launch(
+        self, grid: tuple, block: tuple, args: tuple, shared_mem: int = 0, *, enable_cooperative_groups: bool = False
+    ) -> None:
         """Launch: a kernel of ours, whose one argument is a struct, on the emulator; any other through its twin."""
         if type(grid) is not tuple or type(block) is not tuple:
             raise TypeError(f"grid and block must be tuples, got {grid!r} and {block!r}")
@@ -256,7 +273,9 @@ class RawKernel:
                 raise TypeError(
                     f"only a structured numpy.ndarray of size one is passed by value as a struct, got {value!r}"
                 )
-        launch = Launch(*((*given, 1, 1)[:3] for given in (grid, block)), shared_mem)
+        if shared_mem > self.max_dynamic_shared_size_bytes:
+            raise RuntimeError(f"CUDA_ERROR_INVALID_VALUE: {shared_mem} bytes of shared memory without opting in")
+        launch = Launch(*((*given, 1, 1)[:3] for given in (grid, block)), shared_mem, enable_cooperative_groups)
         if self._name in self._driver.twins:
             self._driver.launch_twin(self._name, launch, args)
             return
@@ -273,11 +292,15 @@ def make(emulator: EmulatorRuntime, devices: int = 2) -> types.ModuleType:
     cupy = types.ModuleType("cupy")
     cupy.driver, cupy.ndarray = driver, ndarray
     cupy.empty = lambda shape, dtype: ndarray(emulator.empty(shape, np.dtype(dtype)), driver.device)
+    cupy.zeros = lambda shape, dtype: ndarray(emulator.asarray(np.zeros(shape, dtype)), driver.device)
     cupy.asarray = lambda array: ndarray(emulator.asarray(array), driver.device)
     cupy.RawModule = functools.partial(RawModule, driver)
     cupy.cuda = types.SimpleNamespace(
         is_available=lambda: driver.available,
         Device=functools.partial(Device, driver),
         Stream=functools.partial(Stream, driver),
+        get_current_stream=lambda: types.SimpleNamespace(
+            ptr=driver.streams[driver.device], is_capturing=lambda: driver.capture is not None
+        ),
     )
     return cupy

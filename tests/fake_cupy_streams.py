@@ -27,14 +27,11 @@ from tests.emulator.build import BUILD_VARIABLE
 from tests.fake_cupy_arrays import Array, bare, computed
 
 ARCHITECTURES = (80, 90)
-ATTRIBUTES = {
+ATTRIBUTES = fake_cupy.ATTRIBUTES | {
     "MultiProcessorCount": 8,
     "L2CacheSize": 2**16,
-    "MaxSharedMemoryPerBlockOptin": 232448,
-    "MaxSharedMemoryPerMultiprocessor": 233472,
     "MaxThreadsPerMultiProcessor": 2048,
     "MaxRegistersPerMultiprocessor": 65536,
-    "CooperativeLaunch": 1,
 }
 
 
@@ -220,6 +217,7 @@ def make(emulator: EmulatorRuntime, devices: int = 1) -> types.ModuleType:
     driver.twins.update(TWINS)
     driver.pointers = {}
     cupy.empty = lambda shape, dtype=float: cupy.ndarray(emulator.empty(_shape(shape), np.dtype(dtype)), driver.device)
+    cupy.zeros = lambda shape, dtype=float: driver.new(np.zeros(shape, dtype))
     cupy.empty_like = lambda array: cupy.empty(array.shape, array.dtype)
     cupy.asarray = cupy.array = lambda array, dtype=None, **_: driver.new(np.asarray(bare(array), dtype))
     cupy.asnumpy = lambda array: array.get() if isinstance(array, fake_cupy.Array) else np.asarray(array)
@@ -259,7 +257,9 @@ def cuda(base: Any, driver: fake_cupy.Driver) -> types.SimpleNamespace:
         set_allocator=lambda allocator=None: None,
         function=types.SimpleNamespace(CNumpyArray=CNumpyArray),
         nvrtc=types.SimpleNamespace(getVersion=lambda: (0, 0)),
-        get_current_stream=lambda: types.SimpleNamespace(synchronize=functools.partial(driver.wait, "a wait")),
+        get_current_stream=lambda: types.SimpleNamespace(
+            **vars(base.get_current_stream()), synchronize=functools.partial(driver.wait, "a wait")
+        ),
         runtime=types.SimpleNamespace(
             memGetInfo=lambda: (2**28, 2**30),
             getDeviceCount=lambda: driver.devices,

@@ -13,11 +13,12 @@ from tests.backends import Backend
 from tests.regress.calls import CALLS, make_arrays
 from tests.regress.refusal import refused
 
-OPS = ("forward", "backward", "inference", "inference_backward")
+OPS = ("forward", "backward", "double_backward", "inference", "inference_backward")
 ARRAYS = [(op, name) for op in OPS for name in CALLS[op].names]
 FUNCTIONS = {
     "forward": bn.batch_norm_forward,
     "backward": bn.batch_norm_backward,
+    "double_backward": bn.batch_norm_double_backward,
     "inference": bn.batch_norm_inference,
     "inference_backward": bn.batch_norm_inference_backward,
 }
@@ -59,6 +60,7 @@ def test_what_is_no_array_is_refused(backend: Backend, op: str, name: str, thing
 REQUIRED = {
     "forward": ("x",),
     "backward": ("dy", "x", "statistics"),
+    "double_backward": ("dy", "x", "statistics"),
     "inference": ("x", "running_mean", "running_var"),
     "inference_backward": ("dy", "x", "running_mean", "running_var"),
 }
@@ -145,7 +147,7 @@ def test_parameters_of_16_bit_data_are_float32(backend: Backend, op: str, name: 
     pytest.importorskip("ml_dtypes")
     half = np.dtype(dtype)
     arrays = make_arrays(op)
-    like_x = ("x", "dy", "y", "dx", "out", name)
+    like_x = ("x", "dy", "y", "dx", "ddx", "ddy", "out", name)
     on = {key: backend.asarray(array.astype(half if key in like_x else "float32")) for key, array in arrays.items()}
     message = rf"{name} must be float32, got {dtype}; convert it with {name}\.astype\('float32'\)"
     with refused(backend, TypeError, message, *on.values()):
@@ -191,7 +193,7 @@ def test_a_written_array_must_be_contiguous(backend: Backend, op: str, name: str
         CALLS[op].run(on)
 
 
-@pytest.mark.parametrize("op", ["forward", "backward", "inference_backward"])
+@pytest.mark.parametrize("op", ["forward", "backward", "double_backward", "inference_backward"])
 @pytest.mark.parametrize("wrong", ["list", "array", "too few", "too many", "a None"])
 def test_out_must_be_a_tuple_of_all_outputs(backend: Backend, op: str, wrong: str) -> None:
     on = on_backend(backend, op)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installe
 
 from bnkernels import _source, parameter_update
 from bnkernels._batch_norm_plan import BACKWARD, FORWARD, INFERENCE
+from bnkernels._batch_norm_spread import ARGUMENTS as SPREAD
+from bnkernels.batch_norm_double_backward import ARGUMENTS as DOUBLE_BACKWARD
 from bnkernels.softmax_cross_entropy import ARGUMENTS as SOFTMAX_CROSS_ENTROPY
 from tests.compile import __main__ as command
 from tests.compile import nvrtc, ptx
@@ -26,6 +29,8 @@ LAYOUTS = {
     "bnk_batch_norm_inference": INFERENCE,
     "bnk_batch_norm_inference_backward": BACKWARD,
     "bnk_batch_norm_backward": BACKWARD,
+    "bnk_batch_norm_double_backward": DOUBLE_BACKWARD,
+    **{f"bnk_batch_norm_{direction}_spread": {np.dtype("f4"): argument} for direction, argument in SPREAD.items()},
     "bnk_parameter_update": parameter_update.ARGUMENTS,
     "bnk_softmax_cross_entropy": SOFTMAX_CROSS_ENTROPY,
 }
@@ -63,6 +68,17 @@ def test_the_argument_struct_has_the_size_that_python_packs(assembly: str) -> No
     for kernel, size in ptx.parameter_bytes(assembly).items():
         stem = max((stem for stem in LAYOUTS if kernel.startswith(stem + "_")), key=len)
         assert LAYOUTS[stem][DTYPES[kernel.rpartition("_")[2]]].itemsize == size, kernel
+
+
+def test_data_move_16_bytes_at_a_time_where_they_lie_in_vectors() -> None:
+    """In the spread kernels all data; what is left in single words are vectors of channels and partial results."""
+    for stem, loads, stores in (("batch_norm_forward_spread", 2, 1), ("batch_norm_backward_spread", 3, 2)):
+        entries = nvrtc.ptx(_source.read(stem), min(nvrtc.architectures())).split(".visible .entry")[1:]
+        assert len(entries) == 6
+        for entry in entries:
+            assert entry.count("ld.global.v4.u32") >= loads
+            assert entry.count("st.global.v4.u32") >= stores
+            assert not re.search(r"(ld|st)\.global(\.\w+)*\.[bu](16|8)\b", entry), "no number of 16 bits on its own"
 
 
 def test_no_float_is_added_atomically(assembly: str) -> None:

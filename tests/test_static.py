@@ -122,29 +122,51 @@ def test_nothing_undercuts_the_launch_or_the_fewest_bytes() -> None:
 
 
 @pytest.mark.emulator
-@pytest.mark.parametrize("shape", [(64, 128), (1030, 128), (70, 100)], ids=str)
+@pytest.mark.parametrize("shape", [(64, 128), (1030, 126), (70, 100)], ids=str)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("op", ["batch_norm", "batch_norm_inference"])
 def test_two_slices_scaled_are_the_whole(
     counting_build: EmulatorRuntime, op: str, direction: str, shape: tuple[int, int]
 ) -> None:
     case = Case(op, direction, shape)
-    counts, where = counting.counted_by_slices(case)
+    found = counting.fewer_slices(case)
+    assert found is not None
+    counts, where = counting.counted_by_slices(case, *found)
     assert where == f"{shape[0]}x{shape[1] // 2}, times 2"
     assert counts == counting.counted_in_full(case)
 
 
+@pytest.mark.emulator
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_slice_of_each_group_scaled_is_the_whole(
+    counting_build: EmulatorRuntime, monkeypatch: pytest.MonkeyPatch, direction: str
+) -> None:
+    """But for what the blocks exchange, whose memory all slices share: each byte counted once, that is no more."""
+    monkeypatch.setattr(counting, "DEVICE", replace(H200, sms=4))
+    case = Case("batch_norm", direction, (6000, 256))
+    small, times = counting.fewer_slices(case)
+    assert times > 1
+    ((count,), _), (whole,) = counting.counted_by_slices(case, small, times), counting.counted_in_full(case)
+    assert whole.launch.cooperative
+    scaled = count._replace(barriers=whole.barriers, read=whole.read, written=whole.written)
+    assert scaled == whole
+    assert whole.read <= count.read <= 1.02 * whole.read
+    assert whole.written <= count.written <= 1.02 * whole.written
+
+
 @pytest.mark.parametrize("shape", [(64, 20), (64, 96), (64, 97)], ids=str)
 def test_what_does_not_repeat_is_not_scaled(shape: tuple[int, int]) -> None:
-    assert counting.counted_by_slices(Case("batch_norm", "forward", shape)) is None
+    assert counting.fewer_slices(Case("batch_norm", "forward", shape)) is None
 
 
-def test_what_is_too_large_and_does_not_repeat_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shape", [(64, 20), (64, 128)], ids=["one slice", "two slices"])
+def test_what_is_too_large_even_in_slices_is_not_counted(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(counting, "WHOLE", 100)
     monkeypatch.setattr(counting, "MOST_COUNTED", 100)
-    (row,) = static.rows([Case("batch_norm", "forward", (64, 20))])
-    assert row["status"] == (
-        "not counted: too large for the emulator, and its launch does not repeat over slices of channels"
-    )
+    (row,) = static.rows([Case("batch_norm", "forward", shape)])
+    assert row["status"].startswith("not counted: too large for the emulator")
     assert "kernel" not in row
 
 
@@ -157,8 +179,8 @@ def test_planned_launches_are_those_that_run(counting_build: EmulatorRuntime, ca
 
 def test_planning_takes_no_memory_and_no_time() -> None:
     ((_, kernel, launch),) = counting.planned(Case("batch_norm", "backward", (65_536, 4096)))
-    assert kernel == "bnk_batch_norm_backward_streamed_f32"
-    assert launch.grid == (128, 1, 1)
+    assert kernel == "bnk_batch_norm_backward_spread_f32"
+    assert launch.grid == (2, 128, 1)
 
 
 @pytest.mark.parametrize(
@@ -236,7 +258,7 @@ def row(**changes: Any) -> dict[str, Any]:
     """Return a row as it might have been counted, of a case that does not exist."""
     case = Case("batch_norm", "forward", (64, 33))
     launch = counting.Launch((2, 1, 1), (32, 16, 1), 6144)
-    count = counting.Count("batch_norm_forward", "bnk", launch, 1, 9000, 8500, 18_000, 8500)
+    count = counting.Count("batch_norm_forward", "bnk", launch, 1, 9000, 8500, 18_000, 8500, 8448, 8448)
     registers = {"80": 32, "90": 38, "100": 64, "120": 128}
     about = static.describe(case) | {"status": static.COUNTED, "counted_on": "64x33", "launches": 1}
     return about | static.row_of(case, count, registers) | changes

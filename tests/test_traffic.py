@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 import bnkernels as bn
+from benchmarks import counting, traffic
+from benchmarks.case import Case
+from benchmarks.limits import RTX_5090
 from bnkernels._batch_norm_launch import SERIAL_LANES
 from tests.emulator import Counts, EmulatorRuntime, LaunchRecord
 
@@ -197,3 +202,28 @@ def test_parameter_update_reads_and_writes_each_array_once(
     for array in (parameters, *state):
         assert_moved(counts, array, reads=1, writes=1)
     assert_only(counts, parameters, gradients, *state)
+
+
+def test_the_table_judges_what_was_counted(
+    counted: EmulatorRuntime, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases = [Case("batch_norm", "forward", shape) for shape in [(64, 20), (1024, 64), (2000, 6)]]
+    monkeypatch.setattr(traffic, "CASES", cases)
+    assert traffic.main() == 1, "2000 x 6 lies in no vectors of 16 bytes: it is streamed, and read twice"
+    *_, first, second, third, last = capsys.readouterr().out.splitlines()
+    assert all(line.endswith(" at the limit") and "NOT" not in line for line in (first, second))
+    assert "144,000 of         96,000 bytes  NOT at the limit" in third
+    assert last == "2 of 3 at the limit"
+    monkeypatch.setattr(traffic, "CASES", cases[:2])
+    assert traffic.main() == 0
+
+
+def test_what_does_not_fit_on_the_chip_may_be_read_twice(
+    counted: EmulatorRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(counting, "DEVICE", dataclasses.replace(RTX_5090, sms=2))
+    line = traffic.line_of(Case("batch_norm", "backward", (20_000, 8)))
+    assert line.at_the_limit
+    assert 0.05 < line.on_chip < 0.5
+    assert line.moved > 3 * line.case.size * line.case.itemsize
+    assert line._replace(launches=2).at_the_limit is line._replace(moved=line.moved + 1).at_the_limit is False

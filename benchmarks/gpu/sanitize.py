@@ -36,6 +36,7 @@ EXIT = 66
 NUMBERS = 63  # of the planted kernels' arrays, for 64 threads
 ROWS, CHANNELS = (10, 100, 300), 33  # every variant of the batch norms, and a slice of one channel
 IMAGES = (5, 49)  # values of an image: neighbouring threads read neighbouring channels, and neighbouring values
+SHARED = [(20_000, 8), (6, 2, 30_000)]  # slices that several blocks share, on any GPU
 SIZE = 1000  # of the optimisers' parameters
 COMPLETE = "every kernel ran and computed what NumPy computes"
 SUMMARY = re.compile(r"(?:ERROR SUMMARY|RACECHECK SUMMARY): (\d+)")
@@ -100,6 +101,9 @@ def calls(dtype: np.dtype) -> list[tuple[Op, list[np.ndarray]]]:
     for size in IMAGES:
         x, dy, residual = (rng.standard_normal((3, CHANNELS, size)).astype(dtype) for _ in range(3))
         found.append((batch_norm, [x, dy, *vectors(rng, dtype), residual]))
+    for shape in SHARED if dtype.itemsize <= 4 else []:
+        x, dy, residual = (rng.standard_normal(shape).astype(dtype) for _ in range(3))
+        found.append((batch_norm, [x, dy, *vectors(rng, dtype, shape[1]), residual]))
     if dtype.itemsize == 2:
         return found
     states = [rng.standard_normal(SIZE).astype(dtype) for _ in range(2)]
@@ -107,9 +111,9 @@ def calls(dtype: np.dtype) -> list[tuple[Op, list[np.ndarray]]]:
     return [*found, (sgd, states), (momentum, [*states, moments[0]]), (adam, [*states, *moments])]
 
 
-def vectors(rng: np.random.Generator, dtype: np.dtype) -> list[np.ndarray]:
+def vectors(rng: np.random.Generator, dtype: np.dtype, channels: int = CHANNELS) -> list[np.ndarray]:
     """Return parameters and running statistics, in the type of the kernels' sums."""
-    return [rng.uniform(0.5, 1.5, CHANNELS).astype(_runtime.accumulator(dtype)) for _ in range(4)]
+    return [rng.uniform(0.5, 1.5, channels).astype(_runtime.accumulator(dtype)) for _ in range(4)]
 
 
 def batch_norm(x: Any, dy: Any, gamma: Any, beta: Any, mean: Any, var: Any, residual: Any = None) -> Sequence[Any]:
@@ -119,7 +123,9 @@ def batch_norm(x: Any, dy: Any, gamma: Any, beta: Any, mean: Any, var: Any, resi
     gradients = bn.batch_norm_backward(dy, x, gamma, beta, statistics, **tanh)
     frozen = bn.batch_norm_inference(x, gamma, beta, mean, var, **sigmoid)
     frozen_gradients = bn.batch_norm_inference_backward(dy, x, gamma, beta, mean, var, **sigmoid)
-    return [y, statistics[0], statistics[2], mean, var, *gradients, frozen, *frozen_gradients]
+    # What comes in are arrays that are there: a second gradient has a product with each of them.
+    double = bn.batch_norm_double_backward(x, gamma, beta, dy, x, gamma, beta, statistics, **tanh)
+    return [y, statistics[0], statistics[2], mean, var, *gradients, *double, frozen, *frozen_gradients]
 
 
 def sgd(parameters: Any, gradients: Any) -> Sequence[Any]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from .binding import Counts, Traffic
 from .build import EmulatorError
-from .runtime import EmulatedArray, EmulatorRuntime, LaunchRecord, from_environment
+from .runtime import LIMITS, EmulatedArray, EmulatorRuntime, LaunchRecord, from_environment
 
 __all__ = [
+    "LIMITS",
     "Counts",
     "EmulatedArray",
     "EmulatorError",

@@ -33,6 +33,7 @@ class _Request(ctypes.Structure):  # engine/scheduler.h: Request
         ("shared_bytes", c_uint64),
         ("seed", c_uint64),
         ("resident", c_uint64),
+        ("cooperative", c_uint64),
         ("only", POINTER(c_uint64)),
         ("only_count", c_uint64),
     ]
@@ -209,6 +210,7 @@ class Binding:
             shared_bytes=launch.shared_bytes,
             seed=schedule.seed,
             resident=schedule.resident,
+            cooperative=launch.cooperative,
             only=only,
             only_count=len(only),
         )

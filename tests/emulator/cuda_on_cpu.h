@@ -19,6 +19,7 @@
     extern "C" unsigned long long name##_argument_bytes() { return sizeof(Arguments); }      \
     extern "C" unsigned long long name##_most_threads() { return threads; }
 #define BNK_KERNEL_ROOMY BNK_KERNEL
+#define BNK_KERNEL_PAIRED BNK_KERNEL
 
 #define BNK_DYNAMIC_SHARED(T, name) T* const name = static_cast<T*>(bnk_shared_memory())
 
@@ -43,7 +44,28 @@ __forceinline__ T min(T a, T b) {
     return b < a ? b : a;
 }
 
+template <typename T>
+__forceinline__ T max(T a, T b) {
+    return a < b ? b : a;
+}
+
 __forceinline__ unsigned atomicAdd(unsigned* address, unsigned value) { return bnk_atomic_add(address, value); }
+
+// ---- cuda/vector.cuh: one access, where a GPU has an instruction for it ---------------------------------------------
+#define BNK_VECTOR_ACCESS
+
+__forceinline__ void bnk_move_vector(void* to, const void* from) {
+    typedef unsigned Words __attribute__((vector_size(16), may_alias));
+    *static_cast<Words*>(to) = *static_cast<const Words*>(from);
+}
+
+// ---- cuda/spread.cuh: on a GPU a loop that reads the counter until it is there --------------------------------------
+#define BNK_WAIT
+
+__forceinline__ void bnk_wait(const unsigned* counter, unsigned target, const char* file = __builtin_FILE(),
+                              int line = __builtin_LINE()) {
+    bnk_wait_for_counter(counter, target, file, line);
+}
 
 namespace bnk {
 template <typename T>

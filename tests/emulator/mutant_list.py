@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+from .mutant_list_double_backward import MUTANTS as DOUBLE_BACKWARD
 from .mutants import Mutant
 
 COMMON, FORWARD, BACKWARD = "common.cuh", "batch_norm_forward.cu", "batch_norm_backward.cu"
+MOMENTS, SPREAD, VECTOR = "moments.cuh", "spread.cuh", "vector.cuh"
+FORWARD_SPREAD, BACKWARD_SPREAD = "batch_norm_forward_spread.cu", "batch_norm_backward_spread.cu"
 HALF, ACTIVATION, CHANNEL = "half.cuh", "activation.cuh", "channel.cuh"
 SOFTMAX, UPDATE = "softmax_cross_entropy.cu", "parameter_update.cu"
 
 MUTANTS = [
+    *DOUBLE_BACKWARD,
     # ---- barriers, warps, races
     Mutant(
         "forward: no barrier before the merge",
         FORWARD,
-        "    __syncthreads();\n    int step = 1;\n",
-        "    int step = 1;\n",
+        "    __syncthreads();\n    const A* const slots",
+        "    const A* const slots",
     ),
     Mutant(
         "forward: threads without a channel return before the barrier",
         FORWARD,
-        "    __syncthreads();\n    int step = 1;\n",
-        "    if (!active) return;\n    __syncthreads();\n    int step = 1;\n",
+        "    __syncthreads();\n    const A* const slots",
+        "    if (!active) return;\n    __syncthreads();\n    const A* const slots",
     ),
     Mutant(
         "forward: no barrier between the levels of the merge", FORWARD, "        __syncthreads();\n    }\n", "    }\n"
@@ -136,8 +140,15 @@ MUTANTS = [
     Mutant(
         "forward: running_var takes the biased variance",
         FORWARD,
-        "value(all.m2) / A(a.outer * a.inner - 1);",
+        "value(all.m2) / a.divisor;",
         "value(all.m2) / A(a.outer * a.inner);",
+    ),
+    Mutant(
+        "forward: running_var takes the unbiased variance whatever was asked for",
+        FORWARD,
+        "value(all.m2) / a.divisor;",
+        "value(all.m2) / A(a.outer * a.inner - 1);",
+        select="n_minus_1",
     ),
     Mutant(
         "forward: normalises with the unbiased variance",
@@ -157,11 +168,11 @@ MUTANTS = [
         "fma(a.momentum, all.mean.high, keep * a.running_mean[c])",
         "fma(keep, all.mean.high, a.momentum * a.running_mean[c])",
     ),
-    Mutant("forward: all lanes weigh the same", FORWARD, "longer((int)(rows - rounds * lanes))", "longer(0)"),
+    Mutant("forward: all lanes weigh the same", MOMENTS, "longer((int)(rows - rounds * lanes))", "longer(0)"),
     Mutant(
         "forward: the merge forgets how many rows a lane has",
-        FORWARD,
-        "delta * delta * A(shares.rows(j, min(j + step, last)))",
+        MOMENTS,
+        "delta * delta * A(shares.of(j, min(j + step, last)))",
         "delta * delta",
     ),
     Mutant("common: the low part of the mean is dropped", COMMON, "return (x - a.high) - a.low;", "return x - a.high;"),
@@ -234,5 +245,73 @@ MUTANTS = [
         UPDATE,
         "(sqrt(second / a.correction2) + a.eps)",
         "sqrt(second / a.correction2 + a.eps)",
+    ),
+    # ---- slices that several blocks share
+    Mutant(
+        "spread: a block arrives without a fence",
+        SPREAD,
+        "        __threadfence();\n        const unsigned ticket",
+        "        const unsigned ticket",
+        ("tsan",),
+        "test_the_order_of_blocks_and_threads_changes_no_bit and shape1",
+    ),
+    Mutant(
+        "spread: no barrier behind the meeting",
+        SPREAD,
+        "        __threadfence();\n    }\n    __syncthreads();\n",
+        "        __threadfence();\n    }\n",
+    ),
+    Mutant("spread: nobody waits", SPREAD, "(ticket / blocks + 1) * blocks", "ticket"),
+    Mutant(
+        "spread: the last block waits for the next meeting", SPREAD, "(ticket / blocks + 1)", "(ticket / blocks + 2)"
+    ),
+    Mutant(
+        "spread: the next slice's partial results over those of this one",
+        SPREAD,
+        "(odd ? gridDim.x : 0)",
+        "0",
+        ("plain", "tsan"),
+        "test_the_order_of_blocks_and_threads_changes_no_bit and shape0",
+    ),
+    Mutant("spread: all threads keep their rows in the same place", SPREAD, "own[row * threads]", "own[row]"),
+    Mutant("spread: the last eight of the partial results are not whole", SPREAD, "min(first + FAN_IN, blocks)", "8"),
+    Mutant("vector: the second half of a word erases the first", VECTOR, "& 0xffffu : 0u", "& 0u : 0u"),
+    Mutant(
+        "forward spread: every block updates the running statistics",
+        FORWARD_SPREAD,
+        "if (threadIdx.y == 0 && blockIdx.y == 0) write",
+        "if (threadIdx.y == 0) write",
+    ),
+    Mutant(
+        "forward spread: rows that are not held are looked for in shared memory",
+        FORWARD_SPREAD,
+        "first + i < a.held ? held",
+        "true ? held",
+    ),
+    Mutant(
+        "forward spread: no barrier before the next slice",
+        FORWARD_SPREAD,
+        "        __syncthreads();  // all have seen the merged moments\n",
+        "",
+        ("plain", "tsan"),
+        "test_the_order_of_blocks_and_threads_changes_no_bit and shape0",
+    ),
+    Mutant(
+        "forward spread: a chunk that is not the first replaces the others",
+        FORWARD_SPREAD,
+        "if (!first) moments",
+        "if (false) moments",
+    ),
+    Mutant(
+        "backward spread: dx without the mean of g xhat",
+        BACKWARD_SPREAD,
+        "fma(gradient.centred[j], means.slope[own], means.g[own])",
+        "means.g[own]",
+    ),
+    Mutant(
+        "backward spread: dy is kept where x is",
+        BACKWARD_SPREAD,
+        "held_dy[first + i] = chunk[0].dy",
+        "held_x[first + i] = chunk[0].dy",
     ),
 ]

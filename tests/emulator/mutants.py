@@ -13,10 +13,16 @@ from pathlib import Path
 from .build import CUDA, CUDA_VARIABLE, ROOT, EmulatorError, read_sources
 
 BATCH_NORM = ("tests/test_batch_norm.py", "tests/test_batch_norm_layouts.py", "tests/regress")
+SPREAD, DOUBLE = ("tests/test_batch_norm_spread.py",), ("tests/test_batch_norm_double_backward.py",)
 TESTS = {  # the quickest first: the first failure ends a run
     "half.cuh": ("tests/test_batch_norm_half.py",),
-    "activation.cuh": ("tests/test_batch_norm_activations.py",),
-    **dict.fromkeys(("common.cuh", "channel.cuh", "batch_norm_forward.cu", "batch_norm_backward.cu"), BATCH_NORM),
+    "activation.cuh": ("tests/test_batch_norm_activations.py", *DOUBLE),
+    **dict.fromkeys(("common.cuh", "channel.cuh", "moments.cuh", "batch_norm_backward.cu"), BATCH_NORM),
+    "batch_norm_forward.cu": (*BATCH_NORM, "tests/test_running_statistics.py"),
+    **dict.fromkeys(
+        ("spread.cuh", "vector.cuh", "batch_norm_forward_spread.cu", "batch_norm_backward_spread.cu"), SPREAD
+    ),
+    **dict.fromkeys(("channel_sums.cuh", "batch_norm_double_backward.cu"), DOUBLE),
     "softmax_cross_entropy.cu": ("tests/test_softmax_cross_entropy.py", "tests/regress"),
     "parameter_update.cu": ("tests/test_parameter_update.py", "tests/regress"),
 }

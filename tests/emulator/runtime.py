@@ -15,10 +15,13 @@ from typing import Any
 import numpy as np
 
 from bnkernels import _runtime
-from bnkernels._runtime import Launch
+from bnkernels._runtime import Launch, Limits
 
 from .binding import Binding, Counts, Schedule
 from .build import BUILD_VARIABLE, CUDA, CUDA_VARIABLE, EmulatorError, read_sources
+
+# A small device: it does not take a GPU's worth of threads for blocks to wait for one another.
+LIMITS = Limits(sms=4, shared_bytes=227 * 1024, shared_bytes_of_sm=228 * 1024, cooperative=True)
 
 
 class EmulatedArray(np.ndarray):
@@ -54,6 +57,8 @@ class EmulatorRuntime(_runtime.Runtime):
     ----------
     launches : list of LaunchRecord
         What ran since the last `reset`.
+    workspace_array : EmulatedArray or None
+        What `workspace` returns the address of, once it was asked for.
     """
 
     array_type = EmulatedArray
@@ -62,6 +67,8 @@ class EmulatorRuntime(_runtime.Runtime):
     def __init__(self, build: str = "plain", sources: Mapping[str, str] | None = None) -> None:
         self._binding = Binding(build, read_sources() if sources is None else sources)
         self._schedule = Schedule()
+        self._limits = LIMITS._replace(sms=1) if build == "tsan" else LIMITS  # a thread of TSan's takes two megabytes
+        self.workspace_array: EmulatedArray | None = None
         self.launches: list[LaunchRecord] = []
 
     # ---- the seam ---------------------------------------------------------------------------------------------------
@@ -84,6 +91,16 @@ class EmulatorRuntime(_runtime.Runtime):
     def device(self, array: EmulatedArray) -> int:
         """Return 0: there is one emulated device."""
         return 0
+
+    def limits(self, array: EmulatedArray) -> Limits:
+        """Return the limits of the emulated device."""
+        return self._limits
+
+    def workspace(self, array: EmulatedArray) -> int:
+        """Return the address of the memory that launches share."""
+        if self.workspace_array is None:
+            self.workspace_array = self.asarray(np.zeros(_runtime.WORKSPACE_BYTES, np.uint8))
+        return self.pointer(self.workspace_array)
 
     def launch(self, source: str, entry_point: str, launch: Launch, arguments: np.ndarray, like: Any = None) -> None:
         """Run a kernel to its end, and add to `launches` what it did.
@@ -168,6 +185,15 @@ class EmulatorRuntime(_runtime.Runtime):
         """Run these blocks of every grid and no others; block (x, y, z) is x + gridDim.x (y + gridDim.y z)."""
         with self._scheduled(replace(self._schedule, only=tuple(blocks))):
             yield
+
+    @contextmanager
+    def device_limits(self, limits: Limits) -> Iterator[None]:
+        """Be a device with these limits."""
+        before, self._limits = self._limits, limits
+        try:
+            yield
+        finally:
+            self._limits = before
 
     # ---- memory -----------------------------------------------------------------------------------------------------
 

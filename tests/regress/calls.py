@@ -12,8 +12,10 @@ import bnkernels as bn
 ROWS, CHANNELS = 6, 3
 
 SHAPES = {
-    **dict.fromkeys(("x", "dy", "y", "dx", "out", "logits", "dlogits"), (ROWS, CHANNELS)),
-    **dict.fromkeys(("gamma", "beta", "running_mean", "running_var", "dgamma", "dbeta"), (CHANNELS,)),
+    **dict.fromkeys(("x", "dy", "y", "dx", "ddx", "ddy", "out", "logits", "dlogits"), (ROWS, CHANNELS)),
+    **dict.fromkeys(
+        ("gamma", "beta", "running_mean", "running_var", "dgamma", "dbeta", "ddgamma", "ddbeta"), (CHANNELS,)
+    ),
     **dict.fromkeys(("parameters", "gradients", "velocity", "first", "second"), (ROWS,)),
     "statistics": (3, CHANNELS),
     "labels": (ROWS,),
@@ -68,6 +70,16 @@ CALLS = {
         ("dy", "x"),
         lambda a: bn.batch_norm_inference_backward(
             *_take(a, "dy x gamma beta running_mean running_var"), out=_take(a, "dx dgamma dbeta")
+        ),
+    ),
+    "double_backward": Call(
+        ("ddx", "ddgamma", "ddbeta", "dy", "x", "gamma", "beta", "statistics"),
+        ("ddy", "dx", "dgamma", "dbeta"),
+        ("ddx", "dy", "x"),
+        lambda a: bn.batch_norm_double_backward(
+            *_take(a, "ddx ddgamma ddbeta dy x gamma beta statistics"),
+            activation="tanh",
+            out=_take(a, "ddy dx dgamma dbeta"),
         ),
     ),
     "softmax_cross_entropy": Call(

@@ -17,6 +17,7 @@ IN_PLACE = [
     ("inference", "out", "x"),
     ("backward", "dx", "dy"),
     ("backward", "dx", "x"),
+    *(("double_backward", "ddy", read) for read in ("ddx", "dy", "x")),
     ("inference_backward", "dx", "dy"),
     ("inference_backward", "dx", "x"),
     ("softmax_cross_entropy", "dlogits", "logits"),

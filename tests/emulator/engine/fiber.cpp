@@ -54,7 +54,8 @@ void switched([[maybe_unused]] void* fake_stack, [[maybe_unused]] const void** f
 
 }  // namespace
 
-// Stacks with a page without access below them: what overruns one fails instead of spoiling its neighbour.
+// Stacks with a page without access below them: what overruns one fails instead of spoiling its neighbour. The system
+// counts mappings, so beyond many stacks, of a large cooperative launch, the others do without.
 class StackPool {
   public:
     char* take() {
@@ -76,15 +77,18 @@ class StackPool {
   private:
     static constexpr size_t guard_bytes = 64 * 1024;  // at least one page, whatever the machine's page size
 
-    static char* map() {
+    static constexpr size_t most_guarded = 8192;
+
+    char* map() {
         void* const mapped = mmap(nullptr, guard_bytes + Fiber::stack_bytes, PROT_READ | PROT_WRITE,
                                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (mapped == MAP_FAILED) throw std::bad_alloc();
-        mprotect(mapped, guard_bytes, PROT_NONE);
+        if (++mapped_ <= most_guarded) mprotect(mapped, guard_bytes, PROT_NONE);
         return static_cast<char*>(mapped) + guard_bytes;
     }
 
     std::vector<char*> free_;
+    size_t mapped_ = 0;
 };
 
 // TSan takes a millisecond and two megabytes to make a fiber, so not many of them serve again and again: those that
@@ -93,7 +97,7 @@ class StackPool {
 class OrderPool {
   public:
     void* take() {
-        if (rested_.empty() && made_ < most) {
+        if (rested_.empty() && (made_ < most || used_.empty())) {
             ++made_;
             return order::create();
         }

@@ -167,3 +167,20 @@ unsigned bnk_atomic_add(unsigned* address, unsigned value) {
     *address = old + value;
     return old;
 }
+
+void bnk_wait_for_counter(const unsigned* counter, unsigned target, const char* file, int line) {
+    Thread& me = self();
+    me.counter = counter;
+    me.target = target;
+    while (!me.counter_reached()) {
+        {
+            const EngineWork work;
+            me.state = State::at_counter;
+            me.site = {file, line};
+        }
+        me.fiber.suspend(false);
+    }
+    const EngineWork work;
+    bnk::access(counter, sizeof *counter, sizeof *counter, false, __builtin_return_address(0));
+    pass_on(running.atomic_tags[counter], me.before_atomics);
+}

@@ -22,4 +22,6 @@ void bnk_warp_barrier(unsigned mask, const char* file, int line);
 uint64_t bnk_shuffle(unsigned mask, uint64_t value, unsigned source_lane, const char* file, int line);
 void bnk_fence();
 unsigned bnk_atomic_add(unsigned* address, unsigned value);
+// Until the counter has reached the target; it may wrap around. Orders memory as an atomic does.
+void bnk_wait_for_counter(const unsigned* counter, unsigned target, const char* file, int line);
 }

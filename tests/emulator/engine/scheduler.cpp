@@ -93,6 +93,7 @@ const char* waiting_for(State state) {
         case State::at_barrier: return "wait at __syncthreads";
         case State::at_warp_barrier: return "wait at __syncwarp";
         case State::at_shuffle: return "wait at a shuffle";
+        case State::at_counter: return "wait for a counter";
         case State::done: return "have returned";
         default: return "are ready";
     }
@@ -102,7 +103,8 @@ const char* waiting_for(State state) {
 std::string deadlock(const std::vector<std::unique_ptr<Block>>& resident) {
     const Block& block = **std::find_if(resident.begin(), resident.end(), [](const auto& b) { return b != nullptr; });
     std::string what = "deadlock in block " + text(block.index) + ":";
-    for (const State state : {State::at_barrier, State::at_warp_barrier, State::at_shuffle, State::done}) {
+    for (const State state :
+         {State::at_barrier, State::at_warp_barrier, State::at_shuffle, State::at_counter, State::done}) {
         const auto in_state = [state](const Thread& thread) { return thread.state == state; };
         const auto count = std::count_if(block.threads.begin(), block.threads.end(), in_state);
         if (count == 0) continue;
@@ -147,6 +149,7 @@ unsigned run_ready(Block& block, std::mt19937_64* random) {
     unsigned ran = 0;
     for (Sequence order(block.threads.size(), random); order.more() && running.error.empty();) {
         Thread& thread = block.threads[order.take()];
+        if (thread.state == State::at_counter && thread.counter_reached()) thread.state = State::ready;
         if (thread.state != State::ready) continue;
         ++ran;
         running.thread = &thread;
@@ -169,7 +172,8 @@ void run_blocks() {
     std::mt19937_64 generator(request.seed);
     std::mt19937_64* const random = request.seed ? &generator : nullptr;
     const uint64_t most = std::max<uint64_t>(1, most_resident_threads / threads);
-    std::vector<std::unique_ptr<Block>> resident(std::min({request.resident, blocks, most}));
+    std::vector<std::unique_ptr<Block>> resident(request.cooperative ? blocks
+                                                                     : std::min({request.resident, blocks, most}));
 
     Sequence numbers(blocks, random);
     for (uint64_t left = blocks; left > 0;) {

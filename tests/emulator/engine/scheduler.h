@@ -24,7 +24,7 @@ struct Site {  // a place in a kernel
     bool operator!=(const Site& other) const { return line != other.line || file != other.file; }
 };
 
-enum class State { ready, at_barrier, at_warp_barrier, at_shuffle, done };
+enum class State { ready, at_barrier, at_warp_barrier, at_shuffle, at_counter, done };
 
 struct Thread {
     Fiber fiber;
@@ -38,8 +38,13 @@ struct Thread {
     uint64_t value;        // what it brings to a shuffle, then what it takes away
     unsigned source_lane;  // whose value it takes away
 
+    const unsigned* counter;  // that it waits for
+    unsigned target;          // that the counter has to reach
+
     bool fenced = false;  // has called __threadfence
     order::Tag before_fence, before_atomics;
+
+    bool counter_reached() const { return int(*counter - target) >= 0; }
 };
 
 struct Block {
@@ -62,6 +67,7 @@ struct Request {
     uint64_t shared_bytes;
     uint64_t seed;         // 0: blocks and threads in their natural order
     uint64_t resident;     // blocks in flight at once
+    uint64_t cooperative;  // all blocks are, and may wait for one another
     const uint64_t* only;  // the blocks to run; none: all of them
     uint64_t only_count;
 };

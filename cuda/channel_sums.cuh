@@ -1,0 +1,52 @@
+// Sums over the rows of a channel: every lane adds its own in pairs, then a block merges its lanes through shared memory.
+//
+// The order is fixed, so the result is deterministic: lanes merge in their order, above SERIAL_LANES of them first in
+// groups, then the groups. Shared memory: COUNT values of A for each thread.
+#pragma once
+#include "channel.cuh"
+#include "common.cuh"
+
+template <typename A, int COUNT>
+struct ChannelSums {
+    Pair<A> of[COUNT];
+
+    __device__ __forceinline__ void add_row(const A (&terms)[COUNT]) {
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) of[i] = add(of[i], terms[i]);
+    }
+
+    // Into the thread's place in shared memory, [sum][lane][channel of the slice].
+    __device__ __forceinline__ void share(A* partial) const {
+        A* slot = partial + threadIdx.y * blockDim.x + threadIdx.x;
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) slot[i * blockDim.x * blockDim.y] = value(of[i]);
+    }
+};
+
+// The sums over the lanes first, first + step, ... below last, from shared memory.
+template <typename A, int COUNT>
+__device__ __forceinline__ ChannelSums<A, COUNT> merge_lanes(const A* partial, int first, int last, int step) {
+    const int width = blockDim.x, plane = width * blockDim.y;
+    ChannelSums<A, COUNT> total = {};
+#pragma unroll 1
+    for (int lane = first; lane < last; lane += step) {
+        const A* slot = partial + lane * width + threadIdx.x;
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) total.of[i] = add(total.of[i], slot[i * plane]);
+    }
+    return total;
+}
+
+// The block's sums of one channel, in the same order for every thread of it. All threads must call.
+template <typename A, int COUNT>
+__device__ __forceinline__ ChannelSums<A, COUNT> merge_block(const ChannelSums<A, COUNT>& own) {
+    BNK_DYNAMIC_SHARED(A, partial);
+    const int lane = threadIdx.y, lanes = blockDim.y;
+    own.share(partial);
+    __syncthreads();
+    if (lanes > SERIAL_LANES) {
+        if (lane % GROUP == 0) merge_lanes<A, COUNT>(partial, lane, min(lane + GROUP, lanes), 1).share(partial);
+        __syncthreads();
+    }
+    return merge_lanes<A, COUNT>(partial, 0, lanes, lanes > SERIAL_LANES ? GROUP : 1);
+}

@@ -1,0 +1,73 @@
+// Means and sums of squared differences: of a few values that a thread holds, and merged over threads.
+#pragma once
+
+// Count, mean and sum of squared differences from the mean, of some rows of one channel.
+template <typename A>
+struct Moments {
+    A count;
+    Pair<A> mean, m2;
+};
+
+// Of the first `count` of the values that a thread holds; 1 <= count <= VALUES.
+template <int VALUES, typename A>
+__device__ __forceinline__ Moments<A> moments_of(const A (&values)[VALUES], int count) {
+    Pair<A> sum = {A(0), A(0)};
+#pragma unroll
+    for (int i = 0; i < VALUES; ++i)
+        if (i < count) sum = add(sum, values[i]);
+    const Pair<A> mean = divide(sum, A(count));
+    A m2 = A(0);
+#pragma unroll
+    for (int i = 0; i < VALUES; ++i)
+        if (i < count) m2 += subtract(values[i], mean) * subtract(values[i], mean);
+    return {A(count), mean, {m2, A(0)}};
+}
+
+// Chan, Golub and LeVeque's merge of two disjoint sets of rows.
+template <typename A>
+__device__ __forceinline__ Moments<A> merge(const Moments<A>& a, const Moments<A>& b) {
+    const A count = a.count + b.count;
+    const A delta = (b.mean.high - a.mean.high) + (b.mean.low - a.mean.low);
+    const Pair<A> mean = divide(add(multiply(a.mean, a.count), multiply(b.mean, b.count)), count);
+    const Pair<A> m2 = add(add(a.m2, b.m2), delta * delta * (a.count * (b.count / count)));
+    return {count, mean, m2};
+}
+
+// How many values each lane has.
+struct Shares {
+    long long rounds;
+    int longer, lanes;  // the first `longer` lanes own one row more than `rounds`
+    int values;         // of a row
+
+    __device__ __forceinline__ Shares(long long rows, int lanes, int values = 1)
+        : rounds(rows / lanes), longer((int)(rows - rounds * lanes)), lanes(lanes), values(values) {}
+
+    // Of the lanes first ... last - 1.
+    __device__ __forceinline__ long long of(int first, int last) const {
+        return values * (rounds * (last - first) + (longer < first  ? 0
+                                                    : longer < last ? longer - first
+                                                                    : last - first));
+    }
+};
+
+// Mean and M2 of a channel over the lanes first ... last - 1. The slot at `slots` holds mean, mean_low and M2, `plane`
+// apart, of the first `step` of these lanes, the one `pitch` behind it those of the next.
+template <typename A>
+__device__ __forceinline__ Moments<A> merge_lanes(const A* slots, long long plane, long long pitch,
+                                                  const Shares& shares, int first, int last, int step) {
+    Pair<A> sum = {A(0), A(0)};
+    const A* slot = slots;
+    for (int j = first; j < last; j += step, slot += pitch) {
+        const Pair<A> mean = {slot[0], slot[plane]};
+        sum = add(sum, multiply(mean, A(shares.of(j, min(j + step, last)))));
+    }
+    const A count = A(shares.of(first, last));
+    Moments<A> all = {count, divide(sum, count), {A(0), A(0)}};
+    slot = slots;
+    for (int j = first; j < last; j += step, slot += pitch) {
+        const A delta = (slot[0] - all.mean.high) + (slot[plane] - all.mean.low);
+        all.m2 = add(all.m2, slot[2 * plane]);
+        all.m2 = add(all.m2, delta * delta * A(shares.of(j, min(j + step, last))));
+    }
+    return all;
+}

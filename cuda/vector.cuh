@@ -1,0 +1,79 @@
+// 16 bytes of neighbouring numbers: what one access moves at most.
+#pragma once
+
+#include "half.cuh"
+
+struct alignas(16) Vector {
+    unsigned words[4];
+};
+
+#ifndef BNK_VECTOR_ACCESS  // the tests' emulator defines it, with twins of these two functions
+// Left to itself, the compiler takes some of these accesses apart. Volatile: in the order of the program.
+__device__ __forceinline__ Vector bnk_load_vector(const void* address) {
+    Vector v;
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.words[0]), "=r"(v.words[1]), "=r"(v.words[2]), "=r"(v.words[3])
+                 : "l"(address)
+                 : "memory");
+    return v;
+}
+
+__device__ __forceinline__ void bnk_store_vector(void* address, const Vector& v) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+                 :
+                 : "l"(address), "r"(v.words[0]), "r"(v.words[1]), "r"(v.words[2]), "r"(v.words[3])
+                 : "memory");
+}
+#else
+__device__ __forceinline__ Vector bnk_load_vector(const void* address) {
+    Vector v;
+    bnk_move_vector(v.words, address);
+    return v;
+}
+
+__device__ __forceinline__ void bnk_store_vector(void* address, const Vector& v) { bnk_move_vector(address, v.words); }
+#endif
+
+// Number i of a vector of T, as a float.
+template <typename T>
+struct Packed;
+
+template <>
+struct Packed<float> {
+    static constexpr int COUNT = 4;
+    static __device__ __forceinline__ float get(const Vector& vector, int i) { return bnk_float_of(vector.words[i]); }
+    static __device__ __forceinline__ void set(Vector& vector, int i, float value) {
+        vector.words[i] = bnk_bits_of(value);
+    }
+};
+
+struct PackedHalves {
+    static constexpr int COUNT = 8;
+    static __device__ __forceinline__ unsigned short bits(const Vector& vector, int i) {
+        return (unsigned short)(vector.words[i / 2] >> (16 * (i % 2)));
+    }
+    static __device__ __forceinline__ void set_bits(Vector& vector, int i, unsigned short bits) {
+        const unsigned other = i % 2 ? vector.words[i / 2] & 0xffffu : 0u;  // from the first half on
+        vector.words[i / 2] = other | (unsigned)bits << (16 * (i % 2));
+    }
+};
+
+template <>
+struct Packed<Float16> : PackedHalves {
+    static __device__ __forceinline__ float get(const Vector& vector, int i) {
+        return bnk_half_to_float(bits(vector, i));
+    }
+    static __device__ __forceinline__ void set(Vector& vector, int i, float value) {
+        set_bits(vector, i, Float16(value).bits);
+    }
+};
+
+template <>
+struct Packed<BFloat16> : PackedHalves {
+    static __device__ __forceinline__ float get(const Vector& vector, int i) {
+        return bnk_float_of((unsigned)bits(vector, i) << 16);
+    }
+    static __device__ __forceinline__ void set(Vector& vector, int i, float value) {
+        set_bits(vector, i, BFloat16(value).bits);
+    }
+};
