@@ -13,7 +13,7 @@ OP_TESTS = tests/test_batch_norm.py tests/test_softmax_cross_entropy.py tests/te
 CXX_FILES = $(shell find cuda tests/emulator benchmarks -name "*.cu" -o -name "*.cuh" -o -name "*.h" -o -name "*.cpp")
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check format compile emulate mutants coverage bench features traffic notebooks clean
+.PHONY: help train test check format compile emulate mutants coverage bench host-cost features traffic notebooks clean
 .PHONY: gpu gpu-test gpu-sanitize gpu-bench gpu-dry-run
 
 help: ## list the targets
@@ -51,6 +51,9 @@ coverage: $(TEST) ## lines of cuda/ that the emulated tests execute
 
 bench: $(BENCH) ## measure everything that this machine can, beside the rivals; write the results and the tables
 	$(RUN) -m benchmarks.everything $(ARGS)
+
+host-cost: $(BENCH) ## time the Python part of a batch-norm call, beside PyTorch's call on one number
+	$(RUN) -m benchmarks.host_cost
 
 features: $(TEST) ## what batch norm can do, and how many tests stand behind each line
 	$(RUN) -m tests.features

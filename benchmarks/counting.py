@@ -109,7 +109,7 @@ class Planned(np.ndarray):
     """An array that the ops plan for; nothing runs on it, and its memory is never touched."""
 
 
-class Planner:
+class Planner(_runtime.Runtime):
     """A runtime behind the seam of `bnkernels._runtime` that notes the launches and makes none."""
 
     array_type = Planned

@@ -13,6 +13,7 @@ import numpy as np
 
 from bnkernels import _check as check
 from bnkernels import _runtime as rt
+from bnkernels._batch_norm_again import Call, Launches
 from bnkernels._batch_norm_host import backward_host, forward_host, inference_host
 from bnkernels._batch_norm_launch import (
     HELD,
@@ -61,6 +62,7 @@ class Plan(NamedTuple):
     tensor: Tensor | None = None  # for the choice of a spread kernel, which the device decides as well
 
 
+FORWARD_LAUNCHES, INFERENCE_LAUNCHES, BACKWARD_LAUNCHES = Launches(), Launches(), Launches()
 # The arrays of each op, those that it writes first.
 FORWARD_NAMES = ("y", "statistics", "running_mean", "running_var", "x", "residual", "gamma", "beta")
 INFERENCE_NAMES = ("out", "x", "residual", "gamma", "beta", "running_mean", "running_var")
@@ -156,6 +158,25 @@ def _sources(plan: Plan, **inputs: Any) -> tuple[Any, ...]:
     return tuple(plan.runtime.contiguous(array) if name in plan.copied else array for name, array in inputs.items())
 
 
+def _launch(
+    plan: Plan,
+    known: Launches,
+    call: Call | None,
+    source: str,
+    kernel: str,
+    launch: rt.Launch,
+    arguments: np.ndarray,
+    x: Any,
+) -> None:
+    """Launch a kernel; keep that for the next such call, unless the argument holds what belongs to this call alone.
+
+    That are copies which it has made, and the workspace of its stream.
+    """
+    plan.runtime.launch(source, kernel, launch, arguments, x)
+    if call is not None and not plan.copied and not launch.cooperative:
+        known.keep(call, source, kernel, launch, arguments)
+
+
 def _spread(plan: Plan, direction: str, x: Any, data: int) -> Spread | None:
     """Return how a spread kernel would run, or None; `data` are the addresses of all data, or-ed."""
     if plan.tensor is None or data % VECTOR:
@@ -163,22 +184,29 @@ def _spread(plan: Plan, direction: str, x: Any, data: int) -> Spread | None:
     return choose_spread(direction, plan.tensor, plan.runtime.limits(x))
 
 
-def _launch_spread(
+def _spread_launch(
     plan: Plan, spread: Spread, pointers: tuple[int, ...], scalars: tuple[float, ...], code: int, x: Any
-) -> None:
-    runtime, direction = plan.runtime, spread.variant.partition("_")[0]
-    workspace = runtime.workspace(x) if spread.launch.cooperative else 0
+) -> tuple[str, str, rt.Launch, np.ndarray]:
+    """Return source, kernel, launch and argument of a spread kernel."""
+    workspace = plan.runtime.workspace(x) if spread.launch.cooperative else 0
     arguments = spread_arguments(spread, plan.tensor, pointers, workspace, scalars, code)
     kernel = f"bnk_batch_norm_{spread.variant}_{rt.suffix(plan.tensor.dtype)}"
-    runtime.launch(f"batch_norm_{direction}_spread", kernel, spread.launch, arguments, x)
+    return f"batch_norm_{spread.direction}_spread", kernel, spread.launch, arguments
 
 
 def run_forward(
-    plan: Plan, arrays: tuple, momentum: float, eps: float, phi: Activation, unbiased: bool = True
+    plan: Plan,
+    arrays: tuple,
+    momentum: float,
+    eps: float,
+    phi: Activation,
+    unbiased: bool = True,
+    call: Call | None = None,
 ) -> tuple[Any, Any, Kept | None]:
     """Run the training forward on the arrays FORWARD_NAMES.
 
-    Returns `y`, `statistics`, and from NumPy what its backward may otherwise compute again.
+    Returns `y`, `statistics`, and from NumPy what its backward may otherwise compute again. `call` is
+    what `Launches.again` gave.
     """
     y, statistics, running_mean, running_var, x, residual, gamma, beta = arrays
     runtime, layout, kept = plan.runtime, plan.layout, None
@@ -194,19 +222,21 @@ def run_forward(
         vectors = gamma, beta, running_mean, running_var
         kept = forward_host(layout, x, residual, vectors, momentum, divisor, eps, phi, y, statistics)
     else:
-        check.one_device(runtime, FORWARD_NAMES, arrays)
+        if call is None or not call.on_one_device:
+            check.one_device(runtime, FORWARD_NAMES, arrays)
         sources = _sources(plan, x=x, residual=residual)
         pointers = rt.addresses(runtime, *sources, gamma, beta, y, statistics, running_mean, running_var)
         spread = _spread(plan, "forward", x, pointers[0] | pointers[1] | pointers[4])
         if spread is not None:
-            _launch_spread(plan, spread, pointers, (momentum, divisor, eps, phi.alpha), phi.code, x)
+            made = _spread_launch(plan, spread, pointers, (momentum, divisor, eps, phi.alpha), phi.code, x)
         else:
             arguments = rt.pack(FORWARD[plan.wide], *pointers, *plan.sizes, momentum, divisor, eps, phi.alpha, phi.code)
-            runtime.launch("batch_norm_forward", plan.kernel, plan.launch, arguments, x)
+            made = "batch_norm_forward", plan.kernel, plan.launch, arguments
+        _launch(plan, FORWARD_LAUNCHES, call, *made, x)
     return y, statistics, kept
 
 
-def run_inference(plan: Plan, arrays: tuple, eps: float, phi: Activation) -> Any:
+def run_inference(plan: Plan, arrays: tuple, eps: float, phi: Activation, call: Call | None = None) -> Any:
     """Run the inference forward on the arrays INFERENCE_NAMES; return the output."""
     out, x, residual, gamma, beta, running_mean, running_var = arrays
     runtime = plan.runtime
@@ -217,20 +247,30 @@ def run_inference(plan: Plan, arrays: tuple, eps: float, phi: Activation) -> Any
     if runtime is None:
         inference_host(plan.layout, x, residual, (gamma, beta, running_mean, running_var), eps, phi, out)
     else:
-        check.one_device(runtime, INFERENCE_NAMES, arrays)
+        if call is None or not call.on_one_device:
+            check.one_device(runtime, INFERENCE_NAMES, arrays)
         sources = _sources(plan, x=x, residual=residual)
         pointers = rt.addresses(runtime, *sources, gamma, beta, out, running_mean, running_var)
         arguments = rt.pack(INFERENCE[plan.wide], *pointers, *plan.sizes, eps, phi.alpha, phi.code)
-        runtime.launch("batch_norm_forward", plan.kernel, plan.launch, arguments, x)
+        _launch(plan, INFERENCE_LAUNCHES, call, "batch_norm_forward", plan.kernel, plan.launch, arguments, x)
     return out
 
 
-def run_backward(plan: Plan, arrays: tuple, eps: float, phi: Activation, kept: Kept | None = None) -> tuple[Any, ...]:
+def run_backward(
+    plan: Plan,
+    arrays: tuple,
+    eps: float,
+    phi: Activation,
+    kept: Kept | None = None,
+    call: Call | None = None,
+) -> tuple[Any, ...]:
     """Run either backward on the arrays BACKWARD_NAMES; return the gradients, the residual's too where there is one."""
     dx, dgamma, dbeta, dresidual, dy, x, residual, gamma, beta, statistics, running_mean, running_var = arrays
-    # The kernels take the rows of the statistics, or the running ones in the places of mean and rstd.
-    rows = (running_mean, None, running_var) if statistics is None else (statistics[0], statistics[1], statistics[2])
+    # In the places of mean and rstd, both ways take running statistics.
+    rows = (running_mean, None, running_var)
     runtime, wide = plan.runtime, plan.wide
+    if statistics is not None and runtime is None:
+        rows = (statistics[0], statistics[1], statistics[2])
     if dx is None:
         vector = (plan.layout.channels,)
         dx = rt.empty(runtime, plan.shape, x)
@@ -245,14 +285,22 @@ def run_backward(plan: Plan, arrays: tuple, eps: float, phi: Activation, kept: K
         outputs = dx, dgamma, dbeta, dresidual
         backward_host(plan.layout, (dy, x, residual), (gamma, beta, *rows), eps, phi, kept, outputs)
     else:
-        check.one_device(runtime, BACKWARD_NAMES, arrays)
+        if call is None or not call.on_one_device:
+            check.one_device(runtime, BACKWARD_NAMES, arrays)
         sources = _sources(plan, dy=dy, x=x, residual=residual)
-        pointers = rt.addresses(runtime, *sources, gamma, beta, *rows, dx, dgamma, dbeta, dresidual)
-        data = pointers[0] | pointers[1] | pointers[2] | pointers[8] | pointers[11]
-        spread = _spread(plan, "backward", x, data)
+        before = rt.addresses(runtime, *sources, gamma, beta)
+        after = rt.addresses(runtime, dx, dgamma, dbeta, dresidual)
+        if statistics is None:
+            rows = rt.addresses(runtime, *rows)
+        else:  # to slice an array costs more than all of this
+            mean, row = runtime.pointer(statistics), plan.layout.channels * wide.itemsize
+            rows = mean, mean + row, mean + 2 * row
+        pointers = (*before, *rows, *after)
+        spread = _spread(plan, "backward", x, before[0] | before[1] | before[2] | after[0] | after[3])
         if spread is not None:
-            _launch_spread(plan, spread, pointers, (phi.alpha,), phi.code, x)
+            made = _spread_launch(plan, spread, pointers, (phi.alpha,), phi.code, x)
         else:
             arguments = rt.pack(BACKWARD[wide], *pointers, *plan.sizes, eps, phi.alpha, phi.code)
-            runtime.launch("batch_norm_backward", plan.kernel, plan.launch, arguments, x)
+            made = "batch_norm_backward", plan.kernel, plan.launch, arguments
+        _launch(plan, BACKWARD_LAUNCHES, call, *made, x)
     return (dx, dgamma, dbeta) if residual is None else (dx, dgamma, dbeta, dresidual)

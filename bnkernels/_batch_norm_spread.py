@@ -55,6 +55,11 @@ class Spread(NamedTuple):
     launch: Launch
     held: int
 
+    @property
+    def direction(self) -> str:
+        """Which of the two passes it is."""
+        return self.variant.partition("_")[0]
+
 
 class Tensor(NamedTuple):
     """What the choice asks of the tensor: (outer, C, inner), its data type, the strides of the inputs in elements."""
@@ -199,7 +204,7 @@ def spread_arguments(
     code : int
         Of the activation.
     """
-    direction, _, _ = spread.variant.partition("_")
+    direction = spread.direction
     together = spread.launch.grid[1]
     counters = workspace and workspace + (together.bit_length() - 1) * ARRIVALS
     strides = [stride for given in tensor.strides for stride in given[:2]]

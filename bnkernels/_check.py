@@ -34,6 +34,14 @@ def signature(array: Any) -> Signature | None:
         raise
 
 
+def signatures(arrays: tuple) -> list[Signature | None]:
+    """Return the signature of each array."""
+    try:
+        return [None if array is None else (type(array), array.dtype, array.shape, array.strides) for array in arrays]
+    except AttributeError:
+        return [signature(array) for array in arrays]  # says which
+
+
 @dataclass(frozen=True)
 class Argument:
     """A named array argument, known by its signature."""
@@ -129,9 +137,12 @@ def contiguous(argument: Argument | None, shape: tuple[int, ...], dtype: np.dtyp
 
 def one_device(runtime: Runtime, names: tuple[str, ...], arrays: tuple) -> None:
     """Check that all arrays of a runtime, None apart, are on one of its devices."""
-    found = [(name, runtime.device(array)) for name, array in zip(names, arrays, strict=True) if array is not None]
-    first, wanted = found[0]
-    for name, device in found:
+    devices = [runtime.device(array) for array in arrays if array is not None]
+    if devices.count(devices[0]) == len(devices):
+        return
+    given = [name for name, array in zip(names, arrays, strict=True) if array is not None]
+    first, wanted = given[0], devices[0]
+    for name, device in zip(given, devices, strict=True):
         if device != wanted:
             raise ValueError(f"{name} is on device {device} but {first} is on device {wanted}; move one of them")
 
@@ -149,7 +160,9 @@ def no_overlap(
         ranges = [(0, 0)] * len(arrays)
     else:
         owners = [0] * len(arrays)
-        ranges = [_byte_range(runtime, array) for array in arrays]
+        ranges = _byte_ranges(runtime, arrays)
+        if _apart(ranges):
+            return
     for i in range(written):
         if owners.count(owners[i]) == 1 or arrays[i] is None:
             continue
@@ -169,6 +182,16 @@ def no_overlap(
             raise ValueError(f"{names[i]} overlaps {names[j]} in memory{hint}; pass a separate array")
 
 
+def _apart(ranges: list[tuple[int, int]]) -> bool:
+    """Return whether no two of these ranges overlap."""
+    last = 0
+    for start, end in sorted(ranges):
+        if start < last:
+            return False
+        last = end
+    return True
+
+
 def _owner(array: np.ndarray | None) -> int:
     """Return a number that arrays share where they may share memory: 0 for all memory that NumPy does not own."""
     if array is None:
@@ -186,30 +209,32 @@ def _same_layout(runtime: Runtime | None, a: Any, b: Any) -> bool:
     return a.shape == b.shape and a.strides == b.strides and address(a) == address(b)
 
 
-def _byte_range(runtime: Runtime, array: Any) -> tuple[int, int]:
-    """Return the first address of the array's memory and the one behind its last; (0, 0) for no memory."""
-    if array is None:
-        return 0, 0
-    reach = _reach(array.shape, array.strides)
-    if reach is None:
-        return 0, 0
-    address = runtime.pointer(array)
-    return address + reach[0], address + reach[1] + array.dtype.itemsize
+def _byte_ranges(runtime: Runtime, arrays: tuple) -> list[tuple[int, int]]:
+    """Return of each array the first address of its memory and the one behind its last; (0, 0) for no memory."""
+    ranges = []
+    for array in arrays:
+        reach = None if array is None else _reach(array.shape, array.strides, array.dtype)
+        if reach is None:
+            ranges.append((0, 0))
+        else:
+            address = runtime.pointer(array)
+            ranges.append((address + reach[0], address + reach[1]))
+    return ranges
 
 
 @lru_cache(maxsize=1024)
-def _reach(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int] | None:
-    """Return how far the elements of an array lie before and behind its first, in bytes; None if it has none."""
+def _reach(shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype) -> tuple[int, int] | None:
+    """Return where the memory of an array starts and ends, in bytes from its first element; None if it has none."""
     if 0 in shape:
         return None
     ends = [(extent - 1) * stride for extent, stride in zip(shape, strides, strict=True)]
-    return sum(end for end in ends if end < 0), sum(end for end in ends if end > 0)
+    return sum(end for end in ends if end < 0), sum(end for end in ends if end > 0) + dtype.itemsize
 
 
 def number(name: str, given: float, low: float, high: float = sys.float_info.max) -> float:
     """Check for a finite real number between two bounds, both allowed; return it as a float."""
     if type(given) is float and low <= given <= high:
-        return given
+        return given + 0.0  # -0.0 is 0
     try:
         number = float(given)
     except (TypeError, ValueError):
@@ -217,7 +242,7 @@ def number(name: str, given: float, low: float, high: float = sys.float_info.max
     if not (low <= number <= high and math.isfinite(number)):
         wanted = f"at least {low}" if high == sys.float_info.max else f"between {low} and {high}"
         raise ValueError(f"{name} must be {wanted} and finite, got {given!r}")
-    return number
+    return number + 0.0
 
 
 def integer(name: str, given: Any) -> int:
@@ -241,6 +266,13 @@ def pack_outputs(out: Any, names: tuple[str, ...]) -> tuple:
     """Check `out`, a tuple with one array for every name, or None; return it, or as many None."""
     if out is None:
         return (None,) * len(names)
-    if not isinstance(out, tuple) or len(out) != len(names) or any(array is None for array in out):
+    if not isinstance(out, tuple) or len(out) != len(names) or type(None) in map(type, out):
         raise TypeError(f"out must be a tuple of the {len(names)} arrays ({', '.join(names)}), got {out!r}")
     return out
+
+
+def pack_gradients(out: Any, residual: Any) -> tuple[Any, ...]:
+    """Return the four arrays of `out`, or None for each; the last is None without a residual."""
+    if residual is not None:
+        return pack_outputs(out, ("dx", "dgamma", "dbeta", "dresidual"))
+    return *pack_outputs(out, ("dx", "dgamma", "dbeta")), None

@@ -9,7 +9,7 @@ import cupy
 import numpy as np
 
 from bnkernels import _source
-from bnkernels._runtime import WORKSPACE_BYTES, Launch, Limits
+from bnkernels._runtime import WORKSPACE_BYTES, Launch, Limits, cupy_reader
 
 PER_THREAD = 2  # the handle of the default stream that every thread has its own of
 
@@ -50,7 +50,9 @@ class CudaRuntime:
 
     def device(self, array: Any) -> int:
         """Return the number of the device that holds the array."""
-        return array.device.id
+        return array.data.device_id
+
+    reader = cupy_reader
 
     def limits(self, array: Any) -> Limits:
         """Return the limits of the array's device."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -50,6 +52,11 @@ class Limits(NamedTuple):
     cooperative: bool  # whether the blocks of a launch may wait for one another
 
 
+# Reads what decides a launch: of every array address, device, data type, shape and strides, one after the other. Gives
+# None if the arrays are not of exactly the runtime's type, and None, where that is expected.
+Reader = Callable[[tuple], list | None]
+
+
 class Runtime(Protocol):
     """What an op needs of a device: memory, addresses, and a way to launch."""
 
@@ -68,6 +75,10 @@ class Runtime(Protocol):
     def device(self, array: Any) -> int:
         """Return the number of the device that holds the array."""
 
+    def reader(self, given: tuple[bool, ...]) -> Reader:
+        """Return what reads the facts of so many arrays, None where not `given`; the same object every time."""
+        return _reader(self, given)
+
     def limits(self, array: Any) -> Limits:
         """Return the limits of the device that holds the array."""
 
@@ -84,12 +95,54 @@ class Runtime(Protocol):
         """
 
 
-_runtimes: dict[type, Runtime] = {}
+@lru_cache(maxsize=256)
+def _reader(runtime: Runtime, given: tuple[bool, ...]) -> Reader:
+    def read(arrays: tuple) -> list | None:
+        expected = tuple(runtime.array_type if here else type(None) for here in given)
+        if tuple(map(type, arrays)) != expected:
+            return None
+        found = [array for array in arrays if array is not None]
+        return [
+            fact
+            for array in found
+            for fact in (runtime.pointer(array), runtime.device(array), array.dtype, array.shape, array.strides)
+        ]
+
+    return read
+
+
+@lru_cache(maxsize=256)
+def cupy_reader(runtime: Runtime, given: tuple[bool, ...]) -> Reader:
+    """Return `Runtime.reader` for arrays with the attributes of CuPy's.
+
+    Reading is most of what a repeated call of an op costs, see ``benchmarks/host_cost.py``, and a loop would cost a
+    third as much again. So the reading of every array is written out.
+    """
+    names = [f"array{i}" for i in range(len(given))]
+    arrays = list(zip(names, given, strict=True))
+    wrong = " or ".join(f"type({name}) is not kind" if here else f"{name} is not None" for name, here in arrays)
+    facts = "(data := {0}.data).ptr, data.device_id, {0}.dtype, {0}.shape, {0}.strides"
+    source = f"""
+def read(arrays, kind=kind, type=type):
+    try:
+        {", ".join(names)}, = arrays
+    except ValueError:  # another number of them
+        return None
+    if {wrong}:
+        return None
+    return [{", ".join(facts.format(name) for name, here in arrays if here)}]
+"""
+    namespace: dict[str, Any] = {"kind": runtime.array_type}
+    exec(source, namespace)
+    return namespace["read"]
+
+
+runtimes: dict[type, Runtime] = {}  # by the type of their arrays
 
 
 def register(runtime: Runtime) -> None:
-    """Let arrays of ``runtime.array_type`` run on `runtime`."""
-    _runtimes[runtime.array_type] = runtime
+    """Let arrays of ``runtime.array_type`` run on `runtime`, for good: the ops keep what they learn of it."""
+    runtimes[runtime.array_type] = runtime
 
 
 def runtime_of(kind: type) -> Runtime | None:
@@ -97,14 +150,14 @@ def runtime_of(kind: type) -> Runtime | None:
 
     Raises TypeError for anything else.
     """
-    runtime = _runtimes.get(kind)
+    runtime = runtimes.get(kind)
     if runtime is not None or kind is np.ndarray:
         return runtime
     if kind.__module__.partition(".")[0] == "cupy" and kind.__name__ == "ndarray":
         from bnkernels import _cuda
 
         register(_cuda.CudaRuntime())
-        return _runtimes[kind]
+        return runtimes[kind]
     if issubclass(kind, np.ndarray):
         return None
     raise TypeError(
@@ -173,4 +226,5 @@ def empty(runtime: Runtime | None, shape: tuple[int, ...], like: Any, dtype: np.
 
 def addresses(runtime: Runtime, *arrays: Any) -> tuple[int, ...]:
     """Return the arrays' addresses, 0 for None."""
-    return tuple(0 if array is None else runtime.pointer(array) for array in arrays)
+    pointer = runtime.pointer
+    return tuple([0 if array is None else pointer(array) for array in arrays])

@@ -246,7 +246,7 @@ def activation_named(name: str, alpha: float | None = None) -> Activation:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {name!r}")
     if alpha is not None:
         try:
-            alpha = float(alpha)
+            alpha = float(alpha) + 0.0  # -0.0 is 0
         except (TypeError, ValueError):
             raise TypeError(f"alpha must be a number, got {alpha!r}") from None
         if not math.isfinite(alpha):

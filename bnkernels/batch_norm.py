@@ -2,7 +2,7 @@
 
 CuPy arrays run ``cuda/batch_norm_forward.cu`` and ``cuda/batch_norm_backward.cu``, one launch each; NumPy arrays run
 the twins of ``_batch_norm_numpy.py``, with statistics in float64. An op checks its values here and everything else in
-``_batch_norm_plan.py``, which also runs it.
+``_batch_norm_plan.py``, which also runs it. ``_batch_norm_again.py`` says what makes a repeated call cheap.
 
 Below, T is the data type of `x`: float16, bfloat16 (of ml_dtypes), float32 or float64. A is that of the accumulator, in
 which all is computed and parameters and statistics are kept: float32 for 16-bit T, else T. C is the number of channels,
@@ -13,26 +13,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from bnkernels import _batch_norm_plan as plans
 from bnkernels import _check as check
-from bnkernels._batch_norm_plan import (
-    BACKWARD_NAMES,
-    FORWARD_NAMES,
-    INFERENCE_NAMES,
-    plan_backward,
-    plan_forward,
-    plan_inference,
-    run_backward,
-    run_forward,
-    run_inference,
-)
 from bnkernels.activations import activation_named
-
-
-def _gradients(out: Any, residual: Any) -> tuple[Any, ...]:
-    """Return the four arrays of `out`, or None for each; the last is None without a residual."""
-    if residual is not None:
-        return check.pack_outputs(out, ("dx", "dgamma", "dbeta", "dresidual"))
-    return *check.pack_outputs(out, ("dx", "dgamma", "dbeta")), None
 
 
 def batch_norm_forward(
@@ -119,15 +102,19 @@ def batch_norm_forward(
     >>> mean
     array([2., 0.])
     """
+    given = running_mean, running_var, x, residual, gamma, beta
+    call = plans.FORWARD_LAUNCHES.again(out, given, momentum, eps, axis, activation, alpha, unbiased)
+    if call is True:
+        return out
     y, statistics = check.pack_outputs(out, ("y", "statistics"))
     momentum, unbiased = check.number("momentum", momentum, 0, 1), check.boolean("unbiased", unbiased)
     eps = check.number("eps", eps, 0)
     axis, phi = check.integer("axis", axis), activation_named(activation, alpha)
     arrays = (y, statistics, running_mean, running_var, x, residual, gamma, beta)
-    plan = plan_forward(axis, *map(check.signature, arrays))
+    plan = plans.plan_forward(axis, *check.signatures(arrays))
     if out is not None or running_mean is not None or running_var is not None:
-        check.no_overlap(plan.runtime, FORWARD_NAMES, arrays, written=4, in_place=("x", "residual"))
-    y, statistics, _ = run_forward(plan, arrays, momentum, eps, phi, unbiased)
+        check.no_overlap(plan.runtime, plans.FORWARD_NAMES, arrays, written=4, in_place=("x", "residual"))
+    y, statistics, _ = plans.run_forward(plan, arrays, momentum, eps, phi, unbiased, call)
     return y, statistics
 
 
@@ -200,13 +187,17 @@ def batch_norm_backward(
     >>> bool(abs(dx.sum()) < 1e-15), dbeta
     (True, array([1.]))
     """
-    outputs = _gradients(out, residual)
+    given = dy, x, residual, gamma, beta, statistics
+    call = plans.BACKWARD_LAUNCHES.again(out, given, None, None, axis, activation, alpha)
+    if call is True:
+        return out
+    outputs = check.pack_gradients(out, residual)
     axis, phi = check.integer("axis", axis), activation_named(activation, alpha)
-    arrays = (*outputs, dy, x, residual, gamma, beta, statistics, None, None)
-    plan = plan_backward(axis, *map(check.signature, arrays))
+    arrays = (*outputs, *given, None, None)
+    plan = plans.plan_backward(axis, *check.signatures(arrays))
     if out is not None:
-        check.no_overlap(plan.runtime, BACKWARD_NAMES, arrays, written=4, in_place=("dy", "x", "residual"))
-    return run_backward(plan, arrays, 0.0, phi)
+        check.no_overlap(plan.runtime, plans.BACKWARD_NAMES, arrays, written=4, in_place=("dy", "x", "residual"))
+    return plans.run_backward(plan, arrays, 0.0, phi, call=call)
 
 
 def batch_norm_inference(
@@ -268,13 +259,18 @@ def batch_norm_inference(
     >>> batch_norm_inference(np.array([[3.0]]), None, None, np.array([1.0]), np.array([4.0]), eps=0.0)
     array([[1.]])
     """
+    given = x, residual, gamma, beta, running_mean, running_var
+    outputs = None if out is None else (out,)
+    call = plans.INFERENCE_LAUNCHES.again(outputs, given, None, eps, axis, activation, alpha)
+    if call is True:
+        return out
     eps = check.number("eps", eps, 0)
     axis, phi = check.integer("axis", axis), activation_named(activation, alpha)
-    arrays = (out, x, residual, gamma, beta, running_mean, running_var)
-    plan = plan_inference(axis, *map(check.signature, arrays))
+    arrays = (out, *given)
+    plan = plans.plan_inference(axis, *check.signatures(arrays))
     if out is not None:
-        check.no_overlap(plan.runtime, INFERENCE_NAMES, arrays, written=1, in_place=("x", "residual"))
-    return run_inference(plan, arrays, eps, phi)
+        check.no_overlap(plan.runtime, plans.INFERENCE_NAMES, arrays, written=1, in_place=("x", "residual"))
+    return plans.run_inference(plan, arrays, eps, phi, call)
 
 
 def batch_norm_inference_backward(
@@ -338,11 +334,15 @@ def batch_norm_inference_backward(
     >>> batch_norm_inference_backward(np.array([[3.0]]), np.array([[5.0]]), None, None, one, four, eps=0.0)
     (array([[1.5]]), array([6.]), array([3.]))
     """
+    given = dy, x, residual, gamma, beta
+    call = plans.BACKWARD_LAUNCHES.again(out, (*given, running_mean, running_var), None, eps, axis, activation, alpha)
+    if call is True:
+        return out
     eps = check.number("eps", eps, 0)
-    outputs = _gradients(out, residual)
+    outputs = check.pack_gradients(out, residual)
     axis, phi = check.integer("axis", axis), activation_named(activation, alpha)
-    arrays = (*outputs, dy, x, residual, gamma, beta, None, running_mean, running_var)
-    plan = plan_backward(axis, *map(check.signature, arrays))
+    arrays = (*outputs, *given, None, running_mean, running_var)
+    plan = plans.plan_backward(axis, *check.signatures(arrays))
     if out is not None:
-        check.no_overlap(plan.runtime, BACKWARD_NAMES, arrays, written=4, in_place=("dy", "x", "residual"))
-    return run_backward(plan, arrays, eps, phi)
+        check.no_overlap(plan.runtime, plans.BACKWARD_NAMES, arrays, written=4, in_place=("dy", "x", "residual"))
+    return plans.run_backward(plan, arrays, eps, phi, call=call)

@@ -129,7 +129,7 @@ class BatchNorm:
         signatures = [check.signature(arrays[i]) for i in varying]
         known, found = self._plans.get(plan, (None, None))
         if signatures != known:
-            found = plan(1, *map(check.signature, arrays))
+            found = plan(1, *check.signatures(arrays))
             self._plans[plan] = signatures, found
         return found
 

@@ -195,7 +195,7 @@ class Array:
     dtype = property(lambda self: self._memory.dtype)
     size = property(lambda self: self._memory.size)
     nbytes = property(lambda self: self._memory.nbytes)
-    data = property(lambda self: types.SimpleNamespace(ptr=self._memory.ctypes.data))
+    data = property(lambda self: types.SimpleNamespace(ptr=self._memory.ctypes.data, device_id=self._device))
     device = property(lambda self: Device(self.driver, self._device))
 
     def __getitem__(self, key: Any) -> Array:

@@ -16,7 +16,7 @@ class Pointer:
     """``cupy.cuda.MemoryPointer``."""
 
     def __init__(self, array: Array) -> None:
-        self.ptr, self._array = array._memory.ctypes.data, array
+        self.ptr, self.device_id, self._array = array._memory.ctypes.data, array._device, array
 
     def copy_from_device_async(self, source: Pointer, size: int, stream: Any = None) -> None:
         """Copy bytes in the order of the stream."""

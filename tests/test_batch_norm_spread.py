@@ -304,3 +304,18 @@ def test_blocks_that_are_not_resident_together_are_a_deadlock(
     with emulated.device_limits(TINY), emulated.schedule(resident=2), pytest.raises(EmulatorError, match=waiting):
         bn.batch_norm_forward(x)
     emulated.workspace_array[:] = 0
+
+
+@pytest.mark.emulator
+def test_a_launch_on_the_workspace_of_a_stream_is_not_kept(
+    emulated: EmulatorRuntime, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next call may come on another stream."""
+    asked, workspace = [], emulated.workspace
+    monkeypatch.setattr(emulated, "workspace", lambda array: asked.append(1) or workspace(array))
+    x = emulated.asarray(rng.standard_normal((20_000, 8)).astype("f4"))
+    out = bn.batch_norm_forward(x)
+    for _ in range(3):
+        bn.batch_norm_forward(x, out=out)
+    assert len(asked) == 4
+    assert all(record.launch.cooperative for record in emulated.launches)

@@ -38,7 +38,7 @@ def cupy(emulated: EmulatorRuntime, monkeypatch: pytest.MonkeyPatch) -> Iterator
     if CUDA_VARIABLE in os.environ:  # the sources that the emulated ops run on
         monkeypatch.setattr(_source, "folder", lambda: Path(os.environ[CUDA_VARIABLE]))
     monkeypatch.setitem(sys.modules, "cupy", stand_in)
-    monkeypatch.setattr(_runtime, "_runtimes", dict(_runtime._runtimes))
+    monkeypatch.setattr(_runtime, "runtimes", dict(_runtime.runtimes))
     forget_the_runtime()
     yield stand_in
     forget_the_runtime()

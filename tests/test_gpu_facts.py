@@ -28,7 +28,7 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
     for name in REPLACED:
         monkeypatch.setitem(sys.modules, name, types.ModuleType("a placeholder"))  # puts back what was there
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(_runtime, "_runtimes", dict(_runtime._runtimes))
+    monkeypatch.setattr(_runtime, "runtimes", dict(_runtime.runtimes))
     forget_the_runtime()
     yield gpu_dry_run.stand_in()
     forget_the_runtime()

@@ -13,6 +13,7 @@ from bnkernels.checkpoint import load_checkpoint, save_checkpoint
 from bnkernels.layers import BatchNorm
 from tests import oracle
 from tests.backends import Backend
+from tests.emulator import EmulatorRuntime
 from tests.regress.refusal import refused
 
 # Rows in registers, streamed, in several axes, and so many that the spread kernels take them.
@@ -169,3 +170,16 @@ def test_a_state_with_running_statistics_is_not_one_without() -> None:
         untracked.load_state(tracked.state())
     with pytest.raises(ValueError, match=r"missing \['0.batches', '0.running_mean', '0.running_var'\]"):
         tracked.load_state(untracked.state())
+
+
+@pytest.mark.emulator
+def test_a_repeated_call_tells_unbiased_from_biased(emulated: EmulatorRuntime, rng: np.random.Generator) -> None:
+    x = emulated.asarray(rng.standard_normal((4, 2)).astype("f4"))
+    out = bn.batch_norm_forward(x)
+    running, found = [emulated.asarray(np.zeros(2, "f4")) for _ in range(2)], []
+    for unbiased in (True, False, True, False):
+        running[1][:] = 0
+        bn.batch_norm_forward(x, None, None, *running, momentum=1.0, unbiased=unbiased, out=out)
+        found.append(np.array(running[1], subok=False))
+    np.testing.assert_allclose(found[1], found[0] * 0.75, rtol=1e-6)
+    np.testing.assert_array_equal(found[2:], found[:2])

@@ -42,7 +42,7 @@ class LaunchRecord:
     counts: Counts
 
 
-class EmulatorRuntime:
+class EmulatorRuntime(_runtime.Runtime):
     """Runs the text of ``cuda/`` on the CPU, behind the seam of `bnkernels._runtime`.
 
     Parameters

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -37,7 +38,7 @@ class Recorded(NamedTuple):
     like: RecordedArray
 
 
-class RecordingRuntime:
+class RecordingRuntime(_runtime.Runtime):
     """Allocates addresses and launches nothing, and remembers both."""
 
     array_type = RecordedArray
@@ -70,6 +71,19 @@ class RecordingRuntime:
         self.launches.append(Recorded(source, entry_point, launch, arguments, like))
 
 
+class CuPyLikeArray(RecordedArray):
+    """A recorded array with the attributes that CuPy's have."""
+
+    data = property(lambda self: types.SimpleNamespace(ptr=self.address, device_id=self.device_number))
+
+
+class CuPyLikeRuntime(RecordingRuntime):
+    """A recording runtime that reads facts as the CUDA runtime does."""
+
+    array_type = CuPyLikeArray
+    reader = _runtime.cupy_reader
+
+
 _runtime_of_records = RecordingRuntime()  # one for ever: the ops' cached plans hold on to it
 
 
@@ -82,7 +96,7 @@ def recording() -> Iterator[RecordingRuntime]:
     try:
         yield _runtime_of_records
     finally:
-        del _runtime._runtimes[RecordedArray]
+        del _runtime.runtimes[RecordedArray]
 
 
 def record_of(arrays: dict[str, np.ndarray]) -> dict[str, RecordedArray]:

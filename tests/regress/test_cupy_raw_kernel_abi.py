@@ -13,6 +13,7 @@ import pytest
 
 from bnkernels import _batch_norm_plan as plan
 from bnkernels import _source
+from bnkernels._batch_norm_spread import ARGUMENTS as SPREAD
 from bnkernels._runtime import SUFFIX
 from bnkernels.batch_norm_double_backward import ARGUMENTS as DOUBLE_BACKWARD
 from bnkernels.parameter_update import ARGUMENTS as PARAMETER_UPDATE
@@ -25,6 +26,8 @@ LAYOUTS = {
     "BatchNormInference": plan.INFERENCE,
     "BatchNormBackward": plan.BACKWARD,
     "BatchNormDoubleBackward": DOUBLE_BACKWARD,
+    "BatchNormForwardSpread": dict.fromkeys(SUFFIX, SPREAD["forward"]),  # of float, whatever the data
+    "BatchNormBackwardSpread": dict.fromkeys(SUFFIX, SPREAD["backward"]),
     "SoftmaxCrossEntropy": SOFTMAX_CROSS_ENTROPY,
     "ParameterUpdate": PARAMETER_UPDATE,
 }
@@ -50,7 +53,13 @@ def numpy_type(kind: str, accumulator: np.dtype) -> np.dtype:
     """Return what Python must pack for a member of this C++ type."""
     if kind.endswith("*"):
         return np.dtype(np.uint64)
-    return {"long long": np.dtype(np.int64), "int": np.dtype(np.int32), "A": accumulator, "T": accumulator}[kind]
+    return {
+        "long long": np.dtype(np.int64),
+        "int": np.dtype(np.int32),
+        "float": np.dtype(np.float32),
+        "A": accumulator,
+        "T": accumulator,
+    }[kind]
 
 
 def test_every_argument_struct_has_its_record() -> None:

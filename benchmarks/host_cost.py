@@ -1,0 +1,170 @@
+"""The host cost of an op's call: what Python does before a kernel is enqueued, beside a whole call of PyTorch's.
+
+``make host-cost`` times `batch_norm_forward`, `batch_norm_backward` and `batch_norm_inference` with ``out=``, their
+launch replaced by a function that does nothing, in rounds interleaved with `torch.nn.functional.batch_norm` on one
+number. The arrays are stand-ins, whose attributes are made by C code at every look, as CuPy's are; where CuPy has a
+GPU, its own arrays are measured as well. The last line is the ratio. Exit status: 0, or 1 where PyTorch is absent and
+there is nothing to compare with. A verdict does not change it: other work on a machine can.
+"""
+
+from __future__ import annotations
+
+import sys
+import timeit
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import cache
+from itertools import cycle
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+import bnkernels as bn
+from benchmarks.harness import interleave
+from bnkernels import _runtime
+
+ROUNDS, CALLS = 1000, 100  # the best round had the machine to itself
+MOST_US = 3.0
+ROWS, CHANNELS = 64, 20
+TRAINING = ("batch_norm_forward", "batch_norm_backward")  # what the verdicts are about
+ELSEWHERE = "batch_norm_forward, x at a new address"
+
+Calls = dict[str, tuple[str, dict[str, Any]]]  # a statement, and the names in it
+
+
+class Address(int):
+    """What CuPy's ``array.data`` is for an op: two numbers, each made by a C getter."""
+
+    __slots__ = ()
+    ptr = int.real
+    device_id = int.imag  # 0: there is one device
+
+
+class Standin(np.ndarray):
+    """An array with the attributes of CuPy's that ops read."""
+
+    __slots__ = ("data",)
+
+
+class StandinRuntime(_runtime.Runtime):
+    """Reads arrays as the CUDA runtime does, and launches nothing."""
+
+    array_type = Standin
+    xp = np
+    reader = _runtime.cupy_reader
+
+    def asarray(self, array: np.ndarray) -> Standin:
+        """Return a copy."""
+        copy = np.array(array).view(Standin)
+        copy.data = Address(copy.ctypes.data)
+        return copy
+
+    def pointer(self, array: Standin) -> int:
+        """Return the address of the array's first element."""
+        return array.data.ptr
+
+    def device(self, array: Standin) -> int:
+        """Return 0: there is one."""
+        return array.data.device_id
+
+    def launch(self, source: str, entry_point: str, launch: _runtime.Launch, arguments: np.ndarray, like: Any) -> None:
+        """Do nothing."""
+
+
+def nothing(source: str, entry_point: str, launch: _runtime.Launch, arguments: np.ndarray, like: Any) -> None:
+    """Stand for the launch of another runtime."""
+
+
+@cache
+def standins() -> StandinRuntime:
+    """Return the one runtime of stand-ins, known to the ops."""
+    runtime = StandinRuntime()
+    _runtime.register(runtime)
+    return runtime
+
+
+def our_calls(asarray: Callable[[Any], Any]) -> Calls:
+    """Return calls of the ops on arrays that `asarray` makes."""
+    shapes = dict.fromkeys(("x", "y", "dy", "dx"), (ROWS, CHANNELS)) | {"statistics": (3, CHANNELS)}
+    shapes |= dict.fromkeys(("gamma", "beta", "mean", "var", "dgamma", "dbeta"), (CHANNELS,))
+    names = {name: asarray(np.ones(shape, np.float32)) for name, shape in shapes.items()}
+    names |= vars(bn)
+    names |= {"outputs": (names["y"], names["statistics"]), "gradients": (names["dx"], names["dgamma"], names["dbeta"])}
+    names["others"] = cycle([asarray(np.ones((ROWS, CHANNELS), np.float32)) for _ in range(64)])
+    forward = "batch_norm_forward({}, gamma, beta, mean, var, activation='relu', out=outputs)"
+    statements = {
+        "batch_norm_forward": forward.format("x"),
+        "batch_norm_backward": "batch_norm_backward(dy, x, gamma, beta, statistics, activation='relu', out=gradients)",
+        "batch_norm_inference": "batch_norm_inference(x, gamma, beta, mean, var, activation='relu', out=y)",
+        ELSEWHERE: forward.format("next(others)"),
+    }
+    return {name: (statement, names) for name, statement in statements.items()}
+
+
+def torch_calls() -> Calls:
+    """Return calls of PyTorch's batch norm on the CPU, with one thread; none where PyTorch is absent."""
+    try:
+        import torch
+    except ImportError:
+        return {}
+    torch.set_num_threads(1)
+    names = {"batch_norm": torch.nn.functional.batch_norm, "one": torch.ones(1, 1), "two": torch.ones(2, 1)}
+    names |= {"mean": torch.zeros(1), "var": torch.ones(1), "gamma": torch.ones(1), "beta": torch.zeros(1)}
+    return {
+        "PyTorch, 1 x 1, inference": ("batch_norm(one, mean, var, gamma, beta)", names),
+        # Of one value per channel it refuses to take statistics.
+        "PyTorch, 2 x 1, training": ("batch_norm(two, mean, var, gamma, beta, training=True)", names),
+    }
+
+
+def measured(calls: Calls) -> dict[str, np.ndarray]:
+    """Return the microseconds of every call, round by round."""
+    timers = {name: timeit.Timer(statement, globals=names) for name, (statement, names) in calls.items()}
+    for timer in timers.values():  # the first call of each takes the long way
+        timer.timeit(1)
+    watches = {name: lambda timer=timer: timer.timeit(CALLS) / CALLS * 1e6 for name, timer in timers.items()}
+    return interleave(watches, ROUNDS)
+
+
+def report(arrays: str, figures: dict[str, np.ndarray]) -> float | None:
+    """Print the table and the verdicts of one kind of arrays; return the ratio, None without PyTorch."""
+    print(f"\nmicroseconds per call, {arrays}; {ROUNDS} interleaved rounds of {CALLS} calls")
+    print(f"{'':38} {'best':>7} {'median':>7}")
+    for name, times in figures.items():
+        print(f"{name:38} {times.min():7.2f} {np.median(times):7.2f}")
+    ours = max(figures[name].min() for name in TRAINING)
+    verdict = "met" if ours <= MOST_US else "not met"
+    print(f"at most {MOST_US:g} us, best round of the slower of forward and backward: {ours:.2f}, {verdict}")
+    theirs = [times.min() for name, times in figures.items() if name.startswith("PyTorch, 1 x 1")]
+    if not theirs:
+        return None
+    print(
+        f"below PyTorch's on a 1 x 1 tensor: {ours:.2f} and {theirs[0]:.2f}, {'met' if ours < theirs[0] else 'not met'}"
+    )
+    return ours / theirs[0]
+
+
+def main() -> int:
+    """Measure, print; return the exit status."""
+    rivals = torch_calls()
+    ratio = report("stand-ins for CuPy's arrays", measured(our_calls(standins().asarray) | rivals))
+    absent = _runtime.why_no_cuda()
+    with ExitStack() as stack:
+        if absent is None:
+            import cupy
+
+            runtime = _runtime.runtime_of(cupy.ndarray)
+            stack.enter_context(mock.patch.object(runtime, "launch", nothing))
+            ratio = report("CuPy's arrays", measured(our_calls(cupy.asarray) | rivals))
+        else:
+            print(f"\nCuPy's own arrays: not measured: {absent}")
+    if ratio is None:
+        print("no ratio: PyTorch is not installed; make host-cost installs it")
+        return 1
+    print(f"ours / PyTorch's: {ratio:.2f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
