@@ -319,7 +319,6 @@ def test_everything_runs_all_parts_whatever_becomes_of_one(
         "benchmarks",
         "benchmarks.bench_train_step",
         "benchmarks.overhead",
-        "benchmarks.static",
         "benchmarks.report",
     ]
     assert capsys.readouterr().out.count("failed (1)") == int(failing is not None)
