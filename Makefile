@@ -10,6 +10,7 @@ BENCH := .venv/installed-bench
 OUT ?= build/gpu
 # Every kernel in every variant; the rest of the suite repeats them with other values, and ThreadSanitizer takes its time.
 OP_TESTS = tests/test_batch_norm.py tests/test_softmax_cross_entropy.py tests/test_parameter_update.py
+PARALLEL = -n auto --dist worksteal
 CXX_FILES = $(shell find cuda tests/emulator benchmarks -name "*.cu" -o -name "*.cuh" -o -name "*.h" -o -name "*.cpp")
 
 .DEFAULT_GOAL := help
@@ -23,7 +24,7 @@ train: $(TRAIN) ## train with and without batch norm and compare; options: make 
 	.venv/bin/bnkernels train $(ARGS)
 
 test: $(TEST) ## run the whole test suite; says what it skips and why
-	$(RUN) -m pytest -q $(ARGS)
+	$(RUN) -m pytest -q $(PARALLEL) $(ARGS)
 
 check: $(TEST) ## lint and formatting of Python and CUDA, and the mirror rule
 	$(RUN) -m ruff check .
@@ -40,8 +41,9 @@ compile: $(TEST) ## compile every kernel for every architecture with NVRTC; comp
 	$(RUN) -m tests.compile $(ARGS)
 
 emulate: $(TEST) ## run the op tests on emulated kernels under AddressSanitizer + UBSan, then ThreadSanitizer
-	$(RUN) -m tests.emulator run asan -- -q -m "emulator and not slow" tests
-	$(RUN) -m tests.emulator run tsan -- -q -m "emulator and not slow" $(OP_TESTS) tests/regress/test_tileops_1727.py
+	$(RUN) -m tests.emulator run asan -- -q $(PARALLEL) -m "emulator and not slow" tests
+	$(RUN) -m tests.emulator run tsan -- -q $(PARALLEL) -m "emulator and not slow" $(OP_TESTS) tests/regress/test_tileops_1727.py \
+		tests/test_batch_norm_spread.py::test_the_order_of_blocks_and_threads_changes_no_bit
 
 mutants: $(TEST) ## plant bugs in the kernels: the tests must catch every one
 	$(RUN) -m tests.emulator mutants

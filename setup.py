@@ -13,6 +13,7 @@ TEST = [
     *NOTEBOOKS,
     "pytest>=8",
     "pytest-benchmark>=4",
+    "pytest-xdist>=3.5",  # the suite on all processors
     "hypothesis>=6.100",
     "numpydoc>=1.8",
     "ruff>=0.12",

@@ -28,7 +28,7 @@ DTYPES = [np.dtype("float32"), np.dtype("float16"), np.dtype(ml_dtypes.bfloat16)
 # Of (outer, C, inner): one block a slice, all blocks on one slice, groups that take several slices in turn, a last
 # slice that is not whole, a last chunk that is not, rows that do not fit and are read twice; then the same along inner.
 SHAPES = [(600, 64, 1), (1111, 16, 1), (257, 200, 1), (700, 104, 1), (5000, 8, 1)]
-SHAPES += [(5, 6, 1024), (3, 4, 2504), (2, 3, 20000), (300, 3, 40)]
+SHAPES += [(5, 6, 1024), (3, 4, 2504), (2, 2, 17000), (300, 3, 40)]
 
 
 def tensor_of(shape: tuple[int, int, int], dtype: Any, *strides: tuple[int, int, int]) -> Tensor:
@@ -119,9 +119,14 @@ def test_all_backends_match_extended_precision(
 
 
 @pytest.mark.emulator
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(("activation", "add"), [("identity", False), ("gelu", True)])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "activation", "add"),
+    [
+        *((shape, DTYPES[i % 3], "gelu", True) for i, shape in enumerate(SHAPES)),
+        *((shape, dtype, "identity", False) for shape in SHAPES for dtype in DTYPES),
+    ],
+    ids=str,
+)
 def test_a_small_device_matches_extended_precision(
     emulated_backend: Backend,
     emulated: EmulatorRuntime,
@@ -138,7 +143,7 @@ def test_a_small_device_matches_extended_precision(
 
 
 @pytest.mark.emulator
-@pytest.mark.parametrize("shape", [(700, 104, 1), (5000, 8, 1), (2, 3, 20000)])
+@pytest.mark.parametrize("shape", [(700, 104, 1), (5000, 8, 1), (2, 2, 17000)])
 def test_the_order_of_blocks_and_threads_changes_no_bit(
     emulated: EmulatorRuntime, rng: np.random.Generator, shape: tuple[int, int, int]
 ) -> None:
@@ -171,7 +176,7 @@ def test_a_constant_channel_gives_beta_and_nan_stays_in_its_channel(
 
 
 @pytest.mark.emulator
-@pytest.mark.parametrize("shape", [(700, 104, 1), (5000, 8, 1), (3, 4, 2504), (2, 3, 20000)], ids=str)
+@pytest.mark.parametrize("shape", [(700, 104, 1), (5000, 8, 1), (3, 4, 2504), (2, 2, 17000)], ids=str)
 def test_results_may_replace_what_they_are_made_of(
     emulated: EmulatorRuntime, rng: np.random.Generator, shape: tuple[int, int, int]
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 import types
@@ -294,7 +295,9 @@ def test_the_same_case_under_pytest_benchmark(tmp_path: Path) -> None:
     path = tmp_path / "benchmarks.json"
     wanted = "forward and 64x20 and float32-cpu-bnkernels"
     arguments = ["-m", "pytest", "-q", "benchmarks", "--benchmark-only", "-k", wanted, f"--benchmark-json={path}"]
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
+    # pytest-benchmark measures nothing in a process of pytest-xdist.
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=alone, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (found,) = json.loads(path.read_text())["benchmarks"]
     assert found["group"] == "batch_norm forward 64x20 float32 on cpu"
