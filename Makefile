@@ -46,7 +46,7 @@ emulate: $(TEST) ## run the op tests on emulated kernels under AddressSanitizer 
 		tests/test_batch_norm_spread.py::test_the_order_of_blocks_and_threads_changes_no_bit
 
 mutants: $(TEST) ## plant bugs in the kernels: the tests must catch every one
-	$(RUN) -m tests.emulator mutants
+	$(RUN) -m tests.emulator mutants $(ARGS)
 
 coverage: $(TEST) ## lines of cuda/ that the emulated tests execute
 	$(RUN) -m tests.emulator coverage

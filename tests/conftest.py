@@ -15,6 +15,11 @@ from tests import backends
 from tests.emulator import EmulatorRuntime
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the slow tests: on several processors the last one to end decides."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip a test marked `cuda` where the kernels cannot run; fail it where BNKERNELS_REQUIRE_GPU=1 says they can."""
     if item.get_closest_marker("cuda") and (reason := _runtime.why_no_cuda()):
