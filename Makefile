@@ -49,7 +49,7 @@ mutants: $(TEST) ## plant bugs in the kernels: the tests must catch every one
 	$(RUN) -m tests.emulator mutants $(ARGS)
 
 coverage: $(TEST) ## lines of cuda/ that the emulated tests execute
-	$(RUN) -m tests.emulator coverage
+	$(RUN) -m tests.emulator coverage -- $(PARALLEL)
 
 bench: $(BENCH) ## measure everything that this machine can, beside the rivals; write the results and the tables
 	$(RUN) -m benchmarks.everything $(ARGS)
