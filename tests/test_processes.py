@@ -16,7 +16,8 @@ def started(program: str, ready: Path) -> subprocess.Popen:
     process = subprocess.Popen([sys.executable, "-c", program], preexec_fn=os.setpgrp)
     deadline = time.monotonic() + 60
     while not (ready.exists() and ready.read_text()):
-        assert process.poll() is None and time.monotonic() < deadline, "the program did not get ready"
+        assert process.poll() is None, "the program ended"
+        assert time.monotonic() < deadline, "the program did not get ready"
         time.sleep(0.02)
     return process
 
