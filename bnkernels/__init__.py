@@ -1,13 +1,16 @@
 """Batch normalisation for CuPy: CUDA kernels that need one launch, with NumPy twins of the same signatures."""
 
-from bnkernels.batch_norm import (
-    batch_norm_backward,
-    batch_norm_forward,
-    batch_norm_inference,
-    batch_norm_inference_backward,
-)
+from bnkernels.batch_norm import batch_norm_backward, batch_norm_forward
 from bnkernels.batch_norm_double_backward import batch_norm_double_backward
 from bnkernels.batch_norm_folding import batch_norm_scale_shift, fold_batch_norm
+from bnkernels.batch_norm_inference import batch_norm_inference, batch_norm_inference_backward
+from bnkernels.batch_norm_statistics import (
+    batch_norm_gradient_sums,
+    batch_norm_input_gradient,
+    batch_norm_moments,
+    batch_norm_normalise,
+    batch_norm_statistics,
+)
 from bnkernels.mlp import MLP
 from bnkernels.parameter_update import adam_update, momentum_update, sgd_update
 from bnkernels.softmax_cross_entropy import softmax_cross_entropy
@@ -20,9 +23,14 @@ __all__ = [
     "batch_norm_backward",
     "batch_norm_double_backward",
     "batch_norm_forward",
+    "batch_norm_gradient_sums",
     "batch_norm_inference",
     "batch_norm_inference_backward",
+    "batch_norm_input_gradient",
+    "batch_norm_moments",
+    "batch_norm_normalise",
     "batch_norm_scale_shift",
+    "batch_norm_statistics",
     "fold_batch_norm",
     "momentum_update",
     "sgd_update",

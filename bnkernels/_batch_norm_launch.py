@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from bnkernels._runtime import Launch, accumulator, ceil_div
+from bnkernels._runtime import MAX_GRID, Launch, accumulator, ceil_div
 
 WIDTH = 32  # channels of a slice: 128 bytes of float32, four whole memory sectors per row
 SECTOR = 32  # bytes that memory moves at once
 THREADS = 512  # of a block, at most: what the kernels' launch bounds say
 SERIAL_LANES = 64  # that every thread merges itself, as in cuda/channel.cuh
 HELD = 4  # rows that each thread should have: enough to keep its loads in flight, and few in a row to add up
+FEW_BLOCKS = 132  # fewer leave multiprocessors of a large device without work
 INFERENCE_ROWS = 8  # rows per thread of the inference kernel, which has no reason to keep blocks few
 
 
@@ -101,6 +102,32 @@ def double_backward_launch(outer: int, channels: int, dtype: np.dtype, inner: in
     lanes = _lanes(ceil_div(outer * inner, HELD), width)
     shared = 10 * width * lanes * accumulator(dtype).itemsize
     return "double_backward", Launch((ceil_div(channels, width), 1, 1), (width, lanes, 1), shared)
+
+
+def general_launch(
+    groups: int, outer: int, channels: int, inner: int, dtype: np.dtype, backward: bool, reduces: bool
+) -> Launch:
+    """Return the launch of a general kernel, which `reduces` the rows of a channel or leaves them to any block.
+
+    A block owns fewer channels where there are few: down to a sector, so that no byte that memory moves is wasted.
+
+    Examples
+    --------
+    >>> general_launch(100, 64, 512, 1, np.dtype("float32"), backward=True, reduces=True).grid  # 17 for 100 groups
+    (16, 17, 1)
+    """
+    width, rows = slice_width(channels, inner, dtype), outer * inner
+    while width * dtype.itemsize > SECTOR and ceil_div(channels, width) * groups < FEW_BLOCKS:
+        width //= 2
+    slices, lanes = ceil_div(channels, width), _lanes(ceil_div(rows, HELD), width)
+    planes = 3 if backward else 4
+    together, tiles = min(groups, MAX_GRID[1]), 1
+    if backward and reduces:  # these blocks add up what they found, and few are added faster
+        together = min(groups, max(1, ceil_div(2 * FEW_BLOCKS, slices)))
+    if not reduces:
+        tiles = min(ceil_div(rows, lanes * INFERENCE_ROWS), MAX_GRID[2])
+    shared = planes * width * lanes * accumulator(dtype).itemsize
+    return Launch((slices, together, tiles), (width, lanes, 1), shared)
 
 
 def inference_launch(outer: int, channels: int, dtype: np.dtype, inner: int = 1) -> Launch:

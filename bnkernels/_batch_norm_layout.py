@@ -59,6 +59,19 @@ def element_strides(argument: Argument, axis: int) -> tuple[int, int, int] | Non
     return None if outer is None or inner is None else (outer, steps[axis], inner)
 
 
+def mask_strides(mask: Argument, shape: tuple[int, ...], layout: Layout, grouped: bool) -> tuple[int, int, int] | None:
+    """Return the strides of a mask's group, outer and inner axis, 0 where all positions share it; None as above.
+
+    The mask covers the first axes of `shape` without the channels'; `layout` is that of one group.
+    """
+    strides = [*mask.strides, *[0] * (len(shape) - 1 - len(mask.strides))]
+    axis = layout.axis + grouped
+    positions = shape[:axis] + shape[axis + 1 :]
+    outer = _merged(positions[grouped:axis], strides[grouped:axis])
+    inner = _merged(positions[axis:], strides[axis:])
+    return None if outer is None or inner is None else (strides[0] if grouped else 0, outer, inner)
+
+
 def _merged(shape: tuple[int, ...], strides: list[int]) -> int | None:
     """Return the one stride with which these axes can be walked through in C order, or None."""
     merged = None

@@ -262,6 +262,15 @@ def boolean(name: str, given: Any) -> bool:
     return bool(given)
 
 
+def renorm_limits(given: Any) -> tuple[float, float] | None:
+    """Check for the limits of batch renormalisation, or None; return them as floats."""
+    if given is None:
+        return None
+    if not isinstance(given, tuple) or len(given) != 2:
+        raise TypeError(f"renorm must be a tuple (r_max, d_max), such as (3.0, 5.0), got {given!r}")
+    return number("r_max", given[0], 1), number("d_max", given[1], 0)
+
+
 def pack_outputs(out: Any, names: tuple[str, ...]) -> tuple:
     """Check `out`, a tuple with one array for every name, or None; return it, or as many None."""
     if out is None:

@@ -1,12 +1,15 @@
-"""Batch normalisation with a residual sum and an activation behind it: forward, backward, inference.
+"""Batch normalisation with a residual sum and an activation behind it, in training: forward and backward.
 
-CuPy arrays run ``cuda/batch_norm_forward.cu`` and ``cuda/batch_norm_backward.cu``, one launch each; NumPy arrays run
-the twins of ``_batch_norm_numpy.py``, with statistics in float64. An op checks its values here and everything else in
-``_batch_norm_plan.py``, which also runs it. ``_batch_norm_again.py`` says what makes a repeated call cheap.
+CuPy arrays run ``cuda/batch_norm_forward.cu`` and ``cuda/batch_norm_backward.cu``, or where the tensor is large their
+``_spread`` variants, one launch each; NumPy arrays run the twins of ``_batch_norm_numpy.py``, which sum in float64. An
+op checks its values here and everything else in ``_batch_norm_plan.py``, which also runs it; ``_batch_norm_again.py``
+says what makes a repeated call cheap. With a mask, with groups, renormalised, or with parameters of 16 bits a call goes
+to ``_batch_norm_general.py`` and the ``_general`` kernels.
 
 Below, T is the data type of `x`: float16, bfloat16 (of ml_dtypes), float32 or float64. A is that of the accumulator, in
-which all is computed and parameters and statistics are kept: float32 for 16-bit T, else T. C is the number of channels,
-``x.shape[axis]``, and N that of the values of each. Inputs of the shape of `x` may have any strides.
+which all is computed and statistics are kept: float32 for 16-bit T, else T. P is that of the parameters and their
+gradients: A, or where all of them are given so T. C is the number of channels, ``x.shape[axis]``, and N that of the
+values of each. Inputs of the shape of `x` may have any strides.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from typing import Any
 
 from bnkernels import _batch_norm_plan as plans
 from bnkernels import _check as check
+from bnkernels._batch_norm_general import GRADIENTS, Options, Stage, is_narrow, run
 from bnkernels.activations import activation_named
 
 
@@ -32,6 +36,9 @@ def batch_norm_forward(
     residual: Any = None,
     activation: str = "identity",
     alpha: float | None = None,
+    mask: Any = None,
+    grouped: bool = False,
+    renorm: tuple[float, float] | None = None,
     out: tuple[Any, Any] | None = None,
 ) -> tuple[Any, Any]:
     """Normalise every channel over the mini-batch, scale, shift and activate.
@@ -40,7 +47,7 @@ def batch_norm_forward(
     ----------
     x : array, shape (N, C), (N, C, L), (N, C, H, W), ..., type T
         The mini-batch: two values of each channel at least, or none. Never written.
-    gamma, beta : array, shape (C,), type A, optional
+    gamma, beta : array, shape (C,), type P, optional
         Scale and shift; without them 1 and 0.
     running_mean, running_var : array, shape (C,), type A, optional
         Running statistics, updated in place.
@@ -58,6 +65,16 @@ def batch_norm_forward(
         What follows: identity, relu, leaky_relu, sigmoid, tanh, gelu (exact), gelu_tanh, silu or elu.
     alpha : float, optional
         Of leaky_relu the slope below zero (default 0.01), of elu the factor (default 1).
+    mask : array of bool, the shape of `x` without its channels, or of the first axes of that, optional
+        True where a value counts, such as within the length of a padded sequence. Statistics are over these alone, and
+        `y` is 0 elsewhere, whatever `x` holds there.
+    grouped : bool
+        Whether the first axis of `x` numbers independent mini-batches, such as the time steps of a recurrent network:
+        each has statistics of its own, while all share gamma and beta. `axis` is then that of one of them, and `mask`,
+        `running_mean`, `running_var` and `statistics` have that first axis too.
+    renorm : tuple of two floats, optional
+        ``(r_max, d_max)`` of batch renormalisation: as if with running statistics, up to a factor r_max of the scale
+        and d_max running standard deviations of the mean; (1, 0) is batch norm. Takes both running statistics.
     out : tuple of two arrays, optional
         Where to write `y` (which may be `x` or `residual` itself) and `statistics`; C order.
 
@@ -65,9 +82,9 @@ def batch_norm_forward(
     -------
     y : array, shape and type of `x`, C order
         The output.
-    statistics : array, shape (3, C), type A
+    statistics : array, shape (3, C), or renormalised (5, C), type A
         Its rows are `mean`, `mean_low` and `rstd`, for the backward. ``mean + mean_low`` is the mean to about twice
-        the precision of `mean` alone; ``rstd = 1 / sqrt(var + eps)`` with the biased variance.
+        the precision of `mean` alone; ``rstd = 1 / sqrt(var + eps)`` with the biased variance. Then `r` and `d`.
 
     Raises
     ------
@@ -83,13 +100,16 @@ def batch_norm_forward(
 
     Notes
     -----
-    With N = 0 the running statistics stay as they are and `statistics` is 0. Nothing synchronises; with `out` nothing
-    is allocated, unless an input's strides cannot be walked through as (outer, C, inner): then the input is copied
-    first. Source: ``cuda/batch_norm_forward.cu``.
+    With N = 0, or where the mask leaves nothing, the running statistics stay as they are and `statistics` is 0; of a
+    single value left `y` is ``phi(beta)``, and an unbiased `running_var` stays. Nothing synchronises; with `out`
+    nothing is allocated, unless an input's strides cannot be walked through as (outer, C, inner): then the input is
+    copied first. Source: ``cuda/batch_norm_forward.cu``.
 
     References
     ----------
     .. [1] S. Ioffe and C. Szegedy, "Batch Normalization", 2015, arXiv:1502.03167, algorithm 1.
+    .. [2] S. Ioffe, "Batch Renormalization", 2017, arXiv:1702.03275, algorithm 1.
+    .. [3] T. Cooijmans et al., "Recurrent Batch Normalization", 2016, arXiv:1603.09025: statistics per time step.
 
     Examples
     --------
@@ -102,14 +122,21 @@ def batch_norm_forward(
     >>> mean
     array([2., 0.])
     """
-    given = running_mean, running_var, x, residual, gamma, beta
-    call = plans.FORWARD_LAUNCHES.again(out, given, momentum, eps, axis, activation, alpha, unbiased)
-    if call is True:
-        return out
+    call, plain = None, mask is None and grouped is False and renorm is None
+    if plain:
+        given = running_mean, running_var, x, residual, gamma, beta
+        call = plans.FORWARD_LAUNCHES.again(out, given, momentum, eps, axis, activation, alpha, unbiased)
+        if call is True:
+            return out
     y, statistics = check.pack_outputs(out, ("y", "statistics"))
     momentum, unbiased = check.number("momentum", momentum, 0, 1), check.boolean("unbiased", unbiased)
     eps = check.number("eps", eps, 0)
     axis, phi = check.integer("axis", axis), activation_named(activation, alpha)
+    if not plain or is_narrow(x, gamma, beta):
+        options = Options(phi, eps, momentum, unbiased, check.renorm_limits(renorm))
+        named = {"y": y, "statistics": statistics, "running_mean": running_mean, "running_var": running_var}
+        named |= {"x": x, "residual": residual, "mask": mask, "gamma": gamma, "beta": beta}
+        return run(Stage.WHOLE, named, ("y", "statistics"), options, axis, check.boolean("grouped", grouped))
     arrays = (y, statistics, running_mean, running_var, x, residual, gamma, beta)
     plan = plans.plan_forward(axis, *check.signatures(arrays))
     if out is not None or running_mean is not None or running_var is not None:
@@ -129,6 +156,8 @@ def batch_norm_backward(
     residual: Any = None,
     activation: str = "identity",
     alpha: float | None = None,
+    mask: Any = None,
+    grouped: bool = False,
     out: tuple[Any, ...] | None = None,
 ) -> tuple[Any, ...]:
     """Return the gradients of `batch_norm_forward`.
@@ -139,11 +168,11 @@ def batch_norm_backward(
         Gradient with respect to the output. Never written.
     x : array, type T
         The forward's input.
-    gamma, beta : array, shape (C,), type A, or None
+    gamma, beta : array, shape (C,), type P, or None
         As in the forward.
-    statistics : array, shape (3, C), type A
-        What the forward returned.
-    axis, residual, activation, alpha : int, array, str, float
+    statistics : array, shape (3, C) or (5, C), type A
+        What the forward returned, renormalised or not.
+    axis, residual, activation, alpha, mask, grouped : int, array, str, float, array, bool
         As in the forward.
     out : tuple of arrays, optional
         Where to write what is returned; C order. `dx` may be `dy`, `x` or `residual` itself.
@@ -151,9 +180,9 @@ def batch_norm_backward(
     Returns
     -------
     dx : array, shape and type of `x`
-        Gradient with respect to `x`; its sum over each channel is 0.
-    dgamma, dbeta : array, shape (C,), type A
-        Gradients with respect to `gamma` and `beta`, also where those are None.
+        Gradient with respect to `x`; its sum over each channel is 0. It is 0 where the mask is False.
+    dgamma, dbeta : array, shape (C,), type P
+        Gradients with respect to `gamma` and `beta`, also where those are None; of groups the sum.
     dresidual : array, shape and type of `x`
         Gradient with respect to `residual`; only where that is given.
 
@@ -172,7 +201,8 @@ def batch_norm_backward(
     Notes
     -----
     The activation is computed again from `x`, so nothing but `statistics` is kept between the passes. An empty batch
-    gives zero parameter gradients. Source: ``cuda/batch_norm_backward.cu``.
+    gives zero parameter gradients. `r` and `d` of renormalisation count as constants, as in its paper. Source:
+    ``cuda/batch_norm_backward.cu``.
 
     References
     ----------
@@ -188,161 +218,20 @@ def batch_norm_backward(
     (True, array([1.]))
     """
     given = dy, x, residual, gamma, beta, statistics
-    call = plans.BACKWARD_LAUNCHES.again(out, given, None, None, axis, activation, alpha)
-    if call is True:
-        return out
+    call, plain = None, mask is None and grouped is False
+    if plain:
+        call = plans.BACKWARD_LAUNCHES.again(out, given, None, None, axis, activation, alpha)
+        if call is True:
+            return out
     outputs = check.pack_gradients(out, residual)
     axis, phi = check.integer("axis", axis), activation_named(activation, alpha)
+    if not plain or is_narrow(x, gamma, beta) or getattr(statistics, "shape", ())[-2:-1] == (5,):
+        named = dict(zip(GRADIENTS, outputs, strict=True)) | {"dy": dy, "x": x, "residual": residual, "mask": mask}
+        named |= {"gamma": gamma, "beta": beta, "statistics": statistics}
+        returned = GRADIENTS if residual is not None else GRADIENTS[:3]
+        return run(Stage.WHOLE, named, returned, Options(phi), axis, check.boolean("grouped", grouped))
     arrays = (*outputs, *given, None, None)
     plan = plans.plan_backward(axis, *check.signatures(arrays))
     if out is not None:
         check.no_overlap(plan.runtime, plans.BACKWARD_NAMES, arrays, written=4, in_place=("dy", "x", "residual"))
     return plans.run_backward(plan, arrays, 0.0, phi, call=call)
-
-
-def batch_norm_inference(
-    x: Any,
-    gamma: Any,
-    beta: Any,
-    running_mean: Any,
-    running_var: Any,
-    *,
-    eps: float = 1e-5,
-    axis: int = 1,
-    residual: Any = None,
-    activation: str = "identity",
-    alpha: float | None = None,
-    out: Any = None,
-) -> Any:
-    """Normalise with running statistics, scale, shift and activate.
-
-    Parameters
-    ----------
-    x : array, type T
-        Any number of examples. Never written.
-    gamma, beta : array, shape (C,), type A, or None
-        Scale and shift; None means 1 and 0.
-    running_mean, running_var : array, shape (C,), type A
-        The statistics to normalise with. Never written.
-    eps, axis, residual, activation, alpha : float, int, array, str, float
-        As in `batch_norm_forward`.
-    out : array, shape and type of `x`, optional
-        Where to write the output; C order; may be `x` or `residual` itself.
-
-    Returns
-    -------
-    array, shape and type of `x`, C order
-        The output. Every example's is independent of the others.
-
-    Raises
-    ------
-    TypeError
-        If an argument is not an array of the right kind or data type, or arrays of NumPy and CuPy are mixed.
-    ValueError
-        If a shape, layout or value is wrong, or arrays overlap.
-
-    See Also
-    --------
-    batch_norm_forward : Training.
-
-    Notes
-    -----
-    Source: ``cuda/batch_norm_forward.cu``.
-
-    References
-    ----------
-    .. [1] S. Ioffe and C. Szegedy, "Batch Normalization", 2015, arXiv:1502.03167, algorithm 2.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> batch_norm_inference(np.array([[3.0]]), None, None, np.array([1.0]), np.array([4.0]), eps=0.0)
-    array([[1.]])
-    """
-    given = x, residual, gamma, beta, running_mean, running_var
-    outputs = None if out is None else (out,)
-    call = plans.INFERENCE_LAUNCHES.again(outputs, given, None, eps, axis, activation, alpha)
-    if call is True:
-        return out
-    eps = check.number("eps", eps, 0)
-    axis, phi = check.integer("axis", axis), activation_named(activation, alpha)
-    arrays = (out, *given)
-    plan = plans.plan_inference(axis, *check.signatures(arrays))
-    if out is not None:
-        check.no_overlap(plan.runtime, plans.INFERENCE_NAMES, arrays, written=1, in_place=("x", "residual"))
-    return plans.run_inference(plan, arrays, eps, phi, call)
-
-
-def batch_norm_inference_backward(
-    dy: Any,
-    x: Any,
-    gamma: Any,
-    beta: Any,
-    running_mean: Any,
-    running_var: Any,
-    *,
-    eps: float = 1e-5,
-    axis: int = 1,
-    residual: Any = None,
-    activation: str = "identity",
-    alpha: float | None = None,
-    out: tuple[Any, ...] | None = None,
-) -> tuple[Any, ...]:
-    """Return the gradients of `batch_norm_inference`, whose statistics do not depend on `x`.
-
-    Parameters
-    ----------
-    dy : array, shape and type of `x`
-        Gradient with respect to the output. Never written.
-    x : array, type T
-        The forward's input.
-    gamma, beta : array, shape (C,), type A, or None
-        As in the forward.
-    running_mean, running_var : array, shape (C,), type A
-        As in the forward. Never written.
-    eps, axis, residual, activation, alpha : float, int, array, str, float
-        As in the forward.
-    out : tuple of arrays, optional
-        Where to write what is returned; C order. `dx` may be `dy`, `x` or `residual` itself.
-
-    Returns
-    -------
-    dx : array, shape and type of `x`
-        Gradient with respect to `x`: ``dy * gamma * rstd``, through the activation.
-    dgamma, dbeta, dresidual
-        As in `batch_norm_backward`.
-
-    Raises
-    ------
-    TypeError
-        If an argument is not an array of the right kind or data type, or arrays of NumPy and CuPy are mixed.
-    ValueError
-        If a shape, layout or value is wrong, or arrays overlap.
-
-    See Also
-    --------
-    batch_norm_inference : The forward.
-
-    Notes
-    -----
-    This is what fine-tuning with frozen statistics needs. Source: ``cuda/batch_norm_backward.cu``.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> one, four = np.array([1.0]), np.array([4.0])
-    >>> batch_norm_inference_backward(np.array([[3.0]]), np.array([[5.0]]), None, None, one, four, eps=0.0)
-    (array([[1.5]]), array([6.]), array([3.]))
-    """
-    given = dy, x, residual, gamma, beta
-    call = plans.BACKWARD_LAUNCHES.again(out, (*given, running_mean, running_var), None, eps, axis, activation, alpha)
-    if call is True:
-        return out
-    eps = check.number("eps", eps, 0)
-    outputs = check.pack_gradients(out, residual)
-    axis, phi = check.integer("axis", axis), activation_named(activation, alpha)
-    arrays = (*outputs, *given, None, running_mean, running_var)
-    plan = plans.plan_backward(axis, *check.signatures(arrays))
-    if out is not None:
-        check.no_overlap(plan.runtime, plans.BACKWARD_NAMES, arrays, written=4, in_place=("dy", "x", "residual"))
-    return plans.run_backward(plan, arrays, eps, phi, call=call)

@@ -23,6 +23,25 @@ __device__ __forceinline__ Moments<A> moments_of(const A (&values)[VALUES], int 
     return {A(count), mean, {m2, A(0)}};
 }
 
+// The same of those values whose bit is set, which may be none.
+template <int VALUES, typename A>
+__device__ __forceinline__ Moments<A> moments_of_valid(const A (&values)[VALUES], unsigned valid) {
+    Pair<A> sum = {A(0), A(0)};
+    int count = 0;
+#pragma unroll
+    for (int i = 0; i < VALUES; ++i)
+        if (valid >> i & 1u) {
+            sum = add(sum, values[i]);
+            ++count;
+        }
+    const Pair<A> mean = divide(sum, A(max(count, 1)));
+    A m2 = A(0);
+#pragma unroll
+    for (int i = 0; i < VALUES; ++i)
+        if (valid >> i & 1u) m2 += subtract(values[i], mean) * subtract(values[i], mean);
+    return {A(count), mean, {m2, A(0)}};
+}
+
 // Chan, Golub and LeVeque's merge of two disjoint sets of rows.
 template <typename A>
 __device__ __forceinline__ Moments<A> merge(const Moments<A>& a, const Moments<A>& b) {
@@ -68,6 +87,33 @@ __device__ __forceinline__ Moments<A> merge_lanes(const A* slots, long long plan
         const A delta = (slot[0] - all.mean.high) + (slot[plane] - all.mean.low);
         all.m2 = add(all.m2, slot[2 * plane]);
         all.m2 = add(all.m2, delta * delta * A(shares.of(j, min(j + step, last))));
+    }
+    return all;
+}
+
+// The same of parts that say themselves of how many rows they are, 0 allowed: the slot at `slots` holds count, mean,
+// mean_low and M2, `plane` apart, of the first part, the one `pitch` behind it those of the next.
+template <typename A>
+__device__ __forceinline__ Moments<A> merge_counted(const A* slots, long long plane, long long pitch, int parts) {
+    Moments<A> all = {A(0), {A(0), A(0)}, {A(0), A(0)}};
+    Pair<A> sum = {A(0), A(0)};
+    const A* slot = slots;
+#pragma unroll 1
+    for (int i = 0; i < parts; ++i, slot += pitch) {
+        if (slot[0] == A(0)) continue;  // whatever its mean says
+        const Pair<A> mean = {slot[plane], slot[2 * plane]};
+        sum = add(sum, multiply(mean, slot[0]));
+        all.count += slot[0];
+    }
+    if (all.count == A(0)) return all;
+    all.mean = divide(sum, all.count);
+    slot = slots;
+#pragma unroll 1
+    for (int i = 0; i < parts; ++i, slot += pitch) {
+        if (slot[0] == A(0)) continue;
+        const A delta = (slot[plane] - all.mean.high) + (slot[2 * plane] - all.mean.low);
+        all.m2 = add(all.m2, slot[3 * plane]);
+        all.m2 = add(all.m2, delta * delta * slot[0]);
     }
     return all;
 }

@@ -1,0 +1,51 @@
+// What several parts of a mini-batch know of it, merged: the statistics of synchronised batch norm, one launch.
+//
+// Formulas:  over the parts k that have rows: count[c] = sum_k count[k,c],  mean[c] = sum_k count[k,c] mean[k,c] / count[c],
+//            m2[c] = sum_k (m2[k,c] + count[k,c] (mean[k,c] - mean[c])^2),  var = m2 / count,  rstd = 1 / sqrt(var + eps)
+//            running_mean, running_var as in batch_norm_forward.cu, with the divisor count - correction.
+//            No rows at all: everything is 0, and the running statistics stay; running_var also where its divisor is 0.
+// Arrays:    moments (parts, 4, C): count, mean, mean_low and m2 of every part. merged (4, C): the same of all.
+//            statistics (3, C): mean, mean_low, rstd, what batch norm takes. running_mean, running_var (C,), may be null.
+//            All of type A, in C order.
+// Launch:    block (w, 1, 1), grid (ceil(C/w), 1, 1), no shared memory, no barrier: a thread merges one channel.
+// Traffic:   4 parts C reads twice (the second time from the cache), 7 C writes, and the running statistics.
+// Numerics:  in A, means and sums of squares in pairs (common.cuh), parts in their order: deterministic, and the same on
+//            every device that merges the same parts.
+// Reference: Chan, Golub and LeVeque, Algorithms for computing the sample variance, 1983.
+// Called by: bnkernels/batch_norm_statistics.py
+#include "common.cuh"
+#include "moments.cuh"
+
+template <typename A>
+struct BatchNormStatistics {
+    const A* moments;
+    A* merged;
+    A* statistics;
+    A* running_mean;
+    A* running_var;
+    long long parts, channels;
+    A momentum, correction, eps;
+};
+
+template <typename A>
+__device__ __forceinline__ void batch_norm_statistics(const BatchNormStatistics<A>& a) {
+    const long long c = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    if (c >= a.channels) return;
+    const Moments<A> all = merge_counted(a.moments + c, a.channels, 4 * a.channels, (int)a.parts);
+    const A m2 = value(all.m2), divisor = all.count - a.correction, keep = A(1) - a.momentum;
+    a.merged[c] = all.count;
+    a.merged[a.channels + c] = a.statistics[c] = all.mean.high;
+    a.merged[2 * a.channels + c] = a.statistics[a.channels + c] = all.mean.low;
+    a.merged[3 * a.channels + c] = m2;
+    a.statistics[2 * a.channels + c] = all.count > A(0) ? A(1) / sqrt(m2 / all.count + a.eps) : A(0);
+    if (all.count == A(0)) return;
+    if (a.running_mean) a.running_mean[c] = fma(a.momentum, all.mean.high, keep * a.running_mean[c]);
+    if (a.running_var && divisor > A(0)) a.running_var[c] = fma(a.momentum, m2 / divisor, keep * a.running_var[c]);
+}
+
+#define BATCH_NORM_STATISTICS(suffix, A)                          \
+    using arguments_statistics_##suffix = BatchNormStatistics<A>; \
+    BNK_KERNEL(bnk_batch_norm_statistics_##suffix, arguments_statistics_##suffix, 128, (batch_norm_statistics<A>))
+
+BATCH_NORM_STATISTICS(f32, float)
+BATCH_NORM_STATISTICS(f64, double)
