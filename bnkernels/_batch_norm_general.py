@@ -64,7 +64,7 @@ BACKWARD = rt.arguments_type(
     CODES,
 )
 GRADIENTS = "dx", "dgamma", "dbeta", "dresidual"
-LIKE_X = ("y", "dx", "dresidual", "x", "dy", "residual")
+LIKE_X = ("y", "out", "dx", "dresidual", "x", "dy", "residual")
 
 
 class Plan(NamedTuple):
@@ -209,7 +209,7 @@ def run(
     updated = ("running_mean", "running_var") if stage == Stage.WHOLE else ()
     written = [name for name in names if name in (*outputs, *updated)]  # the first of the names
     if any(arrays[name] is not None for name in written):
-        in_place = ("dy", "x", "residual") if names[0] in ("y", "dx") else ()
+        in_place = ("dy", "x", "residual") if names[0] in LIKE_X else ()
         check.no_overlap(plan.runtime, names, tuple(arrays.values()), len(written), in_place)
     x = arrays["x"]
     for name in outputs:
@@ -233,6 +233,7 @@ def _run_on_device(plan: Plan, stage: Stage, arrays: dict[str, Any], options: Op
     direction, layouts = ("backward", BACKWARD) if "dy" in arrays else ("forward", FORWARD)
     given = arrays | {name: _copy(plan, name, arrays) for name in plan.copied}
     values = {name: runtime.pointer(array) for name, array in given.items() if array is not None}
+    values["y"] = values.get("y", values.get("out", 0))
     record = layouts[plan.dtypes["gamma"] if not plan.narrow else np.dtype(np.float32)]
     if direction == "backward" and plan.launch.grid[1] > 1:
         workspace = runtime.workspace(x)  # its first counters are of groups of one block, which never meet

@@ -166,7 +166,7 @@ def forward_host(plan: Plan, stage: int, arrays: dict[str, Any], options: Option
     else:
         of = _given(plan, stage, arrays, options)
     z = _before_activation(_centred(x, of), of, _rows(plan, arrays["residual"], valid), x.dtype)
-    _bring_back(plan, options.phi.forward(np, z), valid, arrays["y"])
+    _bring_back(plan, options.phi.forward(np, z), valid, arrays["y" if "y" in arrays else "out"])
 
 
 def _gradient(phi: Activation, dy: np.ndarray, z: np.ndarray) -> np.ndarray:

@@ -86,9 +86,9 @@ def batch_norm_inference(
     eps = check.number("eps", eps, 0)
     axis, phi = check.integer("axis", axis), activation_named(activation, alpha)
     if not plain or is_narrow(x, gamma, beta):
-        named = {"y": out, "x": x, "residual": residual, "mask": mask, "gamma": gamma, "beta": beta}
+        named = {"out": out, "x": x, "residual": residual, "mask": mask, "gamma": gamma, "beta": beta}
         named |= {"running_mean": running_mean, "running_var": running_var}
-        return run(Stage.FROZEN, named, ("y",), Options(phi, eps), axis, check.boolean("grouped", grouped))[0]
+        return run(Stage.FROZEN, named, ("out",), Options(phi, eps), axis, check.boolean("grouped", grouped))[0]
     arrays = (out, *given)
     plan = plans.plan_inference(axis, *check.signatures(arrays))
     if out is not None:

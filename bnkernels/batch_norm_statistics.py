@@ -219,8 +219,8 @@ def batch_norm_normalise(
     True
     """
     axis, phi = check.integer("axis", axis), activation_named(activation, alpha)
-    arrays = {"y": out, "x": x, "residual": residual, "mask": mask, "gamma": gamma, "beta": beta}
-    return run(Stage.APPLY, arrays | {"statistics": statistics}, ("y",), Options(phi), axis)[0]
+    arrays = {"out": out, "x": x, "residual": residual, "mask": mask, "gamma": gamma, "beta": beta}
+    return run(Stage.APPLY, arrays | {"statistics": statistics}, ("out",), Options(phi), axis)[0]
 
 
 def batch_norm_gradient_sums(

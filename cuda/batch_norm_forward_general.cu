@@ -57,6 +57,12 @@ __device__ __forceinline__ A clip(A value, A low, A high) {  // NaN stays
     return value < low ? low : value > high ? high : value;
 }
 
+// What renormalisation compares with.
+template <typename A>
+struct Running {
+    A mean, rstd;
+};
+
 // One group of a channel, as a thread sees it.
 template <typename T, typename A>
 struct Slice {
@@ -85,16 +91,20 @@ struct Slice {
         return own;
     }
 
-    // What the merged moments say, for this pass and the next; the threads of lane 0 write it.
-    __device__ __forceinline__ Normalisation<A> conclude(const Moments<A>& all) const {
+    // The running statistics before this mini-batch; lane 0 replaces them behind the next barrier.
+    __device__ __forceinline__ Running<A> running() const {
         const long long at = group * a.channels + c;
+        return {a.running_mean[at], A(1) / sqrt(a.running_var[at] + a.eps)};
+    }
+
+    // What the merged moments say, for this pass and the next; the threads of lane 0 write it.
+    __device__ __forceinline__ Normalisation<A> conclude(const Moments<A>& all, const Running<A>& before) const {
         const A var = value(all.m2) / all.count;
         Normalisation<A> of = {all.mean, all.count > A(0) ? A(1) / sqrt(var + a.eps) : A(0), A(1), A(0), A(0), A(0)};
         if (a.statistic_rows > 3 && all.count > A(0)) {
-            const A running = A(1) / sqrt(a.running_var[at] + a.eps);
-            const A distance = (all.mean.high - a.running_mean[at]) + all.mean.low;
-            of.r = clip(running / of.rstd, A(1) / a.r_max, a.r_max);
-            of.d = clip(distance * running, -a.d_max, a.d_max);
+            const A distance = (all.mean.high - before.mean) + all.mean.low;
+            of.r = clip(before.rstd / of.rstd, A(1) / a.r_max, a.r_max);
+            of.d = clip(distance * before.rstd, -a.d_max, a.d_max);
         }
         of.template scale_and_shift<T>(a, c);
         return of;
@@ -201,7 +211,9 @@ __device__ __forceinline__ void batch_norm_forward_general(const BatchNormForwar
         bool held = false;
         if (sums) {
             Moments<A> own = {};
+            Running<A> before = {};
             if (active) own = slice.collect(values, chunk, first);
+            if (active && a.statistic_rows > 3) before = slice.running();
             Rows<false> behind = first;
             for (int i = 0; i < VALUES<A>; ++i)
                 if (behind.inside()) behind.advance();
@@ -212,7 +224,7 @@ __device__ __forceinline__ void batch_norm_forward_general(const BatchNormForwar
                 if (threadIdx.y == 0) slice.write_moments(all);
                 continue;
             }
-            of = slice.conclude(all);
+            of = slice.conclude(all, before);
             if (threadIdx.y == 0) slice.write_statistics(all, of);
         } else if (active) {
             of = load_normalisation<T, A>(a, group, c);

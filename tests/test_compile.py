@@ -15,10 +15,12 @@ import pytest
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installed: kernels are not compiled")
 
+from bnkernels import _batch_norm_general as general
 from bnkernels import _source, parameter_update
 from bnkernels._batch_norm_plan import BACKWARD, FORWARD, INFERENCE
 from bnkernels._batch_norm_spread import ARGUMENTS as SPREAD
 from bnkernels.batch_norm_double_backward import ARGUMENTS as DOUBLE_BACKWARD
+from bnkernels.batch_norm_statistics import ARGUMENTS as STATISTICS
 from bnkernels.softmax_cross_entropy import ARGUMENTS as SOFTMAX_CROSS_ENTROPY
 from tests.compile import __main__ as command
 from tests.compile import nvrtc, ptx
@@ -31,6 +33,9 @@ LAYOUTS = {
     "bnk_batch_norm_backward": BACKWARD,
     "bnk_batch_norm_double_backward": DOUBLE_BACKWARD,
     **{f"bnk_batch_norm_{direction}_spread": {np.dtype("f4"): argument} for direction, argument in SPREAD.items()},
+    "bnk_batch_norm_forward_general": general.FORWARD,
+    "bnk_batch_norm_backward_general": general.BACKWARD,
+    "bnk_batch_norm_statistics": STATISTICS,
     "bnk_parameter_update": parameter_update.ARGUMENTS,
     "bnk_softmax_cross_entropy": SOFTMAX_CROSS_ENTROPY,
 }

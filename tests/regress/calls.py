@@ -17,7 +17,10 @@ SHAPES = {
         ("gamma", "beta", "running_mean", "running_var", "dgamma", "dbeta", "ddgamma", "ddbeta"), (CHANNELS,)
     ),
     **dict.fromkeys(("parameters", "gradients", "velocity", "first", "second"), (ROWS,)),
-    "statistics": (3, CHANNELS),
+    **dict.fromkeys(("statistics", "sums"), (3, CHANNELS)),
+    **dict.fromkeys(("moments", "merged"), (4, CHANNELS)),
+    "parts": (2, 4, CHANNELS),
+    "mask": (ROWS,),
     "labels": (ROWS,),
     "loss": (ROWS,),
 }
@@ -82,6 +85,54 @@ CALLS = {
             out=_take(a, "ddy dx dgamma dbeta"),
         ),
     ),
+    "masked_forward": Call(
+        ("x", "mask", "gamma", "beta"),
+        ("running_mean", "running_var", "y", "statistics"),
+        ("x", "mask"),
+        lambda a: bn.batch_norm_forward(
+            *_take(a, "x gamma beta running_mean running_var"), mask=a["mask"], out=_take(a, "y statistics")
+        ),
+    ),
+    "masked_backward": Call(
+        ("dy", "x", "mask", "gamma", "beta", "statistics"),
+        ("dx", "dgamma", "dbeta"),
+        ("dy", "x", "mask"),
+        lambda a: bn.batch_norm_backward(
+            *_take(a, "dy x gamma beta statistics"), mask=a["mask"], out=_take(a, "dx dgamma dbeta")
+        ),
+    ),
+    "moments": Call(
+        ("x", "mask"),
+        ("moments",),
+        ("x", "mask"),
+        lambda a: bn.batch_norm_moments(a["x"], mask=a["mask"], out=a["moments"]),
+    ),
+    "statistics": Call(
+        ("parts",),
+        ("running_mean", "running_var", "statistics", "merged"),
+        (),
+        lambda a: bn.batch_norm_statistics(
+            *_take(a, "parts running_mean running_var"), out=_take(a, "statistics merged")
+        ),
+    ),
+    "normalise": Call(
+        ("x", "gamma", "beta", "statistics"),
+        ("out",),
+        ("x",),
+        lambda a: bn.batch_norm_normalise(*_take(a, "x gamma beta statistics"), out=a["out"]),
+    ),
+    "gradient_sums": Call(
+        ("dy", "x", "gamma", "beta", "statistics"),
+        ("sums",),
+        ("dy", "x"),
+        lambda a: bn.batch_norm_gradient_sums(*_take(a, "dy x gamma beta statistics"), out=a["sums"]),
+    ),
+    "input_gradient": Call(
+        ("dy", "x", "gamma", "beta", "statistics", "sums"),
+        ("dx",),
+        ("dy", "x"),
+        lambda a: bn.batch_norm_input_gradient(*_take(a, "dy x gamma beta statistics sums"), out=(a["dx"],)),
+    ),
     "softmax_cross_entropy": Call(
         ("logits", "labels"),
         ("loss", "dlogits"),
@@ -113,4 +164,6 @@ def make_arrays(op: str, dtype: str = "float32", seed: int = 0) -> dict[str, np.
     arrays = {name: rng.uniform(0.5, 2, SHAPES[name]).astype(dtype) for name in CALLS[op].names}
     if "labels" in arrays:
         arrays["labels"] = rng.integers(0, CHANNELS, ROWS)
+    if "mask" in arrays:
+        arrays["mask"] = np.arange(ROWS) % 3 > 0
     return arrays

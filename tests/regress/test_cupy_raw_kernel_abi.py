@@ -11,11 +11,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from bnkernels import _batch_norm_general as general
 from bnkernels import _batch_norm_plan as plan
 from bnkernels import _source
 from bnkernels._batch_norm_spread import ARGUMENTS as SPREAD
 from bnkernels._runtime import SUFFIX
 from bnkernels.batch_norm_double_backward import ARGUMENTS as DOUBLE_BACKWARD
+from bnkernels.batch_norm_statistics import ARGUMENTS as STATISTICS
 from bnkernels.parameter_update import ARGUMENTS as PARAMETER_UPDATE
 from bnkernels.softmax_cross_entropy import ARGUMENTS as SOFTMAX_CROSS_ENTROPY
 from tests.regress.calls import CALLS, make_arrays
@@ -28,6 +30,9 @@ LAYOUTS = {
     "BatchNormDoubleBackward": DOUBLE_BACKWARD,
     "BatchNormForwardSpread": dict.fromkeys(SUFFIX, SPREAD["forward"]),  # of float, whatever the data
     "BatchNormBackwardSpread": dict.fromkeys(SUFFIX, SPREAD["backward"]),
+    "BatchNormForwardGeneral": general.FORWARD,
+    "BatchNormBackwardGeneral": general.BACKWARD,
+    "BatchNormStatistics": STATISTICS,
     "SoftmaxCrossEntropy": SOFTMAX_CROSS_ENTROPY,
     "ParameterUpdate": PARAMETER_UPDATE,
 }
@@ -93,7 +98,7 @@ def test_cupy_raw_kernel_abi_of_every_launch(op: str, dtype: str) -> None:
     assert launch.arguments.shape == ()
     assert launch.arguments.dtype in [layouts[np.dtype(dtype)] for layouts in LAYOUTS.values()]
     members = {name: launch.arguments[name] for name in launch.arguments.dtype.names}
-    aliases = {"y": "out", "first": "velocity", "mean": "running_mean", "rstd": "running_var"}
+    aliases = {"y": "out", "first": "velocity", "mean": "running_mean", "rstd": "running_var", "moments": "parts"}
     for name in [name for name in members if launch.arguments.dtype[name] == np.uint64]:
         if members[name] and name not in ("mean_low", "rstd", "mean"):
             assert members[name] == (on.get(name) or on[aliases[name]]).address

