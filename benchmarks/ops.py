@@ -5,6 +5,8 @@ from __future__ import annotations
 from benchmarks import (
     bench_batch_norm,
     bench_batch_norm_double_backward,
+    bench_batch_norm_masked,
+    bench_batch_norm_statistics,
     bench_parameter_update,
     bench_softmax_cross_entropy,
 )
@@ -15,6 +17,8 @@ OPS: dict[str, Op] = {
     for op in (
         bench_batch_norm.OP,
         bench_batch_norm_double_backward.OP,
+        bench_batch_norm_masked.OP,
+        bench_batch_norm_statistics.OP,
         bench_softmax_cross_entropy.OP,
         *bench_parameter_update.OPS.values(),
     )

@@ -195,8 +195,8 @@ def copies(arrays: Arrays, count: int) -> Sequence[Arrays]:
 
 
 def to_float64(arrays: Arrays) -> Arrays:
-    """Return the arrays in float64; integers as they are."""
-    return {name: array if array.dtype.kind in "iu" else array.astype(np.float64) for name, array in arrays.items()}
+    """Return the arrays in float64; integers and masks as they are."""
+    return {name: array if array.dtype.kind in "biu" else array.astype(np.float64) for name, array in arrays.items()}
 
 
 def call_in(clock: Clock, prepare: Callable[[], Call]) -> tuple[Call, tuple]:

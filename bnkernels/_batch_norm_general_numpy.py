@@ -42,32 +42,45 @@ def _moved(plan: Plan, array: np.ndarray) -> np.ndarray:
     return np.moveaxis(array if plan.grouped else array[None], plan.layout.axis + 1, -1)
 
 
-def _rows(plan: Plan, array: np.ndarray | None, valid: np.ndarray) -> np.ndarray:
-    """Return an input as (groups, rows, C) in the accumulator's type, 0 where it is absent or invalid."""
+def _rows(plan: Plan, array: np.ndarray | None, valid: np.ndarray | None) -> np.ndarray | None:
+    """Return an input as (groups, rows, C) in the accumulator's type, 0 where it is invalid."""
     if array is None:
-        return np.zeros((), accumulator(plan.dtypes["x"]))
+        return None
     rows = _moved(plan, array).reshape(plan.groups, plan.layout.rows, plan.layout.channels)
     with np.errstate(invalid="ignore"):  # a NaN that signals
-        return np.where(valid, rows, rows.dtype.type(0)).astype(accumulator(array.dtype), copy=False)
+        rows = rows.astype(accumulator(array.dtype), copy=False)
+    return rows if valid is None else np.where(valid, rows, rows.dtype.type(0))
 
 
-def _bring_back(plan: Plan, rows: np.ndarray, valid: np.ndarray, out: np.ndarray | None) -> None:
+def _bring_back(plan: Plan, rows: np.ndarray, valid: np.ndarray | None, out: np.ndarray | None) -> None:
     """Write an output, 0 where it is invalid."""
     if out is None:
         return
     moved = _moved(plan, out)
     with np.errstate(over="ignore"):  # too large for 16 bits is infinity, as in the kernels
-        moved[...] = np.where(valid, rows, 0).reshape(moved.shape)
+        moved[...] = (rows if valid is None else np.where(valid, rows, rows.dtype.type(0))).reshape(moved.shape)
 
 
-def _valid(plan: Plan, mask: np.ndarray | None) -> np.ndarray:
+def _valid(plan: Plan, mask: np.ndarray | None) -> np.ndarray | None:
     """Return the mask as (groups, rows, 1)."""
     if mask is None:
-        return np.ones((plan.groups, plan.layout.rows, 1), bool)
-    positions = _moved(plan, np.empty(plan.shapes["x"], bool)).shape[:-1]
+        return None
+    positions = _moved(plan, np.broadcast_to(False, plan.shapes["x"])).shape[:-1]
     mask = mask if plan.grouped else mask[None]
     mask = mask.reshape(mask.shape + (1,) * (len(positions) - mask.ndim))
     return np.broadcast_to(mask, positions).reshape(plan.groups, plan.layout.rows, 1)
+
+
+def _count(plan: Plan, valid: np.ndarray | None) -> np.ndarray:
+    """Return how many rows are valid, (groups, 1, 1)."""
+    if valid is None:
+        return np.full((plan.groups, 1, 1), float(plan.layout.rows))
+    return valid.sum(1, keepdims=True, dtype=DOUBLE)
+
+
+def _sum(rows: np.ndarray) -> np.ndarray:
+    """Return the sums over the rows, (groups, 1, C): a product with ones is faster than a sum."""
+    return np.ones((1, rows.shape[1]), rows.dtype) @ rows
 
 
 def _by_group(plan: Plan, array: np.ndarray | None, absent: float = 0.0) -> np.ndarray:
@@ -78,20 +91,32 @@ def _by_group(plan: Plan, array: np.ndarray | None, absent: float = 0.0) -> np.n
     return array.reshape(-1, 1, plan.layout.channels).astype(wide)
 
 
-def _moments(x: np.ndarray, valid: np.ndarray) -> _Moments:
-    """Return the moments of the valid rows; a constant channel has exactly its number as mean, and no squares."""
-    count = np.broadcast_to(valid.sum(1, keepdims=True).astype(DOUBLE), (len(x), 1, x.shape[2]))
-    divisor = np.maximum(count, 1)
-    first = np.take_along_axis(x, np.broadcast_to(valid, x.shape).argmax(1)[:, None], 1)  # the first valid row
-    centred = np.where(valid, x.astype(DOUBLE) - first, 0)
-    shift = centred.sum(1, keepdims=True) / divisor
-    centred = np.where(valid, centred - shift, 0)
-    rest = centred.sum(1, keepdims=True) / divisor  # what rounding left
-    centred = np.where(valid, centred - rest, 0)
-    mean = (first + (shift + rest)).astype(x.dtype)
-    # In this order every difference is exact, or as small as what it is added to.
-    low = (first.astype(DOUBLE) - mean) + (shift + rest)
-    return _Moments(count, mean.astype(DOUBLE), low, (centred * centred).sum(1, keepdims=True))
+def _moments(plan: Plan, x: np.ndarray, valid: np.ndarray | None) -> _Moments:
+    """Return the moments of the valid rows.
+
+    A constant channel has exactly its number as mean, and no squares: float64 is first shifted by its first valid row,
+    and what rounding leaves of the mean is taken in a second pass. Float32 is summed exactly as it is.
+    """
+    count = _count(plan, valid)
+    divisor, first = np.maximum(count, 1), np.zeros((1, 1, 1))
+    if x.dtype == DOUBLE:
+        at = 0 if valid is None else valid.argmax(1)[:, None]
+        first = x[:, :1] if valid is None else np.take_along_axis(x, np.broadcast_to(at, (len(x), 1, x.shape[2])), 1)
+    centred, shift = x.astype(DOUBLE), np.zeros((1, 1, 1))
+    weight = 1.0 if valid is None else valid.astype(DOUBLE)
+    centred -= first
+    for _ in range(2 if x.dtype == DOUBLE else 1):
+        if valid is not None:
+            centred *= weight
+        rest = _sum(centred) / divisor
+        centred -= rest
+        shift = shift + rest
+    if valid is not None:
+        centred *= weight
+    mean = (first + shift).astype(x.dtype)
+    low = (first - mean) + shift
+    centred *= centred
+    return _Moments(np.broadcast_to(count, mean.shape), mean.astype(DOUBLE), low, _sum(centred))
 
 
 def _normalise(plan: Plan, arrays: dict[str, Any], mean: Any, low: Any, rstd: Any, r: Any, d: Any) -> _Normalisation:
@@ -144,13 +169,22 @@ def _update(running: np.ndarray | None, momentum: float, new: np.ndarray, where:
         running[...] = np.where(where.reshape(running.shape), moved, running)
 
 
-def _centred(x: np.ndarray, of: _Normalisation) -> np.ndarray:
-    return (x.astype(DOUBLE) - of.mean) - of.mean_low
+def _centred(x: np.ndarray, of: _Normalisation, valid: np.ndarray | None) -> np.ndarray:
+    centred = x.astype(DOUBLE)
+    centred -= of.mean
+    centred -= of.mean_low
+    if valid is not None:
+        centred *= valid
+    return centred
 
 
-def _before_activation(centred: np.ndarray, of: _Normalisation, residual: np.ndarray, wide: np.dtype) -> np.ndarray:
+def _before_activation(centred: np.ndarray, of: _Normalisation, residual: np.ndarray | None) -> np.ndarray:
     """Return what the activation sees; the same in both passes."""
-    return (of.scale * centred + of.shift).astype(wide) + residual
+    z = np.multiply(centred, of.scale, out=np.empty(centred.shape, of.scale.dtype), casting="same_kind")
+    z += of.shift
+    if residual is not None:
+        z += residual
+    return z
 
 
 def forward_host(plan: Plan, stage: int, arrays: dict[str, Any], options: Options) -> None:
@@ -158,19 +192,23 @@ def forward_host(plan: Plan, stage: int, arrays: dict[str, Any], options: Option
     valid = _valid(plan, arrays.get("mask"))
     x = _rows(plan, arrays["x"], valid)
     if stage in (WHOLE, COLLECT):
-        moments = _moments(x, valid)
+        moments = _moments(plan, x, valid)
         if stage == COLLECT:
             arrays["moments"][...] = np.concatenate(moments, 1)[0]
             return
         of = _concluded(plan, arrays, options, moments)
     else:
         of = _given(plan, stage, arrays, options)
-    z = _before_activation(_centred(x, of), of, _rows(plan, arrays["residual"], valid), x.dtype)
+    # In the whole pass too as the backward forms it: from the statistics as they are kept.
+    z = _before_activation(_centred(x, of, valid), of, _rows(plan, arrays["residual"], valid))
     _bring_back(plan, options.phi.forward(np, z), valid, arrays["y" if "y" in arrays else "out"])
 
 
-def _gradient(phi: Activation, dy: np.ndarray, z: np.ndarray) -> np.ndarray:
+def _gradient(phi: Activation, dy: np.ndarray, centred: np.ndarray, of: _Normalisation, residual: Any) -> np.ndarray:
     """Return the gradient before the activation, in float64."""
+    if phi.is_identity:
+        return dy.astype(DOUBLE)
+    z = _before_activation(centred, of, residual)
     return phi.backward(np, dy, phi.forward(np, z) if phi.from_output else z).astype(DOUBLE)
 
 
@@ -179,23 +217,26 @@ def backward_host(plan: Plan, stage: int, arrays: dict[str, Any], options: Optio
     valid = _valid(plan, arrays["mask"])
     dy, x, residual = (_rows(plan, arrays[name], valid) for name in ("dy", "x", "residual"))
     of = _given(plan, stage, arrays, options)
-    centred = np.where(valid, _centred(x, of), 0)
-    g = np.where(valid, _gradient(options.phi, dy, _before_activation(centred, of, residual, x.dtype)), 0)
+    centred = _centred(x, of, valid)
+    g = _gradient(options.phi, dy, centred, of, residual)  # 0 where dy is
     if stage == APPLY:
         sum_g, sum_g_xhat, count = arrays["sums"].astype(DOUBLE)
     else:
-        sum_g, sum_g_xhat = g.sum(1, keepdims=True), (g * centred).sum(1, keepdims=True) * of.rstd
-        count = np.maximum(valid.sum(1, keepdims=True), 1)
+        sum_g, sum_g_xhat, count = _sum(g), _sum(g * centred) * of.rstd, _count(plan, valid)
     if stage == COLLECT:
-        counts = np.broadcast_to(valid.sum(1, keepdims=True), sum_g.shape)
-        arrays["sums"][...] = np.concatenate((sum_g, sum_g_xhat, counts), 1)[0]
+        arrays["sums"][...] = np.concatenate((sum_g, sum_g_xhat, np.broadcast_to(count, sum_g.shape)), 1)[0]
         return
     if stage in (WHOLE, FROZEN):
         arrays["dgamma"][...] = (of.r * sum_g_xhat + of.d * sum_g).sum((0, 1))
         arrays["dbeta"][...] = sum_g.sum((0, 1))
-    through = 0.0 if stage == FROZEN else (sum_g + centred * of.rstd * sum_g_xhat) / count
-    _bring_back(plan, of.scale * (g - through), valid, arrays["dx"])
-    _bring_back(plan, g, valid, arrays["dresidual"])
+    _bring_back(plan, g, valid, arrays.get("dresidual"))
+    if stage != FROZEN:
+        count = np.maximum(count, 1)
+        centred *= sum_g_xhat * of.rstd / count
+        g -= centred
+        g -= sum_g / count
+    g *= of.scale
+    _bring_back(plan, g, valid, arrays["dx"])
 
 
 def merge_host(

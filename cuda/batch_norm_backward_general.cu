@@ -113,7 +113,7 @@ struct Slice {
         return own;
     }
 
-    // Of the distance from the mean and g, what is subtracted from g: mean_g + slope (x - mean).
+    // dx, and g itself, which is 0 where it is invalid; through the statistics goes mean_g + slope (x - mean).
     __device__ __forceinline__ void write(const A (&centred)[VALUES<A>], const A (&g)[VALUES<A>], const Chunk& chunk,
                                           Rows<false>& rows, A mean_g, A slope) const {
         const long long start = group * (a.outer * a.channels * a.inner);
@@ -122,7 +122,7 @@ struct Slice {
             if (i < chunk.count) {
                 const long long at = start + rows.at_output(a.channels, c);
                 store(a.dx[at], chunk.has(i) ? of.scale * (g[i] - fma(centred[i], slope, mean_g)) : A(0));
-                if (a.dresidual) store(a.dresidual[at], chunk.has(i) ? g[i] : A(0));
+                if (a.dresidual) store(a.dresidual[at], g[i]);
                 rows.advance();
             }
     }
@@ -163,6 +163,7 @@ __device__ __forceinline__ void batch_norm_backward_general(const BatchNormBackw
     const long long c = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     const bool active = c < a.channels;  // no early return: every thread must reach the barriers
     const Rows<false> first(a.outer, a.inner, blockIdx.z * blockDim.y + threadIdx.y, gridDim.z * blockDim.y);
+    const bool sums = a.stage != APPLY, held = sums && fit<VALUES<A>>(first);
     ChannelSums<A, PARAMETERS> parameters = {};
 #pragma unroll 1
     for (long long group = blockIdx.y; group < a.groups; group += gridDim.y) {
@@ -170,14 +171,9 @@ __device__ __forceinline__ void batch_norm_backward_general(const BatchNormBackw
         A centred[VALUES<A>], g[VALUES<A>];
         Chunk chunk = {0, 0};
         A sum_g = A(0), sum_g_xhat = A(0), count = A(1);
-        bool held = false;
-        if (a.stage != APPLY) {
+        if (sums) {
             ChannelSums<A, SUMS> own = {};
             if (active) own = slice.collect(centred, g, chunk, first);
-            Rows<false> behind = first;
-            for (int i = 0; i < VALUES<A>; ++i)
-                if (behind.inside()) behind.advance();
-            held = !behind.inside();
             const ChannelSums<A, SUMS> total = merge_block(own);
             sum_g = value(total.of[G]);
             sum_g_xhat = value(total.of[G_XHAT]) * slice.of.rstd;

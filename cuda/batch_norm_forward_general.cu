@@ -201,23 +201,18 @@ __device__ __forceinline__ void batch_norm_forward_general(const BatchNormForwar
     const long long c = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     const bool active = c < a.channels;  // no early return: every thread must reach the barriers
     const Rows<false> first(a.outer, a.inner, blockIdx.z * blockDim.y + threadIdx.y, gridDim.z * blockDim.y);
-    const bool sums = a.stage == WHOLE || a.stage == COLLECT;
+    const bool sums = a.stage == WHOLE || a.stage == COLLECT, held = sums && fit<VALUES<A>>(first);
 #pragma unroll 1
     for (long long group = blockIdx.y; group < a.groups; group += gridDim.y) {
         const Slice<T, A> slice = {a, group, c};
         Normalisation<A> of = {};
         A values[VALUES<A>];
         Chunk chunk = {0, 0};
-        bool held = false;
         if (sums) {
             Moments<A> own = {};
             Running<A> before = {};
             if (active) own = slice.collect(values, chunk, first);
             if (active && a.statistic_rows > 3) before = slice.running();
-            Rows<false> behind = first;
-            for (int i = 0; i < VALUES<A>; ++i)
-                if (behind.inside()) behind.advance();
-            held = !behind.inside();
             const Moments<A> all = merge_block(own);
             if (!active) continue;
             if (a.stage == COLLECT) {

@@ -17,7 +17,7 @@ enum Stage {
     FROZEN = 3    // running statistics, which do not depend on x
 };
 
-// Rows that a thread holds; what is read once stays here, if that is all it has.
+// Rows that a thread holds.
 template <typename A>
 constexpr int VALUES = 32 / sizeof(A);
 
@@ -28,6 +28,14 @@ struct Chunk {
 
     __device__ __forceinline__ bool has(int i) const { return (valid >> i & 1u) != 0; }
 };
+
+// Whether a thread has no more rows than that: then they stay where they were read.
+template <int COUNT>
+__device__ __forceinline__ bool fit(Rows<false> rows) {
+    for (int i = 0; i < COUNT; ++i)
+        if (rows.inside()) rows.advance();
+    return !rows.inside();
+}
 
 // The next rows, as many as there are and fit. No mask: all are valid.
 template <int COUNT>

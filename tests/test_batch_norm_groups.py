@@ -130,6 +130,20 @@ def test_one_launch_whose_order_changes_no_bit(emulated: EmulatorRuntime, rng: n
     assert not emulated.workspace_array[:4].any()
 
 
+@pytest.mark.emulator
+def test_more_groups_than_a_grid_is_high(emulated: EmulatorRuntime, rng: np.random.Generator) -> None:
+    """A block takes the groups b and b + 65535, one after the other."""
+    x = rng.standard_normal((65540, 3, 2)).astype("float32")
+    on_x = emulated.asarray(x)
+    out = emulated.asarray(np.zeros_like(x)), emulated.asarray(np.zeros((65540, 3, 2), "float32"))
+    with emulated.only_blocks([0, 3]):
+        y, _ = bn.batch_norm_forward(on_x, grouped=True, out=out)
+    for group in (0, 3, 65535, 65538):
+        exact = oracle.forward(x[group], None, None, 1e-5)
+        oracle.assert_within(np.asarray(y[group]), exact.y, exact.z_bound, f"group {group}")
+    assert not np.asarray(y[[1, 65539]]).any()
+
+
 def test_a_launch_covers_groups_and_rows_and_keeps_all_limits() -> None:
     rng = np.random.default_rng(0)
     for _ in range(500):

@@ -1,4 +1,4 @@
-"""Loss and optimisers as benchmarks: every provider that is installed computes the reference."""
+"""Loss, optimisers and further batch norms as benchmarks: every provider that is installed computes the reference."""
 
 from __future__ import annotations
 
@@ -9,13 +9,23 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import bench_parameter_update, bench_softmax_cross_entropy
+from benchmarks import (
+    bench_batch_norm_masked,
+    bench_batch_norm_statistics,
+    bench_parameter_update,
+    bench_softmax_cross_entropy,
+)
 from benchmarks.case import Arrays, Case, NotSupportedError, Op, Provider
 from benchmarks.clocks import HostClock
 from benchmarks.measure import error_of
 from benchmarks.places import cast, to_float64
 
-OPS = [bench_softmax_cross_entropy.OP, *bench_parameter_update.OPS.values()]
+OPS = [
+    bench_softmax_cross_entropy.OP,
+    *bench_parameter_update.OPS.values(),
+    bench_batch_norm_masked.OP,
+    bench_batch_norm_statistics.OP,
+]
 SMALL = {1: (100,), 2: (6, 5)}
 PAIRS = [(op, provider) for op in OPS for provider in op.providers if provider.place == "cpu"]
 IDS = [f"{op.name}, {provider.name}" for op, provider in PAIRS]
@@ -99,8 +109,9 @@ def test_labels_and_states_fit_the_case(op: Op) -> None:
     assert all(not arrays[name].any() for name in ("first", "second") if name in arrays)
 
 
-@pytest.mark.parametrize("given", [{"dtype": "float16"}, {"epilogue": "relu"}], ids=str)
-@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+@pytest.mark.parametrize(
+    ("op", "given"), [(op, {"epilogue": "relu"}) for op in OPS] + [(op, {"dtype": "float16"}) for op in OPS[:-2]]
+)
 def test_what_belongs_to_other_ops_is_refused(op: Op, given: dict[str, Any]) -> None:
     case = Case(op.name, op.cases[0].direction, op.cases[0].shape, **given)
     with pytest.raises(NotSupportedError, match=f"{op.name} is for"):

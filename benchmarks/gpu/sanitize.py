@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-import bnkernels as bn
 from benchmarks.case import DTYPES, EPS, native_dtype
+from benchmarks.gpu.calls import calls
 from benchmarks.gpu.device import SOURCES
 from benchmarks.gpu.processes import run_limited
 from benchmarks.harness import ROOT, write_json
@@ -34,10 +34,6 @@ from bnkernels import _runtime
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 EXIT = 66
 NUMBERS = 63  # of the planted kernels' arrays, for 64 threads
-ROWS, CHANNELS = (10, 100, 300), 33  # every variant of the batch norms, and a slice of one channel
-IMAGES = (5, 49)  # values of an image: neighbouring threads read neighbouring channels, and neighbouring values
-SHARED = [(20_000, 8), (6, 2, 30_000)]  # slices that several blocks share, on any GPU
-SIZE = 1000  # of the optimisers' parameters
 COMPLETE = "every kernel ran and computed what NumPy computes"
 SUMMARY = re.compile(r"(?:ERROR SUMMARY|RACECHECK SUMMARY): (\d+)")
 EMULATED = {  # a build of the emulator for each tool, and a bug of tests/emulator/planted.cu
@@ -83,67 +79,6 @@ def compare(found: np.ndarray, exact: np.ndarray, what: str) -> None:
     allowed = STORED * EPS[name] + SUMMED * EPS["float64" if name == "float64" else "float32"]
     if not error <= allowed * np.abs(exact).max(initial=1):  # also if it is NaN
         raise ArithmeticError(f"{what}: off by {error:.3g}")
-
-
-Op = Callable[..., Sequence[Any]]
-
-
-def calls(dtype: np.dtype) -> list[tuple[Op, list[np.ndarray]]]:
-    """Return ops with their arrays: an op takes them, and returns all that it has written."""
-    rng = np.random.default_rng(0)
-    found: list[tuple[Op, list[np.ndarray]]] = []
-    for rows in ROWS:
-        x, dy = (rng.standard_normal((rows, CHANNELS)).astype(dtype) for _ in range(2))
-        found.append((batch_norm, [x, dy, *vectors(rng, dtype)]))
-        if dtype.itemsize > 2:
-            for integer in (np.int32, np.int64):
-                found.append((bn.softmax_cross_entropy, [x, rng.integers(0, CHANNELS, rows).astype(integer)]))
-    for size in IMAGES:
-        x, dy, residual = (rng.standard_normal((3, CHANNELS, size)).astype(dtype) for _ in range(3))
-        found.append((batch_norm, [x, dy, *vectors(rng, dtype), residual]))
-    for shape in SHARED if dtype.itemsize <= 4 else []:
-        x, dy, residual = (rng.standard_normal(shape).astype(dtype) for _ in range(3))
-        found.append((batch_norm, [x, dy, *vectors(rng, dtype, shape[1]), residual]))
-    if dtype.itemsize == 2:
-        return found
-    states = [rng.standard_normal(SIZE).astype(dtype) for _ in range(2)]
-    moments = [np.zeros(SIZE, dtype) for _ in range(2)]
-    return [*found, (sgd, states), (momentum, [*states, moments[0]]), (adam, [*states, *moments])]
-
-
-def vectors(rng: np.random.Generator, dtype: np.dtype, channels: int = CHANNELS) -> list[np.ndarray]:
-    """Return parameters and running statistics, in the type of the kernels' sums."""
-    return [rng.uniform(0.5, 1.5, channels).astype(_runtime.accumulator(dtype)) for _ in range(4)]
-
-
-def batch_norm(x: Any, dy: Any, gamma: Any, beta: Any, mean: Any, var: Any, residual: Any = None) -> Sequence[Any]:
-    """Train one step, forward and backward, then the same with running statistics."""
-    tanh, sigmoid = ({"activation": name, "residual": residual} for name in ("tanh", "sigmoid"))
-    y, statistics = bn.batch_norm_forward(x, gamma, beta, mean, var, **tanh)
-    gradients = bn.batch_norm_backward(dy, x, gamma, beta, statistics, **tanh)
-    frozen = bn.batch_norm_inference(x, gamma, beta, mean, var, **sigmoid)
-    frozen_gradients = bn.batch_norm_inference_backward(dy, x, gamma, beta, mean, var, **sigmoid)
-    # What comes in are arrays that are there: a second gradient has a product with each of them.
-    double = bn.batch_norm_double_backward(x, gamma, beta, dy, x, gamma, beta, statistics, **tanh)
-    return [y, statistics[0], statistics[2], mean, var, *gradients, *double, frozen, *frozen_gradients]
-
-
-def sgd(parameters: Any, gradients: Any) -> Sequence[Any]:
-    """Take a step of SGD."""
-    bn.sgd_update(parameters, gradients, lr=0.1)
-    return (parameters,)
-
-
-def momentum(parameters: Any, gradients: Any, velocity: Any) -> Sequence[Any]:
-    """Take a step with momentum."""
-    bn.momentum_update(parameters, gradients, velocity, lr=0.1)
-    return parameters, velocity
-
-
-def adam(parameters: Any, gradients: Any, first: Any, second: Any) -> Sequence[Any]:
-    """Take a step of Adam."""
-    bn.adam_update(parameters, gradients, first, second, step=1, lr=0.1)
-    return parameters, first, second
 
 
 def run_planted(tool: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .mutant_list_double_backward import MUTANTS as DOUBLE_BACKWARD
+from .mutant_list_general import MUTANTS as GENERAL
 from .mutants import Mutant
 
 COMMON, FORWARD, BACKWARD = "common.cuh", "batch_norm_forward.cu", "batch_norm_backward.cu"
@@ -13,6 +14,7 @@ SOFTMAX, UPDATE = "softmax_cross_entropy.cu", "parameter_update.cu"
 
 MUTANTS = [
     *DOUBLE_BACKWARD,
+    *GENERAL,
     # ---- barriers, warps, races
     Mutant(
         "forward: no barrier before the merge",

@@ -14,14 +14,21 @@ from .build import CUDA, CUDA_VARIABLE, ROOT, EmulatorError, read_sources
 
 BATCH_NORM = ("tests/test_batch_norm.py", "tests/test_batch_norm_layouts.py", "tests/regress")
 SPREAD, DOUBLE = ("tests/test_batch_norm_spread.py",), ("tests/test_batch_norm_double_backward.py",)
+GENERAL = (
+    *("tests/test_batch_norm_masked.py", "tests/test_batch_renorm.py", "tests/test_batch_norm_groups.py"),
+    *("tests/test_batch_norm_statistics.py", "tests/test_batch_norm_parameters.py"),
+)
 TESTS = {  # the quickest first: the first failure ends a run
     "half.cuh": ("tests/test_batch_norm_half.py",),
     "activation.cuh": ("tests/test_batch_norm_activations.py", *DOUBLE),
-    **dict.fromkeys(("common.cuh", "channel.cuh", "moments.cuh", "batch_norm_backward.cu"), BATCH_NORM),
+    **dict.fromkeys(("common.cuh", "channel.cuh", "batch_norm_backward.cu"), BATCH_NORM),
+    "moments.cuh": (*BATCH_NORM, "tests/test_batch_norm_statistics.py"),
     "batch_norm_forward.cu": (*BATCH_NORM, "tests/test_running_statistics.py"),
     **dict.fromkeys(
         ("spread.cuh", "vector.cuh", "batch_norm_forward_spread.cu", "batch_norm_backward_spread.cu"), SPREAD
     ),
+    **dict.fromkeys(("general.cuh", "batch_norm_forward_general.cu", "batch_norm_backward_general.cu"), GENERAL),
+    "batch_norm_statistics.cu": ("tests/test_batch_norm_statistics.py",),
     **dict.fromkeys(("channel_sums.cuh", "batch_norm_double_backward.cu"), DOUBLE),
     "softmax_cross_entropy.cu": ("tests/test_softmax_cross_entropy.py", "tests/regress"),
     "parameter_update.cu": ("tests/test_parameter_update.py", "tests/regress"),
