@@ -133,7 +133,7 @@ def test_one_launch_whose_order_changes_no_bit(emulated: EmulatorRuntime, rng: n
 @pytest.mark.emulator
 def test_more_groups_than_a_grid_is_high(emulated: EmulatorRuntime, rng: np.random.Generator) -> None:
     """A block takes the groups b and b + 65535, one after the other."""
-    x = rng.standard_normal((65540, 3, 2)).astype("float32")
+    x = rng.standard_normal((65540, 9, 2)).astype("float32")
     on_x = emulated.asarray(x)
     out = emulated.asarray(np.zeros_like(x)), emulated.asarray(np.zeros((65540, 3, 2), "float32"))
     with emulated.only_blocks([0, 3]):
