@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -189,3 +191,10 @@ def test_wrong_statistics_and_sums_are_refused(backend: Backend) -> None:
         bn.batch_norm_normalise(x, None, None, None)
     with pytest.raises(TypeError, match="sums must be an array, got None"):
         bn.batch_norm_input_gradient(x, x, None, None, good, None)
+
+
+def test_the_page_does_what_it_says() -> None:
+    page = Path(__file__).parents[1] / "docs" / "synchronised.md"
+    found = doctest.testfile(str(page), module_relative=False)
+    assert found.attempted > 10
+    assert found.failed == 0
