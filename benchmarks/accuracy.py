@@ -8,6 +8,7 @@ Our kernels run on the emulator, so it needs g++.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +20,8 @@ from bnkernels._runtime import accumulator
 from tests import backends
 from tests.oracle import SLACK, STORED, Wide
 
-ROWS, CHANNELS = 16384, 4
+ROWS, CHANNELS = 20000, 4  # no power of two, by which a mean would be exact
+INNER = 100  # rows of an example where PyTorch sees (N, C, L), for which it sums in another way
 EPS = 2.0**-17  # near the usual 1e-5, and the same number in every type
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 FEW = SLACK / 2  # last places, of what is computed and kept in float32 or float64: as in all tests
@@ -131,11 +133,16 @@ def ours(backend: backends.Backend, case: Case) -> Results:
     return {"mean": mean, "mean_low": mean_low, "rstd": rstd, **found}
 
 
-def pytorch(case: Case) -> Results:
-    """Return PyTorch's results on the CPU. Its mean is a single number."""
+def pytorch(case: Case, inner: int = 1) -> Results:
+    """Return PyTorch's results on the CPU, of x as (N, C), or as (N / inner, C, inner). Its mean is a single number."""
     import torch
 
+    torch.set_num_threads(1)
+    channels = case.x.shape[1]
+
     def to(array: np.ndarray) -> torch.Tensor:
+        if array.ndim == 2 and inner > 1:
+            array = np.ascontiguousarray(array.reshape(-1, inner, channels).swapaxes(1, 2))
         if array.dtype.name == "bfloat16":
             return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(array)
@@ -143,8 +150,10 @@ def pytorch(case: Case) -> Results:
     def back(tensor: torch.Tensor) -> np.ndarray:
         tensor = tensor.detach()
         if tensor.dtype == torch.bfloat16:
-            return tensor.view(torch.int16).numpy().view(data_type("bfloat16"))
-        return tensor.numpy()
+            array = tensor.view(torch.int16).numpy().view(data_type("bfloat16"))
+        else:
+            array = tensor.numpy()
+        return array.swapaxes(1, 2).reshape(-1, channels) if array.ndim == 3 else array
 
     x, gamma, beta = (to(array).requires_grad_() for array in case[:3])
     y, mean, rstd = torch.native_batch_norm(x, gamma, beta, None, None, True, 0.1, EPS)
@@ -159,7 +168,9 @@ def ways() -> dict[str, Callable[[Case], Results]]:
         "our kernels, emulated": lambda case: ours(backends.make("emulator"), case),
         "our NumPy twin": lambda case: ours(backends.make("numpy"), case),
     }
-    return found | ({"PyTorch, CPU": pytorch} if version_of("torch") else {})
+    if version_of("torch"):
+        found |= {"PyTorch, CPU, (N, C)": pytorch, "PyTorch, CPU, (N, C, L)": partial(pytorch, inner=INNER)}
+    return found
 
 
 def rounded(found: Errors) -> dict[str, float | str]:

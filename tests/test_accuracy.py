@@ -73,6 +73,15 @@ def test_a_constant_channel_may_have_no_error() -> None:
     assert not accuracy.kept(accuracy.errors(case, right | {"y": next_to}), accuracy.promise(case))
 
 
+@pytest.mark.parametrize("dtype", accuracy.DTYPES)
+@pytest.mark.parametrize("inner", [1, 16])
+def test_pytorch_is_given_the_same_numbers(dtype: str, inner: int) -> None:
+    """A transposed result would be off by as much as it is large: millions of last places."""
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    case = make("z", (64, 5), dtype)
+    assert max(accuracy.errors(case, accuracy.pytorch(case, inner)).values()) < 20
+
+
 def test_the_committed_run_is_whole_and_ours_keep_the_contract() -> None:
     """A run that left out an input, or in which the contract was broken, must not be what the documents show."""
     rows = json.loads((RESULTS / "accuracy.json").read_text(encoding="utf-8"))["errors"]
