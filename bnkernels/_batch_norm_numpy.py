@@ -58,22 +58,23 @@ def _moments(x: np.ndarray, statistics: np.ndarray) -> tuple[np.ndarray, np.ndar
     """Write mean and mean_low; return the variance in the type of `x`, and ``x - mean`` in float64.
 
     Float32 is summed exactly in float64. Float64 has nothing wider: its channels are first shifted by their first
-    value, so that a constant channel is exactly zero, and what is left of their mean is subtracted in a second pass.
+    value, so that the mean of a constant channel is that value, and a second pass about the mean finds what is left of
+    it. Not about the first value: that may be an outlier, next to which all others lose their digits.
     """
     over_batch = _sums(len(x))
-    single = x.dtype == SINGLE
-    centred = x.astype(DOUBLE) if single else x - x[0]
-    shift = over_batch.mean(centred)
-    centred -= shift
     mean, low = statistics[0], statistics[1]
-    if single:
-        mean[...] = shift
-        low[...] = shift - mean
+    if x.dtype == SINGLE:
+        centred = x.astype(DOUBLE)
+        wide = over_batch.mean(centred)
+        centred -= wide
+        mean[...] = wide
+        low[...] = wide - mean
     else:
-        rest = over_batch.mean(centred)
-        centred -= rest
-        np.add(x[0], shift, out=mean)
-        np.add(x[0] - mean, shift + rest, out=low)
+        centred = x - x[0]
+        np.add(x[0], over_batch.mean(centred), out=mean)
+        np.subtract(x, mean, out=centred)
+        low[...] = over_batch.mean(centred)
+        centred -= low
     var = over_batch.mean(centred * centred)
     return var.astype(x.dtype), centred
 
@@ -86,19 +87,15 @@ def _blocks(x: np.ndarray) -> list[slice]:
 
 def _moments_in_blocks(x: np.ndarray, statistics: np.ndarray) -> np.ndarray:
     """Write mean and mean_low of a large matrix; return the variance. Float64 is shifted as in `_moments`."""
-    first = np.zeros(x.shape[1]) if x.dtype == SINGLE else x[0]
-    shift = np.zeros(x.shape[1])
-
-    def centred(rows: slice) -> np.ndarray:
-        block = x[rows].astype(DOUBLE) if x.dtype == SINGLE else x[rows] - first
-        block -= shift
-        return block
-
-    for _ in range(1 if x.dtype == SINGLE else 2):  # the second time what rounding left
-        shift = shift + _mean_of_blocks(x, centred)
-    statistics[0] = first + shift
-    statistics[1] = (first - statistics[0]) + shift
-    return _mean_of_blocks(x, lambda rows: np.square(centred(rows))).astype(x.dtype)
+    mean, low = statistics[0], statistics[1]
+    if x.dtype == SINGLE:
+        wide = _mean_of_blocks(x, lambda rows: x[rows].astype(DOUBLE))
+        mean[...] = wide
+        low[...] = wide - mean
+    else:
+        np.add(x[0], _mean_of_blocks(x, lambda rows: x[rows] - x[0]), out=mean)
+        low[...] = _mean_of_blocks(x, lambda rows: x[rows] - mean)
+    return _mean_of_blocks(x, lambda rows: np.square(_centred(x[rows], mean, low))).astype(x.dtype)
 
 
 def _mean_of_blocks(x: np.ndarray, values: Callable[[slice], np.ndarray]) -> np.ndarray:

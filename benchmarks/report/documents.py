@@ -17,10 +17,10 @@ from typing import Any
 
 from benchmarks import overhead_plot, static
 from benchmarks.harness import RESULTS, ROOT, results_folder
-from benchmarks.report import gpu, ops, overhead, train_step
+from benchmarks.report import accuracy, gpu, ops, overhead, train_step
 from benchmarks.report.text import ABSENT, table
 
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "numerics.md")
+DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("accuracy", "benchmarks", "numerics")))
 PLACES = ("cpu", "cuda")
 BASELINE = ROOT / "tests" / "compile" / "baseline.json"
 ARCHITECTURES = ("80", "90", "120")  # of which the registers are shown: A100, H100, RTX 50
@@ -104,6 +104,7 @@ def sections(results: Path = RESULTS, baseline: Path = BASELINE) -> dict[str, st
         "gpu": gpu.page(results, cases["cuda"]),
         "static": static.table(counts) if (counts := load(results / "static.json")) else f"Counts: {ABSENT}.",
         "kernels": kernels(load(results / "kernels.json"), load(baseline)),
+        "accuracy": accuracy.tables(load(results / "accuracy.json")),
         "numerics": numerics(load(results / "numerics.json")),
     }
 
