@@ -44,6 +44,11 @@ class CudaRuntime:
         with array.device:
             return array.copy(order="C")
 
+    def on_device(self, array: np.ndarray, like: Any) -> Any:
+        """Return a copy of a host array, made on the current stream of the device of `like`."""
+        with like.device:
+            return cupy.asarray(array)
+
     def pointer(self, array: Any) -> int:
         """Return the array's address on its device."""
         return array.data.ptr

@@ -69,6 +69,9 @@ class Runtime(Protocol):
     def contiguous(self, array: Any) -> Any:
         """Return a C-contiguous copy on the device of the array."""
 
+    def on_device(self, array: np.ndarray, like: Any) -> Any:
+        """Return a copy of a host array on the device of the array `like`."""
+
     def pointer(self, array: Any) -> int:
         """Return the address of the array's first element."""
 

@@ -243,8 +243,10 @@ def batch_norm_gradient_sums(
     ----------
     dy : array, shape and type of `x`
         Gradient with respect to the output of this part. Never written.
-    x, gamma, beta, statistics, axis, residual, activation, alpha, mask
+    x, gamma, beta, statistics : array, array or None, array or None, array
         As in `batch_norm_normalise`; the statistics are those of the whole mini-batch.
+    axis, residual, activation, alpha, mask : int, array, str, float, array
+        As in `batch_norm_forward`.
     out : array, shape (3, C), type A, optional
         Where to write the result; C order.
 
@@ -297,10 +299,12 @@ def batch_norm_input_gradient(
 
     Parameters
     ----------
-    dy, x, gamma, beta, statistics, axis, residual, activation, alpha, mask
+    dy, x, gamma, beta, statistics : array, array, array or None, array or None, array
         As in `batch_norm_gradient_sums`.
     sums : array, shape (3, C), type A
         The total of what `batch_norm_gradient_sums` returned for all parts.
+    axis, residual, activation, alpha, mask : int, array, str, float, array
+        As in `batch_norm_forward`.
     out : tuple of arrays, optional
         Where to write what is returned; C order. `dx` may be `dy`, `x` or `residual` itself.
 

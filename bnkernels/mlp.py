@@ -11,6 +11,7 @@ import numpy as np
 
 from bnkernels import _check as check
 from bnkernels.activations import activation_named
+from bnkernels.fused_training import Layer, Network
 from bnkernels.layers import Activation, BatchNorm, Linear
 
 NORMS = ("batch", "none")
@@ -48,6 +49,8 @@ class MLP:
     ----------
     parameters, gradients : array, shape (P,)
         All parameters, and their gradients after a `backward`; the layers hold views.
+    running : array, shape (R,)
+        All running statistics, of which the layers hold views too.
 
     Raises
     ------
@@ -85,10 +88,12 @@ class MLP:
         if dtype not in ("float32", "float64"):
             raise ValueError(f"dtype must be float32 or float64, got {dtype!r}")
         self.norm, self.activation, self.dtype, self.xp = norm, activation, dtype, xp
-        self._lay_out(self._shapes())
+        shapes = self._shapes()
+        self._starts, self.parameters, self._parameters = self._flat(shapes)
+        _, self.gradients, self._gradients = self._flat(shapes)
         self._initialise(np.random.default_rng(seed))
-        options = {"momentum": momentum, "unbiased": unbiased, "eps": eps}
-        self._build(options, check.boolean("track_running_stats", track_running_stats))
+        self._options = {"momentum": momentum, "unbiased": unbiased, "eps": eps}
+        self._build(check.boolean("track_running_stats", track_running_stats))
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         """Return name and shape of every parameter, in order; names start with the number of their layer."""
@@ -100,23 +105,18 @@ class MLP:
             shapes.update({f"{i}.{name}": (outputs,) for name in names})
         return shapes
 
-    def _lay_out(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Make the two flat arrays and the views of every parameter and gradient in them."""
+    def _flat(self, shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, int], Any, dict[str, Any]]:
+        """Return where each of these arrays begins in a flat one of zeros, that one, and the views in it."""
         step = ALIGNMENT // np.dtype(self.dtype).itemsize
         starts, size = {}, 0
         for name, shape in shapes.items():
             starts[name] = size
-            size += -(-math.prod(shape) // step) * step  # the padding is zero and its gradient too
-        self.parameters = self.xp.zeros(size, self.dtype)
-        self.gradients = self.xp.zeros(size, self.dtype)
-
-        def views(flat: Any) -> dict[str, Any]:
-            return {
-                name: flat[starts[name] : starts[name] + math.prod(shape)].reshape(shape)
-                for name, shape in shapes.items()
-            }
-
-        self._parameters, self._gradients = views(self.parameters), views(self.gradients)
+            size += -(-math.prod(shape) // step) * step  # of parameters the padding is zero, and its gradient too
+        flat = self.xp.zeros(size, self.dtype)
+        views = {
+            name: flat[starts[name] : starts[name] + math.prod(shape)].reshape(shape) for name, shape in shapes.items()
+        }
+        return starts, flat, views
 
     def _initialise(self, rng: np.random.Generator) -> None:
         """Draw the weights (He et al. 2015 before a rectifier, else LeCun et al. 1998); gamma is 1, the rest 0."""
@@ -130,11 +130,13 @@ class MLP:
             elif kind == "gamma":
                 view[...] = 1
 
-    def _build(self, options: dict[str, Any], tracked: bool) -> None:
+    def _build(self, tracked: bool) -> None:
         self.layers: list[Any] = []
-        self._running: dict[str, Any] = {}
+        norms = [i for i in range(len(self.sizes) - 2) if self.norm == "batch" and tracked]
+        shapes = {f"{i}.running_{what}": (self.sizes[i + 1],) for i in norms for what in ("mean", "var")}
+        self._running_starts, self.running, self._running = self._flat(shapes)
         self._norms: dict[str, BatchNorm] = {}
-        for i, outputs in enumerate(self.sizes[1:]):
+        for i in range(len(self.sizes) - 1):
             mine = {name.split(".")[1]: view for name, view in self._parameters.items() if name.startswith(f"{i}.")}
             grads = {name.split(".")[1]: view for name, view in self._gradients.items() if name.startswith(f"{i}.")}
             linear = [name for name in mine if name in ("weight", "bias")]
@@ -142,19 +144,17 @@ class MLP:
                 Linear({n: mine[n] for n in linear}, {n: grads[n] for n in linear}, self.xp, first=i == 0)
             )
             if "gamma" in mine:
-                running = ()
-                if tracked:
-                    running = self.xp.zeros(outputs, self.dtype), self.xp.ones(outputs, self.dtype)
+                running = [self._running[f"{i}.running_{what}"] for what in ("mean", "var") if tracked]
                 affine = ("gamma", "beta")
                 norm = BatchNorm(
                     {n: mine[n] for n in affine},
                     {n: grads[n] for n in affine},
                     *running,
                     activation=self.activation,
-                    **options,
+                    **self._options,
                 )
                 if tracked:
-                    self._running |= {f"{i}.running_mean": running[0], f"{i}.running_var": running[1]}
+                    running[1][...] = 1
                     self._norms[f"{i}.batches"] = norm
                 self.layers.append(norm)
             elif i < len(self.sizes) - 2 and self.activation != "identity":
@@ -190,6 +190,26 @@ class MLP:
         """
         for layer in reversed(self.layers):
             dlogits = layer.backward(dlogits)
+
+    @property
+    def fused(self) -> Network:
+        """What `fused_training` trains: where in `parameters` and `running` every layer is."""
+        layers = []
+        for i, (inputs, outputs) in enumerate(pairwise(self.sizes)):
+            of = {kind: self._starts.get(f"{i}.{kind}", -1) for kind in ("weight", "gamma", "beta", "bias")}
+            running = (self._running_starts.get(f"{i}.running_{what}", -1) for what in ("mean", "var"))
+            layers.append(Layer(inputs, outputs, of["weight"], of["gamma"], max(of["beta"], of["bias"]), *running))
+        return Network(tuple(layers), self.activation, **self._options)
+
+    @property
+    def batches(self) -> int:
+        """The number of mini-batches that the running statistics have seen."""
+        return next((norm.batches for norm in self._norms.values()), 0)
+
+    @batches.setter
+    def batches(self, number: int) -> None:
+        for norm in self._norms.values():
+            norm.batches = number
 
     def state(self) -> dict[str, np.ndarray]:
         """Return copies, on the host, of all parameters and running statistics, by name.

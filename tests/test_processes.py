@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from benchmarks.gpu.processes import end, run_limited
+import pytest
+
+from benchmarks.gpu.processes import end, run_limited, start
 
 
 def started(program: str, ready: Path) -> subprocess.Popen:
     """Start a program as `run_limited` does; return when it has written the file, however slow the machine is."""
-    process = subprocess.Popen([sys.executable, "-c", program], preexec_fn=os.setpgrp)
+    process = start([sys.executable, "-c", program])
     deadline = time.monotonic() + 60
     while not (ready.exists() and ready.read_text()):
         assert process.poll() is None, "the program ended"
@@ -27,7 +29,9 @@ def test_the_status_of_a_program_and_none_at_the_limit() -> None:
     assert run_limited([sys.executable, "-c", "import time; time.sleep(60)"], 0.5) is None
 
 
-def test_an_interrupt_lets_a_program_write_what_it_has(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ignored", [False, True], ids=["foreground", "background"])
+def test_an_interrupt_lets_a_program_write_what_it_has(tmp_path: Path, ignored: bool) -> None:
+    """Also where a shell runs all of this in the background, and so has it ignore interrupts."""
     ready, note = tmp_path / "ready", tmp_path / "note"
     program = f"""
 import time
@@ -37,7 +41,12 @@ try:
 except KeyboardInterrupt:
     open({str(note)!r}, "w").write("kept")
 """
-    end(started(program, ready), grace=30)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if ignored else signal.getsignal(signal.SIGINT)
+    try:
+        process = started(program, ready)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    end(process, grace=30)
     assert note.read_text() == "kept"
 
 

@@ -33,16 +33,24 @@ def run_limited(
     grace : float
         Seconds between interrupt and kill; longer than that of whatever the program itself runs.
     """
-    # A group, not a session: what ends this session ends the group with it.
-    process = subprocess.Popen(
-        command, env=environment, stdout=log, stderr=subprocess.STDOUT if log else None, preexec_fn=os.setpgrp
-    )
+    process = start(command, environment, log)
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
         return None
     finally:
         end(process, grace)
+
+
+def start(command: Sequence[str], environment: Mapping[str, str] | None = None, log: Any = None) -> subprocess.Popen:
+    """Start a program in a process group of its own, ready to be interrupted."""
+
+    def prepare() -> None:
+        os.setpgrp()  # a group, not a session: what ends this session ends the group with it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # which is ignored by what a shell runs in the background
+
+    stderr = subprocess.STDOUT if log else None
+    return subprocess.Popen(command, env=environment, stdout=log, stderr=stderr, preexec_fn=prepare)
 
 
 def end(process: subprocess.Popen, grace: float) -> None:

@@ -81,6 +81,10 @@ class EmulatorRuntime(_runtime.Runtime):
         """Return a C-contiguous copy."""
         return self.asarray(array)
 
+    def on_device(self, array: np.ndarray, like: Any) -> EmulatedArray:
+        """Return a copy in the emulator's memory."""
+        return self.asarray(array)
+
     def pointer(self, array: EmulatedArray) -> int:
         """Return the address of the array's first element."""
         address = array.ctypes.data

@@ -1,0 +1,299 @@
+"""Many training steps of a multilayer perceptron in one launch: weights, statistics and optimiser stay on the chip.
+
+CuPy arrays run ``cuda/fused_training.cu``, one block for the whole network; NumPy arrays run the same steps op by op.
+What a network must be to fit is said by `why_not`, a pure function of sizes and limits.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bnkernels import _check as check
+from bnkernels import _runtime as rt
+from bnkernels._fused_training_numpy import train_host
+from bnkernels.activations import activation_named
+
+EXAMPLES = 8  # of a thread, as in cuda/fused_training.cu
+TEAMS = (8, 16, 32)  # threads that share a neuron
+MOST_EXAMPLES = EXAMPLES * TEAMS[-1]
+THREADS = {np.dtype(np.float32): 512, np.dtype(np.float64): 256}  # at most: the kernels' launch bounds
+FEWEST_THREADS = 128  # that a step is shared by, however few neurons there are
+OPTIMIZERS = {"sgd": 0, "momentum": 1, "adam": 2}  # the number of each is also that of its states
+BETA1, BETA2, OPTIMIZER_EPS = 0.9, 0.999, 1e-8  # those of momentum_update and adam_update
+ARGUMENTS = rt.arguments_type(
+    "x labels indices schedule layers parameters first second running losses",
+    "steps batch depth parameter_count running_count rows",
+    "lr beta1 beta2 rest1 rest2 optimizer_eps correction eps alpha",
+    "activation optimizer team",
+)
+NAMES = ("losses", "parameters", "first", "second", "running", "x", "labels", "indices")
+
+
+class Layer(NamedTuple):
+    """A layer: its sizes, and where its parameters and running statistics begin in the flat arrays; -1: it has none.
+
+    Attributes
+    ----------
+    inputs, outputs : int
+        Its sizes.
+    weight : int
+        Where the weights (inputs, outputs) begin in the parameters.
+    gamma : int
+        Where gamma begins; -1 for a layer without batch norm.
+    shift : int
+        Where beta begins, or without batch norm the bias.
+    mean, variance : int
+        Where its running statistics begin, where they are tracked.
+    """
+
+    inputs: int
+    outputs: int
+    weight: int
+    gamma: int
+    shift: int
+    mean: int = -1
+    variance: int = -1
+
+
+class Network(NamedTuple):
+    """What is trained: its layers, of which the last one gives the logits, and the numbers that go with them.
+
+    Attributes
+    ----------
+    layers : tuple of Layer
+        From the inputs to the logits.
+    activation : str
+        Of the hidden layers, with its usual alpha.
+    momentum : float or None
+        Weight of the new statistics in the running ones; None gives the plain average of all mini-batches.
+    unbiased : bool
+        Whether running variances are over N - 1.
+    eps : float
+        Of the batch norms.
+    """
+
+    layers: tuple[Layer, ...]
+    activation: str = "relu"
+    momentum: float | None = 0.1
+    unbiased: bool = True
+    eps: float = 1e-5
+
+
+def shared_bytes(network: Network, batch: int, optimizer: str, dtype: np.dtype, parameters: int, running: int) -> int:
+    """Return the shared memory that a block needs, laid out as ``Kept`` in the kernel."""
+    rows, inputs = sum(layer.outputs for layer in network.layers), network.layers[0].inputs
+    pitch = EXAMPLES * _team(batch) + 4
+    numbers = parameters * (1 + OPTIMIZERS[optimizer]) + running + rt.ceil_div(rows, 4) * 4 + 8
+    return (numbers + pitch * (1 + 2 * inputs + 2 * rows)) * dtype.itemsize
+
+
+def _team(batch: int) -> int:
+    """Return how many threads share a neuron."""
+    return next((team for team in TEAMS if EXAMPLES * team >= batch), TEAMS[-1])
+
+
+def why_not(
+    network: Network, batch: int, optimizer: str, dtype: np.dtype, parameters: int, running: int, limit: int
+) -> str | None:
+    """Return why a network cannot be trained in one block, or None.
+
+    Parameters
+    ----------
+    network, batch, optimizer, dtype
+        As in `fused_training`.
+    parameters, running : int
+        The sizes of these arrays.
+    limit : int
+        Bytes of shared memory that a block may have.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> paper = tuple(Layer(i, o, 0, 0, 0) for i, o in ((784, 100), (100, 100), (100, 100), (100, 10)))
+    >>> why_not(Network(paper), 60, "sgd", np.dtype("float32"), 100_000, 600, 227 * 1024)
+    'it needs 996,288 bytes of shared memory for a mini-batch of 60, and a block has 232,448'
+    """
+    if batch > MOST_EXAMPLES:
+        return f"a neuron's mini-batch is at most {MOST_EXAMPLES} examples, got {batch}"
+    needed = shared_bytes(network, batch, optimizer, dtype, parameters, running)
+    if needed > limit:
+        return f"it needs {needed:,} bytes of shared memory for a mini-batch of {batch}, and a block has {limit:,}"
+    return None
+
+
+def fused_training(
+    network: Network,
+    parameters: Any,
+    state: tuple[Any, ...],
+    running: Any,
+    x: Any,
+    labels: Any,
+    *,
+    batch: int,
+    indices: Any = None,
+    optimizer: str = "sgd",
+    lr: float,
+    steps_before: int = 0,
+    batches_before: int = 0,
+    out: Any = None,
+) -> Any:
+    """Train a network for many steps.
+
+    Parameters
+    ----------
+    network : Network
+        What is trained.
+    parameters : array, shape (P,), float32 or float64
+        All parameters; updated in place. Layers begin at multiples of 4.
+    state : tuple of arrays, shape (P,)
+        Of the optimiser: none, (velocity,) or (first, second); updated in place.
+    running : array, shape (R,), or None
+        All running statistics, updated in place. None: not tracked.
+    x : array, shape (rows, inputs), dtype of `parameters`
+        Examples; C order. Never written.
+    labels : array, shape (rows,), int32
+        Their classes. One outside the classes makes the loss and the parameters NaN.
+    batch : int
+        Examples of a mini-batch, from 2 to 256.
+    indices : array, shape (steps, batch), int32, optional
+        Which rows are the mini-batches. They are not checked: reading them would synchronise. Without them the
+        mini-batches are the rows in their order; what is left over is not used.
+    optimizer : {"sgd", "momentum", "adam"}
+        With the constants of `sgd_update`, `momentum_update` (0.9) and `adam_update`.
+    lr : float
+        Learning rate.
+    steps_before, batches_before : int
+        Steps that the optimiser has made before, for Adam; mini-batches that the running statistics have seen before,
+        for a momentum of None.
+    out : array, shape (steps,), dtype of `parameters`, optional
+        Where to write the losses.
+
+    Returns
+    -------
+    array, shape (steps,), dtype of `parameters`
+        The mean cross-entropy of every step, in nats, before its update.
+
+    Raises
+    ------
+    TypeError
+        If an argument is not an array of the right kind or data type, or arrays of NumPy and CuPy are mixed.
+    ValueError
+        If a shape, layout or value is wrong, arrays overlap, or the network does not fit; nothing is changed then.
+
+    Notes
+    -----
+    One launch, whatever the number of steps; nothing synchronises. The results are those of single ops but for the
+    order of sums: a few roundings a step. Source: ``cuda/fused_training.cu``.
+
+    References
+    ----------
+    .. [1] S. Ioffe and C. Szegedy, "Batch Normalization", 2015, arXiv:1502.03167.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> layers = (Layer(2, 4, 0, 8, 12), Layer(4, 2, 16, -1, 24))
+    >>> weights = np.linspace(-1, 1, 8)
+    >>> parameters = np.concatenate([weights, np.ones(4), np.zeros(4), -weights, np.zeros(4)])
+    >>> x = np.array([[0.0, 0], [1, 1], [0, 1], [1, 0]] * 25)
+    >>> labels = np.array([0, 0, 1, 1] * 25, np.int32)
+    >>> losses = fused_training(Network(layers), parameters, (), None, x, labels, batch=4, lr=0.5)
+    >>> losses.shape, bool(losses[-1] < losses[0])
+    ((25,), True)
+    """
+    activation_named(network.activation)
+    batch, lr = check.integer("batch", batch), check.number("lr", lr, 0)
+    before = check.integer("steps_before", steps_before), check.integer("batches_before", batches_before)
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}; got {optimizer!r}")
+    if len(state) != OPTIMIZERS[optimizer]:
+        raise ValueError(f"state of {optimizer} must be {OPTIMIZERS[optimizer]} arrays, got {len(state)}")
+    first, second = (*state, None, None)[:2]
+    arrays = (out, parameters, first, second, running, x, labels, indices)
+    runtime, steps = _checked(network, batch, arrays)
+    check.no_overlap(runtime, NAMES, arrays, written=5)
+    losses = rt.empty(runtime, (steps,), parameters) if out is None else out
+    schedule = _schedule(network, optimizer, steps, *before)
+    if steps == 0:
+        return losses
+    if runtime is None:
+        train_host(network, parameters, state, running, x, labels, indices, batch, optimizer, lr, before, losses)
+        return losses
+    check.one_device(runtime, NAMES, arrays)
+    count = 0 if running is None else running.size
+    size = (network, batch, optimizer, parameters.dtype, parameters.size, count)
+    reason = why_not(*size, runtime.limits(x).shared_bytes)
+    if reason:
+        raise ValueError(f"the network does not fit in one block: {reason}; train it layer by layer")
+    table, corrections = (runtime.on_device(host, x) for host in (_table(network), schedule.astype(parameters.dtype)))
+    phi = activation_named(network.activation)
+    pointers = rt.addresses(runtime, x, labels, indices, corrections, table, *arrays[1:5], losses)
+    rows = sum(layer.outputs for layer in network.layers)
+    sizes = steps, batch, len(network.layers), parameters.size, count, rows
+    scalars = lr, BETA1, BETA2, 1 - BETA1, 1 - BETA2, OPTIMIZER_EPS, float(network.unbiased), network.eps, phi.alpha
+    codes = phi.code, OPTIMIZERS[optimizer], _team(batch)
+    record = rt.pack(ARGUMENTS[parameters.dtype], *pointers, *sizes, *scalars, *codes)
+    launch = fused_training_launch(network, batch, parameters.dtype, shared_bytes(*size))
+    runtime.launch("fused_training", f"bnk_fused_training_{rt.suffix(parameters.dtype)}", launch, record, x)
+    return losses
+
+
+def fused_training_launch(network: Network, batch: int, dtype: np.dtype, shared: int) -> rt.Launch:
+    """Return the launch: as many threads as the widest layer has work for."""
+    widest = max(layer.outputs for layer in network.layers) * _team(batch)
+    wanted = max(FEWEST_THREADS, batch, min(widest, THREADS[dtype]))
+    return rt.Launch((1, 1, 1), (rt.ceil_div(wanted, 32) * 32, 1, 1), shared)
+
+
+def _table(network: Network) -> np.ndarray:
+    """Return the layers as the kernel takes them, each with the row in which its outputs begin."""
+    rows, table = 0, []
+    for layer in network.layers:
+        table.append((*layer, rows))
+        rows += layer.outputs
+    return np.array(table, np.int32)
+
+
+def _schedule(network: Network, optimizer: str, steps: int, steps_before: int, batches_before: int) -> np.ndarray:
+    """Return of every step, in double precision, the batch-norm momentum and Adam's two corrections."""
+    number = np.arange(1, steps + 1, dtype=np.float64)
+    momentum = 1 / (number + batches_before) if network.momentum is None else np.full(steps, network.momentum)
+    number += steps_before
+    beta1, beta2 = (BETA1, BETA2) if optimizer == "adam" else (0.0, 0.0)
+    return np.stack([momentum, 1 - beta1**number, 1 - beta2**number], axis=1)
+
+
+def _checked(network: Network, batch: int, arrays: tuple) -> tuple[rt.Runtime | None, int]:
+    """Check all arrays; return who runs the network, and the number of steps."""
+    signatures = dict(zip(NAMES, check.signatures(arrays), strict=True))
+    args = check.arguments(signatures, ("losses", "first", "second", "running", "indices"))
+    parameters, x = args["parameters"], args["x"]
+    if parameters.dtype not in rt.SUFFIX:
+        raise TypeError(f"parameters must be float32 or float64, got {parameters.dtype}")
+    if not 2 <= batch <= MOST_EXAMPLES:
+        raise ValueError(
+            f"batch must be from 2 to {MOST_EXAMPLES}, got {batch}; train larger mini-batches layer by layer"
+        )
+    inputs = network.layers[0].inputs
+    if len(x.shape) != 2 or x.shape[1] != inputs:
+        raise ValueError(f"x must have the shape (rows, {inputs}), got {x.shape}")
+    if any(one.outputs != two.inputs for one, two in zip(network.layers, network.layers[1:], strict=False)):
+        raise ValueError(f"each layer must have as many inputs as the one before has outputs, got {network.layers}")
+    ends = [layer.weight + layer.inputs * layer.outputs for layer in network.layers]
+    starts = [offset for layer in network.layers for offset in (layer.weight, layer.gamma, layer.shift)]
+    if max(ends) > parameters.shape[0] or max(starts) >= parameters.shape[0] or any(s % 4 for s in starts if s >= 0):
+        raise ValueError(f"layers must begin at multiples of 4 within the {parameters.shape[0]} parameters")
+    steps = x.shape[0] // batch
+    if args["indices"] is not None:
+        steps = args["indices"].shape[0]
+        check.contiguous(args["indices"], (steps, batch), np.dtype(np.int32))
+    check.contiguous(x, x.shape, parameters.dtype)
+    check.contiguous(args["labels"], x.shape[:1], np.dtype(np.int32))
+    for name in ("parameters", "first", "second"):
+        check.contiguous(args[name], parameters.shape, parameters.dtype)
+    if args["running"] is not None:
+        check.contiguous(args["running"], args["running"].shape, parameters.dtype)
+    check.contiguous(args["losses"], (steps,), parameters.dtype)
+    return rt.runtime_of(parameters.kind), steps
