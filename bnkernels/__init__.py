@@ -11,6 +11,7 @@ from bnkernels.batch_norm_statistics import (
     batch_norm_normalise,
     batch_norm_statistics,
 )
+from bnkernels.fused_training import fused_training
 from bnkernels.mlp import MLP
 from bnkernels.parameter_update import adam_update, momentum_update, sgd_update
 from bnkernels.softmax_cross_entropy import softmax_cross_entropy
@@ -32,6 +33,7 @@ __all__ = [
     "batch_norm_scale_shift",
     "batch_norm_statistics",
     "fold_batch_norm",
+    "fused_training",
     "momentum_update",
     "sgd_update",
     "softmax_cross_entropy",

@@ -129,6 +129,7 @@ def _add_training_options(command: Parser) -> None:
     add(length, "steps", "steps, instead of epochs", type=int, metavar="N")
     add(group, "seed", f"seed of weights and order of the examples (default: {default.seed})", type=int, metavar="N")
     add(group, "device", f"where to train; auto is a GPU where there is one (default: {default.device})")
+    add(group, "engine", f"a step op by op, or many in one launch; auto is the latter (default: {default.engine})")
 
 
 def _add_run_options(command: Parser) -> None:
@@ -249,9 +250,17 @@ def heading(trainer: Trainer) -> str:
         f"network {sizes}, {config.activation}, {config.dtype}\n"
         f"{trainer.total_steps} steps of {config.batch_size} examples, {config.optimizer} at {config.lr:g}, "
         f"seed {config.seed}\n"
-        f"device {trainer.device}\n\n"
+        f"device {trainer.device}; {engines(trainer)}\n\n"
         f"{'':13}{columns}\n{'epoch':>5}{'step':>8}{units}"
     )
+
+
+def engines(trainer: Trainer) -> str:
+    """Return the engine of the networks, with its reason, or each of them where they differ."""
+    chosen = {norm: f"engine {network.engine}" for norm, network in trainer.networks.items()}
+    if len(set(chosen.values())) == 1:
+        return next(iter(chosen.values()))
+    return ", ".join(f"{LABELS[norm]} {engine}" for norm, engine in chosen.items())
 
 
 def row(trainer: Trainer) -> str:

@@ -21,6 +21,7 @@ CHOICES = {
     "optimizer": tuple(DEFAULT_LEARNING_RATES),
     "dtype": ("float32", "float64"),
     "device": ("auto", "cpu", "cuda"),
+    "engine": ("auto", "layers", "fused"),
 }
 
 
@@ -59,6 +60,10 @@ class TrainingConfig:
         The type of data and parameters.
     device : {"auto", "cpu", "cuda"}
         Where to train; ``auto`` is a GPU where one is usable.
+    engine : {"auto", "layers", "fused"}
+        How to make a step: ``layers`` one op after the other, ``fused`` many steps in one launch, on a GPU and for
+        networks that fit on one of its multiprocessors; ``auto`` is the latter where it can be. The results agree up to
+        rounding.
 
     Raises
     ------
@@ -79,6 +84,7 @@ class TrainingConfig:
     seed: int = 0
     dtype: str = "float32"
     device: str = "auto"
+    engine: str = "auto"
 
     def __post_init__(self) -> None:
         """Check every value and fill in the defaults that depend on others."""

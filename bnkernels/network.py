@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from bnkernels._runtime import why_no_cuda
+from bnkernels._runtime import runtime_of, why_no_cuda
 from bnkernels.config import ConfigError, TrainingConfig
+from bnkernels.fused_training import fused_training, why_not
 from bnkernels.mlp import MLP
 from bnkernels.optimizers import make_optimizer
 from bnkernels.softmax_cross_entropy import softmax_cross_entropy
 
 SMALL_PRODUCT = 2**20  # multiplications of a matrix product below which threads wait longer than they compute
+STEPS_PER_LAUNCH = 1000  # of the fused engine, between which a run can be interrupted: a few milliseconds
 EVALUATION_ROWS = 8192  # evaluated at a time, to bound the memory of the activations
 
 
@@ -32,6 +34,16 @@ class Network:
         Inputs, width of each hidden layer, classes.
     xp : module
         ``numpy`` or ``cupy``: where the network lives.
+
+    Attributes
+    ----------
+    engine : str
+        ``layers`` or ``fused``, and the reason where ``auto`` could not be fused.
+
+    Raises
+    ------
+    ConfigError
+        If the engine is to be fused, and cannot.
     """
 
     def __init__(self, norm: str, config: TrainingConfig, sizes: tuple[int, ...], xp: Any) -> None:
@@ -39,11 +51,14 @@ class Network:
         self.optimizer = make_optimizer(config.optimizer, self.model, config.lr)
         self.step = 0
         self.history: list[dict[str, Any]] = []
-        self._batch_size = config.batch_size
+        self._batch_size, self._config = config.batch_size, config
+        self.engine = self._choose_engine(config.engine)
         self._out = (xp.empty(config.batch_size, config.dtype), xp.empty((config.batch_size, sizes[-1]), config.dtype))
 
     def train(self, x: Any, y: Any, first: int, last: int, should_stop: Callable[[], bool]) -> None:
         """Train up to step `last`, or until asked to stop; row 0 of `x` and `y` belongs to step `first`."""
+        if self.engine == "fused":
+            self._train_fused(x, y, first, last, should_stop)
         while self.step < last and not should_stop():
             start = (self.step - first) * self._batch_size
             stop = start + self._batch_size
@@ -52,6 +67,47 @@ class Network:
             self.model.backward(dlogits)
             self.optimizer.step()
             self.step += 1
+
+    def _train_fused(self, x: Any, y: Any, first: int, last: int, should_stop: Callable[[], bool]) -> None:
+        """Do the same in launches of many steps."""
+        config, model, optimizer = self._config, self.model, self.optimizer
+        while self.step < last and not should_stop():
+            steps = min(last - self.step, STEPS_PER_LAUNCH)
+            rows = slice((self.step - first) * self._batch_size, (self.step - first + steps) * self._batch_size)
+            fused_training(
+                model.fused,
+                model.parameters,
+                tuple(optimizer.arrays.values()),
+                model.running if model.running.size else None,
+                x[rows],
+                y[rows],
+                batch=self._batch_size,
+                optimizer=config.optimizer,
+                lr=config.lr,
+                steps_before=optimizer.steps,
+                batches_before=model.batches,
+            )
+            optimizer.steps += steps
+            model.batches += steps
+            self.step += steps
+
+    def _choose_engine(self, wanted: str) -> str:
+        """Return the engine, which ``auto`` takes by the size of the network, with the reason against a fused one."""
+        model = self.model
+        runtime = runtime_of(type(model.parameters))
+        if runtime is None:
+            reason = "it needs a GPU"
+        else:
+            sizes = model.parameters.dtype, model.parameters.size, model.running.size
+            limit = runtime.limits(model.parameters).shared_bytes
+            reason = why_not(model.fused, self._batch_size, self._config.optimizer, *sizes, limit)
+        if wanted == "layers" or (wanted == "auto" and runtime is None):
+            return "layers"
+        if reason is None:
+            return "fused"
+        if wanted == "fused":
+            raise ConfigError(f"the engine cannot be fused: {reason}; take engine layers, or auto")
+        return f"layers (not fused: {reason})"
 
     def evaluate(self, x: Any, y: Any) -> tuple[float, float]:
         """Return the mean cross-entropy (nats) and the accuracy on these examples, with running statistics."""

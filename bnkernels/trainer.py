@@ -22,7 +22,7 @@ from bnkernels.runs import RunFolder, TrainingResult
 
 __all__ = ["ConfigError", "Trainer", "TrainingConfig", "TrainingResult", "resume", "train"]
 
-CHANGEABLE_ON_RESUME = ("data", "device", "epochs", "steps")
+CHANGEABLE_ON_RESUME = ("data", "device", "engine", "epochs", "steps")
 
 
 def never() -> bool:
@@ -246,8 +246,8 @@ def resume(
     on_epoch, should_stop : callable
         As in `train`.
     **options : any
-        Fields of `TrainingConfig`. ``epochs`` or ``steps`` extend the run, ``device`` moves it, ``data`` says where the
-        same data are now; any other must be what the run was started with.
+        Fields of `TrainingConfig`. ``epochs`` or ``steps`` extend the run, ``device`` moves it, ``engine`` goes on in
+        another way, ``data`` says where the same data are now; any other must be what the run was started with.
 
     Returns
     -------

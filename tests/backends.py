@@ -60,6 +60,10 @@ class EmulatedNumPy:
         """Return an emulated copy."""
         return self._runtime.asarray(array)
 
+    def empty(self, shape: Any, dtype: Any) -> emulator.EmulatedArray:
+        """Return an emulated array that nobody has written."""
+        return self._runtime.empty(shape if isinstance(shape, tuple) else (shape,), dtype)
+
     def zeros(self, shape: Any, dtype: Any) -> emulator.EmulatedArray:
         """Return emulated zeros."""
         return self._runtime.asarray(np.zeros(shape, dtype))
