@@ -1,8 +1,8 @@
 """Data whose every sum, root and quotient is exact: results must have the bits of the formulas, wherever they run.
 
 Values lie in symmetric pairs about a dyadic mean, as many as a power of two, and their mean square is 4^k - 1: with
-eps = 1 the root of the variance is a power of two. So no order of summation and no rounding can excuse a difference, and
-a backend is compared with the formulas and not with another one. oneDNN's benchdnn makes its data in this way.
+eps = 1 the root of the variance is a power of two. So no order of summation and no rounding can excuse a difference.
+A backend is compared with the formulas, not with another one. oneDNN's benchdnn makes its data in this way.
 """
 
 from __future__ import annotations
