@@ -18,7 +18,7 @@ LINES = [
 @pytest.mark.parametrize("line", LINES, ids=lambda line: line.split("|")[1].strip()[:60])
 def test_a_promise_has_tests(line: str) -> None:
     promise, tests = line.strip("| ").split(" | ")
-    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", tests)
+    named = re.findall(r"`((?:regress/)?test_\w+\.py)::(test_\w+)`", tests)
     assert promise
     assert named
     assert len(named) == tests.count("`") // 2, "nothing but tests in the second column"

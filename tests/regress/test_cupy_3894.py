@@ -22,7 +22,8 @@ def small_grids(emulated: EmulatorRuntime, monkeypatch: pytest.MonkeyPatch) -> l
     def cut(source: str, entry_point: str, planned: Any, arguments: np.ndarray, like: Any) -> None:
         asked.append(planned.grid)
         x, y, _ = planned.grid
-        grid = (min(x, 2), 1, 1) if source == "parameter_update" else (x, min(y, 2), 1)
+        along_x = source == "parameter_update" or source.endswith("_spread")
+        grid = (min(x, 2), y, 1) if along_x else (x, min(y, 2), 1)
         launch(source, entry_point, replace(planned, grid=grid), arguments, like)
 
     monkeypatch.setattr(emulated, "launch", cut)
@@ -48,3 +49,20 @@ def test_cupy_3894_parameter_update_with_fewer_blocks(
     assert small_grids == [(8, 1, 1)]
     np.testing.assert_allclose(on[2], 0.25 * velocity + gradients, rtol=1e-14, atol=1e-15)
     np.testing.assert_allclose(on[0], parameters - 0.5 * (0.25 * velocity + gradients), rtol=1e-14, atol=1e-15)
+
+
+def test_cupy_3894_slices_of_channels_with_fewer_groups(
+    emulated: EmulatorRuntime, small_grids: list, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Groups of blocks take the slices in turn: with fewer of them the same bits."""
+    x, dy = (emulated.asarray(rng.standard_normal((1024, 104)).astype(np.float32)) for _ in range(2))
+
+    def step() -> list[np.ndarray]:
+        y, statistics = bn.batch_norm_forward(x)
+        return [y, statistics, *bn.batch_norm_backward(dy, x, None, None, statistics)]
+
+    with_fewer = step()
+    assert small_grids == [(7, 1, 1), (13, 1, 1)]
+    monkeypatch.undo()
+    for want, got in zip(step(), with_fewer, strict=True):
+        np.testing.assert_array_equal(got, want)

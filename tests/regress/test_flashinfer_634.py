@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+import bnkernels as bn
 from tests.backends import Backend
 from tests.regress.calls import CALLS, EVERY_ARRAY, make_arrays
+from tests.test_batch_norm_exact_data import OPTIONS, assert_bits, make_case
 
 
 def misaligned(backend: Backend, array: np.ndarray, offset: int) -> Any:
@@ -37,3 +39,32 @@ def test_flashinfer_634_every_array_at_every_offset(
     for array in CALLS[op].names:
         tolerance = 0 if backend.name != "numpy" else 1e-6  # NumPy's own sums may depend on the alignment
         np.testing.assert_allclose(got[array], aligned[array], rtol=tolerance, err_msg=array)
+
+
+@pytest.mark.parametrize("offset", range(1, 8))
+@pytest.mark.parametrize("name", ["x", "y", "dy", "dx"])
+def test_flashinfer_634_halves_at_every_offset(
+    backend: Backend, rng: np.random.Generator, name: str, offset: int
+) -> None:
+    """Eight halves have 16 bytes. The data are exact, so whichever kernel takes the misaligned array, the bits are."""
+    shape = (1024, 40, 1) if offset in (1, 4) else (16, 40, 1)  # the first of them spreads where it is aligned
+    case = make_case(rng, shape, np.dtype(np.float16))
+    x, dy = (
+        misaligned(backend, array[..., 0], offset if of == name else 0)
+        for of, array in (("x", case.x), ("dy", case.dy))
+    )
+    y, dx = (
+        misaligned(backend, np.full(shape[:2], np.nan, np.float16), offset if of == name else 0) for of in ("y", "dx")
+    )
+    vectors = [backend.empty(extent, "float32") for extent in ((3, 40), (40,), (40,))]
+    parameters = backend.arrays(case.gamma, case.beta)
+    options = {
+        "activation": OPTIONS["activation"],
+        "alpha": OPTIONS["alpha"],
+        "residual": backend.asarray(case.residual[..., 0]),
+    }
+    bn.batch_norm_forward(x, *parameters, eps=OPTIONS["eps"], out=(y, vectors[0]), **options)
+    dresidual = backend.empty(shape[:2], np.float16)
+    bn.batch_norm_backward(dy, x, *parameters, vectors[0], out=(dx, *vectors[1:], dresidual), **options)
+    for what, got in {"y": y, "dx": dx, "dresidual": dresidual}.items():
+        assert_bits(backend.asnumpy(got), case.expected[what][..., 0], what)

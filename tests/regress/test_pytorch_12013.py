@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 import bnkernels as bn
+from bnkernels._runtime import accumulator
 from tests import backends
 from tests.backends import Backend
 
-EMPTY = [(0, 5), (4, 0), (0, 0), (1, 0)]
+EMPTY = [(0, 5), (4, 0), (0, 0), (0, 5, 9), (4, 2, 0, 3), (1, 0)]
 
 
 def launched(backend: Backend) -> int:
@@ -17,19 +18,21 @@ def launched(backend: Backend) -> int:
     return len(backends.emulated_runtime().launches) if backend.name == "emulator" else 0
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("shape", EMPTY[:3])
-def test_pytorch_12013_empty_batch_leaves_the_statistics(backend: Backend, shape: tuple[int, int], dtype: str) -> None:
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("shape", EMPTY[:-1])
+def test_pytorch_12013_empty_batch_leaves_the_statistics(backend: Backend, shape: tuple[int, ...], dtype: str) -> None:
     """An empty mini-batch poisoned the running statistics; the outputs must be empty and the statistics the same."""
     if backend.name == "emulator":
         backends.emulated_runtime().reset()
     channels = shape[1]
     x = backend.asarray(np.zeros(shape, dtype))
-    mean, var = running = backend.arrays(np.full(channels, 0.5, dtype), np.full(channels, 2, dtype))
+    wide = accumulator(np.dtype(dtype))
+    mean, var = running = backend.arrays(np.full(channels, 0.5, wide), np.full(channels, 2, wide))
     y, statistics = bn.batch_norm_forward(x, None, None, *running)
     dx, dgamma, dbeta = bn.batch_norm_backward(x, x, None, None, statistics, activation="relu")
     assert y.shape == dx.shape == shape
-    assert y.dtype == dx.dtype == dgamma.dtype == np.dtype(dtype)
+    assert y.dtype == dx.dtype == np.dtype(dtype)
+    assert dgamma.dtype == dbeta.dtype == wide
     for array, expected in ((mean, 0.5), (var, 2), (statistics, 0), (dgamma, 0), (dbeta, 0)):
         np.testing.assert_array_equal(backend.asnumpy(array), expected)
     assert statistics.shape == (3, channels)
@@ -38,7 +41,7 @@ def test_pytorch_12013_empty_batch_leaves_the_statistics(backend: Backend, shape
 
 
 @pytest.mark.parametrize("shape", EMPTY)
-def test_onnxruntime_10128_empty_inference(backend: Backend, shape: tuple[int, int]) -> None:
+def test_onnxruntime_10128_empty_inference(backend: Backend, shape: tuple[int, ...]) -> None:
     """A grid of zero blocks is an invalid configuration; nothing to compute must launch nothing."""
     if backend.name == "emulator":
         backends.emulated_runtime().reset()

@@ -10,6 +10,7 @@ import pytest
 
 import bnkernels as bn
 from tests.backends import Backend
+from tests.test_batch_norm_exact_data import dtype_named
 
 
 @np.errstate(over="ignore")  # NumPy says so, and goes on
@@ -31,3 +32,24 @@ def test_pytorch_162489_infinite_variance_gives_beta(backend: Backend, dtype: st
     alone = backend.arrays(x[:, 1:], gamma[1:], beta[1:])
     other, _ = bn.batch_norm_forward(*alone)
     np.testing.assert_array_equal(y[:, 1:], backend.asnumpy(other))
+
+
+@np.errstate(over="ignore", invalid="ignore")  # bfloat16 reaches as far as float32
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("shape", [(40, 8), (5000, 8), (2, 8, 4096)], ids=str)
+def test_pytorch_162489_in_any_kernel(
+    backend: Backend, rng: np.random.Generator, shape: tuple[int, ...], dtype: str
+) -> None:
+    """Of 16-bit data too, and where the large value is one row's of many that several blocks share."""
+    (x, dy), data = rng.standard_normal((2, *shape)), dtype_named(dtype)
+    x[1, 3] = 1e30
+    beta = rng.standard_normal(8).astype(np.float32)
+    on = backend.arrays(x.astype(data), None, beta)
+    y, statistics = bn.batch_norm_forward(*on)
+    dx, *_ = bn.batch_norm_backward(backend.asarray(dy.astype(data)), *on, statistics)
+    y, dx = backend.asnumpy(y), backend.asnumpy(dx)
+    np.testing.assert_array_equal(y[:, 3], beta[3].astype(data))
+    np.testing.assert_array_equal(dx[:, 3], 0)
+    assert np.isfinite(y.astype(np.float32)).all()
+    others = np.delete(y.astype(np.float32), 3, 1)
+    assert (others.std(axis=tuple(axis for axis in range(y.ndim) if axis != 1)) > 0.9).all()

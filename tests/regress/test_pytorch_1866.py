@@ -72,3 +72,19 @@ def test_pytorch_107199_outputs_are_in_c_order(backend: Backend, rng: np.random.
         assert array.flags.c_contiguous
     want, _ = bn.batch_norm_forward(backend.asarray(x))
     assert_close(backend, y, want)
+
+
+@pytest.mark.parametrize("how", ["one number", "one row", "one column"])
+def test_pytorch_2000_broadcast_gradients_of_large_tensors(
+    backend: Backend, rng: np.random.Generator, how: str
+) -> None:
+    """Strides of 0 where kernels would move 16 bytes at a time."""
+    x, dy = (rng.standard_normal((1024, 64)).astype(np.float32) for _ in range(2))
+    part = {"one number": dy[:1, :1], "one row": dy[:1], "one column": dy[:, :1]}[how]
+    dy = np.broadcast_to(part, x.shape)
+    on_x = backend.asarray(x)
+    _, statistics = bn.batch_norm_forward(on_x)
+    grads = bn.batch_norm_backward(backend.like(dy), on_x, None, None, statistics)
+    exact = oracle.backward(dy, x, None, None, 1e-5)
+    for name, grad in zip(("dx", "dgamma", "dbeta"), grads, strict=True):
+        oracle.assert_within(backend.asnumpy(grad), getattr(exact, name), getattr(exact, f"{name}_bound"), name)

@@ -7,6 +7,7 @@ import pytest
 
 import bnkernels as bn
 from tests.backends import Backend
+from tests.test_batch_norm_exact_data import dtype_named
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -24,6 +25,26 @@ def test_pytorch_5410_constant_channel_is_exactly_beta(backend: Backend, rows: i
     np.testing.assert_array_equal(mean_low, 0)
     np.testing.assert_array_equal(rstd, 1 / np.sqrt(constants.dtype.type(1e-5)))
     np.testing.assert_array_equal(backend.asnumpy(running[0]), constants)
+    np.testing.assert_array_equal(backend.asnumpy(running[1]), 0)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("shape", [(50, 8), (5000, 8), (8, 8, 640)], ids=str)
+def test_pytorch_5410_constant_channels_of_any_size_and_type(
+    backend: Backend, shape: tuple[int, ...], dtype: str
+) -> None:
+    """The larger ones spread over the device; 16-bit constants are summed in float32, up to the largest there is."""
+    data = dtype_named(dtype)
+    constants = np.array([100, 1000, 65504, 0.1, -1 / 3, 0, 16777215, 6.1e-5])
+    constants[6] = constants[6] if dtype != "float16" else -65504
+    constants = constants.astype(data)
+    beta = np.linspace(-1, 2, 8).astype(np.float32)
+    running = backend.arrays(np.ones(8, "float32"), np.ones(8, "float32"))
+    along = (slice(None), *[None] * (len(shape) - 2))
+    x = backend.asarray(np.broadcast_to(constants[along], shape))
+    y, _ = bn.batch_norm_forward(x, None, backend.asarray(beta), *running, momentum=1.0)
+    np.testing.assert_array_equal(backend.asnumpy(y), np.broadcast_to(beta.astype(data)[along], shape))
+    np.testing.assert_array_equal(backend.asnumpy(running[0]), constants.astype(np.float32))
     np.testing.assert_array_equal(backend.asnumpy(running[1]), 0)
 
 

@@ -6,15 +6,18 @@ import numpy as np
 import pytest
 
 import bnkernels as bn
+from bnkernels._runtime import accumulator
 from tests import oracle
 from tests.backends import Backend
+from tests.test_batch_norm_layouts import as_rows
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_pytorch_70901_seventy_five_thousand_rows(backend: Backend, rng: np.random.Generator, dtype: str) -> None:
     """75,000 overflowed a half-precision count, and the mean became 0."""
     x = (rng.standard_normal((75000, 1)) + 2).astype(dtype)
-    running = backend.arrays(np.zeros(1, dtype), np.zeros(1, dtype))
+    wide = accumulator(x.dtype)
+    running = backend.arrays(np.zeros(1, wide), np.zeros(1, wide))
     y, _ = bn.batch_norm_forward(backend.asarray(x), None, None, *running, momentum=1.0)
     exact = oracle.forward(x, None, None, 1e-5)
     u = oracle.unit_roundoff(x.dtype)
@@ -23,13 +26,18 @@ def test_pytorch_70901_seventy_five_thousand_rows(backend: Backend, rng: np.rand
     oracle.assert_within(backend.asnumpy(y), exact.y, exact.z_bound, "y")
 
 
-def test_onnxruntime_831_training_and_inference_agree(backend: Backend, rng: np.random.Generator) -> None:
-    """A vendor's fast path was wrong on ordinary input, and only inference afterwards showed it."""
-    x = rng.uniform(-2, 2, (4096, 8)).astype(np.float32)
-    on_x, running = backend.asarray(x), backend.arrays(np.zeros(8, "float32"), np.ones(8, "float32"))
+@pytest.mark.parametrize(("shape", "low"), [((4096, 8), -2), ((8, 64, 16, 16), -2), ((8, 64, 16, 16), 0)])
+def test_onnxruntime_831_training_and_inference_agree(
+    backend: Backend, rng: np.random.Generator, shape: tuple[int, ...], low: int
+) -> None:
+    """A vendor's fast path was wrong on ordinary input, and only inference afterwards showed it. cumo 339 too."""
+    x = rng.uniform(low, 2, shape).astype(np.float32)
+    channels = shape[1]
+    on_x, running = backend.asarray(x), backend.arrays(np.zeros(channels, "float32"), np.ones(channels, "float32"))
     trained, _ = bn.batch_norm_forward(on_x, None, None, *running, momentum=1.0)
     frozen = backend.asnumpy(bn.batch_norm_inference(on_x, None, None, *running))
-    exact = oracle.forward(x, None, None, 1e-5)
-    oracle.assert_within(backend.asnumpy(trained), exact.y, exact.z_bound, "training")
-    biased = np.sqrt(oracle.Wide(4095) / 4096)  # running_var is the unbiased one
-    oracle.assert_within(frozen, exact.y * biased, exact.z_bound, "inference")
+    rows = x.size // channels
+    exact = oracle.forward(as_rows(x, 1), None, None, 1e-5)
+    oracle.assert_within(as_rows(backend.asnumpy(trained), 1), exact.y, exact.z_bound, "training")
+    biased = np.sqrt(oracle.Wide(rows - 1) / rows)  # running_var is the unbiased one
+    oracle.assert_within(as_rows(frozen, 1), exact.y * biased, exact.z_bound, "inference")

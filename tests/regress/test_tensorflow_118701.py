@@ -8,6 +8,7 @@ import pytest
 import bnkernels as bn
 from tests import oracle
 from tests.backends import Backend
+from tests.test_batch_norm_layouts import as_rows
 
 
 def check_against_oracle(
@@ -42,18 +43,31 @@ def test_tensorflow_118701_offsets(
     check_against_oracle(backend, x, offset=offset)
 
 
-def test_tt_metal_45968_half_spread_around_five(backend: Backend, rng: np.random.Generator) -> None:
-    """E[x^2] - E[x]^2 lost all digits and gave NaN; the output's deviation must be 1."""
-    x = (rng.choice([-5, 5], 64) + 0.1 * rng.standard_normal((128, 64))).astype(np.float32)
-    y, _ = check_against_oracle(backend, x, eps=0.0)
-    np.testing.assert_allclose(y.astype(np.float64).std(0), 1, rtol=1e-6)
+@pytest.mark.parametrize("offset", [1e4, 1e7])
+@pytest.mark.parametrize("shape", [(2, 3, 64, 64), (1024, 64)])
+def test_tensorflow_118701_large_tensors(
+    backend: Backend, rng: np.random.Generator, shape: tuple[int, ...], offset: float
+) -> None:
+    """Images of three channels, as upstream, and a matrix: both spread over the device."""
+    x = (offset + rng.standard_normal(shape)).astype(np.float32)
+    dy = np.linspace(-1, 2, x.size, dtype=np.float32).reshape(shape)
+    on_x = backend.asarray(x)
+    y, statistics = bn.batch_norm_forward(on_x)
+    dx, *_ = bn.batch_norm_backward(backend.asarray(dy), on_x, None, None, statistics)
+    rows = as_rows(x, 1)
+    exact = oracle.forward(rows, None, None, 1e-5)
+    oracle.assert_within(as_rows(backend.asnumpy(y), 1), exact.y, exact.z_bound, "y")
+    exact = oracle.backward(as_rows(dy, 1), rows, None, None, 1e-5)
+    oracle.assert_within(as_rows(backend.asnumpy(dx), 1), exact.dx, exact.dx_bound, "dx")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_flax_1491_variance_is_never_negative(backend: Backend, rng: np.random.Generator, dtype: str) -> None:
+@pytest.mark.parametrize(("dtype", "channels"), [("float32", 2), ("float64", 2), ("float32", 8)])
+def test_flax_1491_variance_is_never_negative(
+    backend: Backend, rng: np.random.Generator, channels: int, dtype: str
+) -> None:
     """The cancelled variance came out below zero and its root NaN; rstd must not exceed that of a zero variance."""
-    x = (1e3 + 1e-3 * rng.standard_normal((4096, 2))).astype(dtype)
-    running = backend.arrays(np.zeros(2, dtype), np.zeros(2, dtype))
+    x = (1e3 + 1e-3 * rng.standard_normal((4096, channels))).astype(dtype)
+    running = backend.arrays(np.zeros(channels, dtype), np.zeros(channels, dtype))
     bn.batch_norm_forward(backend.asarray(x), None, None, *running, momentum=1.0)
     _, rstd = check_against_oracle(backend, x, offset=1e3)
     assert (rstd <= 1 / np.sqrt(1e-5)).all()
