@@ -7,6 +7,7 @@ from benchmarks import (
     bench_batch_norm_double_backward,
     bench_batch_norm_masked,
     bench_batch_norm_statistics,
+    bench_fused_training,
     bench_parameter_update,
     bench_softmax_cross_entropy,
 )
@@ -20,6 +21,7 @@ OPS: dict[str, Op] = {
         bench_batch_norm_masked.OP,
         bench_batch_norm_statistics.OP,
         bench_softmax_cross_entropy.OP,
+        bench_fused_training.OP,
         *bench_parameter_update.OPS.values(),
     )
 }

@@ -21,6 +21,7 @@ from bnkernels._batch_norm_plan import BACKWARD, FORWARD, INFERENCE
 from bnkernels._batch_norm_spread import ARGUMENTS as SPREAD
 from bnkernels.batch_norm_double_backward import ARGUMENTS as DOUBLE_BACKWARD
 from bnkernels.batch_norm_statistics import ARGUMENTS as STATISTICS
+from bnkernels.fused_training import ARGUMENTS as FUSED_TRAINING
 from bnkernels.softmax_cross_entropy import ARGUMENTS as SOFTMAX_CROSS_ENTROPY
 from tests.compile import __main__ as command
 from tests.compile import nvrtc, ptx
@@ -36,6 +37,7 @@ LAYOUTS = {
     "bnk_batch_norm_forward_general": general.FORWARD,
     "bnk_batch_norm_backward_general": general.BACKWARD,
     "bnk_batch_norm_statistics": STATISTICS,
+    "bnk_fused_training": FUSED_TRAINING,
     "bnk_parameter_update": parameter_update.ARGUMENTS,
     "bnk_softmax_cross_entropy": SOFTMAX_CROSS_ENTROPY,
 }

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 
 import bnkernels as bn
-from bnkernels.config import ConfigError, TrainingConfig
+from benchmarks import bench_fused_training
+from benchmarks.bench_train_step import SIZES, Variant, check, mini_batches
+from benchmarks.case import Case
+from benchmarks.places import cast, to_float64
+from benchmarks.steps.ours import FusedStep
+from benchmarks.steps.step import initial_state
+from bnkernels.config import DEFAULT_LEARNING_RATES, ConfigError, TrainingConfig
 from bnkernels.fused_training import OPTIMIZERS
 from bnkernels.mlp import MLP
 from bnkernels.network import Network
@@ -280,3 +286,26 @@ def test_the_engine_is_chosen_by_place_and_size_and_says_why(backend: Backend) -
     with pytest.raises(ConfigError, match=r"the engine cannot be fused: it needs .* bytes of shared memory"):
         network_on(backend, "batch", hidden=(1000, 1000), engine="fused")
     assert network_on(backend, "batch", engine="layers").engine == "layers"
+
+
+@pytest.mark.parametrize("norm", ["batch", "none"])
+@pytest.mark.parametrize("name", RATES)
+def test_the_benchmarked_steps_are_right(backend: Backend, name: str, norm: str) -> None:
+    """`check` raises unless the losses are those of float64."""
+    rate = DEFAULT_LEARNING_RATES[name]
+    step = FusedStep(initial_state(SIZES, norm), name, rate, xp=backend.xp)
+    assert check(Variant("bnkernels fused", norm, name), step, mini_batches()[:4]) >= 0
+    assert step.optimizer.steps == 4
+
+
+@pytest.mark.parametrize("direction", bench_fused_training.NORMS)
+def test_the_benchmarked_call_starts_anew_every_time(direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_fused_training, "STEPS", 5)
+    case = Case("fused_training", direction, (8, 6))
+    drawn = np.random.default_rng(0).standard_normal
+    arrays = cast(case, bench_fused_training.inputs(case, lambda shape: drawn(shape, dtype="float32")))
+    (exact,) = bench_fused_training.reference(case, to_float64(arrays), np)
+    for prepare in (bench_fused_training.ours, bench_fused_training.layers):
+        call = prepare(case, arrays)
+        for _ in range(2):
+            np.testing.assert_allclose(call()[0], exact, rtol=1e-4)

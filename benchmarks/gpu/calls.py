@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,9 @@ def calls(dtype: np.dtype) -> list[tuple[Op, list[np.ndarray]]]:
         found.append((batch_norm, [x, dy, *vectors(rng, dtype, shape[1]), residual]))
     if dtype.itemsize == 2:
         return found
+    x, labels = rng.standard_normal((5 * 20, 6)).astype(dtype), rng.integers(0, 3, 5 * 20).astype(np.int32)
+    model = bn.MLP((6, 9, 3), dtype=dtype.name, activation="tanh")
+    found.append((partial(fused_training, model.fused), [model.parameters, model.running, x, labels]))
     states = [rng.standard_normal(SIZE).astype(dtype) for _ in range(2)]
     moments = [np.zeros(SIZE, dtype) for _ in range(2)]
     return [*found, (sgd, states), (momentum, [*states, moments[0]]), (adam, [*states, *moments])]
@@ -75,6 +79,12 @@ def general_batch_norm(
     sums = bn.batch_norm_gradient_sums(dy, x, gamma, beta, merged, **options)
     (dx,) = bn.batch_norm_input_gradient(dy, x, gamma, beta, merged, sums, **options)
     return [y, means, variances, *gradients, part, moments[0], mean, var, sums, dx]
+
+
+def fused_training(network: Any, parameters: Any, running: Any, x: Any, labels: Any) -> Sequence[Any]:
+    """Train five steps in one launch."""
+    losses = bn.fused_training(network, parameters, (), running, x, labels, batch=20, lr=0.1)
+    return parameters, running, losses
 
 
 def sgd(parameters: Any, gradients: Any) -> Sequence[Any]:

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.case import NotSupportedError
-from benchmarks.steps.step import ArrayStep, Maker, State, norm_of, sizes_of
-from bnkernels import MLP, softmax_cross_entropy
+from benchmarks.steps.step import ArrayStep, Batches, Maker, State, norm_of, sizes_of
+from bnkernels import MLP, fused_training, softmax_cross_entropy
 from bnkernels._runtime import why_no_cuda
-from bnkernels.optimizers import make_optimizer
+from bnkernels.optimizers import OPTIMIZERS, make_optimizer
 
 
 class OurStep(ArrayStep):
@@ -67,4 +67,35 @@ class OurStep(ArrayStep):
         return losses
 
 
-MAKERS = (Maker("bnkernels", "cpu", OurStep), Maker("bnkernels", "cuda", OurStep.on_cupy, why_no_cuda))
+class FusedStep(OurStep):
+    """Many steps in one launch: all mini-batches of a `run`."""
+
+    def prepare_all(self, batches: Batches) -> tuple[Any, Any]:
+        """Return all examples and all labels, one mini-batch behind the other."""
+        self.batch = len(batches[0][0])
+        return tuple(self.xp.asarray(np.concatenate(parts)) for parts in zip(*batches, strict=True))
+
+    def run(self, prepared: tuple[Any, Any]) -> None:
+        """Train on every mini-batch."""
+        self._train(*prepared)
+
+    def losses(self, prepared: tuple[Any, Any]) -> np.ndarray:
+        """Train on every mini-batch; return the mean loss of each."""
+        return self.to_host(self._train(*prepared)).astype(np.float64)
+
+    def _train(self, x: Any, labels: Any) -> Any:
+        model, optimizer = self.model, self.optimizer
+        state = tuple(optimizer.arrays.values())
+        running = model.running if model.running.size else None
+        name = next(name for name, kind in OPTIMIZERS.items() if type(optimizer) is kind)
+        options = {"batch": self.batch, "optimizer": name, "lr": optimizer.lr, "steps_before": optimizer.steps}
+        losses = fused_training(model.fused, model.parameters, state, running, x, labels, **options)
+        optimizer.steps += len(losses)
+        return losses
+
+
+MAKERS = (
+    Maker("bnkernels", "cpu", OurStep),
+    Maker("bnkernels", "cuda", OurStep.on_cupy, why_no_cuda),
+    Maker("bnkernels fused", "cuda", FusedStep.on_cupy, why_no_cuda),
+)

@@ -18,6 +18,7 @@ from bnkernels._batch_norm_spread import ARGUMENTS as SPREAD
 from bnkernels._runtime import SUFFIX
 from bnkernels.batch_norm_double_backward import ARGUMENTS as DOUBLE_BACKWARD
 from bnkernels.batch_norm_statistics import ARGUMENTS as STATISTICS
+from bnkernels.fused_training import ARGUMENTS as FUSED_TRAINING
 from bnkernels.parameter_update import ARGUMENTS as PARAMETER_UPDATE
 from bnkernels.softmax_cross_entropy import ARGUMENTS as SOFTMAX_CROSS_ENTROPY
 from tests.regress.calls import CALLS, make_arrays
@@ -33,6 +34,7 @@ LAYOUTS = {
     "BatchNormForwardGeneral": general.FORWARD,
     "BatchNormBackwardGeneral": general.BACKWARD,
     "BatchNormStatistics": STATISTICS,
+    "FusedTraining": FUSED_TRAINING,
     "SoftmaxCrossEntropy": SOFTMAX_CROSS_ENTROPY,
     "ParameterUpdate": PARAMETER_UPDATE,
 }
