@@ -19,8 +19,8 @@
 // Called by: bnkernels/fused_training.py
 #include "activation.cuh"
 #include "common.cuh"
+#include "team.cuh"
 
-constexpr int EXAMPLES = 8;  // of a thread
 enum Optimizer { SGD = 0, MOMENTUM = 1, ADAM = 2 };
 // Of a layer: its sizes; where in the parameters its weights, gamma (-1: no batch norm) and beta or bias begin; where in
 // running its mean and variance; and in which row of all activations its outputs begin.
@@ -41,100 +41,6 @@ struct FusedTraining {
     long long steps, batch, depth, parameter_count, running_count, rows;  // rows: outputs of all layers
     T lr, beta1, beta2, rest1, rest2, optimizer_eps, correction, eps, alpha;
     int activation, optimizer, team;
-};
-
-template <typename T>
-struct alignas(16) Four {
-    T of[4];
-};
-
-// The examples of a thread, and the sums of its team.
-template <typename T>
-struct Team {
-    int size, lane, number, count;  // count: teams of the block
-    int batch, pitch;               // pitch: from a row of examples to the next
-
-    __device__ __forceinline__ Team(int size, int batch)
-        : size(size),
-          lane(threadIdx.x % size),
-          number(threadIdx.x / size),
-          count(blockDim.x / size),
-          batch(batch),
-          pitch(EXAMPLES * size + 4) {}  // 4 more: rows one below the other begin in different banks
-
-    // Which example the i-th of a thread is: four side by side, as one access takes them.
-    __device__ __forceinline__ int example(int i) const { return i / 4 * 4 * size + 4 * lane + i % 4; }
-    __device__ __forceinline__ bool has(int i) const { return example(i) < batch; }
-
-    __device__ __forceinline__ void load(T (&values)[EXAMPLES], const T* row) const {
-#pragma unroll
-        for (int i = 0; i < EXAMPLES; i += 4) {
-            const Four<T> four = *reinterpret_cast<const Four<T>*>(row + example(i));
-#pragma unroll
-            for (int j = 0; j < 4; ++j) values[i + j] = four.of[j];
-        }
-    }
-
-    // 0 where there is no example.
-    __device__ __forceinline__ void store(T* row, const T (&values)[EXAMPLES]) const {
-#pragma unroll
-        for (int i = 0; i < EXAMPLES; i += 4) {
-            Four<T> four;
-#pragma unroll
-            for (int j = 0; j < 4; ++j) four.of[j] = has(i + j) ? values[i + j] : T(0);
-            *reinterpret_cast<Four<T>*>(row + example(i)) = four;
-        }
-    }
-
-    // Over all examples, the same in every thread of the team. All threads of the warp must call.
-    __device__ __forceinline__ T sum(const T (&values)[EXAMPLES]) const {
-        T total = T(0);
-#pragma unroll
-        for (int i = 0; i < EXAMPLES; ++i) total += has(i) ? values[i] : T(0);
-        for (int apart = size / 2; apart > 0; apart /= 2) total += __shfl_xor_sync(0xffffffffu, total, apart);
-        return total;
-    }
-
-    // values += sum_k weights[k step] rows[k]
-    __device__ __forceinline__ void add_product(T (&values)[EXAMPLES], const T* weights, int step, const T* rows,
-                                                int terms) const {
-#pragma unroll 4
-        for (int k = 0; k < terms; ++k) {
-            T row[EXAMPLES];
-            load(row, rows + k * pitch);
-            const T weight = weights[k * step];
-#pragma unroll
-            for (int i = 0; i < EXAMPLES; ++i) values[i] = fma(weight, row[i], values[i]);
-        }
-    }
-};
-
-// What the block keeps in shared memory, in this order. Rows of examples have the team's pitch.
-template <typename T>
-struct Kept {
-    T* parameters;
-    T* first;
-    T* second;
-    T* running;
-    T* rstd;      // of every row, where there is a batch norm
-    T* losses;    // a row: of every example
-    T* schedule;  // of this step and the next, 4 numbers each
-    T* x;         // (inputs, examples), of this step and the next
-    T* h;         // (rows, examples): outputs of the layers; of the last one the logits, then their gradients
-    T* z;         // (rows, examples): before the activation, with batch norm less the mean; then their gradients
-
-    __device__ __forceinline__ Kept(T* shared, const FusedTraining<T>& a, int inputs, int pitch) {
-        parameters = shared;
-        first = parameters + a.parameter_count;
-        second = first + (a.first ? a.parameter_count : 0);
-        running = second + (a.second ? a.parameter_count : 0);
-        rstd = running + a.running_count;
-        losses = rstd + (a.rows + 3) / 4 * 4;
-        schedule = losses + pitch;
-        x = schedule + 8;
-        h = x + 2 * inputs * pitch;
-        z = h + a.rows * pitch;
-    }
 };
 
 // One step after the other; all threads of the block call everything.
@@ -296,6 +202,7 @@ struct Trainer {
 #pragma unroll
             for (int i = 0; i < EXAMPLES; ++i) product[i] = g[i] * z[i];
             const T sum_g = team.sum(g), sum_product = gamma < 0 ? T(0) : team.sum(product);
+            __syncwarp();  // all of the team have read what its first thread is about to change
             if (!active) continue;
             if (gamma >= 0) {
                 const T mean_g = sum_g / n, slope_z = sum_product * rstd * rstd / n;

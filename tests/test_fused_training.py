@@ -102,6 +102,21 @@ def test_two_hundred_steps_in_float32_learn_what_the_layers_learn(
     assert np.isfinite(parameters).all()
 
 
+def test_a_mean_far_from_0_costs_no_digits(backend: Backend, rng: np.random.Generator) -> None:
+    """In float32 a sum of 64 numbers of 2^20 is a multiple of 8, and the mean made of it up to 1/16 off."""
+    model, exact = (MLP((1, 4, 3), dtype=dtype, activation="tanh") for dtype in ("float32", "float64"))
+    model.parameters[:4] = [1, 0.5, 2, -1]  # so that all products are exact
+    exact.parameters[:] = 0
+    for name, array in model.state().items():
+        exact.load_state(exact.state() | {name: array})
+    x = 2.0**20 + rng.integers(0, 12, (64, 1))
+    y = (x[:, 0] % 3).astype(np.int32)
+    losses, _, running, *_ = in_one(backend, model, "sgd", x.astype("float32"), y, 64)
+    right, _, exact_running, *_ = in_one(backends.make("numpy"), exact, "sgd", x, y, 64)
+    np.testing.assert_allclose(losses, right, rtol=1e-6)
+    np.testing.assert_allclose(running[running != 0], exact_running[exact_running != 0], rtol=1e-6)
+
+
 @pytest.mark.parametrize(("momentum", "unbiased"), [(None, True), (0.3, False)])
 def test_running_statistics_move_as_the_layers_move_them(
     backend: Backend, rng: np.random.Generator, momentum: float | None, unbiased: bool

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .mutant_list_double_backward import MUTANTS as DOUBLE_BACKWARD
+from .mutant_list_fused import MUTANTS as FUSED
 from .mutant_list_general import MUTANTS as GENERAL
 from .mutants import Mutant
 
@@ -15,6 +16,7 @@ SOFTMAX, UPDATE = "softmax_cross_entropy.cu", "parameter_update.cu"
 MUTANTS = [
     *DOUBLE_BACKWARD,
     *GENERAL,
+    *FUSED,
     # ---- barriers, warps, races
     Mutant(
         "forward: no barrier before the merge",

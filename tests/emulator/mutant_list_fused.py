@@ -1,0 +1,86 @@
+"""The bugs that `mutants.py` plants in the fused training steps."""
+
+from __future__ import annotations
+
+from .mutants import Mutant
+
+FUSED, TEAM = "fused_training.cu", "team.cuh"
+STEPS = "test_steps_are_those_of_the_layers and sgd"
+
+MUTANTS = [
+    Mutant(
+        "fused: no barrier behind a layer",
+        FUSED,
+        "            forward(layer, step);\n            __syncthreads();\n",
+        "            forward(layer, step);\n",
+        select=STEPS,
+    ),
+    Mutant(
+        "fused: weights change before the gradients have used them",
+        FUSED,
+        "            backward(layer, step);\n            __syncthreads();\n",
+        "            backward(layer, step);\n",
+        select=STEPS,
+    ),
+    Mutant(
+        "fused: the next step begins before this one has ended",
+        FUSED,
+        "        finish(step);\n        __syncthreads();\n",
+        "        finish(step);\n",
+        ("plain", "tsan"),
+        "test_steps_are_those_of_the_layers and sgd and sizes0",
+    ),
+    Mutant(
+        "fused: the next mini-batch over this one",
+        FUSED,
+        "kept.x + (step & 1) * field(0, INPUTS) * team.pitch",
+        "kept.x",
+        select=STEPS,
+    ),
+    Mutant(
+        "fused: the variance about a mean that rounding has moved",
+        FUSED,
+        "z[i] -= rest;",
+        "z[i] -= T(0);",
+        select="far_from",
+    ),
+    Mutant("fused: dz without the mean of g", FUSED, "fma(z[i], slope_z, mean_g)", "z[i] * slope_z", select=STEPS),
+    Mutant(
+        "fused: beta's gradient goes to gamma",
+        FUSED,
+        "update(gamma + neuron, sum_product * rstd, step)",
+        "update(gamma + neuron, sum_g, step)",
+        select=STEPS,
+    ),
+    Mutant("fused: Adam without its first correction", FUSED, "(first / schedule_of(step)[1])", "first", select="adam"),
+    Mutant(
+        "fused: rows are taken in their order",
+        FUSED,
+        "a.indices ? a.indices[first + example] : first + example",
+        "first + example",
+        select="indices",
+    ),
+    Mutant("fused: the gradient of a sum, not of a mean", FUSED, "/ T(team.batch) + poison", "+ poison", select=STEPS),
+    Mutant(
+        "fused: the state is not written back",
+        FUSED,
+        "    copy(a.first, kept.first, a.parameter_count);\n",
+        "",
+        select="two_calls",
+    ),
+    Mutant(
+        "team: examples that are not there are added",
+        TEAM,
+        "total += has(i) ? values[i] : T(0);",
+        "total += values[i];",
+        select=STEPS,
+    ),
+    Mutant(
+        "team: examples that are not there are kept",
+        TEAM,
+        "has(i + j) ? values[i + j] : T(0)",
+        "values[i + j]",
+        select=STEPS,
+    ),
+    Mutant("team: half of it is added up", TEAM, "apart = size / 2", "apart = size / 4", select=STEPS),
+]
