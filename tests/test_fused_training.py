@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from benchmarks.places import cast, to_float64
 from benchmarks.steps.ours import FusedStep
 from benchmarks.steps.step import initial_state
 from bnkernels.config import DEFAULT_LEARNING_RATES, ConfigError, TrainingConfig
-from bnkernels.fused_training import OPTIMIZERS
+from bnkernels.fused_training import OPTIMIZERS, shared_bytes
 from bnkernels.mlp import MLP
 from bnkernels.network import Network
 from bnkernels.optimizers import make_optimizer
@@ -324,3 +325,13 @@ def test_the_benchmarked_call_starts_anew_every_time(direction: str, monkeypatch
         call = prepare(case, arrays)
         for _ in range(2):
             np.testing.assert_allclose(call()[0], exact, rtol=1e-4)
+
+
+def test_the_page_names_the_bytes_that_are_needed() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "fused_training.md").read_text(encoding="utf-8")
+    for sizes in ((64, 20, 10), (64, 100, 10)):
+        model = MLP(sizes)
+        given = model.fused, 64
+        rest = np.dtype("float32"), model.parameters.size, model.running.size
+        sgd, adam = (round(shared_bytes(*given, name, *rest) / 1024) for name in ("sgd", "adam"))
+        assert f"| {'-'.join(map(str, sizes))} | {sgd} KiB | {adam} KiB |" in page
