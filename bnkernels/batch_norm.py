@@ -122,8 +122,8 @@ def batch_norm_forward(
     >>> mean
     array([2., 0.])
     """
-    call, plain = None, mask is None and grouped is False and renorm is None
-    if plain:
+    call = None
+    if mask is None and grouped is False and renorm is None:
         given = running_mean, running_var, x, residual, gamma, beta
         call = plans.FORWARD_LAUNCHES.again(out, given, momentum, eps, axis, activation, alpha, unbiased)
         if call is True:
@@ -132,7 +132,7 @@ def batch_norm_forward(
     momentum, unbiased = check.number("momentum", momentum, 0, 1), check.boolean("unbiased", unbiased)
     eps = check.number("eps", eps, 0)
     axis, phi = check.integer("axis", axis), activation_named(activation, alpha)
-    if not plain or is_narrow(x, gamma, beta):
+    if mask is not None or grouped is not False or renorm is not None or is_narrow(x, gamma, beta):
         options = Options(phi, eps, momentum, unbiased, check.renorm_limits(renorm))
         named = {"y": y, "statistics": statistics, "running_mean": running_mean, "running_var": running_var}
         named |= {"x": x, "residual": residual, "mask": mask, "gamma": gamma, "beta": beta}
@@ -217,15 +217,15 @@ def batch_norm_backward(
     >>> bool(abs(dx.sum()) < 1e-15), dbeta
     (True, array([1.]))
     """
-    given = dy, x, residual, gamma, beta, statistics
-    call, plain = None, mask is None and grouped is False
-    if plain:
+    given, call = (dy, x, residual, gamma, beta, statistics), None
+    if mask is None and grouped is False:
         call = plans.BACKWARD_LAUNCHES.again(out, given, None, None, axis, activation, alpha)
         if call is True:
             return out
     outputs = check.pack_gradients(out, residual)
     axis, phi = check.integer("axis", axis), activation_named(activation, alpha)
-    if not plain or is_narrow(x, gamma, beta) or getattr(statistics, "shape", ())[-2:-1] == (5,):
+    renormalised = getattr(statistics, "shape", ())[-2:-1] == (5,)
+    if mask is not None or grouped is not False or renormalised or is_narrow(x, gamma, beta):
         named = dict(zip(GRADIENTS, outputs, strict=True)) | {"dy": dy, "x": x, "residual": residual, "mask": mask}
         named |= {"gamma": gamma, "beta": beta, "statistics": statistics}
         returned = GRADIENTS if residual is not None else GRADIENTS[:3]

@@ -78,14 +78,14 @@ def batch_norm_inference(
     """
     given = x, residual, gamma, beta, running_mean, running_var
     outputs = None if out is None else (out,)
-    call, plain = None, mask is None and grouped is False
-    if plain:
+    call = None
+    if mask is None and grouped is False:
         call = plans.INFERENCE_LAUNCHES.again(outputs, given, None, eps, axis, activation, alpha)
         if call is True:
             return out
     eps = check.number("eps", eps, 0)
     axis, phi = check.integer("axis", axis), activation_named(activation, alpha)
-    if not plain or is_narrow(x, gamma, beta):
+    if mask is not None or grouped is not False or is_narrow(x, gamma, beta):
         named = {"out": out, "x": x, "residual": residual, "mask": mask, "gamma": gamma, "beta": beta}
         named |= {"running_mean": running_mean, "running_var": running_var}
         return run(Stage.FROZEN, named, ("out",), Options(phi, eps), axis, check.boolean("grouped", grouped))[0]
@@ -160,15 +160,15 @@ def batch_norm_inference_backward(
     (array([[1.5]]), array([6.]), array([3.]))
     """
     given, running = (dy, x, residual, gamma, beta), (running_mean, running_var)
-    call, plain = None, mask is None and grouped is False
-    if plain:
+    call = None
+    if mask is None and grouped is False:
         call = plans.BACKWARD_LAUNCHES.again(out, given + running, None, eps, axis, activation, alpha)
         if call is True:
             return out
     eps = check.number("eps", eps, 0)
     outputs = check.pack_gradients(out, residual)
     axis, phi = check.integer("axis", axis), activation_named(activation, alpha)
-    if not plain or is_narrow(x, gamma, beta):
+    if mask is not None or grouped is not False or is_narrow(x, gamma, beta):
         named = dict(zip(GRADIENTS, outputs, strict=True)) | {"dy": dy, "x": x, "residual": residual, "mask": mask}
         named |= {"gamma": gamma, "beta": beta, "running_mean": running_mean, "running_var": running_var}
         returned = GRADIENTS if residual is not None else GRADIENTS[:3]
