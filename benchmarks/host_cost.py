@@ -76,12 +76,13 @@ def nothing(source: str, entry_point: str, launch: _runtime.Launch, arguments: n
     """Stand for the launch of another runtime."""
 
 
-@cache
+_standins = cache(StandinRuntime)
+
+
 def standins() -> StandinRuntime:
-    """Return the one runtime of stand-ins, known to the ops."""
-    runtime = StandinRuntime()
-    _runtime.register(runtime)
-    return runtime
+    """Return the one runtime of stand-ins, known to the ops from now on."""
+    _runtime.register(_standins())
+    return _standins()
 
 
 def our_calls(asarray: Callable[[Any], Any]) -> Calls:

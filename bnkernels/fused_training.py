@@ -113,7 +113,7 @@ def why_not(
     >>> import numpy as np
     >>> paper = tuple(Layer(i, o, 0, 0, 0) for i, o in ((784, 100), (100, 100), (100, 100), (100, 10)))
     >>> why_not(Network(paper), 60, "sgd", np.dtype("float32"), 100_000, 600, 227 * 1024)
-    'it needs 996,288 bytes of shared memory for a mini-batch of 60, and a block has 232,448'
+    'it needs 999,088 bytes of shared memory for a mini-batch of 60, and a block has 232,448'
     """
     if batch > MOST_EXAMPLES:
         return f"a neuron's mini-batch is at most {MOST_EXAMPLES} examples, got {batch}"

@@ -134,7 +134,7 @@ def test_device_auto_says_where_it_trains(capsys, monkeypatch):
     monkeypatch.setattr("bnkernels.network.why_no_cuda", lambda: "no driver answers")
     code, out, _ = run(capsys, *SMALL, "--device", "auto", "--epochs", "1")
     assert code == 0
-    assert "device cpu, because no driver answers\n" in out
+    assert "device cpu, because no driver answers; engine layers\n" in out
 
 
 def test_json_is_one_document_and_the_content_of_metrics(capsys):
@@ -284,7 +284,7 @@ def test_help_names_every_option_and_its_default(capsys):
     assert code == 0
     options = set(re.findall(r"--[a-z-]+", out))
     expected = (
-        "dataset data hidden batch-size norm activation optimizer lr epochs steps seed dtype device checkpoint "
+        "dataset data hidden batch-size norm activation optimizer lr epochs steps seed dtype device engine checkpoint "
         "resume out quiet json help"
     )
     assert options == {f"--{name}" for name in expected.split()}
