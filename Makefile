@@ -14,7 +14,7 @@ PARALLEL = -n auto --dist worksteal
 CXX_FILES = $(shell find cuda tests/emulator benchmarks -name "*.cu" -o -name "*.cuh" -o -name "*.h" -o -name "*.cpp")
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check format compile emulate mutants coverage bench host-cost features traffic notebooks clean
+.PHONY: help train test check format compile emulate mutants coverage bench host-cost first-call features traffic notebooks clean
 .PHONY: gpu gpu-test gpu-sanitize gpu-bench gpu-dry-run
 
 help: ## list the targets
@@ -56,6 +56,9 @@ bench: $(BENCH) ## measure everything that this machine can, beside the rivals; 
 
 host-cost: $(BENCH) ## time the Python part of a batch-norm call, beside PyTorch's call on one number
 	$(RUN) -m benchmarks.host_cost
+
+first-call: $(TEST) ## time what the first call of a new process costs: compilation, and what remains with a warm cache
+	$(RUN) -m benchmarks.first_call
 
 features: $(TEST) ## what batch norm can do, and how many tests stand behind each line
 	$(RUN) -m tests.features

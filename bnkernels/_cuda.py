@@ -29,7 +29,6 @@ class CudaRuntime:
 
     def __init__(self) -> None:
         self._kernels: dict[tuple[int, str], Any] = {}
-        self._modules: dict[tuple[int, str], Any] = {}
         self._limits: dict[int, Limits] = {}
         self._workspaces: dict[tuple[int, int], Any] = {}
         self._lock = threading.Lock()
@@ -107,11 +106,11 @@ class CudaRuntime:
 
     def _compiled(self, device: int, source: str, entry_point: str) -> Any:
         with self._lock:
-            module = self._modules.get((device, source))
-            if module is None:
-                module = cupy.RawModule(code=_source.read(source), options=_source.OPTIONS)
-                self._modules[device, source] = module
-            kernel = module.get_function(entry_point)
-            if source.endswith("_spread"):
-                kernel.max_dynamic_shared_size_bytes = self._limits[device].shared_bytes
-            return self._kernels.setdefault((device, entry_point), kernel)
+            kernel = self._kernels.get((device, entry_point))
+            if kernel is None:
+                code = _source.read(source, entry_point)
+                kernel = cupy.RawModule(code=code, options=_source.OPTIONS).get_function(entry_point)
+                if device in self._limits:  # which every launch with more shared memory than usual has asked for
+                    kernel.max_dynamic_shared_size_bytes = self._limits[device].shared_bytes
+                self._kernels[device, entry_point] = kernel
+            return kernel

@@ -11,6 +11,9 @@ from pathlib import Path
 OPTIONS = ("--std=c++17", "--fmad=false")
 
 _INCLUDE = re.compile(r'[ \t]*#[ \t]*include[ \t]+"([^"]+)"[ \t]*')
+# A macro that makes a kernel, and the name of that with ## in it; and a line that calls a macro.
+_MACRO = re.compile(r"^#define (\w+)\(([\w, ]+)\)(?:[^\n]*\\\n)+?[^\n]*\w+\((bnk_[\w#]+),", re.MULTILINE)
+_CALL = re.compile(r"([A-Z_]+)\((.*)\)$")
 _PRAGMA_ONCE = re.compile(r"[ \t]*#[ \t]*pragma[ \t]+once[ \t]*")
 
 # An installed package carries the sources inside itself, a checkout beside itself.
@@ -42,8 +45,11 @@ def stems() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in folder().glob("*.cu")))
 
 
-def read(stem: str) -> str:
+def read(stem: str, entry_point: str | None = None) -> str:
     """Return ``cuda/<stem>.cu`` with our headers in place of their ``#include`` lines, each once.
+
+    Of the kernels that the file makes at its end, one line each, only `entry_point` if that is given: the variants and
+    data types that a program does not need would take it seconds to compile.
 
     One self-contained text, because CuPy's kernel cache looks only at the text: a change in an included header would go
     unnoticed. ``#line`` directives keep compiler messages at the right file and line; they name no folder of this
@@ -53,8 +59,44 @@ def read(stem: str) -> str:
     ------
     FileNotFoundError
         If there is no such translation unit, or one of the headers is missing.
+    LookupError
+        If it makes no such kernel.
     """
-    return _inline(f"{stem}.cu", set())
+    text = _inline(f"{stem}.cu", set())
+    if entry_point is None:
+        return text
+    lines = text.split("\n")
+    made = _kernels(text)
+    if entry_point not in made.values():
+        raise LookupError(f"cuda/{stem}.cu makes no kernel {entry_point}; it makes {', '.join(made.values())}")
+    return "\n".join("" if made.get(number, entry_point) != entry_point else line for number, line in enumerate(lines))
+
+
+def entry_points(stem: str) -> tuple[str, ...]:
+    """Return the names of the kernels that ``cuda/<stem>.cu`` makes."""
+    return tuple(_kernels(read(stem)).values())
+
+
+def _kernels(text: str) -> dict[int, str]:
+    """Return the name of the kernel that each line makes, by the number of the line.
+
+    Such a line begins with a macro: BNK_KERNEL with the name of the kernel, or one whose definition has that name,
+    pasted together of the macro's arguments.
+    """
+    macros = {name: (parameters.split(", "), pasted) for name, parameters, pasted in _MACRO.findall(text)}
+    found = {}
+    for number, line in enumerate(text.split("\n")):
+        call = _CALL.match(line)
+        if call is None:
+            continue
+        arguments = call[2].split(", ")
+        if call[1].startswith("BNK_KERNEL"):
+            found[number] = arguments[0]
+        elif call[1] in macros:
+            parameters, pasted = macros[call[1]]
+            given = dict(zip(parameters, arguments, strict=True))
+            found[number] = "".join(given.get(part, part) for part in pasted.split("##"))
+    return found
 
 
 def _inline(name: str, seen: set[str]) -> str:

@@ -109,7 +109,7 @@ def test_what_no_strides_describe_is_copied_beside_itself(
 def test_source_and_options_are_those_declared(cupy: types.ModuleType, rng: np.random.Generator) -> None:
     bn.batch_norm_forward(cupy.asarray(batch(rng)[0]))
     ((_, code, options),) = cupy.driver.compiled
-    assert code == _source.read("batch_norm_forward")
+    assert code == _source.read("batch_norm_forward", "bnk_batch_norm_forward_held4_f32")
     assert options == _source.OPTIONS
 
 
@@ -122,7 +122,10 @@ def test_a_kernel_is_compiled_and_looked_up_once_per_device(cupy: types.ModuleTy
         _, statistics = bn.batch_norm_forward(x, gamma, beta)
         bn.batch_norm_backward(dy, x, gamma, beta, statistics)
         bn.batch_norm_inference(x, gamma, beta, gamma, beta)
-    sources = {_source.read("batch_norm_forward"), _source.read("batch_norm_backward")}
+    sources = {
+        _source.read(f"batch_norm_{source}", f"bnk_batch_norm_{kernel}_f32")
+        for source, kernel in (("forward", "forward_held4"), ("backward", "backward_held4"), ("forward", "inference"))
+    }
     assert {(device, code) for device, code, _ in cupy.driver.compiled} == {(d, s) for d in (0, 1) for s in sources}
     assert set(cupy.driver.compiled.values()) == {1}
     assert len(cupy.driver.functions) == 6, "three kernels on two devices"

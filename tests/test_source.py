@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,3 +96,38 @@ def test_the_message_names_all_places_searched(sources: Path) -> None:
     with pytest.raises(FileNotFoundError, match="install the package again") as error:
         _source.folder()
     assert f"searched {sources / 'absent'} and {sources};" in str(error.value)
+
+
+ENTRY_POINTS = [(stem, name) for stem in _source.stems() for name in _source.entry_points(stem)]
+
+
+def test_every_kernel_of_the_baseline_is_made_by_one_line() -> None:
+    baseline = Path(__file__).parent / "compile" / "baseline.json"
+    names = [name for _, name in ENTRY_POINTS]
+    assert sorted(names) == sorted(json.loads(baseline.read_text(encoding="utf-8"))["registers"])
+
+
+@pytest.mark.parametrize(("stem", "entry_point"), ENTRY_POINTS)
+def test_the_text_of_one_kernel_is_the_whole_without_the_lines_of_the_others(stem: str, entry_point: str) -> None:
+    whole, alone = (_source.read(stem, name).split("\n") for name in (None, entry_point))
+    assert len(alone) == len(whole), "or the compiler's messages name wrong lines"
+    changed = [line for line, kept in zip(whole, alone, strict=True) if line != kept]
+    assert len(changed) == len(_source.entry_points(stem)) - 1
+    assert set(_source._kernels("\n".join(alone)).values()) == {entry_point}
+
+
+def test_a_kernel_that_is_not_made_lists_those_that_are() -> None:
+    with pytest.raises(
+        LookupError, match=r"cuda/batch_norm_statistics\.cu makes no kernel bnk_x; it makes bnk_batch_.*_f32, bnk"
+    ):
+        _source.read("batch_norm_statistics", "bnk_x")
+
+
+def test_a_kernel_compiles_alone() -> None:
+    nvrtc = pytest.importorskip("tests.compile.nvrtc", exc_type=ImportError)
+    try:
+        nvrtc.version()
+    except (RuntimeError, OSError) as error:
+        pytest.skip(f"NVRTC is not installed: {error}")
+    name = "bnk_batch_norm_backward_held4_f32"
+    assert list(nvrtc.resources(_source.read("batch_norm_backward", name), 90)) == [name]
