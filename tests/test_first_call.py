@@ -26,7 +26,7 @@ def test_a_new_process_reads_the_texts_and_reports_what_goes_wrong() -> None:
     imported, read, compiled = first_call.child(kernels, "read")
     assert 0 < read < imported < 60
     assert compiled == []
-    with pytest.raises(RuntimeError, match="LookupError: cuda/batch_norm_statistics.cu makes no kernel bnk_x"):
+    with pytest.raises(RuntimeError, match=r"LookupError: cuda/batch_norm_statistics\.cu makes no kernel bnk_x"):
         first_call.child([("batch_norm_statistics", "bnk_x")], "read")
 
 
