@@ -8,10 +8,11 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 HERE = Path(__file__).absolute().parent
@@ -128,23 +129,30 @@ def kernel_library(name: str, source: str, sources: Mapping[str, str]) -> Path:
         raise EmulatorError(f"expected one of {sorted(sources)}, got {source}.cu")
     build = BUILDS[name]
     engine = engine_library(name)
-    flags = [*KERNEL_FLAGS, *_machine_flags(), *build.kernel]
+    flags = (*KERNEL_FLAGS, *_machine_flags(), *build.kernel)
     used = {file: text for file, text in sources.items() if file == f"{source}.cu" or file.endswith(".cuh")}
-    with _folder(
-        source, name, str(engine), *flags, *(part for item in sorted(used.items()) for part in item)
-    ) as folder:
+    unit = _kernel_unit(source, flags, used)
+    with _folder(source, name, str(engine), str(unit)) as folder:
         library = folder / f"{source}.so"
         if not library.exists():
+            _compile(["-shared", str(unit), str(engine), *build.link], library)
+    return library
+
+
+def _kernel_unit(source: str, flags: Sequence[str], used: Mapping[str, str]) -> Path:
+    """Return the object file of ``<source>.cu``, compiled if need be; builds with the same flags share it."""
+    headers = [path.read_text() for path in HEADERS]
+    with _folder(source, *flags, *headers, *chain.from_iterable(sorted(used.items()))) as folder:
+        unit = folder / f"{source}.o"
+        if not unit.exists():
             texts = folder / "cuda"
             texts.mkdir(exist_ok=True)
             for file, text in used.items():
                 (texts / file).write_text(text)
             # Compiled from within the folder, so that reports name cuda/<file> wherever the cache is.
             names = ["-include", str(HEADERS[0]), f"-ffile-prefix-map={folder}=.", "-x", "c++"]
-            unit = folder / f"{source}.o"
             _compile([*flags, *names, "-c", f"cuda/{source}.cu"], unit)
-            _compile(["-shared", str(unit), str(engine), *build.link], library)
-    return library
+    return unit
 
 
 @contextmanager
