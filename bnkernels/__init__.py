@@ -12,6 +12,7 @@ from bnkernels.batch_norm_statistics import (
     batch_norm_statistics,
 )
 from bnkernels.fused_training import fused_training
+from bnkernels.linear_batch_norm import linear_batch_norm_backward, linear_batch_norm_forward
 from bnkernels.mlp import MLP
 from bnkernels.parameter_update import adam_update, momentum_update, sgd_update
 from bnkernels.softmax_cross_entropy import softmax_cross_entropy
@@ -34,6 +35,8 @@ __all__ = [
     "batch_norm_statistics",
     "fold_batch_norm",
     "fused_training",
+    "linear_batch_norm_backward",
+    "linear_batch_norm_forward",
     "momentum_update",
     "sgd_update",
     "softmax_cross_entropy",

@@ -6,7 +6,6 @@ One architecture here; ``make compile`` takes them all.
 from __future__ import annotations
 
 import copy
-import json
 import re
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from bnkernels._batch_norm_spread import ARGUMENTS as SPREAD
 from bnkernels.batch_norm_double_backward import ARGUMENTS as DOUBLE_BACKWARD
 from bnkernels.batch_norm_statistics import ARGUMENTS as STATISTICS
 from bnkernels.fused_training import ARGUMENTS as FUSED_TRAINING
+from bnkernels.linear_batch_norm import ARGUMENTS as LINEAR_BATCH_NORM
 from bnkernels.softmax_cross_entropy import ARGUMENTS as SOFTMAX_CROSS_ENTROPY
 from tests.compile import __main__ as command
 from tests.compile import nvrtc, ptx
@@ -38,6 +38,7 @@ LAYOUTS = {
     "bnk_batch_norm_backward_general": general.BACKWARD,
     "bnk_batch_norm_statistics": STATISTICS,
     "bnk_fused_training": FUSED_TRAINING,
+    **{f"bnk_linear_batch_norm_{direction}": layout for direction, layout in LINEAR_BATCH_NORM.items()},
     "bnk_parameter_update": parameter_update.ARGUMENTS,
     "bnk_softmax_cross_entropy": SOFTMAX_CROSS_ENTROPY,
 }
@@ -65,10 +66,7 @@ def test_no_kernel_spills(table: command.Table) -> None:
 
 
 def test_kernels_and_registers_are_those_of_the_baseline(table: command.Table) -> None:
-    baseline = json.loads(command.BASELINE.read_text(encoding="utf-8"))
-    architecture = str(ARCHITECTURE)
-    baseline["registers"] = {k: {architecture: row[architecture]} for k, row in baseline["registers"].items()}
-    assert command.differences(command.baseline_of(table, nvrtc.version()), baseline) == []
+    assert command.compare(command.baseline_of(table, nvrtc.version())) == []
 
 
 def test_the_argument_struct_has_the_size_that_python_packs(assembly: str) -> None:
@@ -160,6 +158,18 @@ def test_every_difference_from_the_baseline_is_told(table: command.Table) -> Non
     ]
     found["nvrtc"] = "14.0"
     assert command.differences(found, baseline) == ["new: not in the baseline", "gone: in the baseline, but gone"]
+
+
+def test_some_architectures_are_compared_with_theirs(
+    table: command.Table, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "measure", lambda architectures: table if architectures == [90] else {})
+    assert command.main(["--only", "90"]) == 0
+    assert "kernels for 1 architectures" in capsys.readouterr().out
+    for arguments, message in ((["--only", "12"], "not for [12]"), (["--only", "90", "--update"], "leave out --only")):
+        with pytest.raises(SystemExit):
+            command.main(arguments)
+        assert message in capsys.readouterr().err
 
 
 def test_the_command_fails_on_a_difference(

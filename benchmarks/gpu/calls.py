@@ -36,6 +36,9 @@ def calls(dtype: np.dtype) -> list[tuple[Op, list[np.ndarray]]]:
     mask = rng.random((3, 20)) < 0.7
     of_groups = [np.stack([array] * 3) for array in vectors(rng, dtype)[:2]]
     found.append((general_batch_norm, [x, dy, *vectors(rng, dtype), *of_groups, residual, mask]))
+    for rows in ROWS:  # up to two tiles of rows, and as many blocks as meet
+        x, weight, dy = (rng.standard_normal(s).astype(dtype) for s in ((rows, 40), (40, CHANNELS), (rows, CHANNELS)))
+        found.append((linear_batch_norm, [x, weight, dy, *vectors(rng, dtype)]))
     for shape in SHARED if dtype.itemsize <= 4 else []:
         x, dy, residual = (rng.standard_normal(shape).astype(dtype) for _ in range(3))
         found.append((batch_norm, [x, dy, *vectors(rng, dtype, shape[1]), residual]))
@@ -79,6 +82,13 @@ def general_batch_norm(
     sums = bn.batch_norm_gradient_sums(dy, x, gamma, beta, merged, **options)
     (dx,) = bn.batch_norm_input_gradient(dy, x, gamma, beta, merged, sums, **options)
     return [y, means, variances, *gradients, part, moments[0], mean, var, sums, dx]
+
+
+def linear_batch_norm(x: Any, weight: Any, dy: Any, gamma: Any, beta: Any, mean: Any, var: Any) -> Sequence[Any]:
+    """Train one step, forward and backward."""
+    y, z, statistics = bn.linear_batch_norm_forward(x, weight, gamma, beta, mean, var, activation="tanh")
+    gradients = bn.linear_batch_norm_backward(dy, x, weight, gamma, beta, z, statistics, activation="tanh")
+    return [y, z, statistics[0], statistics[2], mean, var, *gradients]
 
 
 def fused_training(network: Any, parameters: Any, running: Any, x: Any, labels: Any) -> Sequence[Any]:

@@ -26,6 +26,7 @@ def main() -> int:
         "mutants", help="plant bugs in the kernels; fail unless the tests notice all of them"
     )
     planting.add_argument("--every", type=int, default=1, metavar="N", help="only every Nth of them, for a quick look")
+    planting.add_argument("--name", default="", metavar="TEXT", help="only those whose name begins with it")
     separator = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     arguments = sys.argv[separator + 1 :]
     options = parser.parse_args(sys.argv[1:separator])
@@ -33,7 +34,8 @@ def main() -> int:
         if options.command == "coverage":
             return coverage(arguments)
         if options.command == "mutants":
-            return check(MUTANTS[:: max(1, options.every)])
+            chosen = [mutant for mutant in MUTANTS if mutant.name.startswith(options.name)]
+            return check(chosen[:: max(1, options.every)])
         return run(options.build, options.module, arguments)
     except EmulatorError as error:
         print(error, file=sys.stderr)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from .mutant_list_double_backward import MUTANTS as DOUBLE_BACKWARD
 from .mutant_list_fused import MUTANTS as FUSED
 from .mutant_list_general import MUTANTS as GENERAL
+from .mutant_list_linear import MUTANTS as LINEAR
 from .mutants import Mutant
 
 COMMON, FORWARD, BACKWARD = "common.cuh", "batch_norm_forward.cu", "batch_norm_backward.cu"
-MOMENTS, SPREAD, VECTOR = "moments.cuh", "spread.cuh", "vector.cuh"
+MEET, MOMENTS, SPREAD, VECTOR = "meet.cuh", "moments.cuh", "spread.cuh", "vector.cuh"
 FORWARD_SPREAD, BACKWARD_SPREAD = "batch_norm_forward_spread.cu", "batch_norm_backward_spread.cu"
 HALF, ACTIVATION, CHANNEL = "half.cuh", "activation.cuh", "channel.cuh"
 SOFTMAX, UPDATE = "softmax_cross_entropy.cu", "parameter_update.cu"
@@ -17,6 +18,7 @@ MUTANTS = [
     *DOUBLE_BACKWARD,
     *GENERAL,
     *FUSED,
+    *LINEAR,
     # ---- barriers, warps, races
     Mutant(
         "forward: no barrier before the merge",
@@ -253,7 +255,7 @@ MUTANTS = [
     # ---- slices that several blocks share
     Mutant(
         "spread: a block arrives without a fence",
-        SPREAD,
+        MEET,
         "        __threadfence();\n        const unsigned ticket",
         "        const unsigned ticket",
         ("tsan",),
@@ -261,14 +263,12 @@ MUTANTS = [
     ),
     Mutant(
         "spread: no barrier behind the meeting",
-        SPREAD,
+        MEET,
         "        __threadfence();\n    }\n    __syncthreads();\n",
         "        __threadfence();\n    }\n",
     ),
-    Mutant("spread: nobody waits", SPREAD, "(ticket / blocks + 1) * blocks", "ticket"),
-    Mutant(
-        "spread: the last block waits for the next meeting", SPREAD, "(ticket / blocks + 1)", "(ticket / blocks + 2)"
-    ),
+    Mutant("spread: nobody waits", MEET, "(ticket / blocks + 1) * blocks", "ticket"),
+    Mutant("spread: the last block waits for the next meeting", MEET, "(ticket / blocks + 1)", "(ticket / blocks + 2)"),
     Mutant(
         "spread: the next slice's partial results over those of this one",
         SPREAD,

@@ -25,10 +25,15 @@ TESTS = {  # the quickest first: the first failure ends a run
     "moments.cuh": (*BATCH_NORM, "tests/test_batch_norm_statistics.py"),
     "batch_norm_forward.cu": (*BATCH_NORM, "tests/test_running_statistics.py"),
     **dict.fromkeys(
-        ("spread.cuh", "vector.cuh", "batch_norm_forward_spread.cu", "batch_norm_backward_spread.cu"), SPREAD
+        ("meet.cuh", "spread.cuh", "vector.cuh", "batch_norm_forward_spread.cu", "batch_norm_backward_spread.cu"),
+        SPREAD,
     ),
     **dict.fromkeys(("general.cuh", "batch_norm_forward_general.cu", "batch_norm_backward_general.cu"), GENERAL),
     **dict.fromkeys(("fused_training.cu", "team.cuh"), ("tests/test_fused_training.py",)),
+    **dict.fromkeys(
+        ("product.cuh", "linear_batch_norm.cuh", "linear_batch_norm_forward.cu", "linear_batch_norm_backward.cu"),
+        ("tests/test_linear_batch_norm.py",),
+    ),
     "batch_norm_statistics.cu": ("tests/test_batch_norm_statistics.py",),
     **dict.fromkeys(("channel_sums.cuh", "batch_norm_double_backward.cu"), DOUBLE),
     "softmax_cross_entropy.cu": ("tests/test_softmax_cross_entropy.py", "tests/regress"),

@@ -1,0 +1,84 @@
+"""Which linear batch norms run as one kernel, and with which launch: a pure function of sizes and limits.
+
+The thresholds follow from what the kernels of ``cuda/linear_batch_norm_*.cu`` hold on the chip; none has been tuned.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from bnkernels import _runtime as rt
+from bnkernels._batch_norm_spread import ARRIVALS, MOST_BLOCKS
+from bnkernels._runtime import Launch, Limits, ceil_div
+
+THREADS, TERMS = 256, 32  # PRODUCT_THREADS and TERMS of cuda/product.cuh
+MOST_ROWS, MOST_NEURONS = 512, 1024  # beyond, a library's product is faster than what a launch costs
+TEAMS = (1, 2, 4, 8)  # of a block: so many times as many columns as a thread multiplies
+
+
+class Sizes(NamedTuple):
+    """(N, K) times (K, M), and the type of the data."""
+
+    rows: int
+    inputs: int
+    outputs: int
+    dtype: np.dtype
+
+    @property
+    def columns(self) -> int:
+        """The columns that a thread multiplies, COLUMNS of cuda/product.cuh."""
+        return 16 // rt.accumulator(self.dtype).itemsize
+
+    @property
+    def pitch(self) -> int:
+        """From the row of a neuron to the next, in a tile."""
+        return ceil_div(self.rows, 4) * 4 + 4
+
+    def product_numbers(self, width: int) -> int:
+        """Return how many numbers a product keeps in shared memory: TERMS of both factors, or all partial sums."""
+        lanes = (8, 16, 32)
+        factors = max(TERMS * (8 * lane + 4 + width) for lane in lanes)
+        return max(factors, *(THREADS // lane * self.columns * (8 * lane + 4) for lane in lanes))
+
+
+@lru_cache(maxsize=1024)
+def choose(direction: str, sizes: Sizes, limits: Limits, input_gradient: bool = True) -> tuple[Launch, int] | None:
+    """Return the launch and how many neurons a block owns at a time, or None where library products are to be taken.
+
+    They are taken for more than 512 examples or 1024 inputs or outputs, where something is empty, and where the device
+    cannot do what the kernel needs. A block owns as few neurons as leave no multiprocessor more than one block.
+
+    Examples
+    --------
+    >>> h200 = Limits(132, 227 * 1024, 228 * 1024, True)
+    >>> choose("forward", Sizes(64, 64, 20, np.dtype("float32")), h200)
+    (Launch(grid=(5, 1, 1), block=(256, 1, 1), shared_bytes=38464, cooperative=False), 4)
+    >>> choose("forward", Sizes(1024, 64, 20, np.dtype("float32")), h200) is None
+    True
+    """
+    rows, inputs, outputs, dtype = sizes
+    if not (0 < rows <= MOST_ROWS and 0 < inputs <= MOST_NEURONS and 0 < outputs <= MOST_NEURONS):
+        return None
+    widths = [teams * sizes.columns for teams in TEAMS]
+    width = next((width for width in widths if ceil_div(outputs, width) <= limits.sms), widths[-1])
+    tile, product = width * sizes.pitch, sizes.product_numbers(width)
+    numbers = tile + product if direction == "forward" else max(2 * tile, product)
+    shared = numbers * rt.accumulator(dtype).itemsize
+    if shared > limits.shared_bytes:
+        return None
+    blocks = ceil_div(outputs, width)
+    if direction == "backward":
+        wanted = max(blocks, ceil_div(inputs, width)) if input_gradient else blocks
+        blocks = min(1 << (wanted - 1).bit_length(), 1 << (min(limits.sms, MOST_BLOCKS).bit_length() - 1))
+    together = direction == "backward" and input_gradient and blocks > 1
+    if together and not limits.cooperative:
+        return None
+    return Launch((blocks, 1, 1), (THREADS, 1, 1), shared, cooperative=together), width
+
+
+def counter(workspace: int, blocks: int) -> int:
+    """Return the address of the counter for meetings of so many blocks: that of the spread kernels' first group."""
+    return workspace + (blocks.bit_length() - 1) * ARRIVALS

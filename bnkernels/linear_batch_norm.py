@@ -1,0 +1,346 @@
+"""A linear layer with batch norm, or with a bias, and an activation behind it: forward and backward, one launch each.
+
+CuPy arrays run ``cuda/linear_batch_norm_forward.cu`` and ``_backward.cu``, up to 512 examples and 1024 inputs and
+outputs; beyond that, and on NumPy arrays, a library multiplies and the batch-norm ops follow.
+``_linear_batch_norm_launch.py`` chooses. Below, N is the number of examples, K that of the inputs and M that of the
+outputs; T is the data type of `x`, and A that of the accumulator: float32 for 16-bit T, else T.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from bnkernels import _check as check
+from bnkernels import _runtime as rt
+from bnkernels._linear_batch_norm_launch import Sizes, choose, counter
+from bnkernels.activations import Activation, activation_named
+from bnkernels.batch_norm import batch_norm_backward, batch_norm_forward
+from bnkernels.batch_norm_inference import batch_norm_inference, batch_norm_inference_backward
+
+FORWARD_NAMES = ("y", "z", "statistics", "running_mean", "running_var", "x", "weight", "gamma", "beta")
+BACKWARD_NAMES = ("dx", "dweight", "dgamma", "dbeta", "dy", "x", "weight", "gamma", "beta", "z", "statistics")
+NORMS = ("batch", None)
+SIZES = "rows inputs outputs width"
+ARGUMENTS = {
+    "forward": rt.arguments_type(
+        "x weight gamma beta z y statistics running_mean running_var",
+        SIZES,
+        "momentum correction eps alpha",
+        "activation",
+    ),
+    "backward": rt.arguments_type(
+        "dy x weight gamma beta z statistics dx dweight dgamma dbeta dz arrivals", SIZES, "alpha", "activation"
+    ),
+}
+
+
+def linear_batch_norm_forward(
+    x: Any,
+    weight: Any,
+    gamma: Any = None,
+    beta: Any = None,
+    running_mean: Any = None,
+    running_var: Any = None,
+    *,
+    norm: str | None = "batch",
+    momentum: float = 0.1,
+    unbiased: bool = True,
+    eps: float = 1e-5,
+    activation: str = "identity",
+    alpha: float | None = None,
+    out: tuple[Any, ...] | None = None,
+) -> tuple[Any, Any, Any]:
+    """Multiply by the weights, normalise every neuron over the mini-batch, scale, shift and activate.
+
+    Parameters
+    ----------
+    x : array, shape (N, K), type T
+        The mini-batch; C order. Never written.
+    weight : array, shape (K, M), type T
+        The weights; C order.
+    gamma, beta : array, shape (M,), type A, optional
+        Scale and shift; without them 1 and 0. Without a norm, `beta` is the bias and there is no `gamma`.
+    running_mean, running_var : array, shape (M,), type A, optional
+        Running statistics, updated in place; only with batch norm.
+    norm : {"batch", None}
+        What stands between product and shift.
+    momentum, unbiased, eps : float, bool, float
+        As in `batch_norm_forward`.
+    activation : str
+        What follows, as in `batch_norm_forward`.
+    alpha : float, optional
+        Of the activation.
+    out : tuple of arrays, optional
+        Where to write ``(y, z, statistics)``, or without a norm ``(y, z)``; C order.
+
+    Returns
+    -------
+    y : array, shape (N, M), type T
+        The output.
+    z : array, shape (N, M), type T
+        The product, for the backward.
+    statistics : array, shape (3, M), type A, or None
+        Its rows are `mean`, `mean_low` and `rstd` of `z`, as in `batch_norm_forward`; None without a norm.
+
+    Raises
+    ------
+    TypeError
+        If an argument is not an array of the right kind or data type, or arrays of NumPy and CuPy are mixed.
+    ValueError
+        If a shape, layout or value is wrong, N is 1 and to be normalised, or arrays overlap.
+
+    See Also
+    --------
+    linear_batch_norm_backward : The gradients.
+    fold_batch_norm : For inference: batch norm as part of the weights.
+
+    Notes
+    -----
+    The results are those of a product followed by `batch_norm_forward`, but for the order of sums within the product.
+    `z` is rounded to T before its statistics are taken. Source: ``cuda/linear_batch_norm_forward.cu``.
+
+    References
+    ----------
+    .. [1] S. Ioffe and C. Szegedy, "Batch Normalization", 2015, arXiv:1502.03167, section 3.2: the bias of a layer in
+       front of a batch norm has no effect.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x, weight = np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([[3.0], [1.0]])
+    >>> y, z, statistics = linear_batch_norm_forward(x, weight, eps=0.0)
+    >>> z.T, y.T
+    (array([[3., 1.]]), array([[ 1., -1.]]))
+    """
+    phi = activation_named(activation, alpha)
+    momentum, unbiased = check.number("momentum", momentum, 0, 1), check.boolean("unbiased", unbiased)
+    eps, normalised = check.number("eps", eps, 0), _is_normalised(norm)
+    y, z, statistics = (*check.pack_outputs(out, ("y", "z", "statistics")[: 3 if normalised else 2]), None)[:3]
+    arrays = (y, z, statistics, running_mean, running_var, x, weight, gamma, beta)
+    runtime, sizes = _checked_forward(normalised, *check.signatures(arrays))
+    check.no_overlap(runtime, FORWARD_NAMES, arrays, written=5)
+    y, z = (rt.empty(runtime, (sizes.rows, sizes.outputs), x) if array is None else array for array in (y, z))
+    if normalised and statistics is None:
+        statistics = rt.empty(runtime, (3, sizes.outputs), x, rt.accumulator(x.dtype))
+    chosen = None
+    if runtime is not None:
+        check.one_device(runtime, FORWARD_NAMES, arrays)
+        chosen = choose("forward", sizes, runtime.limits(x))
+    if chosen is None:
+        _multiply(runtime, x, weight, z)
+        options = {"activation": activation, "alpha": alpha}
+        if normalised:
+            options |= {"momentum": momentum, "unbiased": unbiased, "eps": eps}
+            batch_norm_forward(z, gamma, beta, running_mean, running_var, out=(y, statistics), **options)
+        else:
+            batch_norm_inference(z, None, beta, *_no_statistics(runtime, x, sizes), eps=0.0, out=y, **options)
+        return y, z, statistics
+    pointers = rt.addresses(runtime, x, weight, gamma, beta, z, y, statistics, running_mean, running_var)
+    _launch(runtime, "forward", sizes, chosen, pointers, (momentum, float(unbiased), eps), phi, x)
+    return y, z, statistics
+
+
+def linear_batch_norm_backward(
+    dy: Any,
+    x: Any,
+    weight: Any,
+    gamma: Any,
+    beta: Any,
+    z: Any,
+    statistics: Any,
+    *,
+    activation: str = "identity",
+    alpha: float | None = None,
+    input_gradient: bool = True,
+    out: tuple[Any, ...] | None = None,
+) -> tuple[Any, Any, Any, Any]:
+    """Return the gradients of `linear_batch_norm_forward`.
+
+    Parameters
+    ----------
+    dy : array, shape (N, M), type T
+        Gradient with respect to the output; C order. Never written.
+    x, weight, gamma, beta : array, array, array or None, array or None
+        As in the forward.
+    z, statistics : array, array or None
+        What the forward returned.
+    activation, alpha : str, float
+        As in the forward.
+    input_gradient : bool
+        Whether `dx` is wanted; the first layer of a network does not need it.
+    out : tuple of arrays, optional
+        Where to write what is returned; C order. None where None is returned.
+
+    Returns
+    -------
+    dx : array, shape (N, K), type T, or None
+        Gradient with respect to `x`, where it is wanted.
+    dweight : array, shape (K, M), type T
+        Gradient with respect to `weight`.
+    dgamma : array, shape (M,), type A, or None
+        Gradient with respect to `gamma`; None without a norm.
+    dbeta : array, shape (M,), type A
+        Gradient with respect to `beta`.
+
+    Raises
+    ------
+    TypeError
+        If an argument is not an array of the right kind or data type, or arrays of NumPy and CuPy are mixed.
+    ValueError
+        If a shape, layout or value is wrong, or arrays overlap.
+
+    Notes
+    -----
+    Where more than one block works on `dx` they wait for one another: a cooperative launch. The gradient of `z` is
+    rounded to T before it is multiplied. Source: ``cuda/linear_batch_norm_backward.cu``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x, weight = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]), np.array([[3.0], [1.0]])
+    >>> y, z, statistics = linear_batch_norm_forward(x, weight)
+    >>> dy = np.array([[1.0], [0.0], [0.0]])
+    >>> dx, dweight, dgamma, dbeta = linear_batch_norm_backward(dy, x, weight, None, None, z, statistics)
+    >>> dx.shape, dweight.shape, dbeta
+    ((3, 2), (2, 1), array([1.]))
+    """
+    phi, normalised = activation_named(activation, alpha), statistics is not None
+    wanted = (check.boolean("input_gradient", input_gradient), True, normalised, True)
+    outputs = _gradients(out, wanted)
+    arrays = (*outputs, dy, x, weight, gamma, beta, z, statistics)
+    runtime, sizes = _checked_backward(*check.signatures(arrays))
+    check.no_overlap(runtime, BACKWARD_NAMES, arrays, written=4)
+    shapes = (x.shape, weight.shape, weight.shape[1:], weight.shape[1:])
+    types = (x.dtype, x.dtype, *[rt.accumulator(x.dtype)] * 2)
+    dx, dweight, dgamma, dbeta = outputs = tuple(
+        rt.empty(runtime, shape, x, dtype) if want and array is None else array
+        for array, want, shape, dtype in zip(outputs, wanted, shapes, types, strict=True)
+    )
+    dz = rt.empty(runtime, z.shape, z)
+    chosen = None
+    if runtime is not None:
+        check.one_device(runtime, BACKWARD_NAMES, arrays)
+        chosen = choose("backward", sizes, runtime.limits(x), input_gradient)
+    if chosen is None:
+        options = {"activation": activation, "alpha": alpha}
+        if normalised:
+            batch_norm_backward(dy, z, gamma, beta, statistics, out=(dz, dgamma, dbeta), **options)
+        else:
+            unused, running = rt.empty(runtime, dbeta.shape, dbeta), _no_statistics(runtime, x, sizes)
+            batch_norm_inference_backward(dy, z, None, beta, *running, eps=0.0, out=(dz, unused, dbeta), **options)
+        _multiply(runtime, x.T, dz, dweight)
+        if input_gradient:
+            _multiply(runtime, dz, weight.T, dx)
+        return outputs
+    blocks = chosen[0].grid[0]
+    arrivals = counter(runtime.workspace(x), blocks) if chosen[0].cooperative else 0
+    pointers = rt.addresses(runtime, dy, x, weight, gamma, beta, z, statistics, *outputs, dz)
+    _launch(runtime, "backward", sizes, chosen, (*pointers, arrivals), (), phi, x)
+    return outputs
+
+
+def _launch(
+    runtime: rt.Runtime,
+    direction: str,
+    sizes: Sizes,
+    chosen: tuple[rt.Launch, int],
+    pointers: tuple[int, ...],
+    scalars: tuple[float, ...],
+    phi: Activation,
+    like: Any,
+) -> None:
+    layout = ARGUMENTS[direction][rt.accumulator(sizes.dtype)]
+    record = rt.pack(layout, *pointers, *sizes[:3], chosen[1], *scalars, phi.alpha, phi.code)
+    stem = f"linear_batch_norm_{direction}"
+    runtime.launch(stem, f"bnk_{stem}_{rt.suffix(sizes.dtype)}", chosen[0], record, like)
+
+
+def _multiply(runtime: rt.Runtime | None, a: Any, b: Any, out: Any) -> None:
+    """Write the product, summed in the accumulator's type."""
+    xp = np if runtime is None else runtime.xp
+    if a.dtype.itemsize > 2 or (xp is not np and a.dtype == np.float16):  # cuBLAS sums float16 in float32
+        xp.matmul(a, b, out=out)
+        return
+    with np.errstate(over="ignore", invalid="ignore"):  # as kernels convert
+        out[...] = xp.matmul(a.astype(np.float32), b.astype(np.float32)).astype(out.dtype)
+
+
+def _no_statistics(runtime: rt.Runtime | None, x: Any, sizes: Sizes) -> tuple[Any, Any]:
+    """Return a mean of 0 and a variance of 1."""
+    mean, var = (rt.empty(runtime, (sizes.outputs,), x, rt.accumulator(x.dtype)) for _ in range(2))
+    mean[...], var[...] = 0, 1
+    return mean, var
+
+
+def _is_normalised(norm: str | None) -> bool:
+    if norm not in NORMS:
+        raise ValueError(f"norm must be 'batch' or None, got {norm!r}")
+    return norm is not None
+
+
+def _gradients(out: Any, wanted: tuple[bool, ...]) -> tuple[Any, ...]:
+    """Check `out`, None or a tuple with an array for every gradient that is wanted; return it, or as many None."""
+    names = BACKWARD_NAMES[:4]
+    if out is None:
+        return (None,) * 4
+    if not isinstance(out, tuple) or [array is not None for array in out] != list(wanted):
+        expected = ", ".join(name if want else "None" for name, want in zip(names, wanted, strict=True))
+        raise TypeError(f"out must be the tuple of arrays ({expected}), got {out!r}")
+    return out
+
+
+@lru_cache(maxsize=1024)
+def _checked_forward(normalised: bool, *signatures: check.Signature | None) -> tuple[rt.Runtime | None, Sizes]:
+    args = check.arguments(
+        dict(zip(FORWARD_NAMES, signatures, strict=True)),
+        ("y", "z", "statistics", "running_mean", "running_var", "gamma", "beta"),
+    )
+    sizes = _checked_inputs(args)
+    if not normalised:
+        for name in ("gamma", "running_mean", "running_var"):
+            if args[name] is not None:
+                raise ValueError(f"{name} belongs to a norm; with norm=None pass beta alone, the bias")
+    elif sizes.rows == 1:
+        raise ValueError("x has one example: one value per neuron has no variance; train on at least two")
+    for name in ("running_mean", "running_var"):
+        check.contiguous(args[name], (sizes.outputs,), rt.accumulator(sizes.dtype))
+    for name in ("y", "z"):
+        check.contiguous(args[name], (sizes.rows, sizes.outputs), sizes.dtype)
+    check.contiguous(args["statistics"], (3, sizes.outputs), rt.accumulator(sizes.dtype))
+    return rt.runtime_of(args["x"].kind), sizes
+
+
+@lru_cache(maxsize=1024)
+def _checked_backward(*signatures: check.Signature | None) -> tuple[rt.Runtime | None, Sizes]:
+    args = check.arguments(
+        dict(zip(BACKWARD_NAMES, signatures, strict=True)), (*BACKWARD_NAMES[:4], "gamma", "beta", "statistics")
+    )
+    sizes = _checked_inputs(args)
+    if args["statistics"] is None and args["gamma"] is not None:
+        raise ValueError("gamma belongs to a norm; without statistics pass beta alone, the bias")
+    for name in ("dy", "z"):
+        check.contiguous(args[name], (sizes.rows, sizes.outputs), sizes.dtype)
+    check.contiguous(args["statistics"], (3, sizes.outputs), rt.accumulator(sizes.dtype))
+    check.contiguous(args["dx"], (sizes.rows, sizes.inputs), sizes.dtype)
+    check.contiguous(args["dweight"], (sizes.inputs, sizes.outputs), sizes.dtype)
+    for name in ("dgamma", "dbeta"):
+        check.contiguous(args[name], (sizes.outputs,), rt.accumulator(sizes.dtype))
+    return rt.runtime_of(args["x"].kind), sizes
+
+
+def _checked_inputs(args: dict[str, check.Argument | None]) -> Sizes:
+    """Check x, weight, gamma and beta; return the sizes."""
+    x, weight = args["x"], args["weight"]
+    check.floating(x)
+    if len(x.shape) != 2:
+        raise ValueError(f"x must have the shape (N, K), got {x.shape}; reshape it to two dimensions")
+    if len(weight.shape) != 2:
+        raise ValueError(f"weight must have the shape (K, M), got {weight.shape}")
+    check.contiguous(x, x.shape, x.dtype)
+    check.contiguous(weight, (x.shape[1], weight.shape[1]), x.dtype)
+    for name in ("gamma", "beta"):
+        check.contiguous(args[name], weight.shape[1:], rt.accumulator(x.dtype))
+    return Sizes(*x.shape, weight.shape[1], x.dtype)

@@ -1,0 +1,91 @@
+// What the linear batch norms share: a block's neurons in shared memory, a row of all examples for each, a warp on each.
+#pragma once
+
+#include "activation.cuh"
+#include "common.cuh"
+#include "half.cuh"
+
+constexpr int WARP = 32;
+
+// From the row of a neuron to the next: the warps' accesses to different rows begin in different banks.
+__device__ __forceinline__ int pitch_of(long long examples) { return (int)((examples + 3) / 4 * 4 + 4); }
+
+// The examples of a neuron. All threads of a warp must call everything.
+template <typename A>
+struct Examples {
+    A* row;
+    int count, lane;
+
+    __device__ __forceinline__ Examples(A* row, long long count)
+        : row(row), count((int)count), lane(threadIdx.x % WARP) {}
+
+    // sum_n of(n, row[n]), the same in all threads.
+    template <typename Of>
+    __device__ __forceinline__ A sum(const Of& of) const {
+        A total = A(0);
+#pragma unroll 4
+        for (int n = lane; n < count; n += WARP) total += of(n, row[n]);
+#pragma unroll
+        for (int apart = WARP / 2; apart > 0; apart /= 2) total += __shfl_xor_sync(0xffffffffu, total, apart);
+        return total;
+    }
+
+    // row[n] = of(n, row[n]), in a loop that stays rolled: activations are long.
+    template <typename Of>
+    __device__ __forceinline__ void replace(const Of& of) const {
+#pragma unroll 1
+        for (int n = lane; n < count; n += WARP) row[n] = of(n, row[n]);
+    }
+};
+
+// How a neuron is normalised: scale (z - mean) + shift.
+template <typename A>
+struct Affine {
+    Pair<A> mean;
+    A scale, shift;
+
+    __device__ __forceinline__ A operator()(A z) const { return fma(scale, subtract(z, mean), shift); }
+};
+
+// Without statistics: gamma and beta of a neuron.
+template <typename Arguments>
+__device__ __forceinline__ auto load_affine(const Arguments& a, long long m) {
+    using A = decltype(a.alpha + 0);
+    return Affine<A>{{A(0), A(0)}, a.gamma ? a.gamma[m] : A(1), a.beta ? a.beta[m] : A(0)};
+}
+
+template <typename A>
+__device__ __forceinline__ A activate(A z, int activation, A alpha) {
+    return activation == LINEAR ? linear(z, z, alpha) : curved(z, activation, alpha);
+}
+
+// dy phi'(z)
+template <typename A>
+__device__ __forceinline__ A pull_back(A dy, A z, int activation, A alpha) {
+    return activation == LINEAR ? linear(dy, z, alpha) : dy * curved_derivative(z, activation, alpha);
+}
+
+// The warps take the neurons of the block in turn.
+template <typename Work>
+__device__ __forceinline__ void for_each_neuron(int width, long long left, const Work& work) {
+    for (int c = threadIdx.x / WARP; c < width && c < left; c += blockDim.x / WARP) work(c);
+}
+
+// From the tile (width, examples) of a block to its columns of a matrix (examples, outputs), and back.
+template <typename T, typename A>
+__device__ __forceinline__ void store_tile(T* matrix, const A* tile, int pitch, long long examples, long long outputs,
+                                           long long column, int width) {
+    for (int i = threadIdx.x; i < examples * width; i += blockDim.x) {
+        const int n = i / width, c = i % width;
+        if (column + c < outputs) store(matrix[n * outputs + column + c], tile[c * pitch + n]);
+    }
+}
+
+template <typename T, typename A>
+__device__ __forceinline__ void load_tile(A* tile, const T* matrix, int pitch, long long examples, long long outputs,
+                                          long long column, int width) {
+    for (int i = threadIdx.x; i < examples * width; i += blockDim.x) {
+        const int n = i / width, c = i % width;
+        tile[c * pitch + n] = column + c < outputs ? A(matrix[n * outputs + column + c]) : A(0);
+    }
+}

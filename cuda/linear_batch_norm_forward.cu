@@ -1,0 +1,92 @@
+// A linear layer with batch norm, or with a bias, and an activation behind it, in one launch.
+//
+// Formulas:  z = x W, rounded to T;  norm: over the N examples mean[m], m2[m] = sum (z - mean)^2, var = m2 / N,
+//            rstd = 1 / sqrt(var + eps), y = phi(gamma rstd (z - mean) + beta), running statistics as in
+//            batch_norm_forward.cu;  no norm: y = phi(z + beta).
+// Arrays:    x (N, K), weight (K, M), z, y (N, M), of type T. statistics (3, M): mean, mean_low, rstd; null: no norm.
+//            gamma, beta, running_mean, running_var (M,), of the accumulator's type A; each may be null. C order.
+// Launch:    block (256, 1, 1), grid (ceil(M / width), 1, 1), dynamic shared memory for a product and (width, pitch) of A:
+//            a block owns `width` neurons for the whole mini-batch, which is at most 512 examples.
+// Traffic:   z and y written once, weight read once, x read by every block (from the L2 cache, but for the first); with
+//            batch norm as many bytes as without, and 3 M words of statistics. No barrier more or fewer either.
+// Numerics:  products in A with fma, terms in a fixed order; z is rounded before its statistics are taken, which are those
+//            of batch_norm_forward.cu but for roundings: the mean is corrected by the mean of what it leaves. Deterministic.
+// Reference: Ioffe and Szegedy, Batch Normalization, 2015, arXiv:1502.03167, algorithm 1.
+// Called by: bnkernels/linear_batch_norm.py
+#include "linear_batch_norm.cuh"
+#include "product.cuh"
+
+template <typename T, typename A>
+struct LinearBatchNormForward {
+    const T* x;
+    const T* weight;
+    const A* gamma;
+    const A* beta;
+    T* z;
+    T* y;
+    A* statistics;
+    A* running_mean;
+    A* running_var;
+    long long rows, inputs, outputs, width;
+    A momentum, correction, eps, alpha;
+    int activation;
+};
+
+// By the warp that owns the neuron: from z to its normalised self, less beta and without the factor gamma.
+template <typename T, typename A>
+__device__ __forceinline__ Affine<A> normalise(const LinearBatchNormForward<T, A>& a, const Examples<A>& z,
+                                               long long m) {
+    Affine<A> of = load_affine(a, m);
+    if (!a.statistics) return of;
+    const A n = A(a.rows), first = z.sum([](int, A value) { return value; }) / n;
+    const A rest = z.sum([=](int, A value) { return value - first; }) / n;
+    of.mean = quick_two_sum(first, rest);
+    const Pair<A> mean = of.mean;
+    const A m2 = z.sum([=](int, A value) {
+        const A d = subtract(value, mean);
+        return d * d;
+    });
+    const A rstd = A(1) / sqrt(m2 / n + a.eps), keep = A(1) - a.momentum;
+    of.scale *= rstd;
+    if (z.lane == 0) {
+        a.statistics[m] = mean.high;
+        a.statistics[a.outputs + m] = mean.low;
+        a.statistics[2 * a.outputs + m] = rstd;
+        if (a.running_mean) a.running_mean[m] = fma(a.momentum, mean.high, keep * a.running_mean[m]);
+        if (a.running_var) a.running_var[m] = fma(a.momentum, m2 / (n - a.correction), keep * a.running_var[m]);
+    }
+    return of;
+}
+
+template <typename T, typename A>
+__device__ __forceinline__ void linear_batch_norm_forward(const LinearBatchNormForward<T, A>& a) {
+    BNK_DYNAMIC_SHARED(A, shared);
+    const int width = (int)a.width, pitch = pitch_of(a.rows);
+    const long long column = (long long)blockIdx.x * width;
+    A* const tile = shared;  // (width, examples)
+    const Matrix<T> x = {a.x, a.rows, a.inputs, a.inputs, 1}, weight = {a.weight, a.inputs, a.outputs, a.outputs, 1};
+#pragma unroll 1
+    for (long long row = 0; row < a.rows; row += PRODUCT_ROWS)
+        product(tile + width * pitch, x, weight, row, column, width, [&](int r, int c, A value) {
+            const T z = T(value);
+            a.z[(row + r) * a.outputs + column + c] = z;
+            tile[c * pitch + row + r] = A(z);
+        });
+    for_each_neuron(width, a.outputs - column, [&](int c) {
+        const Examples<A> z(tile + c * pitch, a.rows);
+        const Affine<A> of = normalise(a, z, column + c);
+        z.replace([&](int, A value) { return activate(of(value), a.activation, a.alpha); });
+    });
+    __syncthreads();
+    store_tile(a.y, tile, pitch, a.rows, a.outputs, column, width);
+}
+
+#define LINEAR_BATCH_NORM_FORWARD(suffix, T, A)                                                                  \
+    using arguments_linear_forward_##suffix = LinearBatchNormForward<T, A>;                                      \
+    BNK_KERNEL_ROOMY(bnk_linear_batch_norm_forward_##suffix, arguments_linear_forward_##suffix, PRODUCT_THREADS, \
+                     (linear_batch_norm_forward<T, A>))
+
+LINEAR_BATCH_NORM_FORWARD(f32, float, float)
+LINEAR_BATCH_NORM_FORWARD(f16, Float16, float)
+LINEAR_BATCH_NORM_FORWARD(bf16, BFloat16, float)
+LINEAR_BATCH_NORM_FORWARD(f64, double, double)
