@@ -9,6 +9,7 @@ from benchmarks import (
     bench_batch_norm_statistics,
     bench_fused_training,
     bench_linear_batch_norm,
+    bench_mini_batch,
     bench_parameter_update,
     bench_softmax_cross_entropy,
 )
@@ -22,6 +23,7 @@ OPS: dict[str, Op] = {
         bench_batch_norm_masked.OP,
         bench_batch_norm_statistics.OP,
         bench_softmax_cross_entropy.OP,
+        bench_mini_batch.OP,
         bench_linear_batch_norm.OP,
         bench_fused_training.OP,
         *bench_parameter_update.OPS.values(),

@@ -13,8 +13,9 @@ from bnkernels.batch_norm_statistics import (
 )
 from bnkernels.fused_training import fused_training
 from bnkernels.linear_batch_norm import linear_batch_norm_backward, linear_batch_norm_forward
+from bnkernels.mini_batch import mini_batch
 from bnkernels.mlp import MLP
-from bnkernels.parameter_update import adam_update, momentum_update, sgd_update
+from bnkernels.parameter_update import adam_update, momentum_update, scheduled_update, sgd_update, update_schedule
 from bnkernels.softmax_cross_entropy import softmax_cross_entropy
 
 __version__ = "0.1.0"
@@ -37,7 +38,10 @@ __all__ = [
     "fused_training",
     "linear_batch_norm_backward",
     "linear_batch_norm_forward",
+    "mini_batch",
     "momentum_update",
+    "scheduled_update",
     "sgd_update",
     "softmax_cross_entropy",
+    "update_schedule",
 ]

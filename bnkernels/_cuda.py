@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import cupy
@@ -93,6 +94,20 @@ class CudaRuntime:
                 # With the stream, so that no other one gets its handle.
                 found = self._workspaces.setdefault(key, (cupy.zeros(WORKSPACE_BYTES, np.uint8), stream))
         return found[0].data.ptr
+
+    def capture(self, work: Callable[[], None], like: Any) -> Callable[[], None]:
+        """Return the launch of a CUDA graph of what `work` launches."""
+        with like.device:
+            stream = cupy.cuda.Stream(non_blocking=True)
+            with stream:
+                self.workspace(like)  # it could not be made meanwhile, and is the graph's own
+                stream.synchronize()
+                stream.begin_capture()
+                try:
+                    work()
+                finally:
+                    graph = stream.end_capture()
+        return graph.launch
 
     def launch(self, source: str, entry_point: str, launch: Launch, arguments: np.ndarray, like: Any) -> None:
         """Enqueue the kernel; a NumPy array of one structured element is passed by value."""

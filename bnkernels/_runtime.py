@@ -91,6 +91,13 @@ class Runtime(Protocol):
         They were zeros once; what a launch leaves there the next one finds.
         """
 
+    def capture(self, work: Callable[[], None], like: Any) -> Callable[[], None]:
+        """Return what repeats the launches that `work` makes, on the current stream; nothing runs yet.
+
+        `work` has run before, so that all kernels are compiled. It must neither allocate nor synchronise, and every
+        repetition gets the same addresses and scalars.
+        """
+
     def launch(self, source: str, entry_point: str, launch: Launch, arguments: np.ndarray, like: Any) -> None:
         """Enqueue `entry_point` of ``cuda/<source>.cu`` on the current stream of the device of `like`.
 

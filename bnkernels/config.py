@@ -21,7 +21,7 @@ CHOICES = {
     "optimizer": tuple(DEFAULT_LEARNING_RATES),
     "dtype": ("float32", "float64"),
     "device": ("auto", "cpu", "cuda"),
-    "engine": ("auto", "layers", "fused"),
+    "engine": ("auto", "layers", "graph", "fused"),
 }
 
 
@@ -60,10 +60,10 @@ class TrainingConfig:
         The type of data and parameters.
     device : {"auto", "cpu", "cuda"}
         Where to train; ``auto`` is a GPU where one is usable.
-    engine : {"auto", "layers", "fused"}
-        How to make a step: ``layers`` one op after the other, ``fused`` many steps in one launch, on a GPU and for
-        networks that fit on one of its multiprocessors; ``auto`` is the latter where it can be. The results agree up to
-        rounding.
+    engine : {"auto", "layers", "graph", "fused"}
+        How to make a step: ``layers`` one op after the other; on a GPU, ``graph`` as a CUDA graph, for layers of at
+        most 512 examples and 1024 neurons, and ``fused`` many steps in one launch, for networks that fit on one of its
+        multiprocessors. ``auto`` is the last of these that can be. The results agree up to rounding.
 
     Raises
     ------

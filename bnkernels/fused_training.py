@@ -14,6 +14,7 @@ from bnkernels import _check as check
 from bnkernels import _runtime as rt
 from bnkernels._fused_training_numpy import train_host
 from bnkernels.activations import activation_named
+from bnkernels.parameter_update import ADAM_EPS, BETA1, BETA2, update_schedule
 
 EXAMPLES = 8  # of a thread, as in cuda/fused_training.cu
 TEAMS = (8, 16, 32)  # threads that share a neuron
@@ -21,7 +22,6 @@ MOST_EXAMPLES = EXAMPLES * TEAMS[-1]
 THREADS = {np.dtype(np.float32): 512, np.dtype(np.float64): 256}  # at most: the kernels' launch bounds
 FEWEST_THREADS = 128  # that a step is shared by, however few neurons there are
 OPTIMIZERS = {"sgd": 0, "momentum": 1, "adam": 2}  # the number of each is also that of its states
-BETA1, BETA2, OPTIMIZER_EPS = 0.9, 0.999, 1e-8  # those of momentum_update and adam_update
 ARGUMENTS = rt.arguments_type(
     "x labels indices schedule layers parameters first second running losses",
     "steps batch depth parameter_count running_count rows",
@@ -232,7 +232,7 @@ def fused_training(
     pointers = rt.addresses(runtime, x, labels, indices, corrections, table, *arrays[1:5], losses)
     rows = sum(layer.outputs for layer in network.layers)
     sizes = steps, batch, len(network.layers), parameters.size, count, rows
-    scalars = lr, BETA1, BETA2, 1 - BETA1, 1 - BETA2, OPTIMIZER_EPS, float(network.unbiased), network.eps, phi.alpha
+    scalars = lr, BETA1, BETA2, 1 - BETA1, 1 - BETA2, ADAM_EPS, float(network.unbiased), network.eps, phi.alpha
     codes = phi.code, OPTIMIZERS[optimizer], _team(batch)
     record = rt.pack(ARGUMENTS[parameters.dtype], *pointers, *sizes, *scalars, *codes)
     launch = fused_training_launch(network, batch, parameters.dtype, shared_bytes(*size))
@@ -260,9 +260,9 @@ def _schedule(network: Network, optimizer: str, steps: int, steps_before: int, b
     """Return of every step, in double precision, the batch-norm momentum and Adam's two corrections."""
     number = np.arange(1, steps + 1, dtype=np.float64)
     momentum = 1 / (number + batches_before) if network.momentum is None else np.full(steps, network.momentum)
-    number += steps_before
-    beta1, beta2 = (BETA1, BETA2) if optimizer == "adam" else (0.0, 0.0)
-    return np.stack([momentum, 1 - beta1**number, 1 - beta2**number], axis=1)
+    schedule = update_schedule(optimizer, 0.0, steps, before=steps_before)
+    schedule[:, 0] = momentum
+    return schedule
 
 
 def _checked(network: Network, batch: int, arrays: tuple) -> tuple[rt.Runtime | None, int]:

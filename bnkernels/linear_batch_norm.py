@@ -8,21 +8,25 @@ outputs; T is the data type of `x`, and A that of the accumulator: float32 for 1
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from bnkernels import _check as check
 from bnkernels import _runtime as rt
+from bnkernels._linear_batch_norm_check import (
+    BACKWARD_NAMES,
+    FORWARD_NAMES,
+    checked_backward,
+    checked_forward,
+    is_normalised,
+    pack_gradients,
+)
 from bnkernels._linear_batch_norm_launch import Sizes, choose, counter
 from bnkernels.activations import Activation, activation_named
 from bnkernels.batch_norm import batch_norm_backward, batch_norm_forward
 from bnkernels.batch_norm_inference import batch_norm_inference, batch_norm_inference_backward
 
-FORWARD_NAMES = ("y", "z", "statistics", "running_mean", "running_var", "x", "weight", "gamma", "beta")
-BACKWARD_NAMES = ("dx", "dweight", "dgamma", "dbeta", "dy", "x", "weight", "gamma", "beta", "z", "statistics")
-NORMS = ("batch", None)
 SIZES = "rows inputs outputs width"
 ARGUMENTS = {
     "forward": rt.arguments_type(
@@ -117,10 +121,10 @@ def linear_batch_norm_forward(
     """
     phi = activation_named(activation, alpha)
     momentum, unbiased = check.number("momentum", momentum, 0, 1), check.boolean("unbiased", unbiased)
-    eps, normalised = check.number("eps", eps, 0), _is_normalised(norm)
+    eps, normalised = check.number("eps", eps, 0), is_normalised(norm)
     y, z, statistics = (*check.pack_outputs(out, ("y", "z", "statistics")[: 3 if normalised else 2]), None)[:3]
     arrays = (y, z, statistics, running_mean, running_var, x, weight, gamma, beta)
-    runtime, sizes = _checked_forward(normalised, *check.signatures(arrays))
+    runtime, sizes = checked_forward(normalised, *check.signatures(arrays))
     check.no_overlap(runtime, FORWARD_NAMES, arrays, written=5)
     y, z = (rt.empty(runtime, (sizes.rows, sizes.outputs), x) if array is None else array for array in (y, z))
     if normalised and statistics is None:
@@ -155,6 +159,7 @@ def linear_batch_norm_backward(
     activation: str = "identity",
     alpha: float | None = None,
     input_gradient: bool = True,
+    workspace: Any = None,
     out: tuple[Any, ...] | None = None,
 ) -> tuple[Any, Any, Any, Any]:
     """Return the gradients of `linear_batch_norm_forward`.
@@ -171,6 +176,8 @@ def linear_batch_norm_backward(
         As in the forward.
     input_gradient : bool
         Whether `dx` is wanted; the first layer of a network does not need it.
+    workspace : array, shape (N, M), type T, optional
+        Where the gradient of `z` may be kept; by default it is allocated.
     out : tuple of arrays, optional
         Where to write what is returned; C order. None where None is returned.
 
@@ -209,17 +216,17 @@ def linear_batch_norm_backward(
     """
     phi, normalised = activation_named(activation, alpha), statistics is not None
     wanted = (check.boolean("input_gradient", input_gradient), True, normalised, True)
-    outputs = _gradients(out, wanted)
-    arrays = (*outputs, dy, x, weight, gamma, beta, z, statistics)
-    runtime, sizes = _checked_backward(*check.signatures(arrays))
-    check.no_overlap(runtime, BACKWARD_NAMES, arrays, written=4)
+    outputs = pack_gradients(out, wanted)
+    arrays = (*outputs, workspace, dy, x, weight, gamma, beta, z, statistics)
+    runtime, sizes = checked_backward(*check.signatures(arrays))
+    check.no_overlap(runtime, BACKWARD_NAMES, arrays, written=5)
     shapes = (x.shape, weight.shape, weight.shape[1:], weight.shape[1:])
     types = (x.dtype, x.dtype, *[rt.accumulator(x.dtype)] * 2)
     dx, dweight, dgamma, dbeta = outputs = tuple(
         rt.empty(runtime, shape, x, dtype) if want and array is None else array
         for array, want, shape, dtype in zip(outputs, wanted, shapes, types, strict=True)
     )
-    dz = rt.empty(runtime, z.shape, z)
+    dz = rt.empty(runtime, z.shape, z) if workspace is None else workspace
     chosen = None
     if runtime is not None:
         check.one_device(runtime, BACKWARD_NAMES, arrays)
@@ -273,74 +280,3 @@ def _no_statistics(runtime: rt.Runtime | None, x: Any, sizes: Sizes) -> tuple[An
     mean, var = (rt.empty(runtime, (sizes.outputs,), x, rt.accumulator(x.dtype)) for _ in range(2))
     mean[...], var[...] = 0, 1
     return mean, var
-
-
-def _is_normalised(norm: str | None) -> bool:
-    if norm not in NORMS:
-        raise ValueError(f"norm must be 'batch' or None, got {norm!r}")
-    return norm is not None
-
-
-def _gradients(out: Any, wanted: tuple[bool, ...]) -> tuple[Any, ...]:
-    """Check `out`, None or a tuple with an array for every gradient that is wanted; return it, or as many None."""
-    names = BACKWARD_NAMES[:4]
-    if out is None:
-        return (None,) * 4
-    if not isinstance(out, tuple) or [array is not None for array in out] != list(wanted):
-        expected = ", ".join(name if want else "None" for name, want in zip(names, wanted, strict=True))
-        raise TypeError(f"out must be the tuple of arrays ({expected}), got {out!r}")
-    return out
-
-
-@lru_cache(maxsize=1024)
-def _checked_forward(normalised: bool, *signatures: check.Signature | None) -> tuple[rt.Runtime | None, Sizes]:
-    args = check.arguments(
-        dict(zip(FORWARD_NAMES, signatures, strict=True)),
-        ("y", "z", "statistics", "running_mean", "running_var", "gamma", "beta"),
-    )
-    sizes = _checked_inputs(args)
-    if not normalised:
-        for name in ("gamma", "running_mean", "running_var"):
-            if args[name] is not None:
-                raise ValueError(f"{name} belongs to a norm; with norm=None pass beta alone, the bias")
-    elif sizes.rows == 1:
-        raise ValueError("x has one example: one value per neuron has no variance; train on at least two")
-    for name in ("running_mean", "running_var"):
-        check.contiguous(args[name], (sizes.outputs,), rt.accumulator(sizes.dtype))
-    for name in ("y", "z"):
-        check.contiguous(args[name], (sizes.rows, sizes.outputs), sizes.dtype)
-    check.contiguous(args["statistics"], (3, sizes.outputs), rt.accumulator(sizes.dtype))
-    return rt.runtime_of(args["x"].kind), sizes
-
-
-@lru_cache(maxsize=1024)
-def _checked_backward(*signatures: check.Signature | None) -> tuple[rt.Runtime | None, Sizes]:
-    args = check.arguments(
-        dict(zip(BACKWARD_NAMES, signatures, strict=True)), (*BACKWARD_NAMES[:4], "gamma", "beta", "statistics")
-    )
-    sizes = _checked_inputs(args)
-    if args["statistics"] is None and args["gamma"] is not None:
-        raise ValueError("gamma belongs to a norm; without statistics pass beta alone, the bias")
-    for name in ("dy", "z"):
-        check.contiguous(args[name], (sizes.rows, sizes.outputs), sizes.dtype)
-    check.contiguous(args["statistics"], (3, sizes.outputs), rt.accumulator(sizes.dtype))
-    check.contiguous(args["dx"], (sizes.rows, sizes.inputs), sizes.dtype)
-    check.contiguous(args["dweight"], (sizes.inputs, sizes.outputs), sizes.dtype)
-    for name in ("dgamma", "dbeta"):
-        check.contiguous(args[name], (sizes.outputs,), rt.accumulator(sizes.dtype))
-    return rt.runtime_of(args["x"].kind), sizes
-
-
-def _checked_inputs(args: dict[str, check.Argument | None]) -> Sizes:
-    """Check x, weight, gamma and beta; return the sizes."""
-    x, weight = args["x"], args["weight"]
-    check.floating(x)
-    if len(x.shape) != 2:
-        raise ValueError(f"x must have the shape (N, K), got {x.shape}; reshape it to two dimensions")
-    if len(weight.shape) != 2:
-        raise ValueError(f"weight must have the shape (K, M), got {weight.shape}")
-    check.contiguous(x, x.shape, x.dtype)
-    check.contiguous(weight, (x.shape[1], weight.shape[1]), x.dtype)
-    for name in ("gamma", "beta"):
-        check.contiguous(args[name], weight.shape[1:], rt.accumulator(x.dtype))
-    return Sizes(*x.shape, weight.shape[1], x.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,6 +17,22 @@ from bnkernels.layers import Activation, BatchNorm, Linear
 NORMS = ("batch", "none")
 RECTIFIERS = ("relu", "leaky_relu", "gelu", "gelu_tanh", "silu", "elu")  # which lose about half of the variance
 ALIGNMENT = 64  # bytes: every parameter starts where vectorised loads of any library are happy
+
+
+class Stage(NamedTuple):
+    """Arrays of a linear layer and of the batch norm behind it, by name.
+
+    Attributes
+    ----------
+    parameters, gradients : dict of str to array
+        `weight`; `gamma` and `beta`, or `bias`.
+    running : dict of str to array
+        `running_mean` and `running_var`, where they are tracked.
+    """
+
+    parameters: dict[str, Any]
+    gradients: dict[str, Any]
+    running: dict[str, Any]
 
 
 class MLP:
@@ -136,9 +152,7 @@ class MLP:
         shapes = {f"{i}.running_{what}": (self.sizes[i + 1],) for i in norms for what in ("mean", "var")}
         self._running_starts, self.running, self._running = self._flat(shapes)
         self._norms: dict[str, BatchNorm] = {}
-        for i in range(len(self.sizes) - 1):
-            mine = {name.split(".")[1]: view for name, view in self._parameters.items() if name.startswith(f"{i}.")}
-            grads = {name.split(".")[1]: view for name, view in self._gradients.items() if name.startswith(f"{i}.")}
+        for i, (mine, grads, _) in enumerate(self.stages):
             linear = [name for name in mine if name in ("weight", "bias")]
             self.layers.append(
                 Linear({n: mine[n] for n in linear}, {n: grads[n] for n in linear}, self.xp, first=i == 0)
@@ -200,6 +214,18 @@ class MLP:
             running = (self._running_starts.get(f"{i}.running_{what}", -1) for what in ("mean", "var"))
             layers.append(Layer(inputs, outputs, of["weight"], of["gamma"], max(of["beta"], of["bias"]), *running))
         return Network(tuple(layers), self.activation, **self._options)
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The linear layers, each with what follows it, for who runs them himself."""
+        return [
+            Stage(*(self._of(i, views) for views in (self._parameters, self._gradients, self._running)))
+            for i in range(len(self.sizes) - 1)
+        ]
+
+    @staticmethod
+    def _of(layer: int, views: dict[str, Any]) -> dict[str, Any]:
+        return {name.split(".")[1]: view for name, view in views.items() if name.startswith(f"{layer}.")}
 
     @property
     def batches(self) -> int:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from bnkernels._runtime import runtime_of, why_no_cuda
+from bnkernels.captured_step import CapturedStep, why_not_captured
 from bnkernels.config import ConfigError, TrainingConfig
 from bnkernels.fused_training import fused_training, why_not
 from bnkernels.mlp import MLP
@@ -38,12 +40,12 @@ class Network:
     Attributes
     ----------
     engine : str
-        ``layers`` or ``fused``, and the reason where ``auto`` could not be fused.
+        ``layers``, ``graph`` or ``fused``, and the reasons where ``auto`` could not take a faster one.
 
     Raises
     ------
     ConfigError
-        If the engine is to be fused, and cannot.
+        If the engine is to be graph or fused, and cannot.
     """
 
     def __init__(self, norm: str, config: TrainingConfig, sizes: tuple[int, ...], xp: Any) -> None:
@@ -57,8 +59,10 @@ class Network:
 
     def train(self, x: Any, y: Any, first: int, last: int, should_stop: Callable[[], bool]) -> None:
         """Train up to step `last`, or until asked to stop; row 0 of `x` and `y` belongs to step `first`."""
-        if self.engine == "fused":
+        if self.engine.startswith("fused"):
             self._train_fused(x, y, first, last, should_stop)
+        elif self.engine.startswith("graph"):
+            self._train_captured(x, y, first, last, should_stop)
         while self.step < last and not should_stop():
             start = (self.step - first) * self._batch_size
             stop = start + self._batch_size
@@ -91,23 +95,49 @@ class Network:
             model.batches += steps
             self.step += steps
 
+    def _train_captured(self, x: Any, y: Any, first: int, last: int, should_stop: Callable[[], bool]) -> None:
+        """Do the same as a graph, step by step."""
+        model, optimizer, done = self.model, self.optimizer, self.step - first
+        rows = (last - first) * self._batch_size
+        steps = self._captured.run(x[:rows], y[:rows], lr=self._config.lr, before=optimizer.steps - done, start=done)
+        while self.step < last and not should_stop():
+            next(steps)
+            optimizer.steps += 1
+            model.batches += 1
+            self.step += 1
+
+    @cached_property
+    def _captured(self) -> CapturedStep:
+        state = tuple(self.optimizer.arrays.values())
+        return CapturedStep(self.model, self._config.optimizer, state, self._batch_size)
+
     def _choose_engine(self, wanted: str) -> str:
-        """Return the engine, which ``auto`` takes by the size of the network, with the reason against a fused one."""
+        """Return the engine, which ``auto`` takes by the size of the network, with the reasons against faster ones."""
+        if wanted == "layers" or (wanted == "auto" and runtime_of(type(self.model.parameters)) is None):
+            return "layers"
+        against: list[str] = []
+        for name, why_not_so in (("fused", self._why_not_fused), ("graph", self._why_not_graph)):
+            if wanted not in ("auto", name):
+                continue
+            reason = why_not_so()
+            if reason is None:
+                return f"{name} ({'; '.join(against)})" if against else name
+            if wanted == name:
+                raise ConfigError(f"the engine cannot be {name}: {reason}; take engine layers, or auto")
+            against.append(f"not {name}: {reason}")
+        return f"layers ({'; '.join(against)})"
+
+    def _why_not_graph(self) -> str | None:
+        return why_not_captured(self.model, self._batch_size)
+
+    def _why_not_fused(self) -> str | None:
         model = self.model
         runtime = runtime_of(type(model.parameters))
         if runtime is None:
-            reason = "it needs a GPU"
-        else:
-            sizes = model.parameters.dtype, model.parameters.size, model.running.size
-            limit = runtime.limits(model.parameters).shared_bytes
-            reason = why_not(model.fused, self._batch_size, self._config.optimizer, *sizes, limit)
-        if wanted == "layers" or (wanted == "auto" and runtime is None):
-            return "layers"
-        if reason is None:
-            return "fused"
-        if wanted == "fused":
-            raise ConfigError(f"the engine cannot be fused: {reason}; take engine layers, or auto")
-        return f"layers (not fused: {reason})"
+            return "it needs a GPU"
+        sizes = model.parameters.dtype, model.parameters.size, model.running.size
+        limit = runtime.limits(model.parameters).shared_bytes
+        return why_not(model.fused, self._batch_size, self._config.optimizer, *sizes, limit)
 
     def evaluate(self, x: Any, y: Any) -> tuple[float, float]:
         """Return the mean cross-entropy (nats) and the accuracy on these examples, with running statistics."""

@@ -11,10 +11,17 @@ from bnkernels import _check as check
 from bnkernels import _runtime as rt
 
 ARGUMENTS = rt.arguments_type(
-    "parameters gradients first second", "size", "lr beta1 beta2 rest1 rest2 eps correction1 correction2", ""
+    "parameters gradients first second scalars", "size", "lr beta1 beta2 rest1 rest2 eps correction1 correction2", ""
 )
 THREADS = 256
 MAX_BLOCKS = 1024  # several per multiprocessor of the largest GPU; threads stride over the rest
+MOMENTUM, BETA1, BETA2, ADAM_EPS = 0.9, 0.9, 0.999, 1e-8  # the usual ones
+STATES = {"sgd": (), "momentum": ("velocity",), "adam": ("first", "second")}
+CONSTANTS = {  # of the argument: beta1 to eps
+    "sgd": (0, 0, 0, 0, 0),
+    "momentum": (MOMENTUM, 0, 0, 0, 0),
+    "adam": (BETA1, BETA2, 1 - BETA1, 1 - BETA2, ADAM_EPS),
+}
 
 
 def sgd_update(parameters: Any, gradients: Any, *, lr: float) -> None:
@@ -47,12 +54,12 @@ def sgd_update(parameters: Any, gradients: Any, *, lr: float) -> None:
     lr = check.number("lr", lr, 0)
     runtime = _checked(parameters=parameters, gradients=gradients)
     if runtime is not None:
-        _launch(runtime, "sgd", (parameters, gradients, None, None), (lr, 0, 0, 0, 0, 0, 1, 1))
+        _launch(runtime, "sgd", (parameters, gradients, None, None, None), (lr, *CONSTANTS["sgd"], 1, 1))
     else:
-        parameters -= lr * gradients
+        _sgd(parameters, gradients, lr)
 
 
-def momentum_update(parameters: Any, gradients: Any, velocity: Any, *, lr: float, momentum: float = 0.9) -> None:
+def momentum_update(parameters: Any, gradients: Any, velocity: Any, *, lr: float, momentum: float = MOMENTUM) -> None:
     """Add the gradients to the decayed velocity and subtract `lr` times it from the parameters, in place.
 
     Parameters
@@ -86,11 +93,9 @@ def momentum_update(parameters: Any, gradients: Any, velocity: Any, *, lr: float
     lr, momentum = check.number("lr", lr, 0), check.number("momentum", momentum, 0, 1)
     runtime = _checked(parameters=parameters, velocity=velocity, gradients=gradients)
     if runtime is not None:
-        _launch(runtime, "momentum", (parameters, gradients, velocity, None), (lr, momentum, 0, 0, 0, 0, 1, 1))
+        _launch(runtime, "momentum", (parameters, gradients, velocity, None, None), (lr, momentum, 0, 0, 0, 0, 1, 1))
     else:
-        velocity *= momentum
-        velocity += gradients
-        parameters -= lr * velocity
+        _momentum(parameters, gradients, velocity, lr, momentum)
 
 
 def adam_update(
@@ -101,9 +106,9 @@ def adam_update(
     *,
     step: int,
     lr: float,
-    beta1: float = 0.9,
-    beta2: float = 0.999,
-    eps: float = 1e-8,
+    beta1: float = BETA1,
+    beta2: float = BETA2,
+    eps: float = ADAM_EPS,
 ) -> None:
     """Make one Adam step, in place.
 
@@ -151,15 +156,82 @@ def adam_update(
     correction1, correction2 = 1 - beta1**step, 1 - beta2**step
     if runtime is not None:
         scalars = (lr, beta1, beta2, 1 - beta1, 1 - beta2, eps, correction1, correction2)
-        _launch(runtime, "adam", (parameters, gradients, first, second), scalars)
+        _launch(runtime, "adam", (parameters, gradients, first, second, None), scalars)
     else:
-        first *= beta1
-        first += (1 - beta1) * gradients
-        second *= beta2
-        second += (1 - beta2) * gradients * gradients
-        root = np.sqrt(second / correction2)
-        root += eps
-        parameters -= (lr / correction1) * first / root
+        _adam(parameters, gradients, first, second, lr, beta1, beta2, eps, correction1, correction2)
+
+
+def scheduled_update(optimizer: str, parameters: Any, gradients: Any, state: tuple[Any, ...], scalars: Any) -> None:
+    """Make one optimiser step whose numbers are in an array, in place: a launch that can be captured and replayed.
+
+    Parameters
+    ----------
+    optimizer : {"sgd", "momentum", "adam"}
+        With the usual constants of `sgd_update`, `momentum_update` and `adam_update`.
+    parameters, gradients : array, shape (P,), float32 or float64
+        As in these.
+    state : tuple of arrays, shape (P,)
+        None, (velocity,) or (first, second); updated in place.
+    scalars : array, shape (3,), dtype of `parameters`
+        A row of `update_schedule`.
+
+    Raises
+    ------
+    TypeError
+        If an argument is not an array of the right kind or data type, or arrays of NumPy and CuPy are mixed.
+    ValueError
+        If a name, shape or layout is wrong, or arrays overlap.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> p = np.array([1.0, 2.0])
+    >>> scheduled_update("sgd", p, np.array([1.0, -1.0]), (), update_schedule("sgd", 0.5, 1)[0])
+    >>> p
+    array([0.5, 2.5])
+    """
+    names = STATES.get(optimizer)
+    if names is None or len(state) != len(names):
+        wanted = ", ".join(f"{name} with {len(arrays)} arrays" for name, arrays in STATES.items())
+        raise ValueError(f"optimizer and state must be {wanted}; got {optimizer!r} with {len(state)}")
+    arrays = {"parameters": parameters, **dict(zip(names, state, strict=True)), "gradients": gradients}
+    runtime = _checked(**arrays, scalars=scalars)
+    if runtime is not None:
+        given = parameters, gradients, *(*state, None, None)[:2], scalars
+        _launch(runtime, optimizer, given, (1, *CONSTANTS[optimizer], 1, 1))
+        return
+    lr, *corrections = scalars.tolist()
+    if optimizer == "sgd":
+        _sgd(parameters, gradients, lr)
+    elif optimizer == "momentum":
+        _momentum(parameters, gradients, *state, lr, MOMENTUM)
+    else:
+        _adam(parameters, gradients, *state, lr, BETA1, BETA2, ADAM_EPS, *corrections)
+
+
+def update_schedule(optimizer: str, lr: float, steps: int, *, before: int = 0) -> np.ndarray:
+    """Return what depends on the step alone, of several steps.
+
+    Parameters
+    ----------
+    optimizer : {"sgd", "momentum", "adam"}
+        Only Adam has corrections.
+    lr : float
+        Learning rate, per step.
+    steps, before : int
+        Of so many steps, after so many.
+
+    Returns
+    -------
+    numpy.ndarray, shape (steps, 3), float64
+        The learning rate, and what Adam divides its moments by: ``1 - beta**step``.
+    """
+    schedule = np.ones((steps, 3))
+    schedule[:, 0] = lr
+    if optimizer == "adam":
+        number = np.arange(before + 1, before + steps + 1, dtype=np.float64)
+        schedule[:, 1], schedule[:, 2] = 1 - BETA1**number, 1 - BETA2**number
+    return schedule
 
 
 def parameter_update_launch(size: int) -> rt.Launch:
@@ -173,13 +245,44 @@ def parameter_update_launch(size: int) -> rt.Launch:
     return rt.Launch((min(rt.ceil_div(size, THREADS), MAX_BLOCKS), 1, 1), (THREADS, 1, 1))
 
 
+def _sgd(parameters: np.ndarray, gradients: np.ndarray, lr: float) -> None:
+    parameters -= lr * gradients
+
+
+def _momentum(parameters: np.ndarray, gradients: np.ndarray, velocity: np.ndarray, lr: float, momentum: float) -> None:
+    velocity *= momentum
+    velocity += gradients
+    parameters -= lr * velocity
+
+
+def _adam(
+    parameters: np.ndarray,
+    gradients: np.ndarray,
+    first: np.ndarray,
+    second: np.ndarray,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    correction1: float,
+    correction2: float,
+) -> None:
+    first *= beta1
+    first += (1 - beta1) * gradients
+    second *= beta2
+    second += (1 - beta2) * gradients * gradients
+    root = np.sqrt(second / correction2)
+    root += eps
+    parameters -= (lr / correction1) * first / root
+
+
 def _checked(**arrays: Any) -> rt.Runtime | None:
-    """Check the arrays, of which all but the last, the gradients, are written."""
+    """Check the arrays, of which those before the gradients are written."""
     names, values = tuple(arrays), tuple(arrays.values())
     runtime = _check_signatures(names, *map(check.signature, values))
     if runtime is not None:
         check.one_device(runtime, names, values)
-    check.no_overlap(runtime, names, values, written=len(names) - 1)
+    check.no_overlap(runtime, names, values, written=names.index("gradients"))
     return runtime
 
 
@@ -191,8 +294,8 @@ def _check_signatures(names: tuple[str, ...], *signatures: check.Signature | Non
         raise TypeError(f"parameters must be float32 or float64, got {parameters.dtype}")
     if len(parameters.shape) != 1:
         raise ValueError(f"parameters must be one flat array, got the shape {parameters.shape}; pass a flat view")
-    for argument in args.values():
-        check.contiguous(argument, parameters.shape, parameters.dtype)
+    for name, argument in args.items():
+        check.contiguous(argument, (3,) if name == "scalars" else parameters.shape, parameters.dtype)
     return rt.runtime_of(parameters.kind)
 
 

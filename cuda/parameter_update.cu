@@ -5,7 +5,8 @@
 //            adam:      m = beta1 m + (1 - beta1) g;  s = beta2 s + (1 - beta2) g^2
 //                       p -= lr (m / correction1) / (sqrt(s / correction2) + eps),  correctioni = 1 - betai^step
 // Arrays:    parameters, gradients and the state (velocity; first and second), each (P,), C order, of type T, all
-//            different. Parameters and state are updated in place.
+//            different. Parameters and state are updated in place. scalars (3,): lr, correction1 and correction2, for a
+//            captured launch, or null: then those of the argument.
 // Launch:    block (256, 1, 1), grid (b, 1, 1), any b: thread i owns elements i, i + 256 b, ...; no shared memory.
 // Traffic:   sgd 2 P reads and P writes, momentum 3 P and 2 P, adam 4 P and 3 P. No barrier.
 // Numerics:  in T; what depends on the step alone is formed in double precision on the host (1 - beta2, 0.001, would
@@ -20,43 +21,56 @@ struct ParameterUpdate {
     const T* gradients;
     T* first;   // velocity, or Adam's first moment
     T* second;  // Adam's second moment
+    const T* scalars;
     long long size;
     T lr, beta1, beta2, rest1, rest2, eps, correction1, correction2;  // beta1 is the momentum; resti = 1 - betai
 };
 
+// What varies from step to step.
+template <typename T>
+struct Step {
+    T lr, correction1, correction2;
+
+    __device__ __forceinline__ explicit Step(const ParameterUpdate<T>& a)
+        : lr(a.scalars ? a.scalars[0] : a.lr),
+          correction1(a.scalars ? a.scalars[1] : a.correction1),
+          correction2(a.scalars ? a.scalars[2] : a.correction2) {}
+};
+
 struct Sgd {
     template <typename T>
-    static __device__ __forceinline__ T step(const ParameterUpdate<T>& a, long long i) {
-        return a.lr * a.gradients[i];
+    static __device__ __forceinline__ T move(const ParameterUpdate<T>& a, const Step<T>& step, long long i) {
+        return step.lr * a.gradients[i];
     }
 };
 
 struct Momentum {
     template <typename T>
-    static __device__ __forceinline__ T step(const ParameterUpdate<T>& a, long long i) {
+    static __device__ __forceinline__ T move(const ParameterUpdate<T>& a, const Step<T>& step, long long i) {
         const T velocity = fma(a.beta1, a.first[i], a.gradients[i]);
         a.first[i] = velocity;
-        return a.lr * velocity;
+        return step.lr * velocity;
     }
 };
 
 struct Adam {
     template <typename T>
-    static __device__ __forceinline__ T step(const ParameterUpdate<T>& a, long long i) {
+    static __device__ __forceinline__ T move(const ParameterUpdate<T>& a, const Step<T>& step, long long i) {
         const T g = a.gradients[i];
         const T first = fma(a.beta1, a.first[i], a.rest1 * g);
         const T second = fma(a.beta2, a.second[i], a.rest2 * g * g);
         a.first[i] = first;
         a.second[i] = second;
-        return a.lr * (first / a.correction1) / (sqrt(second / a.correction2) + a.eps);
+        return step.lr * (first / step.correction1) / (sqrt(second / step.correction2) + a.eps);
     }
 };
 
 template <typename Rule, typename T>
 __device__ __forceinline__ void parameter_update(const ParameterUpdate<T>& a) {
     const long long stride = (long long)gridDim.x * blockDim.x;
+    const Step<T> step(a);
     for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < a.size; i += stride)
-        a.parameters[i] -= Rule::step(a, i);
+        a.parameters[i] -= Rule::move(a, step, i);
 }
 
 BNK_KERNEL(bnk_parameter_update_sgd_f32, ParameterUpdate<float>, 256, (parameter_update<Sgd, float>))

@@ -13,7 +13,7 @@ from benchmarks import bench_fused_training
 from benchmarks.bench_train_step import SIZES, Variant, check, mini_batches
 from benchmarks.case import Case
 from benchmarks.places import cast, to_float64
-from benchmarks.steps.ours import FusedStep
+from benchmarks.steps.ours import FusedStep, GraphStep
 from benchmarks.steps.step import initial_state
 from bnkernels.config import DEFAULT_LEARNING_RATES, ConfigError, TrainingConfig
 from bnkernels.fused_training import OPTIMIZERS, shared_bytes
@@ -289,7 +289,7 @@ def test_the_engines_take_over_from_each_other(
 
 
 def test_the_engine_is_chosen_by_place_and_size_and_says_why(backend: Backend) -> None:
-    small, large = network_on(backend, "batch"), network_on(backend, "batch", hidden=(1000, 1000))
+    small, large = network_on(backend, "batch"), network_on(backend, "batch", hidden=(2000, 2000))
     if backend.name == "numpy":
         assert small.engine == large.engine == "layers"
         with pytest.raises(
@@ -299,17 +299,22 @@ def test_the_engine_is_chosen_by_place_and_size_and_says_why(backend: Backend) -
         return
     assert small.engine == "fused"
     assert large.engine.startswith("layers (not fused: it needs ")
+    assert "; not graph: a layer of 6 inputs and 2000 outputs" in large.engine
+    assert network_on(backend, "batch", hidden=(1000, 1000)).engine.startswith("graph (not fused: it needs ")
     with pytest.raises(ConfigError, match=r"the engine cannot be fused: it needs .* bytes of shared memory"):
         network_on(backend, "batch", hidden=(1000, 1000), engine="fused")
     assert network_on(backend, "batch", engine="layers").engine == "layers"
 
 
+@pytest.mark.parametrize("kind", [FusedStep, GraphStep])
 @pytest.mark.parametrize("norm", ["batch", "none"])
 @pytest.mark.parametrize("name", RATES)
-def test_the_benchmarked_steps_are_right(backend: Backend, name: str, norm: str) -> None:
+def test_the_benchmarked_steps_are_right(backend: Backend, name: str, norm: str, kind: type[FusedStep]) -> None:
     """`check` raises unless the losses are those of float64."""
+    if backend.name == "numpy" and kind is GraphStep:
+        pytest.skip("needs a device")
     rate = DEFAULT_LEARNING_RATES[name]
-    step = FusedStep(initial_state(SIZES, norm), name, rate, xp=backend.xp)
+    step = kind(initial_state(SIZES, norm), name, rate, xp=backend.xp)
     assert check(Variant("bnkernels fused", norm, name), step, mini_batches()[:4]) >= 0
     assert step.optimizer.steps == 4
 

@@ -27,6 +27,7 @@ LAYERS = [  # from the bottom; a module imports from its own layer and from thos
     {"layers"},
     {"mlp"},
     {"optimizers"},
+    {"captured_step"},
     {"__init__"},  # the public names; what is above may ask it for the version
     {"checkpoint", "data", "plots"},
     {"config"},

@@ -137,7 +137,7 @@ def test_running_statistics_move_as_batch_norm_moves_them(
 
 
 def test_a_mean_far_from_0_costs_no_digits(backend: Backend) -> None:
-    x = (2.0**20 + np.arange(64) % 12).astype("float32")[:, None]
+    x = (2.0**20 + np.arange(64) % 11).astype("float32")[:, None]
     y, z, _ = bn.linear_batch_norm_forward(*backend.arrays(x, np.ones((1, 3), "float32")))
     exact = oracle.forward(backend.asnumpy(z), None, None, 1e-5)
     np.testing.assert_allclose(backend.asnumpy(y), exact.y.astype("float64"), rtol=1e-6, atol=1e-6)
@@ -167,7 +167,8 @@ def test_outputs_are_written_where_they_are_wanted(backend: Backend, rng: np.ran
     _, z, statistics = found
     out = (None, *(backend.empty(shape, "float32") for shape in ((inputs, outputs), (outputs,), (outputs,))))
     given = dy, x, weight, gamma, beta, z, statistics
-    grads = bn.linear_batch_norm_backward(*given, input_gradient=False, out=out)
+    workspace = backend.empty((rows, outputs), "float32")
+    grads = bn.linear_batch_norm_backward(*given, input_gradient=False, workspace=workspace, out=out)
     assert all(one is two for one, two in zip(grads, out, strict=True))
     for one, two in zip(grads[1:], bn.linear_batch_norm_backward(*given)[1:], strict=True):
         np.testing.assert_array_equal(backend.asnumpy(one), backend.asnumpy(two))
@@ -246,6 +247,7 @@ def test_the_order_of_blocks_and_threads_changes_no_bit(
         for seed in range(1, 4):
             with emulated.schedule(seed, resident=4):
                 for one, two in zip(first, run(), strict=True):
+                    assert np.isfinite(one).all()
                     np.testing.assert_array_equal(one, two)
 
 

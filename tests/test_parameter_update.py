@@ -243,3 +243,32 @@ def test_twenty_steps_agree_with_torch(backend: Backend, rng: np.random.Generato
         update(rule, [on[0], backend.asarray(gradients), *on[1:]], number)
     tolerance = 1000 * float(np.finfo(dtype).eps)
     np.testing.assert_allclose(backend.asnumpy(on[0]), leaf.detach().numpy(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rule", RULES)
+def test_numbers_from_a_schedule_make_the_same_steps(
+    backend: Backend, rng: np.random.Generator, rule: str, dtype: str
+) -> None:
+    """Bit for bit: numbers in an array are those that would be passed."""
+    arrays = [rng.standard_normal(300).astype(dtype) for _ in range(2)] + [np.zeros(300, dtype)] * RULES[rule]
+    direct, scheduled = ([backend.asarray(array) for array in arrays] for _ in range(2))
+    schedule = backend.asarray(bn.update_schedule(rule, LR, 3, before=2).astype(dtype))
+    for i in range(3):
+        update(rule, direct, 3 + i, **({"eps": 1e-8} if rule == "adam" else {}))
+        bn.scheduled_update(rule, *scheduled[:2], tuple(scheduled[2:]), schedule[i])
+    for one, two in zip(direct, scheduled, strict=True):
+        if backend.name == "numpy" and rule == "adam":  # whose corrections have been rounded to the data's type
+            np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-7)
+        else:
+            np.testing.assert_array_equal(backend.asnumpy(one), backend.asnumpy(two))
+
+
+def test_a_wrong_schedule_is_refused(backend: Backend) -> None:
+    parameters, gradients, scalars = backend.arrays(*(np.ones(size, "float32") for size in (5, 5, 2)))
+    with refused(backend, ValueError, r"scalars must have the shape \(3,\), got \(2,\)", parameters):
+        bn.scheduled_update("sgd", parameters, gradients, (), scalars)
+    with refused(backend, ValueError, "momentum with 1 arrays.*got 'momentum' with 0", parameters):
+        bn.scheduled_update("momentum", parameters, gradients, (), scalars)
+    with refused(backend, ValueError, "got 'rmsprop' with 0", parameters):
+        bn.scheduled_update("rmsprop", parameters, gradients, (), scalars)

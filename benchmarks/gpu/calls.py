@@ -45,6 +45,7 @@ def calls(dtype: np.dtype) -> list[tuple[Op, list[np.ndarray]]]:
     if dtype.itemsize == 2:
         return found
     x, labels = rng.standard_normal((5 * 20, 6)).astype(dtype), rng.integers(0, 3, 5 * 20).astype(np.int32)
+    found.append((mini_batch, [x, labels, x[:3, :3].copy(), np.array([1, 0], np.uint32)]))
     model = bn.MLP((6, 9, 3), dtype=dtype.name, activation="tanh")
     found.append((partial(fused_training, model.fused), [model.parameters, model.running, x, labels]))
     states = [rng.standard_normal(SIZE).astype(dtype) for _ in range(2)]
@@ -89,6 +90,13 @@ def linear_batch_norm(x: Any, weight: Any, dy: Any, gamma: Any, beta: Any, mean:
     y, z, statistics = bn.linear_batch_norm_forward(x, weight, gamma, beta, mean, var, activation="tanh")
     gradients = bn.linear_batch_norm_backward(dy, x, weight, gamma, beta, z, statistics, activation="tanh")
     return [y, z, statistics[0], statistics[2], mean, var, *gradients]
+
+
+def mini_batch(x: Any, labels: Any, schedule: Any, counter: Any) -> Sequence[Any]:
+    """Take the second mini-batch of 20."""
+    out = x[:20].copy(), labels[:20].copy(), schedule[0].copy()
+    bn.mini_batch(x, labels, schedule, counter, out=out)
+    return [*out, counter]
 
 
 def fused_training(network: Any, parameters: Any, running: Any, x: Any, labels: Any) -> Sequence[Any]:

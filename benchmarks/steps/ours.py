@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ from benchmarks.case import NotSupportedError
 from benchmarks.steps.step import ArrayStep, Batches, Maker, State, norm_of, sizes_of
 from bnkernels import MLP, fused_training, softmax_cross_entropy
 from bnkernels._runtime import why_no_cuda
+from bnkernels.captured_step import CapturedStep
 from bnkernels.optimizers import OPTIMIZERS, make_optimizer
 
 
@@ -83,19 +86,45 @@ class FusedStep(OurStep):
         """Train on every mini-batch; return the mean loss of each."""
         return self.to_host(self._train(*prepared)).astype(np.float64)
 
+    @property
+    def _name(self) -> str:
+        return next(name for name, kind in OPTIMIZERS.items() if type(self.optimizer) is kind)
+
     def _train(self, x: Any, labels: Any) -> Any:
         model, optimizer = self.model, self.optimizer
         state = tuple(optimizer.arrays.values())
         running = model.running if model.running.size else None
-        name = next(name for name, kind in OPTIMIZERS.items() if type(optimizer) is kind)
-        options = {"batch": self.batch, "optimizer": name, "lr": optimizer.lr, "steps_before": optimizer.steps}
+        options = {"batch": self.batch, "optimizer": self._name, "lr": optimizer.lr, "steps_before": optimizer.steps}
         losses = fused_training(model.fused, model.parameters, state, running, x, labels, **options)
         optimizer.steps += len(losses)
         return losses
 
 
+class GraphStep(FusedStep):
+    """A step as a graph, replayed for all mini-batches of a `run`."""
+
+    def losses(self, prepared: tuple[Any, Any]) -> np.ndarray:
+        """Train on every mini-batch; return the mean loss of each."""
+        return np.array([float(self.to_host(loss).mean(dtype="float64")) for loss in self._steps(*prepared)])
+
+    def _train(self, x: Any, labels: Any) -> Any:
+        for _ in self._steps(x, labels):
+            pass
+
+    def _steps(self, x: Any, labels: Any) -> Iterator[Any]:
+        optimizer = self.optimizer
+        for _ in self._captured.run(x, labels, lr=optimizer.lr, before=optimizer.steps):
+            optimizer.steps += 1
+            yield self._captured.losses
+
+    @cached_property
+    def _captured(self) -> CapturedStep:
+        return CapturedStep(self.model, self._name, tuple(self.optimizer.arrays.values()), self.batch)
+
+
 MAKERS = (
     Maker("bnkernels", "cpu", OurStep),
     Maker("bnkernels", "cuda", OurStep.on_cupy, why_no_cuda),
+    Maker("bnkernels graph", "cuda", GraphStep.on_cupy, why_no_cuda),
     Maker("bnkernels fused", "cuda", FusedStep.on_cupy, why_no_cuda),
 )

@@ -12,7 +12,7 @@ COMMON, FORWARD, BACKWARD = "common.cuh", "batch_norm_forward.cu", "batch_norm_b
 MEET, MOMENTS, SPREAD, VECTOR = "meet.cuh", "moments.cuh", "spread.cuh", "vector.cuh"
 FORWARD_SPREAD, BACKWARD_SPREAD = "batch_norm_forward_spread.cu", "batch_norm_backward_spread.cu"
 HALF, ACTIVATION, CHANNEL = "half.cuh", "activation.cuh", "channel.cuh"
-SOFTMAX, UPDATE = "softmax_cross_entropy.cu", "parameter_update.cu"
+SOFTMAX, UPDATE, MINI_BATCH = "softmax_cross_entropy.cu", "parameter_update.cu", "mini_batch.cu"
 
 MUTANTS = [
     *DOUBLE_BACKWARD,
@@ -142,7 +142,24 @@ MUTANTS = [
         "stride = (long long)gridDim.x * blockDim.x;",
         "stride = blockDim.x;",
     ),
+    Mutant("update: the schedule is ignored", UPDATE, "a.scalars ? a.scalars[1] :", ""),
     # ---- formulas
+    Mutant("mini-batch: every block moves the counter", MINI_BATCH, "1u) != gridDim.x - 1", "1u) == 77u"),
+    Mutant(
+        "mini-batch: a block arrives before all of it have read the counter",
+        MINI_BATCH,
+        "    __syncthreads();  // all of the block have read the counter\n",
+        "",
+        ("plain", "tsan"),
+    ),
+    Mutant(
+        "mini-batch: a block arrives without a fence",
+        MINI_BATCH,
+        "    __threadfence();\n    if",
+        "    if",
+        ("tsan",),
+    ),
+    Mutant("mini-batch: arrivals are not forgotten", MINI_BATCH, "a.counter[1] = 0;", ""),
     Mutant(
         "forward: running_var takes the biased variance",
         FORWARD,
@@ -249,8 +266,8 @@ MUTANTS = [
     Mutant(
         "update: Adam's eps inside the square root",
         UPDATE,
-        "(sqrt(second / a.correction2) + a.eps)",
-        "sqrt(second / a.correction2 + a.eps)",
+        "(sqrt(second / step.correction2) + a.eps)",
+        "sqrt(second / step.correction2 + a.eps)",
     ),
     # ---- slices that several blocks share
     Mutant(

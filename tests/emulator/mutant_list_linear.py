@@ -100,7 +100,7 @@ MUTANTS = [
         BACKWARD,
         "if (gridDim.x > 1) meet(a.arrivals, gridDim.x);",
         "",
-        select=SCHEDULES,
+        select=WHOLE,
     ),
     Mutant(
         "linear backward: each block multiplies one tile of dx",

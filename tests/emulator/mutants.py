@@ -37,6 +37,7 @@ TESTS = {  # the quickest first: the first failure ends a run
     "batch_norm_statistics.cu": ("tests/test_batch_norm_statistics.py",),
     **dict.fromkeys(("channel_sums.cuh", "batch_norm_double_backward.cu"), DOUBLE),
     "softmax_cross_entropy.cu": ("tests/test_softmax_cross_entropy.py", "tests/regress"),
+    "mini_batch.cu": ("tests/test_mini_batch.py",),
     "parameter_update.cu": ("tests/test_parameter_update.py", "tests/regress"),
 }
 TIME_LIMIT = 120  # seconds; a mutant that hangs is noticed too

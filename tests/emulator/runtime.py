@@ -6,7 +6,7 @@ import ctypes
 import math
 import os
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -70,6 +70,7 @@ class EmulatorRuntime(_runtime.Runtime):
         self._limits = LIMITS._replace(sms=1) if build == "tsan" else LIMITS  # a thread of TSan's takes two megabytes
         self.workspace_array: EmulatedArray | None = None
         self.launches: list[LaunchRecord] = []
+        self._captured: list[tuple] | None = None
 
     # ---- the seam ---------------------------------------------------------------------------------------------------
 
@@ -114,8 +115,31 @@ class EmulatorRuntime(_runtime.Runtime):
         EmulatorError
             For anything a GPU would not forgive; the message says what, which thread, and where.
         """
+        if self._captured is not None:
+            self._captured.append((source, entry_point, launch, arguments.copy()))
+            return
         counts = self._binding.launch(source, entry_point, launch, arguments, self._schedule)
         self.launches.append(LaunchRecord(source, entry_point, launch, counts))
+
+    def capture(self, work: Callable[[], None], like: Any) -> Callable[[], None]:
+        """Return what repeats the launches that `work` makes, as they were: nothing else of it runs again.
+
+        Raises
+        ------
+        EmulatorError
+            If `work` allocates.
+        """
+        self._captured = captured = []
+        try:
+            work()
+        finally:
+            self._captured = None
+
+        def replay() -> None:
+            for launch in captured:
+                self.launch(*launch)
+
+        return replay
 
     # ---- for tests --------------------------------------------------------------------------------------------------
 
@@ -210,6 +234,8 @@ class EmulatorRuntime(_runtime.Runtime):
             self._schedule = before
 
     def _new(self, shape: tuple[int, ...], dtype: np.dtype, misalignment: int = 0) -> EmulatedArray:
+        if self._captured is not None:
+            raise EmulatorError(f"{_describe(shape, dtype)} is allocated in a capture")
         block = self._block(math.prod(shape) * dtype.itemsize, misalignment, _describe(shape, dtype))
         return EmulatedArray(shape, dtype, block)
 

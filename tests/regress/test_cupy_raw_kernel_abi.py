@@ -20,6 +20,7 @@ from bnkernels.batch_norm_double_backward import ARGUMENTS as DOUBLE_BACKWARD
 from bnkernels.batch_norm_statistics import ARGUMENTS as STATISTICS
 from bnkernels.fused_training import ARGUMENTS as FUSED_TRAINING
 from bnkernels.linear_batch_norm import ARGUMENTS as LINEAR_BATCH_NORM
+from bnkernels.mini_batch import ARGUMENTS as MINI_BATCH
 from bnkernels.parameter_update import ARGUMENTS as PARAMETER_UPDATE
 from bnkernels.softmax_cross_entropy import ARGUMENTS as SOFTMAX_CROSS_ENTROPY
 from tests.regress.calls import CALLS, make_arrays
@@ -38,6 +39,7 @@ LAYOUTS = {
     "FusedTraining": FUSED_TRAINING,
     "LinearBatchNormForward": LINEAR_BATCH_NORM["forward"],
     "LinearBatchNormBackward": LINEAR_BATCH_NORM["backward"],
+    "MiniBatch": MINI_BATCH,
     "SoftmaxCrossEntropy": SOFTMAX_CROSS_ENTROPY,
     "ParameterUpdate": PARAMETER_UPDATE,
 }

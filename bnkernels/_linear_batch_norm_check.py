@@ -1,0 +1,88 @@
+"""What the linear batch norms accept: shapes, types and layouts, by signatures; see ``_check.py``."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from bnkernels import _check as check
+from bnkernels import _runtime as rt
+from bnkernels._linear_batch_norm_launch import Sizes
+
+FORWARD_NAMES = ("y", "z", "statistics", "running_mean", "running_var", "x", "weight", "gamma", "beta")
+GRADIENTS = ("dx", "dweight", "dgamma", "dbeta")
+BACKWARD_NAMES = (*GRADIENTS, "workspace", "dy", "x", "weight", "gamma", "beta", "z", "statistics")
+NORMS = ("batch", None)
+
+
+def is_normalised(norm: str | None) -> bool:
+    """Check the name of a norm; return whether there is one."""
+    if norm not in NORMS:
+        raise ValueError(f"norm must be 'batch' or None, got {norm!r}")
+    return norm is not None
+
+
+def pack_gradients(out: Any, wanted: tuple[bool, ...]) -> tuple[Any, ...]:
+    """Check `out`, None or a tuple with an array for every gradient that is wanted; return it, or as many None."""
+    if out is None:
+        return (None,) * 4
+    if not isinstance(out, tuple) or [array is not None for array in out] != list(wanted):
+        expected = ", ".join(name if want else "None" for name, want in zip(GRADIENTS, wanted, strict=True))
+        raise TypeError(f"out must be the tuple of arrays ({expected}), got {out!r}")
+    return out
+
+
+@lru_cache(maxsize=1024)
+def checked_forward(normalised: bool, *signatures: check.Signature | None) -> tuple[rt.Runtime | None, Sizes]:
+    """Check the arrays of `FORWARD_NAMES`; return who runs them, and the sizes."""
+    args = check.arguments(
+        dict(zip(FORWARD_NAMES, signatures, strict=True)),
+        ("y", "z", "statistics", "running_mean", "running_var", "gamma", "beta"),
+    )
+    sizes = _checked_inputs(args)
+    if not normalised:
+        for name in ("gamma", "running_mean", "running_var"):
+            if args[name] is not None:
+                raise ValueError(f"{name} belongs to a norm; with norm=None pass beta alone, the bias")
+    elif sizes.rows == 1:
+        raise ValueError("x has one example: one value per neuron has no variance; train on at least two")
+    for name in ("running_mean", "running_var"):
+        check.contiguous(args[name], (sizes.outputs,), rt.accumulator(sizes.dtype))
+    for name in ("y", "z"):
+        check.contiguous(args[name], (sizes.rows, sizes.outputs), sizes.dtype)
+    check.contiguous(args["statistics"], (3, sizes.outputs), rt.accumulator(sizes.dtype))
+    return rt.runtime_of(args["x"].kind), sizes
+
+
+@lru_cache(maxsize=1024)
+def checked_backward(*signatures: check.Signature | None) -> tuple[rt.Runtime | None, Sizes]:
+    """Check the arrays of `BACKWARD_NAMES`; return who runs them, and the sizes."""
+    args = check.arguments(
+        dict(zip(BACKWARD_NAMES, signatures, strict=True)), (*BACKWARD_NAMES[:5], "gamma", "beta", "statistics")
+    )
+    sizes = _checked_inputs(args)
+    if args["statistics"] is None and args["gamma"] is not None:
+        raise ValueError("gamma belongs to a norm; without statistics pass beta alone, the bias")
+    for name in ("dy", "z", "workspace"):
+        check.contiguous(args[name], (sizes.rows, sizes.outputs), sizes.dtype)
+    check.contiguous(args["statistics"], (3, sizes.outputs), rt.accumulator(sizes.dtype))
+    check.contiguous(args["dx"], (sizes.rows, sizes.inputs), sizes.dtype)
+    check.contiguous(args["dweight"], (sizes.inputs, sizes.outputs), sizes.dtype)
+    for name in ("dgamma", "dbeta"):
+        check.contiguous(args[name], (sizes.outputs,), rt.accumulator(sizes.dtype))
+    return rt.runtime_of(args["x"].kind), sizes
+
+
+def _checked_inputs(args: dict[str, check.Argument | None]) -> Sizes:
+    """Check x, weight, gamma and beta; return the sizes."""
+    x, weight = args["x"], args["weight"]
+    check.floating(x)
+    if len(x.shape) != 2:
+        raise ValueError(f"x must have the shape (N, K), got {x.shape}; reshape it to two dimensions")
+    if len(weight.shape) != 2:
+        raise ValueError(f"weight must have the shape (K, M), got {weight.shape}")
+    check.contiguous(x, x.shape, x.dtype)
+    check.contiguous(weight, (x.shape[1], weight.shape[1]), x.dtype)
+    for name in ("gamma", "beta"):
+        check.contiguous(args[name], weight.shape[1:], rt.accumulator(x.dtype))
+    return Sizes(*x.shape, weight.shape[1], x.dtype)

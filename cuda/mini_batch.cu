@@ -1,0 +1,54 @@
+// The mini-batch whose turn it is, by a counter on the device: what a captured step begins with, one launch.
+//
+// Formulas:  s = counter[0];  x_out[n] = x[r], labels_out[n] = labels[r],  r = s N + n, or indices[s N + n];
+//            scalars_out = schedule[s];  then counter[0] = s + 1.
+// Arrays:    x (rows, K) of type T, labels (rows,), indices (steps, N) or null, schedule (steps, S) of type T;
+//            x_out (N, K), labels_out (N,), scalars_out (S,). counter (2,): the step, and how many blocks have arrived,
+//            which is 0 between launches. C order. Beyond the last step, and for rows that x does not have, undefined.
+// Launch:    block (256, 1, 1), grid (b, 1, 1), any b; no shared memory. The last block to arrive moves the counter.
+// Traffic:   N (K + 1) numbers and S read and written once, and a counter.
+// Numerics:  none: a copy.
+// Called by: bnkernels/mini_batch.py
+#include "common.cuh"
+
+template <typename T>
+struct MiniBatch {
+    const T* x;
+    const int* labels;
+    const int* indices;
+    const T* schedule;
+    T* x_out;
+    int* labels_out;
+    T* scalars_out;
+    unsigned* counter;
+    long long batch, inputs, scalars;
+};
+
+template <typename T>
+__device__ __forceinline__ void mini_batch(const MiniBatch<T>& a) {
+    const long long step = *(const volatile unsigned*)a.counter;
+    const long long thread = (long long)blockIdx.x * blockDim.x + threadIdx.x,
+                    threads = (long long)gridDim.x * blockDim.x;
+    const auto row = [&](long long n) {
+        return a.indices ? (long long)a.indices[step * a.batch + n] : step * a.batch + n;
+    };
+#pragma unroll 4
+    for (long long i = thread; i < a.batch * a.inputs; i += threads)
+        a.x_out[i] = a.x[row(i / a.inputs) * a.inputs + i % a.inputs];
+    for (long long n = thread; n < a.batch; n += threads) a.labels_out[n] = a.labels[row(n)];
+    for (long long i = thread; i < a.scalars; i += threads) a.scalars_out[i] = a.schedule[step * a.scalars + i];
+    __syncthreads();  // all of the block have read the counter
+    if (threadIdx.x != 0) return;
+    __threadfence();
+    if (atomicAdd(a.counter + 1, 1u) != gridDim.x - 1) return;
+    __threadfence();
+    a.counter[0] = (unsigned)step + 1;
+    a.counter[1] = 0;
+}
+
+#define MINI_BATCH(suffix, T)                           \
+    using arguments_mini_batch_##suffix = MiniBatch<T>; \
+    BNK_KERNEL(bnk_mini_batch_##suffix, arguments_mini_batch_##suffix, 256, (mini_batch<T>))
+
+MINI_BATCH(f32, float)
+MINI_BATCH(f64, double)
