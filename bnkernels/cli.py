@@ -1,4 +1,4 @@
-"""The command line: ``bnkernels train``, ``bnkernels predict`` and ``bnkernels info``."""
+"""The command line: ``bnkernels train``, ``predict``, ``reproduce`` and ``info``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ from bnkernels.checkpoint import CheckpointError
 from bnkernels.config import CHOICES, DEFAULT_EPOCHS, DEFAULT_LEARNING_RATES, ConfigError, TrainingConfig
 from bnkernels.data import DataError
 from bnkernels.environment import report
+from bnkernels.plots import require_matplotlib
 from bnkernels.predict import predict
+from bnkernels.reproduce import SHORTENED, STEPS, Experiment
+from bnkernels.reproduce import run as reproduce
+from bnkernels.reproduce import write as write_reproduction
 from bnkernels.runs import TrainingResult, default_folder
 from bnkernels.trainer import Trainer, resume, train
 
@@ -90,6 +94,17 @@ def build_parser() -> Parser:
     command.add_argument("--device", choices=CHOICES["device"], default="auto", help="where to compute (default: auto)")
     command.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
 
+    command = commands.add_parser(
+        "reproduce",
+        help="repeat a paper's experiment",
+        description="Repeat a published experiment and draw its figure. ioffe2015: 784 binary inputs, three layers of "
+        "100 sigmoids, with and without batch norm (arXiv:1502.03167, section 4.1).",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    command.set_defaults(command=run_reproduce)
+    _add_reproduction_options(command)
+
     command = commands.add_parser("info", help="print the environment, for bug reports", allow_abbrev=False)
     command.set_defaults(command=run_info)
     return parser
@@ -130,6 +145,19 @@ def _add_training_options(command: Parser) -> None:
     add(group, "seed", f"seed of weights and order of the examples (default: {default.seed})", type=int, metavar="N")
     add(group, "device", f"where to train; auto is a GPU where there is one (default: {default.device})")
     add(group, "engine", f"a step op by op, or many in one launch; auto is the latter (default: {default.engine})")
+
+
+def _add_reproduction_options(command: Parser) -> None:
+    """Add the options of `Experiment`."""
+    default = Experiment()
+    command.add_argument("experiment", choices=("ioffe2015",), help="which one")
+    command.add_argument("--mnist", metavar="DIR", help="MNIST's IDX files, gzipped or not (default: the digits)")
+    command.add_argument("--steps", type=int, metavar="N", help=f"(default: {STEPS} on a GPU, {SHORTENED} on a CPU)")
+    command.add_argument("--lr", type=float, metavar="RATE", help=f"learning rate (default: {default.lr})")
+    command.add_argument("--seed", type=int, metavar="N", help=f"seed of weights and batches (default: {default.seed})")
+    command.add_argument("--device", choices=CHOICES["device"], help=f"where to train (default: {default.device})")
+    command.add_argument("--engine", choices=CHOICES["engine"], help=f"as of train (default: {default.engine})")
+    command.add_argument("--out", metavar="DIR", help="folder of document and pictures (default: runs/ioffe2015-...)")
 
 
 def _add_run_options(command: Parser) -> None:
@@ -187,6 +215,19 @@ def run_predict(options: argparse.Namespace) -> int:
             f"{LABELS[norm]:<18}  test accuracy {network['test_accuracy']:.2%}, loss {network['test_loss']:.4f}, "
             f"after {network['step']} steps"
         )
+    return 0
+
+
+def run_reproduce(options: argparse.Namespace) -> int:
+    """``bnkernels reproduce``: run the experiment and draw it."""
+    given = vars(options)
+    experiment = Experiment(**{field.name: given[field.name] for field in fields(Experiment) if field.name in given})
+    require_matplotlib()
+    document = reproduce(experiment, say=lambda line: print(line, flush=True))
+    files = write_reproduction(document, given.get("out") or default_folder(options.experiment))
+    for norm, network in document["networks"].items():
+        print(f"{LABELS[norm]:<18}  test accuracy {network['test_accuracy'][-1]:.2%}")
+    print(*(f"{name}: {path}" for name, path in files.items()), sep="\n")
     return 0
 
 

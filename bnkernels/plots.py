@@ -1,4 +1,4 @@
-"""The picture of a run: training loss and test accuracy over the steps, with and without batch norm."""
+"""Pictures: of a run, loss and accuracy over the steps; of the batch-norm paper's experiment, its figure 1."""
 
 from __future__ import annotations
 
@@ -68,6 +68,88 @@ def draw_curves(history: Mapping[str, Sequence[Mapping[str, Any]]], title: str) 
         axes.set_xlim(left=0)
         axes.grid(alpha=0.25)
         axes.legend(frameon=False)
+    return _png(figure)
+
+
+def draw_accuracy(document: Mapping[str, Any]) -> bytes:
+    """Draw figure 1a of the batch-norm paper: test accuracy over the steps.
+
+    Parameters
+    ----------
+    document : mapping
+        What `bnkernels.reproduce.run` returns.
+
+    Returns
+    -------
+    bytes
+        A PNG image of 1050 x 675 pixels.
+
+    Raises
+    ------
+    ImportError
+        If Matplotlib is not installed.
+    """
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for norm, network in document["networks"].items():
+        axes.plot(network["steps"], [100 * accuracy for accuracy in network["test_accuracy"]], **STYLES[norm])
+    axes.set(xlabel="training step", ylabel="test accuracy (%)", title=_title(document))
+    axes.set_xlim(0, document["settings"]["steps"])
+    axes.set_ylim(60, 100)  # the first steps are below
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, loc="lower right")
+    return _png(figure)
+
+
+def draw_percentiles(document: Mapping[str, Any]) -> bytes:
+    """Draw figures 1b and 1c of the batch-norm paper: percentiles of the input of a typical sigmoid over the steps.
+
+    Parameters
+    ----------
+    document : mapping
+        What `bnkernels.reproduce.run` returns.
+
+    Returns
+    -------
+    bytes
+        A PNG image of 1500 x 675 pixels.
+
+    Raises
+    ------
+    ImportError
+        If Matplotlib is not installed.
+    """
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.5), dpi=150, layout="constrained")
+    figure.suptitle(_title(document), fontsize=11)
+    for axes, norm in zip(figure.subplots(1, 2, sharey=True), ("none", "batch"), strict=True):
+        network, style = document["networks"][norm], STYLES[norm]
+        low, middle, high = network["input_percentiles"].values()
+        axes.fill_between(network["steps"], low, high, color=style["color"], alpha=0.2, linewidth=0)
+        for values, label in ((high, "85 %"), (middle, "50 %"), (low, "15 %")):
+            axes.plot(network["steps"], values, color=style["color"], linewidth=2 if label == "50 %" else 1)
+            end = network["steps"][-1], values[-1]
+            axes.annotate(label, end, xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+        axes.set(xlabel="training step", title=f"{style['label']}, sigmoid {network['typical_sigmoid']}")
+        axes.set_xlim(0, document["settings"]["steps"] * 1.1)
+        axes.grid(alpha=0.25)
+        axes.tick_params(labelleft=True)
+    figure.axes[0].set_ylabel("input of the sigmoid")
+    return _png(figure)
+
+
+def _title(document: Mapping[str, Any]) -> str:
+    settings = document["settings"]
+    sizes = "-".join(map(str, settings["sizes"]))
+    return f"{document['data']['name']}, {sizes} sigmoids, mini-batches of {settings['batch']}"
+
+
+def _png(figure: Any) -> bytes:
     image = io.BytesIO()
     figure.savefig(image, format="png")
     return image.getvalue()

@@ -24,18 +24,22 @@ struct MiniBatch {
     long long batch, inputs, scalars;
 };
 
+// The row of example n of the mini-batch.
+template <typename T>
+__device__ __forceinline__ long long row_of(const MiniBatch<T>& a, long long step, long long n) {
+    const long long position = step * a.batch + n;
+    return a.indices ? a.indices[position] : position;
+}
+
 template <typename T>
 __device__ __forceinline__ void mini_batch(const MiniBatch<T>& a) {
     const long long step = *(const volatile unsigned*)a.counter;
     const long long thread = (long long)blockIdx.x * blockDim.x + threadIdx.x,
                     threads = (long long)gridDim.x * blockDim.x;
-    const auto row = [&](long long n) {
-        return a.indices ? (long long)a.indices[step * a.batch + n] : step * a.batch + n;
-    };
 #pragma unroll 4
     for (long long i = thread; i < a.batch * a.inputs; i += threads)
-        a.x_out[i] = a.x[row(i / a.inputs) * a.inputs + i % a.inputs];
-    for (long long n = thread; n < a.batch; n += threads) a.labels_out[n] = a.labels[row(n)];
+        a.x_out[i] = a.x[row_of(a, step, i / a.inputs) * a.inputs + i % a.inputs];
+    for (long long n = thread; n < a.batch; n += threads) a.labels_out[n] = a.labels[row_of(a, step, n)];
     for (long long i = thread; i < a.scalars; i += threads) a.scalars_out[i] = a.schedule[step * a.scalars + i];
     __syncthreads();  // all of the block have read the counter
     if (threadIdx.x != 0) return;
@@ -48,7 +52,7 @@ __device__ __forceinline__ void mini_batch(const MiniBatch<T>& a) {
 
 #define MINI_BATCH(suffix, T)                           \
     using arguments_mini_batch_##suffix = MiniBatch<T>; \
-    BNK_KERNEL(bnk_mini_batch_##suffix, arguments_mini_batch_##suffix, 256, (mini_batch<T>))
+    BNK_KERNEL_ROOMY(bnk_mini_batch_##suffix, arguments_mini_batch_##suffix, 256, (mini_batch<T>))
 
 MINI_BATCH(f32, float)
 MINI_BATCH(f64, double)

@@ -32,7 +32,7 @@ LAYERS = [  # from the bottom; a module imports from its own layer and from thos
     {"checkpoint", "data", "plots"},
     {"config"},
     {"network", "runs"},
-    {"trainer", "predict", "environment"},
+    {"trainer", "predict", "environment", "reproduce"},
     {"cli"},
     {"__main__"},
 ]

@@ -1,0 +1,243 @@
+"""``bnkernels reproduce ioffe2015``: the MNIST experiment of the batch-norm paper, section 4.1 and figure 1.
+
+Binary images of 28 x 28 pixels, three hidden layers of 100 sigmoids, 10 classes, mini-batches of 60, with and without
+batch norm: the same weights to begin with, the same mini-batches. What is watched over the steps is the test accuracy,
+and the 15th, 50th and 85th percentiles, over the test examples, of the input of a typical sigmoid of the last hidden
+layer.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from time import strftime
+from typing import Any
+
+import numpy as np
+
+import bnkernels
+from bnkernels.batch_norm_inference import batch_norm_inference
+from bnkernels.checkpoint import write_atomically
+from bnkernels.config import ConfigError, TrainingConfig
+from bnkernels.data import Dataset, load_dataset
+from bnkernels.mlp import MLP
+from bnkernels.network import Network, array_module, blas_threads
+from bnkernels.plots import draw_accuracy, draw_percentiles
+
+HIDDEN, BATCH, STEPS = (100, 100, 100), 60, 50_000  # the paper's
+SHORTENED = 10_000  # steps on a CPU
+LR = 0.5  # the paper does not say
+EVALUATIONS = 100
+PERCENTILES = (15, 50, 85)
+SIDE = 28
+FILES = {"document": "ioffe2015.json", "accuracy": "accuracy.png", "percentiles": "percentiles.png"}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What is run.
+
+    Attributes
+    ----------
+    mnist : str, optional
+        The folder of MNIST's IDX files; None takes the digits of scikit-learn.
+    steps : int, optional
+        None: 50,000 on a GPU, 10,000 on a CPU.
+    lr : float
+        Learning rate of plain gradient descent, per step.
+    seed : int
+        Of weights and mini-batches.
+    device, engine : str
+        As in `TrainingConfig`.
+    """
+
+    mnist: str | None = None
+    steps: int | None = None
+    lr: float = LR
+    seed: int = 0
+    device: str = "auto"
+    engine: str = "auto"
+
+
+def binary_images(mnist: str | None = None) -> Dataset:
+    """Return images of 28 x 28 pixels that are 0 or 1: those above half of the largest value are 1.
+
+    Parameters
+    ----------
+    mnist : str, optional
+        The folder of MNIST's IDX files. Without it the digits of scikit-learn are taken, each of whose 8 x 8 pixels
+        becomes 3 x 3, with a margin of 2.
+
+    Returns
+    -------
+    Dataset
+        Training and test examples, as `load_dataset` splits them; inputs are float32.
+
+    Raises
+    ------
+    DataError
+        If the files are missing or damaged.
+    """
+    found = load_dataset("digits") if mnist is None else load_dataset("mnist", mnist)
+    x_train, x_test = (_enlarged(x > 0.5) for x in (found.x_train, found.x_test))
+    return Dataset(found.name, x_train, found.y_train, x_test, found.y_test, found.n_classes)
+
+
+def _enlarged(pixels: np.ndarray) -> np.ndarray:
+    side = round(pixels.shape[1] ** 0.5)
+    scale = SIDE // side
+    images = pixels.reshape(-1, side, side).repeat(scale, axis=1).repeat(scale, axis=2)
+    margin = (SIDE - side * scale) // 2
+    images = np.pad(images, ((0, 0), (margin, margin), (margin, margin)))
+    return images.reshape(len(images), -1).astype(np.float32)
+
+
+def mini_batches(examples: int, steps: int, seed: int) -> Iterator[np.ndarray]:
+    """Yield the rows of every mini-batch; an epoch is a permutation, less what whole mini-batches leave over."""
+    generator = np.random.default_rng(seed)
+    of_epoch = examples // BATCH
+    if of_epoch == 0:
+        raise ConfigError(f"a mini-batch takes {BATCH} training examples, and there are {examples}")
+    for step in range(steps):
+        if step % of_epoch == 0:
+            order = generator.permutation(examples)
+        yield order[step % of_epoch * BATCH :][:BATCH]
+
+
+def last_hidden_inputs(model: MLP, x: Any) -> Any:
+    """Return the inputs of the sigmoids of the last hidden layer, shape (N, 100), with running statistics."""
+    for stage in model.stages[:-1]:
+        of = stage.parameters
+        u = model.xp.matmul(x, of["weight"])
+        if "gamma" in of:
+            u = batch_norm_inference(u, of["gamma"], of["beta"], *stage.running.values(), eps=model.fused.eps)
+        else:
+            u += of["bias"]
+        x = 1 / (1 + model.xp.exp(-u))
+    return u
+
+
+def run(experiment: Experiment, say: Callable[[str], None] = print, dataset: Dataset | None = None) -> dict[str, Any]:
+    """Run the experiment; return its document.
+
+    Parameters
+    ----------
+    experiment : Experiment
+        What to run.
+    say : callable
+        Takes lines about the progress.
+    dataset : Dataset, optional
+        Other images, by default `binary_images`.
+
+    Returns
+    -------
+    dict
+        What JSON can say: settings, environment, and for each network the curves.
+
+    Raises
+    ------
+    ConfigError, DataError, ImportError
+        If the options do not fit the machine, or the data are unusable.
+    """
+    xp, device = array_module(experiment.device)
+    images = dataset or binary_images(experiment.mnist)
+    steps = (SHORTENED if xp is np else STEPS) if experiment.steps is None else experiment.steps
+    config = TrainingConfig(
+        hidden=HIDDEN,
+        batch_size=BATCH,
+        activation="sigmoid",
+        lr=experiment.lr,
+        steps=steps,
+        seed=experiment.seed,
+        device=experiment.device,
+        engine=experiment.engine,
+    )
+    sizes = (images.n_features, *HIDDEN, images.n_classes)
+    networks = {norm: Network(norm, config, sizes, xp) for norm in config.norms}
+    shortened = f", shortened from the paper's {STEPS:,} (--steps {STEPS})" if steps < STEPS else ""
+    say(f"{steps:,} steps{shortened} on {device}; {len(images.x_train):,} training examples of {images.name}")
+    with blas_threads(sizes, BATCH):
+        curves = _train(networks, images, steps, experiment.seed, xp, say)
+    return {
+        "experiment": "Ioffe and Szegedy 2015, arXiv:1502.03167, section 4.1, figure 1",
+        "data": {
+            "name": images.name,
+            "training_examples": len(images.x_train),
+            "test_examples": len(images.x_test),
+            "inputs": f"{images.n_features} binary",
+        },
+        "settings": {"sizes": sizes, "batch": BATCH, "steps": steps, "lr": experiment.lr, "seed": experiment.seed}
+        | {"weights": "normal, variance 1 / inputs", "engine": {n: network.engine for n, network in networks.items()}},
+        "environment": {
+            "bnkernels": bnkernels.__version__,
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "platform": platform.platform(),
+            "device": device,
+            "date": strftime("%Y-%m-%d"),
+        },
+        "networks": {norm: _curve(curve) for norm, curve in curves.items()},
+    }
+
+
+def _train(
+    networks: dict[str, Network], images: Dataset, steps: int, seed: int, xp: Any, say: Callable[[str], None]
+) -> dict[str, list[tuple[int, float, np.ndarray]]]:
+    """Train all networks on the same mini-batches; return of each step, accuracy and percentiles, as they went."""
+    x_train, y_train, x_test, y_test = map(xp.asarray, (images.x_train, images.y_train, images.x_test, images.y_test))
+    curves: dict[str, list[tuple[int, float, np.ndarray]]] = {norm: [] for norm in networks}
+    rows = mini_batches(len(images.x_train), steps, seed)
+    stops = np.unique(np.linspace(0, steps, min(EVALUATIONS, steps) + 1).astype(int)).tolist()
+    for first, last in zip([0, *stops], stops, strict=False):
+        taken = [next(rows) for _ in range(first, last)]
+        order = xp.asarray(np.concatenate(taken)) if taken else None
+        for norm, network in networks.items():
+            if order is not None:
+                network.train(x_train[order], y_train[order], first, last, lambda: False)
+            _, accuracy = network.evaluate(x_test, y_test)
+            inputs = last_hidden_inputs(network.model, x_test)
+            host = getattr(xp, "asnumpy", np.asarray)(inputs)
+            curves[norm].append((last, accuracy, np.percentile(host, PERCENTILES, axis=0)))
+        if 10 * last // steps > 10 * first // steps:
+            reached = ", ".join(f"{curve[-1][1]:.1%} {NAMES[norm]}" for norm, curve in curves.items())
+            say(f"step {last:>6,}: test accuracy {reached}")
+    return curves
+
+
+NAMES = {"batch": "with batch norm", "none": "without"}
+
+
+def _curve(curve: list[tuple[int, float, np.ndarray]]) -> dict[str, Any]:
+    """Return the curves of a network: of all sigmoids, the one whose spread at the end is the layer's median."""
+    percentiles = np.array([entry[2] for entry in curve])  # (evaluations, percentiles, sigmoids)
+    spread = percentiles[-1, -1] - percentiles[-1, 0]
+    typical = int(np.argsort(spread, kind="stable")[len(spread) // 2])
+    return {
+        "steps": [entry[0] for entry in curve],
+        "test_accuracy": [round(entry[1], 6) for entry in curve],
+        "typical_sigmoid": typical,
+        "input_percentiles": {
+            str(percentile): [round(float(value), 5) for value in percentiles[:, i, typical]]
+            for i, percentile in enumerate(PERCENTILES)
+        },
+    }
+
+
+def write(document: dict[str, Any], folder: str | Path) -> dict[str, Path]:
+    """Write the document and the pictures; return the files.
+
+    Raises
+    ------
+    ImportError
+        If Matplotlib is not installed.
+    """
+    files = {name: Path(folder, file) for name, file in FILES.items()}
+    accuracy, percentiles = draw_accuracy(document), draw_percentiles(document)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    write_atomically(files["accuracy"], accuracy)
+    write_atomically(files["percentiles"], percentiles)
+    write_atomically(files["document"], (json.dumps(document, indent=1) + "\n").encode())
+    return files
