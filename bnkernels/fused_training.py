@@ -1,7 +1,7 @@
-"""Many training steps of a multilayer perceptron in one launch: weights, statistics and optimiser stay on the chip.
+"""Many training steps of multilayer perceptrons in one launch: weights, statistics and optimiser stay on the chip.
 
-CuPy arrays run ``cuda/fused_training.cu``, one block for the whole network; NumPy arrays run the same steps op by op.
-What a network must be to fit is said by `why_not`, a pure function of sizes and limits.
+CuPy arrays run ``cuda/fused_training.cu``, one block for each network; NumPy arrays run the same steps op by op. What a
+network must be to fit is said by `why_not`, a pure function of sizes and limits.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ THREADS = {np.dtype(np.float32): 512, np.dtype(np.float64): 256}  # at most: the
 FEWEST_THREADS = 128  # that a step is shared by, however few neurons there are
 OPTIMIZERS = {"sgd": 0, "momentum": 1, "adam": 2}  # the number of each is also that of its states
 ARGUMENTS = rt.arguments_type(
-    "x labels indices schedule layers parameters first second running losses",
-    "steps batch depth parameter_count running_count rows",
-    "lr beta1 beta2 rest1 rest2 optimizer_eps correction eps alpha",
+    "x labels indices schedule layers parameters first second running losses rates",
+    "steps batch depth parameter_count running_count rows index_stride",
+    "beta1 beta2 rest1 rest2 optimizer_eps correction eps alpha",
     "activation optimizer team",
 )
 NAMES = ("losses", "parameters", "first", "second", "running", "x", "labels", "indices")
@@ -134,22 +134,22 @@ def fused_training(
     batch: int,
     indices: Any = None,
     optimizer: str = "sgd",
-    lr: float,
+    lr: Any,
     steps_before: int = 0,
     batches_before: int = 0,
     out: Any = None,
 ) -> Any:
-    """Train a network for many steps.
+    """Train a network, or several independent ones at once, for many steps.
 
     Parameters
     ----------
     network : Network
         What is trained.
-    parameters : array, shape (P,), float32 or float64
-        All parameters; updated in place. Layers begin at multiples of 4.
-    state : tuple of arrays, shape (P,)
+    parameters : array, shape (P,) or (M, P), float32 or float64
+        All parameters, of one model or of M; updated in place. Layers begin at multiples of 4.
+    state : tuple of arrays, shape of `parameters`
         Of the optimiser: none, (velocity,) or (first, second); updated in place.
-    running : array, shape (R,), or None
+    running : array, shape (R,) or (M, R), or None
         All running statistics, updated in place. None: not tracked.
     x : array, shape (rows, inputs), dtype of `parameters`
         Examples; C order. Never written.
@@ -157,22 +157,22 @@ def fused_training(
         Their classes. One outside the classes makes the loss and the parameters NaN.
     batch : int
         Examples of a mini-batch, from 2 to 256.
-    indices : array, shape (steps, batch), int32, optional
-        Which rows are the mini-batches. They are not checked: reading them would synchronise. Without them the
-        mini-batches are the rows in their order; what is left over is not used.
+    indices : array, shape (steps, batch) or (M, steps, batch), int32, optional
+        Which rows are the mini-batches, of all models or of each. They are not checked: reading them would synchronise.
+        Without them the mini-batches are the rows in their order; what is left over is not used.
     optimizer : {"sgd", "momentum", "adam"}
         With the constants of `sgd_update`, `momentum_update` (0.9) and `adam_update`.
-    lr : float
-        Learning rate.
+    lr : float or sequence of M floats
+        Learning rate, of all models or of each.
     steps_before, batches_before : int
         Steps that the optimiser has made before, for Adam; mini-batches that the running statistics have seen before,
         for a momentum of None.
-    out : array, shape (steps,), dtype of `parameters`, optional
+    out : array, shape (steps,) or (M, steps), dtype of `parameters`, optional
         Where to write the losses.
 
     Returns
     -------
-    array, shape (steps,), dtype of `parameters`
+    array, shape (steps,) or (M, steps), dtype of `parameters`
         The mean cross-entropy of every step, in nats, before its update.
 
     Raises
@@ -204,7 +204,7 @@ def fused_training(
     ((25,), True)
     """
     activation_named(network.activation)
-    batch, lr = check.integer("batch", batch), check.number("lr", lr, 0)
+    batch = check.integer("batch", batch)
     before = check.integer("steps_before", steps_before), check.integer("batches_before", batches_before)
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}; got {optimizer!r}")
@@ -212,39 +212,48 @@ def fused_training(
         raise ValueError(f"state of {optimizer} must be {OPTIMIZERS[optimizer]} arrays, got {len(state)}")
     first, second = (*state, None, None)[:2]
     arrays = (out, parameters, first, second, running, x, labels, indices)
-    runtime, steps = _checked(network, batch, arrays)
+    runtime, models, steps = _checked(network, batch, arrays)
+    rates = _rates(lr, models)
     check.no_overlap(runtime, NAMES, arrays, written=5)
-    losses = rt.empty(runtime, (steps,), parameters) if out is None else out
+    losses = rt.empty(runtime, (*parameters.shape[:-1], steps), parameters) if out is None else out
     schedule = _schedule(network, optimizer, steps, *before)
     if steps == 0:
         return losses
     if runtime is None:
-        train_host(network, parameters, state, running, x, labels, indices, batch, optimizer, lr, before, losses)
+        for model, rate in enumerate(rates.tolist()):
+            mine = (array if array is None or parameters.ndim == 1 else array[model] for array in arrays[1:5])
+            own, *moments, own_running = mine
+            own_losses = losses if parameters.ndim == 1 else losses[model]
+            rows = indices if indices is None or indices.ndim == 2 else indices[model]
+            moments = tuple(array for array in moments if array is not None)
+            train_host(network, own, moments, own_running, x, labels, rows, batch, optimizer, rate, before, own_losses)
         return losses
     check.one_device(runtime, NAMES, arrays)
-    count = 0 if running is None else running.size
-    size = (network, batch, optimizer, parameters.dtype, parameters.size, count)
+    count = 0 if running is None else running.shape[-1]
+    size = (network, batch, optimizer, parameters.dtype, parameters.shape[-1], count)
     reason = why_not(*size, runtime.limits(x).shared_bytes)
     if reason:
         raise ValueError(f"the network does not fit in one block: {reason}; train it layer by layer")
-    table, corrections = (runtime.on_device(host, x) for host in (_table(network), schedule.astype(parameters.dtype)))
+    host = _table(network), *(numbers.astype(parameters.dtype) for numbers in (schedule, rates))
+    table, corrections, on_rates = (runtime.on_device(array, x) for array in host)
     phi = activation_named(network.activation)
-    pointers = rt.addresses(runtime, x, labels, indices, corrections, table, *arrays[1:5], losses)
+    pointers = rt.addresses(runtime, x, labels, indices, corrections, table, *arrays[1:5], losses, on_rates)
     rows = sum(layer.outputs for layer in network.layers)
-    sizes = steps, batch, len(network.layers), parameters.size, count, rows
-    scalars = lr, BETA1, BETA2, 1 - BETA1, 1 - BETA2, ADAM_EPS, float(network.unbiased), network.eps, phi.alpha
+    index_stride = indices[0].size if indices is not None and len(indices.shape) == 3 else 0
+    sizes = steps, batch, len(network.layers), parameters.shape[-1], count, rows, index_stride
+    scalars = BETA1, BETA2, 1 - BETA1, 1 - BETA2, ADAM_EPS, float(network.unbiased), network.eps, phi.alpha
     codes = phi.code, OPTIMIZERS[optimizer], _team(batch)
     record = rt.pack(ARGUMENTS[parameters.dtype], *pointers, *sizes, *scalars, *codes)
-    launch = fused_training_launch(network, batch, parameters.dtype, shared_bytes(*size))
+    launch = fused_training_launch(network, batch, parameters.dtype, shared_bytes(*size), models)
     runtime.launch("fused_training", f"bnk_fused_training_{rt.suffix(parameters.dtype)}", launch, record, x)
     return losses
 
 
-def fused_training_launch(network: Network, batch: int, dtype: np.dtype, shared: int) -> rt.Launch:
-    """Return the launch: as many threads as the widest layer has work for."""
+def fused_training_launch(network: Network, batch: int, dtype: np.dtype, shared: int, models: int) -> rt.Launch:
+    """Return the launch: a block for each model, of as many threads as the widest layer has work for."""
     widest = max(layer.outputs for layer in network.layers) * _team(batch)
     wanted = max(FEWEST_THREADS, batch, min(widest, THREADS[dtype]))
-    return rt.Launch((1, 1, 1), (rt.ceil_div(wanted, 32) * 32, 1, 1), shared)
+    return rt.Launch((models, 1, 1), (rt.ceil_div(wanted, 32) * 32, 1, 1), shared)
 
 
 def _table(network: Network) -> np.ndarray:
@@ -265,8 +274,17 @@ def _schedule(network: Network, optimizer: str, steps: int, steps_before: int, b
     return schedule
 
 
-def _checked(network: Network, batch: int, arrays: tuple) -> tuple[rt.Runtime | None, int]:
-    """Check all arrays; return who runs the network, and the number of steps."""
+def _rates(lr: Any, models: int) -> np.ndarray:
+    """Check the learning rate or rates; return one for each model."""
+    if np.ndim(lr) == 0:
+        return np.full(models, check.number("lr", lr, 0))
+    if len(lr) != models or np.ndim(lr) != 1:
+        raise ValueError(f"lr must be a number or {models} of them, one for each model, got {lr!r}")
+    return np.array([check.number("lr", rate, 0) for rate in lr])
+
+
+def _checked(network: Network, batch: int, arrays: tuple) -> tuple[rt.Runtime | None, int, int]:
+    """Check all arrays; return who runs the networks, how many there are, and the number of steps."""
     signatures = dict(zip(NAMES, check.signatures(arrays), strict=True))
     args = check.arguments(signatures, ("losses", "first", "second", "running", "indices"))
     parameters, x = args["parameters"], args["x"]
@@ -281,19 +299,23 @@ def _checked(network: Network, batch: int, arrays: tuple) -> tuple[rt.Runtime | 
         raise ValueError(f"x must have the shape (rows, {inputs}), got {x.shape}")
     if any(one.outputs != two.inputs for one, two in zip(network.layers, network.layers[1:], strict=False)):
         raise ValueError(f"each layer must have as many inputs as the one before has outputs, got {network.layers}")
+    if len(parameters.shape) not in (1, 2) or 0 in parameters.shape[:-1]:
+        raise ValueError(f"parameters must have the shape (P,), or (M, P) with M of at least 1, got {parameters.shape}")
+    *of_models, count = parameters.shape
     ends = [layer.weight + layer.inputs * layer.outputs for layer in network.layers]
     starts = [offset for layer in network.layers for offset in (layer.weight, layer.gamma, layer.shift)]
-    if max(ends) > parameters.shape[0] or max(starts) >= parameters.shape[0] or any(s % 4 for s in starts if s >= 0):
-        raise ValueError(f"layers must begin at multiples of 4 within the {parameters.shape[0]} parameters")
-    steps = x.shape[0] // batch
-    if args["indices"] is not None:
-        steps = args["indices"].shape[0]
-        check.contiguous(args["indices"], (steps, batch), np.dtype(np.int32))
+    if max(ends) > count or max(starts) >= count or any(s % 4 for s in starts if s >= 0):
+        raise ValueError(f"layers must begin at multiples of 4 within the {count} parameters")
+    steps, indices = x.shape[0] // batch, args["indices"]
+    if indices is not None:
+        own = of_models if len(indices.shape) == 3 else []
+        steps = (*indices.shape, 0)[len(own)]
+        check.contiguous(indices, (*own, steps, batch), np.dtype(np.int32))
     check.contiguous(x, x.shape, parameters.dtype)
     check.contiguous(args["labels"], x.shape[:1], np.dtype(np.int32))
     for name in ("parameters", "first", "second"):
         check.contiguous(args[name], parameters.shape, parameters.dtype)
     if args["running"] is not None:
-        check.contiguous(args["running"], args["running"].shape, parameters.dtype)
-    check.contiguous(args["losses"], (steps,), parameters.dtype)
-    return rt.runtime_of(parameters.kind), steps
+        check.contiguous(args["running"], (*of_models, *args["running"].shape[-1:]), parameters.dtype)
+    check.contiguous(args["losses"], (*of_models, steps), parameters.dtype)
+    return rt.runtime_of(parameters.kind), of_models[0] if of_models else 1, steps

@@ -1,4 +1,4 @@
-// Many training steps of a multilayer perceptron, with or without batch norm, in one launch.
+// Many training steps of multilayer perceptrons, with or without batch norm, in one launch: a block for each of them.
 //
 // Formulas:  each step is, for its mini-batch of N examples: for every layer z = h W (+ bias), in hidden layers batch norm
 //            as in batch_norm_forward.cu and h = phi(z); softmax cross-entropy as in softmax_cross_entropy.cu; the gradients
@@ -8,11 +8,13 @@
 //            and beta or bias of every layer, and the optimiser's state (second and first may be null), updated in place;
 //            running (R,): mean and variance of every batch norm, may be null. layers (depth, LAYER_FIELDS): see Layer.
 //            schedule (steps, 3): batch-norm momentum, and what Adam divides its moments by. losses (steps,): mean losses.
-// Launch:    one block of a multiple of 32 threads, which keeps everything but x in shared memory: parameters and state,
-//            two mini-batches, and of every layer the values of all examples. A neuron belongs to a team of 8, 16 or 32
-//            neighbouring threads for the whole mini-batch, EXAMPLES of it in the registers of each.
-// Traffic:   x, labels and schedule read once, losses written once, parameters and state read and written once in all. Per
-//            step 2 depth + 1 barriers, with batch norm or without: a team adds up what it needs by shuffles.
+//            rates (1,): the learning rate. Of M models, parameters, state, running, losses and rates are (M, ...), and
+//            those of one lie together; so are the indices where index_stride is not 0. The rest is common to all.
+// Launch:    grid (M, 1, 1), blocks of a multiple of 32 threads, each of which keeps everything but x in shared memory:
+//            parameters and state, two mini-batches, and of every layer the values of all examples. A neuron belongs to a
+//            team of 8, 16 or 32 neighbouring threads for the whole mini-batch, EXAMPLES of it in the registers of each.
+// Traffic:   by each model x, labels and schedule read once, losses written once, parameters and state read and written
+//            once in all. Per step 2 depth + 1 barriers, with batch norm or without: a team adds up by shuffles.
 // Numerics:  in T. The mean of a channel is corrected by the mean of what it leaves, then squares about it: within a few
 //            roundings of the kernels for single layers. Sums in a fixed order: deterministic.
 // Reference: Ioffe and Szegedy, Batch Normalization, 2015, arXiv:1502.03167, algorithm 1 and section 3.
@@ -38,10 +40,26 @@ struct FusedTraining {
     T* second;
     T* running;
     T* losses;
+    const T* rates;
     long long steps, batch, depth, parameter_count, running_count, rows;  // rows: outputs of all layers
-    T lr, beta1, beta2, rest1, rest2, optimizer_eps, correction, eps, alpha;
+    long long index_stride;
+    T beta1, beta2, rest1, rest2, optimizer_eps, correction, eps, alpha;
     int activation, optimizer, team;
 };
+
+// The arguments of the model of this block.
+template <typename T>
+__device__ __forceinline__ FusedTraining<T> of_this_block(FusedTraining<T> a) {
+    const long long model = blockIdx.x;
+    a.parameters += model * a.parameter_count;
+    if (a.first) a.first += model * a.parameter_count;
+    if (a.second) a.second += model * a.parameter_count;
+    if (a.running) a.running += model * a.running_count;
+    if (a.indices) a.indices += model * a.index_stride;
+    a.losses += model * a.steps;
+    a.rates += model;
+    return a;
+}
 
 // One step after the other; all threads of the block call everything.
 template <typename T>
@@ -49,6 +67,7 @@ struct Trainer {
     const FusedTraining<T>& a;
     const Team<T> team;
     const Kept<T> kept;
+    const T lr;
 
     __device__ __forceinline__ int field(int layer, Layer of) const { return a.layers[layer * LAYER_FIELDS + of]; }
     __device__ __forceinline__ T* x_of(long long step) const {
@@ -71,7 +90,7 @@ struct Trainer {
             const T second = kept.second[i] = fma(a.beta2, kept.second[i], a.rest2 * g * g);
             move = (first / schedule_of(step)[1]) / (sqrt(second / schedule_of(step)[2]) + a.optimizer_eps);
         }
-        kept.parameters[i] -= a.lr * move;
+        kept.parameters[i] -= lr * move;
     }
 
     __device__ __forceinline__ T activate(T z) const {
@@ -278,11 +297,12 @@ __device__ __forceinline__ void copy(T* to, const T* from, long long count) {
 }
 
 template <typename T>
-__device__ __forceinline__ void fused_training(const FusedTraining<T>& a) {
+__device__ __forceinline__ void fused_training(const FusedTraining<T>& of_all) {
     BNK_DYNAMIC_SHARED(T, shared);
+    const FusedTraining<T> a = of_this_block(of_all);
     const Team<T> team(a.team, (int)a.batch);
     const Kept<T> kept(shared, a, a.layers[INPUTS], team.pitch);
-    const Trainer<T> trainer = {a, team, kept};
+    const Trainer<T> trainer = {a, team, kept, a.rates[0]};
     copy(kept.parameters, a.parameters, a.parameter_count);
     copy(kept.first, a.first, a.parameter_count);
     copy(kept.second, a.second, a.parameter_count);
