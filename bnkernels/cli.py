@@ -24,11 +24,11 @@ from bnkernels.predict import predict
 from bnkernels.reproduce import SHORTENED, STEPS, Experiment
 from bnkernels.reproduce import run as reproduce
 from bnkernels.reproduce import write as write_reproduction
-from bnkernels.runs import TrainingResult, default_folder
+from bnkernels.runs import default_folder
+from bnkernels.tables import LABELS, answer, heading, row
 from bnkernels.trainer import Trainer, resume, train
 
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
-LABELS = {"batch": "with batch norm", "none": "without batch norm"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -143,6 +143,7 @@ def _add_training_options(command: Parser) -> None:
     add(length, "epochs", f"passes over the training set (default: {DEFAULT_EPOCHS})", type=int, metavar="N")
     add(length, "steps", "steps, instead of epochs", type=int, metavar="N")
     add(group, "seed", f"seed of weights and order of the examples (default: {default.seed})", type=int, metavar="N")
+    add(group, "models", "so many of each network, with other weights; reports mean and spread", type=int, metavar="N")
     add(group, "device", f"where to train; auto is a GPU where there is one (default: {default.device})")
     add(group, "engine", f"a step op by op, or many in one launch; auto is the latter (default: {default.engine})")
 
@@ -278,65 +279,3 @@ def _progress(silent: bool) -> Iterator[Callable[[Trainer], None]]:
                 tqdm.write(row(trainer))
 
         yield on_epoch
-
-
-def heading(trainer: Trainer) -> str:
-    """Return what is trained, and the table's head."""
-    config, data = trainer.config, trainer.dataset
-    sizes = "-".join(str(size) for size in trainer.sizes)
-    columns = "".join(f" | {LABELS[norm]:^28}" for norm in trainer.networks)
-    units = " |   loss   accuracy    us/step" * len(trainer.networks)
-    return (
-        f"{data.name}: {len(data.x_train)} training and {len(data.x_test)} test examples\n"
-        f"network {sizes}, {config.activation}, {config.dtype}\n"
-        f"{trainer.total_steps} steps of {config.batch_size} examples, {config.optimizer} at {config.lr:g}, "
-        f"seed {config.seed}\n"
-        f"device {trainer.device}; {engines(trainer)}\n\n"
-        f"{'':13}{columns}\n{'epoch':>5}{'step':>8}{units}"
-    )
-
-
-def engines(trainer: Trainer) -> str:
-    """Return the engine of the networks, with its reason, or each of them where they differ."""
-    chosen = {norm: f"engine {network.engine}" for norm, network in trainer.networks.items()}
-    if len(set(chosen.values())) == 1:
-        return next(iter(chosen.values()))
-    return ", ".join(f"{LABELS[norm]} {engine}" for norm, engine in chosen.items())
-
-
-def row(trainer: Trainer) -> str:
-    """Return the table's row of the last epoch."""
-    cells = []
-    for network in trainer.networks.values():
-        last = network.history[-1]
-        loss = "diverged" if last["loss"] is None else f"{last['loss']:8.4f}"
-        cells.append(f" | {loss:>8} {last['accuracy']:>8.2%} {last['us_per_step']:>9.1f}")
-    return f"{last['epoch']:5.4g}{last['step']:8d}{''.join(cells)}"
-
-
-def answer(result: TrainingResult) -> str:
-    """Return what each network reached and cost, the ratio, and the files."""
-    summary = result.summary
-    networks = summary["networks"]
-    lines = [f"\n{'':24}" + "".join(f"{LABELS[norm]:>20}" for norm in networks)]
-    if result.status == "already finished":
-        lines.insert(0, "This run had finished already; nothing was changed. Extend it with --epochs or --steps.")
-
-    def line(label: str, key: str, form: Callable[[Any], str]) -> str:
-        return f"{label:24}" + "".join(f"{form(network[key]):>20}" for network in networks.values())
-
-    lines += [
-        line("test accuracy", "test_accuracy", "{:.2%}".format),
-        line("steps to 95 %", "steps_to_95_percent", lambda steps: "not reached" if steps is None else str(steps)),
-        line("microseconds per step", "us_per_step", "{:.1f}".format),
-        "",
-    ]
-    if summary["step_time_ratio"] is not None:
-        lines.append(
-            f"A step with batch norm takes {summary['step_time_ratio']:.2f} times a step without. "
-            "Accepted wisdom: 3 to 5 times."
-        )
-    for norm, network in networks.items():
-        if network["training_loss"] is None:
-            lines.append(f"The loss {LABELS[norm]} is not finite: take a smaller --lr.")
-    return "\n".join([*lines, "Files: " + ", ".join(str(path) for path in result.files.values())])

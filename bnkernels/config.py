@@ -56,6 +56,8 @@ class TrainingConfig:
         How long to train, in passes over the training set or in steps; at most one of them. None takes 50 epochs.
     seed : int
         Seed of the initial weights and of the order of the examples.
+    models : int
+        How many of each network to train, on the same batches: their weights begin with this seed, the next, and so on.
     dtype : {"float32", "float64"}
         The type of data and parameters.
     device : {"auto", "cpu", "cuda"}
@@ -82,6 +84,7 @@ class TrainingConfig:
     epochs: int | None = None
     steps: int | None = None
     seed: int = 0
+    models: int = 1
     dtype: str = "float32"
     device: str = "auto"
     engine: str = "auto"
@@ -97,7 +100,7 @@ class TrainingConfig:
             raise ConfigError(f"batch size must be at least 2, got {self.batch_size}: one example has no variance")
         if self.epochs is not None and self.steps is not None:
             raise ConfigError(f"give epochs or steps, not both; got {self.epochs} epochs and {self.steps} steps")
-        for name, least in (("epochs", 1), ("steps", 1), ("seed", 0)):
+        for name, least in (("epochs", 1), ("steps", 1), ("seed", 0), ("models", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name} must be at least {least}, got {value}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from itertools import pairwise
@@ -149,6 +150,12 @@ class Network:
             loss += float(softmax_cross_entropy(logits, labels)[0].sum(dtype="float64"))
         return loss / len(x), correct / len(x)
 
+    def assess(self, train: tuple[Any, Any], test: tuple[Any, Any]) -> dict[str, Any]:
+        """Return the loss on the training examples (None if not finite) and the accuracy on the others."""
+        loss, _ = self.evaluate(*train)
+        _, accuracy = self.evaluate(*test)
+        return {"loss": loss if math.isfinite(loss) else None, "accuracy": accuracy}
+
     def arrays(self) -> dict[str, np.ndarray]:
         """Return copies of all parameters, running statistics and optimiser state, by name, on the host."""
         parts = {"model": self.model.state(), "optimizer": self.optimizer.state()}
@@ -161,7 +168,7 @@ class Network:
             owner.load_state({name[len(prefix) :]: value for name, value in arrays.items() if name.startswith(prefix)})
 
 
-def load_networks(networks: Mapping[str, Network], meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+def load_networks(networks: Mapping[str, Any], meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
     """Give each network its part of a checkpoint."""
     for norm, network in networks.items():
         prefix = f"{norm}/"

@@ -9,7 +9,8 @@ from typing import Any
 from bnkernels.checkpoint import load_checkpoint
 from bnkernels.config import TrainingConfig
 from bnkernels.data import DataError, load_dataset
-from bnkernels.network import Network, array_module, load_networks
+from bnkernels.ensemble import make_network
+from bnkernels.network import array_module, load_networks
 from bnkernels.runs import RunFolder
 
 
@@ -51,7 +52,7 @@ def predict(path: str | Path, *, data: str | Path | None = None, device: str = "
             f"the networks take {sizes[0]} features and tell {sizes[-1]} classes apart, but the data have "
             f"{dataset.n_features} and {dataset.n_classes}: give data of the kind they were trained on"
         )
-    networks = {norm: Network(norm, config, sizes, xp) for norm in config.norms}
+    networks = {norm: make_network(norm, config, sizes, xp) for norm in config.norms}
     load_networks(networks, meta, arrays)
     results = {}
     for norm, network in networks.items():

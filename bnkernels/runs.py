@@ -37,12 +37,13 @@ class TrainingResult:
         Number of ``training_examples``, ``test_examples``, ``features`` and ``classes``.
     device : str
         Where, in words.
-    models : dict of str to MLP
-        The networks, ``"batch"`` and ``"none"`` (or the one of them that was asked for).
+    models : dict of str to MLP or list of MLP
+        The networks, ``"batch"`` and ``"none"`` (or the one of them that was asked for); of an ensemble lists.
     history : dict of str to list of dict
         For each network its evaluations, one per epoch: ``epoch``, ``step``, ``loss`` (mean cross-entropy over the
         training set, in nats; None if not finite), ``accuracy`` (on the test set, 0 to 1), ``us_per_step``
-        (microseconds per training step of that epoch).
+        (microseconds per training step of that epoch). Of an ensemble, means; with ``loss_spread`` and
+        ``accuracy_spread``, sample standard deviations, and under ``models`` the same of each.
     files : dict of str to pathlib.Path
         The files of the run: ``checkpoint``, ``metrics``, ``curves``. Empty if it wrote none.
     """
@@ -95,10 +96,14 @@ def summarise(history: list[dict[str, Any]]) -> dict[str, Any]:
     dict
         ``test_accuracy`` (0 to 1) and ``training_loss`` (nats) at the end, ``steps_to_95_percent`` (of the first
         evaluation at or above; None if there is none), ``us_per_step`` (microseconds; the median over the epochs, the
-        first left out as a warm-up where there are more).
+        first left out as a warm-up where there are more). Of an ensemble also ``test_accuracy_spread`` (sample standard
+        deviation) and under ``models`` loss and accuracy of each.
     """
     times = [entry["us_per_step"] for entry in history]
-    return {
+    last, spread = history[-1], {}
+    if "models" in last:
+        spread = {"test_accuracy_spread": last["accuracy_spread"], "models": last["models"]}
+    return spread | {
         "test_accuracy": history[-1]["accuracy"],
         "training_loss": history[-1]["loss"],
         "steps_to_95_percent": next((e["step"] for e in history if e["accuracy"] >= TARGET_ACCURACY), None),

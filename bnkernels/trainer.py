@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -16,6 +15,7 @@ import numpy as np
 from bnkernels.checkpoint import load_checkpoint
 from bnkernels.config import ConfigError, TrainingConfig
 from bnkernels.data import DataError, Dataset, load_dataset
+from bnkernels.ensemble import Ensemble, make_network
 from bnkernels.network import Network, array_module, blas_threads, load_networks
 from bnkernels.plots import require_matplotlib
 from bnkernels.runs import RunFolder, TrainingResult
@@ -57,7 +57,7 @@ class Trainer:
         self.total_steps = config.steps or config.epochs * self.steps_per_epoch
         self.xp, self.device = array_module(config.device)
         self.sizes = (self.dataset.n_features, *config.hidden, self.dataset.n_classes)
-        self.networks = {norm: Network(norm, config, self.sizes, self.xp) for norm in config.norms}
+        self.networks = {norm: make_network(norm, config, self.sizes, self.xp) for norm in config.norms}
         self.epoch = 0  # complete ones
         self._generator = np.random.default_rng(config.seed)  # as it was at the start of the current epoch
         self._train = self._to_device(self.dataset.x_train, self.dataset.y_train)
@@ -96,7 +96,7 @@ class Trainer:
         return True
 
     def _train_and_evaluate(
-        self, network: Network, x: Any, y: Any, first: int, last: int, should_stop: Callable[[], bool]
+        self, network: Network | Ensemble, x: Any, y: Any, first: int, last: int, should_stop: Callable[[], bool]
     ) -> None:
         """Train one network to step `last`, timing the steps alone, and append to its history if it gets there."""
         # Overflow is no accident to warn about line by line: it shows in the history as a loss of None.
@@ -108,14 +108,12 @@ class Trainer:
             seconds = perf_counter() - started
             if network.step < last:
                 return
-            loss, _ = network.evaluate(*self._train)
-            _, accuracy = network.evaluate(*self._test)
+            found = network.assess(self._train, self._test)
         network.history.append(
             {
                 "epoch": last / self.steps_per_epoch,
                 "step": last,
-                "loss": loss if math.isfinite(loss) else None,
-                "accuracy": accuracy,
+                **found,
                 "us_per_step": 1e6 * seconds / (last - before),
             }
         )
@@ -319,7 +317,7 @@ def _result(status: str, trainer: Trainer, run: RunFolder | None) -> TrainingRes
             "classes": data.n_classes,
         },
         device=trainer.device,
-        models={norm: network.model for norm, network in trainer.networks.items()},
+        models={norm: getattr(network, "models", None) or network.model for norm, network in trainer.networks.items()},
         history={norm: network.history for norm, network in trainer.networks.items()},
         files=run.files if run is not None else {},
     )

@@ -72,6 +72,10 @@ class EmulatedNumPy:
         """Return emulated ones."""
         return self._runtime.asarray(np.ones(shape, dtype))
 
+    def stack(self, arrays: Any) -> emulator.EmulatedArray:
+        """Return emulated copies, one behind the other."""
+        return self._runtime.asarray(np.stack(arrays))
+
     def zeros_like(self, array: Any) -> emulator.EmulatedArray:
         """Return emulated zeros of the same shape and data type."""
         return self.zeros(array.shape, array.dtype)

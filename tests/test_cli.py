@@ -284,8 +284,8 @@ def test_help_names_every_option_and_its_default(capsys):
     assert code == 0
     options = set(re.findall(r"--[a-z-]+", out))
     expected = (
-        "dataset data hidden batch-size norm activation optimizer lr epochs steps seed dtype device engine checkpoint "
-        "resume out quiet json help"
+        "dataset data hidden batch-size norm activation optimizer lr epochs steps seed models dtype device engine "
+        "checkpoint resume out quiet json help"
     )
     assert options == {f"--{name}" for name in expected.split()}
     for group in ("data:", "network:", "training:", "run:", "output:"):

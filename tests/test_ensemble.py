@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 import bnkernels as bn
+from bnkernels import cli
+from bnkernels.config import TrainingConfig
+from bnkernels.ensemble import make_network
 from bnkernels.fused_training import OPTIMIZERS
 from bnkernels.mlp import MLP
+from bnkernels.network import Network
 from tests import backends
 from tests.backends import Backend
 from tests.emulator import EmulatorRuntime
@@ -87,3 +94,88 @@ def test_a_wrong_ensemble_is_refused(backend: Backend, changes: dict[str, Any], 
     arrays = given["parameters"], (), given["running"], x, y
     with refused(backend, ValueError, message, parameters):
         bn.fused_training(models[0].fused, *arrays, batch=10, lr=given["lr"], indices=given["indices"])
+
+
+# ---- the trainer's ensembles ----------------------------------------------------------------------------------------
+
+
+def config_of(models: int, **changes: Any) -> TrainingConfig:
+    options = {"hidden": (8,), "batch_size": 16, "epochs": 4, "lr": 0.1, "device": "cpu", "seed": 5} | changes
+    return TrainingConfig(models=models, **options)
+
+
+@pytest.mark.parametrize("engine", ["layers", "graph", "fused"])
+@pytest.mark.parametrize("norm", ["batch", "none"])
+@pytest.mark.parametrize("name", RATES)
+def test_members_are_networks_of_their_seed(
+    backend: Backend, rng: np.random.Generator, name: str, norm: str, engine: str
+) -> None:
+    if backend.name == "numpy" and engine != "layers":
+        pytest.skip("needs a device")
+    x, y = backend.arrays(*make_data(rng, (6, 8, 3), 25 * 16, "float64"))
+    config = config_of(3, optimizer=name, dtype="float64", activation="tanh", lr=RATES[name], engine=engine)
+    ensemble = make_network(norm, config, (6, 8, 3), backend.xp)
+    assert ensemble.engine == engine
+    ensemble.train(x, y, 0, 12, lambda: False)
+    ensemble.train(x, y, 0, 25, lambda: False)
+    assert ensemble.step == 25
+    for number in range(3):
+        alone = Network(norm, replace(config, seed=5 + number, models=1), (6, 8, 3), backend.xp)
+        alone.train(x, y, 0, 25, lambda: False)
+        for entry, array in alone.arrays().items():
+            np.testing.assert_array_equal(ensemble.arrays()[f"{number}/{entry}"], array, err_msg=entry)
+    each = ensemble.assess((x, y), (x, y))
+    assert each["loss"] == pytest.approx(np.mean([model["loss"] for model in each["models"]]))
+    assert each["accuracy_spread"] == pytest.approx(np.std([m["accuracy"] for m in each["models"]], ddof=1))
+
+
+def test_an_ensemble_that_is_stopped_goes_on(rng: np.random.Generator) -> None:
+    x, y = make_data(rng, (6, 8, 3), 60 * 16, "float32")
+    ends = []
+    for answers in ([False] * 9, [False, True]):
+        first = make_network("batch", config_of(2), (6, 8, 3), np)
+        first.train(x, y, 0, 60, iter(answers).__next__)
+        second = make_network("batch", config_of(2), (6, 8, 3), np)
+        second.load_arrays(first.arrays())
+        second.step = first.step
+        second.train(x, y, 0, 60, lambda: False)
+        ends.append((first.step, second.arrays()))
+    assert [step for step, _ in ends] == [60, 10]
+    for entry, array in ends[0][1].items():
+        np.testing.assert_array_equal(array, ends[1][1][entry], err_msg=entry)
+
+
+def test_a_loss_that_is_not_finite_has_no_mean(rng: np.random.Generator) -> None:
+    x, y = make_data(rng, (6, 8, 3), 32, "float32")
+    ensemble = make_network("none", config_of(2), (6, 8, 3), np)
+    ensemble.models[1].parameters[:] = np.nan
+    found = ensemble.assess((x, y), (x, y))
+    assert found["loss"] is None
+    assert found["loss_spread"] is None
+    assert found["models"][0]["loss"] is not None
+
+
+def test_the_command_trains_resumes_and_predicts_an_ensemble(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("sklearn")
+    folder = str(tmp_path / "run")
+    options = ["--hidden", "6", "--device", "cpu", "--quiet"]
+    assert cli.main(["train", "--models", "3", "--epochs", "1", "--out", folder, *options]) == 0
+    assert "± standard deviation" in capsys.readouterr().out
+    assert cli.main(["train", "--resume", folder, "--epochs", "2", "--quiet", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    for network in document["summary"]["networks"].values():
+        assert len(network["models"]) == 3
+        accuracies = [model["accuracy"] for model in network["models"]]
+        assert network["test_accuracy"] == pytest.approx(np.mean(accuracies))
+        assert network["test_accuracy_spread"] == pytest.approx(np.std(accuracies, ddof=1))
+        assert len(set(accuracies)) > 1
+    assert cli.main(["predict", folder, "--json"]) == 0
+    predicted = json.loads(capsys.readouterr().out)["networks"]["batch"]
+    assert predicted["test_accuracy"] == pytest.approx(document["summary"]["networks"]["batch"]["test_accuracy"])
+    assert cli.main(["train", "--models", "0", *options]) == 2
+    assert "models must be at least 1, got 0" in capsys.readouterr().err
+    assert cli.main(["train", "--resume", folder, "--models", "2"]) == 2
+    assert "the run was started with models 3, not 2" in capsys.readouterr().err

@@ -32,7 +32,9 @@ LAYERS = [  # from the bottom; a module imports from its own layer and from thos
     {"checkpoint", "data", "plots"},
     {"config"},
     {"network", "runs"},
+    {"ensemble"},
     {"trainer", "predict", "environment", "reproduce"},
+    {"tables"},
     {"cli"},
     {"__main__"},
 ]

@@ -9,6 +9,34 @@ STEPS = "test_steps_are_those_of_the_layers and sgd"
 
 MUTANTS = [
     Mutant(
+        "fused: all models have the running statistics of the first",
+        FUSED,
+        "a.running += model * a.running_count",
+        "a.running += 0",
+        select="model_of_an_ensemble",
+    ),
+    Mutant(
+        "fused: all models write their losses to the first's",
+        FUSED,
+        "a.losses += model * a.steps",
+        "a.losses += 0",
+        select="model_of_an_ensemble",
+    ),
+    Mutant(
+        "fused: all models have the learning rate of the first",
+        FUSED,
+        "a.rates += model",
+        "a.rates += 0",
+        select="model_of_an_ensemble",
+    ),
+    Mutant(
+        "fused: all models have the indices of the first",
+        FUSED,
+        "a.indices += model * a.index_stride",
+        "a.indices += 0",
+        select="model_of_an_ensemble",
+    ),
+    Mutant(
         "fused: no barrier behind a layer",
         FUSED,
         "            forward(layer, step);\n            __syncthreads();\n",
