@@ -6,6 +6,8 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 # Okabe and Ito's blue and vermilion: distinct in every kind of colour vision; the line styles tell them apart in grey.
 STYLES = {
     "batch": {"label": "with batch norm", "color": "#0072B2", "linestyle": "-"},
@@ -34,7 +36,8 @@ def draw_curves(history: Mapping[str, Sequence[Mapping[str, Any]]], title: str) 
     ----------
     history : mapping of str to sequence of mappings
         For each network, ``"batch"`` or ``"none"``, its evaluations with ``step``, ``loss`` and ``accuracy``. A loss of
-        None (not finite) leaves a gap.
+        None (not finite) leaves a gap. With ``loss_spread`` and ``accuracy_spread``, of an ensemble, a band of one
+        standard deviation on either side.
     title : str
         One line that says what was trained.
 
@@ -56,10 +59,14 @@ def draw_curves(history: Mapping[str, Sequence[Mapping[str, Any]]], title: str) 
     loss_axes, accuracy_axes = figure.subplots(1, 2)
     for norm, evaluations in history.items():
         steps = [entry["step"] for entry in evaluations]
-        losses = [float("nan") if entry["loss"] is None else entry["loss"] for entry in evaluations]
         marker = "o" if len(steps) < 10 else ""
-        loss_axes.plot(steps, losses, marker=marker, **STYLES[norm])
-        accuracy_axes.plot(steps, [100 * entry["accuracy"] for entry in evaluations], marker=marker, **STYLES[norm])
+        for axes, name, unit in ((loss_axes, "loss", 1), (accuracy_axes, "accuracy", 100)):
+            means = unit * _numbers(evaluations, name)
+            axes.plot(steps, means, marker=marker, **STYLES[norm])
+            apart = unit * _numbers(evaluations, f"{name}_spread")
+            if not np.isnan(apart).all():
+                color = STYLES[norm]["color"]
+                axes.fill_between(steps, means - apart, means + apart, color=color, alpha=0.2, linewidth=0)
     loss_axes.set(ylabel="training loss (cross-entropy, nats)", yscale="log")
     accuracy_axes.set(ylabel="test accuracy (%)")
     accuracy_axes.axhline(95, color="grey", linewidth=0.8, linestyle=":", label="95 %")
@@ -141,6 +148,11 @@ def draw_percentiles(document: Mapping[str, Any]) -> bytes:
         axes.tick_params(labelleft=True)
     figure.axes[0].set_ylabel("input of the sigmoid")
     return _png(figure)
+
+
+def _numbers(evaluations: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
+    """Return these figures, NaN for None and for what is not there."""
+    return np.array([entry.get(name) for entry in evaluations], dtype=float)
 
 
 def _title(document: Mapping[str, Any]) -> str:

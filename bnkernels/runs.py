@@ -187,6 +187,7 @@ class RunFolder:
         """Write the curves and the metrics, each whole or not at all."""
         sizes = "-".join(str(size) for size in (result.data["features"], *result.config.hidden, result.data["classes"]))
         title = f"{result.config.dataset}, network {sizes}, mini-batches of {result.config.batch_size}"
+        title += f", {result.config.models} models" if result.config.models > 1 else ""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.files["curves"], draw_curves(result.history, title))
         write_atomically(self.files["metrics"], json.dumps(result.document(), indent=2, allow_nan=False).encode())

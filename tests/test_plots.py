@@ -54,3 +54,14 @@ def test_without_matplotlib_the_message_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'bnkernels\[train\]'"):
         draw_curves({"batch": history([1])}, "title")
+
+
+def test_an_ensemble_has_a_band():
+    entries = history([1, 0.5, 0.1])
+    bands = [
+        [{**entry, "loss_spread": spread, "accuracy_spread": spread} for entry in entries] for spread in (0.0, 0.05)
+    ]
+    plain, wide = (draw_curves({"batch": band}, "title") for band in bands)
+    assert (pixels(wide) != pixels(plain)).any()
+    gaps = [{**entry, "loss": None, "loss_spread": None, "accuracy_spread": 0.0} for entry in entries]
+    assert draw_curves({"batch": gaps}, "title").startswith(b"\x89PNG")
