@@ -12,9 +12,10 @@ import numpy as np
 
 import bnkernels as bn
 from benchmarks.harness import RESULTS, write_json
+from benchmarks.limits import H200
 from tests.backends import emulated_runtime
 
-ROWS, NEURONS, CLASSES = 64, 20, 10
+ROWS, INPUTS, NEURONS, CLASSES = 64, 64, 20, 10
 
 
 def count() -> list[dict[str, Any]]:
@@ -37,6 +38,11 @@ def count() -> list[dict[str, Any]]:
     labels = runtime.asarray(rng.integers(CLASSES, size=ROWS).astype(np.int32))
     parameters, gradients, first, second = (new(bn.MLP((64, NEURONS, CLASSES)).parameters.size) for _ in range(4))
     _, statistics = bn.batch_norm_forward(x, gamma, beta)
+    inputs, weight = new(ROWS, INPUTS), new(INPUTS, NEURONS)
+    layer, behind = bn.linear_batch_norm_forward, bn.linear_batch_norm_backward
+    _, *kept = layer(inputs, weight, gamma, beta)
+    schedule, counter = new(1, 3), runtime.asarray(np.zeros(2, np.uint32))
+    out = new(ROWS, INPUTS), runtime.asarray(np.zeros(ROWS, np.int32)), new(3)
     affine, running = (gamma, beta), (running_mean, running_var)
     calls = {
         "batch_norm_forward": lambda: bn.batch_norm_forward(x, *affine, *running, activation="relu"),
@@ -45,6 +51,9 @@ def count() -> list[dict[str, Any]]:
         "batch_norm_inference_backward": lambda: bn.batch_norm_inference_backward(
             dy, x, *affine, *running, activation="relu"
         ),
+        "linear_batch_norm_forward": lambda: layer(inputs, weight, *affine, *running, activation="relu"),
+        "linear_batch_norm_backward": lambda: behind(dy, inputs, weight, *affine, *kept, activation="relu"),
+        "mini_batch": lambda: bn.mini_batch(inputs, labels, schedule, counter, out=out),
         "softmax_cross_entropy": lambda: bn.softmax_cross_entropy(logits, labels),
         "sgd_update": lambda: bn.sgd_update(parameters, gradients, lr=0.1),
         "momentum_update": lambda: bn.momentum_update(parameters, gradients, first, lr=0.1),
@@ -53,7 +62,8 @@ def count() -> list[dict[str, Any]]:
     rows = []
     for op, call in calls.items():
         runtime.reset()
-        call()
+        with runtime.device_limits(H200.choice):  # as the launches of an H200
+            call()
         for record in runtime.launches:
             total = record.counts.total
             rows.append(
