@@ -55,7 +55,7 @@ def choose(direction: str, sizes: Sizes, limits: Limits, input_gradient: bool = 
     --------
     >>> h200 = Limits(132, 227 * 1024, 228 * 1024, True)
     >>> choose("forward", Sizes(64, 64, 20, np.dtype("float32")), h200)
-    (Launch(grid=(5, 1, 1), block=(256, 1, 1), shared_bytes=38464, cooperative=False), 4)
+    (Launch(grid=(5, 1, 1), block=(256, 1, 1), shared_bytes=35904, cooperative=False), 4)
     >>> choose("forward", Sizes(1024, 64, 20, np.dtype("float32")), h200) is None
     True
     """

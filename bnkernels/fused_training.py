@@ -6,6 +6,7 @@ network must be to fit is said by `why_not`, a pure function of sizes and limits
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -85,7 +86,7 @@ def shared_bytes(network: Network, batch: int, optimizer: str, dtype: np.dtype, 
     """Return the shared memory that a block needs, laid out as ``Kept`` in the kernel."""
     rows, inputs = sum(layer.outputs for layer in network.layers), network.layers[0].inputs
     pitch = EXAMPLES * _team(batch) + 4
-    numbers = parameters * (1 + OPTIMIZERS[optimizer]) + running + rt.ceil_div(rows, 4) * 4 + 8
+    numbers = rt.ceil_div(parameters * (1 + OPTIMIZERS[optimizer]) + running + rows, 4) * 4 + 8
     return (numbers + pitch * (1 + 2 * inputs + 2 * rows)) * dtype.itemsize
 
 
@@ -297,15 +298,10 @@ def _checked(network: Network, batch: int, arrays: tuple) -> tuple[rt.Runtime | 
     inputs = network.layers[0].inputs
     if len(x.shape) != 2 or x.shape[1] != inputs:
         raise ValueError(f"x must have the shape (rows, {inputs}), got {x.shape}")
-    if any(one.outputs != two.inputs for one, two in zip(network.layers, network.layers[1:], strict=False)):
-        raise ValueError(f"each layer must have as many inputs as the one before has outputs, got {network.layers}")
     if len(parameters.shape) not in (1, 2) or 0 in parameters.shape[:-1]:
         raise ValueError(f"parameters must have the shape (P,), or (M, P) with M of at least 1, got {parameters.shape}")
     *of_models, count = parameters.shape
-    ends = [layer.weight + layer.inputs * layer.outputs for layer in network.layers]
-    starts = [offset for layer in network.layers for offset in (layer.weight, layer.gamma, layer.shift)]
-    if max(ends) > count or max(starts) >= count or any(s % 4 for s in starts if s >= 0):
-        raise ValueError(f"layers must begin at multiples of 4 within the {count} parameters")
+    _check_layers(network, count, None if args["running"] is None else (0, *args["running"].shape)[-1])
     steps, indices = x.shape[0] // batch, args["indices"]
     if indices is not None:
         own = of_models if len(indices.shape) == 3 else []
@@ -319,3 +315,17 @@ def _checked(network: Network, batch: int, arrays: tuple) -> tuple[rt.Runtime | 
         check.contiguous(args["running"], (*of_models, *args["running"].shape[-1:]), parameters.dtype)
     check.contiguous(args["losses"], (*of_models, steps), parameters.dtype)
     return rt.runtime_of(parameters.kind), of_models[0] if of_models else 1, steps
+
+
+def _check_layers(network: Network, parameters: int, running: int | None) -> None:
+    """Check that the layers go with each other, and lie within the parameters and running statistics of a model."""
+    layers = network.layers
+    if any(one.outputs != two.inputs for one, two in pairwise(layers)):
+        raise ValueError(f"each layer must have as many inputs as the one before has outputs, got {layers}")
+    parts = [(layer.weight, layer.inputs * layer.outputs) for layer in layers]
+    parts += [(start, layer.outputs) for layer in layers for start in (max(layer.gamma, 0), layer.shift)]
+    if any(start < 0 or start % 4 or start + size > parameters for start, size in parts):
+        raise ValueError(f"layers must begin at multiples of 4 within the {parameters} parameters")
+    kept = [(start, layer.outputs) for layer in layers if layer.gamma >= 0 for start in (layer.mean, layer.variance)]
+    if running is not None and any(start < 0 or start + size > running for start, size in kept):
+        raise ValueError(f"means and variances of the layers must lie within the {running} running statistics")

@@ -93,7 +93,7 @@ struct Kept {
         second = first + (a.first ? a.parameter_count : 0);
         running = second + (a.second ? a.parameter_count : 0);
         rstd = running + a.running_count;
-        losses = rstd + (a.rows + 3) / 4 * 4;
+        losses = shared + (rstd - shared + a.rows + 3) / 4 * 4;  // rows of examples are read by fours
         schedule = losses + pitch;
         x = schedule + 8;
         h = x + 2 * inputs * pitch;

@@ -64,6 +64,22 @@ def test_a_model_of_an_ensemble_is_the_model_alone(
             np.testing.assert_array_equal(backend.asnumpy(one), backend.asnumpy(two))
 
 
+@pytest.mark.parametrize("extra", [1, 2, 3])
+def test_any_number_of_parameters_leaves_rows_aligned(backend: Backend, rng: np.random.Generator, extra: int) -> None:
+    """Bit for bit what it is without; misaligned shared memory would be an error."""
+    model = MLP((5, 9, 3), activation="tanh")
+    x, y = backend.arrays(*make_data(rng, (5, 9, 3), 20, "float32"))
+    ends = []
+    for more in (0, extra):
+        parameters, running = (
+            np.append(array, np.zeros(more, "float32")) for array in (model.parameters, model.running)
+        )
+        on = backend.arrays(parameters, running)
+        bn.fused_training(model.fused, on[0], (), on[1], x, y, batch=10, lr=0.1)
+        ends.append(backend.asnumpy(on[0])[: model.parameters.size])
+    np.testing.assert_array_equal(*ends)
+
+
 @pytest.mark.emulator
 def test_an_ensemble_is_one_launch(emulated: EmulatorRuntime, rng: np.random.Generator) -> None:
     backend, models = backends.make("emulator"), [MLP((5, 9, 3), seed=seed) for seed in range(3)]
@@ -80,6 +96,11 @@ def test_an_ensemble_is_one_launch(emulated: EmulatorRuntime, rng: np.random.Gen
         ({"lr": [0.1, 0.2]}, "lr must be a number or 3 of them, one for each model"),
         ({"lr": [0.1, 0.2, -1]}, "lr must be at least 0 and finite, got -1"),
         ({"running": np.zeros((2, 32), "float32")}, r"running must have the shape \(3, 32\), got \(2, 32\)"),
+        ({"running": np.zeros((3, 20), "float32")}, "of the layers must lie within the 20 running statistics"),
+        (
+            {"parameters": np.zeros((3, 100), "float32")},
+            "layers must begin at multiples of 4 within the 100 parameters",
+        ),
         ({"indices": np.zeros((2, 2, 10), "int32")}, r"indices must have the shape \(3, 2, 10\), got \(2, 2, 10\)"),
         ({"parameters": np.zeros((0, 100), "float32")}, r"with M of at least 1, got \(0, 100\)"),
     ],
