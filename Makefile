@@ -41,7 +41,7 @@ compile: $(TEST) ## compile every kernel for every architecture with NVRTC; comp
 	$(RUN) -m tests.compile $(ARGS)
 
 emulate: $(TEST) ## run the op tests on emulated kernels under AddressSanitizer + UBSan, then ThreadSanitizer
-	$(RUN) -m tests.emulator run asan -- -q $(PARALLEL) -m "emulator and not slow" tests
+	$(RUN) -m tests.emulator run asan -- -q $(PARALLEL) -m "emulator and not slow" $(ARGS) tests
 	$(RUN) -m tests.emulator run tsan -- -q $(PARALLEL) -m "emulator and not slow" $(OP_TESTS) tests/regress/test_tileops_1727.py \
 		tests/test_batch_norm_spread.py::test_the_order_of_blocks_and_threads_changes_no_bit tests/test_mini_batch.py \
 		tests/test_linear_batch_norm.py::test_the_order_of_blocks_and_threads_changes_no_bit
@@ -50,7 +50,7 @@ mutants: $(TEST) ## plant bugs in the kernels: the tests must catch every one
 	$(RUN) -m tests.emulator mutants $(ARGS)
 
 coverage: $(TEST) ## lines of cuda/ that the emulated tests execute
-	$(RUN) -m tests.emulator coverage -- $(PARALLEL)
+	$(RUN) -m tests.emulator coverage -- $(PARALLEL) $(ARGS)
 
 bench: $(BENCH) ## measure everything that this machine can, beside the rivals; write the results and the tables
 	$(RUN) -m benchmarks.everything $(ARGS)
