@@ -31,10 +31,9 @@ def ensemble(backend: Backend, models: list[MLP], name: str) -> tuple[Any, tuple
     return backend.asarray(parameters), state, backend.asarray(running) if running.size else None
 
 
-@pytest.mark.parametrize("indexed", ["no", "shared", "own"])
+@pytest.mark.parametrize(("count", "indexed"), [(1, "no"), (3, "no"), (3, "shared"), (3, "own")])
 @pytest.mark.parametrize("norm", ["batch", "none"])
 @pytest.mark.parametrize("name", RATES)
-@pytest.mark.parametrize("count", [1, 3])
 def test_a_model_of_an_ensemble_is_the_model_alone(
     backend: Backend, rng: np.random.Generator, count: int, name: str, norm: str, indexed: str
 ) -> None:
@@ -126,8 +125,7 @@ def config_of(models: int, **changes: Any) -> TrainingConfig:
 
 
 @pytest.mark.parametrize("engine", ["layers", "graph", "fused"])
-@pytest.mark.parametrize("norm", ["batch", "none"])
-@pytest.mark.parametrize("name", RATES)
+@pytest.mark.parametrize(("name", "norm"), [("sgd", "none"), ("momentum", "batch"), ("adam", "batch")])
 def test_members_are_networks_of_their_seed(
     backend: Backend, rng: np.random.Generator, name: str, norm: str, engine: str
 ) -> None:

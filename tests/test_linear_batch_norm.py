@@ -55,8 +55,9 @@ def assert_product(
     oracle.assert_within(got, a @ b, bound, what)
 
 
-@pytest.mark.parametrize("activation", ["relu", "tanh"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "activation"), [("float16", "relu"), ("bfloat16", "tanh"), ("float32", "relu"), ("float64", "tanh")]
+)
 @pytest.mark.parametrize("sizes", SIZES)
 def test_is_a_product_and_its_batch_norm(
     backend: Backend, rng: np.random.Generator, sizes: tuple[int, int, int], dtype: str, activation: str
