@@ -131,16 +131,16 @@ def test_members_are_networks_of_their_seed(
 ) -> None:
     if backend.name == "numpy" and engine != "layers":
         pytest.skip("needs a device")
-    x, y = backend.arrays(*make_data(rng, (6, 8, 3), 25 * 16, "float64"))
-    config = config_of(3, optimizer=name, dtype="float64", activation="tanh", lr=RATES[name], engine=engine)
+    x, y = backend.arrays(*make_data(rng, (6, 8, 3), 10 * 16, "float64"))
+    config = config_of(2, optimizer=name, dtype="float64", activation="tanh", lr=RATES[name], engine=engine)
     ensemble = make_network(norm, config, (6, 8, 3), backend.xp)
     assert ensemble.engine == engine
-    ensemble.train(x, y, 0, 12, lambda: False)
-    ensemble.train(x, y, 0, 25, lambda: False)
-    assert ensemble.step == 25
-    for number in range(3):
+    ensemble.train(x, y, 0, 4, lambda: False)
+    ensemble.train(x, y, 0, 10, lambda: False)
+    assert ensemble.step == 10
+    for number in range(2):
         alone = Network(norm, replace(config, seed=5 + number, models=1), (6, 8, 3), backend.xp)
-        alone.train(x, y, 0, 25, lambda: False)
+        alone.train(x, y, 0, 10, lambda: False)
         for entry, array in alone.arrays().items():
             np.testing.assert_array_equal(ensemble.arrays()[f"{number}/{entry}"], array, err_msg=entry)
     each = ensemble.assess((x, y), (x, y))
