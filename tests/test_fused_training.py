@@ -86,17 +86,8 @@ def test_steps_are_those_of_the_layers(
         np.testing.assert_allclose(got, want, rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("activation", "norm"),
-    [
-        ("relu", "batch"),
-        ("relu", "none"),
-        ("gelu", "batch"),
-        ("sigmoid", "batch"),
-        ("leaky_relu", "none"),
-        ("identity", "none"),
-    ],
-)
+@pytest.mark.parametrize("norm", ["batch", "none"])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "sigmoid"])
 def test_two_hundred_steps_in_float32_learn_what_the_layers_learn(
     backend: Backend, rng: np.random.Generator, activation: str, norm: str
 ) -> None:
