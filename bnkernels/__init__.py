@@ -12,6 +12,7 @@ from bnkernels.batch_norm_statistics import (
     batch_norm_statistics,
 )
 from bnkernels.fused_training import fused_training
+from bnkernels.layer_norm import layer_norm_backward, layer_norm_forward
 from bnkernels.linear_batch_norm import linear_batch_norm_backward, linear_batch_norm_forward
 from bnkernels.mini_batch import mini_batch
 from bnkernels.mlp import MLP
@@ -36,6 +37,8 @@ __all__ = [
     "batch_norm_statistics",
     "fold_batch_norm",
     "fused_training",
+    "layer_norm_backward",
+    "layer_norm_forward",
     "linear_batch_norm_backward",
     "linear_batch_norm_forward",
     "mini_batch",

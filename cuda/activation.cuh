@@ -117,3 +117,34 @@ __device__ __forceinline__ void rotate(A (&values)[N]) {
     for (int i = 0; i + 1 < N; ++i) values[i] = values[i + 1];
     values[N - 1] = first;
 }
+
+// z = phi(z)
+template <int N, typename A>
+__device__ __forceinline__ void activate_all(A (&z)[N], int activation, A alpha) {
+    if (activation == LINEAR) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) z[i] = linear(z[i], z[i], alpha);
+        return;
+    }
+#pragma unroll 1
+    for (int i = 0; i < N; ++i) {
+        z[0] = curved(z[0], activation, alpha);
+        rotate(z);
+    }
+}
+
+// g = dy phi'(z), in the place of dy.
+template <int N, typename A>
+__device__ __forceinline__ void pull_back_all(A (&dy)[N], A (&z)[N], int activation, A alpha) {
+    if (activation == LINEAR) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) dy[i] = linear(dy[i], z[i], alpha);
+        return;
+    }
+#pragma unroll 1
+    for (int i = 0; i < N; ++i) {
+        dy[0] *= curved_derivative(z[0], activation, alpha);
+        rotate(dy);
+        rotate(z);
+    }
+}

@@ -7,7 +7,7 @@ struct alignas(16) Vector {
     unsigned words[4];
 };
 
-#ifndef BNK_VECTOR_ACCESS  // the tests' emulator defines it, with twins of these two functions
+#ifndef BNK_VECTOR_ACCESS  // the tests' emulator defines it, with twins of these functions
 // Left to itself, the compiler takes some of these accesses apart. Volatile: in the order of the program.
 __device__ __forceinline__ Vector bnk_load_vector(const void* address) {
     Vector v;
@@ -24,6 +24,12 @@ __device__ __forceinline__ void bnk_store_vector(void* address, const Vector& v)
                  : "l"(address), "r"(v.words[0]), "r"(v.words[1]), "r"(v.words[2]), "r"(v.words[3])
                  : "memory");
 }
+
+__device__ __forceinline__ double bnk_double_of(unsigned high, unsigned low) {
+    return __hiloint2double((int)high, (int)low);
+}
+__device__ __forceinline__ unsigned bnk_high_bits_of(double value) { return (unsigned)__double2hiint(value); }
+__device__ __forceinline__ unsigned bnk_low_bits_of(double value) { return (unsigned)__double2loint(value); }
 #else
 __device__ __forceinline__ Vector bnk_load_vector(const void* address) {
     Vector v;
@@ -34,12 +40,13 @@ __device__ __forceinline__ Vector bnk_load_vector(const void* address) {
 __device__ __forceinline__ void bnk_store_vector(void* address, const Vector& v) { bnk_move_vector(address, v.words); }
 #endif
 
-// Number i of a vector of T, as a float.
+// Number i of a vector of T, as a Number: the accumulator's type.
 template <typename T>
 struct Packed;
 
 template <>
 struct Packed<float> {
+    using Number = float;
     static constexpr int COUNT = 4;
     static __device__ __forceinline__ float get(const Vector& vector, int i) { return bnk_float_of(vector.words[i]); }
     static __device__ __forceinline__ void set(Vector& vector, int i, float value) {
@@ -47,7 +54,21 @@ struct Packed<float> {
     }
 };
 
+template <>
+struct Packed<double> {
+    using Number = double;
+    static constexpr int COUNT = 2;
+    static __device__ __forceinline__ double get(const Vector& vector, int i) {
+        return bnk_double_of(vector.words[2 * i + 1], vector.words[2 * i]);
+    }
+    static __device__ __forceinline__ void set(Vector& vector, int i, double value) {
+        vector.words[2 * i] = bnk_low_bits_of(value);
+        vector.words[2 * i + 1] = bnk_high_bits_of(value);
+    }
+};
+
 struct PackedHalves {
+    using Number = float;
     static constexpr int COUNT = 8;
     static __device__ __forceinline__ unsigned short bits(const Vector& vector, int i) {
         return (unsigned short)(vector.words[i / 2] >> (16 * (i % 2)));

@@ -61,3 +61,11 @@ def emulated() -> Iterator[EmulatorRuntime]:
 def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     """Return random numbers seeded by the test's name."""
     return np.random.default_rng(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture
+def counting_emulator(emulated: EmulatorRuntime) -> EmulatorRuntime:
+    """Return the emulator, of a build that sees accesses."""
+    if emulated.build not in ("plain", "coverage"):
+        pytest.skip(f"the build {emulated.build!r} does not count accesses")
+    return emulated

@@ -71,14 +71,6 @@ def emulated_backend(emulated: EmulatorRuntime) -> Backend:
     return backends.make("emulator")
 
 
-@pytest.fixture
-def counting_emulator(emulated: EmulatorRuntime) -> EmulatorRuntime:
-    """Return the emulator, of a build that sees accesses."""
-    if emulated.build not in ("plain", "coverage"):
-        pytest.skip(f"the build {emulated.build!r} does not count accesses")
-    return emulated
-
-
 # ---- values ---------------------------------------------------------------------------------------------------------
 
 

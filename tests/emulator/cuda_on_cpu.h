@@ -59,6 +59,25 @@ __forceinline__ void bnk_move_vector(void* to, const void* from) {
     *static_cast<Words*>(to) = *static_cast<const Words*>(from);
 }
 
+__forceinline__ double bnk_double_of(unsigned high, unsigned low) {
+    const unsigned long long bits = (unsigned long long)high << 32 | low;
+    double value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+__forceinline__ unsigned bnk_high_bits_of(double value) {
+    unsigned long long bits;
+    memcpy(&bits, &value, sizeof bits);
+    return (unsigned)(bits >> 32);
+}
+
+__forceinline__ unsigned bnk_low_bits_of(double value) {
+    unsigned long long bits;
+    memcpy(&bits, &value, sizeof bits);
+    return (unsigned)bits;
+}
+
 // ---- cuda/spread.cuh: on a GPU a loop that reads the counter until it is there --------------------------------------
 #define BNK_WAIT
 

@@ -1,0 +1,108 @@
+// Rows of a matrix that teams of threads own: how they are read and kept, and sums over them.
+//
+// A team is the threads of a block with the same threadIdx.y; blockDim.x is a power of two. A unit is 16 bytes of a row: a
+// thread takes every blockDim.x-th, always the same ones. What it keeps of them no other thread reads: that takes no barrier.
+#pragma once
+
+#include "common.cuh"
+#include "vector.cuh"
+
+template <typename T>
+constexpr int UNIT = Packed<T>::COUNT;
+
+// Rows of `length` values. wide: they are whole units, and begin at multiples of 16 bytes.
+struct Rows16 {
+    long long length;
+    bool wide;
+
+    template <typename T>
+    __device__ __forceinline__ long long units() const {
+        return (length + UNIT<T> - 1) / UNIT<T>;
+    }
+
+    // Number i of a unit is there.
+    template <typename T>
+    __device__ __forceinline__ bool has(long long unit, int i) const {
+        return wide || unit * UNIT<T> + i < length;
+    }
+
+    // Zeros beyond the end of the row.
+    template <typename T>
+    __device__ __forceinline__ Vector load(const T* row, long long unit) const {
+        if (wide) return bnk_load_vector(row + unit * UNIT<T>);
+        Vector vector = {};
+#pragma unroll
+        for (int i = 0; i < UNIT<T>; ++i)
+            if (has<T>(unit, i)) Packed<T>::set(vector, i, typename Packed<T>::Number(row[unit * UNIT<T> + i]));
+        return vector;
+    }
+
+    template <typename T, typename A>
+    __device__ __forceinline__ void store(T* row, long long unit, const A (&values)[UNIT<T>]) const {
+        if (wide) {
+            Vector vector = {};
+#pragma unroll
+            for (int i = 0; i < UNIT<T>; ++i) Packed<T>::set(vector, i, values[i]);
+            bnk_store_vector(row + unit * UNIT<T>, vector);
+            return;
+        }
+#pragma unroll
+        for (int i = 0; i < UNIT<T>; ++i)
+            if (has<T>(unit, i)) row[unit * UNIT<T> + i] = T(values[i]);
+    }
+
+    // The parameters of a unit's columns; `missing` without any, and beyond the end.
+    template <typename T, typename A>
+    __device__ __forceinline__ void load_parameters(A (&values)[UNIT<T>], const A* parameters, long long unit,
+                                                    A missing) const {
+        constexpr int COUNT = UNIT<A>;
+#pragma unroll
+        for (int i = 0; i < UNIT<T>; i += COUNT) {
+            Vector four = {};
+            if (wide && parameters) four = bnk_load_vector(parameters + unit * UNIT<T> + i);
+#pragma unroll
+            for (int j = 0; j < COUNT; ++j) {
+                values[i + j] = wide && parameters ? Packed<A>::get(four, j) : missing;
+                if (!wide && parameters && has<T>(unit, i + j)) values[i + j] = parameters[unit * UNIT<T> + i + j];
+            }
+        }
+    }
+};
+
+// Calls work(k, unit) for the units of a thread from `first` to before `last`: its k-th of them.
+template <int UNROLL = 1, typename Work>
+__device__ __forceinline__ void for_each_unit(long long first, long long last, const Work& work) {
+    int k = 0;
+#pragma unroll UNROLL
+    for (long long unit = first + threadIdx.x; unit < last; unit += blockDim.x) work(k++, unit);
+}
+
+// What a thread keeps of a row in shared memory: its units one after the other, those of all threads side by side.
+struct OwnUnits {
+    Vector* own;
+    int threads;
+
+    __device__ __forceinline__ explicit OwnUnits(Vector* shared)
+        : own(shared + threadIdx.y * blockDim.x + threadIdx.x), threads(blockDim.x * blockDim.y) {}
+    __device__ __forceinline__ Vector& operator[](int k) const { return own[k * threads]; }
+};
+
+// The sum over the team, the same in all its threads. `scratch`: a pair for every warp of the block. All threads must call.
+template <typename A>
+__device__ __forceinline__ Pair<A> team_sum(Pair<A> sum, Pair<A>* scratch) {
+    const int width = blockDim.x, warps = width / 32;
+    for (int apart = min(width, 32) / 2; apart > 0; apart /= 2) {
+        const Pair<A> other = {__shfl_xor_sync(0xffffffffu, sum.high, apart),
+                               __shfl_xor_sync(0xffffffffu, sum.low, apart)};
+        sum = add(sum, other);
+    }
+    if (warps <= 1) return sum;
+    Pair<A>* const own = scratch + threadIdx.y * warps;
+    if (threadIdx.x % 32 == 0) own[threadIdx.x / 32] = sum;
+    __syncthreads();
+    sum = own[0];
+#pragma unroll 1
+    for (int warp = 1; warp < warps; ++warp) sum = add(sum, own[warp]);
+    __syncthreads();  // the next sum takes the same place
+    return sum;
+}
