@@ -8,6 +8,7 @@ from benchmarks import (
     bench_batch_norm_masked,
     bench_batch_norm_statistics,
     bench_fused_training,
+    bench_layer_norm,
     bench_linear_batch_norm,
     bench_mini_batch,
     bench_parameter_update,
@@ -25,6 +26,7 @@ OPS: dict[str, Op] = {
         bench_softmax_cross_entropy.OP,
         bench_mini_batch.OP,
         bench_linear_batch_norm.OP,
+        bench_layer_norm.OP,
         bench_fused_training.OP,
         *bench_parameter_update.OPS.values(),
     )

@@ -39,7 +39,7 @@ class Rows(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """A launch, how many units of a row a thread keeps on the chip, and of how many the backward sums columns at a time."""
+    """A launch, the units of a row that a thread keeps on the chip, and those that a backward sums at a time."""
 
     launch: Launch
     held: int

@@ -12,6 +12,7 @@ import pytest
 from benchmarks import (
     bench_batch_norm_masked,
     bench_batch_norm_statistics,
+    bench_layer_norm,
     bench_linear_batch_norm,
     bench_parameter_update,
     bench_softmax_cross_entropy,
@@ -27,6 +28,7 @@ OPS = [
     bench_batch_norm_masked.OP,
     bench_batch_norm_statistics.OP,
     bench_linear_batch_norm.OP,
+    bench_layer_norm.OP,
 ]
 SMALL = {1: (100,), 2: (6, 5)}
 PAIRS = [(op, provider) for op in OPS for provider in op.providers if provider.place == "cpu"]
@@ -112,7 +114,7 @@ def test_labels_and_states_fit_the_case(op: Op) -> None:
 
 
 @pytest.mark.parametrize(
-    ("op", "given"), [(op, {"epilogue": "relu"}) for op in OPS] + [(op, {"dtype": "float16"}) for op in OPS[:-3]]
+    ("op", "given"), [(op, {"epilogue": "relu"}) for op in OPS] + [(op, {"dtype": "float16"}) for op in OPS[:-4]]
 )
 def test_what_belongs_to_other_ops_is_refused(op: Op, given: dict[str, Any]) -> None:
     case = Case(op.name, op.cases[0].direction, op.cases[0].shape, **given)

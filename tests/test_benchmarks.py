@@ -293,7 +293,7 @@ def test_a_host_batch_makes_every_call_once() -> None:
 
 def test_the_same_case_under_pytest_benchmark(tmp_path: Path) -> None:
     path = tmp_path / "benchmarks.json"
-    wanted = "forward and 64x20 and float32-cpu-bnkernels and not masked and not linear"
+    wanted = "forward and 64x20 and float32-cpu-bnkernels and not masked and not linear and not layer"
     arguments = ["-m", "pytest", "-q", "benchmarks", "--benchmark-only", "-k", wanted, f"--benchmark-json={path}"]
     # pytest-benchmark measures nothing in a process of pytest-xdist.
     alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}

@@ -21,6 +21,7 @@ from bnkernels._batch_norm_spread import ARGUMENTS as SPREAD
 from bnkernels.batch_norm_double_backward import ARGUMENTS as DOUBLE_BACKWARD
 from bnkernels.batch_norm_statistics import ARGUMENTS as STATISTICS
 from bnkernels.fused_training import ARGUMENTS as FUSED_TRAINING
+from bnkernels.layer_norm import ARGUMENTS as LAYER_NORM
 from bnkernels.linear_batch_norm import ARGUMENTS as LINEAR_BATCH_NORM
 from bnkernels.mini_batch import ARGUMENTS as MINI_BATCH
 from bnkernels.softmax_cross_entropy import ARGUMENTS as SOFTMAX_CROSS_ENTROPY
@@ -39,6 +40,7 @@ LAYOUTS = {
     "bnk_batch_norm_backward_general": general.BACKWARD,
     "bnk_batch_norm_statistics": STATISTICS,
     "bnk_fused_training": FUSED_TRAINING,
+    **{f"bnk_layer_norm_{direction}": layout for direction, layout in LAYER_NORM.items()},
     **{f"bnk_linear_batch_norm_{direction}": layout for direction, layout in LINEAR_BATCH_NORM.items()},
     "bnk_mini_batch": MINI_BATCH,
     "bnk_parameter_update": parameter_update.ARGUMENTS,

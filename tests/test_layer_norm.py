@@ -161,6 +161,7 @@ def test_in_place(backend: Backend, rng: np.random.Generator) -> None:
 # ---- launches -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.emulator
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_rows_that_do_not_fit_are_read_again(emulated: EmulatorRuntime, rng: np.random.Generator, dtype: str) -> None:
     """With so little shared memory that the columns take several passes; `dx` in the place of `dy` too."""
@@ -193,6 +194,7 @@ def test_several_blocks_meet(backend: Backend, rng: np.random.Generator, shape: 
     assert_right(backend, *arrays)
 
 
+@pytest.mark.emulator
 def test_a_device_whose_blocks_cannot_wait_has_one(emulated: EmulatorRuntime, rng: np.random.Generator) -> None:
     with emulated.device_limits(Limits(4, 227 * 1024, 228 * 1024, False)):
         assert choose_backward(Rows(900, 24, np.dtype("float32")), emulated.limits(None)).launch.grid == (1, 1, 1)
@@ -217,6 +219,7 @@ def test_alignment_changes_no_bit(backend: Backend, rng: np.random.Generator) ->
         np.testing.assert_array_equal(one, two)
 
 
+@pytest.mark.emulator
 def test_the_order_of_blocks_and_threads_changes_no_bit(emulated: EmulatorRuntime, rng: np.random.Generator) -> None:
     x, dy, *vectors = (emulated.asarray(array) for array in make(rng, (700, 40), "float32"))
     found = []
@@ -231,6 +234,7 @@ def test_the_order_of_blocks_and_threads_changes_no_bit(emulated: EmulatorRuntim
             np.testing.assert_array_equal(one, two)
 
 
+@pytest.mark.emulator
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_every_byte_is_moved_once(counting_emulator: EmulatorRuntime, rng: np.random.Generator, dtype: str) -> None:
     x, dy, *vectors = (counting_emulator.asarray(array) for array in make(rng, (640, 64), dtype))
@@ -245,6 +249,7 @@ def test_every_byte_is_moved_once(counting_emulator: EmulatorRuntime, rng: np.ra
     assert forward.total.bytes_written == y.nbytes + statistics.nbytes
 
 
+@pytest.mark.emulator
 def test_a_workspace_saves_the_allocation(emulated: EmulatorRuntime, rng: np.random.Generator) -> None:
     arrays = make(rng, (900, 24), "float32")
     x, dy, *vectors = (emulated.asarray(array) for array in arrays)

@@ -39,6 +39,9 @@ def calls(dtype: np.dtype) -> list[tuple[Op, list[np.ndarray]]]:
     for rows in ROWS:  # up to two tiles of rows, and as many blocks as meet
         x, weight, dy = (rng.standard_normal(s).astype(dtype) for s in ((rows, 40), (40, CHANNELS), (rows, CHANNELS)))
         found.append((linear_batch_norm, [x, weight, dy, *vectors(rng, dtype)]))
+    for rows in (*ROWS, 2000):  # a part of a unit at the end of every row, one block and several
+        x, dy = (rng.standard_normal((rows, CHANNELS)).astype(dtype) for _ in range(2))
+        found.append((layer_norm, [x, dy, *vectors(rng, dtype)[:2]]))
     for shape in SHARED if dtype.itemsize <= 4 else []:
         x, dy, residual = (rng.standard_normal(shape).astype(dtype) for _ in range(3))
         found.append((batch_norm, [x, dy, *vectors(rng, dtype, shape[1]), residual]))
@@ -85,6 +88,13 @@ def general_batch_norm(
     sums = bn.batch_norm_gradient_sums(dy, x, gamma, beta, merged, **options)
     (dx,) = bn.batch_norm_input_gradient(dy, x, gamma, beta, merged, sums, **options)
     return [y, means, variances, *gradients, part, moments[0], mean, var, sums, dx]
+
+
+def layer_norm(x: Any, dy: Any, gamma: Any, beta: Any) -> Sequence[Any]:
+    """Go forward and backward."""
+    y, statistics = bn.layer_norm_forward(x, gamma, beta, activation="tanh")
+    gradients = bn.layer_norm_backward(dy, x, gamma, beta, statistics, activation="tanh")
+    return [y, statistics[0], statistics[2], *gradients]
 
 
 def linear_batch_norm(x: Any, weight: Any, dy: Any, gamma: Any, beta: Any, mean: Any, var: Any) -> Sequence[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .mutant_list_double_backward import MUTANTS as DOUBLE_BACKWARD
 from .mutant_list_fused import MUTANTS as FUSED
 from .mutant_list_general import MUTANTS as GENERAL
+from .mutant_list_layer_norm import MUTANTS as LAYER_NORM
 from .mutant_list_linear import MUTANTS as LINEAR
 from .mutants import Mutant
 
@@ -18,6 +19,7 @@ MUTANTS = [
     *DOUBLE_BACKWARD,
     *GENERAL,
     *FUSED,
+    *LAYER_NORM,
     *LINEAR,
     # ---- barriers, warps, races
     Mutant(

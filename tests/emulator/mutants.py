@@ -34,6 +34,7 @@ TESTS = {  # the quickest first: the first failure ends a run
         ("product.cuh", "linear_batch_norm.cuh", "linear_batch_norm_forward.cu", "linear_batch_norm_backward.cu"),
         ("tests/test_linear_batch_norm.py",),
     ),
+    **dict.fromkeys(("row.cuh", "layer_norm_forward.cu", "layer_norm_backward.cu"), ("tests/test_layer_norm.py",)),
     "batch_norm_statistics.cu": ("tests/test_batch_norm_statistics.py",),
     **dict.fromkeys(("channel_sums.cuh", "batch_norm_double_backward.cu"), DOUBLE),
     "softmax_cross_entropy.cu": ("tests/test_softmax_cross_entropy.py", "tests/regress"),

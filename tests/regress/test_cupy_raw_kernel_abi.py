@@ -19,6 +19,7 @@ from bnkernels._runtime import SUFFIX
 from bnkernels.batch_norm_double_backward import ARGUMENTS as DOUBLE_BACKWARD
 from bnkernels.batch_norm_statistics import ARGUMENTS as STATISTICS
 from bnkernels.fused_training import ARGUMENTS as FUSED_TRAINING
+from bnkernels.layer_norm import ARGUMENTS as LAYER_NORM
 from bnkernels.linear_batch_norm import ARGUMENTS as LINEAR_BATCH_NORM
 from bnkernels.mini_batch import ARGUMENTS as MINI_BATCH
 from bnkernels.parameter_update import ARGUMENTS as PARAMETER_UPDATE
@@ -37,6 +38,8 @@ LAYOUTS = {
     "BatchNormBackwardGeneral": general.BACKWARD,
     "BatchNormStatistics": STATISTICS,
     "FusedTraining": FUSED_TRAINING,
+    "LayerNormForward": LAYER_NORM["forward"],
+    "LayerNormBackward": LAYER_NORM["backward"],
     "LinearBatchNormForward": LINEAR_BATCH_NORM["forward"],
     "LinearBatchNormBackward": LINEAR_BATCH_NORM["backward"],
     "MiniBatch": MINI_BATCH,
