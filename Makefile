@@ -45,6 +45,7 @@ emulate: $(TEST) ## run the op tests on emulated kernels under AddressSanitizer 
 	$(RUN) -m tests.emulator run tsan -- -q $(PARALLEL) -m "emulator and not slow" $(OP_TESTS) tests/regress/test_tileops_1727.py \
 		tests/test_batch_norm_spread.py::test_the_order_of_blocks_and_threads_changes_no_bit tests/test_mini_batch.py \
 		tests/test_layer_norm.py::test_the_order_of_blocks_and_threads_changes_no_bit \
+		tests/test_linear_layer_norm.py::test_the_order_of_blocks_and_threads_changes_no_bit \
 		tests/test_linear_batch_norm.py::test_the_order_of_blocks_and_threads_changes_no_bit
 
 mutants: $(TEST) ## plant bugs in the kernels: the tests must catch every one

@@ -12,14 +12,13 @@ from bnkernels._linear_batch_norm_launch import Sizes
 FORWARD_NAMES = ("y", "z", "statistics", "running_mean", "running_var", "x", "weight", "gamma", "beta")
 GRADIENTS = ("dx", "dweight", "dgamma", "dbeta")
 BACKWARD_NAMES = (*GRADIENTS, "workspace", "dy", "x", "weight", "gamma", "beta", "z", "statistics")
-NORMS = ("batch", None)
+NORMS = ("batch", "layer", None)
 
 
-def is_normalised(norm: str | None) -> bool:
-    """Check the name of a norm; return whether there is one."""
+def check_norm(norm: Any) -> None:
+    """Check the name of a norm."""
     if norm not in NORMS:
-        raise ValueError(f"norm must be 'batch' or None, got {norm!r}")
-    return norm is not None
+        raise ValueError(f"norm must be 'batch', 'layer' or None, got {norm!r}")
 
 
 def pack_gradients(out: Any, wanted: tuple[bool, ...]) -> tuple[Any, ...]:
@@ -33,44 +32,52 @@ def pack_gradients(out: Any, wanted: tuple[bool, ...]) -> tuple[Any, ...]:
 
 
 @lru_cache(maxsize=1024)
-def checked_forward(normalised: bool, *signatures: check.Signature | None) -> tuple[rt.Runtime | None, Sizes]:
+def checked_forward(norm: str | None, *signatures: check.Signature | None) -> tuple[rt.Runtime | None, Sizes]:
     """Check the arrays of `FORWARD_NAMES`; return who runs them, and the sizes."""
     args = check.arguments(
         dict(zip(FORWARD_NAMES, signatures, strict=True)),
         ("y", "z", "statistics", "running_mean", "running_var", "gamma", "beta"),
     )
     sizes = _checked_inputs(args)
-    if not normalised:
-        for name in ("gamma", "running_mean", "running_var"):
-            if args[name] is not None:
-                raise ValueError(f"{name} belongs to a norm; with norm=None pass beta alone, the bias")
-    elif sizes.rows == 1:
+    if norm is None and args["gamma"] is not None:
+        raise ValueError("gamma belongs to a norm; with norm=None pass beta alone, the bias")
+    for name in ("running_mean", "running_var"):
+        if norm != "batch" and args[name] is not None:
+            raise ValueError(f"{name} belongs to batch norm; with norm={norm!r} there is none to update")
+    if norm == "batch" and sizes.rows == 1:
         raise ValueError("x has one example: one value per neuron has no variance; train on at least two")
     for name in ("running_mean", "running_var"):
         check.contiguous(args[name], (sizes.outputs,), rt.accumulator(sizes.dtype))
     for name in ("y", "z"):
         check.contiguous(args[name], (sizes.rows, sizes.outputs), sizes.dtype)
-    check.contiguous(args["statistics"], (3, sizes.outputs), rt.accumulator(sizes.dtype))
+    check.contiguous(args["statistics"], statistics_shape(norm, sizes), rt.accumulator(sizes.dtype))
     return rt.runtime_of(args["x"].kind), sizes
 
 
 @lru_cache(maxsize=1024)
-def checked_backward(*signatures: check.Signature | None) -> tuple[rt.Runtime | None, Sizes]:
+def checked_backward(norm: str | None, *signatures: check.Signature | None) -> tuple[rt.Runtime | None, Sizes]:
     """Check the arrays of `BACKWARD_NAMES`; return who runs them, and the sizes."""
     args = check.arguments(
         dict(zip(BACKWARD_NAMES, signatures, strict=True)), (*BACKWARD_NAMES[:5], "gamma", "beta", "statistics")
     )
     sizes = _checked_inputs(args)
+    if norm == "layer" and args["statistics"] is None:
+        raise ValueError("statistics must be those of the forward, got None; without a norm pass norm=None")
     if args["statistics"] is None and args["gamma"] is not None:
         raise ValueError("gamma belongs to a norm; without statistics pass beta alone, the bias")
     for name in ("dy", "z", "workspace"):
         check.contiguous(args[name], (sizes.rows, sizes.outputs), sizes.dtype)
-    check.contiguous(args["statistics"], (3, sizes.outputs), rt.accumulator(sizes.dtype))
+    check.contiguous(args["statistics"], statistics_shape(norm, sizes), rt.accumulator(sizes.dtype))
     check.contiguous(args["dx"], (sizes.rows, sizes.inputs), sizes.dtype)
     check.contiguous(args["dweight"], (sizes.inputs, sizes.outputs), sizes.dtype)
     for name in ("dgamma", "dbeta"):
         check.contiguous(args[name], (sizes.outputs,), rt.accumulator(sizes.dtype))
     return rt.runtime_of(args["x"].kind), sizes
+
+
+def statistics_shape(norm: str | None, sizes: Sizes) -> tuple[int, int]:
+    """Return the shape of the statistics: of every neuron, or with layer norm of every example."""
+    return 3, sizes.rows if norm == "layer" else sizes.outputs
 
 
 def _checked_inputs(args: dict[str, check.Argument | None]) -> Sizes:

@@ -32,11 +32,6 @@ class Sizes(NamedTuple):
         """The columns that a thread multiplies, COLUMNS of cuda/product.cuh."""
         return 16 // rt.accumulator(self.dtype).itemsize
 
-    @property
-    def pitch(self) -> int:
-        """From the row of a neuron to the next, in a tile."""
-        return ceil_div(self.rows, 4) * 4 + 4
-
     def product_numbers(self, width: int) -> int:
         """Return how many numbers a product keeps in shared memory: TERMS of both factors, or all partial sums."""
         lanes = (8, 16, 32)
@@ -44,12 +39,20 @@ class Sizes(NamedTuple):
         return max(factors, *(THREADS // lane * self.columns * (8 * lane + 4) for lane in lanes))
 
 
+def _pitch(length: int) -> int:
+    """Return how far it is from a row of a tile to the next."""
+    return ceil_div(length, 4) * 4 + 4
+
+
 @lru_cache(maxsize=1024)
-def choose(direction: str, sizes: Sizes, limits: Limits, input_gradient: bool = True) -> tuple[Launch, int] | None:
+def choose(
+    direction: str, sizes: Sizes, limits: Limits, input_gradient: bool = True, norm: str | None = "batch"
+) -> tuple[Launch, int] | None:
     """Return the launch and how many neurons a block owns at a time, or None where library products are to be taken.
 
     They are taken for more than 512 examples or 1024 inputs or outputs, where something is empty, and where the device
-    cannot do what the kernel needs. A block owns as few neurons as leave no multiprocessor more than one block.
+    cannot do what the kernel needs. A block owns as few neurons, or for layer norm examples, as leave no multiprocessor
+    more than one block.
 
     Examples
     --------
@@ -62,18 +65,22 @@ def choose(direction: str, sizes: Sizes, limits: Limits, input_gradient: bool = 
     rows, inputs, outputs, dtype = sizes
     if not (0 < rows <= MOST_ROWS and 0 < inputs <= MOST_NEURONS and 0 < outputs <= MOST_NEURONS):
         return None
+    layer, backward = norm == "layer", direction == "backward"
+    owned, length = (rows, outputs) if layer else (outputs, rows)  # a block's rows, and how long they are
     widths = [teams * sizes.columns for teams in TEAMS]
-    width = next((width for width in widths if ceil_div(outputs, width) <= limits.sms), widths[-1])
-    tile, product = width * sizes.pitch, sizes.product_numbers(width)
-    numbers = tile + product if direction == "forward" else max(2 * tile, product)
+    width = next((width for width in widths if ceil_div(owned, width) <= limits.sms), widths[-1])
+    longest = max(length, rows) if backward else length
+    tile, product = width * _pitch(longest), sizes.product_numbers(width)
+    numbers = max(2 * tile, product) if backward else tile + product
     shared = numbers * rt.accumulator(dtype).itemsize
     if shared > limits.shared_bytes:
         return None
-    blocks = ceil_div(outputs, width)
-    if direction == "backward":
-        wanted = max(blocks, ceil_div(inputs, width)) if input_gradient else blocks
+    blocks = ceil_div(owned, width)
+    if backward:
+        second = outputs if layer else inputs * input_gradient  # owned after the meeting
+        wanted = max(blocks, ceil_div(second, width))
         blocks = min(1 << (wanted - 1).bit_length(), 1 << (min(limits.sms, MOST_BLOCKS).bit_length() - 1))
-    together = direction == "backward" and input_gradient and blocks > 1
+    together = backward and (layer or input_gradient) and blocks > 1
     if together and not limits.cooperative:
         return None
     return Launch((blocks, 1, 1), (THREADS, 1, 1), shared, cooperative=together), width

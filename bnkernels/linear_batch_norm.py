@@ -1,7 +1,7 @@
-"""A linear layer with batch norm, or with a bias, and an activation behind it: forward and backward, one launch each.
+"""A linear layer with batch norm, layer norm or a bias, and an activation behind it: each way one launch.
 
 CuPy arrays run ``cuda/linear_batch_norm_forward.cu`` and ``_backward.cu``, up to 512 examples and 1024 inputs and
-outputs; beyond that, and on NumPy arrays, a library multiplies and the batch-norm ops follow.
+outputs; beyond that, and on NumPy arrays, a library multiplies and the ops of the norm follow.
 ``_linear_batch_norm_launch.py`` chooses. Below, N is the number of examples, K that of the inputs and M that of the
 outputs; T is the data type of `x`, and A that of the accumulator: float32 for 16-bit T, else T.
 """
@@ -17,15 +17,17 @@ from bnkernels import _runtime as rt
 from bnkernels._linear_batch_norm_check import (
     BACKWARD_NAMES,
     FORWARD_NAMES,
+    check_norm,
     checked_backward,
     checked_forward,
-    is_normalised,
     pack_gradients,
+    statistics_shape,
 )
 from bnkernels._linear_batch_norm_launch import Sizes, choose, counter
 from bnkernels.activations import Activation, activation_named
 from bnkernels.batch_norm import batch_norm_backward, batch_norm_forward
 from bnkernels.batch_norm_inference import batch_norm_inference, batch_norm_inference_backward
+from bnkernels.layer_norm import layer_norm_backward, layer_norm_forward
 
 SIZES = "rows inputs outputs width"
 ARGUMENTS = {
@@ -57,7 +59,7 @@ def linear_batch_norm_forward(
     alpha: float | None = None,
     out: tuple[Any, ...] | None = None,
 ) -> tuple[Any, Any, Any]:
-    """Multiply by the weights, normalise every neuron over the mini-batch, scale, shift and activate.
+    """Multiply by the weights, normalise every neuron over the mini-batch or every example, scale, shift and activate.
 
     Parameters
     ----------
@@ -69,8 +71,8 @@ def linear_batch_norm_forward(
         Scale and shift; without them 1 and 0. Without a norm, `beta` is the bias and there is no `gamma`.
     running_mean, running_var : array, shape (M,), type A, optional
         Running statistics, updated in place; only with batch norm.
-    norm : {"batch", None}
-        What stands between product and shift.
+    norm : {"batch", "layer", None}
+        What stands between product and shift: batch norm, layer norm over the M outputs of each example, or nothing.
     momentum, unbiased, eps : float, bool, float
         As in `batch_norm_forward`.
     activation : str
@@ -86,15 +88,16 @@ def linear_batch_norm_forward(
         The output.
     z : array, shape (N, M), type T
         The product, for the backward.
-    statistics : array, shape (3, M), type A, or None
-        Its rows are `mean`, `mean_low` and `rstd` of `z`, as in `batch_norm_forward`; None without a norm.
+    statistics : array, shape (3, M), or (3, N) with layer norm, type A, or None
+        Its rows are `mean`, `mean_low` and `rstd` of `z`, as in `batch_norm_forward` and `layer_norm_forward`; None
+        without a norm.
 
     Raises
     ------
     TypeError
         If an argument is not an array of the right kind or data type, or arrays of NumPy and CuPy are mixed.
     ValueError
-        If a shape, layout or value is wrong, N is 1 and to be normalised, or arrays overlap.
+        If a shape, layout or value is wrong, N is 1 with batch norm, or arrays overlap.
 
     See Also
     --------
@@ -103,8 +106,8 @@ def linear_batch_norm_forward(
 
     Notes
     -----
-    The results are those of a product followed by `batch_norm_forward`, but for the order of sums within the product.
-    `z` is rounded to T before its statistics are taken. Source: ``cuda/linear_batch_norm_forward.cu``.
+    The results are those of a product followed by `batch_norm_forward` or `layer_norm_forward`, but for the order of
+    sums. `z` is rounded to T before its statistics are taken. Source: ``cuda/linear_batch_norm_forward.cu``.
 
     References
     ----------
@@ -121,29 +124,32 @@ def linear_batch_norm_forward(
     """
     phi = activation_named(activation, alpha)
     momentum, unbiased = check.number("momentum", momentum, 0, 1), check.boolean("unbiased", unbiased)
-    eps, normalised = check.number("eps", eps, 0), is_normalised(norm)
-    y, z, statistics = (*check.pack_outputs(out, ("y", "z", "statistics")[: 3 if normalised else 2]), None)[:3]
+    eps = check.number("eps", eps, 0)
+    check_norm(norm)
+    y, z, statistics = (*check.pack_outputs(out, ("y", "z", "statistics")[: 3 if norm else 2]), None)[:3]
     arrays = (y, z, statistics, running_mean, running_var, x, weight, gamma, beta)
-    runtime, sizes = checked_forward(normalised, *check.signatures(arrays))
+    runtime, sizes = checked_forward(norm, *check.signatures(arrays))
     check.no_overlap(runtime, FORWARD_NAMES, arrays, written=5)
     y, z = (rt.empty(runtime, (sizes.rows, sizes.outputs), x) if array is None else array for array in (y, z))
-    if normalised and statistics is None:
-        statistics = rt.empty(runtime, (3, sizes.outputs), x, rt.accumulator(x.dtype))
+    if norm and statistics is None:
+        statistics = rt.empty(runtime, statistics_shape(norm, sizes), x, rt.accumulator(x.dtype))
     chosen = None
     if runtime is not None:
         check.one_device(runtime, FORWARD_NAMES, arrays)
-        chosen = choose("forward", sizes, runtime.limits(x))
+        chosen = choose("forward", sizes, runtime.limits(x), norm=norm)
     if chosen is None:
         _multiply(runtime, x, weight, z)
         options = {"activation": activation, "alpha": alpha}
-        if normalised:
+        if norm == "batch":
             options |= {"momentum": momentum, "unbiased": unbiased, "eps": eps}
             batch_norm_forward(z, gamma, beta, running_mean, running_var, out=(y, statistics), **options)
+        elif norm == "layer":
+            layer_norm_forward(z, gamma, beta, eps=eps, out=(y, statistics), **options)
         else:
             batch_norm_inference(z, None, beta, *_no_statistics(runtime, x, sizes), eps=0.0, out=y, **options)
         return y, z, statistics
     pointers = rt.addresses(runtime, x, weight, gamma, beta, z, y, statistics, running_mean, running_var)
-    _launch(runtime, "forward", sizes, chosen, pointers, (momentum, float(unbiased), eps), phi, x)
+    _launch(runtime, "forward", norm, sizes, chosen, pointers, (momentum, float(unbiased), eps), phi, x)
     return y, z, statistics
 
 
@@ -156,6 +162,7 @@ def linear_batch_norm_backward(
     z: Any,
     statistics: Any,
     *,
+    norm: str | None = "batch",
     activation: str = "identity",
     alpha: float | None = None,
     input_gradient: bool = True,
@@ -172,6 +179,8 @@ def linear_batch_norm_backward(
         As in the forward.
     z, statistics : array, array or None
         What the forward returned.
+    norm : {"batch", "layer", None}
+        As in the forward. Without statistics it may be left out: there is none.
     activation, alpha : str, float
         As in the forward.
     input_gradient : bool
@@ -214,11 +223,13 @@ def linear_batch_norm_backward(
     >>> dx.shape, dweight.shape, dbeta
     ((3, 2), (2, 1), array([1.]))
     """
-    phi, normalised = activation_named(activation, alpha), statistics is not None
-    wanted = (check.boolean("input_gradient", input_gradient), True, normalised, True)
+    phi = activation_named(activation, alpha)
+    check_norm(norm)
+    norm = None if statistics is None and norm == "batch" else norm
+    wanted = (check.boolean("input_gradient", input_gradient), True, norm is not None, True)
     outputs = pack_gradients(out, wanted)
     arrays = (*outputs, workspace, dy, x, weight, gamma, beta, z, statistics)
-    runtime, sizes = checked_backward(*check.signatures(arrays))
+    runtime, sizes = checked_backward(norm, *check.signatures(arrays))
     check.no_overlap(runtime, BACKWARD_NAMES, arrays, written=5)
     shapes = (x.shape, weight.shape, weight.shape[1:], weight.shape[1:])
     types = (x.dtype, x.dtype, *[rt.accumulator(x.dtype)] * 2)
@@ -230,11 +241,12 @@ def linear_batch_norm_backward(
     chosen = None
     if runtime is not None:
         check.one_device(runtime, BACKWARD_NAMES, arrays)
-        chosen = choose("backward", sizes, runtime.limits(x), input_gradient)
+        chosen = choose("backward", sizes, runtime.limits(x), input_gradient, norm)
     if chosen is None:
         options = {"activation": activation, "alpha": alpha}
-        if normalised:
-            batch_norm_backward(dy, z, gamma, beta, statistics, out=(dz, dgamma, dbeta), **options)
+        if norm:
+            through = batch_norm_backward if norm == "batch" else layer_norm_backward
+            through(dy, z, gamma, beta, statistics, out=(dz, dgamma, dbeta), **options)
         else:
             unused, running = rt.empty(runtime, dbeta.shape, dbeta), _no_statistics(runtime, x, sizes)
             batch_norm_inference_backward(dy, z, None, beta, *running, eps=0.0, out=(dz, unused, dbeta), **options)
@@ -245,13 +257,14 @@ def linear_batch_norm_backward(
     blocks = chosen[0].grid[0]
     arrivals = counter(runtime.workspace(x), blocks) if chosen[0].cooperative else 0
     pointers = rt.addresses(runtime, dy, x, weight, gamma, beta, z, statistics, *outputs, dz)
-    _launch(runtime, "backward", sizes, chosen, (*pointers, arrivals), (), phi, x)
+    _launch(runtime, "backward", norm, sizes, chosen, (*pointers, arrivals), (), phi, x)
     return outputs
 
 
 def _launch(
     runtime: rt.Runtime,
     direction: str,
+    norm: str | None,
     sizes: Sizes,
     chosen: tuple[rt.Launch, int],
     pointers: tuple[int, ...],
@@ -261,8 +274,8 @@ def _launch(
 ) -> None:
     layout = ARGUMENTS[direction][rt.accumulator(sizes.dtype)]
     record = rt.pack(layout, *pointers, *sizes[:3], chosen[1], *scalars, phi.alpha, phi.code)
-    stem = f"linear_batch_norm_{direction}"
-    runtime.launch(stem, f"bnk_{stem}_{rt.suffix(sizes.dtype)}", chosen[0], record, like)
+    name = f"bnk_linear_{norm or 'batch'}_norm_{direction}_{rt.suffix(sizes.dtype)}"
+    runtime.launch(f"linear_batch_norm_{direction}", name, chosen[0], record, like)
 
 
 def _multiply(runtime: rt.Runtime | None, a: Any, b: Any, out: Any) -> None:

@@ -1,4 +1,5 @@
-// What the linear batch norms share: a block's neurons in shared memory, a row of all examples for each, a warp on each.
+// What the linear layers with a norm share: a block's rows in shared memory, of all examples of a neuron or all neurons of
+// an example, and a warp on each.
 #pragma once
 
 #include "activation.cuh"
@@ -7,17 +8,16 @@
 
 constexpr int WARP = 32;
 
-// From the row of a neuron to the next: the warps' accesses to different rows begin in different banks.
-__device__ __forceinline__ int pitch_of(long long examples) { return (int)((examples + 3) / 4 * 4 + 4); }
+// From a row to the next: the warps' accesses to different rows begin in different banks.
+__device__ __forceinline__ int pitch_of(long long length) { return (int)((length + 3) / 4 * 4 + 4); }
 
-// The examples of a neuron. All threads of a warp must call everything.
+// What is normalised together. All threads of a warp must call everything.
 template <typename A>
-struct Examples {
+struct Row {
     A* row;
     int count, lane;
 
-    __device__ __forceinline__ Examples(A* row, long long count)
-        : row(row), count((int)count), lane(threadIdx.x % WARP) {}
+    __device__ __forceinline__ Row(A* row, long long count) : row(row), count((int)count), lane(threadIdx.x % WARP) {}
 
     // sum_n of(n, row[n]), the same in all threads.
     template <typename Of>
@@ -65,9 +65,9 @@ __device__ __forceinline__ A pull_back(A dy, A z, int activation, A alpha) {
     return activation == LINEAR ? linear(dy, z, alpha) : dy * curved_derivative(z, activation, alpha);
 }
 
-// The warps take the neurons of the block in turn.
+// The warps take the rows of the block in turn.
 template <typename Work>
-__device__ __forceinline__ void for_each_neuron(int width, long long left, const Work& work) {
+__device__ __forceinline__ void for_each_row(int width, long long left, const Work& work) {
     for (int c = threadIdx.x / WARP; c < width && c < left; c += blockDim.x / WARP) work(c);
 }
 
@@ -88,4 +88,21 @@ __device__ __forceinline__ void load_tile(A* tile, const T* matrix, int pitch, l
         const int n = i / width, c = i % width;
         tile[c * pitch + n] = column + c < outputs ? A(matrix[n * outputs + column + c]) : A(0);
     }
+}
+
+// The same of examples: from the tile (width, neurons) of a block to the rows of a matrix from `first` on, and back.
+template <typename T, typename A>
+__device__ __forceinline__ void store_rows(T* matrix, const A* tile, int pitch, long long rows, long long outputs,
+                                           long long first, int width) {
+    for (int c = 0; c < width && first + c < rows; ++c)
+        for (int m = threadIdx.x; m < outputs; m += blockDim.x)
+            store(matrix[(first + c) * outputs + m], tile[c * pitch + m]);
+}
+
+template <typename T, typename A>
+__device__ __forceinline__ void load_rows(A* tile, const T* matrix, int pitch, long long rows, long long outputs,
+                                          long long first, int width) {
+    for (int c = 0; c < width && first + c < rows; ++c)
+        for (int m = threadIdx.x; m < outputs; m += blockDim.x)
+            tile[c * pitch + m] = A(matrix[(first + c) * outputs + m]);
 }

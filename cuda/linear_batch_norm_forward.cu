@@ -1,17 +1,21 @@
-// A linear layer with batch norm, or with a bias, and an activation behind it, in one launch.
+// A linear layer with batch norm, layer norm or a bias, and an activation behind it, in one launch.
 //
 // Formulas:  z = x W, rounded to T;  norm: over the N examples mean[m], m2[m] = sum (z - mean)^2, var = m2 / N,
 //            rstd = 1 / sqrt(var + eps), y = phi(gamma rstd (z - mean) + beta), running statistics as in
-//            batch_norm_forward.cu;  no norm: y = phi(z + beta).
-// Arrays:    x (N, K), weight (K, M), z, y (N, M), of type T. statistics (3, M): mean, mean_low, rstd; null: no norm.
+//            batch_norm_forward.cu;  layer norm: the same over the M neurons of each example n;  no norm: y = phi(z + beta).
+// Arrays:    x (N, K), weight (K, M), z, y (N, M), of type T. statistics (3, M), of layer norm (3, N): mean, mean_low, rstd;
+//            null: no norm.
 //            gamma, beta, running_mean, running_var (M,), of the accumulator's type A; each may be null. C order.
 // Launch:    block (256, 1, 1), grid (ceil(M / width), 1, 1), dynamic shared memory for a product and (width, pitch) of A:
-//            a block owns `width` neurons for the whole mini-batch, which is at most 512 examples.
+//            a block owns `width` neurons for the whole mini-batch, which is at most 512 examples. For layer norm it owns as
+//            many examples, with all of their neurons, at most 1024: grid (ceil(N / width), 1, 1).
 // Traffic:   z and y written once, weight read once, x read by every block (from the L2 cache, but for the first); with
-//            batch norm as many bytes as without, and 3 M words of statistics. No barrier more or fewer either.
+//            batch norm as many bytes as without, and 3 M words of statistics. No barrier more or fewer either. For layer
+//            norm x read once, weight by every block.
 // Numerics:  products in A with fma, terms in a fixed order; z is rounded before its statistics are taken, which are those
 //            of batch_norm_forward.cu but for roundings: the mean is corrected by the mean of what it leaves. Deterministic.
-// Reference: Ioffe and Szegedy, Batch Normalization, 2015, arXiv:1502.03167, algorithm 1.
+// Reference: Ioffe and Szegedy, Batch Normalization, 2015, arXiv:1502.03167, algorithm 1; Ba, Kiros and Hinton, Layer
+//            Normalization, 2016, arXiv:1607.06450.
 // Called by: bnkernels/linear_batch_norm.py
 #include "linear_batch_norm.cuh"
 #include "product.cuh"
@@ -32,28 +36,45 @@ struct LinearBatchNormForward {
     int activation;
 };
 
-// By the warp that owns the neuron: from z to its normalised self, less beta and without the factor gamma.
+template <typename A>
+struct Normal {
+    Pair<A> mean;
+    A m2, rstd;
+};
+
+// By the warp that owns the row: its mean, sum of squares about it, and rstd, which are number i of the statistics.
 template <typename T, typename A>
-__device__ __forceinline__ Affine<A> normalise(const LinearBatchNormForward<T, A>& a, const Examples<A>& z,
-                                               long long m) {
-    Affine<A> of = load_affine(a, m);
-    if (!a.statistics) return of;
-    const A n = A(a.rows), first = z.sum([](int, A value) { return value; }) / n;
+__device__ __forceinline__ Normal<A> normalise(const LinearBatchNormForward<T, A>& a, const Row<A>& z, long long i,
+                                               long long rows) {
+    const A n = A(z.count), first = z.sum([](int, A value) { return value; }) / n;
     const A rest = z.sum([=](int, A value) { return value - first; }) / n;
-    of.mean = quick_two_sum(first, rest);
-    const Pair<A> mean = of.mean;
+    const Pair<A> mean = quick_two_sum(first, rest);
     const A m2 = z.sum([=](int, A value) {
         const A d = subtract(value, mean);
         return d * d;
     });
-    const A rstd = A(1) / sqrt(m2 / n + a.eps), keep = A(1) - a.momentum;
-    of.scale *= rstd;
+    const A rstd = A(1) / sqrt(m2 / n + a.eps);
     if (z.lane == 0) {
-        a.statistics[m] = mean.high;
-        a.statistics[a.outputs + m] = mean.low;
-        a.statistics[2 * a.outputs + m] = rstd;
-        if (a.running_mean) a.running_mean[m] = fma(a.momentum, mean.high, keep * a.running_mean[m]);
-        if (a.running_var) a.running_var[m] = fma(a.momentum, m2 / (n - a.correction), keep * a.running_var[m]);
+        a.statistics[i] = mean.high;
+        a.statistics[rows + i] = mean.low;
+        a.statistics[2 * rows + i] = rstd;
+    }
+    return {mean, m2, rstd};
+}
+
+// By the warp that owns the neuron: how z becomes the input of the activation.
+template <typename T, typename A>
+__device__ __forceinline__ Affine<A> normalise_neuron(const LinearBatchNormForward<T, A>& a, const Row<A>& z,
+                                                      long long m) {
+    Affine<A> of = load_affine(a, m);
+    if (!a.statistics) return of;
+    const Normal<A> normal = normalise(a, z, m, a.outputs);
+    of.mean = normal.mean;
+    of.scale *= normal.rstd;
+    if (z.lane == 0) {
+        const A keep = A(1) - a.momentum, var = normal.m2 / (A(z.count) - a.correction);
+        if (a.running_mean) a.running_mean[m] = fma(a.momentum, of.mean.high, keep * a.running_mean[m]);
+        if (a.running_var) a.running_var[m] = fma(a.momentum, var, keep * a.running_var[m]);
     }
     return of;
 }
@@ -72,19 +93,49 @@ __device__ __forceinline__ void linear_batch_norm_forward(const LinearBatchNormF
             a.z[(row + r) * a.outputs + column + c] = z;
             tile[c * pitch + row + r] = A(z);
         });
-    for_each_neuron(width, a.outputs - column, [&](int c) {
-        const Examples<A> z(tile + c * pitch, a.rows);
-        const Affine<A> of = normalise(a, z, column + c);
+    for_each_row(width, a.outputs - column, [&](int c) {
+        const Row<A> z(tile + c * pitch, a.rows);
+        const Affine<A> of = normalise_neuron(a, z, column + c);
         z.replace([&](int, A value) { return activate(of(value), a.activation, a.alpha); });
     });
     __syncthreads();
     store_tile(a.y, tile, pitch, a.rows, a.outputs, column, width);
 }
 
+template <typename T, typename A>
+__device__ __forceinline__ void linear_layer_norm_forward(const LinearBatchNormForward<T, A>& a) {
+    BNK_DYNAMIC_SHARED(A, shared);
+    const int width = (int)a.width, pitch = pitch_of(a.outputs);
+    const long long first = (long long)blockIdx.x * width;
+    A* const tile = shared;  // (width, neurons)
+    const Matrix<T> weight_transposed = {a.weight, a.outputs, a.inputs, 1, a.outputs};
+    const Matrix<T> x_transposed = {a.x, a.inputs, a.rows, 1, a.inputs};
+#pragma unroll 1
+    for (long long row = 0; row < a.outputs; row += PRODUCT_ROWS)
+        product(tile + width * pitch, weight_transposed, x_transposed, row, first, width,
+                [&](int r, int c, A value) { tile[c * pitch + row + r] = A(T(value)); });
+    store_rows(a.z, tile, pitch, a.rows, a.outputs, first, width);
+    __syncthreads();
+    for_each_row(width, a.rows - first, [&](int c) {
+        const Row<A> z(tile + c * pitch, a.outputs);
+        const Normal<A> normal = normalise(a, z, first + c, a.rows);
+        z.replace([&](int m, A value) {
+            Affine<A> of = load_affine(a, m);
+            of.mean = normal.mean;
+            of.scale *= normal.rstd;
+            return activate(of(value), a.activation, a.alpha);
+        });
+    });
+    __syncthreads();
+    store_rows(a.y, tile, pitch, a.rows, a.outputs, first, width);
+}
+
 #define LINEAR_BATCH_NORM_FORWARD(suffix, T, A)                                                                  \
     using arguments_linear_forward_##suffix = LinearBatchNormForward<T, A>;                                      \
     BNK_KERNEL_ROOMY(bnk_linear_batch_norm_forward_##suffix, arguments_linear_forward_##suffix, PRODUCT_THREADS, \
-                     (linear_batch_norm_forward<T, A>))
+                     (linear_batch_norm_forward<T, A>))                                                          \
+    BNK_KERNEL_ROOMY(bnk_linear_layer_norm_forward_##suffix, arguments_linear_forward_##suffix, PRODUCT_THREADS, \
+                     (linear_layer_norm_forward<T, A>))
 
 LINEAR_BATCH_NORM_FORWARD(f32, float, float)
 LINEAR_BATCH_NORM_FORWARD(f16, Float16, float)

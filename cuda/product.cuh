@@ -33,7 +33,7 @@ struct alignas(16) Across {
 
 // left (rows, terms) times right (terms, columns): the rows from `row` on, and `width` columns from `column` on. Calls
 // emit(row within the tile, column within the tile, value), neighbouring threads with neighbouring columns, and ends with
-// a barrier. shared: room for PRODUCT_SHARED numbers, see bnkernels/linear_batch_norm.py. All threads must call.
+// a barrier. shared: room for product_numbers, see bnkernels/linear_batch_norm.py. All threads must call.
 template <typename T, typename A, typename Emit>
 __device__ __forceinline__ void product(A* shared, const Matrix<T>& left, const Matrix<T>& right, long long row,
                                         long long column, int width, const Emit& emit) {

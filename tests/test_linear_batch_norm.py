@@ -279,7 +279,7 @@ def test_the_launch_follows_from_the_sizes() -> None:
         ({"weight": np.ones((2, 5), "float32")}, ValueError, r"weight must have the shape \(3, 5\), got \(2, 5\)"),
         ({"weight": np.ones((3, 5), "float64")}, TypeError, "weight must be float32, got float64"),
         ({"gamma": np.ones(4, "float32")}, ValueError, r"gamma must have the shape \(5,\), got \(4,\)"),
-        ({"norm": "group"}, ValueError, "norm must be 'batch' or None, got 'group'"),
+        ({"norm": "group"}, ValueError, "norm must be 'batch', 'layer' or None, got 'group'"),
         ({"norm": None}, ValueError, "gamma belongs to a norm"),
         ({"momentum": 2.0}, ValueError, "momentum must be between 0 and 1"),
         ({"eps": -1.0}, ValueError, "eps must be at least 0"),

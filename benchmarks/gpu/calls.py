@@ -98,10 +98,14 @@ def layer_norm(x: Any, dy: Any, gamma: Any, beta: Any) -> Sequence[Any]:
 
 
 def linear_batch_norm(x: Any, weight: Any, dy: Any, gamma: Any, beta: Any, mean: Any, var: Any) -> Sequence[Any]:
-    """Train one step, forward and backward."""
+    """Train one step, forward and backward, then one of layer norm."""
     y, z, statistics = bn.linear_batch_norm_forward(x, weight, gamma, beta, mean, var, activation="tanh")
     gradients = bn.linear_batch_norm_backward(dy, x, weight, gamma, beta, z, statistics, activation="tanh")
-    return [y, z, statistics[0], statistics[2], mean, var, *gradients]
+    of_layer = {"norm": "layer", "activation": "tanh"}
+    normalised, _, of_rows = bn.linear_batch_norm_forward(x, weight, gamma, beta, **of_layer)
+    more = bn.linear_batch_norm_backward(dy, x, weight, gamma, beta, z, of_rows, **of_layer)
+    statistics_of_both = statistics[0], statistics[2], of_rows[0], of_rows[2]
+    return [y, z, *statistics_of_both, mean, var, *gradients, normalised, *more]
 
 
 def mini_batch(x: Any, labels: Any, schedule: Any, counter: Any) -> Sequence[Any]:

@@ -7,6 +7,7 @@ from .mutants import Mutant
 PRODUCT, SHARED = "product.cuh", "linear_batch_norm.cuh"
 FORWARD, BACKWARD = "linear_batch_norm_forward.cu", "linear_batch_norm_backward.cu"
 WHOLE = "test_is_a_product and float32 and relu"
+OF_LAYER = "test_is_a_product_and_its_layer_norm and float32"
 SCHEDULES = "test_the_order_of_blocks_and_threads_changes_no_bit and float32"
 
 MUTANTS = [
@@ -70,8 +71,16 @@ MUTANTS = [
         "= value;",
         select="test_is_a_product and bfloat16",
     ),
-    Mutant("linear: the running variance is biased", FORWARD, "(n - a.correction)", "n", select="running"),
-    Mutant("linear: only the first tile of rows", FORWARD, "row += PRODUCT_ROWS", "row += a.rows", select=WHOLE),
+    Mutant(
+        "linear: the running variance is biased", FORWARD, "(A(z.count) - a.correction)", "A(z.count)", select="running"
+    ),
+    Mutant(
+        "linear: only the first tile of rows",
+        FORWARD,
+        "row < a.rows; row += PRODUCT_ROWS",
+        "row < min(a.rows, (long long)PRODUCT_ROWS); row += PRODUCT_ROWS",
+        select=WHOLE,
+    ),
     Mutant(
         "linear: no barrier before the output is stored",
         FORWARD,
@@ -98,7 +107,7 @@ MUTANTS = [
     Mutant(
         "linear backward: dx before all dz are there",
         BACKWARD,
-        "if (gridDim.x > 1) meet(a.arrivals, gridDim.x);",
+        "if (gridDim.x > 1) meet(a.arrivals, gridDim.x);  // dz of all neurons",
         "",
         select=WHOLE,
     ),
@@ -116,5 +125,56 @@ MUTANTS = [
         "column, width);\n#pragma unroll 1\n",
         ("plain", "tsan"),
         SCHEDULES,
+    ),
+    Mutant(
+        "linear layer norm: statistics of a product that is not rounded",
+        FORWARD,
+        "= A(T(value));",
+        "= value;",
+        select="test_is_a_product_and_its_layer_norm and bfloat16",
+    ),
+    Mutant(
+        "linear layer norm: gamma of another neuron",
+        FORWARD,
+        "load_affine(a, m);\n            of",
+        "load_affine(a, c);\n            of",
+        select=OF_LAYER,
+    ),
+    Mutant(
+        "linear layer norm: the output is stored early",
+        FORWARD,
+        "    __syncthreads();\n    store_rows(a.y",
+        "    store_rows(a.y",
+        ("plain", "tsan"),
+        SCHEDULES,
+    ),
+    Mutant("linear layer norm: dz without the mean of h", BACKWARD, "slope, of_h)", "slope, A(0))", select=OF_LAYER),
+    Mutant(
+        "linear layer norm: dz without gamma",
+        BACKWARD,
+        "a.gamma ? a.gamma[m] * slope : slope",
+        "slope",
+        select=OF_LAYER,
+    ),
+    Mutant(
+        "linear layer norm: dgamma without rstd",
+        BACKWARD,
+        " * a.statistics[2 * a.rows + n];\n    }\n    const A dbeta",
+        ";\n    }\n    const A dbeta",
+        select=OF_LAYER,
+    ),
+    Mutant(
+        "linear layer norm: dweight before all dz are there",
+        BACKWARD,
+        "    if (gridDim.x > 1) meet(a.arrivals, gridDim.x);  // dz of all examples\n",
+        "",
+        select=OF_LAYER,
+    ),
+    Mutant(
+        "linear layer norm: one tile of the columns of dweight",
+        BACKWARD,
+        "column < a.outputs; column += step) {\n        A *const",
+        "column < min(a.outputs, first + width); column += step) {\n        A *const",
+        select=OF_LAYER,
     ),
 ]

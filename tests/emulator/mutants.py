@@ -32,7 +32,7 @@ TESTS = {  # the quickest first: the first failure ends a run
     **dict.fromkeys(("fused_training.cu", "team.cuh"), ("tests/test_fused_training.py", "tests/test_ensemble.py")),
     **dict.fromkeys(
         ("product.cuh", "linear_batch_norm.cuh", "linear_batch_norm_forward.cu", "linear_batch_norm_backward.cu"),
-        ("tests/test_linear_batch_norm.py",),
+        ("tests/test_linear_batch_norm.py", "tests/test_linear_layer_norm.py"),
     ),
     **dict.fromkeys(("row.cuh", "layer_norm_forward.cu", "layer_norm_backward.cu"), ("tests/test_layer_norm.py",)),
     "batch_norm_statistics.cu": ("tests/test_batch_norm_statistics.py",),
