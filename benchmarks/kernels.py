@@ -41,6 +41,7 @@ def count() -> list[dict[str, Any]]:
     inputs, weight = new(ROWS, INPUTS), new(INPUTS, NEURONS)
     layer, behind = bn.linear_batch_norm_forward, bn.linear_batch_norm_backward
     _, *kept = layer(inputs, weight, gamma, beta)
+    of_rows = bn.layer_norm_forward(x, gamma, beta)[1]
     schedule, counter = new(1, 3), runtime.asarray(np.zeros(2, np.uint32))
     out = new(ROWS, INPUTS), runtime.asarray(np.zeros(ROWS, np.int32)), new(3)
     affine, running = (gamma, beta), (running_mean, running_var)
@@ -51,6 +52,8 @@ def count() -> list[dict[str, Any]]:
         "batch_norm_inference_backward": lambda: bn.batch_norm_inference_backward(
             dy, x, *affine, *running, activation="relu"
         ),
+        "layer_norm_forward": lambda: bn.layer_norm_forward(x, *affine, activation="relu"),
+        "layer_norm_backward": lambda: bn.layer_norm_backward(dy, x, *affine, of_rows, activation="relu"),
         "linear_batch_norm_forward": lambda: layer(inputs, weight, *affine, *running, activation="relu"),
         "linear_batch_norm_backward": lambda: behind(dy, inputs, weight, *affine, *kept, activation="relu"),
         "mini_batch": lambda: bn.mini_batch(inputs, labels, schedule, counter, out=out),

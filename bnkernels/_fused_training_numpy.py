@@ -8,6 +8,7 @@ import numpy as np
 
 from bnkernels.activations import Activation, activation_named
 from bnkernels.batch_norm import batch_norm_backward, batch_norm_forward
+from bnkernels.layer_norm import layer_norm_backward, layer_norm_forward
 from bnkernels.parameter_update import adam_update, momentum_update, sgd_update
 from bnkernels.softmax_cross_entropy import softmax_cross_entropy
 
@@ -69,7 +70,10 @@ def _gradients(
         own = _Views(layer, parameters)
         z, statistics = h @ own.weight, None
         before = h
-        if layer.gamma >= 0:
+        if layer.gamma >= 0 and network.norm == "layer":
+            options = {"eps": network.eps, "activation": network.activation}
+            h, statistics = layer_norm_forward(z, own.gamma, own.shift, **options)
+        elif layer.gamma >= 0:
             tracked = [None if running is None else running[at : at + layer.outputs] for at in layer[5:]]
             options = {"momentum": momentum, "unbiased": network.unbiased, "eps": network.eps}
             h, statistics = batch_norm_forward(
@@ -84,7 +88,7 @@ def _gradients(
         layer, (before, z, statistics, h) = network.layers[number], kept[number]
         own, grads = _Views(layer, parameters), _Views(layer, gradients)
         if number < last:
-            dz = _through(network.activation, phi, dz, own, z, statistics, h, grads)
+            dz = _through(network, phi, dz, own, z, statistics, h, grads)
         else:
             grads.shift[...] = dz.sum(0)
         grads.weight[...] = before.T @ dz
@@ -93,14 +97,14 @@ def _gradients(
 
 
 def _through(
-    activation: str, phi: Activation, dh: np.ndarray, own: _Views, z: Any, statistics: Any, h: Any, grads: _Views
+    network: Network, phi: Activation, dh: np.ndarray, own: _Views, z: Any, statistics: Any, h: Any, grads: _Views
 ) -> np.ndarray:
     """Return the gradient before a hidden layer's activation and norm; write those of its vectors."""
     if statistics is None:
         dz = phi.backward(np, dh, h if phi.from_output else z)
         grads.shift[...] = dz.sum(0)
         return dz
-    dz, grads.gamma[...], grads.shift[...] = batch_norm_backward(
-        dh, z, own.gamma, own.shift, statistics, activation=activation
-    )
+    backward = layer_norm_backward if network.norm == "layer" else batch_norm_backward
+    given = dh, z, own.gamma, own.shift, statistics
+    dz, grads.gamma[...], grads.shift[...] = backward(*given, activation=network.activation)
     return dz

@@ -30,9 +30,10 @@ def why_not_captured(model: MLP, batch: int) -> str | None:
     if model.norm == "batch" and model.fused.momentum is None:
         return "its running statistics are plain averages, whose weights change from step to step"
     limits = runtime.limits(model.parameters)
-    for inputs, outputs in pairwise(model.sizes):
+    for (inputs, outputs), stage in zip(pairwise(model.sizes), model.stages, strict=True):
         sizes = Sizes(batch, inputs, outputs, np.dtype(model.dtype))
-        if choose("forward", sizes, limits) is None or choose("backward", sizes, limits) is None:
+        norm = model.norm if "gamma" in stage.parameters else None
+        if any(choose(way, sizes, limits, norm=norm) is None for way in ("forward", "backward")):
             return (
                 f"a layer of {inputs} inputs and {outputs} outputs on {batch} examples needs a library's product, "
                 f"which CuPy does not capture; at most {MOST_ROWS} examples and {MOST_NEURONS} inputs or outputs do not"
@@ -97,13 +98,13 @@ class CapturedStep:
         given, gradients, options = stage.parameters, stage.gradients, self.model.fused
         shape = len(x), given["weight"].shape[1]
         y, z, workspace = (self._empty(*shape) for _ in range(3))
-        statistics = self._empty(3, shape[1]) if "gamma" in given else None
+        kind = self.model.norm if "gamma" in given else None
+        statistics = self._empty(3, shape[0] if kind == "layer" else shape[1]) if kind else None
         vectors = given.get("gamma"), given.get("beta", given.get("bias"))
         phi = {"activation": "identity" if last else self.model.activation}
-        norm: dict[str, Any] = {"norm": None, "out": (y, z)}
-        if statistics is not None:
-            norm = {"momentum": options.momentum, "unbiased": options.unbiased, "eps": options.eps}
-            norm["out"] = y, z, statistics
+        norm: dict[str, Any] = {"norm": kind, "eps": options.eps, "out": (y, z, statistics) if kind else (y, z)}
+        if kind == "batch":
+            norm |= {"momentum": options.momentum, "unbiased": options.unbiased}
         running = stage.running.values()
         self._calls.append(partial(linear_batch_norm_forward, x, given["weight"], *vectors, *running, **phi, **norm))
         out = (
@@ -113,7 +114,7 @@ class CapturedStep:
             gradients.get("beta", gradients.get("bias")),
         )
         behind = x, given["weight"], *vectors, z, statistics
-        more = {"input_gradient": not first, "workspace": workspace, "out": out, **phi}
+        more = {"norm": kind, "input_gradient": not first, "workspace": workspace, "out": out, **phi}
         backward.append((behind, more))
         return y
 

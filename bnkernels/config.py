@@ -16,7 +16,7 @@ DEFAULT_EPOCHS = 50
 DEFAULT_LEARNING_RATES = {"sgd": 0.5, "momentum": 0.1, "adam": 0.01}
 CHOICES = {
     "dataset": DATASETS,
-    "norm": ("batch", "none", "both"),
+    "norm": ("batch", "layer", "none", "both", "all"),
     "activation": ACTIVATIONS,
     "optimizer": tuple(DEFAULT_LEARNING_RATES),
     "dtype": ("float32", "float64"),
@@ -44,8 +44,9 @@ class TrainingConfig:
     batch_size : int
         Examples per step, at least 2. What an epoch leaves over after whole batches waits for the next permutation:
         statistics over a handful of examples would only add noise.
-    norm : {"both", "batch", "none"}
-        Which networks to train: with batch norm, without, or both.
+    norm : {"both", "batch", "layer", "none", "all"}
+        Which networks to train: with batch norm, with layer norm, without a norm; ``both`` is with batch norm and
+        without, ``all`` all three.
     activation : str
         The activation of the hidden layers: one of `bnkernels.activations.ACTIVATIONS`.
     optimizer : {"sgd", "momentum", "adam"}
@@ -117,4 +118,5 @@ class TrainingConfig:
     @property
     def norms(self) -> tuple[str, ...]:
         """The networks to train, in order."""
-        return ("batch", "none") if self.norm == "both" else (self.norm,)
+        several = {"both": ("batch", "none"), "all": ("batch", "layer", "none")}
+        return several.get(self.norm, (self.norm,))

@@ -25,7 +25,7 @@ FEWEST_THREADS = 128  # that a step is shared by, however few neurons there are
 OPTIMIZERS = {"sgd": 0, "momentum": 1, "adam": 2}  # the number of each is also that of its states
 ARGUMENTS = rt.arguments_type(
     "x labels indices schedule layers parameters first second running losses rates",
-    "steps batch depth parameter_count running_count rows index_stride",
+    "steps batch depth parameter_count running_count rows index_stride scratch_rows",
     "beta1 beta2 rest1 rest2 optimizer_eps correction eps alpha",
     "activation optimizer team",
 )
@@ -42,9 +42,9 @@ class Layer(NamedTuple):
     weight : int
         Where the weights (inputs, outputs) begin in the parameters.
     gamma : int
-        Where gamma begins; -1 for a layer without batch norm.
+        Where gamma begins; -1 for a layer without a norm.
     shift : int
-        Where beta begins, or without batch norm the bias.
+        Where beta begins, or without a norm the bias.
     mean, variance : int
         Where its running statistics begin, where they are tracked.
     """
@@ -72,7 +72,9 @@ class Network(NamedTuple):
     unbiased : bool
         Whether running variances are over N - 1.
     eps : float
-        Of the batch norms.
+        Of the norms.
+    norm : {"batch", "layer"}
+        That of the layers that have a gamma.
     """
 
     layers: tuple[Layer, ...]
@@ -80,14 +82,22 @@ class Network(NamedTuple):
     momentum: float | None = 0.1
     unbiased: bool = True
     eps: float = 1e-5
+    norm: str = "batch"
+
+    @property
+    def scratch_rows(self) -> int:
+        """With layer norm the outputs of the widest hidden layer, for all of which its gradients need room; else 0."""
+        hidden = [layer.outputs for layer in self.layers if layer.gamma >= 0]
+        return max(hidden, default=0) if self.norm == "layer" else 0
 
 
 def shared_bytes(network: Network, batch: int, optimizer: str, dtype: np.dtype, parameters: int, running: int) -> int:
     """Return the shared memory that a block needs, laid out as ``Kept`` in the kernel."""
     rows, inputs = sum(layer.outputs for layer in network.layers), network.layers[0].inputs
     pitch = EXAMPLES * _team(batch) + 4
-    numbers = rt.ceil_div(parameters * (1 + OPTIMIZERS[optimizer]) + running + rows, 4) * 4 + 8
-    return (numbers + pitch * (1 + 2 * inputs + 2 * rows)) * dtype.itemsize
+    rstds = len(network.layers) * pitch if network.scratch_rows else rows
+    numbers = rt.ceil_div(parameters * (1 + OPTIMIZERS[optimizer]) + running + rstds, 4) * 4 + 8
+    return (numbers + pitch * (1 + 2 * inputs + 2 * rows + network.scratch_rows)) * dtype.itemsize
 
 
 def _team(batch: int) -> int:
@@ -205,6 +215,8 @@ def fused_training(
     ((25,), True)
     """
     activation_named(network.activation)
+    if network.norm not in ("batch", "layer"):
+        raise ValueError(f"norm must be 'batch' or 'layer', got {network.norm!r}; without a norm, layers have no gamma")
     batch = check.integer("batch", batch)
     before = check.integer("steps_before", steps_before), check.integer("batches_before", batches_before)
     if optimizer not in OPTIMIZERS:
@@ -241,12 +253,13 @@ def fused_training(
     pointers = rt.addresses(runtime, x, labels, indices, corrections, table, *arrays[1:5], losses, on_rates)
     rows = sum(layer.outputs for layer in network.layers)
     index_stride = indices[0].size if indices is not None and len(indices.shape) == 3 else 0
-    sizes = steps, batch, len(network.layers), parameters.shape[-1], count, rows, index_stride
+    sizes = steps, batch, len(network.layers), parameters.shape[-1], count, rows, index_stride, network.scratch_rows
     scalars = BETA1, BETA2, 1 - BETA1, 1 - BETA2, ADAM_EPS, float(network.unbiased), network.eps, phi.alpha
     codes = phi.code, OPTIMIZERS[optimizer], _team(batch)
     record = rt.pack(ARGUMENTS[parameters.dtype], *pointers, *sizes, *scalars, *codes)
     launch = fused_training_launch(network, batch, parameters.dtype, shared_bytes(*size), models)
-    runtime.launch("fused_training", f"bnk_fused_training_{rt.suffix(parameters.dtype)}", launch, record, x)
+    name = "fused_training_layer_norm" if network.scratch_rows else "fused_training"
+    runtime.launch("fused_training", f"bnk_{name}_{rt.suffix(parameters.dtype)}", launch, record, x)
     return losses
 
 

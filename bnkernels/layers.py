@@ -20,6 +20,7 @@ from bnkernels._batch_norm_plan import (
     run_inference,
 )
 from bnkernels.activations import activation_named
+from bnkernels.layer_norm import layer_norm_backward, layer_norm_forward
 
 
 class Linear:
@@ -132,6 +133,41 @@ class BatchNorm:
             found = plan(1, *check.signatures(arrays))
             self._plans[plan] = signatures, found
         return found
+
+
+class LayerNorm:
+    """Layer normalisation of every example, with the activation behind it.
+
+    Parameters
+    ----------
+    parameters, gradients : dict of str to array
+        `gamma` and `beta`, shape (C,); each with its gradient.
+    eps : float
+        Added to the variance, in the units of ``x**2``.
+    activation : str
+        What follows the normalisation.
+    """
+
+    def __init__(
+        self, parameters: dict[str, Any], gradients: dict[str, Any], *, eps: float = 1e-5, activation: str = "identity"
+    ) -> None:
+        self.parameters, self.gradients = parameters, gradients
+        self.eps, self.activation = check.number("eps", eps, 0), activation
+
+    def forward(self, x: Any, *, training: bool) -> Any:
+        """Return the output, of the shape of `x`, (N, C)."""
+        vectors = self.parameters["gamma"], self.parameters["beta"]
+        y, statistics = layer_norm_forward(x, *vectors, eps=self.eps, activation=self.activation)
+        if training:
+            self.x, self.statistics = x, statistics
+        return y
+
+    def backward(self, dy: Any) -> Any:
+        """Write the gradients of the parameters; return that of the input, in the place of `dy`, which is C-ordered."""
+        vectors = self.parameters["gamma"], self.parameters["beta"]
+        out = dy, self.gradients["gamma"], self.gradients["beta"]
+        given = dy, self.x, *vectors, self.statistics
+        return layer_norm_backward(*given, activation=self.activation, out=out)[0]
 
 
 class Activation:

@@ -1,4 +1,4 @@
-"""The network of the question: fully connected layers, each followed by batch norm (or not) and an activation."""
+"""The network of the question: fully connected layers, each followed by a norm (or none) and an activation."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import numpy as np
 from bnkernels import _check as check
 from bnkernels.activations import activation_named
 from bnkernels.fused_training import Layer, Network
-from bnkernels.layers import Activation, BatchNorm, Linear
+from bnkernels.layers import Activation, BatchNorm, LayerNorm, Linear
 
-NORMS = ("batch", "none")
+NORMS = ("batch", "layer", "none")
 RECTIFIERS = ("relu", "leaky_relu", "gelu", "gelu_tanh", "silu", "elu")  # which lose about half of the variance
 ALIGNMENT = 64  # bytes: every parameter starts where vectorised loads of any library are happy
 
 
 class Stage(NamedTuple):
-    """Arrays of a linear layer and of the batch norm behind it, by name.
+    """Arrays of a linear layer and of the norm behind it, by name.
 
     Attributes
     ----------
@@ -39,14 +39,14 @@ class MLP:
     """A multi-layer perceptron.
 
     With ``norm="batch"`` a hidden layer is linear without bias (beta replaces it), batch norm, activation; with
-    ``norm="none"`` linear with bias, activation. The output layer is linear with bias. The same seed gives the same
-    weight matrices with either norm.
+    ``norm="layer"`` the same with layer norm; with ``norm="none"`` linear with bias, activation. The output layer is
+    linear with bias. The same seed gives the same weight matrices with any norm.
 
     Parameters
     ----------
     sizes : sequence of int
         Number of inputs, of neurons of every hidden layer, and of classes: ``(64, 20, 10)``.
-    norm : {'batch', 'none'}
+    norm : {'batch', 'layer', 'none'}
         What stands before the hidden layers' activations.
     activation : str
         Of the hidden layers: one of `bnkernels.activations.ACTIVATIONS`, with its usual `alpha`.
@@ -58,6 +58,7 @@ class MLP:
         The array module that computes: `numpy`, or `cupy` for a GPU.
     momentum, unbiased, eps : float, bool, float
         Of the batch norms; see `batch_norm_forward`. A momentum of None averages all mini-batches.
+        Of layer norms, eps.
     track_running_stats : bool
         False: the batch norms have no running statistics and normalise with those of the mini-batch, always.
 
@@ -117,7 +118,7 @@ class MLP:
         last = len(self.sizes) - 2
         for i, (inputs, outputs) in enumerate(pairwise(self.sizes)):
             shapes[f"{i}.weight"] = (inputs, outputs)
-            names = ("gamma", "beta") if self.norm == "batch" and i < last else ("bias",)
+            names = ("gamma", "beta") if self.norm != "none" and i < last else ("bias",)
             shapes.update({f"{i}.{name}": (outputs,) for name in names})
         return shapes
 
@@ -157,16 +158,12 @@ class MLP:
             self.layers.append(
                 Linear({n: mine[n] for n in linear}, {n: grads[n] for n in linear}, self.xp, first=i == 0)
             )
-            if "gamma" in mine:
+            affine = [{n: arrays[n] for n in ("gamma", "beta") if n in arrays} for arrays in (mine, grads)]
+            if self.norm == "layer" and "gamma" in mine:
+                self.layers.append(LayerNorm(*affine, eps=self._options["eps"], activation=self.activation))
+            elif "gamma" in mine:
                 running = [self._running[f"{i}.running_{what}"] for what in ("mean", "var") if tracked]
-                affine = ("gamma", "beta")
-                norm = BatchNorm(
-                    {n: mine[n] for n in affine},
-                    {n: grads[n] for n in affine},
-                    *running,
-                    activation=self.activation,
-                    **self._options,
-                )
+                norm = BatchNorm(*affine, *running, activation=self.activation, **self._options)
                 if tracked:
                     running[1][...] = 1
                     self._norms[f"{i}.batches"] = norm
@@ -213,7 +210,8 @@ class MLP:
             of = {kind: self._starts.get(f"{i}.{kind}", -1) for kind in ("weight", "gamma", "beta", "bias")}
             running = (self._running_starts.get(f"{i}.running_{what}", -1) for what in ("mean", "var"))
             layers.append(Layer(inputs, outputs, of["weight"], of["gamma"], max(of["beta"], of["bias"]), *running))
-        return Network(tuple(layers), self.activation, **self._options)
+        norm = "layer" if self.norm == "layer" else "batch"
+        return Network(tuple(layers), self.activation, **self._options, norm=norm)
 
     @property
     def stages(self) -> list[Stage]:

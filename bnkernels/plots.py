@@ -11,6 +11,7 @@ import numpy as np
 # Okabe and Ito's blue and vermilion: distinct in every kind of colour vision; the line styles tell them apart in grey.
 STYLES = {
     "batch": {"label": "with batch norm", "color": "#0072B2", "linestyle": "-"},
+    "layer": {"label": "with layer norm", "color": "#009E73", "linestyle": "-."},
     "none": {"label": "without batch norm", "color": "#D55E00", "linestyle": "--"},
 }
 

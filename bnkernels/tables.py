@@ -8,7 +8,7 @@ from typing import Any
 from bnkernels.runs import TrainingResult
 from bnkernels.trainer import Trainer
 
-LABELS = {"batch": "with batch norm", "none": "without batch norm"}
+LABELS = {"batch": "with batch norm", "layer": "with layer norm", "none": "without batch norm"}
 
 
 def heading(trainer: Trainer) -> str:

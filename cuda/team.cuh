@@ -79,12 +79,14 @@ struct Kept {
     T* first;
     T* second;
     T* running;
-    T* rstd;      // of every row, where there is a batch norm
+    T* rstd;      // of every row, where there is a batch norm; with layer norm, of every example in every layer
     T* losses;    // a row: of every example
     T* schedule;  // of this step and the next, 4 numbers each
     T* x;         // (inputs, examples), of this step and the next
     T* h;         // (rows, examples): outputs of the layers; of the last one the logits, then their gradients
-    T* z;         // (rows, examples): before the activation, with batch norm less the mean; then their gradients
+    T* z;         // (rows, examples): before the activation, with batch norm less the mean, with layer norm normalised;
+                  // then their gradients
+    T* scratch;   // (rows, examples): with layer norm, of the widest hidden layer
 
     template <typename Arguments>
     __device__ __forceinline__ Kept(T* shared, const Arguments& a, int inputs, int pitch) {
@@ -93,10 +95,12 @@ struct Kept {
         second = first + (a.first ? a.parameter_count : 0);
         running = second + (a.second ? a.parameter_count : 0);
         rstd = running + a.running_count;
-        losses = shared + (rstd - shared + a.rows + 3) / 4 * 4;  // rows of examples are read by fours
+        const long long rstds = a.scratch_rows ? a.depth * pitch : a.rows;
+        losses = shared + (rstd - shared + rstds + 3) / 4 * 4;  // rows of examples are read by fours
         schedule = losses + pitch;
         x = schedule + 8;
         h = x + 2 * inputs * pitch;
         z = h + a.rows * pitch;
+        scratch = z + a.rows * pitch;
     }
 };

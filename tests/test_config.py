@@ -12,7 +12,7 @@ from bnkernels.optimizers import OPTIMIZERS
     ("changes", "message"),
     [
         ({"dataset": "cifar"}, "dataset must be one of digits, mnist, npz; got 'cifar'"),
-        ({"norm": "layer"}, "norm must be one of"),
+        ({"norm": "group"}, "norm must be one of"),
         ({"activation": "softplus"}, "activation must be one of"),
         ({"optimizer": "lion"}, "optimizer must be one of"),
         ({"dtype": "float16"}, "dtype must be one of"),
@@ -54,6 +54,9 @@ def test_a_list_of_widths_is_as_good_as_a_tuple():
     assert TrainingConfig(hidden=[30, 20]) == TrainingConfig(hidden=(30, 20))
 
 
-@pytest.mark.parametrize(("norm", "norms"), [("both", ("batch", "none")), ("batch", ("batch",)), ("none", ("none",))])
+@pytest.mark.parametrize(
+    ("norm", "norms"),
+    [("both", ("batch", "none")), ("all", ("batch", "layer", "none")), ("layer", ("layer",)), ("none", ("none",))],
+)
 def test_norm_names_the_networks(norm, norms):
     assert TrainingConfig(norm=norm).norms == norms

@@ -10,7 +10,7 @@ from bnkernels.activations import ACTIVATIONS
 from bnkernels.optimizers import OPTIMIZERS, make_optimizer
 from tests.backends import Backend
 
-NORMS = ["batch", "none"]
+NORMS = ["batch", "layer", "none"]
 
 
 def batch_of(rng: np.random.Generator, rows: int, inputs: int, classes: int, dtype: str) -> tuple:
@@ -168,7 +168,7 @@ def test_a_foreign_state_is_refused_and_changes_nothing() -> None:
     [
         ({"sizes": (4,)}, "sizes"),
         ({"sizes": (4, 0, 2)}, "positive"),
-        ({"sizes": (4, 2), "norm": "layer"}, "norm must be one of batch, none"),
+        ({"sizes": (4, 2), "norm": "group"}, "norm must be one of batch, layer, none"),
         ({"sizes": (4, 2), "activation": "softplus"}, "activation must be one of"),
         ({"sizes": (4, 2), "dtype": "float16"}, "float32 or float64"),
     ],

@@ -51,6 +51,8 @@ def calls(dtype: np.dtype) -> list[tuple[Op, list[np.ndarray]]]:
     found.append((mini_batch, [x, labels, x[:3, :3].copy(), np.array([1, 0], np.uint32)]))
     model = bn.MLP((6, 9, 3), dtype=dtype.name, activation="tanh")
     found.append((partial(fused_training, model.fused), [model.parameters, model.running, x, labels]))
+    normed = bn.MLP((6, 9, 3), norm="layer", dtype=dtype.name, activation="tanh")
+    found.append((partial(fused_training, normed.fused), [normed.parameters, model.running, x, labels]))
     several = [np.stack([array] * 2) for array in (model.parameters, model.running)]
     found.append((partial(fused_training, model.fused), [*several, x, labels]))
     states = [rng.standard_normal(SIZE).astype(dtype) for _ in range(2)]

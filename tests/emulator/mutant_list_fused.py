@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from .mutants import Mutant
 
-FUSED, TEAM = "fused_training.cu", "team.cuh"
+FUSED, STEP, TEAM = "fused_training.cu", "fused_step.cuh", "team.cuh"
+OF_LAYER = "test_steps_are_those_of_the_layers and sgd and layer"
 STEPS = "test_steps_are_those_of_the_layers and sgd"
 
 MUTANTS = [
@@ -38,21 +39,21 @@ MUTANTS = [
     ),
     Mutant(
         "fused: no barrier behind a layer",
-        FUSED,
+        STEP,
         "            forward(layer, step);\n            __syncthreads();\n",
         "            forward(layer, step);\n",
         select=STEPS,
     ),
     Mutant(
         "fused: weights change before the gradients have used them",
-        FUSED,
+        STEP,
         "            backward(layer, step);\n            __syncthreads();\n",
         "            backward(layer, step);\n",
         select=STEPS,
     ),
     Mutant(
         "fused: the next step begins before this one has ended",
-        FUSED,
+        STEP,
         "        finish(step);\n        __syncthreads();\n",
         "        finish(step);\n",
         ("plain", "tsan"),
@@ -60,35 +61,35 @@ MUTANTS = [
     ),
     Mutant(
         "fused: the next mini-batch over this one",
-        FUSED,
+        STEP,
         "kept.x + (step & 1) * field(0, INPUTS) * team.pitch",
         "kept.x",
         select=STEPS,
     ),
     Mutant(
         "fused: the variance about a mean that rounding has moved",
-        FUSED,
+        STEP,
         "z[i] -= rest;",
         "z[i] -= T(0);",
         select="far_from",
     ),
-    Mutant("fused: dz without the mean of g", FUSED, "fma(z[i], slope_z, mean_g)", "z[i] * slope_z", select=STEPS),
+    Mutant("fused: dz without the mean of g", STEP, "fma(z[i], slope_z, mean_g)", "z[i] * slope_z", select=STEPS),
     Mutant(
         "fused: beta's gradient goes to gamma",
-        FUSED,
+        STEP,
         "update(gamma + neuron, sum_product * rstd, step)",
         "update(gamma + neuron, sum_g, step)",
         select=STEPS,
     ),
-    Mutant("fused: Adam without its first correction", FUSED, "(first / schedule_of(step)[1])", "first", select="adam"),
+    Mutant("fused: Adam without its first correction", STEP, "(first / schedule_of(step)[1])", "first", select="adam"),
     Mutant(
         "fused: rows are taken in their order",
-        FUSED,
+        STEP,
         "a.indices ? a.indices[first + example] : first + example",
         "first + example",
         select="indices",
     ),
-    Mutant("fused: the gradient of a sum, not of a mean", FUSED, "/ T(team.batch) + poison", "+ poison", select=STEPS),
+    Mutant("fused: the gradient of a sum, not of a mean", STEP, "/ T(team.batch) + poison", "+ poison", select=STEPS),
     Mutant(
         "fused: the state is not written back",
         FUSED,
@@ -109,6 +110,42 @@ MUTANTS = [
         "has(i + j) ? values[i + j] : T(0)",
         "values[i + j]",
         select=STEPS,
+    ),
+    Mutant(
+        "fused layer norm: dz without the mean",
+        STEP,
+        "z[m * pitch], slope, mean)",
+        "z[m * pitch], slope, T(0))",
+        select=OF_LAYER,
+    ),
+    Mutant(
+        "fused layer norm: one warp's sum of half of its neurons",
+        STEP,
+        "int apart = 16;",
+        "int apart = 8;",
+        select=OF_LAYER,
+    ),
+    Mutant(
+        "fused layer norm: rstd of the layer before",
+        STEP,
+        "kept.rstd[layer * pitch + n] = rstd",
+        "kept.rstd[n] = rstd",
+        select=OF_LAYER,
+    ),
+    Mutant(
+        "fused layer norm: the next layer reads what is not normalised yet",
+        STEP,
+        "normalise_examples(layer);\n                __syncthreads();",
+        "normalise_examples(layer);",
+        ("plain", "tsan"),
+        OF_LAYER,
+    ),
+    Mutant(
+        "fused layer norm: the mean keeps what rounding left",
+        STEP,
+        "((z[m * pitch] - mean) - rest) * rstd",
+        "(z[m * pitch] - mean) * rstd",
+        select="layer_norm_far",
     ),
     Mutant("team: half of it is added up", TEAM, "apart = size / 2", "apart = size / 4", select=STEPS),
 ]

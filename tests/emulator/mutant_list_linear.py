@@ -168,7 +168,8 @@ MUTANTS = [
         BACKWARD,
         "    if (gridDim.x > 1) meet(a.arrivals, gridDim.x);  // dz of all examples\n",
         "",
-        select=OF_LAYER,
+        ("plain", "tsan"),
+        SCHEDULES,
     ),
     Mutant(
         "linear layer norm: one tile of the columns of dweight",

@@ -29,7 +29,9 @@ TESTS = {  # the quickest first: the first failure ends a run
         SPREAD,
     ),
     **dict.fromkeys(("general.cuh", "batch_norm_forward_general.cu", "batch_norm_backward_general.cu"), GENERAL),
-    **dict.fromkeys(("fused_training.cu", "team.cuh"), ("tests/test_fused_training.py", "tests/test_ensemble.py")),
+    **dict.fromkeys(
+        ("fused_training.cu", "fused_step.cuh", "team.cuh"), ("tests/test_fused_training.py", "tests/test_ensemble.py")
+    ),
     **dict.fromkeys(
         ("product.cuh", "linear_batch_norm.cuh", "linear_batch_norm_forward.cu", "linear_batch_norm_backward.cu"),
         ("tests/test_linear_batch_norm.py", "tests/test_linear_layer_norm.py"),

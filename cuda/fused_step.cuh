@@ -1,0 +1,297 @@
+// A training step of a multilayer perceptron by one block, all of it in shared memory: what fused_training.cu repeats.
+#pragma once
+
+#include "activation.cuh"
+#include "common.cuh"
+#include "team.cuh"
+
+enum Optimizer { SGD = 0, MOMENTUM = 1, ADAM = 2 };
+// Of a layer: its sizes; where in the parameters its weights, gamma (-1: no norm) and beta or bias begin; where in
+// running its mean and variance; and in which row of all activations its outputs begin.
+enum Layer { INPUTS, OUTPUTS, WEIGHT, GAMMA, SHIFT, MEAN, VARIANCE, ROW, LAYER_FIELDS };
+
+// One step after the other; all threads of the block call everything. LAYER_NORM: that is the norm of layers with a gamma.
+template <typename T, bool LAYER_NORM, typename Arguments>
+struct Trainer {
+    const Arguments& a;
+    const Team<T> team;
+    const Kept<T> kept;
+    const T lr;
+
+    __device__ __forceinline__ int field(int layer, Layer of) const { return a.layers[layer * LAYER_FIELDS + of]; }
+    __device__ __forceinline__ T* x_of(long long step) const {
+        return kept.x + (step & 1) * field(0, INPUTS) * team.pitch;
+    }
+    __device__ __forceinline__ const T* schedule_of(long long step) const { return kept.schedule + (step & 1) * 4; }
+    __device__ __forceinline__ const T* inputs_of(int layer, long long step) const {
+        return layer == 0 ? x_of(step) : kept.h + field(layer - 1, ROW) * team.pitch;
+    }
+    // The last layer has no activation: its logits are its z.
+    __device__ __forceinline__ T* z_of(int layer) const {
+        return (layer + 1 == a.depth ? kept.h : kept.z) + field(layer, ROW) * team.pitch;
+    }
+
+    __device__ __forceinline__ void update(int i, T g, long long step) const {
+        T move = g;
+        if (a.optimizer == MOMENTUM) move = kept.first[i] = fma(a.beta1, kept.first[i], g);
+        if (a.optimizer == ADAM) {
+            const T first = kept.first[i] = fma(a.beta1, kept.first[i], a.rest1 * g);
+            const T second = kept.second[i] = fma(a.beta2, kept.second[i], a.rest2 * g * g);
+            move = (first / schedule_of(step)[1]) / (sqrt(second / schedule_of(step)[2]) + a.optimizer_eps);
+        }
+        kept.parameters[i] -= lr * move;
+    }
+
+    __device__ __forceinline__ T activate(T z) const {
+        return a.activation == LINEAR ? linear(z, z, a.alpha) : curved(z, a.activation, a.alpha);
+    }
+    __device__ __forceinline__ T slope(T z) const {
+        return a.activation == LINEAR ? linear(T(1), z, a.alpha) : curved_derivative(z, a.activation, a.alpha);
+    }
+
+    // The mini-batch of a step and what depends on the step alone, by the threads from `from` on.
+    __device__ __forceinline__ void fetch(long long step, int from) const {
+        const int inputs = field(0, INPUTS), threads = blockDim.x - from;
+        const long long first = step * a.batch;
+        T* x = x_of(step);
+        if (step >= a.steps) return;
+        for (int i = threadIdx.x - from; i >= 0 && i < 3; i += threads)
+            kept.schedule[(step & 1) * 4 + i] = a.schedule[3 * step + i];
+#pragma unroll 4
+        for (int i = threadIdx.x - from; i >= 0 && i < inputs * team.batch; i += threads) {
+            const int example = i / inputs, input = i % inputs;
+            const long long row = a.indices ? a.indices[first + example] : first + example;
+            x[input * team.pitch + example] = a.x[row * inputs + input];
+        }
+    }
+
+    __device__ __forceinline__ void forward(int layer, long long step) const {
+        const int inputs = field(layer, INPUTS), outputs = field(layer, OUTPUTS), gamma = field(layer, GAMMA);
+        const int shift = field(layer, SHIFT), row = field(layer, ROW);
+        const bool last = layer + 1 == a.depth;
+#pragma unroll 1
+        for (int first = 0; first < outputs; first += team.count) {
+            const int neuron = first + team.number;
+            const bool active = neuron < outputs;  // all threads of a warp shuffle
+            const T beta = active ? kept.parameters[shift + neuron] : T(0);
+            T z[EXAMPLES], scale = T(1);
+#pragma unroll
+            for (int i = 0; i < EXAMPLES; ++i) z[i] = gamma < 0 ? beta : T(0);
+            if (active)
+                team.add_product(z, kept.parameters + field(layer, WEIGHT) + neuron, outputs, inputs_of(layer, step),
+                                 inputs);
+            if (!LAYER_NORM && gamma >= 0) scale = normalise(z, layer, neuron, active, step);
+            if (!active) continue;
+            team.store(z_of(layer) + neuron * team.pitch, z);
+            if (last || (LAYER_NORM && gamma >= 0)) continue;
+#pragma unroll 1
+            for (int i = 0; i < EXAMPLES; ++i) {
+                z[0] = activate(gamma < 0 ? z[0] : fma(scale, z[0], beta));
+                rotate(z);
+            }
+            team.store(kept.h + (row + neuron) * team.pitch, z);
+        }
+    }
+
+    // Subtract the mean; return gamma rstd. The first thread of the team keeps the statistics.
+    __device__ __forceinline__ T normalise(T (&z)[EXAMPLES], int layer, int neuron, bool active, long long step) const {
+        const T n = T(team.batch), mean = team.sum(z) / n;
+#pragma unroll
+        for (int i = 0; i < EXAMPLES; ++i) z[i] -= mean;
+        const T rest = team.sum(z) / n;  // what rounding left of it
+        T square[EXAMPLES];
+#pragma unroll
+        for (int i = 0; i < EXAMPLES; ++i) {
+            z[i] -= rest;
+            square[i] = z[i] * z[i];
+        }
+        const T m2 = team.sum(square), rstd = T(1) / sqrt(m2 / n + a.eps);
+        if (!active) return T(0);
+        if (team.lane == 0) {
+            kept.rstd[field(layer, ROW) + neuron] = rstd;
+            if (a.running) {
+                const T momentum = schedule_of(step)[0], keep = T(1) - momentum;
+                T* running_mean = kept.running + field(layer, MEAN) + neuron;
+                T* running_var = kept.running + field(layer, VARIANCE) + neuron;
+                *running_mean = fma(momentum, mean + rest, keep * *running_mean);
+                *running_var = fma(momentum, m2 / (n - a.correction), keep * *running_var);
+            }
+        }
+        return kept.parameters[field(layer, GAMMA) + neuron] * rstd;
+    }
+
+    // sum_m of(m) over the neurons of a layer, by a warp; the same in all its threads.
+    template <typename Of>
+    __device__ __forceinline__ T sum_of_neurons(int outputs, const Of& of) const {
+        T total = T(0);
+        for (int m = threadIdx.x % 32; m < outputs; m += 32) total += of(m);
+#pragma unroll
+        for (int apart = 16; apart > 0; apart /= 2) total += __shfl_xor_sync(0xffffffffu, total, apart);
+        return total;
+    }
+
+    // Layer norm of the examples, a warp for each: its normalised values in the place of z, and its activations.
+    __device__ __forceinline__ void normalise_examples(int layer) const {
+        const int outputs = field(layer, OUTPUTS), pitch = team.pitch;
+        const T* const gamma = kept.parameters + field(layer, GAMMA);
+        const T* const beta = kept.parameters + field(layer, SHIFT);
+#pragma unroll 1
+        for (int n = threadIdx.x / 32; n < team.batch; n += blockDim.x / 32) {
+            T *const z = z_of(layer) + n, *const h = kept.h + field(layer, ROW) * pitch + n;
+            const T count = T(outputs), mean = sum_of_neurons(outputs, [=](int m) { return z[m * pitch]; }) / count;
+            const T rest = sum_of_neurons(outputs, [=](int m) { return z[m * pitch] - mean; }) / count;
+            const T m2 = sum_of_neurons(outputs, [=](int m) {
+                const T d = (z[m * pitch] - mean) - rest;
+                return d * d;
+            });
+            const T rstd = T(1) / sqrt(m2 / count + a.eps);
+            if (threadIdx.x % 32 == 0) kept.rstd[layer * pitch + n] = rstd;
+#pragma unroll 1
+            for (int m = threadIdx.x % 32; m < outputs; m += 32) {
+                const T xhat = z[m * pitch] = ((z[m * pitch] - mean) - rest) * rstd;
+                h[m * pitch] = activate(fma(gamma[m], xhat, beta[m]));
+            }
+        }
+    }
+
+    // Losses, and the gradients of the mean loss in the place of the logits: an example each.
+    __device__ __forceinline__ void softmax_cross_entropy(long long step) const {
+        const int classes = field(a.depth - 1, OUTPUTS), n = threadIdx.x;
+        if (n >= team.batch) return;
+        T* logits = z_of(a.depth - 1) + n;
+        const long long example = step * a.batch + n;
+        const int label = a.labels[a.indices ? a.indices[example] : example];
+        T top = logits[0], total = T(0);
+        for (int k = 1; k < classes; ++k) top = logits[k * team.pitch] > top ? logits[k * team.pitch] : top;
+        for (int k = 0; k < classes; ++k) total += exp(logits[k * team.pitch] - top);
+        const bool valid = 0 <= label && label < classes;
+        const T poison = valid ? T(0) : T(nan(""));
+        kept.losses[n] = log(total) - ((valid ? logits[label * team.pitch] : T(0)) - top) + poison;
+        for (int k = 0; k < classes; ++k) {
+            T& logit = logits[k * team.pitch];
+            logit = (exp(logit - top) / total - (k == label ? T(1) : T(0))) / T(team.batch) + poison;
+        }
+    }
+
+    // From the gradients of z of the layer behind to those of this one, and to gamma and beta, or the bias.
+    __device__ __forceinline__ void backward(int layer, long long step) const {
+        const int outputs = field(layer, OUTPUTS), behind = field(layer + 1, OUTPUTS), gamma = field(layer, GAMMA);
+        const int shift = field(layer, SHIFT);
+        const T n = T(team.batch);
+#pragma unroll 1
+        for (int first = 0; first < outputs; first += team.count) {
+            const int neuron = first + team.number;
+            const bool active = neuron < outputs;
+            T g[EXAMPLES] = {}, z[EXAMPLES] = {}, product[EXAMPLES];
+            T rstd = T(1), scale = T(1), beta = T(0);
+            T* own = z_of(layer) + neuron * team.pitch;
+            if (active) {
+                team.load(z, own);
+                team.add_product(g, kept.parameters + field(layer + 1, WEIGHT) + neuron * behind, 1, z_of(layer + 1),
+                                 behind);
+                if (gamma >= 0) {
+                    if (!LAYER_NORM) rstd = kept.rstd[field(layer, ROW) + neuron];
+                    scale = kept.parameters[gamma + neuron] * rstd;
+                    beta = kept.parameters[shift + neuron];
+                }
+            }
+#pragma unroll 1
+            for (int i = 0; i < EXAMPLES; ++i) {
+                g[0] *= slope(gamma < 0 ? z[0] : fma(scale, z[0], beta));
+                rotate(g);
+                rotate(z);
+            }
+#pragma unroll
+            for (int i = 0; i < EXAMPLES; ++i) product[i] = g[i] * z[i];
+            const T sum_g = team.sum(g), sum_product = gamma < 0 ? T(0) : team.sum(product);
+            __syncwarp();  // all of the team have read what its first thread is about to change
+            if (!active) continue;
+            if (gamma >= 0) {
+                const T mean_g = LAYER_NORM ? T(0) : sum_g / n;
+                const T slope_z = LAYER_NORM ? T(0) : sum_product * rstd * rstd / n;
+#pragma unroll
+                for (int i = 0; i < EXAMPLES; ++i) g[i] = scale * (g[i] - fma(z[i], slope_z, mean_g));
+            }
+            team.store(LAYER_NORM && gamma >= 0 ? kept.scratch + neuron * team.pitch : own, g);
+            if (team.lane == 0) {
+                if (gamma >= 0) update(gamma + neuron, sum_product * rstd, step);
+                update(shift + neuron, sum_g, step);
+            }
+        }
+    }
+
+    // From the scaled gradients of the normalised values to those of z: through the layer norm of each example.
+    __device__ __forceinline__ void differentiate_examples(int layer) const {
+        const int outputs = field(layer, OUTPUTS), pitch = team.pitch;
+#pragma unroll 1
+        for (int n = threadIdx.x / 32; n < team.batch; n += blockDim.x / 32) {
+            T *const z = z_of(layer) + n, *const g = kept.scratch + n;
+            const T count = T(outputs), rstd = kept.rstd[layer * pitch + n];
+            const T mean = sum_of_neurons(outputs, [=](int m) { return g[m * pitch]; }) / count;
+            const T slope = sum_of_neurons(outputs, [=](int m) { return g[m * pitch] * z[m * pitch]; }) / count;
+            for (int m = threadIdx.x % 32; m < outputs; m += 32)
+                z[m * pitch] = rstd * (g[m * pitch] - fma(z[m * pitch], slope, mean));
+        }
+    }
+
+    // The weights of a layer, from its inputs and the gradients of its z.
+    __device__ __forceinline__ void update_weights(int layer, long long step) const {
+        const int outputs = field(layer, OUTPUTS), weights = field(layer, INPUTS) * outputs;
+        const T* const rows = inputs_of(layer, step);
+        const T* const dz = z_of(layer);
+#pragma unroll 1
+        for (int i = threadIdx.x; i < weights; i += blockDim.x) {
+            const T* h = rows + i / outputs * team.pitch;
+            const T* g = dz + i % outputs * team.pitch;
+            T sum = T(0);
+#pragma unroll 4
+            for (int n = 0; n < team.batch; n += 4) {
+                const Four<T> one = *reinterpret_cast<const Four<T>*>(h + n);
+                const Four<T> two = *reinterpret_cast<const Four<T>*>(g + n);
+#pragma unroll
+                for (int j = 0; j < 4; ++j) sum = fma(one.of[j], two.of[j], sum);
+            }
+            update(field(layer, WEIGHT) + i, sum, step);
+        }
+    }
+
+    // The bias of the last layer, and the mean loss of the step.
+    __device__ __forceinline__ void finish(long long step) const {
+        const int last = a.depth - 1, outputs = field(last, OUTPUTS);
+#pragma unroll 1
+        for (int first = 0; first <= outputs; first += team.count) {
+            const int row = first + team.number;
+            T values[EXAMPLES] = {};
+            if (row <= outputs) team.load(values, row < outputs ? z_of(last) + row * team.pitch : kept.losses);
+            const T sum = team.sum(values);
+            if (team.lane != 0) continue;
+            if (row < outputs) update(field(last, SHIFT) + row, sum, step);
+            if (row == outputs) a.losses[step] = sum / T(team.batch);
+        }
+    }
+
+    __device__ __forceinline__ void run(long long step) const {
+        for (int layer = 0; layer < a.depth; ++layer) {
+            forward(layer, step);
+            __syncthreads();
+            if (LAYER_NORM && field(layer, GAMMA) >= 0) {
+                normalise_examples(layer);
+                __syncthreads();
+            }
+        }
+        softmax_cross_entropy(step);
+        fetch(step + 1, team.batch < (int)blockDim.x ? team.batch : 0);  // who has no example of this step
+        __syncthreads();
+        for (int layer = a.depth - 2; layer >= 0; --layer) {
+            backward(layer, step);
+            __syncthreads();
+            if (LAYER_NORM && field(layer, GAMMA) >= 0) {
+                differentiate_examples(layer);
+                __syncthreads();
+            }
+        }
+        for (int layer = 0; layer < a.depth; ++layer) update_weights(layer, step);
+        finish(step);
+        __syncthreads();
+    }
+};
