@@ -151,3 +151,35 @@ __forceinline__ unsigned short bnk_float_to_half(float value) {
         return sign | (bnk_bits_of(bnk_float_of(size) + 0.5f) - bnk_bits_of(0.5f));
     return sign | ((size - 0x38000000u + 0xfffu + ((size >> 13) & 1u)) >> 13);
 }
+
+// ---- cuda/tensor_product.cuh: tensor cores --------------------------------------------------------------------------
+#define BNK_TENSOR_CORES 1
+
+// mma.sync.aligned.m16n8k16 with 16-bit factors. After the PTX ISA: thread t of a warp has, with g = t / 4 and p = 2 (t % 4),
+// of a (16, 16) the rows g (words 0, 2) and g + 8 (1, 3), columns p, p + 1 (words 0, 1) and 8 more (2, 3); of b (16, 8)
+// column g, rows p, p + 1 (word 0) and 8 more (1); of d (16, 8) rows g (0, 1) and g + 8 (2, 3), columns p and p + 1. The
+// products are exact, and here so is their sum but for one rounding: a GPU may round more often.
+template <typename T>
+__forceinline__ void bnk_mma(T number, float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2],
+                             const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    const auto value = [&](unsigned bits) {
+        number.bits = (unsigned short)bits;
+        return (double)(float)number;
+    };
+    const auto words = [&](unsigned low, unsigned high, unsigned lane) {
+        return bnk::shuffle(0xffffffffu, (unsigned long long)high << 32 | low, lane, file, line);
+    };
+    const unsigned own_row = bnk_lane() & ~3u, first_column = bnk_lane() % 4 * 2 * 4;
+    double sums[4] = {d[0], d[1], d[2], d[3]};
+    for (unsigned t = 0; t < 4; ++t) {
+        const unsigned long long above = words(a[0], a[2], own_row + t), below = words(a[1], a[3], own_row + t);
+        const unsigned long long columns[2] = {words(b[0], b[1], first_column + t),
+                                               words(b[0], b[1], first_column + 4 + t)};
+        for (int half = 0; half < 64; half += 16)
+            for (int c = 0; c < 2; ++c) {
+                sums[c] += value(above >> half & 0xffffu) * value(columns[c] >> half & 0xffffu);
+                sums[2 + c] += value(below >> half & 0xffffu) * value(columns[c] >> half & 0xffffu);
+            }
+    }
+    for (int i = 0; i < 4; ++i) d[i] = (float)sums[i];
+}
