@@ -13,7 +13,7 @@
 //            Layer norm: cooperative if of more than one block; a block owns `width` examples at a time, then neurons.
 // Traffic:   dy, z, weight read once, dz written once, dweight and dx written once; x and dz read by every block, from the
 //            L2 cache but for the first. With batch norm as many bytes as without, and 4 M words.
-// Numerics:  products in A with fma, terms in a fixed order, dz rounded before them: deterministic.
+// Numerics:  products as in the forward, dz rounded before them, all sums in a fixed order: deterministic.
 // Reference: Ioffe and Szegedy, Batch Normalization, 2015, arXiv:1502.03167, section 3; Ba, Kiros and Hinton, Layer
 //            Normalization, 2016, arXiv:1607.06450.
 // Called by: bnkernels/linear_batch_norm.py

@@ -12,7 +12,8 @@
 // Traffic:   z and y written once, weight read once, x read by every block (from the L2 cache, but for the first); with
 //            batch norm as many bytes as without, and 3 M words of statistics. No barrier more or fewer either. For layer
 //            norm x read once, weight by every block.
-// Numerics:  products in A with fma, terms in a fixed order; z is rounded before its statistics are taken, which are those
+// Numerics:  products as in product.cuh: 16-bit ones on tensor cores, whose sums of 16 terms NVIDIA rounds as it likes;
+//            otherwise in A with fma, terms in a fixed order. z is rounded before its statistics are taken, which are those
 //            of batch_norm_forward.cu but for roundings: the mean is corrected by the mean of what it leaves. Deterministic.
 // Reference: Ioffe and Szegedy, Batch Normalization, 2015, arXiv:1502.03167, algorithm 1; Ba, Kiros and Hinton, Layer
 //            Normalization, 2016, arXiv:1607.06450.

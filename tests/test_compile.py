@@ -91,6 +91,16 @@ def test_data_move_16_bytes_at_a_time_where_they_lie_in_vectors() -> None:
             assert not re.search(r"(ld|st)\.global(\.\w+)*\.[bu](16|8)\b", entry), "no number of 16 bits on its own"
 
 
+def test_16_bit_products_are_those_of_tensor_cores_from_sm_80_on() -> None:
+    for direction in ("forward", "backward"):
+        text = _source.read(f"linear_batch_norm_{direction}")
+        for architecture, there in ((75, False), (80, True), (90, True)):
+            for entry in nvrtc.ptx(text, architecture).split(".visible .entry bnk_")[1:]:
+                suffix = entry.partition("(")[0].rpartition("_")[2]
+                found = set(re.findall(r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(b?f16)", entry))
+                assert found == ({suffix} if there and suffix in ("f16", "bf16") else set()), (architecture, suffix)
+
+
 def test_no_float_is_added_atomically(assembly: str) -> None:
     assert ptx.float_atomics(assembly) == []
 

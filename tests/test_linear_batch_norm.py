@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +17,7 @@ from bnkernels._runtime import Limits
 from tests import backends, oracle
 from tests.backends import Backend
 from tests.emulator import EmulatorRuntime
+from tests.emulator.build import CUDA, CUDA_VARIABLE, ROOT, read_sources
 from tests.oracle import Wide, accumulator, unit_roundoff
 from tests.regress.refusal import refused
 from tests.test_batch_norm_masked import DTYPES, dtype_named
@@ -231,7 +236,7 @@ def test_one_launch_each_with_as_many_barriers_with_batch_norm_as_without(
 
 
 @pytest.mark.emulator
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_the_order_of_blocks_and_threads_changes_no_bit(
     emulated: EmulatorRuntime, rng: np.random.Generator, dtype: str
 ) -> None:
@@ -251,6 +256,29 @@ def test_the_order_of_blocks_and_threads_changes_no_bit(
                 for one, two in zip(first, run(), strict=True):
                     assert np.isfinite(one).all()
                     np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.slow
+@pytest.mark.emulator
+def test_16_bits_without_tensor_cores(emulated: EmulatorRuntime, tmp_path: Path) -> None:
+    """What sm_75 runs, in a process of its own with kernels of its own."""
+    for name, text in read_sources(CUDA).items():
+        (tmp_path / name).write_text(text.replace("#if BNK_TENSOR_CORES\n    if constexpr", "#if 0\n    if constexpr"))
+    assert "#if 0\n    if constexpr" in (tmp_path / "product.cuh").read_text()
+    test = f"{__file__}::test_is_a_product_and_its_batch_norm"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "emulator and float16", test]
+    environment = os.environ | {CUDA_VARIABLE: str(tmp_path)}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert f"{2 * len(SIZES)} passed" in run.stdout  # bfloat16 too
+
+
+def test_tensor_cores_sum_what_one_rounding_would_lose(backend: Backend) -> None:
+    """Products of 16-bit numbers are exact in float32, and so are these sums, in any order."""
+    x = np.tile([[256.0, 0.125, -256.0, 1.0]], (16, 5)).astype("float16")
+    weight = np.tile([[256.0], [0.125], [256.0], [0.0]], (5, 3)).astype("float16")
+    _, z, _ = bn.linear_batch_norm_forward(*backend.arrays(x, weight), norm=None)
+    np.testing.assert_array_equal(backend.asnumpy(z), np.full((16, 3), 5 / 64, "float16"))
 
 
 def test_the_launch_follows_from_the_sizes() -> None:

@@ -4,16 +4,73 @@ from __future__ import annotations
 
 from .mutants import Mutant
 
-PRODUCT, SHARED = "product.cuh", "linear_batch_norm.cuh"
+PRODUCT, SHARED, MATRIX, TENSOR = "product.cuh", "linear_batch_norm.cuh", "matrix.cuh", "tensor_product.cuh"
 FORWARD, BACKWARD = "linear_batch_norm_forward.cu", "linear_batch_norm_backward.cu"
+HALVES = "test_is_a_product_and_its_batch_norm and float16"
+HALVES_SCHEDULES = "test_the_order_of_blocks_and_threads_changes_no_bit and float16"
 WHOLE = "test_is_a_product and float32 and relu"
 OF_LAYER = "test_is_a_product_and_its_layer_norm and float32"
 SCHEDULES = "test_the_order_of_blocks_and_threads_changes_no_bit and float32"
 
 MUTANTS = [
     Mutant(
+        "tensor cores: two rows of a fragment change places",
+        TENSOR,
+        "{above.of(0), below.of(0)",
+        "{below.of(0), above.of(0)",
+        select=HALVES,
+    ),
+    Mutant(
+        "tensor cores: two terms of a fragment change places",
+        TENSOR,
+        "b[c][1] = column.of(8)",
+        "b[c][1] = column.of(0)",
+        select=HALVES,
+    ),
+    Mutant(
+        "tensor cores: a thread has its neighbour's terms",
+        TENSOR,
+        "pair(2 * (threadIdx.x % 4))",
+        "pair(2 * (threadIdx.x / 8 % 4))",
+        select=HALVES,
+    ),
+    Mutant(
+        "tensor cores: sums go to the rows of others", TENSOR, "at[8] = sums", "at[pitch + 8] = sums", select=HALVES
+    ),
+    Mutant(
+        "tensor cores: the second slice takes what the first does",
+        TENSOR,
+        "int term = own.slice * MMA_TERMS",
+        "int term = 0",
+        select=HALVES,
+    ),
+    Mutant(
+        "tensor cores: no barrier before the terms are multiplied",
+        TENSOR,
+        "        __syncthreads();\n        multiply_terms",
+        "        multiply_terms",
+        ("plain", "tsan"),
+        HALVES_SCHEDULES,
+    ),
+    Mutant(
+        "tensor cores: the next terms over those that are still multiplied",
+        TENSOR,
+        "own, column_tiles);\n        __syncthreads();\n",
+        "own, column_tiles);\n",
+        ("plain", "tsan"),
+        HALVES_SCHEDULES,
+    ),
+    Mutant(
+        "matrix: what is behind its end",
+        MATRIX,
+        "has(row, column) ? data[row * row_step + column * column_step].bits",
+        "true ? data[row * row_step + column * column_step].bits",
+        ("plain", "asan"),
+        HALVES,
+    ),
+    Mutant(
         "product: the last slice of the terms is left out",
-        PRODUCT,
+        MATRIX,
         "s < slices; ++s",
         "s < slices - 1; ++s",
         select=WHOLE,
@@ -43,17 +100,17 @@ MUTANTS = [
     ),
     Mutant(
         "product: columns beyond the matrix are written",
-        PRODUCT,
-        "if (column + c < right.columns) emit",
+        MATRIX,
+        "if (c < left) emit",
         "emit",
         ("plain", "asan"),
         WHOLE,
     ),
     Mutant(
         "product: zeros are not filled in",
-        PRODUCT,
-        "row < rows && column < columns ?",
-        "true ?",
+        MATRIX,
+        "has(row, column) ? A(",
+        "true ? A(",
         ("plain", "asan"),
         WHOLE,
     ),

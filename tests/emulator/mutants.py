@@ -33,7 +33,14 @@ TESTS = {  # the quickest first: the first failure ends a run
         ("fused_training.cu", "fused_step.cuh", "team.cuh"), ("tests/test_fused_training.py", "tests/test_ensemble.py")
     ),
     **dict.fromkeys(
-        ("product.cuh", "linear_batch_norm.cuh", "linear_batch_norm_forward.cu", "linear_batch_norm_backward.cu"),
+        (
+            "product.cuh",
+            "matrix.cuh",
+            "tensor_product.cuh",
+            "linear_batch_norm.cuh",
+            "linear_batch_norm_forward.cu",
+            "linear_batch_norm_backward.cu",
+        ),
         ("tests/test_linear_batch_norm.py", "tests/test_linear_layer_norm.py"),
     ),
     **dict.fromkeys(("row.cuh", "layer_norm_forward.cu", "layer_norm_backward.cu"), ("tests/test_layer_norm.py",)),
