@@ -1,8 +1,9 @@
-// Many training steps of multilayer perceptrons, with batch norm, layer norm or none, in one launch: a block for each of them.
+// Many training steps of multilayer perceptrons, with batch norm, layer norm or none, in one launch: a block for each.
 //
 // Formulas:  each step is, for its mini-batch of N examples: for every layer z = h W (+ bias), in hidden layers batch norm
-//            as in batch_norm_forward.cu (or layer norm as in layer_norm_forward.cu) and h = phi(z); softmax cross-entropy as in softmax_cross_entropy.cu; the gradients
-//            of all that; and an update of all parameters as in parameter_update.cu.
+//            as in batch_norm_forward.cu, or layer norm as in layer_norm_forward.cu, and h = phi(z); softmax cross-entropy
+//            as in softmax_cross_entropy.cu; the gradients of all that; and an update of all parameters as in
+//            parameter_update.cu.
 // Arrays:    x (rows, inputs), C order, of type T; labels (rows,). Example n of step s is row s N + n, or the row
 //            indices[s N + n] where indices are given. parameters, first, second (P,): weights (inputs, outputs), gamma
 //            and beta or bias of every layer, and the optimiser's state (second and first may be null), updated in place;
