@@ -99,15 +99,8 @@ struct RowGradient {
             // The same, bit for bit, as the forward's.
             z[i] = fma(channels.scale[c], centred[i], channels.beta[c]);
             if (a.residual) z[i] += Packed<T>::get(row.residual, i);
-            if (a.activation == LINEAR) g[i] = linear(g[i], z[i], a.alpha);
         }
-        if (a.activation == LINEAR) return;
-#pragma unroll 1
-        for (int i = 0; i < COUNT; ++i) {
-            g[0] *= curved_derivative(z[0], a.activation, a.alpha);
-            rotate(g);
-            rotate(z);
-        }
+        pull_back_all(g, z, a.activation, a.alpha);
     }
 };
 

@@ -159,15 +159,8 @@ __device__ __forceinline__ Vector normalise(const BatchNormForwardSpread<T>& a, 
         const int c = OWN == 1 ? 0 : i;
         z[i] = fma(n.scale[c], subtract(Packed<T>::get(x, i), n.mean[c]), n.beta[c]);
         if (a.residual) z[i] += Packed<T>::get(residual, i);
-        if (a.activation == LINEAR) z[i] = linear(z[i], z[i], a.alpha);
     }
-    if (a.activation != LINEAR) {
-#pragma unroll 1
-        for (int i = 0; i < COUNT; ++i) {
-            z[0] = curved(z[0], a.activation, a.alpha);
-            rotate(z);
-        }
-    }
+    activate_all(z, a.activation, a.alpha);
     Vector y;
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) Packed<T>::set(y, i, z[i]);

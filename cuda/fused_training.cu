@@ -86,12 +86,16 @@ __device__ __forceinline__ void fused_training(const FusedTraining<T>& of_all) {
     copy(a.running, kept.running, a.running_count);
 }
 
-#define FUSED_TRAINING(suffix, T, threads)                                                               \
+#define FUSED_TRAINING(suffix, T, threads)                                                    \
+    using arguments_fused_training_##suffix = FusedTraining<T>;                               \
+    BNK_KERNEL_ROOMY(bnk_fused_training_##suffix, arguments_fused_training_##suffix, threads, \
+                     (fused_training<T, false>))
+#define FUSED_TRAINING_LAYER_NORM(suffix, T, threads)                                                    \
     using arguments_fused_training_##suffix = FusedTraining<T>;                                          \
-    BNK_KERNEL_ROOMY(bnk_fused_training_##suffix, arguments_fused_training_##suffix, threads,            \
-                     (fused_training<T, false>))                                                         \
     BNK_KERNEL_ROOMY(bnk_fused_training_layer_norm_##suffix, arguments_fused_training_##suffix, threads, \
                      (fused_training<T, true>))
 
 FUSED_TRAINING(f32, float, 512)
 FUSED_TRAINING(f64, double, 256)
+FUSED_TRAINING_LAYER_NORM(f32, float, 512)
+FUSED_TRAINING_LAYER_NORM(f64, double, 256)

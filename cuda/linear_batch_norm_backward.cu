@@ -189,7 +189,9 @@ __device__ __forceinline__ void linear_layer_norm_backward(const LinearBatchNorm
 #define LINEAR_BATCH_NORM_BACKWARD(suffix, T, A)                                                                   \
     using arguments_linear_backward_##suffix = LinearBatchNormBackward<T, A>;                                      \
     BNK_KERNEL_ROOMY(bnk_linear_batch_norm_backward_##suffix, arguments_linear_backward_##suffix, PRODUCT_THREADS, \
-                     (linear_batch_norm_backward<T, A>))                                                           \
+                     (linear_batch_norm_backward<T, A>))
+#define LINEAR_LAYER_NORM_BACKWARD(suffix, T, A)                                                                   \
+    using arguments_linear_backward_##suffix = LinearBatchNormBackward<T, A>;                                      \
     BNK_KERNEL_ROOMY(bnk_linear_layer_norm_backward_##suffix, arguments_linear_backward_##suffix, PRODUCT_THREADS, \
                      (linear_layer_norm_backward<T, A>))
 
@@ -197,3 +199,7 @@ LINEAR_BATCH_NORM_BACKWARD(f32, float, float)
 LINEAR_BATCH_NORM_BACKWARD(f16, Float16, float)
 LINEAR_BATCH_NORM_BACKWARD(bf16, BFloat16, float)
 LINEAR_BATCH_NORM_BACKWARD(f64, double, double)
+LINEAR_LAYER_NORM_BACKWARD(f32, float, float)
+LINEAR_LAYER_NORM_BACKWARD(f16, Float16, float)
+LINEAR_LAYER_NORM_BACKWARD(bf16, BFloat16, float)
+LINEAR_LAYER_NORM_BACKWARD(f64, double, double)

@@ -134,7 +134,9 @@ __device__ __forceinline__ void linear_layer_norm_forward(const LinearBatchNormF
 #define LINEAR_BATCH_NORM_FORWARD(suffix, T, A)                                                                  \
     using arguments_linear_forward_##suffix = LinearBatchNormForward<T, A>;                                      \
     BNK_KERNEL_ROOMY(bnk_linear_batch_norm_forward_##suffix, arguments_linear_forward_##suffix, PRODUCT_THREADS, \
-                     (linear_batch_norm_forward<T, A>))                                                          \
+                     (linear_batch_norm_forward<T, A>))
+#define LINEAR_LAYER_NORM_FORWARD(suffix, T, A)                                                                  \
+    using arguments_linear_forward_##suffix = LinearBatchNormForward<T, A>;                                      \
     BNK_KERNEL_ROOMY(bnk_linear_layer_norm_forward_##suffix, arguments_linear_forward_##suffix, PRODUCT_THREADS, \
                      (linear_layer_norm_forward<T, A>))
 
@@ -142,3 +144,7 @@ LINEAR_BATCH_NORM_FORWARD(f32, float, float)
 LINEAR_BATCH_NORM_FORWARD(f16, Float16, float)
 LINEAR_BATCH_NORM_FORWARD(bf16, BFloat16, float)
 LINEAR_BATCH_NORM_FORWARD(f64, double, double)
+LINEAR_LAYER_NORM_FORWARD(f32, float, float)
+LINEAR_LAYER_NORM_FORWARD(f16, Float16, float)
+LINEAR_LAYER_NORM_FORWARD(bf16, BFloat16, float)
+LINEAR_LAYER_NORM_FORWARD(f64, double, double)

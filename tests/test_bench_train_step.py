@@ -12,7 +12,6 @@ import pytest
 
 from benchmarks import bench_train_step as bench
 from benchmarks import harness, steps
-from benchmarks.case import NotSupportedError
 from benchmarks.report import train_step as report
 from benchmarks.steps.expression import ExpressionStep
 from benchmarks.steps.ours import OurStep
@@ -45,10 +44,6 @@ def test_every_variant_computes_the_losses_of_float64(
     state, batches = initial_state(sizes, norm), random_batches(sizes[0], sizes[-1])
     exact = ExpressionStep(state, optimizer, 1e-3, dtype="float64")
     expected = exact.losses(exact.prepare_all(batches))
-    if (maker.name, norm) == ("bnkernels", "layer"):
-        with pytest.raises(NotSupportedError, match="not supported yet"):
-            maker.make(state, optimizer, 1e-3)
-        return
     step = maker.make(state, optimizer, 1e-3)
     for _ in range(2):  # the second time after a reset
         check_losses(maker.name, step.losses(step.prepare_all(batches)), expected, roundings=32)

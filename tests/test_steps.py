@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 
 from benchmarks import steps
-from benchmarks.case import NotSupportedError, WrongResultError
+from benchmarks.case import WrongResultError
 from benchmarks.steps import jax_xla, pytorch
 from benchmarks.steps.expression import ExpressionStep
 from benchmarks.steps.ours import OurStep
 from benchmarks.steps.step import Batches, State, Step, check_losses, initial_state, norm_of, sizes_of, stopwatch
-from bnkernels import mlp
 from tests import backends, emulator
 
 NORMS = ("none", "batch", "layer")
@@ -61,17 +60,11 @@ class EmulatedCuPy(backends.EmulatedNumPy):
 
 
 @pytest.mark.emulator
-@pytest.mark.parametrize("norm", ["none", "batch"])
+@pytest.mark.parametrize("norm", ["none", "layer", "batch"])
 def test_our_step_runs_the_kernels_and_waits_for_them(norm: str) -> None:
     xp = EmulatedCuPy()
     check_step(partial(OurStep, xp=xp), norm, "adam")
     assert xp.waits == 4, "before and after the timed steps, in the untimed and the timed run"
-
-
-@pytest.mark.skipif("layer" in mlp.NORMS, reason="bnkernels has layer norm")
-def test_a_norm_that_we_do_not_have_is_said_so() -> None:
-    with pytest.raises(NotSupportedError, match=r"^not supported yet$"):
-        OurStep(initial_state(SIZES, "layer"), "sgd", RATE)
 
 
 @pytest.mark.parametrize(("norm", "optimizer"), [("none", "sgd"), ("batch", "momentum"), ("layer", "adam")])

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.case import NotSupportedError
 from benchmarks.steps.step import ArrayStep, Batches, Maker, State, norm_of, sizes_of
 from bnkernels import MLP, fused_training, softmax_cross_entropy
 from bnkernels._runtime import why_no_cuda
@@ -29,21 +28,11 @@ class OurStep(ArrayStep):
         Learning rate.
     xp : module
         ``numpy`` or ``cupy``: what computes.
-
-    Raises
-    ------
-    NotSupportedError
-        For a norm that `MLP` does not have yet.
     """
 
     def __init__(self, state: State, optimizer: str, lr: float, *, xp: Any = np) -> None:
         self.state, self.xp = state, xp
-        try:
-            self.model = MLP(sizes_of(state), norm=norm_of(state), xp=xp)
-        except ValueError:
-            if norm_of(state) in ("none", "batch"):
-                raise
-            raise NotSupportedError("not supported yet") from None
+        self.model = MLP(sizes_of(state), norm=norm_of(state), xp=xp)
         self.optimizer = make_optimizer(optimizer, self.model, lr)
         self.initial = self.optimizer.state()
         self.out: tuple[Any, Any] | None = None

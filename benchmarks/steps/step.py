@@ -126,12 +126,9 @@ def initial_state(sizes: Sequence[int], norm: str, seed: int = 0) -> State:
     Returns
     -------
     dict of str to numpy.ndarray
-        Those of layer norm are those of batch norm without the running statistics.
+        Parameters and, of batch norm, running statistics.
     """
-    if norm != "layer":
-        return MLP(sizes, norm=norm, seed=seed).state()
-    state = MLP(sizes, norm="batch", seed=seed).state()
-    return {name: array for name, array in state.items() if name.split(".")[1] in ("weight", "bias", "gamma", "beta")}
+    return MLP(sizes, norm=norm, seed=seed).state()
 
 
 def norm_of(state: State) -> str:
