@@ -33,7 +33,10 @@ class Sizes(NamedTuple):
         return 16 // rt.accumulator(self.dtype).itemsize
 
     def product_numbers(self, width: int) -> int:
-        """Return how many numbers a product keeps in shared memory: TERMS of both factors, or all partial sums."""
+        """Return how many numbers a product keeps in shared memory: TERMS of both factors, or all partial sums.
+
+        Those of ordinary arithmetic, which older GPUs use for every type; tensor cores need less.
+        """
         lanes = (8, 16, 32)
         factors = max(TERMS * (8 * lane + 4 + width) for lane in lanes)
         return max(factors, *(THREADS // lane * self.columns * (8 * lane + 4) for lane in lanes))

@@ -1,5 +1,5 @@
 // Products of matrices for the columns of one block: all rows, a few columns, and the block's threads share the terms.
-// Of 16-bit numbers by tensor cores, see tensor_product.cuh, where there are any (sm_80); of others, and there, so:
+// Of 16-bit numbers by tensor cores, see tensor_product.cuh, from sm_80 on; of others, and on older GPUs, so:
 //
 // A tile is at most 256 rows by `width` columns. A thread multiplies EXAMPLES rows by COLUMNS columns in registers; 8, 16
 // or 32 neighbouring threads have a tile's rows, `width` / COLUMNS such teams its columns, and what is left of the block's
@@ -60,7 +60,7 @@ __device__ __forceinline__ void fma_product(A* shared, const Matrix<T>& left, co
 
 // left (rows, terms) times right (terms, columns): the rows from `row` on, and `width` columns from `column` on. Calls
 // emit(row within the tile, column within the tile, value), neighbouring threads with neighbouring columns, and ends with
-// a barrier. shared: room for product_numbers, see bnkernels/linear_batch_norm.py. All threads must call.
+// a barrier. shared: room for product_numbers, see bnkernels/_linear_batch_norm_launch.py. All threads must call.
 template <typename T, typename A, typename Emit>
 __device__ __forceinline__ void product(A* shared, const Matrix<T>& left, const Matrix<T>& right, long long row,
                                         long long column, int width, const Emit& emit) {

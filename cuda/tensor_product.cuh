@@ -2,7 +2,12 @@
 //
 // A warp owns 16 rows, or twice 16, of up to 32 columns: up to four tiles of 16 x 8 for each. Where a tile of 64 rows leaves
 // warps over, a second set of them takes every other 16 terms; the two are added up in their order. Fragments are those
-// of the PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type".
+// of the PTX ISA 9.2, section 9.7.14.5.8, "Matrix Fragments for mma.m16n8k16 with floating point type".
+//
+// Deterministic on one GPU. Products are exact; how the sum of 16 terms is rounded NVIDIA leaves open, so bits may differ
+// between architectures and from the emulator's. Measured GPUs align 8 terms and the sum so far to the largest and cut off
+// what is below its last place (Fasi, Higham, Mikaitis and Pranesh, Numerical behavior of NVIDIA tensor cores, 2021):
+// tests/test_linear_batch_norm.py bounds products by that.
 #pragma once
 
 #include "half.cuh"

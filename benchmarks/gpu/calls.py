@@ -39,9 +39,9 @@ def calls(dtype: np.dtype) -> list[tuple[Op, list[np.ndarray]]]:
     for rows in ROWS:  # up to two tiles of rows, and as many blocks as meet
         x, weight, dy = (rng.standard_normal(s).astype(dtype) for s in ((rows, 40), (40, CHANNELS), (rows, CHANNELS)))
         found.append((linear_batch_norm, [x, weight, dy, *vectors(rng, dtype)]))
-    for rows in (*ROWS, 2000):  # a part of a unit at the end of every row, one block and several
-        x, dy = (rng.standard_normal((rows, CHANNELS)).astype(dtype) for _ in range(2))
-        found.append((layer_norm, [x, dy, *vectors(rng, dtype)[:2]]))
+    for shape in ((10, CHANNELS), (5, 4000)):  # a part of a unit at the end of every row, and several blocks
+        x, dy = (rng.standard_normal(shape).astype(dtype) for _ in range(2))
+        found.append((layer_norm, [x, dy, *vectors(rng, dtype, shape[1])[:2]]))
     for shape in SHARED if dtype.itemsize <= 4 else []:
         x, dy, residual = (rng.standard_normal(shape).astype(dtype) for _ in range(3))
         found.append((batch_norm, [x, dy, *vectors(rng, dtype, shape[1]), residual]))

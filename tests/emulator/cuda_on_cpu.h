@@ -155,7 +155,7 @@ __forceinline__ unsigned short bnk_float_to_half(float value) {
 // ---- cuda/tensor_product.cuh: tensor cores --------------------------------------------------------------------------
 #define BNK_TENSOR_CORES 1
 
-// mma.sync.aligned.m16n8k16 with 16-bit factors. After the PTX ISA: thread t of a warp has, with g = t / 4 and p = 2 (t % 4),
+// mma.sync.aligned.m16n8k16 with 16-bit factors. PTX ISA 9.2, section 9.7.14.5.8: thread t has, with g = t / 4, p = 2 (t % 4),
 // of a (16, 16) the rows g (words 0, 2) and g + 8 (1, 3), columns p, p + 1 (words 0, 1) and 8 more (2, 3); of b (16, 8)
 // column g, rows p, p + 1 (word 0) and 8 more (1); of d (16, 8) rows g (0, 1) and g + 8 (2, 3), columns p and p + 1. The
 // products are exact, and here so is their sum but for one rounding: a GPU may round more often.

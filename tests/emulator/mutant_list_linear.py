@@ -7,6 +7,7 @@ from .mutants import Mutant
 PRODUCT, SHARED, MATRIX, TENSOR = "product.cuh", "linear_batch_norm.cuh", "matrix.cuh", "tensor_product.cuh"
 FORWARD, BACKWARD = "linear_batch_norm_forward.cu", "linear_batch_norm_backward.cu"
 HALVES = "test_is_a_product_and_its_batch_norm and float16"
+EXACT = "test_sums_of_integers_are_exact and float16"
 HALVES_SCHEDULES = "test_the_order_of_blocks_and_threads_changes_no_bit and float16"
 WHOLE = "test_is_a_product and float32 and relu"
 OF_LAYER = "test_is_a_product_and_its_layer_norm and float32"
@@ -59,6 +60,58 @@ MUTANTS = [
         "own, column_tiles);\n",
         ("plain", "tsan"),
         HALVES_SCHEDULES,
+    ),
+    Mutant(
+        "tensor cores: two rows of the second 8 terms change places",
+        TENSOR,
+        "above.of(8), below.of(8)",
+        "below.of(8), above.of(8)",
+        select=EXACT,
+    ),
+    Mutant(
+        "tensor cores: every tile has the columns of the first",
+        TENSOR,
+        "(c * MMA_COLUMNS + own.group) * HALVES",
+        "own.group * HALVES",
+        select=EXACT,
+    ),
+    Mutant(
+        "tensor cores: a warp's second rows are its first",
+        TENSOR,
+        "return (first + tile * WARPS) * MMA_ROWS + group",
+        "return first * MMA_ROWS + group",
+        select=EXACT,
+    ),
+    Mutant(
+        "tensor cores: the slices' sums in one place",
+        TENSOR,
+        "(own.slice * columns + c * MMA_COLUMNS + own.pair)",
+        "(c * MMA_COLUMNS + own.pair)",
+        select=EXACT,
+    ),
+    Mutant(
+        "tensor cores: the last tile of columns is left out",
+        TENSOR,
+        "column_tiles = (width + MMA_COLUMNS - 1) / MMA_COLUMNS",
+        "column_tiles = max(1, width / MMA_COLUMNS - 1)",
+        select=EXACT,
+    ),
+    Mutant(
+        "tensor cores: sums in 16 bits",
+        TENSOR,
+        "if (c < column_tiles) bnk_mma(T(0.0f), sums[tile][c], a, b[c]);",
+        "if (c < column_tiles) {\n"
+        "                    bnk_mma(T(0.0f), sums[tile][c], a, b[c]);\n"
+        "                    for (float& sum : sums[tile][c]) sum = float(T(sum));\n"
+        "                }",
+        select="test_tensor_cores_sum or " + HALVES,
+    ),
+    Mutant(
+        "matrix: the rest of 16 terms is not 0",
+        MATRIX,
+        "data[row * row_step + column * column_step].bits : (unsigned short)0",
+        "data[row * row_step + column * column_step].bits : (unsigned short)0x3c00",
+        select=HALVES,
     ),
     Mutant(
         "matrix: what is behind its end",
