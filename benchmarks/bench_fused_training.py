@@ -14,8 +14,8 @@ import numpy as np
 import bnkernels as bn
 from benchmarks.case import Arrays, Call, Case, NotSupportedError, Op, Provider
 from benchmarks.places import why_absent
+from bnkernels._fused_training_launch import Sizes, why_not
 from bnkernels.config import DEFAULT_LEARNING_RATES
-from bnkernels.fused_training import why_not
 from bnkernels.optimizers import make_optimizer
 
 STEPS, FEATURES, CLASSES = 100, 64, 10
@@ -70,9 +70,8 @@ def on_cupy(prepare: Callable[..., Call], case: Case, arrays: Arrays) -> Call:
     from bnkernels._runtime import runtime_of
 
     model = network_of(case, cupy)
-    limit = runtime_of(type(model.parameters)).limits(model.parameters).shared_bytes
-    sizes = model.parameters.dtype, model.parameters.size, model.running.size
-    if prepare is ours and (reason := why_not(model.fused, case.shape[0], "sgd", *sizes, limit)):
+    sizes = Sizes(model.fused, case.shape[0], "sgd", model.parameters.dtype, model.parameters.size, model.running.size)
+    if prepare is ours and (reason := why_not(sizes, runtime_of(type(model.parameters)).limits(model.parameters))):
         raise NotSupportedError(reason)
     return prepare(case, arrays, cupy)
 

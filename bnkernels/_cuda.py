@@ -70,6 +70,7 @@ class CudaRuntime:
                 given["MaxSharedMemoryPerBlockOptin"],
                 given["MaxSharedMemoryPerMultiprocessor"],
                 bool(given["CooperativeLaunch"]),
+                given["ComputeCapabilityMajor"] >= 9,
             )
         return found
 

@@ -42,7 +42,7 @@ class Sizes(NamedTuple):
         return max(factors, *(THREADS // lane * self.columns * (8 * lane + 4) for lane in lanes))
 
 
-def _pitch(length: int) -> int:
+def pitch(length: int) -> int:
     """Return how far it is from a row of a tile to the next."""
     return ceil_div(length, 4) * 4 + 4
 
@@ -73,7 +73,7 @@ def choose(
     widths = [teams * sizes.columns for teams in TEAMS]
     width = next((width for width in widths if ceil_div(owned, width) <= limits.sms), widths[-1])
     longest = max(length, rows) if backward else length
-    tile, product = width * _pitch(longest), sizes.product_numbers(width)
+    tile, product = width * pitch(longest), sizes.product_numbers(width)
     numbers = max(2 * tile, product) if backward else tile + product
     shared = numbers * rt.accumulator(dtype).itemsize
     if shared > limits.shared_bytes:

@@ -50,6 +50,7 @@ class Limits(NamedTuple):
     shared_bytes: int  # of a block, at most, which asks for it where it is more than `SHARED_BYTES`
     shared_bytes_of_sm: int
     cooperative: bool  # whether the blocks of a launch may wait for one another
+    clusters: bool = False  # whether blocks may be launched in clusters
 
 
 # Reads what decides a launch: of every array address, device, data type, shape and strides, one after the other. Gives

@@ -1,7 +1,7 @@
 """Many training steps of multilayer perceptrons in one launch: weights, statistics and optimiser stay on the chip.
 
-CuPy arrays run ``cuda/fused_training.cu``, one block for each network; NumPy arrays run the same steps op by op. What a
-network must be to fit is said by `why_not`, a pure function of sizes and limits.
+CuPy arrays run ``cuda/fused_training.cu``, one block for each network, or ``cuda/fused_training_group.cu``, several for
+each larger one; NumPy arrays run the same steps op by op.
 """
 
 from __future__ import annotations
@@ -13,22 +13,21 @@ import numpy as np
 
 from bnkernels import _check as check
 from bnkernels import _runtime as rt
+from bnkernels._fused_training_launch import MOST_EXAMPLES, OPTIMIZERS, Choice, Sizes, choose, why_not
 from bnkernels._fused_training_numpy import train_host
+from bnkernels._linear_batch_norm_launch import counter
 from bnkernels.activations import activation_named
 from bnkernels.parameter_update import ADAM_EPS, BETA1, BETA2, update_schedule
 
-EXAMPLES = 8  # of a thread, as in cuda/fused_training.cu
-TEAMS = (8, 16, 32)  # threads that share a neuron
-MOST_EXAMPLES = EXAMPLES * TEAMS[-1]
-THREADS = {np.dtype(np.float32): 512, np.dtype(np.float64): 256}  # at most: the kernels' launch bounds
-FEWEST_THREADS = 128  # that a step is shared by, however few neurons there are
-OPTIMIZERS = {"sgd": 0, "momentum": 1, "adam": 2}  # the number of each is also that of its states
-ARGUMENTS = rt.arguments_type(
-    "x labels indices schedule layers parameters first second running losses rates",
-    "steps batch depth parameter_count running_count rows index_stride scratch_rows",
-    "beta1 beta2 rest1 rest2 optimizer_eps correction eps alpha",
-    "activation optimizer team",
-)
+POINTERS = "x labels indices schedule layers parameters first second running losses rates"
+SIZES = "steps batch depth parameter_count running_count rows index_stride"
+SCALARS = "beta1 beta2 rest1 rest2 optimizer_eps correction eps alpha"
+ARGUMENTS = {
+    "fused_training": rt.arguments_type(POINTERS, f"{SIZES} scratch_rows", SCALARS, "activation optimizer team"),
+    "fused_training_group": rt.arguments_type(
+        f"{POINTERS} memory arrivals", f"{SIZES} memory_count blocks width widest", SCALARS, "activation optimizer"
+    ),
+}
 NAMES = ("losses", "parameters", "first", "second", "running", "x", "labels", "indices")
 
 
@@ -91,49 +90,6 @@ class Network(NamedTuple):
         return max(hidden, default=0) if self.norm == "layer" else 0
 
 
-def shared_bytes(network: Network, batch: int, optimizer: str, dtype: np.dtype, parameters: int, running: int) -> int:
-    """Return the shared memory that a block needs, laid out as ``Kept`` in the kernel."""
-    rows, inputs = sum(layer.outputs for layer in network.layers), network.layers[0].inputs
-    pitch = EXAMPLES * _team(batch) + 4
-    rstds = len(network.layers) * pitch if network.scratch_rows else rows
-    numbers = rt.ceil_div(parameters * (1 + OPTIMIZERS[optimizer]) + running + rstds, 4) * 4 + 8
-    return (numbers + pitch * (1 + 2 * inputs + 2 * rows + network.scratch_rows)) * dtype.itemsize
-
-
-def _team(batch: int) -> int:
-    """Return how many threads share a neuron."""
-    return next((team for team in TEAMS if EXAMPLES * team >= batch), TEAMS[-1])
-
-
-def why_not(
-    network: Network, batch: int, optimizer: str, dtype: np.dtype, parameters: int, running: int, limit: int
-) -> str | None:
-    """Return why a network cannot be trained in one block, or None.
-
-    Parameters
-    ----------
-    network, batch, optimizer, dtype
-        As in `fused_training`.
-    parameters, running : int
-        The sizes of these arrays.
-    limit : int
-        Bytes of shared memory that a block may have.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> paper = tuple(Layer(i, o, 0, 0, 0) for i, o in ((784, 100), (100, 100), (100, 100), (100, 10)))
-    >>> why_not(Network(paper), 60, "sgd", np.dtype("float32"), 100_000, 600, 227 * 1024)
-    'it needs 999,088 bytes of shared memory for a mini-batch of 60, and a block has 232,448'
-    """
-    if batch > MOST_EXAMPLES:
-        return f"a neuron's mini-batch is at most {MOST_EXAMPLES} examples, got {batch}"
-    needed = shared_bytes(network, batch, optimizer, dtype, parameters, running)
-    if needed > limit:
-        return f"it needs {needed:,} bytes of shared memory for a mini-batch of {batch}, and a block has {limit:,}"
-    return None
-
-
 def fused_training(
     network: Network,
     parameters: Any,
@@ -167,7 +123,7 @@ def fused_training(
     labels : array, shape (rows,), int32
         Their classes. One outside the classes makes the loss and the parameters NaN.
     batch : int
-        Examples of a mini-batch, from 2 to 256.
+        Examples of a mini-batch, from 2 to 512.
     indices : array, shape (steps, batch) or (M, steps, batch), int32, optional
         Which rows are the mini-batches, of all models or of each. They are not checked: reading them would synchronise.
         Without them the mini-batches are the rows in their order; what is left over is not used.
@@ -243,31 +199,39 @@ def fused_training(
         return losses
     check.one_device(runtime, NAMES, arrays)
     count = 0 if running is None else running.shape[-1]
-    size = (network, batch, optimizer, parameters.dtype, parameters.shape[-1], count)
-    reason = why_not(*size, runtime.limits(x).shared_bytes)
-    if reason:
-        raise ValueError(f"the network does not fit in one block: {reason}; train it layer by layer")
-    host = _table(network), *(numbers.astype(parameters.dtype) for numbers in (schedule, rates))
-    table, corrections, on_rates = (runtime.on_device(array, x) for array in host)
-    phi = activation_named(network.activation)
-    pointers = rt.addresses(runtime, x, labels, indices, corrections, table, *arrays[1:5], losses, on_rates)
-    rows = sum(layer.outputs for layer in network.layers)
-    index_stride = indices[0].size if indices is not None and len(indices.shape) == 3 else 0
-    sizes = steps, batch, len(network.layers), parameters.shape[-1], count, rows, index_stride, network.scratch_rows
-    scalars = BETA1, BETA2, 1 - BETA1, 1 - BETA2, ADAM_EPS, float(network.unbiased), network.eps, phi.alpha
-    codes = phi.code, OPTIMIZERS[optimizer], _team(batch)
-    record = rt.pack(ARGUMENTS[parameters.dtype], *pointers, *sizes, *scalars, *codes)
-    launch = fused_training_launch(network, batch, parameters.dtype, shared_bytes(*size), models)
-    name = "fused_training_layer_norm" if network.scratch_rows else "fused_training"
-    runtime.launch("fused_training", f"bnk_{name}_{rt.suffix(parameters.dtype)}", launch, record, x)
+    sizes = Sizes(network, batch, optimizer, parameters.dtype, parameters.shape[-1], count, models)
+    choice = choose(sizes, runtime.limits(x))
+    if choice is None:
+        raise ValueError(
+            f"the network does not fit: {why_not(sizes, runtime.limits(x))}; train it layer by layer, or as a graph"
+        )
+    _launch(runtime, sizes, choice, arrays[1:], losses, schedule, rates)
     return losses
 
 
-def fused_training_launch(network: Network, batch: int, dtype: np.dtype, shared: int, models: int) -> rt.Launch:
-    """Return the launch: a block for each model, of as many threads as the widest layer has work for."""
-    widest = max(layer.outputs for layer in network.layers) * _team(batch)
-    wanted = max(FEWEST_THREADS, batch, min(widest, THREADS[dtype]))
-    return rt.Launch((models, 1, 1), (rt.ceil_div(wanted, 32) * 32, 1, 1), shared)
+def _launch(
+    runtime: rt.Runtime, sizes: Sizes, choice: Choice, arrays: tuple, losses: Any, schedule: np.ndarray, rates: Any
+) -> None:
+    """Enqueue the one launch. `arrays` are those of `NAMES` without the losses."""
+    network, dtype, (*updated, x, labels, indices) = sizes.network, sizes.dtype, arrays
+    host = _table(network), *(numbers.astype(dtype) for numbers in (schedule, rates))
+    table, corrections, on_rates = (runtime.on_device(array, x) for array in host)
+    given = [x, labels, indices, corrections, table, *updated, losses, on_rates]
+    index_stride = indices[0].size if indices is not None and len(indices.shape) == 3 else 0
+    numbers = len(schedule), sizes.batch, len(network.layers), sizes.parameters, sizes.running, sizes.rows, index_stride
+    phi = activation_named(network.activation)
+    scalars = BETA1, BETA2, 1 - BETA1, 1 - BETA2, ADAM_EPS, float(network.unbiased), network.eps, phi.alpha
+    codes = phi.code, OPTIMIZERS[sizes.optimizer]
+    if choice.width:
+        source = "fused_training_group"
+        memory = rt.empty(runtime, (sizes.models, sizes.memory), x)  # of this stream, so it may go when all is enqueued
+        pointers = *rt.addresses(runtime, *given, memory), counter(runtime.workspace(x), choice.blocks)
+        more = *numbers, sizes.memory, choice.blocks, choice.width, sizes.widest
+    else:
+        source, pointers = "fused_training", rt.addresses(runtime, *given)
+        more, codes = (*numbers, network.scratch_rows), (*codes, sizes.team)
+    record = rt.pack(ARGUMENTS[source][dtype], *pointers, *more, *scalars, *codes)
+    runtime.launch(source, f"bnk_{choice.kernel}_{rt.suffix(dtype)}", choice.launch, record, x)
 
 
 def _table(network: Network) -> np.ndarray:

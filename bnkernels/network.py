@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from bnkernels._runtime import runtime_of, why_no_cuda
+from bnkernels._fused_training_launch import Sizes, choose, why_not
+from bnkernels._runtime import Limits, runtime_of, why_no_cuda
 from bnkernels.captured_step import CapturedStep, why_not_captured
 from bnkernels.config import ConfigError, TrainingConfig
-from bnkernels.fused_training import fused_training, why_not
+from bnkernels.fused_training import fused_training
 from bnkernels.mlp import MLP
 from bnkernels.optimizers import make_optimizer
 from bnkernels.softmax_cross_entropy import softmax_cross_entropy
@@ -122,6 +123,7 @@ class Network:
                 continue
             reason = why_not_so()
             if reason is None:
+                against += [f"{self._blocks} blocks"] if name == "fused" and self._blocks > 1 else []
                 return f"{name} ({'; '.join(against)})" if against else name
             if wanted == name:
                 raise ConfigError(f"the engine cannot be {name}: {reason}; take engine layers, or auto")
@@ -132,13 +134,24 @@ class Network:
         return why_not_captured(self.model, self._batch_size)
 
     def _why_not_fused(self) -> str | None:
+        limits = self._limits
+        return "it needs a GPU" if limits is None else why_not(self._sizes, limits)
+
+    @property
+    def _limits(self) -> Limits | None:
+        runtime = runtime_of(type(self.model.parameters))
+        return None if runtime is None else runtime.limits(self.model.parameters)
+
+    @property
+    def _sizes(self) -> Sizes:
         model = self.model
-        runtime = runtime_of(type(model.parameters))
-        if runtime is None:
-            return "it needs a GPU"
-        sizes = model.parameters.dtype, model.parameters.size, model.running.size
-        limit = runtime.limits(model.parameters).shared_bytes
-        return why_not(model.fused, self._batch_size, self._config.optimizer, *sizes, limit)
+        counts = model.parameters.dtype, model.parameters.size, model.running.size
+        return Sizes(model.fused, self._batch_size, self._config.optimizer, *counts)
+
+    @property
+    def _blocks(self) -> int:
+        """The blocks that train the network together."""
+        return choose(self._sizes, self._limits).blocks
 
     def evaluate(self, x: Any, y: Any) -> tuple[float, float]:
         """Return the mean cross-entropy (nats) and the accuracy on these examples, with running statistics."""

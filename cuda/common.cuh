@@ -18,6 +18,13 @@
 // The same, with so few registers that two blocks fit on a multiprocessor: while one waits, the other works.
 #define BNK_KERNEL_PAIRED(name, Arguments, threads, body) \
     extern "C" __global__ void __launch_bounds__(threads, 2) name(const Arguments arguments) { body(arguments); }
+
+// The same as BNK_KERNEL_ROOMY, in clusters of so many blocks, which may wait for one another: from sm_90 on.
+#define BNK_KERNEL_CLUSTER(name, Arguments, threads, blocks, body)                          \
+    extern "C" __global__ void __cluster_dims__(blocks, 1, 1) __launch_bounds__(threads, 1) \
+        name(const Arguments arguments) {                                                   \
+        body(arguments);                                                                    \
+    }
 #endif
 
 #ifndef BNK_DYNAMIC_SHARED

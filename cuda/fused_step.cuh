@@ -2,13 +2,8 @@
 #pragma once
 
 #include "activation.cuh"
-#include "common.cuh"
+#include "network.cuh"
 #include "team.cuh"
-
-enum Optimizer { SGD = 0, MOMENTUM = 1, ADAM = 2 };
-// Of a layer: its sizes; where in the parameters its weights, gamma (-1: no norm) and beta or bias begin; where in
-// running its mean and variance; and in which row of all activations its outputs begin.
-enum Layer { INPUTS, OUTPUTS, WEIGHT, GAMMA, SHIFT, MEAN, VARIANCE, ROW, LAYER_FIELDS };
 
 // One step after the other; all threads of the block call everything. LAYER_NORM: that is the norm of layers with a gamma.
 template <typename T, bool LAYER_NORM, typename Arguments>
@@ -31,15 +26,8 @@ struct Trainer {
         return (layer + 1 == a.depth ? kept.h : kept.z) + field(layer, ROW) * team.pitch;
     }
 
-    __device__ __forceinline__ void update(int i, T g, long long step) const {
-        T move = g;
-        if (a.optimizer == MOMENTUM) move = kept.first[i] = fma(a.beta1, kept.first[i], g);
-        if (a.optimizer == ADAM) {
-            const T first = kept.first[i] = fma(a.beta1, kept.first[i], a.rest1 * g);
-            const T second = kept.second[i] = fma(a.beta2, kept.second[i], a.rest2 * g * g);
-            move = (first / schedule_of(step)[1]) / (sqrt(second / schedule_of(step)[2]) + a.optimizer_eps);
-        }
-        kept.parameters[i] -= lr * move;
+    __device__ __forceinline__ void move(int i, T g, long long step) const {
+        update(a, kept.parameters, kept.first, kept.second, i, g, lr, schedule_of(step));
     }
 
     __device__ __forceinline__ T activate(T z) const {
@@ -214,8 +202,8 @@ struct Trainer {
             }
             team.store(LAYER_NORM && gamma >= 0 ? kept.scratch + neuron * team.pitch : own, g);
             if (team.lane == 0) {
-                if (gamma >= 0) update(gamma + neuron, sum_product * rstd, step);
-                update(shift + neuron, sum_g, step);
+                if (gamma >= 0) move(gamma + neuron, sum_product * rstd, step);
+                move(shift + neuron, sum_g, step);
             }
         }
     }
@@ -251,7 +239,7 @@ struct Trainer {
 #pragma unroll
                 for (int j = 0; j < 4; ++j) sum = fma(one.of[j], two.of[j], sum);
             }
-            update(field(layer, WEIGHT) + i, sum, step);
+            move(field(layer, WEIGHT) + i, sum, step);
         }
     }
 
@@ -265,7 +253,7 @@ struct Trainer {
             if (row <= outputs) team.load(values, row < outputs ? z_of(last) + row * team.pitch : kept.losses);
             const T sum = team.sum(values);
             if (team.lane != 0) continue;
-            if (row < outputs) update(field(last, SHIFT) + row, sum, step);
+            if (row < outputs) move(field(last, SHIFT) + row, sum, step);
             if (row == outputs) a.losses[step] = sum / T(team.batch);
         }
     }

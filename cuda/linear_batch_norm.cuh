@@ -11,6 +11,14 @@ constexpr int WARP = 32;
 // From a row to the next: the warps' accesses to different rows begin in different banks.
 __device__ __forceinline__ int pitch_of(long long length) { return (int)((length + 3) / 4 * 4 + 4); }
 
+// The same in all threads of a warp, all of which must call.
+template <typename A>
+__device__ __forceinline__ A sum_of_warp(A own) {
+#pragma unroll
+    for (int apart = WARP / 2; apart > 0; apart /= 2) own += __shfl_xor_sync(0xffffffffu, own, apart);
+    return own;
+}
+
 // What is normalised together. All threads of a warp must call everything.
 template <typename A>
 struct Row {
@@ -25,9 +33,16 @@ struct Row {
         A total = A(0);
 #pragma unroll 4
         for (int n = lane; n < count; n += WARP) total += of(n, row[n]);
-#pragma unroll
-        for (int apart = WARP / 2; apart > 0; apart /= 2) total += __shfl_xor_sync(0xffffffffu, total, apart);
-        return total;
+        return sum_of_warp(total);
+    }
+
+    // Takes `less` off every value and returns sum_n of(row[n]), the same in all threads.
+    template <typename Of>
+    __device__ __forceinline__ A subtract_and_sum(A less, const Of& of) const {
+        A total = A(0);
+#pragma unroll 4
+        for (int n = lane; n < count; n += WARP) total += of(row[n] -= less);
+        return sum_of_warp(total);
     }
 
     // row[n] = of(n, row[n]), in a loop that stays rolled: activations are long.

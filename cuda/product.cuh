@@ -17,8 +17,8 @@ struct alignas(16) Across {
     A of[COLUMNS<A>];
 };
 
-template <typename T, typename A, typename Emit>
-__device__ __forceinline__ void fma_product(A* shared, const Matrix<T>& left, const Matrix<T>& right, long long row,
+template <typename A, typename Left, typename Right, typename Emit>
+__device__ __forceinline__ void fma_product(A* shared, const Left& left, const Right& right, long long row,
                                             long long column, int width, const Emit& emit) {
     const long long terms = left.columns, rest = left.rows - row;
     const int lanes = rest <= 8 * EXAMPLES ? 8 : rest <= 16 * EXAMPLES ? 16 : 32, teams = width / COLUMNS<A>;

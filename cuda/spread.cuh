@@ -11,8 +11,7 @@
 #include "meet.cuh"
 #include "vector.cuh"
 
-constexpr int FAN_IN = 8;          // partial results that one thread merges
-constexpr int ARRIVALS_PITCH = 8;  // counters of a group: a sector of memory, one of them in use
+constexpr int FAN_IN = 8;  // partial results that one thread merges
 
 // Where a thread is in the tensor.
 template <typename T, bool CHANNELS>

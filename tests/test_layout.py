@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 KERNELS = sorted((ROOT / "cuda").glob("*.cu"))
 MODULES = sorted((ROOT / "bnkernels").glob("*.py"))
 PYTHON = [path for folder in ("bnkernels", "tests", "benchmarks", "tools") for path in (ROOT / folder).rglob("*.py")]
-OPS = sorted({re.sub(r"(?<!_double)_(forward|backward)(_spread|_general)?$", "", path.stem) for path in KERNELS})
+VARIANT = r"(?<!_double)_(forward|backward)(_spread|_general)?$|_group$"
+OPS = sorted({re.sub(VARIANT, "", path.stem) for path in KERNELS})
 
 HEADER_FIELDS = ("Formulas:", "Arrays:", "Launch:", "Traffic:", "Numerics:", "Called by:")
 LAYERS = [  # from the bottom; a module imports from its own layer and from those above it in this list

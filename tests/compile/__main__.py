@@ -31,11 +31,12 @@ def measure(architectures: list[int]) -> Table:
 
 def render(table: Table) -> str:
     """Return the registers of every kernel (rows) on every architecture (columns), and what else is used."""
-    architectures = list(next(iter(table.values())))
+    architectures = sorted({architecture for row in table.values() for architecture in row}, key=int)
     width = max(map(len, table))
     lines = ["registers per thread", " " * width + "".join(f"{'sm_' + a:>8}" for a in architectures)]
     lines += [
-        kernel.ljust(width) + "".join(f"{row[a].registers:>8}" for a in architectures) for kernel, row in table.items()
+        kernel.ljust(width) + "".join(f"{row[a].registers if a in row else '-':>8}" for a in architectures)
+        for kernel, row in table.items()
     ]
     for field in nvrtc.Resources._fields[1:]:
         most = max(getattr(resources, field) for row in table.values() for resources in row.values())

@@ -34,6 +34,7 @@ class _Request(ctypes.Structure):  # engine/scheduler.h: Request
         ("seed", c_uint64),
         ("resident", c_uint64),
         ("cooperative", c_uint64),
+        ("cluster", c_uint64),
         ("only", POINTER(c_uint64)),
         ("only_count", c_uint64),
     ]
@@ -196,7 +197,7 @@ class Binding:
     ) -> Counts:
         """Run a kernel and return what it did; raise what it did wrong."""
         library = self._library(source)
-        kernel = self._kernel(library, source, entry_point, launch, arguments)
+        kernel, cluster = self._kernel(library, source, entry_point, launch, arguments)
         blocks = launch.grid[0] * launch.grid[1] * launch.grid[2]
         if max(schedule.only, default=0) >= blocks:
             raise EmulatorError(f"expected blocks below {blocks}, the size of the grid {launch.grid}, got {schedule}")
@@ -211,6 +212,7 @@ class Binding:
             seed=schedule.seed,
             resident=schedule.resident,
             cooperative=launch.cooperative,
+            cluster=cluster,
             only=only,
             only_count=len(only),
         )
@@ -230,14 +232,14 @@ class Binding:
 
     def _kernel(
         self, library: ctypes.CDLL, source: str, entry_point: str, launch: Launch, arguments: np.ndarray
-    ) -> ctypes._CFuncPtr:
-        """Return the entry point, after what a driver would check and what it would not."""
+    ) -> tuple[ctypes._CFuncPtr, int]:
+        """Return entry point and blocks of a cluster, after what a driver would check and what it would not."""
         if not hasattr(library, entry_point):
             raise EmulatorError(f"{source}.cu has no kernel {entry_point}")
-        facts = [library[f"{entry_point}_{fact}"] for fact in ("argument_bytes", "most_threads")]
+        facts = [library[f"{entry_point}_{fact}"] for fact in ("argument_bytes", "most_threads", "cluster")]
         for fact in facts:
             fact.restype = c_uint64
-        argument_bytes, most_threads = (fact() for fact in facts)
+        argument_bytes, most_threads, cluster = (fact() for fact in facts)
         if arguments.nbytes != argument_bytes:
             raise EmulatorError(
                 f"{source}.cu, {entry_point}: the argument is a struct of {argument_bytes} bytes, "
@@ -248,7 +250,11 @@ class Binding:
             raise EmulatorError(
                 f"{source}.cu, {entry_point}: launch bounds allow {most_threads} threads a block, got {threads}"
             )
-        return library[entry_point]
+        if launch.grid[0] % cluster:
+            raise EmulatorError(
+                f"{source}.cu, {entry_point}: a grid of clusters is a multiple of {cluster} blocks, got {launch.grid}"
+            )
+        return library[entry_point], cluster
 
     def _array_traffic(self) -> dict[range, Traffic]:
         arrays, record, address = {}, _Traffic(), 0

@@ -12,12 +12,14 @@
 #define __device__
 #define __forceinline__ inline __attribute__((always_inline))
 
-// The kernel becomes a function of the address of its argument's bytes, found by name in the shared library. The two
-// others let the caller refuse a record of the wrong size and a block beyond the launch bounds.
-#define BNK_KERNEL(name, Arguments, threads, body)                                           \
+// The kernel becomes a function of the address of its argument's bytes, found by name in the shared library. The
+// others let the caller refuse a record of the wrong size, a block beyond the launch bounds and part of a cluster.
+#define BNK_KERNEL(name, Arguments, threads, body) BNK_KERNEL_CLUSTER(name, Arguments, threads, 1, body)
+#define BNK_KERNEL_CLUSTER(name, Arguments, threads, blocks, body)                           \
     extern "C" void name(const void* bytes) { body(*static_cast<const Arguments*>(bytes)); } \
     extern "C" unsigned long long name##_argument_bytes() { return sizeof(Arguments); }      \
-    extern "C" unsigned long long name##_most_threads() { return threads; }
+    extern "C" unsigned long long name##_most_threads() { return threads; }                  \
+    extern "C" unsigned long long name##_cluster() { return blocks; }
 #define BNK_KERNEL_ROOMY BNK_KERNEL
 #define BNK_KERNEL_PAIRED BNK_KERNEL
 
@@ -78,12 +80,19 @@ __forceinline__ unsigned bnk_low_bits_of(double value) {
     return (unsigned)bits;
 }
 
-// ---- cuda/spread.cuh: on a GPU a loop that reads the counter until it is there --------------------------------------
+// ---- cuda/meet.cuh: on a GPU a loop that reads the counter until it is there, and the barrier of a cluster ----------
 #define BNK_WAIT
 
 __forceinline__ void bnk_wait(const unsigned* counter, unsigned target, const char* file = __builtin_FILE(),
                               int line = __builtin_LINE()) {
     bnk_wait_for_counter(counter, target, file, line);
+}
+
+#define BNK_CLUSTERS 1
+
+__forceinline__ void bnk_arrive_in_cluster() { bnk_cluster_arrive(); }
+__forceinline__ void bnk_wait_for_cluster(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    bnk_cluster_wait(file, line);
 }
 
 namespace bnk {

@@ -184,3 +184,40 @@ void bnk_wait_for_counter(const unsigned* counter, unsigned target, const char* 
     bnk::access(counter, sizeof *counter, sizeof *counter, false, __builtin_return_address(0));
     pass_on(running.atomic_tags[counter], me.before_atomics);
 }
+
+namespace {
+
+Cluster& own_cluster() {
+    const BnkIndex index = self().block->index, grid = running.request.grid;
+    return running
+        .clusters[(index.x + uint64_t(grid.x) * (index.y + uint64_t(grid.y) * index.z)) / running.request.cluster];
+}
+
+}  // namespace
+
+void bnk_cluster_arrive() {
+    Cluster* cluster;
+    {
+        const EngineWork work;
+        cluster = &own_cluster();
+    }
+    order::release(cluster->tags[self().cluster_phases % 2]);
+    const EngineWork work;
+    ++cluster->arrived;
+    ++self().cluster_phases;
+}
+
+void bnk_cluster_wait(const char* file, int line) {
+    Cluster* cluster;
+    {
+        const EngineWork work;
+        Thread& me = self();
+        cluster = &own_cluster();
+        me.counter = &cluster->arrived;
+        me.target = me.cluster_phases * unsigned(running.request.cluster * me.block->threads.size());
+        me.site = {file, line};
+        if (!me.counter_reached()) me.state = State::at_counter;
+    }
+    while (!self().counter_reached()) self().fiber.suspend(false);
+    order::acquire(cluster->tags[(self().cluster_phases - 1) % 2]);
+}

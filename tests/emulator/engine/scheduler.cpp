@@ -172,8 +172,8 @@ void run_blocks() {
     std::mt19937_64 generator(request.seed);
     std::mt19937_64* const random = request.seed ? &generator : nullptr;
     const uint64_t most = std::max<uint64_t>(1, most_resident_threads / threads);
-    std::vector<std::unique_ptr<Block>> resident(request.cooperative ? blocks
-                                                                     : std::min({request.resident, blocks, most}));
+    std::vector<std::unique_ptr<Block>> resident(
+        request.cooperative || request.cluster > 1 ? blocks : std::min({request.resident, blocks, most}));
 
     Sequence numbers(blocks, random);
     for (uint64_t left = blocks; left > 0;) {
@@ -228,7 +228,7 @@ extern "C" const char* bnk_launch(const bnk::Request* request, bnk::Totals* tota
     // An aligned copy: the record of the caller has the alignment of bytes.
     std::vector<std::max_align_t> arguments(request->argument_bytes / sizeof(std::max_align_t) + 1);
     memcpy(arguments.data(), request->arguments, request->argument_bytes);
-    running = {*request, {}, nullptr, {}, {}};
+    running = {*request, {}, nullptr, {}, {}, {}};
     running.request.arguments = arguments.data();
     memory::start_launch();
     run_blocks();

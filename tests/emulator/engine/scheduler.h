@@ -38,8 +38,9 @@ struct Thread {
     uint64_t value;        // what it brings to a shuffle, then what it takes away
     unsigned source_lane;  // whose value it takes away
 
-    const unsigned* counter;  // that it waits for
-    unsigned target;          // that the counter has to reach
+    const unsigned* counter;      // that it waits for
+    unsigned target;              // that the counter has to reach
+    unsigned cluster_phases = 0;  // barriers of its cluster at which it has arrived
 
     bool fenced = false;  // has called __threadfence
     order::Tag before_fence, before_atomics;
@@ -58,6 +59,12 @@ struct Block {
     std::map<std::pair<unsigned, unsigned>, order::Tag> warp_tags;  // by warp and mask: always the same lanes
 };
 
+// The blocks of a cluster meet at barriers, of which at most two are in use: some may not have left the one before.
+struct Cluster {
+    unsigned arrived = 0;  // threads, at all barriers so far
+    order::Tag tags[2];
+};
+
 // Read by ../binding.py: keep both in step.
 struct Request {
     void (*kernel)(const void*);
@@ -68,6 +75,7 @@ struct Request {
     uint64_t seed;         // 0: blocks and threads in their natural order
     uint64_t resident;     // blocks in flight at once
     uint64_t cooperative;  // all blocks are, and may wait for one another
+    uint64_t cluster;      // blocks of one; of more than one, all are in flight, too
     const uint64_t* only;  // the blocks to run; none: all of them
     uint64_t only_count;
 };
@@ -84,6 +92,7 @@ struct Running {
     Totals totals;
     Thread* thread;                                 // null while the scheduler runs
     std::map<const void*, order::Tag> atomic_tags;  // by the address of the atomic
+    std::map<uint64_t, Cluster> clusters;           // by number
     std::string error;
 };
 

@@ -1,0 +1,106 @@
+// Many training steps of multilayer perceptrons too large for one block, in one launch: a group of blocks for each.
+//
+// Formulas:  those of fused_training.cu.
+// Arrays:    those of fused_training.cu. memory: of each model what MemoryOfNeurons says, or with layer norm
+//            MemoryOfExamples, of type T; arrivals: a counter for each model, ARRIVALS_PITCH apart, see meet.cuh.
+// Launch:    block (256, 1, 1), grid (M blocks, 1, 1), `blocks` a power of two: the group of a model. The group is a
+//            cluster of 8, from sm_90 on, or part of a launch that is cooperative if it is more than one block. Dynamic
+//            shared memory for a product, (width, pitch) and five rows of T. N at most 512.
+// Traffic:   by each model x, labels and schedule read once from global memory, losses written once. Parameters, state and
+//            what the blocks tell each other stay in the L2 cache as far as it holds them. Per step 2 depth - 1 meetings
+//            of the group, with batch norm or without (2 for a single layer); with layer norm 2.
+// Numerics:  products as in product.cuh, the rest as in fused_training.cu. Sums in a fixed order: deterministic.
+// Reference: Ioffe and Szegedy, Batch Normalization, 2015, arXiv:1502.03167, algorithm 1 and section 3; Ba, Kiros and
+//            Hinton, Layer Normalization, 2016, arXiv:1607.06450.
+// Called by: bnkernels/fused_training.py
+#include "group_step_of_examples.cuh"
+#include "group_step_of_neurons.cuh"
+
+template <typename T>
+struct FusedTrainingGroup {
+    const T* x;
+    const int* labels;
+    const int* indices;
+    const T* schedule;
+    const int* layers;
+    T* parameters;
+    T* first;
+    T* second;
+    T* running;
+    T* losses;
+    const T* rates;
+    T* memory;
+    unsigned* arrivals;
+    long long steps, batch, depth, parameter_count, running_count, rows;  // rows: outputs of all layers
+    long long index_stride, memory_count, blocks, width, widest;          // widest: outputs of that layer
+    T beta1, beta2, rest1, rest2, optimizer_eps, correction, eps, alpha;
+    int activation, optimizer;
+};
+
+// The arguments of the model of this block's group.
+template <typename T>
+__device__ __forceinline__ FusedTrainingGroup<T> of_this_group(FusedTrainingGroup<T> a) {
+    const long long model = blockIdx.x / a.blocks;
+    a.parameters += model * a.parameter_count;
+    if (a.first) a.first += model * a.parameter_count;
+    if (a.second) a.second += model * a.parameter_count;
+    if (a.running) a.running += model * a.running_count;
+    if (a.indices) a.indices += model * a.index_stride;
+    a.losses += model * a.steps;
+    a.rates += model;
+    a.memory += model * a.memory_count;
+    a.arrivals += model * ARRIVALS_PITCH;
+    return a;
+}
+
+// Step: StepOfNeurons or StepOfExamples, and how its blocks meet.
+template <typename Step, typename T, typename Meeting>
+__device__ __forceinline__ void train(const FusedTrainingGroup<T>& a, const Meeting& meeting) {
+    BNK_DYNAMIC_SHARED(T, shared);
+    const Step trained(a, meeting, (int)(blockIdx.x % a.blocks), shared);
+    trained.begin();
+#pragma unroll 1
+    for (long long step = 0; step < a.steps; ++step) trained.run(step);
+}
+
+template <template <typename, typename, typename> class Step, typename T>
+__device__ __forceinline__ void fused_training_grid(const FusedTrainingGroup<T>& of_all) {
+    const FusedTrainingGroup<T> a = of_this_group(of_all);
+    const GridMeeting meeting = {a.arrivals, (unsigned)a.blocks};
+    train<Step<T, FusedTrainingGroup<T>, GridMeeting>>(a, meeting);
+}
+
+#define FUSED_TRAINING_GRID(suffix, T)                                                                           \
+    using arguments_fused_training_group_##suffix = FusedTrainingGroup<T>;                                       \
+    BNK_KERNEL_ROOMY(bnk_fused_training_grid_##suffix, arguments_fused_training_group_##suffix, PRODUCT_THREADS, \
+                     (fused_training_grid<StepOfNeurons, T>))
+#define FUSED_TRAINING_GRID_LAYER_NORM(suffix, T)                                                          \
+    using arguments_fused_training_group_##suffix = FusedTrainingGroup<T>;                                 \
+    BNK_KERNEL_ROOMY(bnk_fused_training_grid_layer_norm_##suffix, arguments_fused_training_group_##suffix, \
+                     PRODUCT_THREADS, (fused_training_grid<StepOfExamples, T>))
+
+FUSED_TRAINING_GRID(f32, float)
+FUSED_TRAINING_GRID(f64, double)
+FUSED_TRAINING_GRID_LAYER_NORM(f32, float)
+FUSED_TRAINING_GRID_LAYER_NORM(f64, double)
+
+#if BNK_CLUSTERS
+template <template <typename, typename, typename> class Step, typename T>
+__device__ __forceinline__ void fused_training_cluster(const FusedTrainingGroup<T>& of_all) {
+    train<Step<T, FusedTrainingGroup<T>, ClusterMeeting>>(of_this_group(of_all), ClusterMeeting());
+}
+
+#define FUSED_TRAINING_CLUSTER(suffix, T)                                                                             \
+    using arguments_fused_training_group_##suffix = FusedTrainingGroup<T>;                                            \
+    BNK_KERNEL_CLUSTER(bnk_fused_training_cluster_##suffix, arguments_fused_training_group_##suffix, PRODUCT_THREADS, \
+                       CLUSTER, (fused_training_cluster<StepOfNeurons, T>))
+#define FUSED_TRAINING_CLUSTER_LAYER_NORM(suffix, T)                                                            \
+    using arguments_fused_training_group_##suffix = FusedTrainingGroup<T>;                                      \
+    BNK_KERNEL_CLUSTER(bnk_fused_training_cluster_layer_norm_##suffix, arguments_fused_training_group_##suffix, \
+                       PRODUCT_THREADS, CLUSTER, (fused_training_cluster<StepOfExamples, T>))
+
+FUSED_TRAINING_CLUSTER(f32, float)
+FUSED_TRAINING_CLUSTER(f64, double)
+FUSED_TRAINING_CLUSTER_LAYER_NORM(f32, float)
+FUSED_TRAINING_CLUSTER_LAYER_NORM(f64, double)
+#endif

@@ -1,0 +1,119 @@
+// What a training step of a multilayer perceptron by a group of blocks is made of: where the blocks of the group leave
+// things for each other and for themselves, and what they do whatever the norm.
+#pragma once
+
+#include "linear_batch_norm.cuh"
+#include "meet.cuh"
+#include "network.cuh"
+#include "product.cuh"
+
+// What a block keeps for itself, in shared memory.
+template <typename T>
+struct BlockMemory {
+    T* terms;    // for products
+    T* tile;     // (width, examples) or (width, neurons)
+    T* top;      // of every example its largest logit, NaN where the label is none
+    T* total;    // and the sum of exp(logit - top)
+    T* losses;   // and its loss
+    int* label;  // and its class
+
+    template <typename Arguments>
+    __device__ __forceinline__ BlockMemory(const Arguments& a, T* shared, int pitch) {
+        const int of_examples = pitch_of(a.batch);
+        top = shared;
+        total = top + of_examples;
+        losses = total + of_examples;
+        label = reinterpret_cast<int*>(losses + of_examples);
+        tile = losses + 2 * of_examples;
+        terms = tile + a.width * pitch;
+    }
+};
+
+// The gradients of a layer's z, (examples, neurons): as they lie, or those of the mean loss, made from the logits.
+template <typename T>
+struct Gradients : Matrix<T> {
+    const T *top, *total;  // of BlockMemory; null: as they lie
+    const int* label;
+
+    template <typename A>
+    __device__ __forceinline__ A at(long long n, long long m) const {
+        const A value = Matrix<T>::template at<A>(n, m);
+        if (!top || !Matrix<T>::has(n, m)) return value;
+        const A one = m == label[n] ? A(1) : A(0);
+        return (exp(value - top[n]) / total[n] - one) / A(Matrix<T>::rows);
+    }
+};
+
+template <typename T>
+struct Centred {
+    T mean, m2, rstd;
+};
+
+// By the warp that owns the row: takes its mean off it.
+template <typename T>
+__device__ __forceinline__ Centred<T> centre(const Row<T>& z, T eps) {
+    const T n = T(z.count), mean = z.sum([](int, T value) { return value; }) / n;
+    const T rest = z.subtract_and_sum(mean, [](T value) { return value; }) / n;  // what rounding left of it
+    const T m2 = z.subtract_and_sum(rest, [](T value) { return value * value; });
+    return {mean + rest, m2, T(1) / sqrt(m2 / n + eps)};
+}
+
+// Meeting: how the blocks of the group meet.
+template <typename T, typename Arguments, typename Meeting>
+struct GroupStep {
+    const Arguments& a;
+    const Meeting meeting;
+    const BlockMemory<T> own;
+    const int block;  // which of its group
+    const T lr;
+
+    __device__ __forceinline__ int field(int layer, Layer of) const { return a.layers[layer * LAYER_FIELDS + of]; }
+    __device__ __forceinline__ bool is_last(int layer) const { return layer + 1 == a.depth; }
+    __device__ __forceinline__ const T* schedule_of(long long step) const { return a.schedule + 3 * step; }
+    __device__ __forceinline__ const T* parameters_of(int layer, Layer of) const {
+        return a.parameters + field(layer, of);
+    }
+
+    __device__ __forceinline__ void move(long long i, T g, long long step) const {
+        update(a, a.parameters, a.first, a.second, i, g, lr, schedule_of(step));
+    }
+
+    // work(first) for every tile of `width` neurons or examples, of so many, that is the block's.
+    template <typename Work>
+    __device__ __forceinline__ void for_each_tile(long long count, const Work& work) const {
+#pragma unroll 1
+        for (long long first = block * a.width; first < count; first += a.blocks * a.width) work(first);
+    }
+
+    __device__ __forceinline__ long long row_of(long long step, long long example) const {
+        const long long n = step * a.batch + example;
+        return a.indices ? a.indices[n] : n;
+    }
+
+    // What the gradients of the mean loss are made of, by one thread of each example: of_class(k) is its k-th logit.
+    template <typename OfClass>
+    __device__ __forceinline__ void softmax_cross_entropy(long long step, int n, const OfClass& of_class) const {
+        const int classes = field((int)a.depth - 1, OUTPUTS), label = a.labels[row_of(step, n)];
+        T top = of_class(0), total = T(0);
+#pragma unroll 4
+        for (int k = 1; k < classes; ++k) top = of_class(k) > top ? of_class(k) : top;
+#pragma unroll 4
+        for (int k = 0; k < classes; ++k) total += exp(of_class(k) - top);
+        const bool valid = 0 <= label && label < classes;
+        own.label[n] = label;
+        own.total[n] = total;
+        own.top[n] = valid ? top : T(nan(""));
+        own.losses[n] = valid ? log(total) - (of_class(label) - top) : T(nan(""));
+    }
+
+    // The weights of a layer: (inputs, outputs), by inputs transposed, (inputs, examples), and dz (examples, outputs).
+    template <typename Inputs, typename Outputs>
+    __device__ __forceinline__ void update_weights(int layer, long long step, const Inputs& inputs_transposed,
+                                                   const Outputs& dz, long long column) const {
+        const long long first = field(layer, WEIGHT) + column;
+#pragma unroll 1
+        for (long long row = 0; row < inputs_transposed.rows; row += PRODUCT_ROWS)
+            fma_product(own.terms, inputs_transposed, dz, row, column, (int)a.width,
+                        [&](int r, int c, T value) { move(first + (row + r) * dz.columns + c, value, step); });
+    }
+};

@@ -1,0 +1,198 @@
+// A training step of a group of blocks that own examples: with layer norm.
+//
+// A block owns `width` examples with all of their neurons, and every further (blocks * width)-th tile of them, from the
+// inputs to the gradients: nothing of that needs another block. Then it owns neurons, whose parameters it moves. What the
+// blocks tell each other lies by examples: (examples, neurons).
+#pragma once
+
+#include "group_step.cuh"
+
+// What a group keeps in global memory, which the L2 cache holds. Of a layer (examples, outputs), behind the layer before.
+template <typename T>
+struct MemoryOfExamples {
+    T* x;       // (examples, inputs), of this step and the next
+    T* h;       // outputs of the layers, of the last one the logits
+    T* z;       // normalised
+    T* g;       // the gradients of what enters the activations
+    T* dz;      // those of z, before the norm
+    T* losses;  // (examples,)
+
+    template <typename Arguments>
+    __device__ __forceinline__ explicit MemoryOfExamples(const Arguments& a) {
+        x = a.memory;
+        h = x + 2 * a.layers[INPUTS] * a.batch;
+        z = h + a.rows * a.batch;
+        g = z + a.rows * a.batch;
+        dz = g + a.rows * a.batch;
+        losses = dz + a.rows * a.batch;
+    }
+};
+
+// One step after the other; all threads of all blocks of the group call everything.
+template <typename T, typename Arguments, typename Meeting>
+struct StepOfExamples : GroupStep<T, Arguments, Meeting> {
+    using Base = GroupStep<T, Arguments, Meeting>;
+    using Base::a, Base::meeting, Base::own, Base::block, Base::field, Base::is_last, Base::move;
+    using Base::for_each_tile, Base::parameters_of;
+    const MemoryOfExamples<T> kept;
+    const int pitch;
+    T* const rstd;  // (depth, width), in shared memory
+
+    __device__ __forceinline__ StepOfExamples(const Arguments& a, const Meeting& meeting, int block, T* shared)
+        : Base{a, meeting, {a, shared + a.depth * a.width, pitch_of(a.widest)}, block, a.rates[0]},
+          kept(a),
+          pitch(pitch_of(a.widest)),
+          rstd(shared) {}
+
+    __device__ __forceinline__ T* x_of(long long step) const {
+        return kept.x + (step & 1) * field(0, INPUTS) * a.batch;
+    }
+    __device__ __forceinline__ T* of_layer(T* all, int layer) const { return all + field(layer, ROW) * a.batch; }
+    // (inputs, examples) of a layer.
+    __device__ __forceinline__ Matrix<T> inputs_of(int layer, long long step) const {
+        const int inputs = field(layer, INPUTS);
+        return {layer == 0 ? x_of(step) : of_layer(kept.h, layer - 1), inputs, a.batch, 1, inputs};
+    }
+
+    // What the block's examples of a step are.
+    __device__ __forceinline__ void fetch(long long step) const {
+        if (step >= a.steps) return;
+        const long long inputs = field(0, INPUTS);
+        T* const x = x_of(step);
+        for_each_tile(a.batch, [&](long long first) {
+            const long long count = min((long long)a.width, a.batch - first) * inputs;
+#pragma unroll 4
+            for (long long i = threadIdx.x; i < count; i += blockDim.x)
+                x[first * inputs + i] = a.x[Base::row_of(step, first + i / inputs) * inputs + i % inputs];
+        });
+    }
+
+    // Into the tile, (width, neurons): the columns from `first` on of a product.
+    template <typename Right>
+    __device__ __forceinline__ void multiply(const Matrix<T>& left, const Right& right, long long first) const {
+#pragma unroll 1
+        for (long long row = 0; row < left.rows; row += PRODUCT_ROWS)
+            fma_product(own.terms, left, right, row, first, (int)a.width,
+                        [&](int r, int c, T value) { own.tile[c * pitch + row + r] = value; });
+    }
+
+    __device__ __forceinline__ void forward(int layer, long long step, long long first) const {
+        const int outputs = field(layer, OUTPUTS);
+        const bool norm = field(layer, GAMMA) >= 0, last = is_last(layer);
+        const T *const gamma = parameters_of(layer, GAMMA), *const shift = parameters_of(layer, SHIFT);
+        const Matrix<T> inputs = inputs_of(layer, step);
+        multiply({parameters_of(layer, WEIGHT), outputs, inputs.rows, 1, outputs}, inputs, first);
+        for_each_row((int)a.width, a.batch - first, [&](int c) {
+            const Row<T> row(own.tile + c * pitch, outputs);
+            const long long begin = (first + c) * outputs;
+            if (norm) normalise(row, layer, c);
+            T *const z = of_layer(kept.z, layer) + begin, *const h = of_layer(kept.h, layer) + begin;
+#pragma unroll 1
+            for (int m = row.lane; m < row.count; m += WARP) {
+                const T u = norm ? fma(gamma[m], row.row[m], shift[m]) : row.row[m] + shift[m];
+                z[m] = norm ? row.row[m] : u;
+                h[m] = last ? u : activate(u, a.activation, a.alpha);
+            }
+        });
+        __syncthreads();
+    }
+
+    // By the warp that owns the example.
+    __device__ __forceinline__ void normalise(const Row<T>& z, int layer, int c) const {
+        const T scale = centre(z, a.eps).rstd;
+        z.replace([=](int, T value) { return value * scale; });
+        if (z.lane == 0) rstd[layer * a.width + c] = scale;
+    }
+
+    // The gradients of the mean loss, and the losses of the block's examples.
+    __device__ __forceinline__ void loss(long long step, long long first) const {
+        const int last = (int)a.depth - 1, classes = field(last, OUTPUTS);
+        const int here = (int)min((long long)a.width, a.batch - first);
+        const T* const logits = of_layer(kept.h, last) + first * classes;
+        if (threadIdx.x < here) {
+            const int c = threadIdx.x, n = (int)first + c;
+            Base::softmax_cross_entropy(step, n, [=](int k) { return logits[c * classes + k]; });
+            kept.losses[n] = own.losses[n];
+        }
+        __syncthreads();
+        const Gradients<T> made = {
+            {of_layer(kept.h, last), a.batch, classes, classes, 1}, own.top, own.total, own.label};
+        for (int i = threadIdx.x; i < here * classes; i += blockDim.x)
+            of_layer(kept.dz, last)[first * classes + i] = made.template at<T>(first + i / classes, i % classes);
+        __syncthreads();
+    }
+
+    // From the gradients of z of the layer behind to those of this one.
+    __device__ __forceinline__ void backward(int layer, long long first) const {
+        const int outputs = field(layer, OUTPUTS), behind = field(layer + 1, OUTPUTS);
+        const Matrix<T> dz_behind = {of_layer(kept.dz, layer + 1), behind, a.batch, 1, behind};
+        multiply({parameters_of(layer + 1, WEIGHT), outputs, behind, behind, 1}, dz_behind, first);
+        for_each_row((int)a.width, a.batch - first,
+                     [&](int c) { differentiate(Row<T>(own.tile + c * pitch, outputs), layer, first, c); });
+        __syncthreads();
+    }
+
+    // By the warp that owns the example, whose row holds the gradients of its outputs.
+    __device__ __forceinline__ void differentiate(const Row<T>& row, int layer, long long first, int c) const {
+        const T *const gamma = parameters_of(layer, GAMMA), *const shift = parameters_of(layer, SHIFT);
+        const bool norm = field(layer, GAMMA) >= 0;
+        const long long begin = (first + c) * row.count;
+        const T *const z = of_layer(kept.z, layer) + begin, scale = norm ? rstd[layer * a.width + c] : T(1);
+        T *const g = of_layer(kept.g, layer) + begin, *const dz = of_layer(kept.dz, layer) + begin;
+        T sum = T(0), product = T(0);
+#pragma unroll 1
+        for (int m = row.lane; m < row.count; m += WARP) {
+            const T u = norm ? fma(gamma[m], z[m], shift[m]) : z[m];
+            g[m] = pull_back(row.row[m], u, a.activation, a.alpha);
+            const T scaled = row.row[m] = norm ? gamma[m] * g[m] : g[m];
+            sum += scaled;
+            product = fma(scaled, z[m], product);
+        }
+        const T count = T(row.count), mean = norm ? sum_of_warp(sum) / count : T(0);
+        const T slope = norm ? sum_of_warp(product) / count : T(0);
+#pragma unroll 1
+        for (int m = row.lane; m < row.count; m += WARP) dz[m] = scale * (row.row[m] - fma(z[m], slope, mean));
+    }
+
+    // All parameters of the block's neurons of a layer.
+    __device__ __forceinline__ void update_layer(int layer, long long step) const {
+        const int outputs = field(layer, OUTPUTS), gamma = field(layer, GAMMA);
+        const T *const z = of_layer(kept.z, layer), *const g = of_layer(is_last(layer) ? kept.dz : kept.g, layer);
+        const Matrix<T> dz = {of_layer(kept.dz, layer), a.batch, outputs, outputs, 1};
+        for_each_tile(outputs, [&](long long column) {
+            Base::update_weights(layer, step, inputs_of(layer, step), dz, column);
+            for_each_row((int)a.width, outputs - column, [&](int c) {
+                const Row<T> examples(own.losses, a.batch);
+                const long long m = column + c;
+                const T sum_g = examples.sum([&](int n, T) { return g[n * outputs + m]; });
+                const T product =
+                    gamma < 0 ? T(0) : examples.sum([&](int n, T) { return g[n * outputs + m] * z[n * outputs + m]; });
+                if (examples.lane != 0) return;
+                if (gamma >= 0) move(gamma + m, product, step);
+                move(field(layer, SHIFT) + m, sum_g, step);
+            });
+        });
+    }
+
+    __device__ __forceinline__ void begin() const {
+        fetch(0);
+        __syncthreads();
+    }
+
+    __device__ __forceinline__ void run(long long step) const {
+        for_each_tile(a.batch, [&](long long first) {
+            for (int layer = 0; layer < a.depth; ++layer) forward(layer, step, first);
+            loss(step, first);
+            for (int layer = (int)a.depth - 2; layer >= 0; --layer) backward(layer, first);
+        });
+        meeting.wait_for(meeting.arrive());
+        for (int layer = 0; layer < a.depth; ++layer) update_layer(layer, step);
+        if (block == 0 && threadIdx.x < WARP) {
+            const T sum = Row<T>(kept.losses, a.batch).sum([](int, T value) { return value; });
+            if (threadIdx.x == 0) a.losses[step] = sum / T(a.batch);
+        }
+        const unsigned arrivals = meeting.arrive();
+        fetch(step + 1);
+        meeting.wait_for(arrivals);
+    }
+};

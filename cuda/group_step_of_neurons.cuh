@@ -1,0 +1,205 @@
+// A training step of a group of blocks that own neurons: with batch norm, or without a norm.
+//
+// A block owns the same `width` neurons of every layer for the whole mini-batch, and every further (blocks * width)-th
+// tile of them: it makes their outputs, normalises them, makes their gradients, and moves their weights. What the blocks
+// tell each other are outputs and gradients, which lie by neurons: (neurons, examples).
+#pragma once
+
+#include "group_step.cuh"
+
+// What a group keeps in global memory, which the L2 cache holds.
+template <typename T>
+struct MemoryOfNeurons {
+    T* x;  // (inputs, examples), of this step and the next
+    T* h;  // (rows, examples): outputs of the layers, of the last one the logits; the first layer's of every other step
+           // lie behind them, since some blocks begin a step while others still end the one before
+    T* z;  // (rows, examples): before the activation, with a norm less the mean; then their gradients
+    T* rstd;  // (rows,)
+
+    template <typename Arguments>
+    __device__ __forceinline__ explicit MemoryOfNeurons(const Arguments& a) {
+        x = a.memory;
+        h = x + 2 * a.layers[INPUTS] * a.batch;
+        z = h + (a.rows + a.layers[OUTPUTS]) * a.batch;
+        rstd = z + a.rows * a.batch;
+    }
+};
+
+// One step after the other; all threads of all blocks of the group call everything.
+template <typename T, typename Arguments, typename Meeting>
+struct StepOfNeurons : GroupStep<T, Arguments, Meeting> {
+    using Base = GroupStep<T, Arguments, Meeting>;
+    using Base::a, Base::meeting, Base::own, Base::block, Base::field, Base::is_last, Base::schedule_of, Base::move;
+    using Base::for_each_tile, Base::parameters_of;
+    const MemoryOfNeurons<T> kept;
+    const int pitch;
+
+    __device__ __forceinline__ StepOfNeurons(const Arguments& a, const Meeting& meeting, int block, T* shared)
+        : Base{a, meeting, {a, shared, pitch_of(a.batch)}, block, a.rates[0]}, kept(a), pitch(pitch_of(a.batch)) {}
+
+    __device__ __forceinline__ T* x_of(long long step) const {
+        return kept.x + (step & 1) * field(0, INPUTS) * a.batch;
+    }
+    __device__ __forceinline__ T* h_of(int layer, long long step) const {
+        const long long row = layer == 0 && (step & 1) ? a.rows : field(layer, ROW);
+        return kept.h + row * a.batch;
+    }
+    __device__ __forceinline__ T* z_of(int layer) const { return kept.z + field(layer, ROW) * a.batch; }
+    __device__ __forceinline__ const T* inputs_of(int layer, long long step) const {  // (inputs, examples)
+        return layer == 0 ? x_of(step) : h_of(layer - 1, step);
+    }
+    __device__ __forceinline__ Gradients<T> gradients_of(int layer, long long step) const {
+        const bool last = is_last(layer);
+        const T* const data = last ? h_of(layer, step) : z_of(layer);
+        return {{data, a.batch, field(layer, OUTPUTS), 1, a.batch}, last ? own.top : nullptr, own.total, own.label};
+    }
+
+    // The block's share of the mini-batch of a step, for all.
+    __device__ __forceinline__ void fetch(long long step) const {
+        if (step >= a.steps) return;
+        const long long inputs = field(0, INPUTS), first = (long long)block * blockDim.x + threadIdx.x;
+        T* const x = x_of(step);
+#pragma unroll 4
+        for (long long i = first; i < inputs * a.batch; i += a.blocks * blockDim.x) {
+            const long long example = i / inputs, input = i % inputs;
+            x[input * a.batch + example] = a.x[Base::row_of(step, example) * inputs + input];
+        }
+    }
+
+    // By the warp that owns the neuron: subtract the mean from its z; return gamma rstd.
+    __device__ __forceinline__ T normalise(const Row<T>& z, int layer, long long neuron, long long step) const {
+        const Centred<T> of = centre(z, a.eps);
+        if (z.lane == 0) {
+            kept.rstd[field(layer, ROW) + neuron] = of.rstd;
+            if (a.running) {
+                const T momentum = schedule_of(step)[0], keep = T(1) - momentum;
+                T* const running_mean = a.running + field(layer, MEAN) + neuron;
+                T* const running_var = a.running + field(layer, VARIANCE) + neuron;
+                *running_mean = fma(momentum, of.mean, keep * *running_mean);
+                *running_var = fma(momentum, of.m2 / (T(z.count) - a.correction), keep * *running_var);
+            }
+        }
+        return parameters_of(layer, GAMMA)[neuron] * of.rstd;
+    }
+
+    __device__ __forceinline__ void forward(int layer, long long step) const {
+        const int outputs = field(layer, OUTPUTS);
+        const bool norm = field(layer, GAMMA) >= 0, last = is_last(layer);
+        const Matrix<T> inputs = {inputs_of(layer, step), a.batch, field(layer, INPUTS), 1, a.batch};
+        const Matrix<T> weight = {parameters_of(layer, WEIGHT), inputs.columns, outputs, outputs, 1};
+        for_each_tile(outputs, [&](long long column) {
+            multiply(inputs, weight, column);
+            for_each_row((int)a.width, outputs - column, [&](int c) {
+                const Row<T> row(own.tile + c * pitch, a.batch);
+                const T shift = parameters_of(layer, SHIFT)[column + c];
+                const T scale = norm ? normalise(row, layer, column + c, step) : T(1);
+                T* const z = z_of(layer) + (column + c) * a.batch;
+                T* const h = h_of(layer, step) + (column + c) * a.batch;
+#pragma unroll 1
+                for (int n = row.lane; n < row.count; n += WARP) {
+                    const T u = fma(scale, row.row[n], shift);
+                    z[n] = norm ? row.row[n] : u;
+                    h[n] = last ? u : activate(u, a.activation, a.alpha);
+                }
+            });
+        });
+    }
+
+    // Into the tile, (width, examples): the columns from `column` on of a product.
+    template <typename Left>
+    __device__ __forceinline__ void multiply(const Left& left, const Matrix<T>& right, long long column) const {
+#pragma unroll 1
+        for (long long row = 0; row < a.batch; row += PRODUCT_ROWS)
+            fma_product(own.terms, left, right, row, column, (int)a.width,
+                        [&](int r, int c, T value) { own.tile[c * pitch + row + r] = value; });
+    }
+
+    // By every block for itself; the mean loss by the first one.
+    __device__ __forceinline__ void loss(long long step) const {
+        const T* const logits = h_of((int)a.depth - 1, step);
+        for (int n = threadIdx.x; n < a.batch; n += blockDim.x)
+            Base::softmax_cross_entropy(step, n, [=](int k) { return logits[k * a.batch + n]; });
+        __syncthreads();
+        if (block != 0 || threadIdx.x >= WARP) return;
+        const T sum = Row<T>(own.losses, a.batch).sum([](int, T value) { return value; });
+        if (threadIdx.x == 0) a.losses[step] = sum / T(a.batch);
+    }
+
+    // From the gradients of z of the layer behind to those of this one, and to gamma and beta, or the bias.
+    __device__ __forceinline__ void backward(int layer, long long step) const {
+        const int outputs = field(layer, OUTPUTS), behind = field(layer + 1, OUTPUTS);
+        const Matrix<T> weight_transposed = {parameters_of(layer + 1, WEIGHT), behind, outputs, 1, behind};
+        for_each_tile(outputs, [&](long long column) {
+            multiply(gradients_of(layer + 1, step), weight_transposed, column);
+            for_each_row((int)a.width, outputs - column,
+                         [&](int c) { differentiate(Row<T>(own.tile + c * pitch, a.batch), layer, column + c, step); });
+        });
+    }
+
+    // By the warp that owns the neuron, whose row holds the gradients of its outputs.
+    __device__ __forceinline__ void differentiate(const Row<T>& g, int layer, long long neuron, long long step) const {
+        const int gamma = field(layer, GAMMA), shift = field(layer, SHIFT);
+        const bool norm = gamma >= 0;
+        T* const z = z_of(layer) + neuron * a.batch;
+        const T rstd = norm ? kept.rstd[field(layer, ROW) + neuron] : T(1), n = T(g.count);
+        const T scale = norm ? a.parameters[gamma + neuron] * rstd : T(1);
+        const T beta = norm ? a.parameters[shift + neuron] : T(0);
+        T sum_g = T(0), product = T(0);
+#pragma unroll 1
+        for (int i = g.lane; i < g.count; i += WARP) {
+            const T value = g.row[i] = pull_back(g.row[i], fma(scale, z[i], beta), a.activation, a.alpha);
+            sum_g += value;
+            product = fma(value, z[i], product);
+        }
+        sum_g = sum_of_warp(sum_g);
+        product = sum_of_warp(product);
+        const T mean_g = norm ? sum_g / n : T(0), slope_z = norm ? product * rstd * rstd / n : T(0);
+#pragma unroll 1
+        for (int i = g.lane; i < g.count; i += WARP) z[i] = scale * (g.row[i] - fma(z[i], slope_z, mean_g));
+        __syncwarp();  // all have read what the first thread is about to change
+        if (g.lane != 0) return;
+        if (norm) move(gamma + neuron, product * rstd, step);
+        move(shift + neuron, sum_g, step);
+    }
+
+    // The weights of a layer, and the bias of the last one.
+    __device__ __forceinline__ void update_layer(int layer, long long step) const {
+        const int outputs = field(layer, OUTPUTS);
+        const Matrix<T> inputs_transposed = {inputs_of(layer, step), field(layer, INPUTS), a.batch, a.batch, 1};
+        const Gradients<T> dz = gradients_of(layer, step);
+        for_each_tile(outputs, [&](long long column) {
+            Base::update_weights(layer, step, inputs_transposed, dz, column);
+            if (!is_last(layer)) return;
+            for_each_row((int)a.width, outputs - column, [&](int c) {
+                const Row<T> examples(own.losses, a.batch);
+                const T sum = examples.sum([&](int n, T) { return dz.template at<T>(n, column + c); });
+                if (examples.lane == 0) move(field(layer, SHIFT) + column + c, sum, step);
+            });
+        });
+    }
+
+    __device__ __forceinline__ void begin() const {
+        fetch(0);
+        meeting.wait_for(meeting.arrive());
+    }
+
+    // A block may change the second layer's weights when no other one needs them any more for the first one's gradients;
+    // nobody is waited for before all else is done.
+    __device__ __forceinline__ void run(long long step) const {
+        for (int layer = 0; layer < a.depth; ++layer) {
+            forward(layer, step);
+            meeting.wait_for(meeting.arrive());
+        }
+        fetch(step + 1);
+        loss(step);
+        for (int layer = (int)a.depth - 2; layer >= 0; --layer) {
+            backward(layer, step);
+            if (layer > 0) meeting.wait_for(meeting.arrive());
+        }
+        const unsigned arrivals = meeting.arrive();
+        for (int layer = 0; layer < a.depth; ++layer)
+            if (layer != 1) update_layer(layer, step);
+        meeting.wait_for(arrivals);
+        if (a.depth > 1) update_layer(1, step);
+    }
+};

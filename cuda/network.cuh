@@ -1,0 +1,24 @@
+// The networks that the fused trainers train: what they are told of each layer, and how a parameter moves.
+#pragma once
+
+#include "common.cuh"
+
+enum Optimizer { SGD = 0, MOMENTUM = 1, ADAM = 2 };
+// Of a layer: its sizes; where in the parameters its weights, gamma (-1: no norm) and beta or bias begin; where in
+// running its mean and variance; and in which row of all activations its outputs begin.
+enum Layer { INPUTS, OUTPUTS, WEIGHT, GAMMA, SHIFT, MEAN, VARIANCE, ROW, LAYER_FIELDS };
+
+// Moves parameter i by its gradient, as in parameter_update.cu. step: the step's row of the schedule, of which the last two
+// are what Adam divides its moments by.
+template <typename T, typename Arguments>
+__device__ __forceinline__ void update(const Arguments& a, T* parameters, T* first, T* second, long long i, T g, T lr,
+                                       const T* step) {
+    T move = g;
+    if (a.optimizer == MOMENTUM) move = first[i] = fma(a.beta1, first[i], g);
+    if (a.optimizer == ADAM) {
+        const T mean = first[i] = fma(a.beta1, first[i], a.rest1 * g);
+        const T square = second[i] = fma(a.beta2, second[i], a.rest2 * g * g);
+        move = (mean / step[1]) / (sqrt(square / step[2]) + a.optimizer_eps);
+    }
+    parameters[i] -= lr * move;
+}
