@@ -71,6 +71,9 @@ struct ClusterMeeting {
         bnk_arrive_in_cluster();
         return 0;
     }
-    __device__ __forceinline__ void wait_for(unsigned) const { bnk_wait_for_cluster(); }
+    __device__ __forceinline__ void wait_for(unsigned) const {
+        bnk_wait_for_cluster();
+        __syncthreads();  // for what the block's own threads did since they arrived
+    }
 };
 #endif
