@@ -58,7 +58,7 @@ struct Trainer {
         const int shift = field(layer, SHIFT), row = field(layer, ROW);
         const bool last = layer + 1 == a.depth;
 #pragma unroll 1
-        for (int first = 0; first < outputs; first += team.count) {
+        for (int first = 0; first + team.first < outputs; first += team.count) {
             const int neuron = first + team.number;
             const bool active = neuron < outputs;  // all threads of a warp shuffle
             const T beta = active ? kept.parameters[shift + neuron] : T(0);
@@ -84,16 +84,10 @@ struct Trainer {
     // Subtract the mean; return gamma rstd. The first thread of the team keeps the statistics.
     __device__ __forceinline__ T normalise(T (&z)[EXAMPLES], int layer, int neuron, bool active, long long step) const {
         const T n = T(team.batch), mean = team.sum(z) / n;
-#pragma unroll
-        for (int i = 0; i < EXAMPLES; ++i) z[i] -= mean;
+        team.subtract(z, mean);
         const T rest = team.sum(z) / n;  // what rounding left of it
-        T square[EXAMPLES];
-#pragma unroll
-        for (int i = 0; i < EXAMPLES; ++i) {
-            z[i] -= rest;
-            square[i] = z[i] * z[i];
-        }
-        const T m2 = team.sum(square), rstd = T(1) / sqrt(m2 / n + a.eps);
+        team.subtract(z, rest);
+        const T m2 = team.sum_of_products(z, z), rstd = T(1) / sqrt(m2 / n + a.eps);
         if (!active) return T(0);
         if (team.lane == 0) {
             kept.rstd[field(layer, ROW) + neuron] = rstd;
@@ -165,12 +159,12 @@ struct Trainer {
     __device__ __forceinline__ void backward(int layer, long long step) const {
         const int outputs = field(layer, OUTPUTS), behind = field(layer + 1, OUTPUTS), gamma = field(layer, GAMMA);
         const int shift = field(layer, SHIFT);
-        const T n = T(team.batch);
+        const T share = T(1) / T(team.batch);
 #pragma unroll 1
-        for (int first = 0; first < outputs; first += team.count) {
+        for (int first = 0; first + team.first < outputs; first += team.count) {
             const int neuron = first + team.number;
             const bool active = neuron < outputs;
-            T g[EXAMPLES] = {}, z[EXAMPLES] = {}, product[EXAMPLES];
+            T g[EXAMPLES] = {}, z[EXAMPLES] = {};
             T rstd = T(1), scale = T(1), beta = T(0);
             T* own = z_of(layer) + neuron * team.pitch;
             if (active) {
@@ -189,14 +183,12 @@ struct Trainer {
                 rotate(g);
                 rotate(z);
             }
-#pragma unroll
-            for (int i = 0; i < EXAMPLES; ++i) product[i] = g[i] * z[i];
-            const T sum_g = team.sum(g), sum_product = gamma < 0 ? T(0) : team.sum(product);
+            const T sum_g = team.sum(g), sum_product = gamma < 0 ? T(0) : team.sum_of_products(g, z);
             __syncwarp();  // all of the team have read what its first thread is about to change
             if (!active) continue;
             if (gamma >= 0) {
-                const T mean_g = LAYER_NORM ? T(0) : sum_g / n;
-                const T slope_z = LAYER_NORM ? T(0) : sum_product * rstd * rstd / n;
+                const T mean_g = LAYER_NORM ? T(0) : sum_g * share;
+                const T slope_z = LAYER_NORM ? T(0) : sum_product * rstd * rstd * share;
 #pragma unroll
                 for (int i = 0; i < EXAMPLES; ++i) g[i] = scale * (g[i] - fma(z[i], slope_z, mean_g));
             }
@@ -247,7 +239,7 @@ struct Trainer {
     __device__ __forceinline__ void finish(long long step) const {
         const int last = a.depth - 1, outputs = field(last, OUTPUTS);
 #pragma unroll 1
-        for (int first = 0; first <= outputs; first += team.count) {
+        for (int first = 0; first + team.first <= outputs; first += team.count) {
             const int row = first + team.number;
             T values[EXAMPLES] = {};
             if (row <= outputs) team.load(values, row < outputs ? z_of(last) + row * team.pitch : kept.losses);

@@ -15,15 +15,19 @@ struct alignas(16) Four {
 template <typename T>
 struct Team {
     int size, lane, number, count;  // count: teams of the block
+    int first;                      // the number of the first team of the warp
     int batch, pitch;               // pitch: from a row of examples to the next
+    bool full;                      // whether every thread has EXAMPLES of them
 
     __device__ __forceinline__ Team(int size, int batch)
         : size(size),
           lane(threadIdx.x % size),
           number(threadIdx.x / size),
           count(blockDim.x / size),
+          first(threadIdx.x / 32 * 32 / size),
           batch(batch),
-          pitch(EXAMPLES * size + 4) {}  // 4 more: rows one below the other begin in different banks
+          pitch(EXAMPLES * size + 4),  // 4 more: rows one below the other begin in different banks
+          full(batch == EXAMPLES * size) {}
 
     // Which example the i-th of a thread is: four side by side, as one access takes them.
     __device__ __forceinline__ int example(int i) const { return i / 4 * 4 * size + 4 * lane + i % 4; }
@@ -49,13 +53,39 @@ struct Team {
         }
     }
 
-    // Over all examples, the same in every thread of the team. All threads of the warp must call.
-    __device__ __forceinline__ T sum(const T (&values)[EXAMPLES]) const {
-        T total = T(0);
+    // Takes `less` off every value, and leaves 0 where there is no example.
+    __device__ __forceinline__ void subtract(T (&values)[EXAMPLES], T less) const {
+        if (full) {
 #pragma unroll
-        for (int i = 0; i < EXAMPLES; ++i) total += has(i) ? values[i] : T(0);
-        for (int apart = size / 2; apart > 0; apart /= 2) total += __shfl_xor_sync(0xffffffffu, total, apart);
-        return total;
+            for (int i = 0; i < EXAMPLES; ++i) values[i] -= less;
+        } else {
+#pragma unroll
+            for (int i = 0; i < EXAMPLES; ++i) values[i] = has(i) ? values[i] - less : T(0);
+        }
+    }
+
+    // Over the threads of the team, the same in each of them. All threads of the warp must call.
+    __device__ __forceinline__ T add_up(T own) const {
+        if (size == 32) own += __shfl_xor_sync(0xffffffffu, own, 16);
+        if (size >= 16) own += __shfl_xor_sync(0xffffffffu, own, 8);
+#pragma unroll
+        for (int apart = 4; apart > 0; apart /= 2) own += __shfl_xor_sync(0xffffffffu, own, apart);
+        return own;
+    }
+
+    // Over all examples; the values are 0 where there is none.
+    __device__ __forceinline__ T sum(const T (&values)[EXAMPLES]) const {
+        T total = values[0];
+#pragma unroll
+        for (int i = 1; i < EXAMPLES; ++i) total += values[i];
+        return add_up(total);
+    }
+
+    __device__ __forceinline__ T sum_of_products(const T (&a)[EXAMPLES], const T (&b)[EXAMPLES]) const {
+        T total = a[0] * b[0];
+#pragma unroll
+        for (int i = 1; i < EXAMPLES; ++i) total = fma(a[i], b[i], total);
+        return add_up(total);
     }
 
     // values += sum_k weights[k step] rows[k]

@@ -1,4 +1,4 @@
-"""What batch norm adds in instructions, counted in the PTX of the kernels: at most a tenth, where it is no more."""
+"""What batch norm adds in instructions, counted in the PTX of the kernels: at most a tenth."""
 
 from __future__ import annotations
 
@@ -13,11 +13,6 @@ from benchmarks.instructions import LAYERS, MOST, NORMS, TRAINERS, Line
 from tests.compile import nvrtc
 from tests.ptx import Counts
 
-# Networks of which a training step with batch norm executes more than a tenth more, and what it stays below: of 100
-# neurons on 512 threads, and of three normalised layers of which two have few inputs. The table of
-# benchmarks.instructions shows them; who makes them cheaper lowers these bounds.
-ABOVE = {(64, 100, 10): 1.13, (64, 20, 20, 20, 10): 1.16}
-
 
 @pytest.fixture(autouse=True)
 def _needs_nvrtc() -> None:
@@ -30,7 +25,7 @@ def _needs_nvrtc() -> None:
 @pytest.mark.parametrize("sizes", TRAINERS)
 def test_a_training_step_executes_little_more_with_batch_norm(sizes: tuple[int, ...]) -> None:
     line = Line("", *(instructions.training_step(sizes, norm) for norm in NORMS))
-    assert 1 < line.ratio <= ABOVE.get(sizes, MOST)
+    assert 1 < line.ratio <= MOST
     without, batch = line.without.by_kind, line.batch.by_kind
     assert batch["barrier"] == without["barrier"], "a team adds up by shuffles"
     assert batch["shuffle"] > without["shuffle"]
