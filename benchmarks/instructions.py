@@ -25,8 +25,9 @@ LAYERS = [(64, 64, 20), (256, 256, 100)]  # (N, K, M)
 NORMS = (None, "batch")
 ABOUT = """\
 Instructions executed by warps, counted in the PTX for sm_{sm} of NVRTC {nvrtc}, before ptxas makes machine code of it,
-of float32 kernels at the launches of an H200. special: quotients, remainders, roots and exponentials, each of which
-becomes several machine instructions; the second ratio takes {special} for each, a rough figure.
+of float32 kernels at the launches of an H200. Moves between registers, most of which ptxas resolves by naming one
+register for both, are shown and not counted in the sums. special: quotients, remainders, roots and exponentials, each
+of which becomes several machine instructions; the second ratio takes {special} for each, a rough figure.
 """
 
 

@@ -35,13 +35,11 @@ struct Gradients : Matrix<T> {
     const T *top, *total;  // of BlockMemory; null: as they lie
     const int* label;
 
-    template <typename A>
-    __device__ __forceinline__ A at(long long n, long long m) const {
-        const A value = Matrix<T>::template at<A>(n, m);
-        if (!top || !Matrix<T>::has(n, m)) return value;
-        const A one = m == label[n] ? A(1) : A(0);
-        return (exp(value - top[n]) / total[n] - one) / A(Matrix<T>::rows);
+    __device__ __forceinline__ T value(const T* at, int n, int m) const {
+        if (!top) return *at;
+        return (exp(*at - top[n]) / total[n] - (m == label[n] ? T(1) : T(0))) / T(Matrix<T>::rows);
     }
+    __device__ __forceinline__ T at(int n, int m) const { return value(Matrix<T>::address(n, m), n, m); }
 };
 
 template <typename T>

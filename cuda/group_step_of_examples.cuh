@@ -118,7 +118,7 @@ struct StepOfExamples : GroupStep<T, Arguments, Meeting> {
         const Gradients<T> made = {
             {of_layer(kept.h, last), a.batch, classes, classes, 1}, own.top, own.total, own.label};
         for (int i = threadIdx.x; i < here * classes; i += blockDim.x)
-            of_layer(kept.dz, last)[first * classes + i] = made.template at<T>(first + i / classes, i % classes);
+            of_layer(kept.dz, last)[first * classes + i] = made.at((int)first + i / classes, i % classes);
         __syncthreads();
     }
 

@@ -172,7 +172,7 @@ struct StepOfNeurons : GroupStep<T, Arguments, Meeting> {
             if (!is_last(layer)) return;
             for_each_row((int)a.width, outputs - column, [&](int c) {
                 const Row<T> examples(own.losses, a.batch);
-                const T sum = examples.sum([&](int n, T) { return dz.template at<T>(n, column + c); });
+                const T sum = examples.sum([&](int n, T) { return dz.at(n, (int)column + c); });
                 if (examples.lane == 0) move(field(layer, SHIFT) + column + c, sum, step);
             });
         });

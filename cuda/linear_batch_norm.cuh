@@ -90,19 +90,17 @@ __device__ __forceinline__ void for_each_row(int width, long long left, const Wo
 template <typename T, typename A>
 __device__ __forceinline__ void store_tile(T* matrix, const A* tile, int pitch, long long examples, long long outputs,
                                            long long column, int width) {
-    for (int i = threadIdx.x; i < examples * width; i += blockDim.x) {
-        const int n = i / width, c = i % width;
-        if (column + c < outputs) store(matrix[n * outputs + column + c], tile[c * pitch + n]);
-    }
+    const int bits = __popc(width - 1), c = threadIdx.x & (width - 1);  // width is a power of two
+    for (int n = threadIdx.x >> bits; n < examples && column + c < outputs; n += blockDim.x >> bits)
+        store(matrix[n * outputs + column + c], tile[c * pitch + n]);
 }
 
 template <typename T, typename A>
 __device__ __forceinline__ void load_tile(A* tile, const T* matrix, int pitch, long long examples, long long outputs,
                                           long long column, int width) {
-    for (int i = threadIdx.x; i < examples * width; i += blockDim.x) {
-        const int n = i / width, c = i % width;
+    const int bits = __popc(width - 1), c = threadIdx.x & (width - 1);  // width is a power of two
+    for (int n = threadIdx.x >> bits; n < examples; n += blockDim.x >> bits)
         tile[c * pitch + n] = column + c < outputs ? A(matrix[n * outputs + column + c]) : A(0);
-    }
 }
 
 // The same of examples: from the tile (width, neurons) of a block to the rows of a matrix from `first` on, and back.

@@ -14,18 +14,71 @@ struct Matrix {
     const T* data;
     long long rows, columns, row_step, column_step;
 
-    __device__ __forceinline__ bool has(long long row, long long column) const {
-        return row < rows && column < columns;
+    __device__ __forceinline__ const T* address(long long row, long long column) const {
+        return data + row * row_step + column * column_step;
+    }
+    // What is at an address within, of this row and column.
+    __device__ __forceinline__ T value(const T* at, int, int) const { return *at; }
+};
+
+// How the block takes tiles of a matrix to shared memory: neighbours in memory by neighbouring threads. Rows and columns of
+// a tile are powers of two, and each thread has one row of it or one column, so nothing is divided on the way.
+template <typename Factor>
+struct Stage {
+    const Factor& of;
+    bool down;  // the thread has a column: it goes down the rows
+    int row, column, apart, count, used;
+
+    // used: how many columns of a tile belong to it, the others are 0.
+    __device__ __forceinline__ Stage(const Factor& of, int rows, int columns, int used)
+        : of(of), down(of.row_step != 1 || of.column_step == 1), used(used) {
+        const int length = down ? columns : rows, others = down ? rows : columns, bits = __popc(length - 1);
+        const int near = threadIdx.x & (length - 1), far = threadIdx.x >> bits;
+        apart = PRODUCT_THREADS >> bits;
+        row = down ? far : near;
+        column = down ? near : far;
+        count = far < others ? max((others << bits) / PRODUCT_THREADS, 1) : 0;
     }
 
-    template <typename A>
-    __device__ __forceinline__ A at(long long row, long long column) const {
-        return has(row, column) ? A(data[row * row_step + column * column_step]) : A(0);
-    }
-
-    // Of 16-bit numbers; those of 0 are 0.
-    __device__ __forceinline__ unsigned short bits_at(long long row, long long column) const {
-        return has(row, column) ? data[row * row_step + column * column_step].bits : (unsigned short)0;
+    // Takes what is the thread's of the tile from (first_row, first_column) on: to[row row_pitch + column column_pitch].
+    // GROUP numbers are on their way at once, and divide `count`. convert(number) is what is kept.
+    template <int GROUP, typename To, typename Convert>
+    __device__ __forceinline__ void run(long long first_row, long long first_column, To* to, int row_pitch,
+                                        int column_pitch, const Convert& convert) const {
+        const int rows = (int)min(of.rows - first_row, (long long)PRODUCT_ROWS);
+        const int columns = (int)min(of.columns - first_column, (long long)used);
+        const bool inside = down ? column < columns : row < rows;
+        const int end = inside ? (down ? rows : columns) : 0, pitch = apart * (down ? row_pitch : column_pitch);
+        const long long step = apart * (down ? of.row_step : of.column_step);
+        const auto* at = of.address(first_row + row, first_column + column);
+        To* target = to + row * row_pitch + column * column_pitch;
+        int moving = down ? row : column;
+#pragma unroll 1
+        for (int i = 0; i < count; i += GROUP) {
+            To group[GROUP];
+            if (moving + (GROUP - 1) * apart < end) {
+#pragma unroll
+                for (int j = 0; j < GROUP; ++j) {
+                    const int r = (int)first_row + (down ? moving : row), c = (int)first_column + (down ? column : moving);
+                    group[j] = convert(of.value(at, r, c));
+                    at += step;
+                    moving += apart;
+                }
+            } else {
+#pragma unroll
+                for (int j = 0; j < GROUP; ++j) {
+                    const bool has = moving < end;
+                    const int r = (int)first_row + (down ? moving : row), c = (int)first_column + (down ? column : moving);
+                    // Of what is not there the first number is taken, and dropped: a load waits for no branch.
+                    const To value = convert(of.value(has ? at : of.data, has ? r : 0, has ? c : 0));
+                    group[j] = has ? value : To(0);
+                    at += step;
+                    moving += apart;
+                }
+            }
+#pragma unroll
+            for (int j = 0; j < GROUP; ++j, target += pitch) *target = group[j];
+        }
     }
 };
 
@@ -36,12 +89,13 @@ template <typename A, typename Emit>
 __device__ __forceinline__ void emit_sums(const A* shared, int slices, int columns, int pitch, int rows, int width,
                                           long long left, const Emit& emit) {
     __syncthreads();
-    for (int i = threadIdx.x; i < rows * width; i += PRODUCT_THREADS) {
-        const int r = i / width, c = i % width;
-        A sum = shared[c * pitch + r];
+    const int bits = __popc(width - 1), c = threadIdx.x & (width - 1), apart = PRODUCT_THREADS >> bits;
+    for (int r = threadIdx.x >> bits; r < rows && c < left; r += apart) {
+        const A* at = shared + c * pitch + r;
+        A sum = *at;
 #pragma unroll 4
-        for (int s = 1; s < slices; ++s) sum += shared[(s * columns + c) * pitch + r];
-        if (c < left) emit(r, c, sum);
+        for (int s = 1; s < slices; ++s) sum += *(at += columns * pitch);
+        emit(r, c, sum);
     }
     __syncthreads();
 }

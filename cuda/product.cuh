@@ -22,24 +22,19 @@ __device__ __forceinline__ void fma_product(A* shared, const Left& left, const R
                                             long long column, int width, const Emit& emit) {
     const long long terms = left.columns, rest = left.rows - row;
     const int lanes = rest <= 8 * EXAMPLES ? 8 : rest <= 16 * EXAMPLES ? 16 : 32, teams = width / COLUMNS<A>;
-    const int rows = lanes * EXAMPLES, slices = PRODUCT_THREADS / (lanes * teams), thread = threadIdx.x;
+    const int rows = lanes * EXAMPLES, slices = PRODUCT_THREADS / (lanes * teams);
     const Team<A> own(lanes, rows);
     const int pitch = own.pitch, team = own.number % teams, slice = own.number / teams;
     A* const lefts = shared;                   // (TERMS, rows)
     A* const rights = shared + TERMS * pitch;  // (TERMS, width)
     A sums[COLUMNS<A>][EXAMPLES] = {};
-    const bool along_rows = left.row_step == 1 && left.column_step != 1, along_terms = right.column_step != 1;
+    const Stage<Left> left_stage(left, rows, TERMS, TERMS);
+    const Stage<Right> right_stage(right, TERMS, width, width);
+    const auto convert = [](auto value) { return A(value); };
 #pragma unroll 1
     for (long long first = 0; first < terms; first += TERMS) {
-#pragma unroll 4
-        for (int i = thread; i < rows * TERMS; i += PRODUCT_THREADS) {  // neighbours in memory by neighbouring threads
-            const int r = along_rows ? i % rows : i / TERMS, t = along_rows ? i / rows : i % TERMS;
-            lefts[t * pitch + r] = left.template at<A>(row + r, first + t);
-        }
-        for (int i = thread; i < width * TERMS; i += PRODUCT_THREADS) {
-            const int c = along_terms ? i / TERMS : i % width, t = along_terms ? i % TERMS : i / width;
-            rights[t * width + c] = right.template at<A>(first + t, column + c);
-        }
+        left_stage.template run<8>(row, first, lefts, 1, pitch, convert);
+        right_stage.template run<1>(first, column, rights, width, 1, convert);
         __syncthreads();
 #pragma unroll 2
         for (int t = slice; t < TERMS; t += slices) {

@@ -104,22 +104,16 @@ __device__ __forceinline__ void tensor_product(float* shared, const Matrix<T>& l
                                                long long row, long long column, int width, const Emit& emit) {
     const WarpTile own(left.rows - row);
     const int rows = own.rows(), column_tiles = (width + MMA_COLUMNS - 1) / MMA_COLUMNS;
-    const int columns = column_tiles * MMA_COLUMNS, pitch = rows + 4, thread = threadIdx.x;
+    const int columns = column_tiles * MMA_COLUMNS, pitch = rows + 4;
     unsigned short* const lefts = reinterpret_cast<unsigned short*>(shared);
     unsigned short* const rights = lefts + rows * HALVES;
     float sums[ROW_TILES][MOST_COLUMN_TILES][4] = {};
-    const bool along_rows = left.row_step == 1 && left.column_step != 1, along_terms = right.column_step != 1;
+    const Stage<Matrix<T>> left_stage(left, rows, TERMS, TERMS), right_stage(right, TERMS, columns, width);
+    const auto bits = [](T value) { return value.bits; };
 #pragma unroll 1
     for (long long first = 0; first < left.columns; first += TERMS) {
-#pragma unroll 4
-        for (int i = thread; i < rows * TERMS; i += PRODUCT_THREADS) {  // neighbours in memory by neighbouring threads
-            const int r = along_rows ? i % rows : i / TERMS, t = along_rows ? i / rows : i % TERMS;
-            lefts[r * HALVES + t] = left.bits_at(row + r, first + t);
-        }
-        for (int i = thread; i < columns * TERMS; i += PRODUCT_THREADS) {
-            const int c = along_terms ? i / TERMS : i % columns, t = along_terms ? i % TERMS : i / columns;
-            rights[c * HALVES + t] = c < width ? right.bits_at(first + t, column + c) : (unsigned short)0;
-        }
+        left_stage.template run<8>(row, first, lefts, HALVES, 1, bits);
+        right_stage.template run<1>(first, column, rights, 1, HALVES, bits);
         __syncthreads();
         multiply_terms<T>(sums, lefts, rights, own, column_tiles);
         __syncthreads();

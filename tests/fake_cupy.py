@@ -145,6 +145,7 @@ ATTRIBUTES = {
     "MaxSharedMemoryPerBlockOptin": LIMITS.shared_bytes,
     "MaxSharedMemoryPerMultiprocessor": LIMITS.shared_bytes_of_sm,
     "CooperativeLaunch": int(LIMITS.cooperative),
+    "ComputeCapabilityMajor": 9 if LIMITS.clusters else 8,
 }
 
 

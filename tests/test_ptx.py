@@ -189,7 +189,13 @@ def test_what_a_gpu_or_the_machine_cannot_do_is_refused(body: str, report: str) 
             ("bra.uni", "control"),
         ),
         *(("ld.volatile.global.u32", "global"), ("ld.param.u64", "other"), ("atom.global.add.u32", "global")),
-        *(("shfl.sync.bfly.b32", "shuffle"), ("bar.sync", "barrier"), ("membar.gl", "barrier"), ("mov.u32", "other")),
+        *(
+            ("shfl.sync.bfly.b32", "shuffle"),
+            ("bar.sync", "barrier"),
+            ("membar.gl", "barrier"),
+            ("mov.u32", "move"),
+            ("selp.b32", "other"),
+        ),
     ],
 )
 def test_kinds_of_instructions(opcode: str, kind: str) -> None:

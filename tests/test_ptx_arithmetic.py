@@ -26,6 +26,7 @@ from tests.ptx.tiny import compute, floats, ints
         ("div.u32 %out, %a, 2;", ints(2**30 - 1, 2**31 - 4, 5, 2**30)),
         ("shl.b32 %out, %a, %b;", ints(0xFFFFFFE0, -28, 80, 0)),
         ("shr.s32 %out, %a, %b;", ints(2**26 - 1, -2, 1, -1)),
+        ("popc.b32 %out, %a;", ints(31, 30, 2, 1)),
         ("shr.u32 %out, %a, %b;", ints(2**26 - 1, (2**32 - 7) >> 2, 1, 0)),
         ("min.s32 %out, %a, %b;", ints(5, -7, 3, -(2**31))),
         ("max.u32 %out, %a, %b;", ints(2**31 - 1, -7, 10, 2**31)),

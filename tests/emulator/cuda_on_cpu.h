@@ -41,6 +41,8 @@ __forceinline__ void __syncwarp(unsigned mask = 0xffffffffu, const char* file = 
 
 __forceinline__ void __threadfence() { bnk_fence(); }
 
+__forceinline__ int __popc(unsigned bits) { return __builtin_popcount(bits); }
+
 template <typename T>
 __forceinline__ T min(T a, T b) {
     return b < a ? b : a;

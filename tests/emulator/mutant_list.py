@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .mutant_list_double_backward import MUTANTS as DOUBLE_BACKWARD
 from .mutant_list_fused import MUTANTS as FUSED
+from .mutant_list_fused_group import MUTANTS as FUSED_GROUP
 from .mutant_list_general import MUTANTS as GENERAL
 from .mutant_list_layer_norm import MUTANTS as LAYER_NORM
 from .mutant_list_linear import MUTANTS as LINEAR
@@ -19,6 +20,7 @@ MUTANTS = [
     *DOUBLE_BACKWARD,
     *GENERAL,
     *FUSED,
+    *FUSED_GROUP,
     *LAYER_NORM,
     *LINEAR,
     # ---- barriers, warps, races
@@ -275,8 +277,8 @@ MUTANTS = [
     Mutant(
         "spread: a block arrives without a fence",
         MEET,
-        "        __threadfence();\n        const unsigned ticket",
-        "        const unsigned ticket",
+        "    __threadfence();\n    const unsigned ticket",
+        "    const unsigned ticket",
         ("tsan",),
         "test_the_order_of_blocks_and_threads_changes_no_bit and shape1",
     ),

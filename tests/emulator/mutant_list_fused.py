@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .mutants import Mutant
 
-FUSED, STEP, TEAM = "fused_training.cu", "fused_step.cuh", "team.cuh"
+FUSED, STEP, TEAM, NETWORK = "fused_training.cu", "fused_step.cuh", "team.cuh", "network.cuh"
 OF_LAYER = "test_steps_are_those_of_the_layers and sgd and layer"
 STEPS = "test_steps_are_those_of_the_layers and sgd"
 
@@ -69,7 +69,7 @@ MUTANTS = [
     Mutant(
         "fused: the variance about a mean that rounding has moved",
         STEP,
-        "z[i] -= rest;",
+        "team.subtract(z, rest);",
         "z[i] -= T(0);",
         select="far_from",
     ),
@@ -77,11 +77,11 @@ MUTANTS = [
     Mutant(
         "fused: beta's gradient goes to gamma",
         STEP,
-        "update(gamma + neuron, sum_product * rstd, step)",
-        "update(gamma + neuron, sum_g, step)",
+        "move(gamma + neuron, sum_product * rstd, step)",
+        "move(gamma + neuron, sum_g, step)",
         select=STEPS,
     ),
-    Mutant("fused: Adam without its first correction", STEP, "(first / schedule_of(step)[1])", "first", select="adam"),
+    Mutant("fused: Adam without its first correction", NETWORK, "(mean / step[1])", "mean", select="adam and 30"),
     Mutant(
         "fused: rows are taken in their order",
         STEP,
@@ -100,8 +100,8 @@ MUTANTS = [
     Mutant(
         "team: examples that are not there are added",
         TEAM,
-        "total += has(i) ? values[i] : T(0);",
-        "total += values[i];",
+        "has(i) ? values[i] - less : T(0)",
+        "values[i] - less",
         select=STEPS,
     ),
     Mutant(
@@ -147,5 +147,5 @@ MUTANTS = [
         "(z[m * pitch] - mean) * rstd",
         select="layer_norm_far",
     ),
-    Mutant("team: half of it is added up", TEAM, "apart = size / 2", "apart = size / 4", select=STEPS),
+    Mutant("team: half of it is added up", TEAM, "if (size == 32) own", "if (size == 64) own", select=STEPS),
 ]

@@ -24,13 +24,24 @@ TESTS = {  # the quickest first: the first failure ends a run
     **dict.fromkeys(("common.cuh", "channel.cuh", "batch_norm_backward.cu"), BATCH_NORM),
     "moments.cuh": (*BATCH_NORM, "tests/test_batch_norm_statistics.py"),
     "batch_norm_forward.cu": (*BATCH_NORM, "tests/test_running_statistics.py"),
+    "meet.cuh": (*SPREAD, "tests/test_fused_training_group.py"),
     **dict.fromkeys(
-        ("meet.cuh", "spread.cuh", "vector.cuh", "batch_norm_forward_spread.cu", "batch_norm_backward_spread.cu"),
+        ("spread.cuh", "vector.cuh", "batch_norm_forward_spread.cu", "batch_norm_backward_spread.cu"),
         SPREAD,
     ),
     **dict.fromkeys(("general.cuh", "batch_norm_forward_general.cu", "batch_norm_backward_general.cu"), GENERAL),
     **dict.fromkeys(
         ("fused_training.cu", "fused_step.cuh", "team.cuh"), ("tests/test_fused_training.py", "tests/test_ensemble.py")
+    ),
+    **dict.fromkeys(
+        (
+            "fused_training_group.cu",
+            "group_step.cuh",
+            "group_step_of_neurons.cuh",
+            "group_step_of_examples.cuh",
+            "network.cuh",
+        ),
+        ("tests/test_fused_training_group.py",),
     ),
     **dict.fromkeys(
         (

@@ -95,6 +95,19 @@ def shift(frame: Frame, instruction: Instruction, match: re.Match[str]) -> Run:
     return run
 
 
+@operation(r"popc\.b32")
+def count_bits(frame: Frame, instruction: Instruction, match: re.Match[str]) -> Run:
+    """Return how many bits are 1."""
+    first, second = instruction.operands
+    target, bits = frame.target(first, "u32"), frame.read(second, "u32")
+
+    def run(mask: Mask) -> None:
+        each = np.atleast_1d(bits).astype("<u4").view(np.uint8).reshape(-1, 4)
+        put(target, np.unpackbits(each, axis=1).sum(axis=1, dtype=np.uint32), mask)
+
+    return run
+
+
 @operation(r"mov\.(?P<kind>pred|[bus](16|64)|[busf]32)")
 def move(frame: Frame, instruction: Instruction, match: re.Match[str]) -> Run:
     """Copy, or make 64 bits of two registers, or two of 64."""
