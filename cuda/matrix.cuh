@@ -50,7 +50,8 @@ struct Stage {
         const bool inside = down ? column < columns : row < rows;
         const int end = inside ? (down ? rows : columns) : 0, pitch = apart * (down ? row_pitch : column_pitch);
         const long long step = apart * (down ? of.row_step : of.column_step);
-        const auto* at = of.address(first_row + row, first_column + column);
+        const auto *const origin = of.address(first_row, first_column),
+                          *at = origin + row * of.row_step + column * of.column_step;
         To* target = to + row * row_pitch + column * column_pitch;
         int moving = down ? row : column;
 #pragma unroll 1
@@ -59,7 +60,8 @@ struct Stage {
             if (moving + (GROUP - 1) * apart < end) {
 #pragma unroll
                 for (int j = 0; j < GROUP; ++j) {
-                    const int r = (int)first_row + (down ? moving : row), c = (int)first_column + (down ? column : moving);
+                    const int r = (int)first_row + (down ? moving : row),
+                              c = (int)first_column + (down ? column : moving);
                     group[j] = convert(of.value(at, r, c));
                     at += step;
                     moving += apart;
@@ -68,9 +70,11 @@ struct Stage {
 #pragma unroll
                 for (int j = 0; j < GROUP; ++j) {
                     const bool has = moving < end;
-                    const int r = (int)first_row + (down ? moving : row), c = (int)first_column + (down ? column : moving);
-                    // Of what is not there the first number is taken, and dropped: a load waits for no branch.
-                    const To value = convert(of.value(has ? at : of.data, has ? r : 0, has ? c : 0));
+                    const int r = (int)first_row + (down ? moving : row),
+                              c = (int)first_column + (down ? column : moving);
+                    // Of what is not there the tile's first number is taken, and dropped: a load waits for no branch.
+                    const To value =
+                        convert(of.value(has ? at : origin, has ? r : (int)first_row, has ? c : (int)first_column));
                     group[j] = has ? value : To(0);
                     at += step;
                     moving += apart;

@@ -15,8 +15,15 @@ from tests import backends
 from tests.emulator import EmulatorRuntime
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add ``--every N``: a quick look."""
+    parser.addoption("--every", type=int, default=1, metavar="N", help="run only every Nth of the chosen tests")
+
+
+@pytest.hookimpl(trylast=True)  # of those that -m and -k leave
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Begin with the slow tests on several processors, where the last one to end decides."""
+    items[:] = items[:: max(1, config.getoption("every"))]
     if "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 

@@ -70,7 +70,7 @@ MUTANTS = [
         "fused: the variance about a mean that rounding has moved",
         STEP,
         "team.subtract(z, rest);",
-        "z[i] -= T(0);",
+        "team.subtract(z, T(0));",
         select="far_from",
     ),
     Mutant("fused: dz without the mean of g", STEP, "fma(z[i], slope_z, mean_g)", "z[i] * slope_z", select=STEPS),

@@ -151,8 +151,8 @@ MUTANTS = [
     Mutant(
         "group of examples: weights move while others still use them",
         EXAMPLES,
-        "        meeting.wait_for(meeting.arrive());\n        for (int layer = 0; layer < a.depth; ++layer) update_layer",
-        "        __syncthreads();\n        for (int layer = 0; layer < a.depth; ++layer) update_layer",
+        "meeting.wait_for(meeting.arrive());\n        for",
+        "__syncthreads();\n        for",
         RACES,
         f"{ORDER} and layer",
     ),

@@ -116,7 +116,7 @@ MUTANTS = [
     Mutant(
         "matrix: what is behind its end",
         MATRIX,
-        "of.value(has ? at : of.data,",
+        "of.value(has ? at : origin,",
         "of.value(at,",
         ("plain", "asan"),
         HALVES,
