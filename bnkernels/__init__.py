@@ -14,7 +14,7 @@ from bnkernels.batch_norm_statistics import (
 from bnkernels.fused_training import fused_training
 from bnkernels.layer_norm import layer_norm_backward, layer_norm_forward
 from bnkernels.linear_batch_norm import linear_batch_norm_backward, linear_batch_norm_forward
-from bnkernels.mini_batch import mini_batch
+from bnkernels.mini_batch import mini_batch, random_rows
 from bnkernels.mlp import MLP
 from bnkernels.parameter_update import adam_update, momentum_update, scheduled_update, sgd_update, update_schedule
 from bnkernels.softmax_cross_entropy import softmax_cross_entropy
@@ -43,6 +43,7 @@ __all__ = [
     "linear_batch_norm_forward",
     "mini_batch",
     "momentum_update",
+    "random_rows",
     "scheduled_update",
     "sgd_update",
     "softmax_cross_entropy",

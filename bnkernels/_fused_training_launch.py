@@ -103,7 +103,7 @@ def why_not(sizes: Sizes, limits: Limits) -> str | None:
     >>> h200 = Limits(132, 227 * 1024, 228 * 1024, True)
     >>> wide = tuple(Layer(i, o, 0, 0, 0) for i, o in ((64, 2000), (2000, 10)))
     >>> why_not(Sizes(Network(wide), 60, "sgd", np.dtype("float32"), 200_000, 4000), h200)
-    'one block needs 2,181,936 bytes of shared memory and has 232,448; several take layers of at most 1024, got 2000'
+    'one block needs 1,953,152 bytes of shared memory and has 232,448; several take layers of at most 1024, got 2000'
     """
     reasons = _why_no_block(sizes, limits), _why_no_group(sizes, limits)
     return None if None in reasons else "; ".join(map(str, reasons))
@@ -116,7 +116,7 @@ def shared_bytes(sizes: Sizes) -> int:
     rstds = len(network.layers) * pitch if network.scratch_rows else sizes.rows
     kept = sizes.parameters * (1 + OPTIMIZERS[sizes.optimizer]) + sizes.running + rstds
     numbers = ceil_div(kept, 4) * 4 + 8
-    return (numbers + pitch * (1 + 2 * inputs + 2 * sizes.rows + network.scratch_rows)) * sizes.dtype.itemsize
+    return (numbers + pitch * (3 + 2 * inputs + 2 * sizes.rows + network.scratch_rows)) * sizes.dtype.itemsize
 
 
 def _why_no_block(sizes: Sizes, limits: Limits) -> str | None:
@@ -149,7 +149,7 @@ def _group(sizes: Sizes, limits: Limits) -> tuple[int, int, int]:
         width = next((width for width in widths if ceil_div(owned, width) <= blocks), widths[-1])
     of_layers = len(sizes.network.layers) * width if layer_norm else 0
     tile = width * linear.pitch(sizes.widest if layer_norm else sizes.batch)
-    numbers = of_layers + 5 * linear.pitch(sizes.batch) + tile + product.product_numbers(width)
+    numbers = of_layers + 7 * linear.pitch(sizes.batch) + tile + product.product_numbers(width)
     return blocks, width, numbers * sizes.dtype.itemsize
 
 

@@ -65,8 +65,8 @@ class TrainingConfig:
         Where to train; ``auto`` is a GPU where one is usable.
     engine : {"auto", "layers", "graph", "fused"}
         How to make a step: ``layers`` one op after the other; on a GPU, ``graph`` as a CUDA graph, for layers of at
-        most 512 examples and 1024 neurons, and ``fused`` many steps in one launch, for networks that fit on one of its
-        multiprocessors. ``auto`` is the last of these that can be. The results agree up to rounding.
+        most 512 examples and 1024 neurons, and ``fused`` many steps in one launch, on one multiprocessor or, up to the
+        same sizes, several. ``auto`` is the last of these that can be. The results agree up to rounding.
 
     Raises
     ------

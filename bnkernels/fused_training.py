@@ -17,10 +17,11 @@ from bnkernels._fused_training_launch import MOST_EXAMPLES, OPTIMIZERS, Choice, 
 from bnkernels._fused_training_numpy import train_host
 from bnkernels._linear_batch_norm_launch import counter
 from bnkernels.activations import activation_named
+from bnkernels.mini_batch import check_seed, random_rows
 from bnkernels.parameter_update import ADAM_EPS, BETA1, BETA2, update_schedule
 
-POINTERS = "x labels indices schedule layers parameters first second running losses rates"
-SIZES = "steps batch depth parameter_count running_count rows index_stride"
+POINTERS = "x labels indices seeds schedule layers parameters first second running losses rates"
+SIZES = "steps batch depth parameter_count running_count rows index_stride data_rows first_step"
 SCALARS = "beta1 beta2 rest1 rest2 optimizer_eps correction eps alpha"
 ARGUMENTS = {
     "fused_training": rt.arguments_type(POINTERS, f"{SIZES} scratch_rows", SCALARS, "activation optimizer team"),
@@ -100,6 +101,8 @@ def fused_training(
     *,
     batch: int,
     indices: Any = None,
+    seed: Any = None,
+    steps: int | None = None,
     optimizer: str = "sgd",
     lr: Any,
     steps_before: int = 0,
@@ -127,13 +130,17 @@ def fused_training(
     indices : array, shape (steps, batch) or (M, steps, batch), int32, optional
         Which rows are the mini-batches, of all models or of each. They are not checked: reading them would synchronise.
         Without them the mini-batches are the rows in their order; what is left over is not used.
+    seed : int or sequence of M ints, optional
+        Of all models or of each: draw the mini-batches at random, with replacement, as `random_rows` says.
+    steps : int, optional
+        How many, where there is a seed.
     optimizer : {"sgd", "momentum", "adam"}
         With the constants of `sgd_update`, `momentum_update` (0.9) and `adam_update`.
     lr : float or sequence of M floats
         Learning rate, of all models or of each.
     steps_before, batches_before : int
-        Steps that the optimiser has made before, for Adam; mini-batches that the running statistics have seen before,
-        for a momentum of None.
+        Steps that were made before, for Adam and for drawing; mini-batches that the running statistics have seen
+        before, for a momentum of None.
     out : array, shape (steps,) or (M, steps), dtype of `parameters`, optional
         Where to write the losses.
 
@@ -181,8 +188,10 @@ def fused_training(
         raise ValueError(f"state of {optimizer} must be {OPTIMIZERS[optimizer]} arrays, got {len(state)}")
     first, second = (*state, None, None)[:2]
     arrays = (out, parameters, first, second, running, x, labels, indices)
-    runtime, models, steps = _checked(network, batch, arrays)
-    rates = _rates(lr, models)
+    if (seed is None) != (steps is None) or (seed is not None and indices is not None):
+        raise ValueError("seed and steps go together, and without indices: they draw the mini-batches")
+    runtime, models, steps = _checked(network, batch, arrays, steps)
+    rates, seeds = _rates(lr, models), None if seed is None else _seeds(seed, models)
     check.no_overlap(runtime, NAMES, arrays, written=5)
     losses = rt.empty(runtime, (*parameters.shape[:-1], steps), parameters) if out is None else out
     schedule = _schedule(network, optimizer, steps, *before)
@@ -194,6 +203,9 @@ def fused_training(
             own, *moments, own_running = mine
             own_losses = losses if parameters.ndim == 1 else losses[model]
             rows = indices if indices is None or indices.ndim == 2 else indices[model]
+            if seeds is not None:
+                drawn = random_rows(int(seeds[model]), steps * batch, len(x), start=before[0] * batch)
+                rows = drawn.reshape(steps, batch)
             moments = tuple(array for array in moments if array is not None)
             train_host(network, own, moments, own_running, x, labels, rows, batch, optimizer, rate, before, own_losses)
         return losses
@@ -205,20 +217,23 @@ def fused_training(
         raise ValueError(
             f"the network does not fit: {why_not(sizes, runtime.limits(x))}; train it layer by layer, or as a graph"
         )
-    _launch(runtime, sizes, choice, arrays[1:], losses, schedule, rates)
+    _launch(runtime, sizes, choice, arrays[1:], losses, (_table(network), schedule, rates, seeds), before[0])
     return losses
 
 
 def _launch(
-    runtime: rt.Runtime, sizes: Sizes, choice: Choice, arrays: tuple, losses: Any, schedule: np.ndarray, rates: Any
+    runtime: rt.Runtime, sizes: Sizes, choice: Choice, arrays: tuple, losses: Any, host: tuple, steps_before: int
 ) -> None:
-    """Enqueue the one launch. `arrays` are those of `NAMES` without the losses."""
+    """Enqueue the one launch. `arrays` are those of `NAMES` without the losses; `host` is what comes from there."""
     network, dtype, (*updated, x, labels, indices) = sizes.network, sizes.dtype, arrays
-    host = _table(network), *(numbers.astype(dtype) for numbers in (schedule, rates))
-    table, corrections, on_rates = (runtime.on_device(array, x) for array in host)
-    given = [x, labels, indices, corrections, table, *updated, losses, on_rates]
+    table, schedule, rates, seeds = (
+        None if array is None else runtime.on_device(array if array.dtype.kind in "iu" else array.astype(dtype), x)
+        for array in host
+    )
+    given = [x, labels, indices, seeds, schedule, table, *updated, losses, rates]
     index_stride = indices[0].size if indices is not None and len(indices.shape) == 3 else 0
-    numbers = len(schedule), sizes.batch, len(network.layers), sizes.parameters, sizes.running, sizes.rows, index_stride
+    counts = sizes.parameters, sizes.running, sizes.rows, index_stride, x.shape[0], steps_before
+    numbers = schedule.shape[0], sizes.batch, len(network.layers), *counts
     phi = activation_named(network.activation)
     scalars = BETA1, BETA2, 1 - BETA1, 1 - BETA2, ADAM_EPS, float(network.unbiased), network.eps, phi.alpha
     codes = phi.code, OPTIMIZERS[sizes.optimizer]
@@ -261,8 +276,16 @@ def _rates(lr: Any, models: int) -> np.ndarray:
     return np.array([check.number("lr", rate, 0) for rate in lr])
 
 
-def _checked(network: Network, batch: int, arrays: tuple) -> tuple[rt.Runtime | None, int, int]:
-    """Check all arrays; return who runs the networks, how many there are, and the number of steps."""
+def _seeds(seed: Any, models: int) -> np.ndarray:
+    """Check the seed or seeds; return one for each model."""
+    seeds = [seed] * models if np.ndim(seed) == 0 else list(seed)
+    if len(seeds) != models:
+        raise ValueError(f"seed must be a number or {models} of them, one for each model, got {seed!r}")
+    return np.array([check_seed(one) for one in seeds], np.uint32)
+
+
+def _checked(network: Network, batch: int, arrays: tuple, drawn: int | None) -> tuple[rt.Runtime | None, int, int]:
+    """Check all arrays; return who runs the networks, how many there are, and the number of steps, `drawn` if given."""
     signatures = dict(zip(NAMES, check.signatures(arrays), strict=True))
     args = check.arguments(signatures, ("losses", "first", "second", "running", "indices"))
     parameters, x = args["parameters"], args["x"]
@@ -273,13 +296,17 @@ def _checked(network: Network, batch: int, arrays: tuple) -> tuple[rt.Runtime | 
             f"batch must be from 2 to {MOST_EXAMPLES}, got {batch}; train larger mini-batches layer by layer"
         )
     inputs = network.layers[0].inputs
-    if len(x.shape) != 2 or x.shape[1] != inputs:
-        raise ValueError(f"x must have the shape (rows, {inputs}), got {x.shape}")
+    if len(x.shape) != 2 or x.shape[1] != inputs or x.shape[0] >= 2**31:
+        raise ValueError(f"x must have the shape (rows, {inputs}), of less than 2**31 rows, got {x.shape}")
     if len(parameters.shape) not in (1, 2) or 0 in parameters.shape[:-1]:
         raise ValueError(f"parameters must have the shape (P,), or (M, P) with M of at least 1, got {parameters.shape}")
     *of_models, count = parameters.shape
     _check_layers(network, count, None if args["running"] is None else (0, *args["running"].shape)[-1])
     steps, indices = x.shape[0] // batch, args["indices"]
+    if drawn is not None:
+        steps = check.integer("steps", drawn)
+        if steps < 0 or x.shape[0] == 0:
+            raise ValueError(f"drawing takes at least 0 steps, and rows of x to draw from; got {steps}, {x.shape[0]}")
     if indices is not None:
         own = of_models if len(indices.shape) == 3 else []
         steps = (*indices.shape, 0)[len(own)]

@@ -37,10 +37,15 @@ struct Trainer {
         return a.activation == LINEAR ? linear(T(1), z, a.alpha) : curved_derivative(z, a.activation, a.alpha);
     }
 
-    // The mini-batch of a step and what depends on the step alone, by the threads from `from` on.
+    __device__ __forceinline__ int* rows_of(long long step) const { return kept.data + (step & 1) * team.pitch; }
+    __device__ __forceinline__ void choose_rows(long long step) const {
+        for (int n = threadIdx.x; n < team.batch && step < a.steps; n += blockDim.x)
+            rows_of(step)[n] = row_of(a, step, n);
+    }
+
+    // The mini-batch of a step, whose rows are chosen, and what depends on the step alone, by the threads from `from` on.
     __device__ __forceinline__ void fetch(long long step, int from) const {
         const int inputs = field(0, INPUTS), threads = blockDim.x - from;
-        const long long first = step * a.batch;
         T* x = x_of(step);
         if (step >= a.steps) return;
         for (int i = threadIdx.x - from; i >= 0 && i < 3; i += threads)
@@ -48,8 +53,7 @@ struct Trainer {
 #pragma unroll 4
         for (int i = threadIdx.x - from; i >= 0 && i < inputs * team.batch; i += threads) {
             const int example = i / inputs, input = i % inputs;
-            const long long row = a.indices ? a.indices[first + example] : first + example;
-            x[input * team.pitch + example] = a.x[row * inputs + input];
+            x[input * team.pitch + example] = a.x[(long long)rows_of(step)[example] * inputs + input];
         }
     }
 
@@ -141,8 +145,7 @@ struct Trainer {
         const int classes = field(a.depth - 1, OUTPUTS), n = threadIdx.x;
         if (n >= team.batch) return;
         T* logits = z_of(a.depth - 1) + n;
-        const long long example = step * a.batch + n;
-        const int label = a.labels[a.indices ? a.indices[example] : example];
+        const int label = a.labels[rows_of(step)[n]];
         T top = logits[0], total = T(0);
         for (int k = 1; k < classes; ++k) top = logits[k * team.pitch] > top ? logits[k * team.pitch] : top;
         for (int k = 0; k < classes; ++k) total += exp(logits[k * team.pitch] - top);
@@ -251,6 +254,7 @@ struct Trainer {
     }
 
     __device__ __forceinline__ void run(long long step) const {
+        choose_rows(step + 1);
         for (int layer = 0; layer < a.depth; ++layer) {
             forward(layer, step);
             __syncthreads();

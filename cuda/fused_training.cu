@@ -5,12 +5,13 @@
 //            as in softmax_cross_entropy.cu; the gradients of all that; and an update of all parameters as in
 //            parameter_update.cu.
 // Arrays:    x (rows, inputs), C order, of type T; labels (rows,). Example n of step s is row s N + n, or the row
-//            indices[s N + n] where indices are given. parameters, first, second (P,): weights (inputs, outputs), gamma
+//            indices[s N + n] where indices are given, or where seeds (1,) are drawn from all data_rows at random, by the
+//            number of the example since step -first_step: see network.cuh. parameters, first, second (P,): weights (inputs, outputs), gamma
 //            and beta or bias of every layer, and the optimiser's state (second and first may be null), updated in place;
 //            running (R,): mean and variance of every batch norm, may be null. layers (depth, LAYER_FIELDS): see Layer.
 //            schedule (steps, 3): batch-norm momentum, and what Adam divides its moments by. losses (steps,): mean losses.
 //            rates (1,): the learning rate. Of M models, parameters, state, running, losses and rates are (M, ...), and
-//            those of one lie together; so are the indices where index_stride is not 0. The rest is common to all.
+//            those of one lie together; so do seeds, and the indices where index_stride is not 0. The rest is common to all.
 // Launch:    grid (M, 1, 1), blocks of a multiple of 32 threads, each of which keeps everything but x in shared memory:
 //            parameters and state, two mini-batches, and of every layer the values of all examples. A neuron belongs to a
 //            team of 8, 16 or 32 neighbouring threads for the whole mini-batch, EXAMPLES of it in the registers of each.
@@ -28,6 +29,7 @@ struct FusedTraining {
     const T* x;
     const int* labels;
     const int* indices;
+    const unsigned* seeds;
     const T* schedule;
     const int* layers;
     T* parameters;
@@ -37,7 +39,8 @@ struct FusedTraining {
     T* losses;
     const T* rates;
     long long steps, batch, depth, parameter_count, running_count, rows;  // rows: outputs of all layers
-    long long index_stride, scratch_rows;  // scratch_rows: with layer norm outputs of the widest hidden layer, else 0
+    long long index_stride, data_rows, first_step;
+    long long scratch_rows;  // with layer norm outputs of the widest hidden layer, else 0
     T beta1, beta2, rest1, rest2, optimizer_eps, correction, eps, alpha;
     int activation, optimizer, team;
 };
@@ -53,6 +56,7 @@ __device__ __forceinline__ FusedTraining<T> of_this_block(FusedTraining<T> a) {
     if (a.indices) a.indices += model * a.index_stride;
     a.losses += model * a.steps;
     a.rates += model;
+    if (a.seeds) a.seeds += model;
     return a;
 }
 
@@ -75,6 +79,8 @@ __device__ __forceinline__ void fused_training(const FusedTraining<T>& of_all) {
     copy(kept.running, a.running, a.running_count);
     // Where no example is there are zeros: rows are read whole.
     for (T* zero = kept.losses + threadIdx.x; zero < kept.z; zero += blockDim.x) *zero = T(0);
+    __syncthreads();
+    trainer.choose_rows(0);
     __syncthreads();
     trainer.fetch(0, 0);
     __syncthreads();

@@ -5,7 +5,7 @@
 //            MemoryOfExamples, of type T; arrivals: a counter for each model, ARRIVALS_PITCH apart, see meet.cuh.
 // Launch:    block (256, 1, 1), grid (M blocks, 1, 1), `blocks` a power of two: the group of a model. The group is a
 //            cluster of 8, from sm_90 on, or part of a launch that is cooperative if it is more than one block. Dynamic
-//            shared memory for a product, (width, pitch) and five rows of T. N at most 512.
+//            shared memory for a product, (width, pitch) and seven rows of T. N at most 512.
 // Traffic:   by each model x, labels and schedule read once from global memory, losses written once. Parameters, state and
 //            what the blocks tell each other stay in the L2 cache as far as it holds them. Per step 2 depth - 1 meetings
 //            of the group, with batch norm or without (2 for a single layer); with layer norm 2.
@@ -21,6 +21,7 @@ struct FusedTrainingGroup {
     const T* x;
     const int* labels;
     const int* indices;
+    const unsigned* seeds;
     const T* schedule;
     const int* layers;
     T* parameters;
@@ -32,7 +33,8 @@ struct FusedTrainingGroup {
     T* memory;
     unsigned* arrivals;
     long long steps, batch, depth, parameter_count, running_count, rows;  // rows: outputs of all layers
-    long long index_stride, memory_count, blocks, width, widest;          // widest: outputs of that layer
+    long long index_stride, data_rows, first_step;
+    long long memory_count, blocks, width, widest;  // widest: outputs of that layer
     T beta1, beta2, rest1, rest2, optimizer_eps, correction, eps, alpha;
     int activation, optimizer;
 };
@@ -48,6 +50,7 @@ __device__ __forceinline__ FusedTrainingGroup<T> of_this_group(FusedTrainingGrou
     if (a.indices) a.indices += model * a.index_stride;
     a.losses += model * a.steps;
     a.rates += model;
+    if (a.seeds) a.seeds += model;
     a.memory += model * a.memory_count;
     a.arrivals += model * ARRIVALS_PITCH;
     return a;

@@ -16,6 +16,7 @@ struct BlockMemory {
     T* total;    // and the sum of exp(logit - top)
     T* losses;   // and its loss
     int* label;  // and its class
+    int* data;   // which row of the data it is, of this step and the next
 
     template <typename Arguments>
     __device__ __forceinline__ BlockMemory(const Arguments& a, T* shared, int pitch) {
@@ -24,7 +25,8 @@ struct BlockMemory {
         total = top + of_examples;
         losses = total + of_examples;
         label = reinterpret_cast<int*>(losses + of_examples);
-        tile = losses + 2 * of_examples;
+        data = label + of_examples;
+        tile = losses + 4 * of_examples;
         terms = tile + a.width * pitch;
     }
 };
@@ -83,15 +85,15 @@ struct GroupStep {
         for (long long first = block * a.width; first < count; first += a.blocks * a.width) work(first);
     }
 
-    __device__ __forceinline__ long long row_of(long long step, long long example) const {
-        const long long n = step * a.batch + example;
-        return a.indices ? a.indices[n] : n;
+    __device__ __forceinline__ int* rows_of(long long step) const { return own.data + (step & 1) * pitch_of(a.batch); }
+    __device__ __forceinline__ void choose_rows(long long step) const {
+        for (int n = threadIdx.x; n < a.batch && step < a.steps; n += blockDim.x) rows_of(step)[n] = row_of(a, step, n);
     }
 
     // What the gradients of the mean loss are made of, by one thread of each example: of_class(k) is its k-th logit.
     template <typename OfClass>
     __device__ __forceinline__ void softmax_cross_entropy(long long step, int n, const OfClass& of_class) const {
-        const int classes = field((int)a.depth - 1, OUTPUTS), label = a.labels[row_of(step, n)];
+        const int classes = field((int)a.depth - 1, OUTPUTS), label = a.labels[rows_of(step)[n]];
         T top = of_class(0), total = T(0);
 #pragma unroll 4
         for (int k = 1; k < classes; ++k) top = of_class(k) > top ? of_class(k) : top;

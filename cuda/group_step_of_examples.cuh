@@ -63,7 +63,7 @@ struct StepOfExamples : GroupStep<T, Arguments, Meeting> {
             const long long count = min((long long)a.width, a.batch - first) * inputs;
 #pragma unroll 4
             for (long long i = threadIdx.x; i < count; i += blockDim.x)
-                x[first * inputs + i] = a.x[Base::row_of(step, first + i / inputs) * inputs + i % inputs];
+                x[first * inputs + i] = a.x[Base::rows_of(step)[first + i / inputs] * inputs + i % inputs];
         });
     }
 
@@ -175,11 +175,14 @@ struct StepOfExamples : GroupStep<T, Arguments, Meeting> {
     }
 
     __device__ __forceinline__ void begin() const {
+        Base::choose_rows(0);
+        __syncthreads();
         fetch(0);
         __syncthreads();
     }
 
     __device__ __forceinline__ void run(long long step) const {
+        Base::choose_rows(step + 1);
         for_each_tile(a.batch, [&](long long first) {
             for (int layer = 0; layer < a.depth; ++layer) forward(layer, step, first);
             loss(step, first);

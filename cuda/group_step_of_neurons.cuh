@@ -62,7 +62,7 @@ struct StepOfNeurons : GroupStep<T, Arguments, Meeting> {
 #pragma unroll 4
         for (long long i = first; i < inputs * a.batch; i += a.blocks * blockDim.x) {
             const long long example = i / inputs, input = i % inputs;
-            x[input * a.batch + example] = a.x[Base::row_of(step, example) * inputs + input];
+            x[input * a.batch + example] = a.x[Base::rows_of(step)[example] * inputs + input];
         }
     }
 
@@ -179,6 +179,8 @@ struct StepOfNeurons : GroupStep<T, Arguments, Meeting> {
     }
 
     __device__ __forceinline__ void begin() const {
+        Base::choose_rows(0);
+        __syncthreads();
         fetch(0);
         meeting.wait_for(meeting.arrive());
     }
@@ -186,6 +188,7 @@ struct StepOfNeurons : GroupStep<T, Arguments, Meeting> {
     // A block may change the second layer's weights when no other one needs them any more for the first one's gradients;
     // nobody is waited for before all else is done.
     __device__ __forceinline__ void run(long long step) const {
+        Base::choose_rows(step + 1);
         for (int layer = 0; layer < a.depth; ++layer) {
             forward(layer, step);
             meeting.wait_for(meeting.arrive());

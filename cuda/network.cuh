@@ -8,6 +8,27 @@ enum Optimizer { SGD = 0, MOMENTUM = 1, ADAM = 2 };
 // running its mean and variance; and in which row of all activations its outputs begin.
 enum Layer { INPUTS, OUTPUTS, WEIGHT, GAMMA, SHIFT, MEAN, VARIANCE, ROW, LAYER_FIELDS };
 
+// Random numbers of 32 bits by their number: Philox-2x32-10 (Salmon, Moraes, Dror and Shaw, Parallel random numbers: as easy
+// as 1, 2, 3, 2011).
+__device__ __forceinline__ unsigned philox(unsigned long long counter, unsigned key) {
+    unsigned low = (unsigned)counter, high = (unsigned)(counter >> 32);
+#pragma unroll
+    for (int round = 0; round < 10; ++round, key += 0x9e3779b9u) {
+        const unsigned long long product = 0xd256d193ull * low;
+        low = (unsigned)(product >> 32) ^ key ^ high;
+        high = (unsigned)product;
+    }
+    return low;
+}
+
+// The row of the data that is an example of a step: in their order, by an index, or drawn at random, with replacement.
+template <typename Arguments>
+__device__ __forceinline__ int row_of(const Arguments& a, long long step, int example) {
+    const long long n = step * a.batch + example;
+    if (a.seeds) return (int)((unsigned long long)philox(a.first_step * a.batch + n, *a.seeds) * a.data_rows >> 32);
+    return a.indices ? a.indices[n] : (int)n;
+}
+
 // Moves parameter i by its gradient, as in parameter_update.cu. step: the step's row of the schedule, of which the last two
 // are what Adam divides its moments by.
 template <typename T, typename Arguments>

@@ -112,6 +112,7 @@ struct Kept {
     T* rstd;      // of every row, where there is a batch norm; with layer norm, of every example in every layer
     T* losses;    // a row: of every example
     T* schedule;  // of this step and the next, 4 numbers each
+    int* data;    // which rows of the data the examples are, of this step and the next
     T* x;         // (inputs, examples), of this step and the next
     T* h;         // (rows, examples): outputs of the layers; of the last one the logits, then their gradients
     T* z;         // (rows, examples): before the activation, with batch norm less the mean, with layer norm normalised;
@@ -128,7 +129,8 @@ struct Kept {
         const long long rstds = a.scratch_rows ? a.depth * pitch : a.rows;
         losses = shared + (rstd - shared + rstds + 3) / 4 * 4;  // rows of examples are read by fours
         schedule = losses + pitch;
-        x = schedule + 8;
+        data = reinterpret_cast<int*>(schedule + 8);
+        x = schedule + 8 + 2 * pitch;
         h = x + 2 * inputs * pitch;
         z = h + a.rows * pitch;
         scratch = z + a.rows * pitch;

@@ -203,7 +203,7 @@ def test_one_launch_with_as_many_barriers_with_batch_norm_as_without(
     in_one(backend, MLP((64, 20, 10), norm=norm), "sgd", x, y, 64)
     (record,) = emulated.launches
     assert record.launch.grid == (1, 1, 1)
-    assert record.counts.barriers == 2 + 5 * (2 * 2 + 1 + more)
+    assert record.counts.barriers == 3 + 5 * (2 * 2 + 1 + more)
     if emulated.build in ("plain", "coverage"):
         examples = next(traffic for at, traffic in record.counts.arrays.items() if len(at) == x.nbytes)
         assert examples.bytes_read == examples.unique_bytes_read == x.nbytes
@@ -230,7 +230,7 @@ def test_the_order_of_threads_changes_no_bit(emulated: EmulatorRuntime, rng: np.
         ({"optimizer": "lion"}, ValueError, "optimizer must be one of sgd, momentum, adam; got 'lion'"),
         ({"optimizer": "adam"}, ValueError, "state of adam must be 2 arrays, got 0"),
         ({"lr": -1}, ValueError, "lr must be at least 0 and finite, got -1"),
-        ({"x": np.zeros((20, 4), "float32")}, ValueError, r"x must have the shape \(rows, 5\), got \(20, 4\)"),
+        ({"x": np.zeros((20, 4), "float32")}, ValueError, r"x must have the shape \(rows, 5\), .*got \(20, 4\)"),
         (
             {"labels": np.zeros(20, "int64")},
             TypeError,

@@ -111,3 +111,33 @@ def test_what_is_benchmarked_is_right(provider: Provider) -> None:
     for _ in range(2):
         for one, two in zip(call(), bench_mini_batch.reference(case, arrays, np), strict=True):
             np.testing.assert_array_equal(np.asarray(one), two)
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "wanted"),
+    [  # the known answers of Random123, of which the first word of a counter is the lower one
+        (0x0000000000000000, 0x00000000, 0xFF1DAE59),
+        (0xFFFFFFFFFFFFFFFF, 0xFFFFFFFF, 0x2C3F628B),
+        (0x85A308D3243F6A88, 0x13198A2E, 0xDD7CE038),
+    ],
+)
+def test_random_rows_are_those_of_philox(counter: int, key: int, wanted: int) -> None:
+    rows = 2**31 - 1
+    (found,) = bn.random_rows(key, 1, rows, start=counter).tolist()
+    assert found == wanted * rows >> 32
+
+
+def test_random_rows_are_all_rows_alike(rng: np.random.Generator) -> None:
+    """A chi-squared of 99 degrees of freedom is above 160 once in 10,000 times; this seed is fixed."""
+    counts = np.bincount(bn.random_rows(3, 100_000, 100), minlength=100)
+    assert counts.size == 100
+    assert ((counts - 1000.0) ** 2 / 1000).sum() < 160
+    np.testing.assert_array_equal(
+        bn.random_rows(3, 5, 100, start=2**32 - 2)[2:], bn.random_rows(3, 3, 100, start=2**32)
+    )
+
+
+@pytest.mark.parametrize("rows", [0, 2**31])
+def test_random_rows_need_rows(rows: int) -> None:
+    with pytest.raises(ValueError, match=r"rows must be from 1 to 2\*\*31 - 1, got"):
+        bn.random_rows(0, 1, rows)

@@ -53,11 +53,23 @@ def calls(dtype: np.dtype) -> list[tuple[Op, list[np.ndarray]]]:
     found.append((partial(fused_training, model.fused), [model.parameters, model.running, x, labels]))
     normed = bn.MLP((6, 9, 3), norm="layer", dtype=dtype.name, activation="tanh")
     found.append((partial(fused_layer_norm_training, normed.fused), [normed.parameters, x, labels]))
+    found += group_calls(rng) if dtype.itemsize == 4 else []
     several = [np.stack([array] * 2) for array in (model.parameters, model.running)]
     found.append((partial(fused_training, model.fused), [*several, x, labels]))
     states = [rng.standard_normal(SIZE).astype(dtype) for _ in range(2)]
     moments = [np.zeros(SIZE, dtype) for _ in range(2)]
     return [*found, (sgd, states), (momentum, [*states, moments[0]]), (adam, [*states, *moments])]
+
+
+def group_calls(rng: np.random.Generator) -> list[tuple[Call, list[np.ndarray]]]:
+    """Return networks that several blocks train, since one takes smaller mini-batches: a cluster, or a grid."""
+    x, labels = rng.standard_normal((2 * 260, 6)).astype(np.float32), rng.integers(0, 3, 2 * 260).astype(np.int32)
+    found = []
+    for hidden in (9, 36):  # up to 32 neurons fit a cluster
+        model, normed = (bn.MLP((6, hidden, 3), norm=norm, activation="tanh") for norm in ("batch", "layer"))
+        found.append((partial(fused_training, model.fused, batch=260), [model.parameters, model.running, x, labels]))
+        found.append((partial(fused_layer_norm_training, normed.fused, batch=260), [normed.parameters, x, labels]))
+    return found
 
 
 def vectors(rng: np.random.Generator, dtype: np.dtype, channels: int = CHANNELS) -> list[np.ndarray]:
@@ -117,15 +129,15 @@ def mini_batch(x: Any, labels: Any, schedule: Any, counter: Any) -> Sequence[Any
     return [*out, counter]
 
 
-def fused_training(network: Any, parameters: Any, running: Any, x: Any, labels: Any) -> Sequence[Any]:
-    """Train five steps in one launch."""
-    losses = bn.fused_training(network, parameters, (), running, x, labels, batch=20, lr=0.1)
+def fused_training(network: Any, parameters: Any, running: Any, x: Any, labels: Any, batch: int = 20) -> Sequence[Any]:
+    """Train some steps in one launch."""
+    losses = bn.fused_training(network, parameters, (), running, x, labels, batch=batch, lr=0.1)
     return parameters, running, losses
 
 
-def fused_layer_norm_training(network: Any, parameters: Any, x: Any, labels: Any) -> Sequence[Any]:
-    """Train five steps of a network with layer norm, which has no running statistics."""
-    losses = bn.fused_training(network, parameters, (), None, x, labels, batch=20, lr=0.1)
+def fused_layer_norm_training(network: Any, parameters: Any, x: Any, labels: Any, batch: int = 20) -> Sequence[Any]:
+    """Train some steps of a network with layer norm, which has no running statistics."""
+    losses = bn.fused_training(network, parameters, (), None, x, labels, batch=batch, lr=0.1)
     return parameters, losses
 
 

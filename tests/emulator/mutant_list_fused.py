@@ -84,10 +84,15 @@ MUTANTS = [
     Mutant("fused: Adam without its first correction", NETWORK, "(mean / step[1])", "mean", select="adam and 30"),
     Mutant(
         "fused: rows are taken in their order",
-        STEP,
-        "a.indices ? a.indices[first + example] : first + example",
-        "first + example",
+        NETWORK,
+        "a.indices ? a.indices[n] : (int)n",
+        "(int)n",
         select="indices",
+    ),
+    Mutant("fused: every call draws the same", NETWORK, "a.first_step * a.batch + n", "n", select="draws_on"),
+    Mutant("fused: a round of Philox less", NETWORK, "round < 10", "round < 9", select="random_rows"),
+    Mutant(
+        "fused: all models draw what the first does", FUSED, "a.seeds += model", "a.seeds += 0", select="draw_its_own"
     ),
     Mutant("fused: the gradient of a sum, not of a mean", STEP, "/ T(team.batch) + poison", "+ poison", select=STEPS),
     Mutant(

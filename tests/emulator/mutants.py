@@ -31,7 +31,8 @@ TESTS = {  # the quickest first: the first failure ends a run
     ),
     **dict.fromkeys(("general.cuh", "batch_norm_forward_general.cu", "batch_norm_backward_general.cu"), GENERAL),
     **dict.fromkeys(
-        ("fused_training.cu", "fused_step.cuh", "team.cuh"), ("tests/test_fused_training.py", "tests/test_ensemble.py")
+        ("fused_training.cu", "fused_step.cuh", "team.cuh"),
+        ("tests/test_fused_training_drawn.py", "tests/test_fused_training.py", "tests/test_ensemble.py"),
     ),
     **dict.fromkeys(
         (
@@ -41,7 +42,7 @@ TESTS = {  # the quickest first: the first failure ends a run
             "group_step_of_examples.cuh",
             "network.cuh",
         ),
-        ("tests/test_fused_training_group.py",),
+        ("tests/test_fused_training_drawn.py", "tests/test_fused_training_group.py"),
     ),
     **dict.fromkeys(
         (
