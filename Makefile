@@ -14,7 +14,8 @@ PARALLEL = -n auto --dist worksteal
 CXX_FILES = $(shell find cuda tests/emulator benchmarks -name "*.cu" -o -name "*.cuh" -o -name "*.h" -o -name "*.cpp")
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check format compile emulate mutants coverage bench host-cost first-call features traffic notebooks clean
+.PHONY: help train test check format compile emulate mutants coverage bench host-cost first-call features traffic instructions
+.PHONY: notebooks clean
 .PHONY: gpu gpu-test gpu-sanitize gpu-bench gpu-dry-run
 
 help: ## list the targets
@@ -46,7 +47,8 @@ emulate: $(TEST) ## run the op tests on emulated kernels under AddressSanitizer 
 		tests/test_batch_norm_spread.py::test_the_order_of_blocks_and_threads_changes_no_bit tests/test_mini_batch.py \
 		tests/test_layer_norm.py::test_the_order_of_blocks_and_threads_changes_no_bit \
 		tests/test_linear_layer_norm.py::test_the_order_of_blocks_and_threads_changes_no_bit \
-		tests/test_linear_batch_norm.py::test_the_order_of_blocks_and_threads_changes_no_bit
+		tests/test_linear_batch_norm.py::test_the_order_of_blocks_and_threads_changes_no_bit \
+		tests/test_fused_training_group.py::test_the_order_of_blocks_and_threads_changes_no_bit
 
 mutants: $(TEST) ## plant bugs in the kernels: the tests must catch every one
 	$(RUN) -m tests.emulator mutants $(ARGS)
@@ -68,6 +70,9 @@ features: $(TEST) ## what batch norm can do, and how many tests stand behind eac
 
 traffic: $(TEST) ## count the bytes that batch norm moves, on the emulator, against the fewest possible
 	$(RUN) -m benchmarks.traffic
+
+instructions: $(TEST) ## count the instructions that batch norm adds to a training step and to a linear layer, in the PTX
+	$(RUN) -m benchmarks.instructions
 
 # With whichever python3 has CuPy, and without installing anything: a GPU machine has its own way of doing that.
 gpu: ## on a GPU machine: facts, tests, sanitizers, benchmarks in 9 minutes, into OUT (build/gpu)

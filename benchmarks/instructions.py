@@ -21,6 +21,7 @@ MOST = 1.10  # times the instructions of the same without batch norm
 SPECIAL = 20  # machine instructions of a quotient or a root: a rough figure, to see whether it matters
 BATCH = 64
 TRAINERS = [(64, 20, 10), (64, 100, 10), (64, 20, 20, 20, 10)]
+PAPER = (784, 100, 100, 100, 10)  # by a group of blocks; it takes a minute
 LAYERS = [(64, 64, 20), (256, 256, 100)]  # (N, K, M)
 NORMS = (None, "batch")
 ABOUT = """\
@@ -94,7 +95,7 @@ def linear_layer(sizes: tuple[int, int, int], norm: str | None) -> tuple[Counts,
 def lines() -> list[Line]:
     """Count everything."""
     found = []
-    for sizes in TRAINERS:
+    for sizes in (*TRAINERS, PAPER):
         name = f"fused training step, {'-'.join(map(str, sizes))}, batch {BATCH}, SGD"
         found.append(Line(name, *(training_step(sizes, norm) for norm in NORMS)))
     for rows, inputs, outputs in LAYERS:

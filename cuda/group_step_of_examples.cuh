@@ -57,13 +57,14 @@ struct StepOfExamples : GroupStep<T, Arguments, Meeting> {
     // What the block's examples of a step are.
     __device__ __forceinline__ void fetch(long long step) const {
         if (step >= a.steps) return;
-        const long long inputs = field(0, INPUTS);
-        T* const x = x_of(step);
+        const int inputs = field(0, INPUTS);
+        const int* const rows = Base::rows_of(step);
         for_each_tile(a.batch, [&](long long first) {
-            const long long count = min((long long)a.width, a.batch - first) * inputs;
+            const int count = (int)min((long long)a.width, a.batch - first) * inputs;
+            T* const x = x_of(step) + first * inputs;
 #pragma unroll 4
-            for (long long i = threadIdx.x; i < count; i += blockDim.x)
-                x[first * inputs + i] = a.x[Base::rows_of(step)[first + i / inputs] * inputs + i % inputs];
+            for (int i = threadIdx.x; i < count; i += PRODUCT_THREADS)
+                x[i] = a.x[(long long)rows[first + i / inputs] * inputs + i % inputs];
         });
     }
 

@@ -57,12 +57,12 @@ struct StepOfNeurons : GroupStep<T, Arguments, Meeting> {
     // The block's share of the mini-batch of a step, for all.
     __device__ __forceinline__ void fetch(long long step) const {
         if (step >= a.steps) return;
-        const long long inputs = field(0, INPUTS), first = (long long)block * blockDim.x + threadIdx.x;
+        const int inputs = field(0, INPUTS), batch = (int)a.batch, apart = (int)a.blocks * PRODUCT_THREADS;
         T* const x = x_of(step);
 #pragma unroll 4
-        for (long long i = first; i < inputs * a.batch; i += a.blocks * blockDim.x) {
-            const long long example = i / inputs, input = i % inputs;
-            x[input * a.batch + example] = a.x[Base::rows_of(step)[example] * inputs + input];
+        for (int i = block * PRODUCT_THREADS + threadIdx.x; i < inputs * batch; i += apart) {
+            const int example = i / inputs, input = i % inputs;
+            x[input * batch + example] = a.x[(long long)Base::rows_of(step)[example] * inputs + input];
         }
     }
 

@@ -33,7 +33,7 @@ __device__ __forceinline__ void fma_product(A* shared, const Left& left, const R
     const auto convert = [](auto value) { return A(value); };
 #pragma unroll 1
     for (long long first = 0; first < terms; first += TERMS) {
-        left_stage.template run<8>(row, first, lefts, 1, pitch, convert);
+        left_stage.template run<32 / sizeof(A)>(row, first, lefts, 1, pitch, convert);
         right_stage.template run<1>(first, column, rights, width, 1, convert);
         __syncthreads();
 #pragma unroll 2

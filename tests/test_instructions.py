@@ -10,8 +10,9 @@ pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installe
 
 from benchmarks import instructions
 from benchmarks.instructions import LAYERS, MOST, NORMS, TRAINERS, Line
+from bnkernels import _fused_training_launch as launch
 from tests.compile import nvrtc
-from tests.ptx import Counts
+from tests.ptx import Counts, registered
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +30,14 @@ def test_a_training_step_executes_little_more_with_batch_norm(sizes: tuple[int, 
     without, batch = line.without.by_kind, line.batch.by_kind
     assert batch["barrier"] == without["barrier"], "a team adds up by shuffles"
     assert batch["shuffle"] > without["shuffle"]
+
+
+def test_nor_does_a_step_of_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_why_no_block", lambda *_: "a test wants groups")
+    line = Line("", *(instructions.training_step.__wrapped__((64, 40, 10), norm) for norm in NORMS))
+    assert registered().launches[-1].launch.grid == (16, 1, 1)
+    assert 1 < line.ratio <= MOST
+    assert line.batch.by_kind["barrier"] == line.without.by_kind["barrier"]
 
 
 @pytest.mark.parametrize("sizes", LAYERS)

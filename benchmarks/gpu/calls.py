@@ -61,7 +61,7 @@ def calls(dtype: np.dtype) -> list[tuple[Op, list[np.ndarray]]]:
     return [*found, (sgd, states), (momentum, [*states, moments[0]]), (adam, [*states, *moments])]
 
 
-def group_calls(rng: np.random.Generator) -> list[tuple[Call, list[np.ndarray]]]:
+def group_calls(rng: np.random.Generator) -> list[tuple[Op, list[np.ndarray]]]:
     """Return networks that several blocks train, since one takes smaller mini-batches: a cluster, or a grid."""
     x, labels = rng.standard_normal((2 * 260, 6)).astype(np.float32), rng.integers(0, 3, 2 * 260).astype(np.int32)
     found = []

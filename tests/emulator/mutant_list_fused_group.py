@@ -188,8 +188,8 @@ MUTANTS = [
     Mutant(
         "group of examples: every block fetches the first examples",
         EXAMPLES,
-        "a.x[Base::rows_of(step)[first + i / inputs] * inputs",
-        "a.x[Base::rows_of(step)[i / inputs] * inputs",
+        "rows[first + i / inputs]",
+        "rows[i / inputs]",
         select=OF_LAYER,
     ),
 ]
