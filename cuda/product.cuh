@@ -36,7 +36,7 @@ __device__ __forceinline__ void fma_product(A* shared, const Left& left, const R
         left_stage.template run<32 / sizeof(A)>(row, first, lefts, 1, pitch, convert);
         right_stage.template run<1>(first, column, rights, width, 1, convert);
         __syncthreads();
-#pragma unroll 2
+#pragma unroll 1
         for (int t = slice; t < TERMS; t += slices) {
             A of_rows[EXAMPLES];
             own.load(of_rows, lefts + t * pitch);
