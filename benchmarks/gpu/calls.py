@@ -53,7 +53,6 @@ def calls(dtype: np.dtype) -> list[tuple[Op, list[np.ndarray]]]:
     found.append((partial(fused_training, model.fused), [model.parameters, model.running, x, labels]))
     normed = bn.MLP((6, 9, 3), norm="layer", dtype=dtype.name, activation="tanh")
     found.append((partial(fused_layer_norm_training, normed.fused), [normed.parameters, x, labels]))
-    found += group_calls(rng) if dtype.itemsize == 4 else []
     several = [np.stack([array] * 2) for array in (model.parameters, model.running)]
     found.append((partial(fused_training, model.fused), [*several, x, labels]))
     states = [rng.standard_normal(SIZE).astype(dtype) for _ in range(2)]
@@ -61,12 +60,14 @@ def calls(dtype: np.dtype) -> list[tuple[Op, list[np.ndarray]]]:
     return [*found, (sgd, states), (momentum, [*states, moments[0]]), (adam, [*states, *moments])]
 
 
-def group_calls(rng: np.random.Generator) -> list[tuple[Op, list[np.ndarray]]]:
+def group_calls(dtype: np.dtype) -> list[tuple[Op, list[np.ndarray]]]:
     """Return networks that several blocks train, since one takes smaller mini-batches: a cluster, or a grid."""
-    x, labels = rng.standard_normal((2 * 260, 6)).astype(np.float32), rng.integers(0, 3, 2 * 260).astype(np.int32)
+    rng = np.random.default_rng(1)
+    x, labels = rng.standard_normal((2 * 260, 6)).astype(dtype), rng.integers(0, 3, 2 * 260).astype(np.int32)
     found = []
-    for hidden in (9, 36):  # up to 32 neurons fit a cluster
-        model, normed = (bn.MLP((6, hidden, 3), norm=norm, activation="tanh") for norm in ("batch", "layer"))
+    for hidden in (9, 36) if dtype.itemsize > 2 else ():  # up to 32 neurons fit a cluster
+        options = {"dtype": dtype.name, "activation": "tanh"}
+        model, normed = (bn.MLP((6, hidden, 3), norm=norm, **options) for norm in ("batch", "layer"))
         found.append((partial(fused_training, model.fused, batch=260), [model.parameters, model.running, x, labels]))
         found.append((partial(fused_layer_norm_training, normed.fused, batch=260), [normed.parameters, x, labels]))
     return found
