@@ -46,8 +46,8 @@ print(json.dumps([imported - before, read - imported, compiled]))
 """
 
 
-def launched(engine: str) -> list[tuple[str, str]]:
-    """Return source and name of every kernel that the default training run launches with an engine, on the emulator."""
+def launched(engine: str) -> list[tuple[str, str, tuple]]:
+    """Return source, name and constants of every kernel of the default training run with an engine, on the emulator."""
     from bnkernels.network import Network
     from tests import backends
 
@@ -62,10 +62,12 @@ def launched(engine: str) -> list[tuple[str, str]]:
         network = Network(norm, config, (64, *config.hidden, 10), backend.xp)
         network.train(x, y, 0, 2, lambda: False)
         network.evaluate(x, y)
-    return list(dict.fromkeys((record.source, record.entry_point) for record in runtime.launches))
+    return list(
+        dict.fromkeys((record.source, record.entry_point, record.launch.constants) for record in runtime.launches)
+    )
 
 
-def child(kernels: Sequence[tuple[str, str]], what: str) -> tuple[float, float, list[float]]:
+def child(kernels: Sequence[tuple[str, str, tuple]], what: str) -> tuple[float, float, list[float]]:
     """Return from a new process the seconds to import the package, to read the texts, and to compile each of them."""
     command = [sys.executable, "-c", CHILD, json.dumps(list(kernels)), what, str(ARCHITECTURE)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -85,7 +87,7 @@ def measure() -> dict[str, Any]:
         engines[engine] = {
             "kernels": [
                 {"kernel": name, "compile_s": round(seconds, 3)}
-                for (_, name), seconds in zip(kernels, cold, strict=True)
+                for (_, name, _), seconds in zip(kernels, cold, strict=True)
             ],
             "cold_s": round(sum(cold), 3),
             "import_s": round(imported, 4),

@@ -12,6 +12,7 @@ import numpy as np
 from bnkernels import _source
 from bnkernels._runtime import WORKSPACE_BYTES, Launch, Limits, cupy_reader
 
+Constants = tuple[tuple[str, int], ...]  # of a launch
 PER_THREAD = 2  # the handle of the default stream that every thread has its own of
 
 
@@ -29,7 +30,7 @@ class CudaRuntime:
     xp = cupy
 
     def __init__(self) -> None:
-        self._kernels: dict[tuple[int, str], Any] = {}
+        self._kernels: dict[tuple[int, str, Constants], Any] = {}
         self._limits: dict[int, Limits] = {}
         self._workspaces: dict[tuple[int, int], Any] = {}
         self._lock = threading.Lock()
@@ -113,20 +114,22 @@ class CudaRuntime:
     def launch(self, source: str, entry_point: str, launch: Launch, arguments: np.ndarray, like: Any) -> None:
         """Enqueue the kernel; a NumPy array of one structured element is passed by value."""
         with like.device as device:
-            kernel = self._kernels.get((device.id, entry_point)) or self._compiled(device.id, source, entry_point)
+            kernel = self._kernels.get((device.id, entry_point, launch.constants)) or self._compiled(
+                device.id, source, entry_point, launch.constants
+            )
             if launch.cooperative:
                 function = kernel.kernel  # RawKernel's own call would need a module compiled for cooperative groups
                 function(launch.grid, launch.block, (arguments,), launch.shared_bytes, enable_cooperative_groups=True)
             else:
                 kernel(launch.grid, launch.block, (arguments,), shared_mem=launch.shared_bytes)
 
-    def _compiled(self, device: int, source: str, entry_point: str) -> Any:
+    def _compiled(self, device: int, source: str, entry_point: str, constants: Constants) -> Any:
         with self._lock:
-            kernel = self._kernels.get((device, entry_point))
+            kernel = self._kernels.get((device, entry_point, constants))
             if kernel is None:
-                code = _source.read(source, entry_point)
+                code = _source.read(source, entry_point, constants)
                 kernel = cupy.RawModule(code=code, options=_source.OPTIONS).get_function(entry_point)
                 if device in self._limits:  # which every launch with more shared memory than usual has asked for
                     kernel.max_dynamic_shared_size_bytes = self._limits[device].shared_bytes
-                self._kernels[device, entry_point] = kernel
+                self._kernels[device, entry_point, constants] = kernel
             return kernel

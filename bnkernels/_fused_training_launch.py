@@ -13,6 +13,7 @@ import numpy as np
 from bnkernels import _linear_batch_norm_launch as linear
 from bnkernels._batch_norm_spread import MOST_GROUPS
 from bnkernels._runtime import Launch, Limits, ceil_div
+from bnkernels.activations import activation_named
 
 if TYPE_CHECKING:
     from bnkernels.fused_training import Network
@@ -47,6 +48,12 @@ class Sizes(NamedTuple):
     def team(self) -> int:
         """How many threads of a block share a neuron."""
         return next((team for team in TEAMS if EXAMPLES * team >= self.batch), TEAMS[-1])
+
+    @property
+    def constants(self) -> tuple[tuple[str, int], ...]:
+        """What the kernels are compiled for, of the members of their argument."""
+        activation = activation_named(self.network.activation).code
+        return ("activation", activation), ("optimizer", OPTIMIZERS[self.optimizer]), ("batch", self.batch)
 
     @property
     def widest(self) -> int:
@@ -131,7 +138,8 @@ def _why_no_block(sizes: Sizes, limits: Limits) -> str | None:
 def _by_blocks(sizes: Sizes) -> Choice:
     """Return the launch of a block for each model, of as many threads as the widest layer has work for."""
     wanted = max(FEWEST_THREADS, sizes.batch, min(sizes.widest * sizes.team, THREADS[sizes.dtype]))
-    launch = Launch((sizes.models, 1, 1), (ceil_div(wanted, 32) * 32, 1, 1), shared_bytes(sizes))
+    block, constants = (ceil_div(wanted, 32) * 32, 1, 1), (*sizes.constants, ("team", sizes.team))
+    launch = Launch((sizes.models, 1, 1), block, shared_bytes(sizes), constants=constants)
     return Choice("fused_training_layer_norm" if sizes.network.scratch_rows else "fused_training", launch)
 
 
@@ -171,6 +179,7 @@ def _by_groups(sizes: Sizes, limits: Limits) -> Choice:
     blocks, width, shared = _group(sizes, limits)
     cluster = limits.clusters and blocks == CLUSTER
     assert cluster or blocks == 1 or sizes.models <= MOST_GROUPS, "no device has so many multiprocessors"
-    launch = Launch((sizes.models * blocks, 1, 1), (linear.THREADS, 1, 1), shared, not cluster and blocks > 1)
+    grid, constants = (sizes.models * blocks, 1, 1), (*sizes.constants, ("blocks", blocks), ("width", width))
+    launch = Launch(grid, (linear.THREADS, 1, 1), shared, not cluster and blocks > 1, constants)
     kernel = f"fused_training_{'cluster' if cluster else 'grid'}{'_layer_norm' if sizes.network.scratch_rows else ''}"
     return Choice(kernel, launch, blocks, width)

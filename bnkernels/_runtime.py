@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
@@ -20,13 +20,15 @@ SHARED_BYTES = 48 * 1024  # what every supported device grants a block without o
 class Launch:
     """Grid, block (in threads) and dynamic shared memory (in bytes) of one kernel launch.
 
-    The blocks of a cooperative launch are all resident at once, so they may wait for one another.
+    The blocks of a cooperative launch are all resident at once, so they may wait for one another. `constants` are
+    members of the kernel's argument, by name, that are known when it is compiled: a hint, the argument has them too.
     """
 
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
     shared_bytes: int = 0
     cooperative: bool = False
+    constants: tuple[tuple[str, int], ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         """Refuse what no device accepts, so that a wrong plan fails where it was made."""

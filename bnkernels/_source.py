@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -45,8 +46,10 @@ def stems() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in folder().glob("*.cu")))
 
 
-def read(stem: str, entry_point: str | None = None) -> str:
+def read(stem: str, entry_point: str | None = None, constants: Iterable[tuple[str, int]] = ()) -> str:
     """Return ``cuda/<stem>.cu`` with our headers in place of their ``#include`` lines, each once.
+
+    Kernels that have a place for it take the `constants` for members of their argument: see ``cuda/network.cuh``.
 
     Of the kernels that the file makes at its end, one line each, only `entry_point` if that is given: the variants and
     data types that a program does not need would take it seconds to compile.
@@ -63,6 +66,8 @@ def read(stem: str, entry_point: str | None = None) -> str:
         If it makes no such kernel.
     """
     text = _inline(f"{stem}.cu", set())
+    if members := ", ".join(f"(a).{name} = {value}" for name, value in constants):
+        text = f"#define BNK_CONSTANTS(a) ({members})\n{text}"
     if entry_point is None:
         return text
     lines = text.split("\n")

@@ -48,6 +48,7 @@ struct FusedTraining {
 // The arguments of the model of this block.
 template <typename T>
 __device__ __forceinline__ FusedTraining<T> of_this_block(FusedTraining<T> a) {
+    take_constants(a);
     const long long model = blockIdx.x;
     a.parameters += model * a.parameter_count;
     if (a.first) a.first += model * a.parameter_count;

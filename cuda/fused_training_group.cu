@@ -42,6 +42,7 @@ struct FusedTrainingGroup {
 // The arguments of the model of this block's group.
 template <typename T>
 __device__ __forceinline__ FusedTrainingGroup<T> of_this_group(FusedTrainingGroup<T> a) {
+    take_constants(a);
     const long long model = blockIdx.x / a.blocks;
     a.parameters += model * a.parameter_count;
     if (a.first) a.first += model * a.parameter_count;

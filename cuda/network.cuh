@@ -8,6 +8,15 @@ enum Optimizer { SGD = 0, MOMENTUM = 1, ADAM = 2 };
 // running its mean and variance; and in which row of all activations its outputs begin.
 enum Layer { INPUTS, OUTPUTS, WEIGHT, GAMMA, SHIFT, MEAN, VARIANCE, ROW, LAYER_FIELDS };
 
+// The text may be compiled for one network: then these members of the argument are constants. Python defines
+// BNK_CONSTANTS(a) in front, as (a.batch = 64, a.activation = 1, ...), to the values that the argument has anyway.
+template <typename Arguments>
+__device__ __forceinline__ void take_constants([[maybe_unused]] Arguments& a) {
+#ifdef BNK_CONSTANTS
+    BNK_CONSTANTS(a);
+#endif
+}
+
 // Random numbers of 32 bits by their number: Philox-2x32-10 (Salmon, Moraes, Dror and Shaw, Parallel random numbers: as easy
 // as 1, 2, 3, 2011).
 __device__ __forceinline__ unsigned philox(unsigned long long counter, unsigned key) {

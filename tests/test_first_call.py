@@ -13,12 +13,13 @@ from bnkernels import _source
 @pytest.mark.emulator
 def test_the_kernels_are_those_of_a_training_run() -> None:
     layers, fused = (first_call.launched(engine) for engine in first_call.ENGINES)
-    assert ("batch_norm_forward", "bnk_batch_norm_forward_held4_f32") in layers
-    assert ("fused_training", "bnk_fused_training_f32") in fused
-    assert not any(source == "fused_training" for source, _ in layers)
+    assert ("batch_norm_forward", "bnk_batch_norm_forward_held4_f32", ()) in layers
+    constants = {name: dict(given) for _, name, given in fused}
+    assert constants["bnk_fused_training_f32"]["batch"] == 64
+    assert not any(source == "fused_training" for source, *_ in layers)
     for kernels in (layers, fused):
         assert len(set(kernels)) == len(kernels)
-        assert all(name in _source.entry_points(source) for source, name in kernels)
+        assert all(name in _source.entry_points(source) for source, name, _ in kernels)
 
 
 def test_a_new_process_reads_the_texts_and_reports_what_goes_wrong() -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
+
+import bnkernels as bn
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installed: kernels are not compiled")
 
 from benchmarks import instructions
 from benchmarks.instructions import LAYERS, MOST, NORMS, TRAINERS, Line
 from bnkernels import _fused_training_launch as launch
+from bnkernels.mlp import MLP
 from tests.compile import nvrtc
 from tests.ptx import Counts, registered
 
@@ -38,6 +42,25 @@ def test_nor_does_a_step_of_several_blocks(monkeypatch: pytest.MonkeyPatch) -> N
     assert registered().launches[-1].launch.grid == (16, 1, 1)
     assert 1 < line.ratio <= MOST
     assert line.batch.by_kind["barrier"] == line.without.by_kind["barrier"]
+
+
+@pytest.mark.parametrize("form", ["block", "group"])
+def test_a_kernel_compiled_for_a_network_does_the_same_with_less(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if form == "group":
+        monkeypatch.setattr(launch, "_why_no_block", lambda *_: "a test wants groups")
+    found = []
+    for constants in (launch.Sizes.constants, ()):
+        monkeypatch.setattr(launch.Sizes, "constants", constants)
+        runtime, model = registered(), MLP((6, 9, 3), activation="tanh")
+        rng = np.random.default_rng(0)
+        data = rng.standard_normal((21, 6), dtype="float32"), rng.integers(0, 3, 21).astype(np.int32)
+        parameters, running, *data = map(runtime.asarray, (model.parameters, model.running, *data))
+        runtime.reset()
+        losses = bn.fused_training(model.fused, parameters, (), running, *data, batch=7, lr=0.1)
+        (record,) = runtime.launches
+        found.append((np.concatenate([losses, parameters, running]), record.counts.total))
+    np.testing.assert_array_equal(found[0][0], found[1][0])
+    assert found[0][1] < 0.97 * found[1][1]
 
 
 @pytest.mark.parametrize("sizes", LAYERS)

@@ -123,6 +123,14 @@ def test_a_kernel_that_is_not_made_lists_those_that_are() -> None:
         _source.read("batch_norm_statistics", "bnk_x")
 
 
+def test_constants_stand_in_front_and_move_no_line() -> None:
+    plain, given = (_source.read("fused_training", None, constants) for constants in ((), (("batch", 64), ("team", 8))))
+    assert given == f"#define BNK_CONSTANTS(a) ((a).batch = 64, (a).team = 8)\n{plain}"
+    assert plain.startswith('#line 1 "')
+    one = _source.read("fused_training", "bnk_fused_training_f32", (("batch", 64),))
+    assert one.startswith("#define BNK_CONSTANTS(a) ((a).batch = 64)\n")
+
+
 def test_a_kernel_compiles_alone() -> None:
     nvrtc = pytest.importorskip("tests.compile.nvrtc", exc_type=ImportError)
     try:

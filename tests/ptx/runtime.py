@@ -36,11 +36,11 @@ class PtxRecord:
 
 
 @cache
-def compiled(source: str, entry_point: str) -> Kernel:
+def compiled(source: str, entry_point: str, constants: tuple[tuple[str, int], ...] = ()) -> Kernel:
     """Return a kernel as NVRTC compiles it."""
     from tests.compile import nvrtc  # only here, since it cannot be imported without NVIDIA's package
 
-    return parse(nvrtc.ptx(_source.read(source, entry_point), ARCHITECTURE))[entry_point]
+    return parse(nvrtc.ptx(_source.read(source, entry_point, constants), ARCHITECTURE))[entry_point]
 
 
 class PtxRuntime(_runtime.Runtime):
@@ -123,7 +123,7 @@ class PtxRuntime(_runtime.Runtime):
         PtxError
             For an instruction that is not supported, and for what a GPU would not forgive.
         """
-        counts = run(compiled(source, entry_point), launch, arguments.tobytes(), self._memory)
+        counts = run(compiled(source, entry_point, launch.constants), launch, arguments.tobytes(), self._memory)
         self.launches.append(PtxRecord(entry_point, launch, counts))
 
     def holds(self, address: int) -> bool:
