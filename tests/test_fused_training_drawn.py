@@ -85,9 +85,10 @@ def test_every_model_may_draw_its_own(backend: Backend, form: str, rng: np.rando
     ],
 )
 def test_bad_draws_are_refused(backend: Backend, options: dict, message: str) -> None:
-    model, rows = MLP(SIZES), options.pop("rows", 20)
+    model, rows = MLP(SIZES), options.get("rows", 20)
     x, y = np.zeros((rows, SIZES[0]), "float32"), np.zeros(rows, "int32")
     parameters, running, on_x, on_y = backend.arrays(model.parameters, model.running, x, y)
-    more = options | {name: backend.asarray(options[name]) for name in ("indices",) if name in options}
+    more = {name: backend.asarray(value) if name == "indices" else value for name, value in options.items()}
+    more.pop("rows", None)
     with refused(backend, ValueError, message, parameters, running):
         bn.fused_training(model.fused, parameters, (), running, on_x, on_y, batch=BATCH, lr=0.1, **more)
