@@ -215,9 +215,7 @@ def test_one_launch_each_with_as_many_barriers_with_batch_norm_as_without(
         _, z, statistics = bn.linear_batch_norm_forward(x, weight, gamma, beta, norm=norm)
         bn.linear_batch_norm_backward(dy, x, weight, gamma, beta, z, statistics)
     forward, backward = emulated.launches
-    assert [record.source for record in (forward, backward)] == [
-        f"linear_batch_norm_{d}" for d in ("forward", "backward")
-    ]
+    assert (forward.source, backward.source) == ("linear_batch_norm_forward", "linear_batch_norm_backward")
     # Two chunks of the terms, one more than that behind the partial sums, and one behind the activation.
     assert forward.counts.barriers == 2 * 2 + 2 + 1
     assert backward.launch.cooperative
@@ -233,7 +231,9 @@ def test_one_launch_each_with_as_many_barriers_with_batch_norm_as_without(
     total = backward.counts.total
     for array in (dy, z, weight):
         read = backward.counts.of(array)
-        assert read.bytes_read == read.unique_bytes_read == array.nbytes
+        assert read.unique_bytes_read == array.nbytes
+        # Unoptimised, the numbers that a tile reads in place of missing ones count too.
+        assert emulated.build == "coverage" or read.bytes_read == array.nbytes
     counter = 4 * backward.launch.grid[0]
     assert total.bytes_written == x.nbytes + weight.nbytes + z.nbytes + vectors + counter
 

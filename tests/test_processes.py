@@ -41,7 +41,7 @@ try:
 except KeyboardInterrupt:
     open({str(note)!r}, "w").write("kept")
 """
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if ignored else signal.getsignal(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.default_int_handler)
     try:
         process = started(program, ready)
     finally:
