@@ -9,7 +9,6 @@
 #include "happens_before.h"
 
 #ifdef BNK_ASAN
-#include <dlfcn.h>
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
@@ -19,7 +18,7 @@ namespace bnk {
 namespace {
 
 struct Scheduler {  // the context that every launch runs in: Python's own thread
-    ucontext_t context;
+    void* registers[5];
     void* order = nullptr;
     void* fake_stack = nullptr;
     const void* stack = nullptr;
@@ -34,16 +33,15 @@ void about_to_switch([[maybe_unused]] void** fake_stack, [[maybe_unused]] const 
 #endif
 }
 
-// ASan's own swapcontext would warn that it cannot follow fibers, and erase red zones. The two announcements above and
-// below tell it all it needs, so it is passed over.
-void swap_contexts(ucontext_t* from, const ucontext_t* to) {
-#ifdef BNK_ASAN
-    static const auto swap =
-        reinterpret_cast<decltype(&swapcontext)>(dlsym(dlopen("libc.so.6", RTLD_LAZY | RTLD_NOLOAD), "swapcontext"));
-    swap(from, to);
-#else
-    swapcontext(from, to);
-#endif
+// swapcontext would ask the system for the mask of signals at every switch, and ASan's own erases red zones; what the
+// compiler makes of these two, who may not share a function, are a few moves.
+[[noreturn, gnu::noinline]] void jump(void** to) { __builtin_longjmp(to, 1); }
+
+// Leaves `from` to be jumped to, and begins or goes on with what the arguments say.
+[[gnu::noinline]] void swap(void** from, void** to, const ucontext_t* first) {
+    if (__builtin_setjmp(from) != 0) return;
+    if (first) setcontext(first);
+    jump(to);
 }
 
 void switched([[maybe_unused]] void* fake_stack, [[maybe_unused]] const void** from, [[maybe_unused]] size_t* bytes) {
@@ -139,16 +137,18 @@ Fiber::~Fiber() {
 }
 
 void Fiber::resume() {
+    const ucontext_t* const first = started_ ? nullptr : &context_;
+    started_ = true;
     order::switch_to(order_);
     about_to_switch(&scheduler.fake_stack, stack_, stack_bytes);
-    swap_contexts(&scheduler.context, &context_);
+    swap(scheduler.registers, registers_, first);
     switched(scheduler.fake_stack, nullptr, nullptr);
 }
 
 void Fiber::suspend(bool for_ever) {
     order::switch_to(scheduler.order);
     about_to_switch(for_ever ? nullptr : &fake_stack_, scheduler.stack, scheduler.stack_bytes);
-    swap_contexts(&context_, &scheduler.context);
+    swap(registers_, scheduler.registers, nullptr);
     switched(fake_stack_, &scheduler.stack, &scheduler.stack_bytes);
 }
 

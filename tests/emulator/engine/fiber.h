@@ -37,16 +37,14 @@ class Fiber {
     static void launch_ended();
 
   private:
-#if defined(BNK_ASAN) || defined(BNK_TSAN)
     static constexpr size_t stack_bytes = 64 * 1024;  // a sanitizer writes its report on the stack of the culprit
-#else
-    static constexpr size_t stack_bytes = 64 * 1024;
-#endif
     friend class StackPool;
     char* stack_ = nullptr;
     void* order_ = nullptr;
     void* fake_stack_ = nullptr;
-    ucontext_t context_;
+    ucontext_t context_;  // to begin with
+    bool started_ = false;
+    void* registers_[5];  // to go on with, as __builtin_setjmp wants it
 };
 
 }  // namespace bnk

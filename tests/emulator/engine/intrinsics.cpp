@@ -19,8 +19,18 @@ class EngineWork {
     ~EngineWork() { order::switch_to(self().fiber.order()); }
 };
 
+// The threads of a warp operation; a vector would ask for memory at each of them.
+struct Lanes {
+    std::array<Thread*, 32> threads;
+    unsigned count = 0;
+
+    Thread** begin() { return threads.data(); }
+    Thread** end() { return threads.data() + count; }
+};
+
 // Orders what each of the threads did before this meeting before what all of them do after it. In EngineWork.
-void meet(const std::vector<Thread*>& threads, order::Tag& tag) {
+template <typename Threads>
+void meet(Threads& threads, order::Tag& tag) {
     for (const Thread* thread : threads) {
         order::switch_to(thread->fiber.order());
         order::release(tag);
@@ -42,7 +52,8 @@ void pass_on(order::Tag& from, order::Tag& to) {
     order::destroy(messenger);
 }
 
-void let_go(const std::vector<Thread*>& threads) {
+template <typename Threads>
+void let_go(Threads& threads) {
     for (Thread* thread : threads) thread->state = State::ready;
 }
 
@@ -71,8 +82,8 @@ void arrive_at_barrier(Site site) {
 }
 
 // Joins the operation `state` of the caller's warp. Returns the threads that the mask names once all of them wait in
-// it; until then, none.
-std::vector<Thread*> arrive_in_warp(State state, unsigned mask, Site site) {
+// it; until then, none. Where all is well the last lane comes last: the search for a missing one begins there.
+Lanes arrive_in_warp(State state, unsigned mask, Site site) {
     Thread& me = self();
     const auto refuse = [&](unsigned lane, const std::string& why) {
         fail((state == State::at_shuffle ? "shuffle at " : "__syncwarp at ") + text(site) + ": " +
@@ -82,28 +93,27 @@ std::vector<Thread*> arrive_in_warp(State state, unsigned mask, Site site) {
     me.state = state;
     me.site = site;
     me.mask = mask;
-    std::vector<Thread*> lanes;
-    bool complete = true;
-    for (unsigned lane = 0; lane < 32; ++lane) {
+    Lanes lanes;
+    for (unsigned lane = 32; lane-- > 0;) {
         if (!(mask >> lane & 1)) continue;
         const unsigned number = me.number - me.lane + lane;
         if (number >= me.block->threads.size()) refuse(lane, " does not exist in this block");
         Thread& other = me.block->threads[number];
         if (other.state == State::done) refuse(lane, " has returned");
-        if (other.state != state || other.mask != mask)
-            complete = false;
-        else if (state == State::at_shuffle && other.site != site)
-            refuse(lane, " shuffles at " + text(other.site));
-        lanes.push_back(&other);
+        if (other.state != state || other.mask != mask) {
+            lanes.count = 0;
+            return lanes;
+        }
+        if (state == State::at_shuffle && other.site != site) refuse(lane, " shuffles at " + text(other.site));
+        lanes.threads[lanes.count++] = &other;
     }
-    if (!complete) lanes.clear();
     return lanes;
 }
 
 void arrive_at_warp_barrier(unsigned mask, Site site) {
     const EngineWork work;
-    const std::vector<Thread*> lanes = arrive_in_warp(State::at_warp_barrier, mask, site);
-    if (lanes.empty()) return;
+    Lanes lanes = arrive_in_warp(State::at_warp_barrier, mask, site);
+    if (lanes.count == 0) return;
     meet(lanes, self().block->warp_tags[{self().number / 32, mask}]);
     let_go(lanes);
 }
@@ -113,9 +123,10 @@ void arrive_at_shuffle(unsigned mask, uint64_t value, unsigned source_lane, Site
     const EngineWork work;
     self().value = value;
     self().source_lane = source_lane;
-    const std::vector<Thread*> lanes = arrive_in_warp(State::at_shuffle, mask, site);
+    Lanes lanes = arrive_in_warp(State::at_shuffle, mask, site);
     if (!(mask >> source_lane & 1))
         fail("shuffle at " + text(site) + ": " + lane_text(source_lane, mask) + " is a source, and is not in the mask");
+    if (lanes.count == 0) return;
     std::array<uint64_t, 32> brought;
     for (const Thread* thread : lanes) brought[thread->lane] = thread->value;
     for (Thread* thread : lanes) thread->value = brought[thread->source_lane];
