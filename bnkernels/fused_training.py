@@ -198,16 +198,7 @@ def fused_training(
     if steps == 0:
         return losses
     if runtime is None:
-        for model, rate in enumerate(rates.tolist()):
-            mine = (array if array is None or parameters.ndim == 1 else array[model] for array in arrays[1:5])
-            own, *moments, own_running = mine
-            own_losses = losses if parameters.ndim == 1 else losses[model]
-            rows = indices if indices is None or indices.ndim == 2 else indices[model]
-            if seeds is not None:
-                drawn = random_rows(int(seeds[model]), steps * batch, len(x), start=before[0] * batch)
-                rows = drawn.reshape(steps, batch)
-            moments = tuple(array for array in moments if array is not None)
-            train_host(network, own, moments, own_running, x, labels, rows, batch, optimizer, rate, before, own_losses)
+        _train_each(network, batch, optimizer, arrays[1:], losses, rates, seeds, before)
         return losses
     check.one_device(runtime, NAMES, arrays)
     count = 0 if running is None else running.shape[-1]
@@ -219,6 +210,22 @@ def fused_training(
         )
     _launch(runtime, sizes, choice, arrays[1:], losses, (_table(network), schedule, rates, seeds), before[0])
     return losses
+
+
+def _train_each(
+    network: Network, batch: int, optimizer: str, arrays: tuple, losses: Any, rates: Any, seeds: Any, before: tuple
+) -> None:
+    """Train one model after the other, on NumPy arrays: those of `NAMES` without the losses."""
+    (*updated, x, labels, indices), one_model = arrays, losses.ndim == 1
+    for model, rate in enumerate(rates.tolist()):
+        mine = (array if array is None or one_model else array[model] for array in (*updated, losses))
+        parameters, first, second, running, own_losses = mine
+        rows = indices[model] if indices is not None and indices.ndim == 3 else indices
+        if seeds is not None:
+            drawn = random_rows(int(seeds[model]), own_losses.size * batch, len(x), start=before[0] * batch)
+            rows = drawn.reshape(-1, batch)
+        state = tuple(moment for moment in (first, second) if moment is not None)
+        train_host(network, parameters, state, running, x, labels, rows, batch, optimizer, rate, before, own_losses)
 
 
 def _launch(

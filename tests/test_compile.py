@@ -6,6 +6,7 @@ One architecture here; ``make compile`` takes them all.
 from __future__ import annotations
 
 import copy
+import json
 import re
 from pathlib import Path
 
@@ -187,6 +188,18 @@ def test_some_architectures_are_compared_with_theirs(
         with pytest.raises(SystemExit):
             command.main(arguments)
         assert message in capsys.readouterr().err
+
+
+def test_a_kernel_of_newer_architectures_is_not_missed_on_an_older_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    baseline = {"nvrtc": "13.5", "registers": {"kept": {"75": 30, "90": 32}, "of_clusters": {"90": 40}}}
+    monkeypatch.setattr(command, "BASELINE", tmp_path / "baseline.json")
+    command.BASELINE.write_text(json.dumps(baseline))
+    assert command.compare({"nvrtc": "13.5", "registers": {"kept": {"75": 30}}}) == []
+    assert command.compare({"nvrtc": "13.5", "registers": {"kept": {"90": 32}}}) == [
+        "of_clusters: in the baseline, but gone"
+    ]
 
 
 def test_the_command_fails_on_a_difference(
