@@ -12,7 +12,7 @@ from tests.emulator.train import train
 from tests.test_fused_training_group import launch
 
 
-@pytest.mark.emulator
+# Not among the tests of the emulator, which also run under sanitizers: those stop a process that draws curves.
 @pytest.mark.parametrize("form", ["block", "group"])
 def test_the_fused_engine_learns_what_the_layers_learn(
     form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -236,7 +236,7 @@ def test_batch_norm_is_right_within_its_bounds(
     oracle.assert_within(np.asarray(dbeta), right.dbeta, right.dbeta_bound, "dbeta")
 
 
-@pytest.mark.emulator
+# Not among the tests of the emulator, which also run under sanitizers: NVRTC cannot.
 @pytest.mark.parametrize("norm", ["batch", "layer", None])
 def test_linear_layers_are_those_of_the_emulator_bit_by_bit(
     ptx: PtxRuntime, emulated: EmulatorRuntime, rng: np.random.Generator, norm: str | None
