@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from bnkernels import _batch_norm_plan as plans
 from bnkernels import _check as check
 from bnkernels import _runtime as rt
 from bnkernels._linear_batch_norm_check import (
@@ -25,7 +26,6 @@ from bnkernels._linear_batch_norm_check import (
 )
 from bnkernels._linear_batch_norm_launch import Sizes, choose, counter
 from bnkernels.activations import Activation, activation_named
-from bnkernels.batch_norm import batch_norm_backward, batch_norm_forward
 from bnkernels.batch_norm_inference import batch_norm_inference, batch_norm_inference_backward
 from bnkernels.layer_norm import layer_norm_backward, layer_norm_forward
 
@@ -140,9 +140,10 @@ def linear_batch_norm_forward(
     if chosen is None:
         _multiply(runtime, x, weight, z)
         options = {"activation": activation, "alpha": alpha}
-        if norm == "batch":
-            options |= {"momentum": momentum, "unbiased": unbiased, "eps": eps}
-            batch_norm_forward(z, gamma, beta, running_mean, running_var, out=(y, statistics), **options)
+        if norm == "batch":  # whose arrays have been checked
+            behind = (y, statistics, running_mean, running_var, z, None, gamma, beta)
+            plan = plans.plan_forward(1, *check.signatures(behind))
+            plans.run_forward(plan, behind, momentum, eps, phi, unbiased)
         elif norm == "layer":
             layer_norm_forward(z, gamma, beta, eps=eps, out=(y, statistics), **options)
         else:
@@ -244,9 +245,11 @@ def linear_batch_norm_backward(
         chosen = choose("backward", sizes, runtime.limits(x), input_gradient, norm)
     if chosen is None:
         options = {"activation": activation, "alpha": alpha}
-        if norm:
-            through = batch_norm_backward if norm == "batch" else layer_norm_backward
-            through(dy, z, gamma, beta, statistics, out=(dz, dgamma, dbeta), **options)
+        if norm == "batch":
+            behind = (dz, dgamma, dbeta, None, dy, z, None, gamma, beta, statistics, None, None)
+            plans.run_backward(plans.plan_backward(1, *check.signatures(behind)), behind, 0.0, phi)
+        elif norm == "layer":
+            layer_norm_backward(dy, z, gamma, beta, statistics, out=(dz, dgamma, dbeta), **options)
         else:
             unused, running = rt.empty(runtime, dbeta.shape, dbeta), _no_statistics(runtime, x, sizes)
             batch_norm_inference_backward(dy, z, None, beta, *running, eps=0.0, out=(dz, unused, dbeta), **options)
