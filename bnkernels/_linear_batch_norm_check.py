@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
+from bnkernels import _batch_norm_plan as plans
 from bnkernels import _check as check
 from bnkernels import _runtime as rt
 from bnkernels._linear_batch_norm_launch import Sizes
@@ -32,12 +33,12 @@ def pack_gradients(out: Any, wanted: tuple[bool, ...]) -> tuple[Any, ...]:
 
 
 @lru_cache(maxsize=1024)
-def checked_forward(norm: str | None, *signatures: check.Signature | None) -> tuple[rt.Runtime | None, Sizes]:
-    """Check the arrays of `FORWARD_NAMES`; return who runs them, and the sizes."""
-    args = check.arguments(
-        dict(zip(FORWARD_NAMES, signatures, strict=True)),
-        ("y", "z", "statistics", "running_mean", "running_var", "gamma", "beta"),
-    )
+def checked_forward(
+    norm: str | None, *signatures: check.Signature | None
+) -> tuple[rt.Runtime | None, Sizes, plans.Plan | None]:
+    """Check the arrays of `FORWARD_NAMES`; return who runs them, the sizes, and the plan of a batch norm behind."""
+    given = dict(zip(FORWARD_NAMES, signatures, strict=True))
+    args = check.arguments(given, ("y", "z", "statistics", "running_mean", "running_var", "gamma", "beta"))
     sizes = _checked_inputs(args)
     if norm is None and args["gamma"] is not None:
         raise ValueError("gamma belongs to a norm; with norm=None pass beta alone, the bias")
@@ -51,15 +52,17 @@ def checked_forward(norm: str | None, *signatures: check.Signature | None) -> tu
     for name in ("y", "z"):
         check.contiguous(args[name], (sizes.rows, sizes.outputs), sizes.dtype)
     check.contiguous(args["statistics"], statistics_shape(norm, sizes), rt.accumulator(sizes.dtype))
-    return rt.runtime_of(args["x"].kind), sizes
+    plan = plans.plan_forward(1, *_behind(plans.FORWARD_NAMES, given, sizes)) if norm == "batch" else None
+    return rt.runtime_of(args["x"].kind), sizes, plan
 
 
 @lru_cache(maxsize=1024)
-def checked_backward(norm: str | None, *signatures: check.Signature | None) -> tuple[rt.Runtime | None, Sizes]:
-    """Check the arrays of `BACKWARD_NAMES`; return who runs them, and the sizes."""
-    args = check.arguments(
-        dict(zip(BACKWARD_NAMES, signatures, strict=True)), (*BACKWARD_NAMES[:5], "gamma", "beta", "statistics")
-    )
+def checked_backward(
+    norm: str | None, *signatures: check.Signature | None
+) -> tuple[rt.Runtime | None, Sizes, plans.Plan | None]:
+    """Check the arrays of `BACKWARD_NAMES`; return who runs them, the sizes, and the plan of a batch norm behind."""
+    given = dict(zip(BACKWARD_NAMES, signatures, strict=True))
+    args = check.arguments(given, (*BACKWARD_NAMES[:5], "gamma", "beta", "statistics"))
     sizes = _checked_inputs(args)
     if norm == "layer" and args["statistics"] is None:
         raise ValueError("statistics must be those of the forward, got None; without a norm pass norm=None")
@@ -72,7 +75,15 @@ def checked_backward(norm: str | None, *signatures: check.Signature | None) -> t
     check.contiguous(args["dweight"], (sizes.inputs, sizes.outputs), sizes.dtype)
     for name in ("dgamma", "dbeta"):
         check.contiguous(args[name], (sizes.outputs,), rt.accumulator(sizes.dtype))
-    return rt.runtime_of(args["x"].kind), sizes
+    plan = plans.plan_backward(1, *_behind(plans.BACKWARD_NAMES, given, sizes)) if norm == "batch" else None
+    return rt.runtime_of(args["x"].kind), sizes, plan
+
+
+def _behind(names: tuple[str, ...], given: dict[str, check.Signature | None], sizes: Sizes) -> list:
+    """Return the signatures of the batch norm behind the product: its `x` is our `z`, its `dx` our workspace."""
+    kind, size = given["x"][0], sizes.dtype.itemsize
+    z = (kind, sizes.dtype, (sizes.rows, sizes.outputs), (sizes.outputs * size, size))
+    return [z if name == "x" else given.get("workspace" if name == "dx" else name) for name in names]
 
 
 def statistics_shape(norm: str | None, sizes: Sizes) -> tuple[int, int]:

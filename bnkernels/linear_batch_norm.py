@@ -128,7 +128,7 @@ def linear_batch_norm_forward(
     check_norm(norm)
     y, z, statistics = (*check.pack_outputs(out, ("y", "z", "statistics")[: 3 if norm else 2]), None)[:3]
     arrays = (y, z, statistics, running_mean, running_var, x, weight, gamma, beta)
-    runtime, sizes = checked_forward(norm, *check.signatures(arrays))
+    runtime, sizes, plan = checked_forward(norm, *check.signatures(arrays))
     check.no_overlap(runtime, FORWARD_NAMES, arrays, written=5)
     y, z = (rt.empty(runtime, (sizes.rows, sizes.outputs), x) if array is None else array for array in (y, z))
     if norm and statistics is None:
@@ -140,9 +140,8 @@ def linear_batch_norm_forward(
     if chosen is None:
         _multiply(runtime, x, weight, z)
         options = {"activation": activation, "alpha": alpha}
-        if norm == "batch":  # whose arrays have been checked
+        if norm == "batch":
             behind = (y, statistics, running_mean, running_var, z, None, gamma, beta)
-            plan = plans.plan_forward(1, *check.signatures(behind))
             plans.run_forward(plan, behind, momentum, eps, phi, unbiased)
         elif norm == "layer":
             layer_norm_forward(z, gamma, beta, eps=eps, out=(y, statistics), **options)
@@ -230,7 +229,7 @@ def linear_batch_norm_backward(
     wanted = (check.boolean("input_gradient", input_gradient), True, norm is not None, True)
     outputs = pack_gradients(out, wanted)
     arrays = (*outputs, workspace, dy, x, weight, gamma, beta, z, statistics)
-    runtime, sizes = checked_backward(norm, *check.signatures(arrays))
+    runtime, sizes, plan = checked_backward(norm, *check.signatures(arrays))
     check.no_overlap(runtime, BACKWARD_NAMES, arrays, written=5)
     shapes = (x.shape, weight.shape, weight.shape[1:], weight.shape[1:])
     types = (x.dtype, x.dtype, *[rt.accumulator(x.dtype)] * 2)
@@ -247,7 +246,7 @@ def linear_batch_norm_backward(
         options = {"activation": activation, "alpha": alpha}
         if norm == "batch":
             behind = (dz, dgamma, dbeta, None, dy, z, None, gamma, beta, statistics, None, None)
-            plans.run_backward(plans.plan_backward(1, *check.signatures(behind)), behind, 0.0, phi)
+            plans.run_backward(plan, behind, 0.0, phi)
         elif norm == "layer":
             layer_norm_backward(dy, z, gamma, beta, statistics, out=(dz, dgamma, dbeta), **options)
         else:
