@@ -71,7 +71,7 @@ class CudaRuntime:
                 given["MaxSharedMemoryPerBlockOptin"],
                 given["MaxSharedMemoryPerMultiprocessor"],
                 bool(given["CooperativeLaunch"]),
-                given["ComputeCapabilityMajor"] >= 9,
+                int(device.compute_capability) >= 90,
             )
         return found
 

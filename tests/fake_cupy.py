@@ -145,7 +145,6 @@ ATTRIBUTES = {
     "MaxSharedMemoryPerBlockOptin": LIMITS.shared_bytes,
     "MaxSharedMemoryPerMultiprocessor": LIMITS.shared_bytes_of_sm,
     "CooperativeLaunch": int(LIMITS.cooperative),
-    "ComputeCapabilityMajor": 9 if LIMITS.clusters else 8,
 }
 
 
@@ -154,7 +153,7 @@ class Device:
 
     def __init__(self, driver: Driver, device: int | None = None) -> None:
         self.id, self._driver, self._before = driver.device if device is None else device, driver, []
-        self.attributes = ATTRIBUTES
+        self.attributes, self.compute_capability = ATTRIBUTES, "90" if LIMITS.clusters else "80"
 
     def __enter__(self) -> Device:
         """Return the device itself, as CuPy's does."""
