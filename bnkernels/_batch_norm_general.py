@@ -18,7 +18,7 @@ from bnkernels import _runtime as rt
 from bnkernels._batch_norm_general_numpy import backward_host, forward_host
 from bnkernels._batch_norm_launch import general_launch
 from bnkernels._batch_norm_layout import Layout, element_strides, layout_of, mask_strides
-from bnkernels._batch_norm_spread import PARTIALS
+from bnkernels._cooperative import PARTIALS
 from bnkernels.activations import Activation
 
 
@@ -236,7 +236,7 @@ def _run_on_device(plan: Plan, stage: Stage, arrays: dict[str, Any], options: Op
     values["y"] = values.get("y", values.get("out", 0))
     record = layouts[plan.dtypes["gamma"] if not plan.narrow else np.dtype(np.float32)]
     if direction == "backward" and plan.launch.grid[1] > 1:
-        workspace = runtime.workspace(x)  # its first counters are of groups of one block, which never meet
+        workspace = runtime.workspace(x)  # it begins with counters of blocks that never wait
         values |= {"arrivals": workspace, "partial": workspace + PARTIALS}
     r_max, d_max = options.renorm or (1.0, 0.0)
     scalars = {

@@ -13,20 +13,14 @@ from typing import NamedTuple
 import numpy as np
 
 from bnkernels import _runtime as rt
+from bnkernels._cooperative import MOST_BLOCKS, MOST_GROUPS, PAIRED, PARTIALS, counters, most_shared, resident
 from bnkernels._runtime import Launch, Limits, ceil_div
 
 VECTOR = 16  # bytes that one access moves, as in cuda/vector.cuh
 FAN_IN = 8  # partial results that one thread merges, as in cuda/spread.cuh
 WIDTHS = (128, 64, 32)  # bytes of a row that a block owns: from a line of the cache down to a sector of memory
 SMALL = 64 * 1024  # bytes of data up to which one launch of few blocks takes no longer
-BLOCKS_PER_SM = 2  # while one waits for its data or for other blocks, the other works: the kernels' launch bounds
-RESERVED = 1024  # bytes of shared memory that a block costs beside its own
-MOST_BLOCKS = 256  # of a group
-ARRIVALS_PITCH = 8  # counters of a group, as in cuda/spread.cuh
-MOST_GROUPS = 256
 EXCHANGED = 1 / 4  # bytes that a block may read of the others, for a byte of data; they come from the L2 cache
-ARRIVALS = MOST_GROUPS * ARRIVALS_PITCH * 4  # bytes of the counters for groups of one size
-PARTIALS = MOST_BLOCKS.bit_length() * ARRIVALS  # where in the workspace the partial results begin
 QUANTITIES = {"forward": 3, "backward": 2}  # partial results of a channel
 PLANES = {"forward": 1, "backward": 2}  # arrays that are kept in shared memory
 
@@ -120,12 +114,11 @@ def choose_spread(direction: str, tensor: Tensor, limits: Limits) -> Spread | No
             return block.spread(1, block.slices)
     if not limits.cooperative:
         return None
-    resident = BLOCKS_PER_SM * limits.sms
     for block in blocks:  # the widest that exchanges little
-        together = block.together(resident)
+        together = block.together()
         if block.keeps_all(together) and block.exchanged(together) <= EXCHANGED * block.read(together):
             break
-    return block.spread(together, min(block.slices, resident // together, MOST_GROUPS))
+    return block.spread(together, min(block.slices, block.resident // together, MOST_GROUPS))
 
 
 def _row(tensor: Tensor) -> int:
@@ -148,7 +141,8 @@ class _Block:
         self.slices = ceil_div(tensor.channels, self.channels)
         self.partial = QUANTITIES[direction] * self.channels * self.lanes * 4
         self.row = PLANES[direction] * columns * self.lanes * VECTOR  # bytes of a row of all threads
-        most = min(limits.shared_bytes, limits.shared_bytes_of_sm // BLOCKS_PER_SM - RESERVED)
+        most = most_shared(limits, PAIRED)  # while one waits for its data or for other blocks, the other works
+        self.resident = resident(limits, self.columns * self.lanes, most, PAIRED)
         self.most_held = (most - self.partial) // self.row
 
     def rows_of_thread(self, together: int) -> int:
@@ -159,11 +153,11 @@ class _Block:
         """Tell whether all rows stay on the chip."""
         return self.rows_of_thread(together) <= self.most_held
 
-    def together(self, resident: int) -> int:
+    def together(self) -> int:
         """Return how many blocks share a slice: enough to keep it on the chip, and to have work for all."""
-        most = min(resident, MOST_BLOCKS, FAN_IN * self.lanes, self.rows // self.lanes)
+        most = min(self.resident, MOST_BLOCKS, FAN_IN * self.lanes, self.rows // self.lanes)
         together = 1
-        while 2 * together <= most and (2 * together * self.slices <= resident or not self.keeps_all(together)):
+        while 2 * together <= most and (2 * together * self.slices <= self.resident or not self.keeps_all(together)):
             together *= 2
         return together
 
@@ -197,23 +191,20 @@ def spread_arguments(
     pointers : tuple of int
         Those of the argument before `partial`.
     workspace : int
-        The stream's; 0 if no block shares a slice. Groups of one size count their arrivals for themselves: a meeting
-        ends at a multiple of that size.
+        The stream's; 0 if no block shares a slice.
     scalars : tuple of float
         As in the argument.
     code : int
         Of the activation.
     """
     direction = spread.direction
-    together = spread.launch.grid[1]
-    counters = workspace and workspace + (together.bit_length() - 1) * ARRIVALS
     strides = [stride for given in tensor.strides for stride in given[:2]]
     strides += [0] * (2 * (PLANES[direction] + 1) - len(strides))  # no residual
     return rt.pack(
         ARGUMENTS[direction],
         *pointers,
         workspace and workspace + PARTIALS,
-        counters,
+        workspace and counters(workspace),
         *tensor[:3],
         *strides,
         spread.held,

@@ -72,6 +72,9 @@ class CudaRuntime:
                 given["MaxSharedMemoryPerMultiprocessor"],
                 bool(given["CooperativeLaunch"]),
                 int(device.compute_capability) >= 90,
+                given["MaxThreadsPerMultiProcessor"],
+                given["MaxBlocksPerMultiprocessor"],
+                given["ReservedSharedMemoryPerBlock"],
             )
         return found
 

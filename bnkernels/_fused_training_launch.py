@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from bnkernels import _linear_batch_norm_launch as linear
-from bnkernels._batch_norm_spread import MOST_GROUPS
+from bnkernels._cooperative import MOST_GROUPS, ROOMY, most_shared, resident
 from bnkernels._runtime import Launch, Limits, ceil_div
 from bnkernels.activations import activation_named
 
@@ -92,7 +92,7 @@ def choose(sizes: Sizes, limits: Limits) -> Choice | None:
     >>> paper = tuple(Layer(i, o, 0, 0, 0) for i, o in ((784, 100), (100, 100), (100, 100), (100, 10)))
     >>> choice = choose(Sizes(Network(paper), 60, "sgd", np.dtype("float32"), 100_000, 600), h200)
     >>> choice.kernel, choice.launch.grid, choice.blocks, choice.width
-    ('fused_training_grid', (32, 1, 1), 32, 4)
+    ('fused_training_grid', (25, 1, 1), 25, 4)
     """
     if _why_no_block(sizes, limits) is None:
         return _by_blocks(sizes)
@@ -147,12 +147,13 @@ def _group(sizes: Sizes, limits: Limits) -> tuple[int, int, int]:
     """Return the blocks of a group, the neurons or examples that each owns at a time, and the bytes of its memory."""
     layer_norm = bool(sizes.network.scratch_rows)
     owned = max(sizes.batch, sizes.widest) if layer_norm else sizes.widest
-    most = 1 << (max(limits.sms // sizes.models, 1).bit_length() - 1)
+    on_device = resident(limits, linear.THREADS, most_shared(limits, ROOMY), ROOMY)
+    most = max(on_device // sizes.models, 1)
     product = linear.Sizes(sizes.batch, sizes.widest, sizes.widest, sizes.dtype)
     widths = [teams * product.columns for teams in linear.TEAMS]
     width = next((width for width in widths if ceil_div(owned, width) <= most), widths[-1])
-    blocks = min(most, 1 << (ceil_div(owned, width) - 1).bit_length())
-    if limits.clusters and blocks <= CLUSTER:
+    blocks = min(most, ceil_div(owned, width))
+    if limits.clusters and (blocks <= CLUSTER or not limits.cooperative):
         blocks = CLUSTER
         width = next((width for width in widths if ceil_div(owned, width) <= blocks), widths[-1])
     of_layers = len(sizes.network.layers) * width if layer_norm else 0
@@ -170,8 +171,8 @@ def _why_no_group(sizes: Sizes, limits: Limits) -> str | None:
     blocks, _, needed = _group(sizes, limits)
     if blocks > 1 and not (limits.cooperative or limits.clusters):
         return "several would have to wait for each other, which this device cannot"
-    if needed > limits.shared_bytes:
-        return f"several need {needed:,} bytes of shared memory each and have {limits.shared_bytes:,}"
+    if needed > most_shared(limits, ROOMY):
+        return f"several need {needed:,} bytes of shared memory each and have {most_shared(limits, ROOMY):,}"
     return None
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bnkernels import _runtime as rt
-from bnkernels._batch_norm_spread import ARRIVALS, BLOCKS_PER_SM, MOST_BLOCKS, RESERVED
+from bnkernels._cooperative import MOST_BLOCKS, PAIRED, ROOMY, most_shared, resident
 from bnkernels._runtime import Launch, Limits, ceil_div
 
 THREADS, WARP, VECTOR = 256, 32, 16  # of a block, of a warp; bytes of a unit, as in cuda/row.cuh
@@ -67,7 +67,7 @@ def choose_forward(matrix: Rows, limits: Limits) -> Choice:
     teams = THREADS // width
     of_thread, scratch = ceil_div(matrix.units, width), _scratch(matrix.dtype)
     rows = of_thread * THREADS * VECTOR
-    held = of_thread if rows + scratch <= _most_shared(limits) else 0
+    held = of_thread if rows + scratch <= most_shared(limits, PAIRED) else 0
     grid = (ceil_div(matrix.rows, teams), 1, 1)
     return Choice(Launch(grid, (width, teams, 1), scratch + THREADS * VECTOR * held), held)
 
@@ -76,7 +76,8 @@ def choose_forward(matrix: Rows, limits: Limits) -> Choice:
 def choose_backward(matrix: Rows, limits: Limits) -> Choice:
     """Return the launch of a backward: as many threads for a row as it has units, since each sums its own columns.
 
-    Blocks meet at the end, where there is more than one. Where they cannot, or there is little to do, there is one.
+    Two blocks share a multiprocessor, or where its shared memory does not hold the sums of two, one has it alone. They
+    meet at the end, where there is more than one. Where they cannot, or there is little to do, there is one.
 
     Examples
     --------
@@ -89,30 +90,20 @@ def choose_backward(matrix: Rows, limits: Limits) -> Choice:
     of_thread, scratch = ceil_div(matrix.units, width), _scratch(matrix.dtype)
     row = 2 * THREADS * VECTOR  # of a unit of every thread
     sums = 4 * matrix.count * THREADS * rt.accumulator(matrix.dtype).itemsize
-    most = _most_shared(limits)
+    most = most_shared(limits, PAIRED)
+    if scratch + sums > most:
+        most = most_shared(limits, ROOMY)
     held = of_thread if scratch + (row + sums) * of_thread <= most else 0
     summed = min(of_thread, (most - scratch - row * held) // sums)
     if summed < 1:
         raise ValueError(f"the device gives a block {limits.shared_bytes} bytes of shared memory, {sums} are needed")
     shared = scratch + row * held + sums * summed
-    resident = limits.sms * min(8, limits.shared_bytes_of_sm // (shared + RESERVED))
-    blocks = min(ceil_div(matrix.rows, teams), resident, MOST_BLOCKS)
+    blocks = min(ceil_div(matrix.rows, teams), resident(limits, THREADS, shared, PAIRED), MOST_BLOCKS)
     if matrix.rows * matrix.columns <= SMALL or not limits.cooperative:
         blocks = 1
-    blocks = 1 << (blocks.bit_length() - 1)
     return Choice(Launch((blocks, 1, 1), (width, teams, 1), shared, cooperative=blocks > 1), held, summed * width)
 
 
 def _scratch(dtype: np.dtype) -> int:
     """Return the bytes of a pair for every warp of a block."""
     return THREADS // WARP * 2 * rt.accumulator(dtype).itemsize
-
-
-def _most_shared(limits: Limits) -> int:
-    """Return the bytes of shared memory of a block, so that two are resident on a multiprocessor."""
-    return min(limits.shared_bytes, limits.shared_bytes_of_sm // BLOCKS_PER_SM - RESERVED)
-
-
-def counter(workspace: int, blocks: int) -> int:
-    """Return the address of the counter for meetings of so many blocks: that of the spread kernels' first group."""
-    return workspace + (blocks.bit_length() - 1) * ARRIVALS

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bnkernels import _runtime as rt
-from bnkernels._batch_norm_spread import ARRIVALS, MOST_BLOCKS
+from bnkernels._cooperative import ROOMY, most_shared, resident
 from bnkernels._runtime import Launch, Limits, ceil_div
 
 THREADS, TERMS = 256, 32  # PRODUCT_THREADS and TERMS of cuda/product.cuh
@@ -76,19 +76,13 @@ def choose(
     tile, product = width * pitch(longest), sizes.product_numbers(width)
     numbers = max(2 * tile, product) if backward else tile + product
     shared = numbers * rt.accumulator(dtype).itemsize
-    if shared > limits.shared_bytes:
+    if shared > most_shared(limits, ROOMY):
         return None
     blocks = ceil_div(owned, width)
     if backward:
         second = outputs if layer else inputs * input_gradient  # owned after the meeting
-        wanted = max(blocks, ceil_div(second, width))
-        blocks = min(1 << (wanted - 1).bit_length(), 1 << (min(limits.sms, MOST_BLOCKS).bit_length() - 1))
+        blocks = min(max(blocks, ceil_div(second, width)), resident(limits, THREADS, shared, ROOMY))
     together = backward and (layer or input_gradient) and blocks > 1
     if together and not limits.cooperative:
         return None
     return Launch((blocks, 1, 1), (THREADS, 1, 1), shared, cooperative=together), width
-
-
-def counter(workspace: int, blocks: int) -> int:
-    """Return the address of the counter for meetings of so many blocks: that of the spread kernels' first group."""
-    return workspace + (blocks.bit_length() - 1) * ARRIVALS

@@ -30,15 +30,24 @@ class Launch:
     cooperative: bool = False
     constants: tuple[tuple[str, int], ...] = field(default=(), repr=False)
 
+    @property
+    def blocks(self) -> int:
+        """The blocks of the grid."""
+        return self.grid[0] * self.grid[1] * self.grid[2]
+
+    @property
+    def threads(self) -> int:
+        """The threads of a block."""
+        return self.block[0] * self.block[1] * self.block[2]
+
     def __post_init__(self) -> None:
         """Refuse what no device accepts, so that a wrong plan fails where it was made."""
-        threads = self.block[0] * self.block[1] * self.block[2]
         if min(self.grid) < 1 or min(self.block) < 1:
             raise ValueError(
                 f"a launch needs at least one block and one thread, got grid {self.grid}, block {self.block}"
             )
-        if threads > MAX_THREADS:
-            raise ValueError(f"a block holds at most {MAX_THREADS} threads, got {self.block} = {threads}")
+        if self.threads > MAX_THREADS:
+            raise ValueError(f"a block holds at most {MAX_THREADS} threads, got {self.block} = {self.threads}")
         if any(got > most for got, most in zip(self.grid, MAX_GRID, strict=True)):
             raise ValueError(f"a grid is at most {MAX_GRID}, got {self.grid}")
         if not 0 <= self.shared_bytes <= MAX_SHARED_BYTES:
@@ -46,13 +55,16 @@ class Launch:
 
 
 class Limits(NamedTuple):
-    """What launch choices ask of a device."""
+    """What launch choices ask of a device. What need not be given is what every supported device grants."""
 
     sms: int
     shared_bytes: int  # of a block, at most, which asks for it where it is more than `SHARED_BYTES`
     shared_bytes_of_sm: int
     cooperative: bool  # whether the blocks of a launch may wait for one another
     clusters: bool = False  # whether blocks may be launched in clusters
+    threads_of_sm: int = 1024
+    blocks_of_sm: int = 16
+    reserved_bytes: int = 1024  # of shared memory that a block costs beside its own
 
 
 # Reads what decides a launch: of every array address, device, data type, shape and strides, one after the other. Gives

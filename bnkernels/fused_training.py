@@ -13,9 +13,9 @@ import numpy as np
 
 from bnkernels import _check as check
 from bnkernels import _runtime as rt
+from bnkernels._cooperative import counters
 from bnkernels._fused_training_launch import MOST_EXAMPLES, OPTIMIZERS, Choice, Sizes, choose, why_not
 from bnkernels._fused_training_numpy import train_host
-from bnkernels._linear_batch_norm_launch import counter
 from bnkernels.activations import activation_named
 from bnkernels.mini_batch import check_seed, random_rows
 from bnkernels.parameter_update import ADAM_EPS, BETA1, BETA2, update_schedule
@@ -247,7 +247,7 @@ def _launch(
     if choice.width:
         source = "fused_training_group"
         memory = rt.empty(runtime, (sizes.models, sizes.memory), x)  # of this stream, so it may go when all is enqueued
-        pointers = *rt.addresses(runtime, *given, memory), counter(runtime.workspace(x), choice.blocks)
+        pointers = *rt.addresses(runtime, *given, memory), counters(runtime.workspace(x))
         more = *numbers, sizes.memory, choice.blocks, choice.width, sizes.widest
     else:
         source, pointers = "fused_training", rt.addresses(runtime, *given)

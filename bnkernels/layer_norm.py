@@ -15,7 +15,8 @@ import numpy as np
 
 from bnkernels import _check as check
 from bnkernels import _runtime as rt
-from bnkernels._layer_norm_launch import MOST_PARTIALS, VECTOR, Choice, Rows, choose_backward, choose_forward, counter
+from bnkernels._cooperative import counters
+from bnkernels._layer_norm_launch import MOST_PARTIALS, VECTOR, Choice, Rows, choose_backward, choose_forward
 from bnkernels._layer_norm_numpy import backward_numpy, forward_numpy
 from bnkernels.activations import Activation, activation_named
 
@@ -189,7 +190,7 @@ def layer_norm_backward(
     chosen = choose_backward(matrix, runtime.limits(x))
     blocks, arrivals = chosen.launch.grid[0], 0
     if blocks > 1:
-        arrivals = counter(runtime.workspace(x), blocks)
+        arrivals = counters(runtime.workspace(x))
         if workspace is None:
             workspace = rt.empty(runtime, (2 * blocks * matrix.columns,), x, kind)
     pointers = rt.addresses(runtime, dy, x, gamma, beta, statistics, dx, dgamma, dbeta, workspace)

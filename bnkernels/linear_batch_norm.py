@@ -15,6 +15,7 @@ import numpy as np
 from bnkernels import _batch_norm_plan as plans
 from bnkernels import _check as check
 from bnkernels import _runtime as rt
+from bnkernels._cooperative import counters
 from bnkernels._linear_batch_norm_check import (
     BACKWARD_NAMES,
     FORWARD_NAMES,
@@ -24,7 +25,7 @@ from bnkernels._linear_batch_norm_check import (
     pack_gradients,
     statistics_shape,
 )
-from bnkernels._linear_batch_norm_launch import Sizes, choose, counter
+from bnkernels._linear_batch_norm_launch import Sizes, choose
 from bnkernels.activations import Activation, activation_named
 from bnkernels.batch_norm_inference import batch_norm_inference, batch_norm_inference_backward
 from bnkernels.layer_norm import layer_norm_backward, layer_norm_forward
@@ -256,8 +257,7 @@ def linear_batch_norm_backward(
         if input_gradient:
             _multiply(runtime, dz, weight.T, dx)
         return outputs
-    blocks = chosen[0].grid[0]
-    arrivals = counter(runtime.workspace(x), blocks) if chosen[0].cooperative else 0
+    arrivals = counters(runtime.workspace(x)) if chosen[0].cooperative else 0
     pointers = rt.addresses(runtime, dy, x, weight, gamma, beta, z, statistics, *outputs, dz)
     _launch(runtime, "backward", norm, sizes, chosen, (*pointers, arrivals), (), phi, x)
     return outputs

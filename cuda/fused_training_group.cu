@@ -3,7 +3,7 @@
 // Formulas:  those of fused_training.cu.
 // Arrays:    those of fused_training.cu. memory: of each model what MemoryOfNeurons says, or with layer norm
 //            MemoryOfExamples, of type T; arrivals: a counter for each model, ARRIVALS_PITCH apart, see meet.cuh.
-// Launch:    block (256, 1, 1), grid (M blocks, 1, 1), `blocks` a power of two: the group of a model. The group is a
+// Launch:    block (256, 1, 1), grid (M blocks, 1, 1), `blocks` the group of a model. The group is a
 //            cluster of 8, from sm_90 on, or part of a launch that is cooperative if it is more than one block. Dynamic
 //            shared memory for a product, (width, pitch) and seven rows of T. N at most 512.
 // Traffic:   by each model x, labels and schedule read once from global memory, losses written once. Parameters, state and
@@ -70,7 +70,7 @@ __device__ __forceinline__ void train(const FusedTrainingGroup<T>& a, const Meet
 template <template <typename, typename, typename> class Step, typename T>
 __device__ __forceinline__ void fused_training_grid(const FusedTrainingGroup<T>& of_all) {
     const FusedTrainingGroup<T> a = of_this_group(of_all);
-    const GridMeeting meeting = {a.arrivals, (unsigned)a.blocks};
+    const GridMeeting meeting = {a.arrivals, (unsigned)a.blocks, (unsigned)(blockIdx.x % a.blocks)};
     train<Step<T, FusedTrainingGroup<T>, GridMeeting>>(a, meeting);
 }
 

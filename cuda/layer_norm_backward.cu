@@ -5,8 +5,8 @@
 // Arrays:    dy, x, dx (N, C) of type T, C order; dx may be dy. gamma, beta (C,) of the accumulator's type A, may be null.
 //            statistics (3, N): mean, mean_low, rstd; dgamma, dbeta (C,), of type A. partial (blocks, 2, C): of each block
 //            what it knows of dgamma and dbeta, unused of a single block. arrivals: a counter, see meet.cuh.
-// Launch:    block (w, teams, 1), w a power of two and w teams a multiple of 32; a grid of any power of two, cooperative if
-//            it is more than one block. Teams of w threads take the rows in turn. Dynamic shared memory: a Pair<A> for every
+// Launch:    block (w, teams, 1), w a power of two and w teams a multiple of 32; any grid, cooperative if it is more
+//            than one block. Teams of w threads take the rows in turn. Dynamic shared memory: a Pair<A> for every
 //            warp; of dy and of x `held` units of 16 bytes for every thread, 0 where rows do not stay on the chip; and of
 //            `chunk` units of the columns the sums of every team. Where that is less than a row, the rows are read again for
 //            each further chunk.
@@ -224,7 +224,7 @@ __device__ __forceinline__ void layer_norm_backward(const LayerNormBackward<T, A
         __syncthreads();
     }
     if (gridDim.x == 1) return;
-    meet(a.arrivals, gridDim.x);
+    meet(a.arrivals, gridDim.x, blockIdx.x);
     merge_blocks(a, reinterpret_cast<A*>(shared));
 }
 

@@ -8,7 +8,7 @@
 // Arrays:    dy, z (N, M), x (N, K), weight (K, M), of type T. gamma, beta (M,) and statistics (3, M), of
 //            layer norm (3, N), of the accumulator's type A, each may be null. dx (N, K), may be null: then it is not wanted; dweight (K, M) and the workspace dz
 //            (N, M) of type T; dgamma (null: no norm), dbeta (M,). C order. arrivals: a counter, see meet.cuh.
-// Launch:    block (256, 1, 1), grid a power of two; cooperative if dx is wanted, of more than one block. Dynamic shared
+// Launch:    block (256, 1, 1), any grid; cooperative if dx is wanted, of more than one block. Dynamic shared
 //            memory for a product or two tiles (width, pitch) of A. A block owns `width` neurons at a time, N at most 512.
 //            Layer norm: cooperative if of more than one block; a block owns `width` examples at a time, then neurons.
 // Traffic:   dy, z, weight read once, dz written once, dweight and dx written once; x and dz read by every block, from the
@@ -90,7 +90,7 @@ __device__ __forceinline__ void linear_batch_norm_backward(const LinearBatchNorm
                     [&](int r, int c, A value) { store(a.dweight[(row + r) * a.outputs + column + c], value); });
     }
     if (!a.dx) return;
-    if (gridDim.x > 1) meet(a.arrivals, gridDim.x);  // dz of all neurons
+    if (gridDim.x > 1) meet(a.arrivals, gridDim.x, blockIdx.x);  // dz of all neurons
 #pragma unroll 1
     for (long long column = first; column < a.inputs; column += step)
 #pragma unroll 1
@@ -167,7 +167,7 @@ __device__ __forceinline__ void linear_layer_norm_backward(const LinearBatchNorm
             product(shared, weight, dz_transposed, row, example, width,
                     [&](int r, int c, A value) { store(a.dx[(example + c) * a.inputs + row + r], value); });
     }
-    if (gridDim.x > 1) meet(a.arrivals, gridDim.x);  // dz of all examples
+    if (gridDim.x > 1) meet(a.arrivals, gridDim.x, blockIdx.x);  // dz of all examples
 #pragma unroll 1
     for (long long column = first; column < a.outputs; column += step) {
         A *const tile_g = shared, *const tile_z = shared + width * of_examples;

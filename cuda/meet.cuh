@@ -3,49 +3,54 @@
 
 constexpr int ARRIVALS_PITCH = 8;  // counters of a group: a sector of memory, one of them in use
 
+constexpr unsigned MEETING = 0x80000000u;  // the bit of a counter that a meeting turns over
+
 #ifndef BNK_WAIT  // the tests' emulator defines it
 #define BNK_WAIT
-// Until the counter has reached the target; it may wrap around.
-__device__ __forceinline__ void bnk_wait(const unsigned* counter, unsigned target) {
-    while ((int)(*(const volatile unsigned*)counter - target) < 0) {
+// Until the counter's highest bit is another than the ticket's.
+__device__ __forceinline__ void bnk_wait(const unsigned* counter, unsigned ticket) {
+    while ((int)(*(const volatile unsigned*)counter ^ ticket) >= 0) {
     }
 }
 #endif
 
 // The two halves of a meeting of the blocks of a group: what any of them wrote before it arrived, all may read after they
-// have waited, and in between each does what concerns nobody else. The counter was 0 once, and has counted arrivals ever
-// since, in meetings of this size, which is a power of two. All threads must call; what the first one gets counts.
-__device__ __forceinline__ unsigned arrive(unsigned* counter, unsigned blocks) {
+// have waited, and in between each does what concerns nobody else. Together the blocks add MEETING to the counter, the
+// first one what the others leave of it. So the lower bits are zero before and after a meeting of any number of blocks:
+// groups of all sizes take turns at one counter, which was 0 once, also where a launch got fewer blocks than it was planned
+// with. All threads must call, with the number of blocks and that of their own; what the first one gets counts.
+__device__ __forceinline__ unsigned arrive(unsigned* counter, unsigned blocks, unsigned block) {
     __syncthreads();
     if (threadIdx.x || threadIdx.y) return 0;
     __threadfence();
-    const unsigned ticket = atomicAdd(counter, 1u);
-    return (ticket / blocks + 1) * blocks;
+    return atomicAdd(counter, block == 0 ? MEETING - (blocks - 1) : 1u);
 }
 
-__device__ __forceinline__ void wait_for(const unsigned* counter, unsigned arrivals) {
+__device__ __forceinline__ void wait_for(const unsigned* counter, unsigned ticket) {
     if (threadIdx.x == 0 && threadIdx.y == 0) {
-        bnk_wait(counter, arrivals);
+        bnk_wait(counter, ticket);
         __threadfence();
     }
     __syncthreads();
 }
 
-__device__ __forceinline__ void meet(unsigned* counter, unsigned blocks) { wait_for(counter, arrive(counter, blocks)); }
+__device__ __forceinline__ void meet(unsigned* counter, unsigned blocks, unsigned block) {
+    wait_for(counter, arrive(counter, blocks, block));
+}
 
 // The meetings of a group of the blocks of a cooperative launch, or of a single block.
 struct GridMeeting {
     unsigned* arrivals;
-    unsigned blocks;
+    unsigned blocks, block;
 
     __device__ __forceinline__ unsigned arrive() const {
-        if (blocks > 1) return ::arrive(arrivals, blocks);
+        if (blocks > 1) return ::arrive(arrivals, blocks, block);
         __syncthreads();
         return 0;
     }
-    __device__ __forceinline__ void wait_for(unsigned target) const {
+    __device__ __forceinline__ void wait_for(unsigned ticket) const {
         if (blocks > 1)
-            ::wait_for(arrivals, target);
+            ::wait_for(arrivals, ticket);
         else
             __syncthreads();
     }

@@ -115,7 +115,7 @@ struct Meeting {
         float* const group = partial + (long long)((odd ? gridDim.x : 0) + blockIdx.x) * blocks * size;
         for (int item = thread; item < size; item += threads)
             group[blockIdx.y * size + item] = shared[item / width * plane + item % width];
-        meet(arrivals + blockIdx.x * ARRIVALS_PITCH, blocks);
+        meet(arrivals + blockIdx.x * ARRIVALS_PITCH, blocks, blockIdx.y);
         const int merged = (blocks + FAN_IN - 1) / FAN_IN;
         for (int item = thread; item < width * merged; item += threads) {
             const int slot = item / width, first = slot * FAN_IN, last = min(first + FAN_IN, blocks);

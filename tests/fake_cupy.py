@@ -145,6 +145,9 @@ ATTRIBUTES = {
     "MaxSharedMemoryPerBlockOptin": LIMITS.shared_bytes,
     "MaxSharedMemoryPerMultiprocessor": LIMITS.shared_bytes_of_sm,
     "CooperativeLaunch": int(LIMITS.cooperative),
+    "MaxThreadsPerMultiProcessor": LIMITS.threads_of_sm,
+    "MaxBlocksPerMultiprocessor": LIMITS.blocks_of_sm,
+    "ReservedSharedMemoryPerBlock": LIMITS.reserved_bytes,
 }
 
 

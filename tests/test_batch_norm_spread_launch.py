@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from bnkernels import _batch_norm_spread as spread
 from bnkernels._batch_norm_spread import choose_spread
+from bnkernels._cooperative import PAIRED, resident
 from bnkernels._runtime import MAX_SHARED_BYTES, SHARED_BYTES, WORKSPACE_BYTES, Limits
 from tests.test_batch_norm_spread import DTYPES, KIB, TINY, tensor_of
 
@@ -49,10 +50,10 @@ def test_a_choice_covers_all_rows_and_keeps_all_limits(
     assert choice.launch.cooperative == (together > 1)
     if together > 1:
         assert limits.cooperative
-        assert groups * together <= spread.BLOCKS_PER_SM * limits.sms, "all blocks are resident"
+        held = resident(limits, columns * lanes, choice.launch.shared_bytes, PAIRED)
+        assert groups * together <= held == 2 * limits.sms, "all blocks are resident"
         assert groups <= spread.MOST_GROUPS
-    per_sm = spread.BLOCKS_PER_SM * (choice.launch.shared_bytes + spread.RESERVED)
-    assert per_sm <= limits.shared_bytes_of_sm
+    assert 2 * (choice.launch.shared_bytes + limits.reserved_bytes) <= limits.shared_bytes_of_sm
     assert choice.launch.shared_bytes <= min(limits.shared_bytes, MAX_SHARED_BYTES)
     assert choice.held >= 1
     partial = choice.launch.shared_bytes - choice.held * columns * lanes * 16 * (1 + (direction == "backward"))

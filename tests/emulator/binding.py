@@ -198,9 +198,10 @@ class Binding:
         """Run a kernel and return what it did; raise what it did wrong."""
         library = self._library(source)
         kernel, cluster = self._kernel(library, source, entry_point, launch, arguments)
-        blocks = launch.grid[0] * launch.grid[1] * launch.grid[2]
-        if max(schedule.only, default=0) >= blocks:
-            raise EmulatorError(f"expected blocks below {blocks}, the size of the grid {launch.grid}, got {schedule}")
+        if max(schedule.only, default=0) >= launch.blocks:
+            raise EmulatorError(
+                f"expected blocks below {launch.blocks}, the size of the grid {launch.grid}, got {schedule}"
+            )
         only = (c_uint64 * len(schedule.only))(*schedule.only)
         request = _Request(
             kernel=ctypes.cast(kernel, c_void_p),
@@ -225,6 +226,10 @@ class Binding:
             raise EmulatorError(f"{source}.cu, {entry_point}: {reports}")
         return Counts(self._array_traffic(), totals.shared_bytes_read, totals.shared_bytes_written, totals.barriers)
 
+    def promised(self, source: str, entry_point: str) -> int:
+        """Return how many blocks the registers of a multiprocessor hold, as far as the launch bounds promise it."""
+        return _fact(self._library(source), source, entry_point, "least_blocks")
+
     def _library(self, source: str) -> ctypes.CDLL:
         if source not in self._libraries:
             self._libraries[source] = ctypes.PyDLL(str(kernel_library(self.build, source, self._sources)))
@@ -234,18 +239,15 @@ class Binding:
         self, library: ctypes.CDLL, source: str, entry_point: str, launch: Launch, arguments: np.ndarray
     ) -> tuple[ctypes._CFuncPtr, int]:
         """Return entry point and blocks of a cluster, after what a driver would check and what it would not."""
-        if not hasattr(library, entry_point):
-            raise EmulatorError(f"{source}.cu has no kernel {entry_point}")
-        facts = [library[f"{entry_point}_{fact}"] for fact in ("argument_bytes", "most_threads", "cluster")]
-        for fact in facts:
-            fact.restype = c_uint64
-        argument_bytes, most_threads, cluster = (fact() for fact in facts)
+        argument_bytes, most_threads, cluster = (
+            _fact(library, source, entry_point, name) for name in ("argument_bytes", "most_threads", "cluster")
+        )
         if arguments.nbytes != argument_bytes:
             raise EmulatorError(
                 f"{source}.cu, {entry_point}: the argument is a struct of {argument_bytes} bytes, "
                 f"got a record of {arguments.nbytes}: {arguments.dtype}"
             )
-        threads = launch.block[0] * launch.block[1] * launch.block[2]
+        threads = launch.threads
         if threads > most_threads:
             raise EmulatorError(
                 f"{source}.cu, {entry_point}: launch bounds allow {most_threads} threads a block, got {threads}"
@@ -263,6 +265,15 @@ class Binding:
             arrays[range(record.address, record.address + record.bytes)] = Traffic(*values)
             address = record.address + 1
         return arrays
+
+
+def _fact(library: ctypes.CDLL, source: str, entry_point: str, name: str) -> int:
+    """Return what a kernel's macro has said of it: see cuda_on_cpu.h."""
+    if not hasattr(library, entry_point):
+        raise EmulatorError(f"{source}.cu has no kernel {entry_point}")
+    fact = library[f"{entry_point}_{name}"]
+    fact.restype = c_uint64
+    return fact()
 
 
 @cache

@@ -13,15 +13,18 @@
 #define __forceinline__ inline __attribute__((always_inline))
 
 // The kernel becomes a function of the address of its argument's bytes, found by name in the shared library. The
-// others let the caller refuse a record of the wrong size, a block beyond the launch bounds and part of a cluster.
-#define BNK_KERNEL(name, Arguments, threads, body) BNK_KERNEL_CLUSTER(name, Arguments, threads, 1, body)
-#define BNK_KERNEL_CLUSTER(name, Arguments, threads, blocks, body)                           \
+// others let the caller refuse a record of the wrong size, a block beyond the launch bounds, more blocks that wait for one
+// another than the registers of an SM are promised for, and part of a cluster.
+#define BNK_KERNEL(name, Arguments, threads, body) BNK_ENTRY(name, Arguments, threads, 1, 1, body)
+#define BNK_KERNEL_ROOMY(name, Arguments, threads, body) BNK_ENTRY(name, Arguments, threads, 1, 1, body)
+#define BNK_KERNEL_PAIRED(name, Arguments, threads, body) BNK_ENTRY(name, Arguments, threads, 2, 1, body)
+#define BNK_KERNEL_CLUSTER(name, Arguments, threads, blocks, body) BNK_ENTRY(name, Arguments, threads, 1, blocks, body)
+#define BNK_ENTRY(name, Arguments, threads, of_sm, blocks, body)                             \
     extern "C" void name(const void* bytes) { body(*static_cast<const Arguments*>(bytes)); } \
     extern "C" unsigned long long name##_argument_bytes() { return sizeof(Arguments); }      \
     extern "C" unsigned long long name##_most_threads() { return threads; }                  \
+    extern "C" unsigned long long name##_least_blocks() { return of_sm; }                    \
     extern "C" unsigned long long name##_cluster() { return blocks; }
-#define BNK_KERNEL_ROOMY BNK_KERNEL
-#define BNK_KERNEL_PAIRED BNK_KERNEL
 
 #define BNK_DYNAMIC_SHARED(T, name) T* const name = static_cast<T*>(bnk_shared_memory())
 
@@ -82,12 +85,12 @@ __forceinline__ unsigned bnk_low_bits_of(double value) {
     return (unsigned)bits;
 }
 
-// ---- cuda/meet.cuh: on a GPU a loop that reads the counter until it is there, and the barrier of a cluster ----------
+// ---- cuda/meet.cuh: on a GPU a loop that reads the counter until it has turned, and the barrier of a cluster ----------
 #define BNK_WAIT
 
-__forceinline__ void bnk_wait(const unsigned* counter, unsigned target, const char* file = __builtin_FILE(),
+__forceinline__ void bnk_wait(const unsigned* counter, unsigned ticket, const char* file = __builtin_FILE(),
                               int line = __builtin_LINE()) {
-    bnk_wait_for_counter(counter, target, file, line);
+    bnk_wait_for_counter(counter, ticket, file, line);
 }
 
 #define BNK_CLUSTERS 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from bnkernels import _runtime
+from bnkernels import _cooperative, _runtime
 from bnkernels._runtime import Launch, Limits
 
 from .binding import Binding, Counts, Schedule
@@ -71,6 +72,7 @@ class EmulatorRuntime(_runtime.Runtime):
         self.workspace_array: EmulatedArray | None = None
         self.launches: list[LaunchRecord] = []
         self._captured: list[tuple] | None = None
+        self._cut_to: int | None = None
 
     # ---- the seam ---------------------------------------------------------------------------------------------------
 
@@ -118,6 +120,8 @@ class EmulatorRuntime(_runtime.Runtime):
         if self._captured is not None:
             self._captured.append((source, entry_point, launch, arguments.copy()))
             return
+        if launch.cooperative:
+            launch = self._granted(source, entry_point, launch)
         counts = self._binding.launch(source, entry_point, launch, arguments, self._schedule)
         self.launches.append(LaunchRecord(source, entry_point, launch, counts))
 
@@ -223,7 +227,35 @@ class EmulatorRuntime(_runtime.Runtime):
         finally:
             self._limits = before
 
+    @contextmanager
+    def cut_grids(self, resident: int) -> Iterator[None]:
+        """Be a device that holds so few blocks at once, and treat larger cooperative grids as CuPy does.
+
+        It cuts a grid of one dimension and warns, and raises ValueError for one of two.
+        """
+        before, self._cut_to = self._cut_to, resident
+        try:
+            yield
+        finally:
+            self._cut_to = before
+
     # ---- memory -----------------------------------------------------------------------------------------------------
+
+    def _granted(self, source: str, entry_point: str, launch: Launch) -> Launch:
+        """Return a cooperative launch whose blocks are all resident at once, or raise."""
+        if self._cut_to is not None and launch.blocks > self._cut_to:
+            if launch.grid[1:] != (1, 1):
+                raise ValueError(f"cooperative grid {launch.grid}: the device holds {self._cut_to} blocks")
+            warnings.warn(f"cooperative grid {launch.grid} cut to {self._cut_to} blocks", stacklevel=3)
+            return replace(launch, grid=(self._cut_to, 1, 1))
+        promised = self._binding.promised(source, entry_point)
+        held = _cooperative.resident(self._limits, launch.threads, launch.shared_bytes, promised)
+        if launch.blocks > held * self._limits.cooperative:
+            raise EmulatorError(
+                f"{source}.cu, {entry_point}: the blocks of a cooperative grid wait for one another, and of "
+                f"{launch.blocks} this device holds {held} at once: {launch}, {self._limits}"
+            )
+        return launch
 
     @contextmanager
     def _scheduled(self, schedule: Schedule) -> Iterator[None]:

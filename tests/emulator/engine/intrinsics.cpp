@@ -179,10 +179,11 @@ unsigned bnk_atomic_add(unsigned* address, unsigned value) {
     return old;
 }
 
-void bnk_wait_for_counter(const unsigned* counter, unsigned target, const char* file, int line) {
+void bnk_wait_for_counter(const unsigned* counter, unsigned ticket, const char* file, int line) {
     Thread& me = self();
     me.counter = counter;
-    me.target = target;
+    me.awaited = ticket;
+    me.reached = [](unsigned now, unsigned before) { return int(now ^ before) < 0; };
     while (!me.counter_reached()) {
         {
             const EngineWork work;
@@ -225,7 +226,8 @@ void bnk_cluster_wait(const char* file, int line) {
         Thread& me = self();
         cluster = &own_cluster();
         me.counter = &cluster->arrived;
-        me.target = me.cluster_phases * unsigned(running.request.cluster * me.block->threads.size());
+        me.awaited = me.cluster_phases * unsigned(running.request.cluster * me.block->threads.size());
+        me.reached = [](unsigned arrived, unsigned wanted) { return int(arrived - wanted) >= 0; };
         me.site = {file, line};
         if (!me.counter_reached()) me.state = State::at_counter;
     }

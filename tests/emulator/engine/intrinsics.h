@@ -22,8 +22,8 @@ void bnk_warp_barrier(unsigned mask, const char* file, int line);
 uint64_t bnk_shuffle(unsigned mask, uint64_t value, unsigned source_lane, const char* file, int line);
 void bnk_fence();
 unsigned bnk_atomic_add(unsigned* address, unsigned value);
-// Until the counter has reached the target; it may wrap around. Orders memory as an atomic does.
-void bnk_wait_for_counter(const unsigned* counter, unsigned target, const char* file, int line);
+// Until the counter's highest bit is another than the ticket's. Orders memory as an atomic does.
+void bnk_wait_for_counter(const unsigned* counter, unsigned ticket, const char* file, int line);
 // The two halves of the barrier of the caller's cluster: every thread of it arrives, and waits for all that did.
 void bnk_cluster_arrive();
 void bnk_cluster_wait(const char* file, int line);

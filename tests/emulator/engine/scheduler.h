@@ -39,13 +39,14 @@ struct Thread {
     unsigned source_lane;  // whose value it takes away
 
     const unsigned* counter;      // that it waits for
-    unsigned target;              // that the counter has to reach
+    unsigned awaited;             // what `reached` compares it with
+    bool (*reached)(unsigned counter, unsigned awaited);
     unsigned cluster_phases = 0;  // barriers of its cluster at which it has arrived
 
     bool fenced = false;  // has called __threadfence
     order::Tag before_fence, before_atomics;
 
-    bool counter_reached() const { return int(*counter - target) >= 0; }
+    bool counter_reached() const { return reached(*counter, awaited); }
 };
 
 struct Block {
