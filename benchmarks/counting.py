@@ -16,7 +16,7 @@ import numpy as np
 import bnkernels as bn
 from benchmarks import bench_batch_norm
 from benchmarks.case import Arrays, Call, Case, NotSupportedError, native_dtype
-from benchmarks.limits import H200
+from benchmarks.devices import H200
 from bnkernels import _runtime
 from bnkernels._runtime import Launch, Limits
 from tests.backends import emulated_runtime

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 import bnkernels as bn
+from benchmarks.devices import H200
 from benchmarks.harness import RESULTS, write_json
-from benchmarks.limits import H200
 from tests.backends import emulated_runtime
 
 ROWS, INPUTS, NEURONS, CLASSES = 64, 64, 20, 10

@@ -3,11 +3,12 @@
 Pure functions of published figures; nothing here was measured by this project, and no GPU is asked. A time from here is
 predicted, not measured.
 
-Limits per SM are those of the CUDA C++ programming guide, table "Technical Specifications per Compute Capability"; the
-rules of allocation are those of NVIDIA's ``cuda_occupancy.h``, CUDA 13.0:
+The devices are those of ``benchmarks/devices.py``; the rules of allocation are those of NVIDIA's ``cuda_occupancy.h``,
+CUDA 13.0:
 
 * a warp gets its registers in units of 256, from one of four partitions of 16384;
-* a block gets its shared memory in units of 128 bytes, and 1 KiB of it belongs to the system.
+* a block gets its shared memory in units of 128 bytes, and 1 KiB of it belongs to the system; of sm_75 in units of 256
+  bytes, and all of it.
 
 `SM_BYTES_PER_CLOCK` is what the load/store path of an SM carries, 32 lanes of 4 bytes per clock: published for shared
 memory, which is one unit with the L1 cache, in QuACK's notes on micro-benchmarks of the H100. Every byte that a thread
@@ -16,94 +17,17 @@ asks for takes that way, also from a cache. What an SM draws from L2 is less; no
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
-from bnkernels._runtime import Limits
+from benchmarks.devices import Architecture, Device
 
 WARP = 32
 REGISTERS = 65536  # of an SM, 32 bits each; also the most that one block gets
 PARTITIONS = 4
 REGISTER_UNIT = 256
-SHARED_UNIT = 128
-SHARED_RESERVED = 1024
 MAX_REGISTERS = 255  # of a thread
 MAX_THREADS = 1024  # of a block
 SM_BYTES_PER_CLOCK = 128
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What an SM of a compute capability holds at once.
-
-    Attributes
-    ----------
-    name : str
-        As NVRTC takes it, without ``sm_``.
-    warps, blocks : int
-        The most that are resident.
-    shared_bytes : int
-        Shared memory; a block gets all of it but the reserved part, where it asks for it (opt-in beyond 48 KiB).
-    """
-
-    name: str
-    warps: int
-    blocks: int
-    shared_bytes: int
-
-
-@dataclass(frozen=True)
-class Device:
-    """A GPU, from NVIDIA's data sheets and architecture papers; what has no published figure is None.
-
-    Attributes
-    ----------
-    sms : int
-        How many.
-    dram : float
-        Bytes per second (data sheet). Copies reach less; for the H200 4.3e12 have been published.
-    l2_bytes : int
-        Size of the L2 cache (architecture paper; for the H200 what the device reports).
-    clock : float or None
-        Boost clock in Hz: the highest, so that nothing is faster than predicted.
-    launch_floor : float or None
-        Seconds of a kernel with next to nothing to do, as a node of a CUDA graph (published).
-    l2_latency, shared_latency : int or None
-        Clocks of one dependent access (published).
-    """
-
-    name: str
-    architecture: Architecture
-    sms: int
-    dram: float
-    l2_bytes: int
-    clock: float | None = None
-    launch_floor: float | None = None
-    l2_latency: int | None = None
-    shared_latency: int | None = None
-
-    @property
-    def choice(self) -> Limits:
-        """What the choice of a launch asks."""
-        shared = self.architecture.shared_bytes
-        return Limits(self.sms, shared - SHARED_RESERVED, shared, cooperative=True)
-
-
-KIB, MIB = 1024, 1024**2
-SM_80 = Architecture("80", 64, 32, 164 * KIB)
-SM_90 = Architecture("90", 64, 32, 228 * KIB)
-SM_100 = Architecture("100", 64, 32, 228 * KIB)
-SM_120 = Architecture("120", 48, 24, 100 * KIB)
-
-# Launch floor of Hopper: 1.1 to 1.3 us a node (pytorch/pytorch issue 161104; flagos-ai/FlagGems issue 5727, on an H20).
-# Latencies of Hopper: on an H800, arXiv:2402.13499.
-HOPPER = {"clock": 1.98e9, "launch_floor": 1.1e-6, "l2_latency": 263, "shared_latency": 29}
-A100 = Device("A100 SXM 80 GB", SM_80, 108, 2.039e12, 40 * MIB)
-H100 = Device("H100 SXM", SM_90, 132, 3.35e12, 50 * MIB, **HOPPER)
-H200 = Device("H200 SXM", SM_90, 132, 4.8e12, 60 * MIB, **HOPPER)
-B200 = Device("B200", SM_100, 148, 8.0e12, 126 * MIB)
-RTX_5090 = Device("RTX 5090", SM_120, 170, 1.792e12, 96 * MIB)
-DEVICES = (A100, H100, H200, B200, RTX_5090)
 
 
 class Occupancy(NamedTuple):
@@ -141,6 +65,7 @@ def occupancy(architecture: Architecture, threads: int, registers: int, shared_b
 
     Examples
     --------
+    >>> from benchmarks.devices import SM_90
     >>> occupancy(SM_90, threads=512, registers=38, shared_bytes=6144)
     Occupancy(blocks=3, warps=48, share=0.75, bound='registers')
     """
@@ -154,7 +79,8 @@ def occupancy(architecture: Architecture, threads: int, registers: int, shared_b
     if registers:
         of_warp = _round_up(registers * WARP, REGISTER_UNIT)
         by["registers"] = REGISTERS // PARTITIONS // of_warp * PARTITIONS // warps
-    by["shared memory"] = architecture.shared_bytes // _round_up(shared_bytes + SHARED_RESERVED, SHARED_UNIT)
+    shared = _round_up(shared_bytes + architecture.reserved_bytes, architecture.shared_unit)
+    by["shared memory"] = architecture.shared_bytes // shared if shared else architecture.blocks
     bound = min(by, key=lambda name: by[name])
     return Occupancy(by[bound], by[bound] * warps, by[bound] * warps / architecture.warps, bound)
 

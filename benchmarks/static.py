@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 from typing import Any
 
-from benchmarks import limits
+from benchmarks import devices, limits
 from benchmarks.case import Case, NotSupportedError
 from benchmarks.counting import CASES, Count, counted, extent, fewest_bytes
 from benchmarks.harness import RESULTS, ROOT, round4, write_json
@@ -22,8 +22,8 @@ from benchmarks.harness import RESULTS, ROOT, round4, write_json
 PATH = RESULTS / "static.json"
 BASELINE = ROOT / "tests" / "compile" / "baseline.json"
 COUNTED, WAITING = "counted", "not supported yet"
-TARGETS = (limits.A100, limits.H200, limits.B200, limits.RTX_5090)  # one of each architecture
-PREDICTED = limits.H200
+TARGETS = (devices.A100, devices.H200, devices.B200, devices.RTX_5090)  # one of each architecture
+PREDICTED = devices.H200
 
 Row = dict[str, Any]
 

@@ -92,7 +92,7 @@ def choose(sizes: Sizes, limits: Limits) -> Choice | None:
     >>> paper = tuple(Layer(i, o, 0, 0, 0) for i, o in ((784, 100), (100, 100), (100, 100), (100, 10)))
     >>> choice = choose(Sizes(Network(paper), 60, "sgd", np.dtype("float32"), 100_000, 600), h200)
     >>> choice.kernel, choice.launch.grid, choice.blocks, choice.width
-    ('fused_training_grid', (25, 1, 1), 25, 4)
+    ('fused_training_grid', (32, 1, 1), 32, 4)
     """
     if _why_no_block(sizes, limits) is None:
         return _by_blocks(sizes)
@@ -148,11 +148,11 @@ def _group(sizes: Sizes, limits: Limits) -> tuple[int, int, int]:
     layer_norm = bool(sizes.network.scratch_rows)
     owned = max(sizes.batch, sizes.widest) if layer_norm else sizes.widest
     on_device = resident(limits, linear.THREADS, most_shared(limits, ROOMY), ROOMY)
-    most = max(on_device // sizes.models, 1)
+    most = 1 << (max(on_device // sizes.models, 1).bit_length() - 1)
     product = linear.Sizes(sizes.batch, sizes.widest, sizes.widest, sizes.dtype)
     widths = [teams * product.columns for teams in linear.TEAMS]
     width = next((width for width in widths if ceil_div(owned, width) <= most), widths[-1])
-    blocks = min(most, ceil_div(owned, width))
+    blocks = min(most, 1 << (ceil_div(owned, width) - 1).bit_length())
     if limits.clusters and (blocks <= CLUSTER or not limits.cooperative):
         blocks = CLUSTER
         width = next((width for width in widths if ceil_div(owned, width) <= blocks), widths[-1])

@@ -11,7 +11,8 @@ import pytest
 
 from benchmarks import counting, limits, static
 from benchmarks.case import Case, NotSupportedError
-from benchmarks.limits import A100, B200, DEVICES, H200, SM_80, SM_90, SM_100, SM_120, Work
+from benchmarks.devices import A100, B200, DEVICES, H200, SM_75, SM_80, SM_90, SM_100, SM_120, Architecture
+from benchmarks.limits import Work
 from tests.emulator import EmulatorRuntime
 
 SMALL = 2**15  # elements: such cases are counted anew by every run of the tests
@@ -54,13 +55,16 @@ def counting_build(emulated: EmulatorRuntime) -> EmulatorRuntime:
         # 1 + 1024 bytes -> 1152, not 1025; 102400 / 1152 = 88: no bound, that is the 24 blocks
         (SM_120, 32, 16, 1, 24, "blocks"),
         (SM_80, 32, 16, 0, 32, "blocks"),
+        (SM_75, 64, 16, 32 * 1024, 2, "shared memory"),  # none is the system's
+        (SM_75, 64, 16, 9344, 6, "shared memory"),  # in units of 256: 65536 / 9472
+        (SM_75, 32, 16, 0, 16, "blocks"),
         (SM_80, 256, 32, 0, 8, "warps"),  # 64 / 8
         (SM_120, 256, 32, 0, 6, "warps"),  # 48 / 8
         (SM_120, 1024, 0, 0, 1, "warps"),  # 48 / 32
     ],
 )
 def test_occupancy_is_that_of_the_rules(
-    architecture: limits.Architecture, threads: int, registers: int, shared: int, blocks: int, bound: str
+    architecture: Architecture, threads: int, registers: int, shared: int, blocks: int, bound: str
 ) -> None:
     found = limits.occupancy(architecture, threads, registers, shared)
     warps = blocks * -(-threads // 32)
@@ -68,7 +72,7 @@ def test_occupancy_is_that_of_the_rules(
 
 
 def test_a_block_may_have_all_shared_memory_but_the_reserved() -> None:
-    most = SM_90.shared_bytes - limits.SHARED_RESERVED
+    most = SM_90.shared_bytes - SM_90.reserved_bytes
     assert limits.occupancy(SM_90, 32, 16, most).blocks == 1
     assert limits.occupancy(SM_90, 32, 16, most + 1) == (0, 0, 0.0, "shared memory")
 

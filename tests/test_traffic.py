@@ -10,7 +10,7 @@ import pytest
 import bnkernels as bn
 from benchmarks import counting, traffic
 from benchmarks.case import Case
-from benchmarks.limits import RTX_5090
+from benchmarks.devices import RTX_5090
 from bnkernels._batch_norm_launch import SERIAL_LANES
 from tests.emulator import Counts, EmulatorRuntime, LaunchRecord
 

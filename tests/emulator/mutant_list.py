@@ -277,8 +277,8 @@ MUTANTS = [
     Mutant(
         "spread: a block arrives without a fence",
         MEET,
-        "    __threadfence();\n    const unsigned ticket",
-        "    const unsigned ticket",
+        "    __threadfence();\n    return atomicAdd",
+        "    return atomicAdd",
         ("tsan",),
         "test_the_order_of_blocks_and_threads_changes_no_bit and shape1",
     ),
@@ -288,8 +288,10 @@ MUTANTS = [
         "        __threadfence();\n    }\n    __syncthreads();\n",
         "        __threadfence();\n    }\n",
     ),
-    Mutant("spread: nobody waits", MEET, "(ticket / blocks + 1) * blocks", "ticket"),
-    Mutant("spread: the last block waits for the next meeting", MEET, "(ticket / blocks + 1)", "(ticket / blocks + 2)"),
+    Mutant("spread: nobody waits", MEET, "        bnk_wait(counter, ticket);\n", ""),
+    Mutant("spread: the first block arrives as the others", MEET, "block == 0 ?", "block == blocks ?"),
+    Mutant("spread: a meeting waits for one block more", MEET, "MEETING - (blocks - 1)", "MEETING - blocks"),
+    Mutant("spread: a meeting waits for one block less", MEET, "MEETING - (blocks - 1)", "MEETING - (blocks - 2)"),
     Mutant(
         "spread: the next slice's partial results over those of this one",
         SPREAD,

@@ -98,7 +98,7 @@ MUTANTS = [
     Mutant(
         "layer norm backward: blocks do not wait",
         BACKWARD,
-        "    meet(a.arrivals, gridDim.x);\n",
+        "    meet(a.arrivals, gridDim.x, blockIdx.x);\n",
         "",
         select="several_blocks or " + SCHEDULES,
     ),

@@ -217,7 +217,7 @@ MUTANTS = [
     Mutant(
         "linear backward: dx before all dz are there",
         BACKWARD,
-        "if (gridDim.x > 1) meet(a.arrivals, gridDim.x);  // dz of all neurons",
+        "if (gridDim.x > 1) meet(a.arrivals, gridDim.x, blockIdx.x);  // dz of all neurons",
         "",
         select=WHOLE,
     ),
@@ -276,7 +276,7 @@ MUTANTS = [
     Mutant(
         "linear layer norm: dweight before all dz are there",
         BACKWARD,
-        "    if (gridDim.x > 1) meet(a.arrivals, gridDim.x);  // dz of all examples\n",
+        "    if (gridDim.x > 1) meet(a.arrivals, gridDim.x, blockIdx.x);  // dz of all examples\n",
         "",
         ("plain", "tsan"),
         SCHEDULES,
