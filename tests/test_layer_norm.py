@@ -183,6 +183,20 @@ def test_a_device_whose_blocks_cannot_wait_has_one(emulated: EmulatorRuntime, rn
         assert_right(backends.make("emulator"), *make(rng, (900, 24), "float32"))
 
 
+@pytest.mark.emulator
+@pytest.mark.parametrize("shape", [(64, 20), (900, 24), (5, 4100)], ids=str)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_64_kib_of_shared_memory_on_a_multiprocessor_are_enough(
+    emulated: EmulatorRuntime, rng: np.random.Generator, dtype: str, shape: tuple[int, int]
+) -> None:
+    """sm_75: the sums of 16-bit data leave room for one block alone."""
+    turing = Limits(2, 65536, 65536, True, reserved_bytes=0)
+    for limits in (turing, turing._replace(reserved_bytes=1024)):
+        with emulated.device_limits(limits):
+            assert_right(backends.make("emulator"), *make(rng, shape, dtype))
+    assert {record.launch.shared_bytes > 32768 for record in emulated.launches[1::2]} == {"16" in dtype}
+
+
 def test_alignment_changes_no_bit(backend: Backend, rng: np.random.Generator) -> None:
     arrays = make(rng, (1024, 32), "float32")
     found = []

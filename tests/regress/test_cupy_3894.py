@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import bnkernels as bn
-from tests.emulator import EmulatorRuntime
+from bnkernels import _layer_norm_launch
+from tests.emulator import EmulatorError, EmulatorRuntime
 
 pytestmark = pytest.mark.emulator
 
@@ -66,3 +67,51 @@ def test_cupy_3894_slices_of_channels_with_fewer_groups(
     monkeypatch.undo()
     for want, got in zip(step(), with_fewer, strict=True):
         np.testing.assert_array_equal(got, want)
+
+
+# ---- blocks that wait for one another --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", ["layer_norm", "linear_batch_norm", "linear_layer_norm"])
+def test_cupy_3894_as_many_blocks_meet_as_there_are(
+    emulated: EmulatorRuntime, op: str, rng: np.random.Generator
+) -> None:
+    """A meeting that counted on the planned grid would wait for ever; the next launch, of all blocks, would too."""
+    x, dy = (emulated.asarray(rng.standard_normal((100, 300)).astype("f4")) for _ in range(2))
+    weight = emulated.asarray(rng.standard_normal((300, 300)).astype("f4"))
+
+    def gradients() -> tuple[np.ndarray, ...]:
+        if op == "layer_norm":
+            _, statistics = bn.layer_norm_forward(x)
+            return bn.layer_norm_backward(dy, x, None, None, statistics)
+        norm = op.split("_")[1]
+        _, z, statistics = bn.linear_batch_norm_forward(x, weight, norm=norm)
+        return bn.linear_batch_norm_backward(dy, x, weight, None, None, z, statistics, norm=norm)
+
+    whole = gradients()
+    with emulated.cut_grids(3), pytest.warns(UserWarning, match="cut to 3 blocks"):
+        cut = gradients()
+    planned, launched = (record.launch.grid[0] for record in emulated.launches if record.launch.cooperative)
+    assert planned > launched == 3
+    for one, two, again in zip(whole, cut, gradients(), strict=True):
+        np.testing.assert_allclose(two, one, rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(again, one)
+
+
+def test_cupy_3894_a_grid_of_two_dimensions_is_refused(emulated: EmulatorRuntime, rng: np.random.Generator) -> None:
+    """So blocks that share a slice of channels never get fewer than they were planned with."""
+    x = emulated.asarray(rng.standard_normal((20_000, 8)).astype("f4"))
+    with emulated.cut_grids(3), pytest.raises(ValueError, match="the device holds 3 blocks"):
+        bn.batch_norm_forward(x)
+    assert emulated.launches == []
+
+
+def test_cupy_3894_the_emulator_cuts_nothing_unasked(
+    emulated: EmulatorRuntime, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan of more blocks than are resident is an error, and says so."""
+    monkeypatch.setattr(_layer_norm_launch, "resident", lambda *_: 10**6)
+    x = emulated.asarray(rng.standard_normal((4001, 8)).astype("f4"))
+    _, statistics = bn.layer_norm_forward(x)
+    with pytest.raises(EmulatorError, match=r"wait for one another, and of 32 this device holds 8 at once"):
+        bn.layer_norm_backward(x, x, None, None, statistics)
