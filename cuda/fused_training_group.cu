@@ -3,9 +3,9 @@
 // Formulas:  those of fused_training.cu.
 // Arrays:    those of fused_training.cu. memory: of each model what MemoryOfNeurons says, or with layer norm
 //            MemoryOfExamples, of type T; arrivals: a counter for each model, ARRIVALS_PITCH apart, see meet.cuh.
-// Launch:    block (256, 1, 1), grid (M blocks, 1, 1), `blocks` the group of a model. The group is a
-//            cluster of 8, from sm_90 on, or part of a launch that is cooperative if it is more than one block. Dynamic
-//            shared memory for a product, (width, pitch) and seven rows of T. N at most 512.
+// Launch:    block (256, 1, 1), grid (M blocks, 1, 1), `blocks` the group of a model. The group is a cluster of 8,
+//            from sm_90 on, or part of a launch that is cooperative if it is more than one block. Dynamic shared memory
+//            for a product, (width, pitch) and seven rows of T. N at most 512.
 // Traffic:   by each model x, labels and schedule read once from global memory, losses written once. Parameters, state and
 //            what the blocks tell each other stay in the L2 cache as far as it holds them. Per step 2 depth - 1 meetings
 //            of the group, with batch norm or without (2 for a single layer); with layer norm 2.

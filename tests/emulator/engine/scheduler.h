@@ -38,8 +38,8 @@ struct Thread {
     uint64_t value;        // what it brings to a shuffle, then what it takes away
     unsigned source_lane;  // whose value it takes away
 
-    const unsigned* counter;      // that it waits for
-    unsigned awaited;             // what `reached` compares it with
+    const unsigned* counter;  // that it waits for
+    unsigned awaited;         // what `reached` compares it with
     bool (*reached)(unsigned counter, unsigned awaited);
     unsigned cluster_phases = 0;  // barriers of its cluster at which it has arrived
 
