@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.limits import H200
+from benchmarks.devices import H200
 from bnkernels import _runtime, _source
 from bnkernels._runtime import Launch, Limits
 
