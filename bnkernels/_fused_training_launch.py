@@ -92,7 +92,7 @@ def choose(sizes: Sizes, limits: Limits) -> Choice | None:
     >>> paper = tuple(Layer(i, o, 0, 0, 0) for i, o in ((784, 100), (100, 100), (100, 100), (100, 10)))
     >>> choice = choose(Sizes(Network(paper), 60, "sgd", np.dtype("float32"), 100_000, 600), h200)
     >>> choice.kernel, choice.launch.grid, choice.blocks, choice.width
-    ('fused_training_grid', (32, 1, 1), 32, 4)
+    ('fused_training_grid', (1, 32, 1), 32, 4)
     """
     if _why_no_block(sizes, limits) is None:
         return _by_blocks(sizes)
@@ -180,7 +180,9 @@ def _by_groups(sizes: Sizes, limits: Limits) -> Choice:
     blocks, width, shared = _group(sizes, limits)
     cluster = limits.clusters and blocks == CLUSTER
     assert cluster or blocks == 1 or sizes.models <= MOST_GROUPS, "no device has so many multiprocessors"
-    grid, constants = (sizes.models * blocks, 1, 1), (*sizes.constants, ("blocks", blocks), ("width", width))
+    # Of two dimensions, so that nobody cuts it where fewer blocks are resident than were planned.
+    grid = (sizes.models * blocks, 1, 1) if cluster else (sizes.models, blocks, 1)
+    constants = (*sizes.constants, ("blocks", blocks), ("width", width))
     launch = Launch(grid, (linear.THREADS, 1, 1), shared, not cluster and blocks > 1, constants)
     kernel = f"fused_training_{'cluster' if cluster else 'grid'}{'_layer_norm' if sizes.network.scratch_rows else ''}"
     return Choice(kernel, launch, blocks, width)

@@ -3,9 +3,9 @@
 // Formulas:  those of fused_training.cu.
 // Arrays:    those of fused_training.cu. memory: of each model what MemoryOfNeurons says, or with layer norm
 //            MemoryOfExamples, of type T; arrivals: a counter for each model, ARRIVALS_PITCH apart, see meet.cuh.
-// Launch:    block (256, 1, 1), grid (M blocks, 1, 1), `blocks` the group of a model. The group is a cluster of 8,
-//            from sm_90 on, or part of a launch that is cooperative if it is more than one block. Dynamic shared memory
-//            for a product, (width, pitch) and seven rows of T. N at most 512.
+// Launch:    block (256, 1, 1); `blocks` are the group of a model. It is a cluster of 8 in a grid (8 M, 1, 1), from sm_90 on,
+//            or a column of a grid (M, blocks, 1), cooperative if it is more than one block. Dynamic shared memory for a
+//            product, (width, pitch) and seven rows of T. N at most 512.
 // Traffic:   by each model x, labels and schedule read once from global memory, losses written once. Parameters, state and
 //            what the blocks tell each other stay in the L2 cache as far as it holds them. Per step 2 depth - 1 meetings
 //            of the group, with batch norm or without (2 for a single layer); with layer norm 2.
@@ -39,11 +39,10 @@ struct FusedTrainingGroup {
     int activation, optimizer;
 };
 
-// The arguments of the model of this block's group.
+// The arguments of the model of a group.
 template <typename T>
-__device__ __forceinline__ FusedTrainingGroup<T> of_this_group(FusedTrainingGroup<T> a) {
+__device__ __forceinline__ FusedTrainingGroup<T> of_model(FusedTrainingGroup<T> a, long long model) {
     take_constants(a);
-    const long long model = blockIdx.x / a.blocks;
     a.parameters += model * a.parameter_count;
     if (a.first) a.first += model * a.parameter_count;
     if (a.second) a.second += model * a.parameter_count;
@@ -59,9 +58,9 @@ __device__ __forceinline__ FusedTrainingGroup<T> of_this_group(FusedTrainingGrou
 
 // Step: StepOfNeurons or StepOfExamples, and how its blocks meet.
 template <typename Step, typename T, typename Meeting>
-__device__ __forceinline__ void train(const FusedTrainingGroup<T>& a, const Meeting& meeting) {
+__device__ __forceinline__ void train(const FusedTrainingGroup<T>& a, const Meeting& meeting, unsigned block) {
     BNK_DYNAMIC_SHARED(T, shared);
-    const Step trained(a, meeting, (int)(blockIdx.x % a.blocks), shared);
+    const Step trained(a, meeting, (int)block, shared);
     trained.begin();
 #pragma unroll 1
     for (long long step = 0; step < a.steps; ++step) trained.run(step);
@@ -69,9 +68,9 @@ __device__ __forceinline__ void train(const FusedTrainingGroup<T>& a, const Meet
 
 template <template <typename, typename, typename> class Step, typename T>
 __device__ __forceinline__ void fused_training_grid(const FusedTrainingGroup<T>& of_all) {
-    const FusedTrainingGroup<T> a = of_this_group(of_all);
-    const GridMeeting meeting = {a.arrivals, (unsigned)a.blocks, (unsigned)(blockIdx.x % a.blocks)};
-    train<Step<T, FusedTrainingGroup<T>, GridMeeting>>(a, meeting);
+    const FusedTrainingGroup<T> a = of_model(of_all, blockIdx.x);
+    const GridMeeting meeting = {a.arrivals, (unsigned)a.blocks, blockIdx.y};
+    train<Step<T, FusedTrainingGroup<T>, GridMeeting>>(a, meeting, blockIdx.y);
 }
 
 #define FUSED_TRAINING_GRID(suffix, T)                                                                           \
@@ -91,7 +90,8 @@ FUSED_TRAINING_GRID_LAYER_NORM(f64, double)
 #if BNK_CLUSTERS
 template <template <typename, typename, typename> class Step, typename T>
 __device__ __forceinline__ void fused_training_cluster(const FusedTrainingGroup<T>& of_all) {
-    train<Step<T, FusedTrainingGroup<T>, ClusterMeeting>>(of_this_group(of_all), ClusterMeeting());
+    const FusedTrainingGroup<T> a = of_model(of_all, blockIdx.x / CLUSTER);
+    train<Step<T, FusedTrainingGroup<T>, ClusterMeeting>>(a, ClusterMeeting(), blockIdx.x % CLUSTER);
 }
 
 #define FUSED_TRAINING_CLUSTER(suffix, T)                                                                             \

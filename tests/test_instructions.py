@@ -39,7 +39,7 @@ def test_a_training_step_executes_little_more_with_batch_norm(sizes: tuple[int, 
 def test_nor_does_a_step_of_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_why_no_block", lambda *_: "a test wants groups")
     line = Line("", *(instructions.training_step.__wrapped__((64, 40, 10), norm) for norm in NORMS))
-    assert registered().launches[-1].launch.grid == (16, 1, 1)
+    assert registered().launches[-1].launch.grid == (1, 16, 1)
     assert 1 < line.ratio <= MOST
     assert line.batch.by_kind["barrier"] == line.without.by_kind["barrier"]
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import bnkernels as bn
-from bnkernels import _layer_norm_launch
+from bnkernels import _fused_training_launch, _layer_norm_launch
+from bnkernels.mlp import MLP
 from tests.emulator import EmulatorError, EmulatorRuntime
 
 pytestmark = pytest.mark.emulator
@@ -98,12 +99,21 @@ def test_cupy_3894_as_many_blocks_meet_as_there_are(
         np.testing.assert_array_equal(again, one)
 
 
-def test_cupy_3894_a_grid_of_two_dimensions_is_refused(emulated: EmulatorRuntime, rng: np.random.Generator) -> None:
-    """So blocks that share a slice of channels never get fewer than they were planned with."""
+def test_cupy_3894_a_grid_of_two_dimensions_is_refused(
+    emulated: EmulatorRuntime, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So blocks that share a slice of channels, or a network, never get fewer than they were planned with."""
+    monkeypatch.setattr(_fused_training_launch, "_why_no_block", lambda *_: "a test wants groups")
     x = emulated.asarray(rng.standard_normal((20_000, 8)).astype("f4"))
-    with emulated.cut_grids(3), pytest.raises(ValueError, match="the device holds 3 blocks"):
-        bn.batch_norm_forward(x)
+    model, labels = MLP((8, 16, 3)), emulated.asarray(np.zeros(len(x), np.int32))
+    parameters, running = emulated.asarray(model.parameters), emulated.asarray(model.running)
+    with emulated.cut_grids(3):
+        with pytest.raises(ValueError, match="the device holds 3 blocks"):
+            bn.batch_norm_forward(x)
+        with pytest.raises(ValueError, match="the device holds 3 blocks"):
+            bn.fused_training(model.fused, parameters, (), running, x, labels, batch=10, lr=0.1)
     assert emulated.launches == []
+    np.testing.assert_array_equal(parameters, model.parameters)
 
 
 def test_cupy_3894_the_emulator_cuts_nothing_unasked(
