@@ -53,10 +53,6 @@ class Array(fake_cupy.Array):
             return computed(self.driver, operator.getitem, (self, key), {})
         return super().__getitem__(key)
 
-    def fill(self, value: Any) -> None:
-        """Set every element, in the order of the stream."""
-        self.driver.enqueue(functools.partial(self._memory.fill, value))
-
     def __setitem__(self, key: Any, value: Any) -> None:
         """Set elements, in the order of the stream."""
         self.driver.enqueue(functools.partial(np.asarray(self._memory).__setitem__, bare(key), bare(value)))

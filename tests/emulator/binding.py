@@ -225,6 +225,12 @@ class Binding:
             raise EmulatorError(f"{source}.cu, {entry_point}: {reports}")
         return Counts(self._array_traffic(), totals.shared_bytes_read, totals.shared_bytes_written, totals.barriers)
 
+    def argument_bytes(self, source: str, entry_point: str) -> int:
+        """Return how large the struct is that a kernel takes."""
+        fact = self._library(source)[f"{entry_point}_argument_bytes"]
+        fact.restype = c_uint64
+        return fact()
+
     def _library(self, source: str) -> ctypes.CDLL:
         if source not in self._libraries:
             self._libraries[source] = ctypes.PyDLL(str(kernel_library(self.build, source, self._sources)))
