@@ -298,14 +298,14 @@ def make(emulator: EmulatorRuntime, devices: int = 2) -> types.ModuleType:
     cupy.driver, cupy.ndarray = driver, ndarray
     cupy.empty = lambda shape, dtype: new(emulator.empty(shape, np.dtype(dtype)))
     cupy.zeros = lambda shape, dtype: new(emulator.asarray(np.zeros(shape, dtype)))
-    cupy.asarray = lambda array: new(emulator.asarray(array))
+    cupy.asarray = lambda a: new(emulator.asarray(a))
     cupy.RawModule = functools.partial(fake_cupy_kernels.RawModule, driver)
     cupy.cuda = types.SimpleNamespace(
         is_available=lambda: driver.available,
         Device=functools.partial(Device, driver),
         Stream=functools.partial(Stream, driver),
         Function=fake_cupy_kernels.Function,
-        get_current_stream=lambda: driver.streams[driver.device],
+        get_current_stream=lambda device_id=-1: driver.streams[driver.device if device_id < 0 else device_id],
         function=fake_cupy_kernels.MODULE,
         driver=types.SimpleNamespace(occupancyMaxActiveBlocksPerMultiprocessor=driver.blocks_of_sm),
     )

@@ -54,9 +54,9 @@ class Event:
         self._driver.wait("a wait for an event")
 
 
-def get_elapsed_time(start: Event, end: Event) -> float:
+def get_elapsed_time(start_event: Event, end_event: Event) -> float:
     """Return NaN: no time here may be taken for a GPU's."""
-    if not (start.recorded and end.recorded):
+    if not (start_event.recorded and end_event.recorded):
         raise RuntimeError("cudaErrorInvalidResourceHandle: both events must have been recorded")
     return float("nan")
 
@@ -129,9 +129,9 @@ class Random:
     def __init__(self, driver: fake_cupy.Driver, seed: int) -> None:
         self._driver, self._random = driver, np.random.default_rng(seed)
 
-    def standard_normal(self, shape: Any = None, dtype: Any = np.float64) -> Array:
+    def standard_normal(self, size: Any = None, dtype: Any = np.float64) -> Array:
         """Draw numbers."""
-        return self._driver.new(self._random.standard_normal(shape, dtype=dtype))
+        return self._driver.new(self._random.standard_normal(size, dtype=dtype))
 
 
 def make(emulator: EmulatorRuntime, devices: int = 1) -> types.ModuleType:
@@ -145,10 +145,11 @@ def make(emulator: EmulatorRuntime, devices: int = 1) -> types.ModuleType:
     driver.twins.update(TWINS)
     cupy.empty = lambda shape, dtype=float: cupy.ndarray(emulator.empty(_shape(shape), np.dtype(dtype)), driver.device)
     cupy.zeros = lambda shape, dtype=float: driver.new(np.zeros(shape, dtype))
-    cupy.empty_like = lambda array: cupy.empty(array.shape, array.dtype)
-    cupy.asarray = cupy.array = lambda array, dtype=None, **_: driver.new(np.asarray(bare(array), dtype))
-    cupy.asnumpy = lambda array: array.get() if isinstance(array, fake_cupy.Array) else np.asarray(array)
-    cupy.copyto = lambda target, source: target.__setitem__(..., source)
+    cupy.empty_like = lambda prototype: cupy.empty(prototype.shape, prototype.dtype)
+    cupy.asarray = lambda a, dtype=None: driver.new(np.asarray(bare(a), dtype))
+    cupy.array = lambda obj, dtype=None: driver.new(np.asarray(bare(obj), dtype))
+    cupy.asnumpy = lambda a: a.get() if isinstance(a, fake_cupy.Array) else np.asarray(a)
+    cupy.copyto = lambda dst, src: dst.__setitem__(..., src)
     cupy.RawKernel = raw_kernel(driver)
     cupy.random = types.SimpleNamespace(default_rng=functools.partial(Random, driver))
     cupy.cuda = cuda(base.cuda, driver)
@@ -162,8 +163,8 @@ def _shape(shape: Any) -> tuple[int, ...]:
 def cuda(base: Any, driver: fake_cupy.Driver) -> types.SimpleNamespace:
     """Return ``cupy.cuda``."""
 
-    def device(number: int | None = None) -> fake_cupy.Device:
-        made = base.Device(number)
+    def new_device(device: int | None = None) -> fake_cupy.Device:
+        made = base.Device(device)
         made.attributes, made.compute_capability = ATTRIBUTES, "90"
         made.synchronize = functools.partial(driver.wait, "a wait for a device")
         return made
@@ -175,7 +176,7 @@ def cuda(base: Any, driver: fake_cupy.Driver) -> types.SimpleNamespace:
     properties = {"name": b"emulator", "major": 9, "minor": 0, "totalGlobalMem": 2**30}
     return types.SimpleNamespace(
         is_available=base.is_available,
-        Device=device,
+        Device=new_device,
         Stream=base.Stream,
         Function=base.Function,
         Event=functools.partial(Event, driver),
