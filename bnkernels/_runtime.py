@@ -189,6 +189,11 @@ def why_no_cuda() -> str | None:
         from bnkernels import _cuda
     except ImportError as error:
         return f"CuPy cannot be imported ({error}); install bnkernels[cuda13] or bnkernels[cuda12]"
+    except Exception as error:  # it makes the folder of its cache, and looks for CUDA's libraries
+        return (
+            f"CuPy cannot be imported ({type(error).__name__}: {error}); "
+            "set CUPY_CACHE_DIR to a folder that can be written, or see what `import cupy` says"
+        )
     return _cuda.available()
 
 

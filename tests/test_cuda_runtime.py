@@ -300,6 +300,22 @@ def test_why_no_cuda_without_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "install bnkernels[cuda13] or bnkernels[cuda12]" in reason
 
 
+def test_why_no_cuda_where_cupy_breaks_at_its_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it does without a home that can be written: a CPU needs neither."""
+
+    class Broken:
+        def find_spec(self, name: str, *_: Any) -> None:
+            if name == "cupy":
+                raise FileNotFoundError(2, "No such file or directory", "/nowhere")
+
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    forget_the_runtime()
+    reason = _runtime.why_no_cuda()
+    assert reason.startswith("CuPy cannot be imported (FileNotFoundError: [Errno 2] No such file or directory: '/nowh")
+    assert "set CUPY_CACHE_DIR" in reason
+
+
 @pytest.mark.emulator
 @pytest.mark.parametrize("available", [False, True])
 def test_why_no_cuda_with_cupy(cupy: types.ModuleType, available: bool) -> None:
