@@ -182,7 +182,7 @@ class CudaRuntime:
                     raise
                 graph = stream.end_capture()
 
-        def replay() -> None:
+        def replay() -> None:  # who holds it, holds the graph and its memory
             with device:
                 try:
                     graph.launch()
@@ -222,13 +222,14 @@ class CudaRuntime:
 
     def _compiled(self, key: Key, source: str, like: Any) -> Any:
         _, entry_point, constants, much_shared = key
+        shared_bytes = self.limits(like).shared_bytes
         with self._lock:
             function = self._functions.get(key)
             if function is None:
                 code = _source.read(source, entry_point, constants)
                 kernel = cupy.RawModule(code=code, options=_source.OPTIONS).get_function(entry_point)
                 if much_shared:
-                    kernel.max_dynamic_shared_size_bytes = self.limits(like).shared_bytes
+                    kernel.max_dynamic_shared_size_bytes = shared_bytes
                     kernel.preferred_shared_memory_carveout = 100  # percent: what is left is the L1 cache
                 function = self._functions[key] = kernel.kernel
             return function
