@@ -23,6 +23,12 @@ TEST = [
     "ml_dtypes>=0.5",  # bfloat16 for NumPy
     "setuptools>=77",  # tests/test_packaging.py builds without the network
 ]
+CUPY = ">=14.0,<15"
+# Without a driver CuPy computes nothing, but can be imported: the tests' stand-in is compared with it.
+WHEELS = (
+    "(sys_platform == 'linux' and (platform_machine == 'x86_64' or platform_machine == 'aarch64') "
+    "or sys_platform == 'win32' and platform_machine == 'AMD64') and python_version < '3.15'"
+)
 
 
 def version() -> str:
@@ -57,8 +63,9 @@ setup(
     install_requires=["numpy>=2,<2.6"],
     extras_require={
         "train": TRAIN,
-        "cuda12": ["cupy-cuda12x[ctk]>=14.2,<15"],
-        "cuda13": ["cupy-cuda13x[ctk]>=14.2,<15"],
+        "cuda12": [f"cupy-cuda12x[ctk]{CUPY}"],
+        "cuda13": [f"cupy-cuda13x[ctk]{CUPY}"],
+        "without-gpu": [f"cupy-cuda13x{CUPY}; {WHEELS}"],  # never beside one of the two: they share their files
         "notebooks": NOTEBOOKS,
         "benchmarks": [*TRAIN, "torch>=2.5", "ml_dtypes>=0.5"],  # more rivals take part where they are installed
         "test": TEST,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -101,22 +102,25 @@ class Runtime(Protocol):
         """Return the limits of the device that holds the array."""
 
     def workspace(self, array: Any) -> int:
-        """Return the address of `WORKSPACE_BYTES` on the device of the array, for launches on its current stream.
+        """Return the address of `WORKSPACE_BYTES` on the device of the array, for its current stream's next launch.
 
-        They were zeros once; what a launch leaves there the next one finds.
+        They were zeros once; what a launch leaves there the next one finds. After a launch that failed they are zeros
+        again.
         """
 
     def capture(self, work: Callable[[], None], like: Any) -> Callable[[], None]:
         """Return what repeats the launches that `work` makes, on the current stream; nothing runs yet.
 
         `work` has run before, so that all kernels are compiled. It must neither allocate nor synchronise, and every
-        repetition gets the same addresses and scalars.
+        repetition gets the same addresses and scalars. A repetition goes to the device of `like`, whatever the current
+        one is.
         """
 
     def launch(self, source: str, entry_point: str, launch: Launch, arguments: np.ndarray, like: Any) -> None:
         """Enqueue `entry_point` of ``cuda/<source>.cu`` on the current stream of the device of `like`.
 
-        `arguments` is a zero-dimensional structured array laid out as the kernel's one argument, a struct by value.
+        `arguments` is what `pack` made: a structured array laid out as the kernel's one argument, a struct by value.
+        It is read before this returns.
         """
 
 
@@ -197,6 +201,11 @@ def why_no_cuda() -> str | None:
         from bnkernels import _cuda
     except ImportError as error:
         return f"CuPy cannot be imported ({error}); install bnkernels[cuda13] or bnkernels[cuda12]"
+    except Exception as error:  # it makes the folder of its cache, and looks for CUDA's libraries
+        return (
+            f"CuPy cannot be imported ({type(error).__name__}: {error}); "
+            "set CUPY_CACHE_DIR to a folder that can be written, or see what `import cupy` says"
+        )
     return _cuda.available()
 
 
@@ -239,8 +248,18 @@ def arguments_type(pointers: str, sizes: str, scalars: str, integers: str) -> di
 
 
 def pack(layout: np.dtype, *values: Any) -> np.ndarray:
-    """Return the zero-dimensional structured array of `layout` that holds `values`."""
-    return np.array(values, dtype=layout)
+    """Return the zero-dimensional structured array of `layout` that holds `values`, for `Runtime.launch`.
+
+    Its memory is a buffer of ctypes: NumPy takes longer to say where its own is than a launch may take.
+    """
+    record = np.ndarray((), layout, (ctypes.c_char * layout.itemsize)())
+    record[()] = values
+    return record
+
+
+def address_of(arguments: np.ndarray) -> int:
+    """Return the address of what `pack` made; who uses it keeps the array."""
+    return ctypes.addressof(arguments.base)
 
 
 def empty(runtime: Runtime | None, shape: tuple[int, ...], like: Any, dtype: np.dtype | None = None) -> Any:

@@ -2,12 +2,14 @@
 
 It has what `bnkernels._cuda` and its tests use, and refuses what CuPy or a GPU would refuse: options that are no tuple,
 NumPy arrays of more than one element as kernel arguments, implicit conversions to NumPy, addresses of another device.
-Beyond CuPy it remembers what it compiled, launched and read back. `tests.fake_cupy_streams` adds what benchmarks use:
-streams with captures, graphs, events, and kernels that are not the project's.
+Beyond CuPy it remembers what it compiled, launched and read back. `tests.fake_cupy_kernels` has the kernels,
+`tests.fake_cupy_streams` what benchmarks use: streams with captures, graphs, events, and kernels that are not the
+project's. `tests.test_real_cupy` compares all of them with the real package.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import itertools
 import threading
@@ -21,8 +23,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from bnkernels._runtime import SHARED_BYTES, Launch
+from bnkernels._runtime import Launch
+from tests import fake_cupy_kernels
 from tests.emulator import LIMITS, EmulatedArray, EmulatorRuntime
+from tests.fake_cupy_graphs import Stream
+
+MOST_BLOCKS, MOST_THREADS = 32, 2048  # of a multiprocessor
 
 
 @dataclass(frozen=True)
@@ -46,8 +52,20 @@ class Driver:
         How often each ``(device, entry_point)`` was looked up in a module.
     launches : list of LaunchRecord
         In order.
+    replays : list of tuple of int
+        Device and stream of every launch of a graph.
     reads : int
         Copies from a device to the host, each of which would wait for the device.
+    described : int
+        Structured NumPy arrays among the arguments of launches, each of which costs CuPy a description of its type.
+    kernels : list of RawKernel
+        That modules were asked for.
+    of_sm : int or None
+        Blocks of any kernel that a multiprocessor holds, in place of what shared memory and threads allow.
+    asked : int
+        How often the driver was asked for that, not counting the times that CuPy asks by itself.
+    dead : bool
+        Every later call of the device fails, as after an illegal address.
     captures : dict of int to list of callable
         The work of every stream under capture.
     twins : dict of str to callable
@@ -59,13 +77,21 @@ class Driver:
         self.compiled: Counter[tuple] = Counter()
         self.functions: Counter[tuple] = Counter()
         self.launches: list[LaunchRecord] = []
-        self.reads = 0
+        self.replays: list[tuple[int, int]] = []
+        self.reads = self.described = self.asked = 0
+        self.of_sm: int | None = None
+        self.dead = False
+        self.kernels: list[fake_cupy_kernels.RawKernel] = []
+        self.handles = itertools.count(1 << 20, 16)
+        self.pointers: dict[int, fake_cupy_kernels.Function] = {}
+        self.invalid: set[int] = set()  # captures
         self.captures: dict[int, list[Callable[[], None]]] = {}
         self.twins: dict[str, Callable[..., None]] = {}
         self._modules: dict[tuple, EmulatorRuntime] = {}
         self._memory: dict[int, weakref.WeakSet[Array]] = defaultdict(weakref.WeakSet)
         self._thread = threading.local()
         self._stream_numbers = itertools.count(1)
+        self.null = Stream(self, null=True)
 
     @property
     def device(self) -> int:
@@ -79,10 +105,10 @@ class Driver:
         self._thread.device = device
 
     @property
-    def streams(self) -> dict[int, int]:
-        """The calling thread's current stream on every device; 0 is the null stream."""
+    def streams(self) -> dict[int, Stream]:
+        """The calling thread's current stream on every device."""
         if not hasattr(self._thread, "streams"):
-            self._thread.streams = defaultdict(int)
+            self._thread.streams = defaultdict(lambda: self.null)
         return self._thread.streams
 
     def new_stream(self) -> int:
@@ -92,7 +118,7 @@ class Driver:
     @property
     def capture(self) -> list[Callable[[], None]] | None:
         """What the current stream of the current device has captured, or None while it captures nothing."""
-        return self.captures.get(self.streams[self.device])
+        return self.captures.get(self.streams[self.device].ptr)
 
     def enqueue(self, work: Callable[[], None]) -> None:
         """Do the work at once; under capture, when the graph is launched."""
@@ -105,6 +131,33 @@ class Driver:
         """Refuse to wait for a device while a stream of it is under capture."""
         if self.captures:
             raise RuntimeError(f"cudaErrorStreamCaptureUnsupported: {what} while a stream is being captured")
+
+    def make_context(self) -> None:
+        """Let the calling thread speak to the driver of its device, as memory, launches and `Device.use` do."""
+        if self.dead:
+            raise RuntimeError("cudaErrorIllegalAddress: an illegal memory access was encountered")
+        self._contexts.add(self.device)
+
+    @property
+    def _contexts(self) -> set[int]:
+        if not hasattr(self._thread, "contexts"):
+            self._thread.contexts = set()
+        return self._thread.contexts
+
+    def blocks_of_sm(self, func: int, blockSize: int, dynamicSMemSize: int) -> int:
+        """Return how many blocks of a kernel a multiprocessor holds, as ``cupy.cuda.driver`` says it."""
+        if self.device not in self._contexts:
+            raise RuntimeError("CUDA_ERROR_INVALID_CONTEXT: invalid device context")
+        self.asked += 1
+        return self.resident(func, blockSize, dynamicSMemSize) // LIMITS.sms
+
+    def resident(self, func: int, threads: int, shared_bytes: int) -> int:
+        """Return how many blocks of a kernel the device holds."""
+        if func not in self.pointers:
+            raise RuntimeError("CUDA_ERROR_INVALID_HANDLE: invalid resource handle")
+        by_memory = LIMITS.shared_bytes_of_sm // (shared_bytes + 1024)
+        of_sm = min(MOST_BLOCKS, MOST_THREADS // threads, by_memory) if self.of_sm is None else self.of_sm
+        return of_sm * LIMITS.sms
 
     def hold(self, array: Array) -> None:
         """Let kernels of the array's device touch its memory."""
@@ -119,24 +172,25 @@ class Driver:
             self._modules[key] = EmulatorRuntime(self.emulator.build, {"module.cu": code})
         return self._modules[key]
 
-    def launch(self, module: EmulatorRuntime, name: str, launch: Launch, record: np.ndarray) -> None:
+    def launch(self, module: EmulatorRuntime, name: str, launch: Launch, address: int) -> None:
         """Run a kernel on the current device, after a look at the addresses that its argument holds."""
-        for field, (dtype, _) in record.dtype.fields.items():
-            if dtype == np.uint64 and record[field] and not self._holds(int(record[field])):
-                raise RuntimeError(f"cudaErrorIllegalAddress: {name}: {field} is not on device {self.device}")
-        self.launches.append(LaunchRecord(self.device, self.streams[self.device], name, launch))
-        record = record.copy()  # a launch takes its argument with it
-        self.enqueue(lambda: module.launch("module", name, launch, record))
+        record = np.frombuffer(ctypes.string_at(address, module.argument_bytes("module", name)), np.uint8)
+        words = record[: record.size // 8 * 8].view(np.uint64).tolist()
+        for device in self._memory.keys() - {self.device}:
+            if any(self._holds(word, device) for word in words):
+                raise RuntimeError(f"cudaErrorIllegalAddress: {name} got memory of device {device} on {self.device}")
+        self.launches.append(LaunchRecord(self.device, self.streams[self.device].ptr, name, launch))
+        self.enqueue(lambda: module.launch("module", name, launch, record))  # a launch takes its argument with it
 
     def launch_twin(self, name: str, launch: Launch, args: tuple) -> None:
         """Run what stands for a kernel of someone else."""
         if name not in self.twins:
             raise RuntimeError(f"the stand-in for CuPy has no twin of the kernel {name}")
-        self.launches.append(LaunchRecord(self.device, self.streams[self.device], name, launch))
+        self.launches.append(LaunchRecord(self.device, self.streams[self.device].ptr, name, launch))
         self.enqueue(functools.partial(self.twins[name], launch, *args))
 
-    def _holds(self, address: int) -> bool:
-        offsets = ((address - array.data.ptr, array.nbytes) for array in self._memory[self.device])
+    def _holds(self, address: int, device: int) -> bool:
+        offsets = ((address - array.data.ptr, array.nbytes) for array in self._memory[device])
         return any(0 <= offset < size for offset, size in offsets)
 
 
@@ -167,20 +221,11 @@ class Device:
     def __exit__(self, *_: object) -> None:
         self._driver.device = self._before.pop()
 
-
-class Stream:
-    """``cupy.cuda.Stream``: of the device current at its making; a context in which it is that device's current one."""
-
-    def __init__(self, driver: Driver) -> None:
-        self.ptr, self.device_id, self._driver, self._before = driver.new_stream(), driver.device, driver, []
-
-    def __enter__(self) -> Stream:
-        self._before.append(self._driver.streams[self.device_id])
-        self._driver.streams[self.device_id] = self.ptr
+    def use(self) -> Device:
+        """Make it the current device, also for the driver."""
+        self._driver.device = self.id
+        self._driver.make_context()
         return self
-
-    def __exit__(self, *_: object) -> None:
-        self._driver.streams[self.device_id] = self._before.pop()
 
 
 class Array:
@@ -213,6 +258,11 @@ class Array:
     def __setitem__(self, key: Any, value: float) -> None:
         self._memory[key] = float(value)
 
+    def fill(self, value: Any) -> None:
+        """Set every element, in the order of the stream."""
+        self.driver.make_context()
+        self.driver.enqueue(functools.partial(self._memory.fill, value))
+
     def copy(self, order: str) -> Array:
         """Return a copy in C order on the current device."""
         assert order == "C"
@@ -238,72 +288,28 @@ class Array:
         raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()`.")
 
 
-class RawModule:
-    """``cupy.RawModule``: compiled for a device at the first look for a kernel there."""
-
-    def __init__(self, driver: Driver, *, code: str, options: tuple[str, ...] = ()) -> None:
-        if type(code) is not str or type(options) is not tuple or not all(type(o) is str for o in options):
-            raise TypeError(f"code must be a str and options a tuple of str, got {type(code)} and {options!r}")
-        self._driver, self._code, self._options = driver, code, options
-
-    def get_function(self, name: str) -> RawKernel:
-        """Return a new kernel object, compiled for the current device."""
-        self._driver.load(self._code, self._options)
-        self._driver.functions[self._driver.device, name] += 1
-        return RawKernel(self._driver, self._code, self._options, name)
-
-
-class RawKernel:
-    """``cupy.RawKernel``: runs on the current device and its current stream, whatever device its arrays are on."""
-
-    def __init__(self, driver: Driver, code: str, options: tuple[str, ...], name: str) -> None:
-        self._driver, self._code, self._options, self._name = driver, code, options, name
-        self.max_dynamic_shared_size_bytes = SHARED_BYTES
-        self.kernel = self._launch
-
-    def __call__(self, grid: tuple, block: tuple, args: tuple, *, shared_mem: int = 0) -> None:
-        """Launch; blocks of a RawKernel of these options may not wait for one another."""
-        self._launch(grid, block, args, shared_mem)
-
-    def _launch(
-        self, grid: tuple, block: tuple, args: tuple, shared_mem: int = 0, *, enable_cooperative_groups: bool = False
-    ) -> None:
-        """Launch: a kernel of ours, whose one argument is a struct, on the emulator; any other through its twin."""
-        if type(grid) is not tuple or type(block) is not tuple:
-            raise TypeError(f"grid and block must be tuples, got {grid!r} and {block!r}")
-        for value in args:
-            if isinstance(value, np.ndarray) and (value.size != 1 or value.dtype.fields is None):
-                raise TypeError(
-                    f"only a structured numpy.ndarray of size one is passed by value as a struct, got {value!r}"
-                )
-        if shared_mem > self.max_dynamic_shared_size_bytes:
-            raise RuntimeError(f"CUDA_ERROR_INVALID_VALUE: {shared_mem} bytes of shared memory without opting in")
-        launch = Launch(*((*given, 1, 1)[:3] for given in (grid, block)), shared_mem, enable_cooperative_groups)
-        if self._name in self._driver.twins:
-            self._driver.launch_twin(self._name, launch, args)
-            return
-        (record,) = args
-        if not isinstance(record, np.ndarray):
-            raise TypeError(f"the emulator runs kernels of one argument, a struct; {self._name} got {record!r}")
-        self._driver.launch(self._driver.load(self._code, self._options), self._name, launch, record)
-
-
 def make(emulator: EmulatorRuntime, devices: int = 2) -> types.ModuleType:
     """Return a new module `cupy`, whose driver is its attribute `driver`."""
     driver = Driver(emulator, devices)
-    ndarray = type("ndarray", (Array,), {"__module__": "cupy", "driver": driver})
+    ndarray = driver.array_type = type("ndarray", (Array,), {"__module__": "cupy", "driver": driver})
+
+    def new(array: Any) -> Array:
+        driver.make_context()
+        return ndarray(array, driver.device)
+
     cupy = types.ModuleType("cupy")
     cupy.driver, cupy.ndarray = driver, ndarray
-    cupy.empty = lambda shape, dtype: ndarray(emulator.empty(shape, np.dtype(dtype)), driver.device)
-    cupy.zeros = lambda shape, dtype: ndarray(emulator.asarray(np.zeros(shape, dtype)), driver.device)
-    cupy.asarray = lambda array: ndarray(emulator.asarray(array), driver.device)
-    cupy.RawModule = functools.partial(RawModule, driver)
+    cupy.empty = lambda shape, dtype: new(emulator.empty(shape, np.dtype(dtype)))
+    cupy.zeros = lambda shape, dtype: new(emulator.asarray(np.zeros(shape, dtype)))
+    cupy.asarray = lambda a: new(emulator.asarray(a))
+    cupy.RawModule = functools.partial(fake_cupy_kernels.RawModule, driver)
     cupy.cuda = types.SimpleNamespace(
         is_available=lambda: driver.available,
         Device=functools.partial(Device, driver),
         Stream=functools.partial(Stream, driver),
-        get_current_stream=lambda: types.SimpleNamespace(
-            ptr=driver.streams[driver.device], is_capturing=lambda: driver.capture is not None
-        ),
+        Function=fake_cupy_kernels.Function,
+        get_current_stream=lambda device_id=-1: driver.streams[driver.device if device_id < 0 else device_id],
+        function=fake_cupy_kernels.MODULE,
+        driver=types.SimpleNamespace(occupancyMaxActiveBlocksPerMultiprocessor=driver.blocks_of_sm),
     )
     return cupy

@@ -18,9 +18,9 @@ class Pointer:
     def __init__(self, array: Array) -> None:
         self.ptr, self.device_id, self._array = array._memory.ctypes.data, array._device, array
 
-    def copy_from_device_async(self, source: Pointer, size: int, stream: Any = None) -> None:
+    def copy_from_device_async(self, src: Pointer, size: int, stream: Any = None) -> None:
         """Copy bytes in the order of the stream."""
-        target, source_bytes = (pointer._array._memory.view(np.uint8).reshape(-1) for pointer in (self, source))
+        target, source_bytes = (pointer._array._memory.view(np.uint8).reshape(-1) for pointer in (self, src))
 
         def work() -> None:
             target[:size] = source_bytes[:size]
@@ -52,10 +52,6 @@ class Array(fake_cupy.Array):
         if any(isinstance(index, fake_cupy.Array) for index in (key if isinstance(key, tuple) else (key,))):
             return computed(self.driver, operator.getitem, (self, key), {})
         return super().__getitem__(key)
-
-    def fill(self, value: Any) -> None:
-        """Set every element, in the order of the stream."""
-        self.driver.enqueue(functools.partial(self._memory.fill, value))
 
     def __setitem__(self, key: Any, value: Any) -> None:
         """Set elements, in the order of the stream."""

@@ -16,7 +16,7 @@ from bnkernels.captured_step import CapturedStep, why_not_captured
 from bnkernels.config import ConfigError
 from bnkernels.mlp import MLP
 from bnkernels.optimizers import make_optimizer
-from tests import backends, fake_cupy_streams
+from tests import backends, fake_cupy_graphs, fake_cupy_streams
 from tests.backends import Backend
 from tests.emulator import EmulatorError, EmulatorRuntime
 from tests.test_cuda_runtime import forget_the_runtime
@@ -140,14 +140,14 @@ def test_through_cupy_a_step_is_a_graph(cupy: types.ModuleType, rng: np.random.G
     optimizer = make_optimizer("momentum", on_gpu, RATES["momentum"])
     step = CapturedStep(on_gpu, "momentum", tuple(optimizer.arrays.values()), batch)
     graphs = []
-    launch = fake_cupy_streams.Graph.launch
-    fake_cupy_streams.Graph.launch = lambda graph, stream=None: graphs.append(graph) or launch(graph, stream)
+    launch = fake_cupy_graphs.Graph.launch
+    fake_cupy_graphs.Graph.launch = lambda graph, stream=None: graphs.append(graph) or launch(graph, stream)
     try:
         steps = step.run(cupy.asarray(x), cupy.asarray(y), lr=RATES["momentum"], before=0)
         reads = cupy.driver.reads
         assert len(list(steps)) == 4
     finally:
-        fake_cupy_streams.Graph.launch = launch
+        fake_cupy_graphs.Graph.launch = launch
     assert cupy.driver.reads == reads, "a step read something back: it would wait for the device"
     assert len(graphs) == 3
     assert len(set(map(id, graphs))) == 1

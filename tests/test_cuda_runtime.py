@@ -11,6 +11,7 @@ import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -72,6 +73,7 @@ def run_all_ops(rng: np.random.Generator, put: Callable[[np.ndarray], Any]) -> l
 def test_every_op_gives_the_bits_of_the_emulated_kernels(cupy: types.ModuleType, emulated: EmulatorRuntime) -> None:
     through_cupy = run_all_ops(np.random.default_rng(0), cupy.asarray)
     assert cupy.driver.reads == 0, "an op read a result back: it would wait for the device"
+    assert cupy.driver.described == 0, "CuPy describes the type of a structured array at every launch: 20 us"
     assert len(cupy.driver.launches) == 8, "every op is one launch"
     assert not emulated.launches, "the ops went past the CUDA runtime"
     for got, want in zip(through_cupy, run_all_ops(np.random.default_rng(0), emulated.asarray), strict=True):
@@ -190,7 +192,7 @@ def test_a_failed_launch_leaves_the_current_device_as_it_was(
 def test_a_kernel_goes_to_the_current_stream_of_its_device(cupy: types.ModuleType, rng: np.random.Generator) -> None:
     with cupy.cuda.Device(1):
         x, mine = cupy.asarray(batch(rng)[0]), cupy.cuda.Stream()
-    with cupy.cuda.Stream(), mine:  # one on device 0, the current device, and one on device 1
+    with cupy.cuda.Stream(), cupy.cuda.Device(1), mine, cupy.cuda.Device(0):  # a stream is current on its own device
         bn.batch_norm_forward(x)
     bn.batch_norm_forward(x)
     assert [(record.device, record.stream) for record in cupy.driver.launches] == [(1, mine.ptr), (1, 0)]
@@ -251,15 +253,28 @@ def test_the_stand_in_refuses_what_cupy_refuses(cupy: types.ModuleType) -> None:
     two = np.zeros(2, [("x", np.uint64)])
     with pytest.raises(TypeError, match="size one"):
         kernel((1,), (1,), (two,))
-    with pytest.raises(TypeError, match="tuples"):
+    with pytest.raises(TypeError, match="expected tuple, got int"):
         kernel(1, 1, (two[:1],))
     array = cupy.asarray(np.ones(3, "float32"))
     with pytest.raises(TypeError, match="Implicit conversion"):
         np.asarray(array)
     assert (float(array[0]), cupy.driver.reads) == (1.0, 1)
-    record = np.array((array.data.ptr,), [("x", np.uint64)])
-    with cupy.cuda.Device(1), pytest.raises(RuntimeError, match="x is not on device 1"):
-        kernel((1,), (1,), (record,))
+    with pytest.raises(RuntimeError, match=r"bnk_\w+ got memory of device 0 on 1"):
+        launch_elsewhere(cupy, bn.batch_norm_forward, cupy.asarray(np.ones((4, 3), "float32")))
+    with cupy.cuda.Device(1), cupy.cuda.Stream() as stream:
+        assert cupy.cuda.get_current_stream() is stream
+    with pytest.raises(RuntimeError, match="does not match with the current device"):
+        stream.__enter__()
+
+
+def launch_elsewhere(cupy: types.ModuleType, op: Callable, x: Any) -> None:
+    """Launch what an op would launch, but on the other device."""
+    runtime, launches = _runtime.runtime_of(cupy.ndarray), []
+    with mock.patch.object(runtime, "launch", lambda *given: launches.append(given)):
+        op(x)
+    ((*launch, _),) = launches
+    with cupy.cuda.Device(1 - x.device.id):
+        runtime.launch(*launch, cupy.zeros(1, "float32"))
 
 
 def test_import_of_the_package_looks_for_no_cupy() -> None:
@@ -283,6 +298,22 @@ def test_why_no_cuda_without_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reason is not None
     assert reason.startswith("CuPy cannot be imported (")
     assert "install bnkernels[cuda13] or bnkernels[cuda12]" in reason
+
+
+def test_why_no_cuda_where_cupy_breaks_at_its_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it does without a home that can be written: a CPU needs neither."""
+
+    class Broken:
+        def find_spec(self, name: str, *_: Any) -> None:
+            if name == "cupy":
+                raise FileNotFoundError(2, "No such file or directory", "/nowhere")
+
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    forget_the_runtime()
+    reason = _runtime.why_no_cuda()
+    assert reason.startswith("CuPy cannot be imported (FileNotFoundError: [Errno 2] No such file or directory: '/nowh")
+    assert "set CUPY_CACHE_DIR" in reason
 
 
 @pytest.mark.emulator

@@ -103,7 +103,7 @@ def test_a_way_to_launch_that_loses_launches_or_is_gone_is_an_error_of_its_own(
     found = document["facts"]["launches"]
     assert "9 calls, but the kernel ran 0 times" in found["cupy_backends launchKernel, prepacked"]["error"]
     assert "CUstream" in found["cuda.bindings cuLaunchKernel, prepacked"]["error"]
-    assert found["RawKernel, one struct (bnkernels)"] is None
+    assert found["Function, address of a struct (bnkernels)"] is None
     assert document["outcome"] == "failed: launches"
 
 

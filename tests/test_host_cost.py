@@ -16,10 +16,14 @@ from benchmarks import host_cost
 from bnkernels import _batch_norm_plan as plans
 from bnkernels import _runtime
 from bnkernels._batch_norm_again import Launches
+from bnkernels._batch_norm_plan import FORWARD
+from bnkernels._runtime import pack
 from tests import backends, fake_cupy
+from tests.real_cupy import real
 
 OURS = ["batch_norm_forward", "batch_norm_backward", "batch_norm_inference", host_cost.ELSEWHERE]
 THEIRS = ["PyTorch, 1 x 1, inference", "PyTorch, 2 x 1, training"]
+ARGUMENT = [host_cost.ARGUMENT] if host_cost.cuda_runtime() else []
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +82,7 @@ def test_every_call_has_its_row_and_the_ratio_is_last(
     monkeypatch.setattr(_runtime, "why_no_cuda", lambda: "there is none")
     assert host_cost.main() == 0
     lines = capsys.readouterr().out.splitlines()
-    assert tables("\n".join(lines)) == [OURS + THEIRS]
+    assert tables("\n".join(lines)) == [OURS + THEIRS + ARGUMENT]
     assert "CuPy's own arrays: not measured: there is none" in lines
     label, ratio = lines[-1].rsplit(" ", 1)
     assert label == "ours / PyTorch's:"
@@ -95,7 +99,7 @@ def test_without_pytorch_there_is_no_ratio(monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setattr(_runtime, "why_no_cuda", lambda: "there is none")
     assert host_cost.main() == 1
     text = capsys.readouterr().out
-    assert tables(text) == [OURS]
+    assert tables(text) == [OURS + ARGUMENT]
     assert text.splitlines()[-1] == "no ratio: PyTorch is not installed; make host-cost installs it"
 
 
@@ -105,7 +109,7 @@ def test_cupys_own_arrays_are_measured_where_they_are(
     cupy: types.ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     assert host_cost.main() == 0
-    assert tables(capsys.readouterr().out) == [OURS + THEIRS] * 2
+    assert tables(capsys.readouterr().out) == [[*OURS, *THEIRS, host_cost.ARGUMENT]] * 2
     assert not cupy.driver.launches
 
 
@@ -123,6 +127,35 @@ def test_the_slower_of_forward_and_backward_is_judged(
     figures[THEIRS[0]] = np.array([us, us])
     host_cost.report("some arrays", figures)
     assert capsys.readouterr().out.endswith(", not met\n")
+
+
+def test_what_cupy_makes_of_the_argument_is_added(capsys: pytest.CaptureFixture) -> None:
+    figures = dict.fromkeys([*OURS, THEIRS[0]], np.array([2.0])) | {host_cost.ARGUMENT: np.array([20.0, 22.0])}
+    assert host_cost.report("some arrays", figures) == 11
+    assert "forward and backward: 22.00, not met" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("torch")
+def test_a_structured_array_as_the_argument_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By CuPy's own conversion, which describes the type of one at every launch, without a driver as well."""
+    real()
+    monkeypatch.setattr(host_cost, "ROUNDS", 20)
+    (address,) = host_cost.argument_row().values()
+    module = host_cost.cuda_runtime()
+    record = pack(FORWARD[np.dtype(np.float32)], *range(len(FORWARD[np.dtype(np.float32)])))
+    monkeypatch.setattr(module, "CPointer", lambda address: record)
+    (described,) = host_cost.argument_row().values()
+    assert described.min() > 10 * address.min()
+
+
+def test_stand_ins_are_launched_by_the_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So the figures hold whatever that does: up to CuPy's launch."""
+    real()
+    module = host_cost.cuda_runtime()
+    statement, names = host_cost.our_calls(host_cost.standins().asarray)["batch_norm_forward"]
+    (argument,) = host_cost.passed(statement, names)
+    assert type(argument) is module.CPointer
+    assert host_cost.standins().launch.__func__ is module.CudaRuntime.launch
 
 
 def test_what_is_measured_is_the_repeated_call(monkeypatch: pytest.MonkeyPatch) -> None:

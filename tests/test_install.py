@@ -91,18 +91,30 @@ def test_a_broken_environment_is_made_again(install: ModuleType, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("version", "wanted"),
-    [(None, ".[train]"), (11080, ".[train]"), (12080, ".[train,cuda12]"), (13000, ".[train,cuda13]")],
+    ("version", "extras", "wanted"),
+    [
+        (None, ["train"], ".[train]"),
+        (11080, ["train"], ".[train]"),
+        (12080, ["train"], ".[train,cuda12]"),
+        (13000, ["train"], ".[train,cuda13]"),
+        (None, ["test", "benchmarks"], ".[test,benchmarks,without-gpu]"),
+        (12080, ["test"], ".[test,cuda12]"),  # one CuPy, never two
+    ],
 )
 def test_an_environment_that_works_is_kept_and_installed_into(
-    install: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int | None, wanted: str
+    install: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    version: int | None,
+    extras: list[str],
+    wanted: str,
 ) -> None:
     log = tmp_path / "log"
     fake_python(tmp_path / "venv" / "bin" / "python", f'echo "$@" >> {log}')
     monkeypatch.setattr(install, "VENV", tmp_path / "venv")
     monkeypatch.setattr(install, "driver_version", lambda: version)
     monkeypatch.chdir(tmp_path)
-    install.main(["train"])
+    install.main(extras)
     probe, pip = log.read_text().splitlines()
     assert probe.startswith("-c import pip")
     assert pip.startswith("-m pip install ")

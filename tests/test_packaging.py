@@ -122,7 +122,7 @@ def test_numpy_is_the_only_hard_dependency(wheel: Path) -> None:
     requirements = metadata.get_all("Requires-Dist")
     assert [re.match(r"[\w-]+", line)[0] for line in requirements if "extra ==" not in line] == ["numpy"]
     assert set(metadata.get_all("Provides-Extra")) == {
-        *("train", "cuda12", "cuda13", "test", "notebooks", "benchmarks")
+        *("train", "cuda12", "cuda13", "without-gpu", "test", "notebooks", "benchmarks")
     }
     assert metadata["Requires-Python"] == ">=3.10"
 

@@ -1,7 +1,8 @@
 """Makes .venv and installs bnkernels into it, editable, with the extras named: ``python3 tools/install.py train``.
 
-CuPy comes along only where an NVIDIA driver answers, in the flavour of the CUDA version it knows. Standard library
-only, and no syntax newer than Python 3.6, so that an old interpreter gets the message below and not a syntax error.
+CuPy comes along where an NVIDIA driver answers, in the flavour of the CUDA version it knows; where none does, only for
+the tests, and without CUDA's libraries. Standard library only, and no syntax newer than Python 3.6, so that an old
+interpreter gets the message below and not a syntax error.
 """
 
 import ctypes
@@ -77,7 +78,7 @@ def main(extras):
     else:
         print(f"the NVIDIA driver knows CUDA {version // 1000}: installing CuPy for it")
     python = make_venv(VENV)
-    wanted = ",".join([*extras, cuda] if cuda else extras)
+    wanted = ",".join([*extras, *([cuda] if cuda else ["without-gpu"] if "test" in extras else [])])
     os.chdir(str(ROOT))
     run(
         [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--editable", ".[" + wanted + "]"],

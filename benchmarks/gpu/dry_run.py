@@ -65,8 +65,10 @@ def blocks_of(launch: Launch) -> int:
     return launch.grid[0] * launch.grid[1] * launch.grid[2]
 
 
-def count_struct(launch: Launch, record: np.ndarray) -> None:
+def count_struct(launch: Launch, record: Any) -> None:
     """Count the blocks whose arguments are complete."""
+    if not isinstance(record, np.ndarray):  # CuPy's address of it
+        record = record_at(record.ptr)
     given = {name: record[name].item() for name in record.dtype.names}
     complete = all(given[name] for name in "abcdef") and (given["rows"], given["channels"], given["eps"]) == (
         *(64, 20),
@@ -74,6 +76,11 @@ def count_struct(launch: Launch, record: np.ndarray) -> None:
     )
     counter = np.frombuffer((ctypes.c_ubyte * 4).from_address(given["count"]), np.uint32)
     counter += blocks_of(launch) * complete
+
+
+def record_at(address: int) -> np.ndarray:
+    """Return the arguments there."""
+    return np.frombuffer(ctypes.string_at(address, ARGUMENTS.itemsize), ARGUMENTS)[0:1].reshape(())
 
 
 def count_arguments(launch: Launch, *args: Any) -> None:
@@ -144,8 +151,7 @@ def launch_kernel(cupy: types.ModuleType) -> Callable[..., None]:
         if extra:
             raise NotImplementedError("the stand-in takes arguments by their addresses")
         (address,) = (ctypes.c_void_p * 1).from_address(pointers)
-        record = np.frombuffer(ctypes.string_at(address, ARGUMENTS.itemsize), ARGUMENTS)[0:1].reshape(())
-        cupy.driver.pointers[function](tuple(sizes[:3]), tuple(sizes[3:]), (record,), shared)
+        cupy.driver.pointers[function](tuple(sizes[:3]), tuple(sizes[3:]), (record_at(address),), shared)
 
     return launch
 

@@ -263,7 +263,7 @@ def rows(found: Mapping[str, Fact]) -> Iterator[Fact]:
 def telling(found: Mapping[str, Fact]) -> list[str]:
     """Return the figures of most interest, as the last table shows them; nothing that was not measured."""
     wanted = (
-        ("launch {:.3g} us", "host cost of a launch", "RawKernel, one struct (bnkernels)"),
+        ("launch {:.3g} us", "host cost of a launch", "Function, address of a struct (bnkernels)"),
         ("graph node {:.3g} us", "graph", "us_per_node"),
         ("copy {:.4g} GB/s", "copy", "GB_per_s_kernel"),
         ("grid barrier {:.3g} us", "grid barrier", "us"),

@@ -93,7 +93,7 @@ def raw_kernel_many(gpu: Gpu, given: Arguments) -> Call:
 
 
 def raw_kernel_struct(gpu: Gpu, given: Arguments) -> Call:
-    """Take one structured NumPy array, as bnkernels does."""
+    """Take one structured NumPy array, whose type CuPy describes at every launch."""
     kernel = kernel_of(gpu, "struct", given.struct)
     return lambda: kernel((1,), (32,), (given.struct,))
 
@@ -102,6 +102,13 @@ def function_struct(gpu: Gpu, given: Arguments) -> Call:
     """Skip RawKernel's look for the device's function."""
     function = kernel_of(gpu, "struct", given.struct).kernel
     return lambda: function((1,), (32,), (given.struct,))
+
+
+def function_address(gpu: Gpu, given: Arguments) -> Call:
+    """Take the address of the struct, as bnkernels does."""
+    function, pointer = kernel_of(gpu, "struct", given.struct).kernel, gpu.cupy.cuda.function.CPointer
+    address = given.struct.ctypes.data
+    return lambda: function((1,), (32,), (pointer(address),))
 
 
 def function_prebuilt(gpu: Gpu, given: Arguments) -> Call:
@@ -152,8 +159,9 @@ def empty(gpu: Gpu, given: Arguments) -> Call:
 
 WAYS: dict[str, tuple[Maker, bool]] = {  # how it is called, and whether it launches a kernel that counts
     "RawKernel, arrays and scalars": (raw_kernel_many, True),
-    "RawKernel, one struct (bnkernels)": (raw_kernel_struct, True),
+    "RawKernel, one struct": (raw_kernel_struct, True),
     "Function, one struct": (function_struct, True),
+    "Function, address of a struct (bnkernels)": (function_address, True),
     "Function, prebuilt argument and stream": (function_prebuilt, True),
     "cupy_backends launchKernel, prepacked": (backend_prepacked, True),
     "cuda.bindings cuLaunchKernel, prepacked": (bindings_prepacked, True),

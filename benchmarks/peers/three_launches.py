@@ -15,7 +15,7 @@ from benchmarks.case import Arrays, Call, Case, NotSupportedError, Provider
 from benchmarks.peers import EPSILON, MOMENTUM
 from benchmarks.places import why_absent
 from bnkernels import _source
-from bnkernels._runtime import Launch, arguments_type, ceil_div, pack
+from bnkernels._runtime import Launch, address_of, arguments_type, ceil_div, pack
 
 SOURCE = Path(__file__).with_suffix(".cu")
 SIZES = "rows channels rows_of_block blocks"
@@ -91,9 +91,11 @@ def prepare(case: Case, arrays: Arrays) -> Call:
     arguments = pack(layout, *pointers, *sizes, *scalars, case.epilogue == "relu")
     outputs = tuple(used[name] for name in (("y", "running_mean", "running_var") if forward else GRADIENTS))
 
+    pointer = cupy.cuda.function.CPointer
+
     def call() -> tuple:
         for kernel, launch in phases:
-            kernel(launch.grid, launch.block, (arguments,), shared_mem=launch.shared_bytes)
+            kernel(launch.grid, launch.block, (pointer(address_of(arguments)),), shared_mem=launch.shared_bytes)
         return outputs
 
     call.arrays = used  # the kernels have addresses only

@@ -230,6 +230,10 @@ class Binding:
         """Return how many blocks the registers of a multiprocessor hold, as far as the launch bounds promise it."""
         return _fact(self._library(source), source, entry_point, "least_blocks")
 
+    def argument_bytes(self, source: str, entry_point: str) -> int:
+        """Return how large the struct is that a kernel takes."""
+        return _fact(self._library(source), source, entry_point, "argument_bytes")
+
     def _library(self, source: str) -> ctypes.CDLL:
         if source not in self._libraries:
             self._libraries[source] = ctypes.PyDLL(str(kernel_library(self.build, source, self._sources)))

@@ -152,6 +152,10 @@ class EmulatorRuntime(_runtime.Runtime):
         """The name of the build."""
         return self._binding.build
 
+    def argument_bytes(self, source: str, entry_point: str) -> int:
+        """Return how large the struct is that a kernel takes."""
+        return self._binding.argument_bytes(source, entry_point)
+
     def reset(self) -> None:
         """Forget the launches so far."""
         self.launches.clear()
