@@ -270,8 +270,8 @@ MUTANTS = [
     Mutant(
         "update: Adam's eps inside the square root",
         UPDATE,
-        "(sqrt(second / step.correction2) + a.eps)",
-        "sqrt(second / step.correction2 + a.eps)",
+        "(sqrt(second) / step.root_correction2 + a.eps)",
+        "sqrt(second / (step.root_correction2 * step.root_correction2) + a.eps)",
     ),
     # ---- slices that several blocks share
     Mutant(

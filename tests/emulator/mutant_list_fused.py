@@ -81,7 +81,13 @@ MUTANTS = [
         "move(gamma + neuron, sum_g, step)",
         select=STEPS,
     ),
-    Mutant("fused: Adam without its first correction", NETWORK, "(mean / step[1])", "mean", select="adam and 30"),
+    Mutant(
+        "fused: Adam without its first correction",
+        NETWORK,
+        "+ a.optimizer_eps) / step[1]",
+        "+ a.optimizer_eps)",
+        select="adam and 30",
+    ),
     Mutant(
         "fused: rows are taken in their order",
         NETWORK,
