@@ -163,3 +163,17 @@ def test_fused_training_of_equal_examples_and_neurons(backend: Backend, norm: st
     logits = np.maximum(beta, 0) @ weight
     wanted = np.log1p(np.exp(logits[1] - logits[0]))
     np.testing.assert_allclose(backend.asnumpy(losses), wanted, rtol=20 * STEPS[dtype])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("batch", [11, 77, 200])
+def test_the_running_mean_of_equal_examples(backend: Backend, batch: int, dtype: str) -> None:
+    """Adding one number 11 times rounds, and the mean made of the sum is a few last places off: that must be found."""
+    model = MLP((1, 32, 2), dtype=dtype, momentum=None)  # the first mini-batch replaces the running statistics
+    x, weight = np.ones((batch, 1), dtype), (1 + np.arange(32)[None] * np.sqrt(0.1)).astype(dtype)
+    model.load_state(model.state() | {"0.weight": weight})
+    on = backend.arrays(model.parameters, model.running, x, np.zeros(batch, np.int32))
+    bn.fused_training(model.fused, on[0], (), *on[1:], batch=batch, lr=0.0)
+    model.running[:] = backend.asnumpy(on[1])
+    np.testing.assert_array_equal(model.state()["0.running_mean"], weight[0])
+    np.testing.assert_array_equal(model.state()["0.running_var"], 0)

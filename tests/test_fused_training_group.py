@@ -21,6 +21,7 @@ from tests.emulator import LaunchRecord
 from tests.emulator.runtime import LIMITS
 from tests.regress.refusal import refused
 from tests.test_constant_channels import test_fused_training_of_equal_examples_and_neurons as equal_examples
+from tests.test_constant_channels import test_the_running_mean_of_equal_examples as running_mean
 from tests.test_fused_training import RATES, by_layers, in_one, make_data, network_on
 from tests.test_fused_training import test_adams_first_step_does_not_overflow as of_one_block
 
@@ -97,6 +98,12 @@ def test_adams_first_step_does_not_overflow(backend: Backend, group: str) -> Non
 @pytest.mark.parametrize("norm", ["batch", "layer"])
 def test_constant_channels_give_phi_of_beta(backend: Backend, group: str, norm: str, dtype: str) -> None:
     equal_examples(backend, norm, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("batch", [11, 77, 300])
+def test_the_running_mean_of_equal_examples(backend: Backend, group: str, batch: int, dtype: str) -> None:
+    running_mean(backend, batch, dtype)
 
 
 @pytest.mark.parametrize("norm", ["batch", "layer"])

@@ -73,6 +73,13 @@ MUTANTS = [
         "team.subtract(z, T(0));",
         select="far_from",
     ),
+    Mutant(
+        "fused: the running mean lacks what rounding left",
+        STEP,
+        "fma(momentum, mean + rest,",
+        "fma(momentum, mean,",
+        select="running_mean_of_equal",
+    ),
     Mutant("fused: dz without the mean of g", STEP, "fma(z[i], slope_z, mean_g)", "z[i] * slope_z", select=STEPS),
     Mutant(
         "fused: beta's gradient goes to gamma",

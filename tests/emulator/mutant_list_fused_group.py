@@ -90,7 +90,7 @@ MUTANTS = [
         STEP,
         "return {mean + rest, m2",
         "return {mean, m2",
-        select="far_from",
+        select="running_mean_of_equal",
     ),
     Mutant("group: variance over N - 1", STEP, "sqrt(m2 / n + eps)", "sqrt(m2 / (n - T(1)) + eps)", select=STEPS),
     Mutant(

@@ -32,7 +32,10 @@ TESTS = {  # the quickest first: the first failure ends a run
     **dict.fromkeys(("general.cuh", "batch_norm_forward_general.cu", "batch_norm_backward_general.cu"), GENERAL),
     **dict.fromkeys(
         ("fused_training.cu", "fused_step.cuh", "team.cuh"),
-        ("tests/test_fused_training_drawn.py", "tests/test_fused_training.py", "tests/test_ensemble.py"),
+        (
+            *("tests/test_fused_training_drawn.py", "tests/test_fused_training.py", "tests/test_ensemble.py"),
+            "tests/test_constant_channels.py",
+        ),
     ),
     **dict.fromkeys(
         (
