@@ -157,9 +157,9 @@ def test_fused_training_of_equal_examples_and_neurons(backend: Backend, norm: st
     if norm == "layer":
         state["0.weight"] = np.repeat(np.array([[0.1], [0.7], [-0.3]]), 6, 1)
     model.load_state(state)
-    x, y = np.tile(np.array([0.3, 1 / 3, -7], dtype), (10, 1)), np.zeros(10, np.int32)
+    x, y = np.tile(np.array([0.3, 1 / 3, -7], dtype), (77, 1)), np.zeros(77, np.int32)
     on = backend.arrays(model.parameters, x, y)
-    losses = bn.fused_training(model.fused, on[0], (), None, *on[1:], batch=10, lr=0.0)
+    losses = bn.fused_training(model.fused, on[0], (), None, *on[1:], batch=77, lr=0.0)
     logits = np.maximum(beta, 0) @ weight
     wanted = np.log1p(np.exp(logits[1] - logits[0]))
     np.testing.assert_allclose(backend.asnumpy(losses), wanted, rtol=20 * STEPS[dtype])

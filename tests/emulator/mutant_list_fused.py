@@ -71,7 +71,7 @@ MUTANTS = [
         STEP,
         "team.subtract(z, rest);",
         "team.subtract(z, T(0));",
-        select="far_from",
+        select="equal_examples_and_neurons",
     ),
     Mutant(
         "fused: the running mean lacks what rounding left",
@@ -94,6 +94,13 @@ MUTANTS = [
         "+ a.optimizer_eps) / step[1]",
         "+ a.optimizer_eps)",
         select="adam and 30",
+    ),
+    Mutant(
+        "fused: Adam's second moment is divided before its root is taken",
+        NETWORK,
+        "sqrt(square) / step[2]",
+        "sqrt(square / (step[2] * step[2]))",
+        select="adams_first_step",
     ),
     Mutant(
         "fused: rows are taken in their order",

@@ -83,7 +83,7 @@ MUTANTS = [
         STEP,
         "z.subtract_and_sum(rest, ",
         "z.subtract_and_sum(T(0), ",
-        select="far_from",
+        select="constant_channels",
     ),
     Mutant(
         "group: the running mean lacks what rounding left",

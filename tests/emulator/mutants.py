@@ -55,7 +55,7 @@ TESTS = {  # the quickest first: the first failure ends a run
             "linear_batch_norm_forward.cu",
             "linear_batch_norm_backward.cu",
         ),
-        ("tests/test_linear_batch_norm.py", "tests/test_linear_layer_norm.py"),
+        ("tests/test_linear_batch_norm.py", "tests/test_linear_layer_norm.py", "tests/test_constant_channels.py"),
     ),
     "tensor_product.cuh": ("tests/test_tensor_product.py", "tests/test_linear_batch_norm.py"),
     **dict.fromkeys(("row.cuh", "layer_norm_forward.cu", "layer_norm_backward.cu"), ("tests/test_layer_norm.py",)),
