@@ -18,6 +18,7 @@ def _wide(array: np.ndarray | None, absent: float = 0.0) -> np.ndarray:
     return np.array(absent) if array is None else array.astype(DOUBLE)
 
 
+@np.errstate(all="ignore")  # as kernels do, which have no warnings
 def double_backward_host(
     layout: Layout,
     tensors: tuple[np.ndarray | None, ...],

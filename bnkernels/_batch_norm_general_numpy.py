@@ -47,8 +47,7 @@ def _rows(plan: Plan, array: np.ndarray | None, valid: np.ndarray | None) -> np.
     if array is None:
         return None
     rows = _moved(plan, array).reshape(plan.groups, plan.layout.rows, plan.layout.channels)
-    with np.errstate(invalid="ignore"):  # a NaN that signals
-        rows = rows.astype(accumulator(array.dtype), copy=False)
+    rows = rows.astype(accumulator(array.dtype), copy=False)
     return rows if valid is None else np.where(valid, rows, rows.dtype.type(0))
 
 
@@ -57,8 +56,7 @@ def _bring_back(plan: Plan, rows: np.ndarray, valid: np.ndarray | None, out: np.
     if out is None:
         return
     moved = _moved(plan, out)
-    with np.errstate(over="ignore"):  # too large for 16 bits is infinity, as in the kernels
-        moved[...] = (rows if valid is None else np.where(valid, rows, rows.dtype.type(0))).reshape(moved.shape)
+    moved[...] = (rows if valid is None else np.where(valid, rows, rows.dtype.type(0))).reshape(moved.shape)
 
 
 def _valid(plan: Plan, mask: np.ndarray | None) -> np.ndarray | None:
@@ -142,15 +140,13 @@ def _concluded(plan: Plan, arrays: dict[str, Any], options: Options, moments: _M
     wide = accumulator(plan.dtypes["x"])
     some = moments.count > 0
     var = (moments.m2 / np.maximum(moments.count, 1)).astype(wide)
-    with np.errstate(divide="ignore"):
-        rstd = np.where(some, 1 / np.sqrt(var + wide.type(options.eps)), 0).astype(wide)
+    rstd = np.where(some, 1 / np.sqrt(var + wide.type(options.eps)), 0).astype(wide)
     r, d = np.ones_like(rstd), np.zeros_like(rstd)
     if options.renorm is not None:
         r_max, d_max = options.renorm
         running = 1 / np.sqrt(_by_group(plan, arrays["running_var"]) + wide.type(options.eps))
         distance = moments.mean - _by_group(plan, arrays["running_mean"]) + moments.mean_low
-        with np.errstate(divide="ignore", invalid="ignore"):
-            r = np.where(some, np.clip(running / rstd, 1 / r_max, r_max), 1).astype(wide)
+        r = np.where(some, np.clip(running / rstd, 1 / r_max, r_max), 1).astype(wide)
         d = np.where(some, np.clip(distance * running, -d_max, d_max), 0).astype(wide)
     rows = (moments.mean, moments.mean_low, rstd, r, d)[: plan.statistic_rows]
     arrays["statistics"][...] = np.concatenate(rows, 1).reshape(plan.shapes["statistics"])
@@ -187,6 +183,7 @@ def _before_activation(centred: np.ndarray, of: _Normalisation, residual: np.nda
     return z
 
 
+@np.errstate(all="ignore")  # as kernels do, which have no warnings
 def forward_host(plan: Plan, stage: int, arrays: dict[str, Any], options: Options) -> None:
     """Write what the stage of the forward writes."""
     valid = _valid(plan, arrays.get("mask"))
@@ -212,6 +209,7 @@ def _gradient(phi: Activation, dy: np.ndarray, centred: np.ndarray, of: _Normali
     return phi.backward(np, dy, phi.forward(np, z) if phi.from_output else z).astype(DOUBLE)
 
 
+@np.errstate(all="ignore")  # as kernels do, which have no warnings
 def backward_host(plan: Plan, stage: int, arrays: dict[str, Any], options: Options) -> None:
     """Write what the stage of the backward writes."""
     valid = _valid(plan, arrays["mask"])
@@ -239,6 +237,7 @@ def backward_host(plan: Plan, stage: int, arrays: dict[str, Any], options: Optio
     _bring_back(plan, g, valid, arrays["dx"])
 
 
+@np.errstate(all="ignore")  # as kernels do, which have no warnings
 def merge_host(
     moments: np.ndarray,
     statistics: np.ndarray,
@@ -261,8 +260,7 @@ def merge_host(
     low = (first - mean) + shift
     distances = ((highs - mean) + lows) - low
     m2 = (m2s + np.where(counts > 0, counts * distances**2, 0)).sum(0)
-    with np.errstate(divide="ignore"):
-        rstd = np.where(some, 1 / np.sqrt((m2 / divisor).astype(dtype) + dtype.type(eps)), 0)
+    rstd = np.where(some, 1 / np.sqrt((m2 / divisor).astype(dtype) + dtype.type(eps)), 0)
     merged[...] = count, mean, low, m2
     statistics[...] = mean, low, rstd
     _update(running_mean, momentum, mean.astype(DOUBLE), some)

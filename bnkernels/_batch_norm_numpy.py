@@ -151,6 +151,7 @@ def _activate(phi: Activation, z: np.ndarray) -> None:
         z[...] = h
 
 
+@np.errstate(all="ignore")  # as kernels do, which have no warnings
 def forward_numpy(
     x: np.ndarray,
     residual: np.ndarray | None,
@@ -187,6 +188,7 @@ def forward_numpy(
     return Kept(y, centred)
 
 
+@np.errstate(all="ignore")  # as kernels do, which have no warnings
 def inference_numpy(
     x: np.ndarray,
     residual: np.ndarray | None,
@@ -235,6 +237,7 @@ def _gradient(
     return phi.backward(np, dy, phi.forward(np, z) if phi.from_output else z).astype(DOUBLE)
 
 
+@np.errstate(all="ignore")  # as kernels do, which have no warnings
 def backward_numpy(
     dy: np.ndarray,
     x: np.ndarray,

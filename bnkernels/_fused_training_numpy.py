@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from bnkernels.fused_training import Layer, Network
 
 
+@np.errstate(all="ignore")  # as kernels do, which have no warnings
 def train_host(
     network: Network,
     parameters: np.ndarray,

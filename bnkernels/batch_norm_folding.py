@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from bnkernels import _check as check
 
 
+@np.errstate(all="ignore")  # as kernels do, which have no warnings
 def batch_norm_scale_shift(
     gamma: Any, beta: Any, running_mean: Any, running_var: Any, *, eps: float = 1e-5
 ) -> tuple[Any, Any]:
@@ -57,6 +60,7 @@ def batch_norm_scale_shift(
     return scale.astype(running_mean.dtype), shift.astype(running_mean.dtype)
 
 
+@np.errstate(all="ignore")  # as kernels do, which have no warnings
 def fold_batch_norm(
     weight: Any,
     bias: Any,

@@ -280,14 +280,14 @@ def _launch(
     runtime.launch(f"linear_batch_norm_{direction}", name, chosen[0], record, like)
 
 
+@np.errstate(all="ignore")  # as kernels do, which have no warnings
 def _multiply(runtime: rt.Runtime | None, a: Any, b: Any, out: Any) -> None:
     """Write the product, summed in the accumulator's type."""
     xp = np if runtime is None else runtime.xp
     if a.dtype.itemsize > 2 or (xp is not np and a.dtype == np.float16):  # cuBLAS sums float16 in float32
         xp.matmul(a, b, out=out)
         return
-    with np.errstate(over="ignore", invalid="ignore"):  # as kernels convert
-        out[...] = xp.matmul(a.astype(np.float32), b.astype(np.float32)).astype(out.dtype)
+    out[...] = xp.matmul(a.astype(np.float32), b.astype(np.float32)).astype(out.dtype)
 
 
 def _no_statistics(runtime: rt.Runtime | None, x: Any, sizes: Sizes) -> tuple[Any, Any]:

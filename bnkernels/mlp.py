@@ -171,6 +171,7 @@ class MLP:
             elif i < len(self.sizes) - 2 and self.activation != "identity":
                 self.layers.append(Activation(self.activation, self.xp))
 
+    @np.errstate(all="ignore")  # as kernels do, which have no warnings
     def forward(self, x: Any, *, training: bool) -> Any:
         """Return the logits, shape (N, classes).
 
@@ -191,6 +192,7 @@ class MLP:
             x = layer.forward(x, training=training)
         return x
 
+    @np.errstate(all="ignore")  # as kernels do, which have no warnings
     def backward(self, dlogits: Any) -> None:
         """Write all gradients for the last mini-batch given to `forward` in training.
 

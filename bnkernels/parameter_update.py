@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -11,7 +12,10 @@ from bnkernels import _check as check
 from bnkernels import _runtime as rt
 
 ARGUMENTS = rt.arguments_type(
-    "parameters gradients first second scalars", "size", "lr beta1 beta2 rest1 rest2 eps correction1 correction2", ""
+    "parameters gradients first second scalars",
+    "size",
+    "lr beta1 beta2 rest1 rest2 eps correction1 root_correction2",
+    "",
 )
 THREADS = 256
 MAX_BLOCKS = 1024  # several per multiprocessor of the largest GPU; threads stride over the rest
@@ -127,7 +131,8 @@ def adam_update(
     beta1, beta2 : float
         What is left of `first` and `second` after a step, at least 0 and less than 1.
     eps : float
-        Added to the root of `second`, in the units of the gradients.
+        Added to the root of `second`, in the units of the gradients. With 0, a parameter whose gradients have all been
+        0 becomes NaN.
 
     Raises
     ------
@@ -135,6 +140,12 @@ def adam_update(
         If an argument is not an array of the right kind or data type, or arrays of NumPy and CuPy are mixed.
     ValueError
         If a shape, layout or value is wrong, or arrays overlap.
+
+    Notes
+    -----
+    As PyTorch's, this computes ``sqrt(second) / sqrt(1 - beta2**step)``, which is within the range of the data type
+    wherever `second` is. That becomes infinite, and stays so, when ``(1 - beta2) * gradients**2`` is out of range: in
+    float32 from a gradient of 5.8e20 on. The parameter then moves no more.
 
     References
     ----------
@@ -153,12 +164,12 @@ def adam_update(
     beta1, beta2 = check.number("beta1", beta1, 0, below_one), check.number("beta2", beta2, 0, below_one)
     step = check.number("step", step, 1)
     runtime = _checked(parameters=parameters, first=first, second=second, gradients=gradients)
-    correction1, correction2 = 1 - beta1**step, 1 - beta2**step
+    corrections = 1 - beta1**step, math.sqrt(1 - beta2**step)
     if runtime is not None:
-        scalars = (lr, beta1, beta2, 1 - beta1, 1 - beta2, eps, correction1, correction2)
+        scalars = (lr, beta1, beta2, 1 - beta1, 1 - beta2, eps, *corrections)
         _launch(runtime, "adam", (parameters, gradients, first, second, None), scalars)
     else:
-        _adam(parameters, gradients, first, second, lr, beta1, beta2, eps, correction1, correction2)
+        _adam(parameters, gradients, first, second, lr, beta1, beta2, eps, *corrections)
 
 
 def scheduled_update(optimizer: str, parameters: Any, gradients: Any, state: tuple[Any, ...], scalars: Any) -> None:
@@ -224,13 +235,14 @@ def update_schedule(optimizer: str, lr: float, steps: int, *, before: int = 0) -
     Returns
     -------
     numpy.ndarray, shape (steps, 3), float64
-        The learning rate, and what Adam divides its moments by: ``1 - beta**step``.
+        The learning rate, and what Adam divides its first moment and the root of its second one by:
+        ``1 - beta1**step`` and ``sqrt(1 - beta2**step)``.
     """
     schedule = np.ones((steps, 3))
     schedule[:, 0] = lr
     if optimizer == "adam":
         number = np.arange(before + 1, before + steps + 1, dtype=np.float64)
-        schedule[:, 1], schedule[:, 2] = 1 - BETA1**number, 1 - BETA2**number
+        schedule[:, 1], schedule[:, 2] = 1 - BETA1**number, np.sqrt(1 - BETA2**number)
     return schedule
 
 
@@ -245,16 +257,19 @@ def parameter_update_launch(size: int) -> rt.Launch:
     return rt.Launch((min(rt.ceil_div(size, THREADS), MAX_BLOCKS), 1, 1), (THREADS, 1, 1))
 
 
+@np.errstate(all="ignore")  # as kernels do, which have no warnings
 def _sgd(parameters: np.ndarray, gradients: np.ndarray, lr: float) -> None:
     parameters -= lr * gradients
 
 
+@np.errstate(all="ignore")  # as kernels do, which have no warnings
 def _momentum(parameters: np.ndarray, gradients: np.ndarray, velocity: np.ndarray, lr: float, momentum: float) -> None:
     velocity *= momentum
     velocity += gradients
     parameters -= lr * velocity
 
 
+@np.errstate(all="ignore")  # as kernels do, which have no warnings
 def _adam(
     parameters: np.ndarray,
     gradients: np.ndarray,
@@ -265,15 +280,18 @@ def _adam(
     beta2: float,
     eps: float,
     correction1: float,
-    correction2: float,
+    root_correction2: float,
 ) -> None:
     first *= beta1
     first += (1 - beta1) * gradients
     second *= beta2
     second += (1 - beta2) * gradients * gradients
-    root = np.sqrt(second / correction2)
+    root = np.sqrt(second)
+    root /= root_correction2
     root += eps
-    parameters -= (lr / correction1) * first / root
+    np.divide(first, root, out=root)  # before lr multiplies: finite / infinite is 0
+    root *= lr / correction1
+    parameters -= root
 
 
 def _checked(**arrays: Any) -> rt.Runtime | None:

@@ -9,7 +9,7 @@
 //            number of the example since step -first_step: see network.cuh. parameters, first, second (P,): weights (inputs, outputs), gamma
 //            and beta or bias of every layer, and the optimiser's state (second and first may be null), updated in place;
 //            running (R,): mean and variance of every batch norm, may be null. layers (depth, LAYER_FIELDS): see Layer.
-//            schedule (steps, 3): batch-norm momentum, and what Adam divides its moments by. losses (steps,): mean losses.
+//            schedule (steps, 3): batch-norm momentum, and what Adam divides by. losses (steps,): mean losses.
 //            rates (1,): the learning rate. Of M models, parameters, state, running, losses and rates are (M, ...), and
 //            those of one lie together; so do seeds, and the indices where index_stride is not 0. The rest is common to all.
 // Launch:    grid (M, 1, 1), blocks of a multiple of 32 threads, each of which keeps everything but x in shared memory:

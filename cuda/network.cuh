@@ -39,7 +39,7 @@ __device__ __forceinline__ int row_of(const Arguments& a, long long step, int ex
 }
 
 // Moves parameter i by its gradient, as in parameter_update.cu. step: the step's row of the schedule, of which the last two
-// are what Adam divides its moments by.
+// are what Adam divides its first moment and the root of its second one by.
 template <typename T, typename Arguments>
 __device__ __forceinline__ void update(const Arguments& a, T* parameters, T* first, T* second, long long i, T g, T lr,
                                        const T* step) {
@@ -48,7 +48,7 @@ __device__ __forceinline__ void update(const Arguments& a, T* parameters, T* fir
     if (a.optimizer == ADAM) {
         const T mean = first[i] = fma(a.beta1, first[i], a.rest1 * g);
         const T square = second[i] = fma(a.beta2, second[i], a.rest2 * g * g);
-        move = (mean / step[1]) / (sqrt(square / step[2]) + a.optimizer_eps);
+        move = mean / (sqrt(square) / step[2] + a.optimizer_eps) / step[1];
     }
     parameters[i] -= lr * move;
 }

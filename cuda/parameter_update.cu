@@ -3,14 +3,16 @@
 // Formulas:  sgd:       p -= lr g
 //            momentum:  v = momentum v + g;  p -= lr v
 //            adam:      m = beta1 m + (1 - beta1) g;  s = beta2 s + (1 - beta2) g^2
-//                       p -= lr (m / correction1) / (sqrt(s / correction2) + eps),  correctioni = 1 - betai^step
+//                       p -= lr m / (sqrt(s) / root_correction2 + eps) / correction1,
+//                       correction1 = 1 - beta1^step,  root_correction2 = sqrt(1 - beta2^step)
 // Arrays:    parameters, gradients and the state (velocity; first and second), each (P,), C order, of type T, all
-//            different. Parameters and state are updated in place. scalars (3,): lr, correction1 and correction2, for a
-//            captured launch, or null: then those of the argument.
+//            different. Parameters and state are updated in place. scalars (3,): lr, correction1 and root_correction2, for
+//            a captured launch, or null: then those of the argument.
 // Launch:    block (256, 1, 1), grid (b, 1, 1), any b: thread i owns elements i, i + 256 b, ...; no shared memory.
 // Traffic:   sgd 2 P reads and P writes, momentum 3 P and 2 P, adam 4 P and 3 P. No barrier.
 // Numerics:  in T; what depends on the step alone is formed in double precision on the host (1 - beta2, 0.001, would
-//            lose four digits in float32). Elementwise, so deterministic.
+//            lose four digits in float32). The root of s comes before its division, and that of m
+//            before lr: as long as s is finite, nothing between overflows. Elementwise, so deterministic.
 // Reference: D. P. Kingma and J. Ba, Adam, 2015, arXiv:1412.6980, algorithm 1.
 // Called by: bnkernels/parameter_update.py
 #include "common.cuh"
@@ -23,18 +25,18 @@ struct ParameterUpdate {
     T* second;  // Adam's second moment
     const T* scalars;
     long long size;
-    T lr, beta1, beta2, rest1, rest2, eps, correction1, correction2;  // beta1 is the momentum; resti = 1 - betai
+    T lr, beta1, beta2, rest1, rest2, eps, correction1, root_correction2;  // beta1 is the momentum; resti = 1 - betai
 };
 
 // What varies from step to step.
 template <typename T>
 struct Step {
-    T lr, correction1, correction2;
+    T lr, correction1, root_correction2;
 
     __device__ __forceinline__ explicit Step(const ParameterUpdate<T>& a)
         : lr(a.scalars ? a.scalars[0] : a.lr),
           correction1(a.scalars ? a.scalars[1] : a.correction1),
-          correction2(a.scalars ? a.scalars[2] : a.correction2) {}
+          root_correction2(a.scalars ? a.scalars[2] : a.root_correction2) {}
 };
 
 struct Sgd {
@@ -61,7 +63,7 @@ struct Adam {
         const T second = fma(a.beta2, a.second[i], a.rest2 * g * g);
         a.first[i] = first;
         a.second[i] = second;
-        return step.lr * (first / step.correction1) / (sqrt(second / step.correction2) + a.eps);
+        return step.lr * (first / (sqrt(second) / step.root_correction2 + a.eps) / step.correction1);
     }
 };
 

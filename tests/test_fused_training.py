@@ -104,6 +104,15 @@ def test_two_hundred_steps_in_float32_learn_what_the_layers_learn(
     assert np.isfinite(parameters).all()
 
 
+def test_adams_first_step_does_not_overflow(backend: Backend) -> None:
+    """The squares of gradients of 1e20, divided by 1 - beta2, are beyond float32; each weight moves by the rate."""
+    model = MLP((3, 2), norm="none")
+    model.parameters[:] = 0  # so that the gradients are x / 2 and -x / 2
+    x = np.full((4, 3), [1e20, 3e19, -1e21], "float32")
+    _, parameters, *_ = in_one(backend, model, "adam", x, np.zeros(4, "int32"), 4)
+    np.testing.assert_allclose(parameters[:6] / RATES["adam"], [1, -1, 1, -1, -1, 1], rtol=1e-6)
+
+
 def test_a_layer_norm_far_from_0_costs_no_digits(backend: Backend) -> None:
     model, weight = MLP((1, 7, 2), norm="layer", activation="tanh"), 8192 + np.arange(7.0)[None] ** 2 % 11
     model.load_state(model.state() | {"0.weight": weight})

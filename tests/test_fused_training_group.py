@@ -20,7 +20,10 @@ from tests.backends import Backend
 from tests.emulator import LaunchRecord
 from tests.emulator.runtime import LIMITS
 from tests.regress.refusal import refused
+from tests.test_constant_channels import test_fused_training_of_equal_examples_and_neurons as equal_examples
+from tests.test_constant_channels import test_the_running_mean_of_equal_examples as running_mean
 from tests.test_fused_training import RATES, by_layers, in_one, make_data, network_on
+from tests.test_fused_training import test_adams_first_step_does_not_overflow as of_one_block
 
 H200 = Limits(132, 227 * 1024, 228 * 1024, cooperative=True, clusters=True)
 # Fewer neurons than blocks, more than all own at a time; widths that nothing divides; more examples than a block takes.
@@ -85,6 +88,22 @@ def test_two_hundred_steps_in_float32_learn_what_the_layers_learn(
     assert losses[-20:].mean() == pytest.approx(np.mean(wanted[-20:]), rel=0.1, abs=0.02)
     assert losses[-20:].mean() < 0.5 * losses[:5].mean()
     assert np.isfinite(parameters).all()
+
+
+def test_adams_first_step_does_not_overflow(backend: Backend, group: str) -> None:
+    of_one_block(backend)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+def test_constant_channels_give_phi_of_beta(backend: Backend, group: str, norm: str, dtype: str) -> None:
+    equal_examples(backend, norm, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("batch", [11, 77, 300])
+def test_the_running_mean_of_equal_examples(backend: Backend, group: str, batch: int, dtype: str) -> None:
+    running_mean(backend, batch, dtype)
 
 
 @pytest.mark.parametrize("norm", ["batch", "layer"])

@@ -99,6 +99,42 @@ def test_the_first_adam_step_is_the_learning_rate(backend: Backend, gradient: fl
     assert (error <= oracle.SLACK * oracle.unit_roundoff(np.dtype(dtype)) * LR).all()
 
 
+LARGE = {"float32": [1.7e19, 1e20, -2.9e20], "float64": [4.1e153, 1e155, -2.1e155]}  # second stays finite
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.filterwarnings("error")
+def test_adams_first_steps_do_not_overflow(backend: Backend, dtype: str, scheduled: bool) -> None:
+    """``second`` is finite, and ``second / (1 - beta2**step)`` is not: each step is the learning rate all the same."""
+    gradients = backend.asarray(np.array(LARGE[dtype], dtype))
+    parameters, first, second = backend.arrays(*(np.zeros(3, dtype) for _ in range(3)))
+    schedule = backend.asarray(bn.update_schedule("adam", LR, 4).astype(dtype))
+    for step in range(4):
+        if scheduled:
+            bn.scheduled_update("adam", parameters, gradients, (first, second), schedule[step])
+        else:
+            bn.adam_update(parameters, gradients, first, second, step=step + 1, lr=LR)
+    wanted = -4 * LR * np.sign(LARGE[dtype])
+    np.testing.assert_allclose(backend.asnumpy(parameters), wanted, rtol=100 * np.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.filterwarnings("error")
+def test_a_squared_gradient_beyond_the_type_stops_its_parameter(backend: Backend, dtype: str) -> None:
+    """As in PyTorch: second stays infinite. What is not finite in the gradients makes its parameter NaN."""
+    largest = np.finfo(dtype).max
+    given = np.array([largest, -largest, largest / 1e9, np.inf, -np.inf, np.nan, 1], dtype)
+    arrays = parameters, gradients, *state = backend.arrays(np.zeros(7, dtype), given, *np.zeros((2, 7), dtype))
+    for step, lr in enumerate((1e4, 0.25), 1):
+        bn.adam_update(*arrays, step=step, lr=lr)
+        gradients[...] = backend.asarray(np.array([1, 1, 1, 1, 1, 1, 1], dtype))
+    found = backend.asnumpy(parameters)
+    np.testing.assert_array_equal(found[:6], [0, 0, 0, np.nan, np.nan, np.nan])
+    assert found[6] == pytest.approx(-10000.25)
+    np.testing.assert_array_equal(backend.asnumpy(state[1])[:5], np.inf)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_adam_with_a_zero_gradient_does_not_move(backend: Backend, dtype: str) -> None:
     parameters, gradients, first, second = backend.arrays(*(np.full(5, value, dtype) for value in (2, 0, 0, 0)))

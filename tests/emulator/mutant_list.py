@@ -270,8 +270,15 @@ MUTANTS = [
     Mutant(
         "update: Adam's eps inside the square root",
         UPDATE,
-        "(sqrt(second / step.correction2) + a.eps)",
-        "sqrt(second / step.correction2 + a.eps)",
+        "(sqrt(second) / step.root_correction2 + a.eps)",
+        "sqrt(second / (step.root_correction2 * step.root_correction2) + a.eps)",
+    ),
+    Mutant(
+        "update: Adam's second moment is divided before its root is taken",
+        UPDATE,
+        "sqrt(second) / step.root_correction2",
+        "sqrt(second / (step.root_correction2 * step.root_correction2))",
+        select="first_steps",
     ),
     # ---- slices that several blocks share
     Mutant(

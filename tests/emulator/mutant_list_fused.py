@@ -71,7 +71,14 @@ MUTANTS = [
         STEP,
         "team.subtract(z, rest);",
         "team.subtract(z, T(0));",
-        select="far_from",
+        select="equal_examples_and_neurons",
+    ),
+    Mutant(
+        "fused: the running mean lacks what rounding left",
+        STEP,
+        "fma(momentum, mean + rest,",
+        "fma(momentum, mean,",
+        select="running_mean_of_equal",
     ),
     Mutant("fused: dz without the mean of g", STEP, "fma(z[i], slope_z, mean_g)", "z[i] * slope_z", select=STEPS),
     Mutant(
@@ -81,7 +88,20 @@ MUTANTS = [
         "move(gamma + neuron, sum_g, step)",
         select=STEPS,
     ),
-    Mutant("fused: Adam without its first correction", NETWORK, "(mean / step[1])", "mean", select="adam and 30"),
+    Mutant(
+        "fused: Adam without its first correction",
+        NETWORK,
+        "+ a.optimizer_eps) / step[1]",
+        "+ a.optimizer_eps)",
+        select="adam and 30",
+    ),
+    Mutant(
+        "fused: Adam's second moment is divided before its root is taken",
+        NETWORK,
+        "sqrt(square) / step[2]",
+        "sqrt(square / (step[2] * step[2]))",
+        select="adams_first_step",
+    ),
     Mutant(
         "fused: rows are taken in their order",
         NETWORK,

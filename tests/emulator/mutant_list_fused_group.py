@@ -83,14 +83,14 @@ MUTANTS = [
         STEP,
         "z.subtract_and_sum(rest, ",
         "z.subtract_and_sum(T(0), ",
-        select="far_from",
+        select="constant_channels",
     ),
     Mutant(
         "group: the running mean lacks what rounding left",
         STEP,
         "return {mean + rest, m2",
         "return {mean, m2",
-        select="far_from",
+        select="running_mean_of_equal",
     ),
     Mutant("group: variance over N - 1", STEP, "sqrt(m2 / n + eps)", "sqrt(m2 / (n - T(1)) + eps)", select=STEPS),
     Mutant(

@@ -172,7 +172,7 @@ MUTANTS = [
         FORWARD,
         "quick_two_sum(first, rest)",
         "Pair<A>{first, A(0)}",
-        select="far_from",
+        select="constant_channel_is_phi and linear",
     ),
     Mutant(
         "linear: statistics of a product that is not rounded",

@@ -32,7 +32,10 @@ TESTS = {  # the quickest first: the first failure ends a run
     **dict.fromkeys(("general.cuh", "batch_norm_forward_general.cu", "batch_norm_backward_general.cu"), GENERAL),
     **dict.fromkeys(
         ("fused_training.cu", "fused_step.cuh", "team.cuh"),
-        ("tests/test_fused_training_drawn.py", "tests/test_fused_training.py", "tests/test_ensemble.py"),
+        (
+            *("tests/test_fused_training_drawn.py", "tests/test_fused_training.py", "tests/test_ensemble.py"),
+            "tests/test_constant_channels.py",
+        ),
     ),
     **dict.fromkeys(
         (
@@ -52,7 +55,7 @@ TESTS = {  # the quickest first: the first failure ends a run
             "linear_batch_norm_forward.cu",
             "linear_batch_norm_backward.cu",
         ),
-        ("tests/test_linear_batch_norm.py", "tests/test_linear_layer_norm.py"),
+        ("tests/test_linear_batch_norm.py", "tests/test_linear_layer_norm.py", "tests/test_constant_channels.py"),
     ),
     "tensor_product.cuh": ("tests/test_tensor_product.py", "tests/test_linear_batch_norm.py"),
     **dict.fromkeys(("row.cuh", "layer_norm_forward.cu", "layer_norm_backward.cu"), ("tests/test_layer_norm.py",)),

@@ -97,7 +97,7 @@ def test_flashinfer_3391_last_row_of_a_huge_array(emulated: EmulatorRuntime) -> 
     lanes, blocks = 512 // channels, 65535
     x[-1] = [1, 2, 3]
     with emulated.only_blocks([(rows - 1) // lanes % blocks]):
-        bn.batch_norm_inference(x, None, None, mean, var, eps=0.0, out=y)
+        bn.batch_norm_inference(x, None, None, mean, var, eps=1e-30, out=y)
     assert emulated.launches[-1].launch.grid == (1, blocks, 1)
     assert emulated.launches[-1].launch.block == (channels, lanes, 1)
     np.testing.assert_array_equal(y[-1], [0, 2, 3])
