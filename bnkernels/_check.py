@@ -25,6 +25,7 @@ MOST_SHOWN = 100  # characters of a value in a message
 SMALLEST_NORMAL = {dtype: float(np.finfo(dtype).tiny) for dtype in SUFFIX}
 LARGEST = {dtype: float(np.finfo(dtype).max) for dtype in SUFFIX}
 SINGLE = np.dtype(np.float32)
+MOST_COUNTED = 2**53  # steps and mini-batches: as far as double precision counts
 
 
 def shown(value: Any) -> str:
@@ -245,6 +246,32 @@ def one_of(name: str, given: Any, choices: Any) -> None:
     if not (type(given) is str or given is None) or given not in choices:
         wanted = ", ".join(map(str, choices))
         raise ValueError(f"{name} must be one of {wanted}; got {shown(given)}")
+
+
+def count(name: str, given: Any) -> int:
+    """Check for a number that was counted and saved, as an integer or an array of one; return it as an int."""
+    array = np.asarray(given)
+    if array.shape or array.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be an integer, got {shown(given)}")
+    return integer(name, int(array), 0, MOST_COUNTED)
+
+
+def saved(name: str, given: Any, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Check an array of a saved state; return it in this type, if that only rounds."""
+    if isinstance(given, np.ma.MaskedArray) or hasattr(given, "__cuda_array_interface__"):
+        raise TypeError(f"{name} must be a plain NumPy array, got {shown(given)}; pass what state() returned")
+    array = np.asarray(given)
+    if array.dtype.kind not in "iuf" and suffix(array.dtype) is None:
+        raise TypeError(f"{name} must hold real numbers, got {array.dtype}; pass what state() returned")
+    if array.shape != shape:
+        raise ValueError(f"{name} must have the shape {shape}, got {array.shape}; pass the state of such a network")
+    with np.errstate(over="ignore", invalid="ignore"):
+        converted = array.astype(dtype)
+    if (np.isinf(converted) & ~np.isinf(array)).any():
+        raise ValueError(
+            f"{name} holds numbers beyond the range of {dtype}, got {array.dtype}; load it into {array.dtype}"
+        )
+    return converted
 
 
 def boolean(name: str, given: Any) -> bool:

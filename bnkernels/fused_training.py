@@ -32,7 +32,6 @@ ARGUMENTS = {
     ),
 }
 __all__ = ["Layer", "Network", "fused_training"]
-MOST_BEFORE = 2**53  # steps and mini-batches: as far as double precision counts
 NAMES = ("losses", "parameters", "first", "second", "running", "x", "labels", "indices")
 
 
@@ -127,7 +126,7 @@ def fused_training(
     check_network(network, parameters)
     batch = check.integer("batch", batch)
     counts = {"steps_before": steps_before, "batches_before": batches_before}
-    before = tuple(check.integer(name, count, 0, MOST_BEFORE) for name, count in counts.items())
+    before = tuple(check.integer(name, count, 0, check.MOST_COUNTED) for name, count in counts.items())
     state_names(optimizer, state)
     first, second = (*state, None, None)[:2]
     arrays = (out, parameters, first, second, running, x, labels, indices)
