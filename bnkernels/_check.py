@@ -35,6 +35,8 @@ def shown(value: Any) -> str:
         return f"[{text}]" if isinstance(value, list) else f"({text})"
     if getattr(value, "shape", None):
         return f"a {_name(type(value))} of the shape {value.shape} and the type {getattr(value, 'dtype', 'unknown')}"
+    if isinstance(value, (dict, set, frozenset)):
+        return f"a {_name(type(value))} of {len(value)}"
     if isinstance(value, int) and value.bit_length() > 256:
         return f"an integer of {value.bit_length()} bits"
     try:

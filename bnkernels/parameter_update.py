@@ -243,7 +243,7 @@ def update_schedule(optimizer: str, lr: float, steps: int, *, before: int = 0) -
         If a name is unknown, or a number out of range.
     """
     check.one_of("optimizer", optimizer, STATES)
-    steps, before = check.integer("steps", steps, 0), check.integer("before", before, 0)
+    steps, before = check.integer("steps", steps, 0), check.integer("before", before, 0, check.MOST_COUNTED)
     schedule = np.ones((steps, 3))
     schedule[:, 0] = check.number("lr", lr, 0)
     if optimizer == "adam":
