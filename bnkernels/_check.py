@@ -31,12 +31,13 @@ MOST_COUNTED = 2**53  # steps and mini-batches: as far as double precision count
 def shown(value: Any) -> str:
     """Return a value as messages show it: of an array or a large number what it is, of anything else the beginning."""
     if isinstance(value, (list, tuple)):
-        text = ", ".join(map(shown, value[:4])) + (f", ... ({len(value)} of them)" if len(value) > 4 else "")
+        few = [_kind(item) if isinstance(item, (list, tuple)) else shown(item) for item in value[:4]]
+        text = ", ".join([*few, f"... ({len(value)} of them)"] if len(value) > 4 else few)
         return f"[{text}]" if isinstance(value, list) else f"({text})"
-    if getattr(value, "shape", None):
-        return f"a {_name(type(value))} of the shape {value.shape} and the type {getattr(value, 'dtype', 'unknown')}"
+    if hasattr(value, "shape") and not isinstance(value, np.generic):  # to print an array may wait for a device
+        return f"{_kind(value)} of the shape {value.shape} and the type {getattr(value, 'dtype', 'unknown')}"
     if isinstance(value, (dict, set, frozenset)):
-        return f"a {_name(type(value))} of {len(value)}"
+        return f"{_kind(value)} of {len(value)}"
     if isinstance(value, int) and value.bit_length() > 256:
         return f"an integer of {value.bit_length()} bits"
     try:
@@ -44,6 +45,10 @@ def shown(value: Any) -> str:
     except Exception:  # whatever a stranger's class does, the message must come out
         text = object.__repr__(value)
     return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
+
+
+def _kind(value: Any) -> str:
+    return f"a {_name(type(value))}"
 
 
 def _name(kind: type) -> str:

@@ -176,8 +176,8 @@ def runtime_of(kind: type, name: str = "") -> Runtime | None:
     if issubclass(kind, np.ndarray):
         if issubclass(kind, np.ma.MaskedArray):
             raise TypeError(
-                f"{name}expected a plain array, got a {kind.__qualname__}, whose mask would be lost; pass x.data, and "
-                "to batch norm mask=, True where a value counts; or numpy.ma.filled(x)"
+                f"{name}expected a plain array, got a {kind.__qualname__}, whose mask would be lost; pass its data, "
+                "and to batch norm mask=, True where a value counts; or numpy.ma.filled of it"
             )
         if issubclass(kind, np.matrix):
             raise TypeError(f"{name}expected a plain array, got a {kind.__qualname__}; pass numpy.asarray of it")

@@ -75,9 +75,9 @@ def test_the_way_out_of_complex_numbers_keeps_them(op: str, name: str) -> None:
     """astype('float32') drops what is imaginary."""
     arrays = make_every(op)
     arrays[name] = arrays[name].astype("complex64")
-    with refused(NUMPY, TypeError, "got complex64", *arrays.values()) as caught:
+    with pytest.raises(TypeError, match="got complex64") as caught:
         run(op, arrays)
-    del caught
+    assert "astype('float" not in str(caught.value)
 
 
 @pytest.mark.parametrize("check_of", [check.floating, check.wide, lambda a: check.like(a, (2,), np.dtype("float32"))])

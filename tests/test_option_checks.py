@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import bnkernels as bn
+from bnkernels import _check as check
 from bnkernels.optimizers import make_optimizer
 from tests.backends import Backend
 from tests.regress.calls_more import NETWORK, make_every
@@ -256,3 +257,22 @@ def test_a_constant_channel_is_beta_with_the_smallest_eps(backend: Backend, dtyp
     )
     for y in found:
         np.testing.assert_array_equal(backend.asnumpy(y), 0.5)
+
+
+def test_what_messages_show() -> None:
+    endless: list[Any] = []
+    endless.append(endless)
+    for value, text in (
+        ("relu", "'relu'"),
+        (np.float32(0.5), repr(np.float32(0.5))),
+        (10**30, str(10**30)),
+        (-(10**400), "an integer of 1329 bits"),
+        (np.array(0.5), "a numpy.ndarray of the shape () and the type float64"),
+        ((X, None), "(a numpy.ndarray of the shape (4, 3) and the type float32, None)"),
+        (list(range(9)), "[0, 1, 2, 3, ... (9 of them)]"),
+        (endless, "[a builtins.list]"),
+        ({"x": X}, "a builtins.dict of 1"),
+        ("x" * 200, "'" + "x" * 99 + "..."),
+    ):
+        assert check.shown(value) == text
+    assert check.shown(Evil()).startswith("<tests.test_option_checks.Evil object at ")
