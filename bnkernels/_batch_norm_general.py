@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bnkernels import _check as check
+from bnkernels import _memory as memory
 from bnkernels import _runtime as rt
 from bnkernels._batch_norm_general_numpy import backward_host, forward_host
 from bnkernels._batch_norm_launch import general_launch
@@ -92,10 +93,12 @@ def is_narrow(x: Any, *parameters: Any) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def _plan(stage: Stage, axis: int, grouped: bool, renormalised: bool, names: tuple[str, ...], *signatures: Any) -> Plan:
-    """Check the signatures of the arrays of these names, and plan the call."""
+def _plan(
+    stage: Stage, axis: int, grouped: bool, renormalised: bool, names: tuple[str, ...], written: int, *signatures: Any
+) -> Plan:
+    """Check the signatures of the arrays of these names, of which the first are written, and plan the call."""
     needed = _needed(stage, names, renormalised)
-    args = check.arguments(dict(zip(names, signatures, strict=True)), tuple(set(names) - set(needed)))
+    args = check.arguments(dict(zip(names, signatures, strict=True)), tuple(set(names) - set(needed)), written)
     x = args["x"]
     check.floating(x)
     if grouped and len(x.shape) < 3:
@@ -204,13 +207,13 @@ def run(
     grouped: bool = False,
 ) -> tuple[Any, ...]:
     """Check a call, run it, and return its `outputs`, those of them that are None made new."""
-    names = tuple(arrays)
-    plan = _plan(stage, axis, grouped, options.renorm is not None, names, *check.signatures(tuple(arrays.values())))
+    names, given = tuple(arrays), tuple(arrays.values())
     updated = ("running_mean", "running_var") if stage == Stage.WHOLE else ()
-    written = [name for name in names if name in (*outputs, *updated)]  # the first of the names
-    if any(arrays[name] is not None for name in written):
+    written = sum(name in (*outputs, *updated) for name in names)  # which are the first ones
+    plan = _plan(stage, axis, grouped, options.renorm is not None, names, written, *check.signatures(given))
+    if any(array is not None for array in given[:written]):
         in_place = ("dy", "x", "residual") if names[0] in LIKE_X else ()
-        check.no_overlap(plan.runtime, names, tuple(arrays.values()), len(written), in_place)
+        memory.outputs(plan.runtime, names, given, written, in_place)
     x = arrays["x"]
     for name in outputs:
         if arrays[name] is None:

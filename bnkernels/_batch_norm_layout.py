@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from bnkernels._check import Argument
+from bnkernels._check import Argument, shown
 
 
 class Layout(NamedTuple):
@@ -38,9 +38,8 @@ def layout_of(x: Argument, axis: int) -> Layout:
     if dimensions < 2:
         raise ValueError(f"{x.name} must have at least two dimensions, such as (N, C), got the shape {x.shape}")
     if not -dimensions <= axis < dimensions:
-        raise ValueError(
-            f"axis must be from {-dimensions} to {dimensions - 1} for {x.name} of the shape {x.shape}, got {axis}"
-        )
+        wanted = f"axis must be from {-dimensions} to {dimensions - 1}"
+        raise ValueError(f"{wanted} for {x.name} of the shape {x.shape}, got {shown(axis)}")
     axis %= dimensions
     return Layout(math.prod(x.shape[:axis]), x.shape[axis], math.prod(x.shape[axis + 1 :]), axis)
 

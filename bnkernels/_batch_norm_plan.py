@@ -62,7 +62,9 @@ class Plan(NamedTuple):
     tensor: Tensor | None = None  # for the choice of a spread kernel, which the device decides as well
 
 
-FORWARD_LAUNCHES, INFERENCE_LAUNCHES, BACKWARD_LAUNCHES = Launches(), Launches(), Launches()
+# One for every op: a call is known by its arrays and options, so two ops in one table would be taken for each other.
+FORWARD_LAUNCHES, INFERENCE_LAUNCHES = Launches(), Launches()
+BACKWARD_LAUNCHES, INFERENCE_BACKWARD_LAUNCHES = Launches(), Launches()
 # The arrays of each op, those that it writes first.
 FORWARD_NAMES = ("y", "statistics", "running_mean", "running_var", "x", "residual", "gamma", "beta")
 INFERENCE_NAMES = ("out", "x", "residual", "gamma", "beta", "running_mean", "running_var")
@@ -71,11 +73,14 @@ BACKWARD_NAMES = (
     *("statistics", "running_mean", "running_var"),
 )
 OPTIONAL = ("gamma", "beta", "residual")
+GRADIENTS = ("dx", "dgamma", "dbeta", "dresidual")
 
 
-def _checked(names: tuple[str, ...], signatures: tuple, axis: Any, optional: tuple[str, ...]) -> tuple[dict, Layout]:
-    """Check all arrays of an op against the shape and data type of `x`; return them and the layout."""
-    args = check.arguments(dict(zip(names, signatures, strict=True)), (*OPTIONAL, *optional))
+def _checked(
+    names: tuple[str, ...], written: int, signatures: tuple, axis: Any, optional: tuple[str, ...]
+) -> tuple[dict, Layout]:
+    """Check all arrays of an op, of which the first are `written`, against `x`; return them and the layout."""
+    args = check.arguments(dict(zip(names, signatures, strict=True)), (*OPTIONAL, *optional), written)
     x = args["x"]
     check.floating(x)
     layout = layout_of(x, axis)
@@ -119,7 +124,7 @@ def _planned(args: dict, layout: Layout, inputs: tuple[str, ...], choose: Callab
 def plan_forward(axis: Any, *signatures: check.Signature | None) -> Plan:
     """Check the signatures of the arrays FORWARD_NAMES; plan the training forward."""
     optional = ("running_mean", "running_var", "y", "statistics")
-    args, layout = _checked(FORWARD_NAMES, signatures, axis, optional)
+    args, layout = _checked(FORWARD_NAMES, 4, signatures, axis, optional)
     if layout.rows == 1:
         raise ValueError(
             f"x has the shape {args['x'].shape}: one value per channel has no variance; train on at least two "
@@ -136,19 +141,22 @@ def plan_forward(axis: Any, *signatures: check.Signature | None) -> Plan:
 @lru_cache(maxsize=1024)
 def plan_inference(axis: Any, *signatures: check.Signature | None) -> Plan:
     """Check the signatures of the arrays INFERENCE_NAMES; plan the inference forward."""
-    args, layout = _checked(INFERENCE_NAMES, signatures, axis, ("out",))
+    args, layout = _checked(INFERENCE_NAMES, 1, signatures, axis, ("out",))
     return _planned(args, layout, ("x", "residual"), lambda *sizes: ("inference", inference_launch(*sizes)))
 
 
 @lru_cache(maxsize=1024)
 def plan_backward(axis: Any, *signatures: check.Signature | None) -> Plan:
-    """Check the signatures of the arrays BACKWARD_NAMES; plan the backward: of training where `statistics` is given."""
-    given = dict(zip(BACKWARD_NAMES, signatures, strict=True))
-    frozen = given["running_mean"] is not None or given["running_var"] is not None
-    optional = ("statistics",) if frozen else ("running_mean", "running_var")
-    args, layout = _checked(BACKWARD_NAMES, signatures, axis, ("dx", "dgamma", "dbeta", "dresidual", *optional))
-    choose = inference_backward_launch if frozen else backward_launch
-    return _planned(args, layout, ("dy", "x", "residual"), choose)
+    """Check the signatures of the arrays BACKWARD_NAMES; plan the backward of training."""
+    args, layout = _checked(BACKWARD_NAMES, 4, signatures, axis, (*GRADIENTS, "running_mean", "running_var"))
+    return _planned(args, layout, ("dy", "x", "residual"), backward_launch)
+
+
+@lru_cache(maxsize=1024)
+def plan_inference_backward(axis: Any, *signatures: check.Signature | None) -> Plan:
+    """Check the signatures of the arrays BACKWARD_NAMES; plan the backward of inference, without `statistics`."""
+    args, layout = _checked(BACKWARD_NAMES, 4, signatures, axis, (*GRADIENTS, "statistics"))
+    return _planned(args, layout, ("dy", "x", "residual"), inference_backward_launch)
 
 
 def _sources(plan: Plan, **inputs: Any) -> tuple[Any, ...]:
@@ -291,9 +299,9 @@ def run_backward(
         before = rt.addresses(runtime, *sources, gamma, beta)
         after = rt.addresses(runtime, dx, dgamma, dbeta, dresidual)
         if statistics is None:
-            rows = rt.addresses(runtime, *rows)
+            known, rows = INFERENCE_BACKWARD_LAUNCHES, rt.addresses(runtime, *rows)
         else:  # to slice an array costs more than all of this
-            mean, row = runtime.pointer(statistics), plan.layout.channels * wide.itemsize
+            known, mean, row = BACKWARD_LAUNCHES, runtime.pointer(statistics), plan.layout.channels * wide.itemsize
             rows = mean, mean + row, mean + 2 * row
         pointers = (*before, *rows, *after)
         spread = _spread(plan, "backward", x, before[0] | before[1] | before[2] | after[0] | after[3])
@@ -302,5 +310,5 @@ def run_backward(
         else:
             arguments = rt.pack(BACKWARD[wide], *pointers, *plan.sizes, eps, phi.alpha, phi.code)
             made = "batch_norm_backward", plan.kernel, plan.launch, arguments
-        _launch(plan, BACKWARD_LAUNCHES, call, *made, x)
+        _launch(plan, known, call, *made, x)
     return (dx, dgamma, dbeta) if residual is None else (dx, dgamma, dbeta, dresidual)

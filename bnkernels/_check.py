@@ -1,7 +1,8 @@
 """Argument checks of the ops: everything is checked before the first launch and before anything is written.
 
 `TypeError` for a wrong container or data type, `ValueError` for a wrong shape, layout or value. Every message names the
-argument and says what was expected, what came, and the way out.
+argument and says what was expected, what came, and the way out; of what came it shows little, and of an array never the
+contents.
 
 Most checks depend on nothing but each array's type, data type, shape and strides: its signature. So the ops make them
 in cached functions of signatures, once per combination and not once per call.
@@ -13,25 +14,55 @@ import math
 import operator
 import sys
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from bnkernels._runtime import SUFFIX, Runtime, runtime_of, suffix
+from bnkernels._runtime import SUFFIX, Runtime, accumulator, runtime_of, suffix
 
 Signature = tuple[type, np.dtype, tuple[int, ...], tuple[int, ...]]
+MOST_SHOWN = 100  # characters of a value in a message
+SMALLEST_NORMAL = {dtype: float(np.finfo(dtype).tiny) for dtype in SUFFIX}
+LARGEST = {dtype: float(np.finfo(dtype).max) for dtype in SUFFIX}
+SINGLE = np.dtype(np.float32)
+MOST_COUNTED = 2**53  # steps and mini-batches: as far as double precision counts
+
+
+def shown(value: Any) -> str:
+    """Return a value as messages show it: of an array or a large number what it is, of anything else the beginning."""
+    if isinstance(value, (list, tuple)):
+        few = [_kind(item) if isinstance(item, (list, tuple)) else shown(item) for item in value[:4]]
+        text = ", ".join([*few, f"... ({len(value)} of them)"] if len(value) > 4 else few)
+        return f"[{text}]" if isinstance(value, list) else f"({text})"
+    if hasattr(value, "shape") and not isinstance(value, np.generic):  # to print an array may wait for a device
+        return f"{_kind(value)} of the shape {value.shape} and the type {getattr(value, 'dtype', 'unknown')}"
+    if isinstance(value, (dict, set, frozenset)):
+        return f"{_kind(value)} of {len(value)}"
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"an integer of {value.bit_length()} bits"
+    try:
+        text = repr(value)
+    except Exception:  # whatever a stranger's class does, the message must come out
+        text = object.__repr__(value)
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
+
+
+def _kind(value: Any) -> str:
+    return f"a {_name(type(value))}"
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def signature(array: Any) -> Signature | None:
-    """Return what a cached check needs to know of an array; None for None."""
+    """Return what a cached check needs to know of an array; None for None. `arguments` refuses what is no array."""
     if array is None:
         return None
     try:
         return type(array), array.dtype, array.shape, array.strides
     except AttributeError:
-        runtime_of(type(array))  # says what was expected
-        raise
+        return type(array), None, None, None
 
 
 def signatures(arrays: tuple) -> list[Signature | None]:
@@ -39,18 +70,19 @@ def signatures(arrays: tuple) -> list[Signature | None]:
     try:
         return [None if array is None else (type(array), array.dtype, array.shape, array.strides) for array in arrays]
     except AttributeError:
-        return [signature(array) for array in arrays]  # says which
+        return [signature(array) for array in arrays]
 
 
 @dataclass(frozen=True)
 class Argument:
-    """A named array argument, known by its signature."""
+    """A named array argument, known by its signature, and whether the op writes it."""
 
     name: str
     kind: type
     dtype: np.dtype
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+    written: bool = False
 
     @property
     def contiguous(self) -> bool:
@@ -68,49 +100,58 @@ class Argument:
         return tuple(stride // self.dtype.itemsize for stride in self.strides)
 
 
-def arguments(signatures: dict[str, Signature | None], optional: tuple[str, ...] = ()) -> dict[str, Argument | None]:
-    """Return the arguments of these signatures; all must be arrays of one kind, and None only where optional."""
+def arguments(
+    signatures: dict[str, Signature | None], optional: tuple[str, ...] = (), written: int = 0
+) -> dict[str, Argument | None]:
+    """Return the arguments of these signatures, the first of which are `written`.
+
+    All must be arrays of one kind, in the byte order of the machine, and None only where optional.
+    """
     found: dict[str, Argument | None] = {}
     first: Argument | None = None
-    for name, given in signatures.items():
+    for position, (name, given) in enumerate(signatures.items()):
         if given is None:
             if name not in optional:
                 raise TypeError(f"{name} must be an array, got None")
             found[name] = None
             continue
-        found[name] = argument = Argument(name, *given)
+        found[name] = argument = Argument(name, *given, written=position < written)
+        runtime = runtime_of(argument.kind, name)
         first = first or argument
-        if runtime_of(argument.kind) is not runtime_of(first.kind):
+        if runtime is not runtime_of(first.kind):
             raise TypeError(
-                f"{name} is a {_kind(argument)} but {first.name} is a {_kind(first)}; nothing is transferred silently: "
-                "convert one of them with cupy.asarray or cupy.asnumpy"
+                f"{name} is a {_name(argument.kind)} but {first.name} is a {_name(first.kind)}; nothing is transferred "
+                "silently: convert one of them with cupy.asarray or cupy.asnumpy"
+            )
+        if not argument.dtype.isnative:
+            raise TypeError(
+                f"{name} must be in the byte order of this machine, got {argument.dtype}; convert it with "
+                f"{name}.astype({name}.dtype.newbyteorder('='))"
             )
     return found
 
 
-def _kind(argument: Argument) -> str:
-    return f"{argument.kind.__module__}.{argument.kind.__qualname__}"
+def _way_out(argument: Argument, dtype: Any) -> str:
+    """Return how to get an argument of another data type."""
+    if argument.dtype.kind == "c":
+        return f"pass {argument.name}.real, or what else shall stand for complex numbers"
+    return f"convert it with {argument.name}.astype('{dtype}')"
 
 
-def matrix(argument: Argument) -> tuple[int, int]:
-    """Check for a floating-point matrix; return its shape."""
-    name = argument.name
+def wide(argument: Argument) -> None:
+    """Check for float32 or float64."""
     if argument.dtype not in SUFFIX:
         raise TypeError(
-            f"{name} must be float32 or float64, got {argument.dtype}; convert it with {name}.astype('float32')"
+            f"{argument.name} must be float32 or float64, got {argument.dtype}; {_way_out(argument, 'float32')}"
         )
-    if len(argument.shape) != 2:
-        raise ValueError(f"{name} must have the shape (N, C), got {argument.shape}; reshape it to two dimensions")
-    return argument.shape
 
 
 def floating(argument: Argument) -> None:
     """Check for a data type of the batch-norm kernels."""
     if suffix(argument.dtype) is None:
-        name = argument.name
         raise TypeError(
-            f"{name} must be float16, bfloat16, float32 or float64, got {argument.dtype}; convert it with "
-            f"{name}.astype('float32')"
+            f"{argument.name} must be float16, bfloat16, float32 or float64, got {argument.dtype}; "
+            f"{_way_out(argument, 'float32')}"
         )
 
 
@@ -120,7 +161,7 @@ def like(argument: Argument | None, shape: tuple[int, ...], dtype: np.dtype) -> 
         return
     name = argument.name
     if argument.dtype != dtype:
-        raise TypeError(f"{name} must be {dtype}, got {argument.dtype}; convert it with {name}.astype('{dtype}')")
+        raise TypeError(f"{name} must be {dtype}, got {argument.dtype}; {_way_out(argument, dtype)}")
     if argument.shape != shape:
         raise ValueError(f"{name} must have the shape {shape}, got {argument.shape}")
 
@@ -129,9 +170,10 @@ def contiguous(argument: Argument | None, shape: tuple[int, ...], dtype: np.dtyp
     """Check for exactly this shape and data type, in C order, where given."""
     like(argument, shape, dtype)
     if argument is not None and not argument.contiguous:
+        hint = " (writing to a silent copy would lose the result)" if argument.written else ", such as a copy"
         raise ValueError(
             f"{argument.name} must be contiguous in C order, got strides {argument.strides}; pass a contiguous array"
-            " (writing to a silent copy would lose the result)"
+            f"{hint}"
         )
 
 
@@ -147,118 +189,102 @@ def one_device(runtime: Runtime, names: tuple[str, ...], arrays: tuple) -> None:
             raise ValueError(f"{name} is on device {device} but {first} is on device {wanted}; move one of them")
 
 
-def no_overlap(
-    runtime: Runtime | None, names: tuple[str, ...], arrays: tuple, written: int, in_place: tuple[str, ...] = ()
-) -> None:
-    """Check that none of the first `written` arrays shares memory with another one; any may be None.
-
-    The first array may be exactly one of those named by `in_place`: the same memory in the same layout.
-    """
-    if runtime is None:
-        # Arrays that are not views of the same array are told apart by identity: this is the hot path on the CPU.
-        owners = [_owner(array) for array in arrays]
-        ranges = [(0, 0)] * len(arrays)
-    else:
-        owners = [0] * len(arrays)
-        ranges = _byte_ranges(runtime, arrays)
-        if _apart(ranges):
-            return
-    for i in range(written):
-        if owners.count(owners[i]) == 1 or arrays[i] is None:
-            continue
-        start, end = ranges[i]
-        for j in range(i + 1, len(arrays)):
-            if owners[i] != owners[j] or arrays[j] is None:
-                continue
-            if runtime is None:
-                if not np.may_share_memory(arrays[i], arrays[j]):
-                    continue
-            elif start >= ranges[j][1] or ranges[j][0] >= end:
-                continue
-            if i == 0 and names[j] in in_place and _same_layout(runtime, arrays[i], arrays[j]):
-                continue
-            given = [name for name, array in zip(names, arrays, strict=True) if name in in_place and array is not None]
-            hint = f"; {names[0]} may be exactly {' or '.join(given)}" if given else ""
-            raise ValueError(f"{names[i]} overlaps {names[j]} in memory{hint}; pass a separate array")
-
-
-def _apart(ranges: list[tuple[int, int]]) -> bool:
-    """Return whether no two of these ranges overlap."""
-    last = 0
-    for start, end in sorted(ranges):
-        if start < last:
-            return False
-        last = end
-    return True
-
-
-def _owner(array: np.ndarray | None) -> int:
-    """Return a number that arrays share where they may share memory: 0 for all memory that NumPy does not own."""
-    if array is None:
-        return -1
-    base = array.base
-    if base is None:
-        return id(array)
-    return _owner(base) if isinstance(base, np.ndarray) else 0
-
-
-def _same_layout(runtime: Runtime | None, a: Any, b: Any) -> bool:
-    if a is b:
-        return True
-    address = (lambda array: array.ctypes.data) if runtime is None else runtime.pointer
-    return a.shape == b.shape and a.strides == b.strides and address(a) == address(b)
-
-
-def _byte_ranges(runtime: Runtime, arrays: tuple) -> list[tuple[int, int]]:
-    """Return of each array the first address of its memory and the one behind its last; (0, 0) for no memory."""
-    ranges = []
-    for array in arrays:
-        reach = None if array is None else _reach(array.shape, array.strides, array.dtype)
-        if reach is None:
-            ranges.append((0, 0))
-        else:
-            address = runtime.pointer(array)
-            ranges.append((address + reach[0], address + reach[1]))
-    return ranges
-
-
-@lru_cache(maxsize=1024)
-def _reach(shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype) -> tuple[int, int] | None:
-    """Return where the memory of an array starts and ends, in bytes from its first element; None if it has none."""
-    if 0 in shape:
-        return None
-    ends = [(extent - 1) * stride for extent, stride in zip(shape, strides, strict=True)]
-    return sum(end for end in ends if end < 0), sum(end for end in ends if end > 0) + dtype.itemsize
-
-
-def number(name: str, given: float, low: float, high: float = sys.float_info.max) -> float:
-    """Check for a finite real number between two bounds, both allowed; return it as a float."""
-    if type(given) is float and low <= given <= high:
+def number(name: str, given: Any, low: float | None, high: float = sys.float_info.max) -> float:
+    """Check for a finite real number between two bounds, both allowed; return it as a float. No `low` is no bound."""
+    if type(given) is float and low is not None and low <= given <= high:
         return given + 0.0  # -0.0 is 0
+    if isinstance(given, (bool, np.bool_)) or not _is_number(given):
+        raise TypeError(f"{name} must be a number, got {shown(given)}; pass a float")
     try:
         number = float(given)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number, got {given!r}") from None
-    if not (low <= number <= high and math.isfinite(number)):
-        wanted = f"at least {low}" if high == sys.float_info.max else f"between {low} and {high}"
-        raise ValueError(f"{name} must be {wanted} and finite, got {given!r}")
+    except OverflowError:
+        number = math.inf
+    least = -high if low is None else low
+    if not (least <= number <= high and math.isfinite(number)):
+        wanted = f"at least {low} and" if high == sys.float_info.max else f"between {low} and {high} and"
+        raise ValueError(f"{name} must be {'' if low is None else f'{wanted} '}finite, got {shown(given)}")
     return number + 0.0
 
 
-def integer(name: str, given: Any) -> int:
-    """Check for an integer; return it as an int."""
-    if type(given) is int:
+def _is_number(given: Any) -> bool:
+    """Return whether a value is one real number on the host: to read one on a device would wait for it."""
+    if isinstance(given, (np.generic, np.ndarray)):
+        return given.ndim == 0 and (given.dtype.kind in "iuf" or suffix(given.dtype) is not None)
+    return not hasattr(given, "shape") and (hasattr(given, "__float__") or hasattr(given, "__index__"))
+
+
+def epsilon(given: Any, like: Any = None) -> float:
+    """Check for an `eps` of a norm that computes in the accumulator's type of the array `like`; return it as a float.
+
+    A constant channel has the variance 0, so only eps keeps ``1 / sqrt(var + eps)`` finite. Below the smallest normal
+    number it does not on a GPU, which may flush such numbers to 0.
+    """
+    if type(given) is float and SMALLEST_NORMAL[SINGLE] <= given <= LARGEST[SINGLE]:
         return given
+    dtype = getattr(like, "dtype", None)
+    kind = accumulator(dtype) if isinstance(dtype, np.dtype) and suffix(dtype) else np.dtype(np.float64)
+    found = number("eps", given, None)
+    if found < SMALLEST_NORMAL[kind]:
+        raise ValueError(
+            f"eps must be at least {SMALLEST_NORMAL[kind]:.4g}, the smallest normal {kind}, got {shown(given)}: a "
+            "channel of equal values has the variance 0 and would be NaN; pass a small number, such as the usual 1e-5"
+        )
+    if found > LARGEST[kind]:
+        raise ValueError(f"eps must be at most {LARGEST[kind]:.4g}, the largest {kind}, got {shown(given)}")
+    return found
+
+
+def integer(name: str, given: Any, low: int | None = None, high: int | None = None) -> int:
+    """Check for an integer, not below `low` and not above `high` where these are given; return it as an int."""
     try:
-        return operator.index(given)
+        found = given if type(given) is int else operator.index(given)
     except TypeError:
-        raise TypeError(f"{name} must be an integer, got {given!r}") from None
+        found = None
+    if found is None or isinstance(given, bool):
+        raise TypeError(f"{name} must be an integer, got {shown(given)}")
+    if low is not None and (found < low or (high is not None and found > high)):
+        wanted = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"{name} must be {wanted}, got {shown(given)}")
+    return found
+
+
+def one_of(name: str, given: Any, choices: Any) -> None:
+    """Check for one of these names, or None where that is one of them."""
+    if not (type(given) is str or given is None) or given not in choices:
+        wanted = ", ".join(map(str, choices))
+        raise ValueError(f"{name} must be one of {wanted}; got {shown(given)}")
+
+
+def count(name: str, given: Any) -> int:
+    """Check for a number that was counted and saved, as an integer or an array of one; return it as an int."""
+    array = np.asarray(given)
+    if array.shape or array.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be an integer, got {shown(given)}")
+    return integer(name, int(array), 0, MOST_COUNTED)
+
+
+def saved(name: str, given: Any, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Check an array of a saved state; return it in this type, if that only rounds."""
+    if isinstance(given, np.ma.MaskedArray) or hasattr(given, "__cuda_array_interface__"):
+        raise TypeError(f"{name} must be a plain NumPy array, got {shown(given)}; pass what state() returned")
+    array = np.asarray(given)
+    if array.dtype.kind not in "iuf" and suffix(array.dtype) is None:
+        raise TypeError(f"{name} must hold real numbers, got {array.dtype}; pass what state() returned")
+    if array.shape != shape:
+        raise ValueError(f"{name} must have the shape {shape}, got {array.shape}; pass the state of such a network")
+    with np.errstate(over="ignore", invalid="ignore"):
+        converted = array.astype(dtype)
+    if (np.isinf(converted) & ~np.isinf(array)).any():
+        raise ValueError(
+            f"{name} holds numbers beyond the range of {dtype}, got {array.dtype}; load it into {array.dtype}"
+        )
+    return converted
 
 
 def boolean(name: str, given: Any) -> bool:
     """Check for True or False; return it as a bool."""
     if not isinstance(given, (bool, np.bool_)):
-        raise TypeError(f"{name} must be True or False, got {given!r}")
+        raise TypeError(f"{name} must be True or False, got {shown(given)}")
     return bool(given)
 
 
@@ -267,7 +293,7 @@ def renorm_limits(given: Any) -> tuple[float, float] | None:
     if given is None:
         return None
     if not isinstance(given, tuple) or len(given) != 2:
-        raise TypeError(f"renorm must be a tuple (r_max, d_max), such as (3.0, 5.0), got {given!r}")
+        raise TypeError(f"renorm must be a tuple (r_max, d_max), such as (3.0, 5.0), got {shown(given)}")
     return number("r_max", given[0], 1), number("d_max", given[1], 0)
 
 
@@ -276,7 +302,7 @@ def pack_outputs(out: Any, names: tuple[str, ...]) -> tuple:
     if out is None:
         return (None,) * len(names)
     if not isinstance(out, tuple) or len(out) != len(names) or type(None) in map(type, out):
-        raise TypeError(f"out must be a tuple of the {len(names)} arrays ({', '.join(names)}), got {out!r}")
+        raise TypeError(f"out must be a tuple of the {len(names)} arrays ({', '.join(names)}), got {shown(out)}")
     return out
 
 

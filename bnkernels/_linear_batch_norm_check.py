@@ -18,8 +18,7 @@ NORMS = ("batch", "layer", None)
 
 def check_norm(norm: Any) -> None:
     """Check the name of a norm."""
-    if norm not in NORMS:
-        raise ValueError(f"norm must be 'batch', 'layer' or None, got {norm!r}")
+    check.one_of("norm", norm, NORMS)
 
 
 def pack_gradients(out: Any, wanted: tuple[bool, ...]) -> tuple[Any, ...]:
@@ -28,7 +27,7 @@ def pack_gradients(out: Any, wanted: tuple[bool, ...]) -> tuple[Any, ...]:
         return (None,) * 4
     if not isinstance(out, tuple) or [array is not None for array in out] != list(wanted):
         expected = ", ".join(name if want else "None" for name, want in zip(GRADIENTS, wanted, strict=True))
-        raise TypeError(f"out must be the tuple of arrays ({expected}), got {out!r}")
+        raise TypeError(f"out must be the tuple of arrays ({expected}), got {check.shown(out)}")
     return out
 
 
@@ -38,7 +37,7 @@ def checked_forward(
 ) -> tuple[rt.Runtime | None, Sizes, plans.Plan | None]:
     """Check the arrays of `FORWARD_NAMES`; return who runs them, the sizes, and the plan of a batch norm behind."""
     given = dict(zip(FORWARD_NAMES, signatures, strict=True))
-    args = check.arguments(given, ("y", "z", "statistics", "running_mean", "running_var", "gamma", "beta"))
+    args = check.arguments(given, ("y", "z", "statistics", "running_mean", "running_var", "gamma", "beta"), 5)
     sizes = _checked_inputs(args)
     if norm is None and args["gamma"] is not None:
         raise ValueError("gamma belongs to a norm; with norm=None pass beta alone, the bias")
@@ -62,7 +61,7 @@ def checked_backward(
 ) -> tuple[rt.Runtime | None, Sizes, plans.Plan | None]:
     """Check the arrays of `BACKWARD_NAMES`; return who runs them, the sizes, and the plan of a batch norm behind."""
     given = dict(zip(BACKWARD_NAMES, signatures, strict=True))
-    args = check.arguments(given, (*BACKWARD_NAMES[:5], "gamma", "beta", "statistics"))
+    args = check.arguments(given, (*BACKWARD_NAMES[:5], "gamma", "beta", "statistics"), 5)
     sizes = _checked_inputs(args)
     if norm == "layer" and args["statistics"] is None:
         raise ValueError("statistics must be those of the forward, got None; without a norm pass norm=None")

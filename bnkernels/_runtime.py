@@ -174,10 +174,11 @@ def register(runtime: Runtime) -> None:
     runtimes[runtime.array_type] = runtime
 
 
-def runtime_of(kind: type) -> Runtime | None:
+def runtime_of(kind: type, name: str = "") -> Runtime | None:
     """Return what runs kernels on arrays of this type, or None for NumPy arrays, which take the NumPy path.
 
-    Raises TypeError for anything else.
+    Raises TypeError for anything else, with the `name` of the argument: also for those of NumPy's arrays that mean more
+    than their numbers, or multiply in another way.
     """
     runtime = runtimes.get(kind)
     if runtime is not None or kind is np.ndarray:
@@ -187,10 +188,18 @@ def runtime_of(kind: type) -> Runtime | None:
 
         register(_cuda.CudaRuntime())
         return runtimes[kind]
+    name = f"{name}: " if name else ""
     if issubclass(kind, np.ndarray):
+        if issubclass(kind, np.ma.MaskedArray):
+            raise TypeError(
+                f"{name}expected a plain array, got a {kind.__qualname__}, whose mask would be lost; pass its data, "
+                "and to batch norm mask=, True where a value counts; or numpy.ma.filled of it"
+            )
+        if issubclass(kind, np.matrix):
+            raise TypeError(f"{name}expected a plain array, got a {kind.__qualname__}; pass numpy.asarray of it")
         return None
     raise TypeError(
-        f"expected a NumPy or a CuPy array, got {kind.__module__}.{kind.__qualname__}; "
+        f"{name}expected a NumPy or a CuPy array, got {kind.__module__}.{kind.__qualname__}; "
         "other device arrays come in through cupy.from_dlpack, lists through numpy.asarray"
     )
 
@@ -221,7 +230,7 @@ SUFFIX_16 = {"float16": "f16", "bfloat16": "bf16"}
 
 def suffix(dtype: np.dtype) -> str | None:
     """Return the end of the names of the kernels for data of this type; None if there are none."""
-    return SUFFIX.get(dtype) or SUFFIX_16.get(dtype.name)
+    return SUFFIX.get(dtype) or (SUFFIX_16.get(dtype.name) if dtype.isnative else None)
 
 
 def accumulator(dtype: np.dtype) -> np.dtype:

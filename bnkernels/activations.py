@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bnkernels import _check as check
+
 
 class Activation(NamedTuple):
     """One activation: what the kernels know of it, and its functions of arrays, called with the array module."""
@@ -242,13 +244,5 @@ def activation_named(name: str, alpha: float | None = None) -> Activation:
     >>> activation_named("elu").alpha
     1.0
     """
-    if type(name) is not str or name not in _TABLE:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {name!r}")
-    if alpha is not None:
-        try:
-            alpha = float(alpha) + 0.0  # -0.0 is 0
-        except (TypeError, ValueError):
-            raise TypeError(f"alpha must be a number, got {alpha!r}") from None
-        if not math.isfinite(alpha):
-            raise ValueError(f"alpha must be finite, got {alpha!r}")
-    return _made(name, alpha)
+    check.one_of("activation", name, _TABLE)
+    return _made(name, None if alpha is None else check.number("alpha", alpha, None))

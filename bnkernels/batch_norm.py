@@ -18,6 +18,7 @@ from typing import Any
 
 from bnkernels import _batch_norm_plan as plans
 from bnkernels import _check as check
+from bnkernels import _memory as memory
 from bnkernels._batch_norm_general import GRADIENTS, Options, Stage, is_narrow, run
 from bnkernels.activations import activation_named
 
@@ -56,7 +57,8 @@ def batch_norm_forward(
     unbiased : bool
         Whether `running_var` takes the variance over N - 1, as in PyTorch, or over N, as in Flax and Keras.
     eps : float
-        Added to the variance, in the units of ``x**2``.
+        Added to the variance, in the units of ``x**2``: at least the smallest normal number of type A, for a constant
+        channel has the variance 0.
     axis : int
         The axis of the channels: 1, or -1 where they come last.
     residual : array, shape and type of `x`, optional
@@ -115,8 +117,8 @@ def batch_norm_forward(
     --------
     >>> import numpy as np
     >>> x = np.array([[1.0, -2.0], [3.0, 2.0]])
-    >>> y, (mean, mean_low, rstd) = batch_norm_forward(x, eps=0.0)
-    >>> y
+    >>> y, (mean, mean_low, rstd) = batch_norm_forward(x)
+    >>> y.round(3)
     array([[-1., -1.],
            [ 1.,  1.]])
     >>> mean
@@ -130,7 +132,7 @@ def batch_norm_forward(
             return out
     y, statistics = check.pack_outputs(out, ("y", "statistics"))
     momentum, unbiased = check.number("momentum", momentum, 0, 1), check.boolean("unbiased", unbiased)
-    eps = check.number("eps", eps, 0)
+    eps = check.epsilon(eps, x)
     axis, phi = check.integer("axis", axis), activation_named(activation, alpha)
     if mask is not None or grouped is not False or renorm is not None or is_narrow(x, gamma, beta):
         options = Options(phi, eps, momentum, unbiased, check.renorm_limits(renorm))
@@ -140,7 +142,7 @@ def batch_norm_forward(
     arrays = (y, statistics, running_mean, running_var, x, residual, gamma, beta)
     plan = plans.plan_forward(axis, *check.signatures(arrays))
     if out is not None or running_mean is not None or running_var is not None:
-        check.no_overlap(plan.runtime, plans.FORWARD_NAMES, arrays, written=4, in_place=("x", "residual"))
+        memory.outputs(plan.runtime, plans.FORWARD_NAMES, arrays, written=4, in_place=("x", "residual"))
     y, statistics, _ = plans.run_forward(plan, arrays, momentum, eps, phi, unbiased, call)
     return y, statistics
 
@@ -233,5 +235,5 @@ def batch_norm_backward(
     arrays = (*outputs, *given, None, None)
     plan = plans.plan_backward(axis, *check.signatures(arrays))
     if out is not None:
-        check.no_overlap(plan.runtime, plans.BACKWARD_NAMES, arrays, written=4, in_place=("dy", "x", "residual"))
+        memory.outputs(plan.runtime, plans.BACKWARD_NAMES, arrays, written=4, in_place=("dy", "x", "residual"))
     return plans.run_backward(plan, arrays, 0.0, phi, call=call)

@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from bnkernels import _check as check
+from bnkernels import _memory as memory
 from bnkernels import _runtime as rt
 from bnkernels._batch_norm_double_backward_numpy import double_backward_host
 from bnkernels._batch_norm_launch import double_backward_launch
@@ -30,7 +31,7 @@ ARGUMENTS = rt.arguments_type(
 @lru_cache(maxsize=1024)
 def _plan(axis: int, *signatures: check.Signature | None) -> Plan:
     """Check the signatures of the arrays NAMES; plan the call."""
-    args, layout = _checked(NAMES, signatures, axis, (*OUTPUTS, "ddx", "ddresidual", "ddgamma", "ddbeta"))
+    args, layout = _checked(NAMES, 5, signatures, axis, (*OUTPUTS, "ddx", "ddresidual", "ddgamma", "ddbeta"))
     return _planned(args, layout, TENSORS, double_backward_launch)
 
 
@@ -128,9 +129,9 @@ def batch_norm_double_backward(
         outputs = check.pack_outputs(out, OUTPUTS)
     axis, phi = check.integer("axis", axis), activation_named(activation, alpha)
     arrays = (*outputs, ddx, dy, x, residual, ddresidual, ddgamma, ddbeta, gamma, beta, statistics)
-    plan = _plan(axis, *map(check.signature, arrays))
+    plan = _plan(axis, *check.signatures(arrays))
     if out is not None:
-        check.no_overlap(plan.runtime, NAMES, arrays, written=5, in_place=TENSORS)
+        memory.outputs(plan.runtime, NAMES, arrays, written=5, in_place=TENSORS)
     return _run(plan, arrays, phi)
 
 

@@ -37,9 +37,9 @@ def batch_norm_scale_shift(
     Raises
     ------
     TypeError
-        If an argument is not an array of the right kind, or arrays of NumPy and CuPy are mixed.
+        If an argument is not an array of floating point, or arrays of NumPy and CuPy are mixed.
     ValueError
-        If shapes differ or `eps` is negative.
+        If shapes differ, or `eps` is not positive.
 
     See Also
     --------
@@ -53,7 +53,7 @@ def batch_norm_scale_shift(
     Examples
     --------
     >>> import numpy as np
-    >>> batch_norm_scale_shift(None, None, np.array([3.0]), np.array([4.0]), eps=0.0)
+    >>> batch_norm_scale_shift(None, None, np.array([3.0]), np.array([3.75]), eps=0.25)
     (array([0.5]), array([-1.5]))
     """
     scale, shift = _scale_shift(gamma, beta, running_mean, running_var, eps)
@@ -82,7 +82,7 @@ def fold_batch_norm(
         Of the layer.
     gamma, beta : array, shape (C,), or None
         Scale and shift of the batch norm; None is 1 and 0.
-    running_mean, running_var : array, shape (C,)
+    running_mean, running_var : array, shape (C,), floating point
         Running statistics.
     eps : float
         Added to the variance, in its units.
@@ -99,9 +99,9 @@ def fold_batch_norm(
     Raises
     ------
     TypeError
-        If an argument is not an array of the right kind, or arrays of NumPy and CuPy are mixed.
+        If an argument is not an array of floating point, or arrays of NumPy and CuPy are mixed.
     ValueError
-        If shapes do not fit, `axis` is not one of `weight`, or `eps` is negative.
+        If shapes do not fit, `axis` is not one of `weight`, or `eps` is not positive.
 
     See Also
     --------
@@ -115,16 +115,15 @@ def fold_batch_norm(
     --------
     >>> import numpy as np
     >>> weight, bias = np.array([[1.0, 2.0]]), np.array([1.0])
-    >>> fold_batch_norm(weight, bias, None, None, np.array([3.0]), np.array([4.0]), eps=0.0)
+    >>> fold_batch_norm(weight, bias, None, None, np.array([3.0]), np.array([3.75]), eps=0.25)
     (array([[0.5, 1. ]]), array([-1.]))
     """
-    vectors = {"bias": bias, "gamma": gamma, "beta": beta, "running_mean": running_mean, "running_var": running_var}
-    signatures = {name: check.signature(array) for name, array in ({"weight": weight} | vectors).items()}
-    arguments = check.arguments(signatures, ("bias", "gamma", "beta"))
-    ndim = len(arguments["weight"].shape)
+    arrays = {"weight": weight, "bias": bias, "gamma": gamma, "beta": beta}
+    _check_arrays(**arrays, running_mean=running_mean, running_var=running_var)
+    axis, ndim = check.integer("axis", axis), len(weight.shape)
     if not -ndim <= axis < ndim:
         raise ValueError(
-            f"axis must be one of the {ndim} axes of weight, which has the shape {weight.shape}; got {axis}"
+            f"axis must be one of the {ndim} axes of weight, of the shape {weight.shape}; got {check.shown(axis)}"
         )
     channels = weight.shape[axis]
     if running_mean.shape != (channels,):
@@ -141,11 +140,19 @@ def fold_batch_norm(
     return folded.astype(weight.dtype), moved.astype(weight.dtype)
 
 
+def _check_arrays(**arrays: Any) -> None:
+    """Check for arrays of floating point: integers would cut off what comes out."""
+    given = check.arguments({n: check.signature(array) for n, array in arrays.items()}, ("bias", "gamma", "beta"))
+    for argument in given.values():
+        if argument is not None:
+            check.floating(argument)
+
+
 def _scale_shift(gamma: Any, beta: Any, running_mean: Any, running_var: Any, eps: float) -> tuple[Any, Any]:
     """Check the vectors; return scale and shift in float64."""
-    eps = check.number("eps", eps, 0)
+    eps = check.epsilon(eps)
     vectors = {"running_mean": running_mean, "running_var": running_var, "gamma": gamma, "beta": beta}
-    check.arguments({name: check.signature(array) for name, array in vectors.items()}, ("gamma", "beta"))
+    _check_arrays(**vectors)
     for name, array in vectors.items():
         if array is not None and (array.ndim != 1 or array.shape != running_mean.shape):
             raise ValueError(

@@ -11,6 +11,7 @@ from typing import Any
 
 from bnkernels import _batch_norm_plan as plans
 from bnkernels import _check as check
+from bnkernels import _memory as memory
 from bnkernels._batch_norm_general import GRADIENTS, Options, Stage, is_narrow, run
 from bnkernels.activations import activation_named
 
@@ -73,7 +74,7 @@ def batch_norm_inference(
     Examples
     --------
     >>> import numpy as np
-    >>> batch_norm_inference(np.array([[3.0]]), None, None, np.array([1.0]), np.array([4.0]), eps=0.0)
+    >>> batch_norm_inference(np.array([[3.0]]), None, None, np.array([1.0]), np.array([3.75]), eps=0.25)
     array([[1.]])
     """
     given = x, residual, gamma, beta, running_mean, running_var
@@ -83,7 +84,7 @@ def batch_norm_inference(
         call = plans.INFERENCE_LAUNCHES.again(outputs, given, None, eps, axis, activation, alpha)
         if call is True:
             return out
-    eps = check.number("eps", eps, 0)
+    eps = check.epsilon(eps, x)
     axis, phi = check.integer("axis", axis), activation_named(activation, alpha)
     if mask is not None or grouped is not False or is_narrow(x, gamma, beta):
         named = {"out": out, "x": x, "residual": residual, "mask": mask, "gamma": gamma, "beta": beta}
@@ -92,7 +93,7 @@ def batch_norm_inference(
     arrays = (out, *given)
     plan = plans.plan_inference(axis, *check.signatures(arrays))
     if out is not None:
-        check.no_overlap(plan.runtime, plans.INFERENCE_NAMES, arrays, written=1, in_place=("x", "residual"))
+        memory.outputs(plan.runtime, plans.INFERENCE_NAMES, arrays, written=1, in_place=("x", "residual"))
     return plans.run_inference(plan, arrays, eps, phi, call)
 
 
@@ -155,17 +156,17 @@ def batch_norm_inference_backward(
     Examples
     --------
     >>> import numpy as np
-    >>> one, four = np.array([1.0]), np.array([4.0])
-    >>> batch_norm_inference_backward(np.array([[3.0]]), np.array([[5.0]]), None, None, one, four, eps=0.0)
+    >>> mean, var = np.array([1.0]), np.array([3.75])
+    >>> batch_norm_inference_backward(np.array([[3.0]]), np.array([[5.0]]), None, None, mean, var, eps=0.25)
     (array([[1.5]]), array([6.]), array([3.]))
     """
     given, running = (dy, x, residual, gamma, beta), (running_mean, running_var)
     call = None
     if mask is None and grouped is False:
-        call = plans.BACKWARD_LAUNCHES.again(out, given + running, None, eps, axis, activation, alpha)
+        call = plans.INFERENCE_BACKWARD_LAUNCHES.again(out, given + running, None, eps, axis, activation, alpha)
         if call is True:
             return out
-    eps = check.number("eps", eps, 0)
+    eps = check.epsilon(eps, x)
     outputs = check.pack_gradients(out, residual)
     axis, phi = check.integer("axis", axis), activation_named(activation, alpha)
     if mask is not None or grouped is not False or is_narrow(x, gamma, beta):
@@ -174,7 +175,7 @@ def batch_norm_inference_backward(
         returned = GRADIENTS if residual is not None else GRADIENTS[:3]
         return run(Stage.FROZEN, named, returned, Options(phi, eps), axis, check.boolean("grouped", grouped))
     arrays = (*outputs, *given, None, *running)
-    plan = plans.plan_backward(axis, *check.signatures(arrays))
+    plan = plans.plan_inference_backward(axis, *check.signatures(arrays))
     if out is not None:
-        check.no_overlap(plan.runtime, plans.BACKWARD_NAMES, arrays, written=4, in_place=("dy", "x", "residual"))
+        memory.outputs(plan.runtime, plans.BACKWARD_NAMES, arrays, written=4, in_place=("dy", "x", "residual"))
     return plans.run_backward(plan, arrays, eps, phi, call=call)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bnkernels import _check as check
+from bnkernels import _memory as memory
 from bnkernels import _runtime as rt
 from bnkernels._batch_norm_general import Options, Stage, run
 from bnkernels._batch_norm_general_numpy import merge_host
@@ -122,11 +123,11 @@ def batch_norm_statistics(
     array([ 3.,  4.,  0., 26.])
     """
     statistics, merged = check.pack_outputs(out, ("statistics", "merged"))
-    options = check.number("momentum", momentum, 0, 1), check.boolean("unbiased", unbiased), check.number("eps", eps, 0)
+    options = check.number("momentum", momentum, 0, 1), check.boolean("unbiased", unbiased), check.epsilon(eps, moments)
     arrays = (statistics, merged, running_mean, running_var, moments)
     plan = _plan(*check.signatures(arrays))
     if any(array is not None for array in arrays[:4]):
-        check.no_overlap(plan.runtime, NAMES, arrays, written=4)
+        memory.outputs(plan.runtime, NAMES, arrays, written=4)
     if statistics is None:
         statistics, merged = (rt.empty(plan.runtime, (rows, plan.channels), moments) for rows in (3, 4))
     written = statistics, merged, running_mean, running_var
@@ -153,10 +154,9 @@ class _Plan(NamedTuple):
 @lru_cache(maxsize=1024)
 def _plan(*signatures: check.Signature | None) -> _Plan:
     """Check the signatures of the arrays NAMES."""
-    args = check.arguments(dict(zip(NAMES, signatures, strict=True)), NAMES[:-1])
+    args = check.arguments(dict(zip(NAMES, signatures, strict=True)), NAMES[:-1], written=4)
     moments = args["moments"]
-    if moments.dtype not in rt.SUFFIX:
-        raise TypeError(f"moments must be float32 or float64, as batch_norm_moments returns them, got {moments.dtype}")
+    check.wide(moments)
     if len(moments.shape) != 3 or moments.shape[1] != 4:
         raise ValueError(f"moments must have the shape (K, 4, C), of K parts, got {moments.shape}; stack the parts")
     parts, _, channels = moments.shape
@@ -271,8 +271,8 @@ def batch_norm_gradient_sums(
     --------
     >>> import numpy as np
     >>> x, dy = np.array([[1.0], [3.0]]), np.array([[1.0], [2.0]])
-    >>> statistics, _ = batch_norm_statistics(batch_norm_moments(x)[None], eps=0.0)
-    >>> batch_norm_gradient_sums(dy, x, None, None, statistics)[:, 0]
+    >>> statistics, _ = batch_norm_statistics(batch_norm_moments(x)[None])
+    >>> batch_norm_gradient_sums(dy, x, None, None, statistics)[:, 0].round(3)
     array([3., 1., 2.])
     """
     axis, phi = check.integer("axis", axis), activation_named(activation, alpha)

@@ -6,19 +6,21 @@ each larger one; NumPy arrays run the same steps op by op.
 
 from __future__ import annotations
 
-from itertools import pairwise
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from bnkernels import _check as check
+from bnkernels import _memory as memory
 from bnkernels import _runtime as rt
 from bnkernels._cooperative import counters
 from bnkernels._fused_training_launch import MOST_EXAMPLES, OPTIMIZERS, Choice, Sizes, choose, why_not
+from bnkernels._fused_training_network import Layer, Network, check_network, check_places, check_rows
 from bnkernels._fused_training_numpy import train_host
 from bnkernels.activations import activation_named
 from bnkernels.mini_batch import check_seed, random_rows
-from bnkernels.parameter_update import ADAM_EPS, BETA1, BETA2, update_schedule
+from bnkernels.parameter_update import ADAM_EPS, BETA1, BETA2, state_names, update_schedule
 
 POINTERS = "x labels indices seeds schedule layers parameters first second running losses rates"
 SIZES = "steps batch depth parameter_count running_count rows index_stride data_rows first_step"
@@ -29,66 +31,8 @@ ARGUMENTS = {
         f"{POINTERS} memory arrivals", f"{SIZES} memory_count blocks width widest", SCALARS, "activation optimizer"
     ),
 }
+__all__ = ["Layer", "Network", "fused_training"]
 NAMES = ("losses", "parameters", "first", "second", "running", "x", "labels", "indices")
-
-
-class Layer(NamedTuple):
-    """A layer: its sizes, and where its parameters and running statistics begin in the flat arrays; -1: it has none.
-
-    Attributes
-    ----------
-    inputs, outputs : int
-        Its sizes.
-    weight : int
-        Where the weights (inputs, outputs) begin in the parameters.
-    gamma : int
-        Where gamma begins; -1 for a layer without a norm.
-    shift : int
-        Where beta begins, or without a norm the bias.
-    mean, variance : int
-        Where its running statistics begin, where they are tracked.
-    """
-
-    inputs: int
-    outputs: int
-    weight: int
-    gamma: int
-    shift: int
-    mean: int = -1
-    variance: int = -1
-
-
-class Network(NamedTuple):
-    """What is trained: its layers, of which the last one gives the logits, and the numbers that go with them.
-
-    Attributes
-    ----------
-    layers : tuple of Layer
-        From the inputs to the logits.
-    activation : str
-        Of the hidden layers, with its usual alpha.
-    momentum : float or None
-        Weight of the new statistics in the running ones; None gives the plain average of all mini-batches.
-    unbiased : bool
-        Whether running variances are over N - 1.
-    eps : float
-        Of the norms.
-    norm : {"batch", "layer"}
-        That of the layers that have a gamma.
-    """
-
-    layers: tuple[Layer, ...]
-    activation: str = "relu"
-    momentum: float | None = 0.1
-    unbiased: bool = True
-    eps: float = 1e-5
-    norm: str = "batch"
-
-    @property
-    def scratch_rows(self) -> int:
-        """With layer norm the outputs of the widest hidden layer, for all of which its gradients need room; else 0."""
-        hidden = [layer.outputs for layer in self.layers if layer.gamma >= 0]
-        return max(hidden, default=0) if self.norm == "layer" else 0
 
 
 def fused_training(
@@ -124,12 +68,13 @@ def fused_training(
     x : array, shape (rows, inputs), dtype of `parameters`
         Examples; C order. Never written.
     labels : array, shape (rows,), int32
-        Their classes. One outside the classes makes the loss and the parameters NaN.
+        Their classes. On a GPU one outside the classes makes the loss and the parameters NaN: to look would wait for
+        the device.
     batch : int
         Examples of a mini-batch, from 2 to 512.
     indices : array, shape (steps, batch) or (M, steps, batch), int32, optional
-        Which rows are the mini-batches, of all models or of each. They are not checked: reading them would synchronise.
-        Without them the mini-batches are the rows in their order; what is left over is not used.
+        Which rows are the mini-batches, of all models or of each. On a GPU they are not checked: to look would
+        wait for the device. Without them the mini-batches are the rows in their order; what is left over is not used.
     seed : int or sequence of M ints, optional
         Of all models or of each: draw the mini-batches at random, with replacement, as `random_rows` says.
     steps : int, optional
@@ -154,7 +99,8 @@ def fused_training(
     TypeError
         If an argument is not an array of the right kind or data type, or arrays of NumPy and CuPy are mixed.
     ValueError
-        If a shape, layout or value is wrong, arrays overlap, or the network does not fit; nothing is changed then.
+        If a shape, layout or value is wrong, arrays or layers overlap, the network does not fit, or, for NumPy arrays,
+        a label or an index is out of range; nothing is changed then.
 
     Notes
     -----
@@ -177,27 +123,25 @@ def fused_training(
     >>> losses.shape, bool(losses[-1] < losses[0])
     ((25,), True)
     """
-    activation_named(network.activation)
-    if network.norm not in ("batch", "layer"):
-        raise ValueError(f"norm must be 'batch' or 'layer', got {network.norm!r}; without a norm, layers have no gamma")
+    check_network(network, parameters)
     batch = check.integer("batch", batch)
-    before = check.integer("steps_before", steps_before), check.integer("batches_before", batches_before)
-    if optimizer not in OPTIMIZERS:
-        raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}; got {optimizer!r}")
-    if len(state) != OPTIMIZERS[optimizer]:
-        raise ValueError(f"state of {optimizer} must be {OPTIMIZERS[optimizer]} arrays, got {len(state)}")
+    counts = {"steps_before": steps_before, "batches_before": batches_before}
+    before = tuple(check.integer(name, count, 0, check.MOST_COUNTED) for name, count in counts.items())
+    state_names(optimizer, state)
     first, second = (*state, None, None)[:2]
     arrays = (out, parameters, first, second, running, x, labels, indices)
     if (seed is None) != (steps is None) or (seed is not None and indices is not None):
         raise ValueError("seed and steps go together, and without indices: they draw the mini-batches")
     runtime, models, steps = _checked(network, batch, arrays, steps)
-    rates, seeds = _rates(lr, models), None if seed is None else _seeds(seed, models)
-    check.no_overlap(runtime, NAMES, arrays, written=5)
+    rates = np.array([check.number("lr", rate, 0) for rate in _of_each("lr", lr, models)])
+    seeds = None if seed is None else np.array([check_seed(one) for one in _of_each("seed", seed, models)], np.uint32)
+    memory.outputs(runtime, NAMES, arrays, written=5)
     losses = rt.empty(runtime, (*parameters.shape[:-1], steps), parameters) if out is None else out
     schedule = _schedule(network, optimizer, steps, *before)
     if steps == 0:
         return losses
     if runtime is None:
+        check_rows(network, labels, indices, steps, batch, seeds is not None)
         _train_each(network, batch, optimizer, arrays[1:], losses, rates, seeds, before)
         return losses
     check.one_device(runtime, NAMES, arrays)
@@ -274,46 +218,36 @@ def _schedule(network: Network, optimizer: str, steps: int, steps_before: int, b
     return schedule
 
 
-def _rates(lr: Any, models: int) -> np.ndarray:
-    """Check the learning rate or rates; return one for each model."""
-    if np.ndim(lr) == 0:
-        return np.full(models, check.number("lr", lr, 0))
-    if len(lr) != models or np.ndim(lr) != 1:
-        raise ValueError(f"lr must be a number or {models} of them, one for each model, got {lr!r}")
-    return np.array([check.number("lr", rate, 0) for rate in lr])
-
-
-def _seeds(seed: Any, models: int) -> np.ndarray:
-    """Check the seed or seeds; return one for each model."""
-    seeds = [seed] * models if np.ndim(seed) == 0 else list(seed)
-    if len(seeds) != models:
-        raise ValueError(f"seed must be a number or {models} of them, one for each model, got {seed!r}")
-    return np.array([check_seed(one) for one in seeds], np.uint32)
+def _of_each(name: str, given: Any, models: int) -> list[Any]:
+    """Return what was given for all models, or for each, as one for each."""
+    if not (isinstance(given, Sequence) or getattr(given, "ndim", 0) == 1) or isinstance(given, (str, bytes)):
+        return [given] * models
+    if len(given) != models:
+        raise ValueError(f"{name} must be a number or {models} of them, one for each model, got {check.shown(given)}")
+    return list(given)
 
 
 def _checked(network: Network, batch: int, arrays: tuple, drawn: int | None) -> tuple[rt.Runtime | None, int, int]:
     """Check all arrays; return who runs the networks, how many there are, and the number of steps, `drawn` if given."""
     signatures = dict(zip(NAMES, check.signatures(arrays), strict=True))
-    args = check.arguments(signatures, ("losses", "first", "second", "running", "indices"))
+    args = check.arguments(signatures, ("losses", "first", "second", "running", "indices"), written=5)
     parameters, x = args["parameters"], args["x"]
-    if parameters.dtype not in rt.SUFFIX:
-        raise TypeError(f"parameters must be float32 or float64, got {parameters.dtype}")
+    check.wide(parameters)
     if not 2 <= batch <= MOST_EXAMPLES:
-        raise ValueError(
-            f"batch must be from 2 to {MOST_EXAMPLES}, got {batch}; train larger mini-batches layer by layer"
-        )
+        wanted = f"batch must be from 2 to {MOST_EXAMPLES}"
+        raise ValueError(f"{wanted}, got {check.shown(batch)}; train larger mini-batches layer by layer")
     inputs = network.layers[0].inputs
     if len(x.shape) != 2 or x.shape[1] != inputs or x.shape[0] >= 2**31:
         raise ValueError(f"x must have the shape (rows, {inputs}), of less than 2**31 rows, got {x.shape}")
     if len(parameters.shape) not in (1, 2) or 0 in parameters.shape[:-1]:
         raise ValueError(f"parameters must have the shape (P,), or (M, P) with M of at least 1, got {parameters.shape}")
     *of_models, count = parameters.shape
-    _check_layers(network, count, None if args["running"] is None else (0, *args["running"].shape)[-1])
+    check_places(network, count, None if args["running"] is None else (0, *args["running"].shape)[-1])
     steps, indices = x.shape[0] // batch, args["indices"]
     if drawn is not None:
-        steps = check.integer("steps", drawn)
-        if steps < 0 or x.shape[0] == 0:
-            raise ValueError(f"drawing takes at least 0 steps, and rows of x to draw from; got {steps}, {x.shape[0]}")
+        steps = check.integer("steps", drawn, 0)
+        if x.shape[0] == 0:
+            raise ValueError("x must have rows to draw from, got none; or pass neither seed nor steps")
     if indices is not None:
         own = of_models if len(indices.shape) == 3 else []
         steps = (*indices.shape, 0)[len(own)]
@@ -326,17 +260,3 @@ def _checked(network: Network, batch: int, arrays: tuple, drawn: int | None) -> 
         check.contiguous(args["running"], (*of_models, *args["running"].shape[-1:]), parameters.dtype)
     check.contiguous(args["losses"], (*of_models, steps), parameters.dtype)
     return rt.runtime_of(parameters.kind), of_models[0] if of_models else 1, steps
-
-
-def _check_layers(network: Network, parameters: int, running: int | None) -> None:
-    """Check that the layers go with each other, and lie within the parameters and running statistics of a model."""
-    layers = network.layers
-    if any(one.outputs != two.inputs for one, two in pairwise(layers)):
-        raise ValueError(f"each layer must have as many inputs as the one before has outputs, got {layers}")
-    parts = [(layer.weight, layer.inputs * layer.outputs) for layer in layers]
-    parts += [(start, layer.outputs) for layer in layers for start in (max(layer.gamma, 0), layer.shift)]
-    if any(start < 0 or start % 4 or start + size > parameters for start, size in parts):
-        raise ValueError(f"layers must begin at multiples of 4 within the {parameters} parameters")
-    kept = [(start, layer.outputs) for layer in layers if layer.gamma >= 0 for start in (layer.mean, layer.variance)]
-    if running is not None and any(start < 0 or start + size > running for start, size in kept):
-        raise ValueError(f"means and variances of the layers must lie within the {running} running statistics")

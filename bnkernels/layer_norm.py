@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from bnkernels import _check as check
+from bnkernels import _memory as memory
 from bnkernels import _runtime as rt
 from bnkernels._cooperative import counters
 from bnkernels._layer_norm_launch import MOST_PARTIALS, VECTOR, Choice, Rows, choose_backward, choose_forward
@@ -52,7 +53,8 @@ def layer_norm_forward(
     gamma, beta : array, shape (C,), type A, optional
         Scale and shift of every feature; without them 1 and 0.
     eps : float
-        Added to the variance, in the units of ``x**2``.
+        Added to the variance, in the units of ``x**2``: at least the smallest normal number of type A, for a constant
+        row has the variance 0.
     activation : str
         What follows: one of `bnkernels.activations.ACTIVATIONS`.
     alpha : float, optional
@@ -91,11 +93,11 @@ def layer_norm_forward(
     array([[-0.894,  0.894],
            [ 0.   ,  0.   ]])
     """
-    phi, eps = activation_named(activation, alpha), check.number("eps", eps, 0)
+    phi, eps = activation_named(activation, alpha), check.epsilon(eps, x)
     y, statistics = check.pack_outputs(out, ("y", "statistics"))
     arrays = (y, statistics, x, gamma, beta)
     runtime, matrix = _checked_forward(*check.signatures(arrays))
-    check.no_overlap(runtime, FORWARD_NAMES, arrays, written=2, in_place=("x",))
+    memory.outputs(runtime, FORWARD_NAMES, arrays, written=2, in_place=("x",))
     if y is None:
         y = rt.empty(runtime, x.shape, x)
         statistics = rt.empty(runtime, (3, *x.shape[:-1]), x, rt.accumulator(x.dtype))
@@ -173,7 +175,7 @@ def layer_norm_backward(
     dx, dgamma, dbeta = check.pack_outputs(out, ("dx", "dgamma", "dbeta"))
     arrays = (dx, dgamma, dbeta, workspace, dy, x, gamma, beta, statistics)
     runtime, matrix = _checked_backward(*check.signatures(arrays))
-    check.no_overlap(runtime, BACKWARD_NAMES, arrays, written=4, in_place=("dy",))
+    memory.outputs(runtime, BACKWARD_NAMES, arrays, written=4, in_place=("dy",))
     kind = rt.accumulator(x.dtype)
     if dx is None:
         dx = rt.empty(runtime, x.shape, x)
@@ -229,7 +231,7 @@ def _matrix(array: np.ndarray) -> np.ndarray:
 def _checked_forward(*signatures: check.Signature | None) -> tuple[rt.Runtime | None, Rows]:
     """Check the arrays of `FORWARD_NAMES`; return who runs them, and the sizes."""
     optional = ("y", "statistics", "gamma", "beta")
-    args = check.arguments(dict(zip(FORWARD_NAMES, signatures, strict=True)), optional)
+    args = check.arguments(dict(zip(FORWARD_NAMES, signatures, strict=True)), optional, written=2)
     matrix = _checked_rows(args)
     check.contiguous(args["y"], args["x"].shape, matrix.dtype)
     return rt.runtime_of(args["x"].kind), matrix
@@ -239,7 +241,7 @@ def _checked_forward(*signatures: check.Signature | None) -> tuple[rt.Runtime | 
 def _checked_backward(*signatures: check.Signature | None) -> tuple[rt.Runtime | None, Rows]:
     """Check the arrays of `BACKWARD_NAMES`; return who runs them, and the sizes."""
     optional = ("dx", "dgamma", "dbeta", "workspace", "gamma", "beta")
-    args = check.arguments(dict(zip(BACKWARD_NAMES, signatures, strict=True)), optional)
+    args = check.arguments(dict(zip(BACKWARD_NAMES, signatures, strict=True)), optional, written=4)
     matrix, workspace = _checked_rows(args), args["workspace"]
     for name in ("dx", "dy"):
         check.contiguous(args[name], args["x"].shape, matrix.dtype)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bnkernels import _check as check
+from bnkernels import _memory as memory
 from bnkernels._batch_norm_plan import (
     Plan,
     plan_backward,
@@ -97,7 +98,7 @@ class BatchNorm:
         self.parameters, self.gradients = parameters, gradients
         self.running_mean, self.running_var = running_mean, running_var
         self.momentum, self.unbiased = momentum, check.boolean("unbiased", unbiased)
-        self.eps, self.activation = check.number("eps", eps, 0), activation
+        self.eps, self.activation = check.epsilon(eps, parameters["gamma"]), activation
         self.batches = 0  # on the host: a counter on the device would cost a launch per step
         self._phi = activation_named(activation)
         self._plans: dict[Callable, tuple[list, Plan]] = {}  # the last of each kind
@@ -111,6 +112,8 @@ class BatchNorm:
             return run_inference(self._plan(plan_inference, arrays, (1,)), arrays, self.eps, self._phi)
         arrays = (None, None, *running, x, None, *vectors)
         plan = self._plan(plan_forward, arrays, (4,))
+        if plan.runtime is None:
+            memory.writable(("running_mean", "running_var"), running)
         momentum = 1 / (self.batches + 1) if self.momentum is None else self.momentum
         y, statistics, kept = run_forward(plan, arrays, momentum, self.eps, self._phi, self.unbiased)
         if training:
@@ -123,7 +126,10 @@ class BatchNorm:
         vectors = self.parameters["gamma"], self.parameters["beta"]
         outputs = dy, self.gradients["gamma"], self.gradients["beta"]
         arrays = (*outputs, None, dy, self.x, None, *vectors, self.statistics, None, None)
-        return run_backward(self._plan(plan_backward, arrays, (4, 5)), arrays, self.eps, self._phi, self._kept)[0]
+        plan = self._plan(plan_backward, arrays, (4, 5))
+        if plan.runtime is None:
+            memory.writable(("dy", "gradient of gamma", "gradient of beta"), outputs)
+        return run_backward(plan, arrays, self.eps, self._phi, self._kept)[0]
 
     def _plan(self, plan: Callable[..., Plan], arrays: tuple, varying: tuple[int, ...]) -> Plan:
         """Return the plan for these arrays, of which only the `varying` ones differ between calls."""
@@ -152,7 +158,8 @@ class LayerNorm:
         self, parameters: dict[str, Any], gradients: dict[str, Any], *, eps: float = 1e-5, activation: str = "identity"
     ) -> None:
         self.parameters, self.gradients = parameters, gradients
-        self.eps, self.activation = check.number("eps", eps, 0), activation
+        self.eps, self.activation = check.epsilon(eps, parameters["gamma"]), activation
+        activation_named(activation)
 
     def forward(self, x: Any, *, training: bool) -> Any:
         """Return the output, of the shape of `x`, (N, C)."""

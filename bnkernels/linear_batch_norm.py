@@ -14,6 +14,7 @@ import numpy as np
 
 from bnkernels import _batch_norm_plan as plans
 from bnkernels import _check as check
+from bnkernels import _memory as memory
 from bnkernels import _runtime as rt
 from bnkernels._cooperative import counters
 from bnkernels._linear_batch_norm_check import (
@@ -30,6 +31,7 @@ from bnkernels.activations import Activation, activation_named
 from bnkernels.batch_norm_inference import batch_norm_inference, batch_norm_inference_backward
 from bnkernels.layer_norm import layer_norm_backward, layer_norm_forward
 
+NOTHING = 1e-30  # an eps that a variance of 1 does not notice
 SIZES = "rows inputs outputs width"
 ARGUMENTS = {
     "forward": rt.arguments_type(
@@ -119,18 +121,18 @@ def linear_batch_norm_forward(
     --------
     >>> import numpy as np
     >>> x, weight = np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([[3.0], [1.0]])
-    >>> y, z, statistics = linear_batch_norm_forward(x, weight, eps=0.0)
-    >>> z.T, y.T
+    >>> y, z, statistics = linear_batch_norm_forward(x, weight)
+    >>> z.T, y.T.round(3)
     (array([[3., 1.]]), array([[ 1., -1.]]))
     """
     phi = activation_named(activation, alpha)
     momentum, unbiased = check.number("momentum", momentum, 0, 1), check.boolean("unbiased", unbiased)
-    eps = check.number("eps", eps, 0)
+    eps = check.epsilon(eps, x)
     check_norm(norm)
     y, z, statistics = (*check.pack_outputs(out, ("y", "z", "statistics")[: 3 if norm else 2]), None)[:3]
     arrays = (y, z, statistics, running_mean, running_var, x, weight, gamma, beta)
     runtime, sizes, plan = checked_forward(norm, *check.signatures(arrays))
-    check.no_overlap(runtime, FORWARD_NAMES, arrays, written=5)
+    memory.outputs(runtime, FORWARD_NAMES, arrays, written=5)
     y, z = (rt.empty(runtime, (sizes.rows, sizes.outputs), x) if array is None else array for array in (y, z))
     if norm and statistics is None:
         statistics = rt.empty(runtime, statistics_shape(norm, sizes), x, rt.accumulator(x.dtype))
@@ -147,7 +149,7 @@ def linear_batch_norm_forward(
         elif norm == "layer":
             layer_norm_forward(z, gamma, beta, eps=eps, out=(y, statistics), **options)
         else:
-            batch_norm_inference(z, None, beta, *_no_statistics(runtime, x, sizes), eps=0.0, out=y, **options)
+            batch_norm_inference(z, None, beta, *_no_statistics(runtime, x, sizes), eps=NOTHING, out=y, **options)
         return y, z, statistics
     pointers = rt.addresses(runtime, x, weight, gamma, beta, z, y, statistics, running_mean, running_var)
     _launch(runtime, "forward", norm, sizes, chosen, pointers, (momentum, float(unbiased), eps), phi, x)
@@ -231,7 +233,7 @@ def linear_batch_norm_backward(
     outputs = pack_gradients(out, wanted)
     arrays = (*outputs, workspace, dy, x, weight, gamma, beta, z, statistics)
     runtime, sizes, plan = checked_backward(norm, *check.signatures(arrays))
-    check.no_overlap(runtime, BACKWARD_NAMES, arrays, written=5)
+    memory.outputs(runtime, BACKWARD_NAMES, arrays, written=5)
     shapes = (x.shape, weight.shape, weight.shape[1:], weight.shape[1:])
     types = (x.dtype, x.dtype, *[rt.accumulator(x.dtype)] * 2)
     dx, dweight, dgamma, dbeta = outputs = tuple(
@@ -252,7 +254,7 @@ def linear_batch_norm_backward(
             layer_norm_backward(dy, z, gamma, beta, statistics, out=(dz, dgamma, dbeta), **options)
         else:
             unused, running = rt.empty(runtime, dbeta.shape, dbeta), _no_statistics(runtime, x, sizes)
-            batch_norm_inference_backward(dy, z, None, beta, *running, eps=0.0, out=(dz, unused, dbeta), **options)
+            batch_norm_inference_backward(dy, z, None, beta, *running, eps=NOTHING, out=(dz, unused, dbeta), **options)
         _multiply(runtime, x.T, dz, dweight)
         if input_gradient:
             _multiply(runtime, dz, weight.T, dx)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from bnkernels import _check as check
+from bnkernels import _memory as memory
 from bnkernels import _runtime as rt
 
 NAMES = ("x_out", "labels_out", "scalars", "counter", "x", "labels", "schedule", "indices")
@@ -74,7 +75,7 @@ def mini_batch(
     x_out, labels_out, scalars = check.pack_outputs(out, NAMES[:3])
     arrays = (x_out, labels_out, scalars, counter, x, labels, schedule, indices)
     runtime = _checked(*check.signatures(arrays))
-    check.no_overlap(runtime, NAMES, arrays, written=4)
+    memory.outputs(runtime, NAMES, arrays, written=4)
     if runtime is None:
         _numpy(x, labels, schedule, counter, indices, x_out, labels_out, scalars)
         return out
@@ -119,10 +120,9 @@ def _numpy(
 
 @lru_cache(maxsize=1024)
 def _checked(*signatures: check.Signature | None) -> rt.Runtime | None:
-    args = check.arguments(dict(zip(NAMES, signatures, strict=True)), ("indices",))
+    args = check.arguments(dict(zip(NAMES, signatures, strict=True)), ("indices",), written=4)
     x, x_out, schedule = args["x"], args["x_out"], args["schedule"]
-    if x.dtype not in rt.SUFFIX:
-        raise TypeError(f"x must be float32 or float64, got {x.dtype}")
+    check.wide(x)
     if len(x.shape) != 2 or len(schedule.shape) != 2:
         raise ValueError(f"x and schedule must have two dimensions, got the shapes {x.shape} and {schedule.shape}")
     batch = x_out.shape[0] if x_out.shape else 0
@@ -157,6 +157,13 @@ def random_rows(seed: int, count: int, rows: int, start: int = 0) -> np.ndarray:
     array, shape (count,), int32
         On the host, whoever draws the same.
 
+    Raises
+    ------
+    TypeError
+        If an argument is not an integer.
+    ValueError
+        If one is out of range.
+
     Notes
     -----
     Every number is made of its place alone, by Philox-2x32-10 [1]_, and 2**32 numbers are divided among the rows: the
@@ -173,12 +180,12 @@ def random_rows(seed: int, count: int, rows: int, start: int = 0) -> np.ndarray:
     >>> random_rows(7, 2, 1000, start=1).tolist() == random_rows(7, 3, 1000)[1:].tolist()
     True
     """
-    seed, count, start = check_seed(seed), check.integer("count", count), check.integer("start", start)
-    if count < 0 or start < 0:
-        raise ValueError(f"count and start must be at least 0, got {count} and {start}")
-    if not 0 < rows < 2**31:
-        raise ValueError(f"rows must be from 1 to 2**31 - 1, got {rows}")
-    counter = np.arange(start, start + count, dtype=np.uint64)
+    seed, count, start = check_seed(seed), check.integer("count", count, 0), check.integer("start", start, 0)
+    if start + count > 2**64:
+        raise ValueError(f"start + count must be at most 2**64, got {check.shown(start)} and {check.shown(count)}")
+    if not 0 < check.integer("rows", rows) < 2**31:
+        raise ValueError(f"rows must be from 1 to 2**31 - 1, got {check.shown(rows)}")
+    counter = np.arange(count, dtype=np.uint64) + np.uint64(start)
     half = np.uint64(HALF)
     low, high = counter & np.uint64(LOW), counter >> half
     for turn in range(10):
@@ -191,5 +198,5 @@ def random_rows(seed: int, count: int, rows: int, start: int = 0) -> np.ndarray:
 def check_seed(seed: int) -> int:
     """Return the seed of `random_rows`, if it is one."""
     if not 0 <= check.integer("seed", seed) <= LOW:
-        raise ValueError(f"seed must be from 0 to 2**32 - 1, got {seed}")
+        raise ValueError(f"seed must be from 0 to 2**32 - 1, got {check.shown(seed)}")
     return int(seed)

@@ -50,7 +50,7 @@ class MLP:
         What stands before the hidden layers' activations.
     activation : str
         Of the hidden layers: one of `bnkernels.activations.ACTIVATIONS`, with its usual `alpha`.
-    dtype : {'float32', 'float64'}
+    dtype : {'float32', 'float64'}, or what NumPy takes for one
         Of parameters and activations.
     seed : int
         Of the initial weights.
@@ -71,8 +71,10 @@ class MLP:
 
     Raises
     ------
+    TypeError
+        If `sizes` are no integers, `xp` is no array module, or a number is none.
     ValueError
-        If a size is not positive, or a name is unknown.
+        If a size is not positive, a name is unknown, or a number is out of range.
 
     Examples
     --------
@@ -96,20 +98,20 @@ class MLP:
         eps: float = 1e-5,
         track_running_stats: bool = True,
     ) -> None:
-        self.sizes = tuple(int(size) for size in sizes)
-        if len(self.sizes) < 2 or min(self.sizes) < 1:
-            raise ValueError(f"sizes must be at least the numbers of inputs and classes, all positive; got {sizes}")
-        if norm not in NORMS:
-            raise ValueError(f"norm must be one of {', '.join(NORMS)}; got {norm!r}")
+        self.sizes = _sizes(sizes)
+        check.one_of("norm", norm, NORMS)
         activation_named(activation)
-        if dtype not in ("float32", "float64"):
-            raise ValueError(f"dtype must be float32 or float64, got {dtype!r}")
-        self.norm, self.activation, self.dtype, self.xp = norm, activation, dtype, xp
+        if not hasattr(xp, "matmul"):
+            raise TypeError(f"xp must be an array module, numpy or cupy, got {check.shown(xp)}; import it and pass it")
+        self.norm, self.activation, self.dtype, self.xp = norm, activation, _data_type(dtype), xp
         shapes = self._shapes()
         self._starts, self.parameters, self._parameters = self._flat(shapes)
         _, self.gradients, self._gradients = self._flat(shapes)
         self._initialise(np.random.default_rng(seed))
-        self._options = {"momentum": momentum, "unbiased": unbiased, "eps": eps}
+        momentum = momentum if momentum is None else check.number("momentum", momentum, 0, 1)
+        eps = check.epsilon(eps, self.parameters)
+        self._options = {"momentum": momentum, "unbiased": check.boolean("unbiased", unbiased), "eps": eps}
+        self._logits: tuple[int, ...] | None = None  # the shape that the last forward in training gave them
         self._build(check.boolean("track_running_stats", track_running_stats))
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
@@ -187,9 +189,17 @@ class MLP:
         -------
         array, shape (N, classes)
             Unnormalised log-probabilities.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If `x` is not such an array; nothing is changed then.
         """
+        self._check("x", x, self.sizes[0])
         for layer in self.layers:
             x = layer.forward(x, training=training)
+        if training:
+            self._logits = x.shape
         return x
 
     @np.errstate(all="ignore")  # as kernels do, which have no warnings
@@ -200,9 +210,31 @@ class MLP:
         ----------
         dlogits : array, shape (N, classes)
             Gradient of the loss with respect to the logits.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If `dlogits` is not such an array.
+        RuntimeError
+            If there was no `forward` in training.
         """
+        if self._logits is None:
+            raise RuntimeError("backward needs what a forward keeps: call forward(x, training=True) before it")
+        self._check("dlogits", dlogits, *reversed(self._logits))
         for layer in reversed(self.layers):
             dlogits = layer.backward(dlogits)
+
+    def _check(self, name: str, array: Any, columns: int, rows: int | None = None) -> None:
+        """Check for a matrix beside the parameters, of their type."""
+        mine, shape = self.parameters, getattr(array, "shape", ())
+        fits = len(shape) == 2 and shape[1] == columns and rows in (None, shape[0])
+        if fits and type(array) is type(mine) and array.dtype == mine.dtype:
+            return
+        args = check.arguments({name: check.signature(array), "parameters": check.signature(mine)})
+        check.like(args[name], shape, mine.dtype)
+        if not fits:
+            wanted = "N" if rows is None else str(rows)
+            raise ValueError(f"{name} must have the shape ({wanted}, {columns}), got {shape}")
 
     @property
     def fused(self) -> Network:
@@ -260,18 +292,46 @@ class MLP:
 
         Raises
         ------
+        TypeError
+            If something is not an array of real numbers; nothing is changed then.
         ValueError
-            If a name is missing or unknown, or a shape differs; nothing is changed then.
+            If a name is missing or unknown, a shape differs, or a number does not fit; nothing is changed then.
         """
         mine = self._parameters | self._running
-        expected = {name: view.shape for name, view in mine.items()} | dict.fromkeys(self._norms, ())
-        if expected.keys() != state.keys():
-            missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+        expected = {*mine, *self._norms}
+        if expected != set(state):
+            missing, extra = (
+                check.shown(sorted(map(str, names))) for names in (expected - set(state), set(state) - expected)
+            )
             raise ValueError(f"the state is of another network: missing {missing}, unknown {extra}")
-        for name, shape in expected.items():
-            if np.shape(state[name]) != shape:
-                raise ValueError(f"the state's {name} must have the shape {shape}, got {np.shape(state[name])}")
-        for name, view in mine.items():
-            view[...] = self.xp.asarray(np.asarray(state[name], self.dtype))
+        dtype = self.parameters.dtype
+        arrays = {n: check.saved(f"the state's {n}", state[n], view.shape, dtype) for n, view in mine.items()}
+        batches = {name: check.count(f"the state's {name}", state[name]) for name in self._norms}
+        arrays = {name: self.xp.asarray(array) for name, array in arrays.items()}
+        for name, array in arrays.items():
+            mine[name][...] = array
         for name, norm in self._norms.items():
-            norm.batches = int(state[name])
+            norm.batches = batches[name]
+
+
+def _sizes(given: Any) -> tuple[int, ...]:
+    """Check the sizes of a network; return them as a tuple."""
+    if not isinstance(given, (Sequence, np.ndarray)) or isinstance(given, str):
+        raise TypeError(f"sizes must be a sequence such as (64, 20, 10), got {check.shown(given)}")
+    sizes = tuple(check.integer("a size", size) for size in given)
+    if len(sizes) < 2 or min(sizes) < 1:
+        raise ValueError(
+            f"sizes must be at least the numbers of inputs and classes, all positive; got {check.shown(given)}"
+        )
+    return sizes
+
+
+def _data_type(given: Any) -> str:
+    """Return the name of a data type that a network may have."""
+    try:
+        name = "" if given is None else np.dtype(given).name
+    except TypeError:
+        name = ""
+    if name not in ("float32", "float64"):
+        raise ValueError(f"dtype must be float32 or float64, got {check.shown(given)}")
+    return name

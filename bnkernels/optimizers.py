@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 
 import numpy as np
 
+from bnkernels import _check as check
 from bnkernels.mlp import MLP
 from bnkernels.parameter_update import adam_update, momentum_update, sgd_update
 
@@ -25,18 +26,18 @@ class Optimizer(ABC):
 
     def __init__(self, model: MLP, *, lr: float) -> None:
         self.parameters, self.gradients, self.xp = model.parameters, model.gradients, model.xp
-        self.lr = lr
+        self.lr = check.number("lr", lr, 0)
         self.steps = 0
         self.arrays = {name: self.xp.zeros_like(self.parameters) for name in self.state_names}
 
     def step(self) -> None:
         """Update the parameters from their gradients."""
+        self.update(self.steps + 1)
         self.steps += 1
-        self.update()
 
     @abstractmethod
-    def update(self) -> None:
-        """Launch the update of step `steps`."""
+    def update(self, step: int) -> None:
+        """Launch the update of this step, the first of which is 1."""
 
     def state(self) -> dict[str, np.ndarray]:
         """Return copies of the state on the host, by name; `steps` is the number of steps made."""
@@ -44,20 +45,29 @@ class Optimizer(ABC):
         return {name: np.array(host(array)) for name, array in self.arrays.items()} | {"steps": np.array(self.steps)}
 
     def load_state(self, state: dict[str, np.ndarray]) -> None:
-        """Take the state from what `state` returned; ValueError if it is another optimiser's or network's."""
-        expected = {name: self.parameters.shape for name in self.state_names} | {"steps": ()}
-        found = {name: np.shape(array) for name, array in state.items()}
-        if found != expected:
-            raise ValueError(f"the state is not of this {type(self).__name__}: expected {expected}, got {found}")
-        for name, array in self.arrays.items():
-            array[...] = self.xp.asarray(np.asarray(state[name], self.parameters.dtype))
-        self.steps = int(state["steps"])
+        """Take the state from what `state` returned.
+
+        TypeError or ValueError if it is another optimiser's or network's, or no state; nothing is changed then.
+        """
+        expected = [*self.state_names, "steps"]
+        if set(state) != set(expected):
+            names = check.shown(sorted(map(str, state)))
+            raise ValueError(f"the state is not of this {type(self).__name__}: expected {expected}, got {names}")
+        shape, dtype = self.parameters.shape, self.parameters.dtype
+        arrays = {name: check.saved(f"the state's {name}", state[name], shape, dtype) for name in self.arrays}
+        steps, arrays = (
+            check.count("the state's steps", state["steps"]),
+            {n: self.xp.asarray(a) for n, a in arrays.items()},
+        )
+        for name, array in arrays.items():
+            self.arrays[name][...] = array
+        self.steps = steps
 
 
 class SGD(Optimizer):
     """Stochastic gradient descent; see `sgd_update`."""
 
-    def update(self) -> None:
+    def update(self, step: int) -> None:
         """Launch the update."""
         sgd_update(self.parameters, self.gradients, lr=self.lr)
 
@@ -67,7 +77,7 @@ class Momentum(Optimizer):
 
     state_names = ("velocity",)
 
-    def update(self) -> None:
+    def update(self, step: int) -> None:
         """Launch the update."""
         momentum_update(self.parameters, self.gradients, self.arrays["velocity"], lr=self.lr)
 
@@ -77,10 +87,10 @@ class Adam(Optimizer):
 
     state_names = ("first", "second")
 
-    def update(self) -> None:
+    def update(self, step: int) -> None:
         """Launch the update."""
         moments = self.arrays["first"], self.arrays["second"]
-        adam_update(self.parameters, self.gradients, *moments, step=self.steps, lr=self.lr)
+        adam_update(self.parameters, self.gradients, *moments, step=step, lr=self.lr)
 
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {"sgd": SGD, "momentum": Momentum, "adam": Adam}
@@ -105,9 +115,10 @@ def make_optimizer(name: str, model: MLP, lr: float) -> Optimizer:
 
     Raises
     ------
+    TypeError
+        If the learning rate is no number.
     ValueError
-        If there is no such optimiser.
+        If there is no such optimiser, or the learning rate is negative or not finite.
     """
-    if name not in OPTIMIZERS:
-        raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}; got {name!r}")
+    check.one_of("optimizer", name, OPTIMIZERS)
     return OPTIMIZERS[name](model, lr=lr)

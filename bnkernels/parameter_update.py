@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from bnkernels import _check as check
+from bnkernels import _memory as memory
 from bnkernels import _runtime as rt
 
 ARGUMENTS = rt.arguments_type(
@@ -162,7 +163,7 @@ def adam_update(
     lr, eps = check.number("lr", lr, 0), check.number("eps", eps, 0)
     below_one = float(np.nextafter(1, 0))
     beta1, beta2 = check.number("beta1", beta1, 0, below_one), check.number("beta2", beta2, 0, below_one)
-    step = check.number("step", step, 1)
+    step = check.integer("step", step, 1, 2**63 - 1)
     runtime = _checked(parameters=parameters, first=first, second=second, gradients=gradients)
     corrections = 1 - beta1**step, math.sqrt(1 - beta2**step)
     if runtime is not None:
@@ -201,10 +202,7 @@ def scheduled_update(optimizer: str, parameters: Any, gradients: Any, state: tup
     >>> p
     array([0.5, 2.5])
     """
-    names = STATES.get(optimizer)
-    if names is None or len(state) != len(names):
-        wanted = ", ".join(f"{name} with {len(arrays)} arrays" for name, arrays in STATES.items())
-        raise ValueError(f"optimizer and state must be {wanted}; got {optimizer!r} with {len(state)}")
+    names = state_names(optimizer, state)
     arrays = {"parameters": parameters, **dict(zip(names, state, strict=True)), "gradients": gradients}
     runtime = _checked(**arrays, scalars=scalars)
     if runtime is not None:
@@ -218,6 +216,17 @@ def scheduled_update(optimizer: str, parameters: Any, gradients: Any, state: tup
         _momentum(parameters, gradients, *state, lr, MOMENTUM)
     else:
         _adam(parameters, gradients, *state, lr, BETA1, BETA2, ADAM_EPS, *corrections)
+
+
+def state_names(optimizer: Any, state: Any) -> tuple[str, ...]:
+    """Check the name of an optimiser, and for a tuple of as many arrays as it has; return their names."""
+    check.one_of("optimizer", optimizer, STATES)
+    names = STATES[optimizer]
+    if not isinstance(state, (tuple, list)):
+        raise TypeError(f"state must be a tuple of arrays, for {optimizer} {len(names)}, got {check.shown(state)}")
+    if len(state) != len(names):
+        raise ValueError(f"state of {optimizer} must be {len(names)} arrays ({', '.join(names)}), got {len(state)}")
+    return names
 
 
 def update_schedule(optimizer: str, lr: float, steps: int, *, before: int = 0) -> np.ndarray:
@@ -237,9 +246,18 @@ def update_schedule(optimizer: str, lr: float, steps: int, *, before: int = 0) -
     numpy.ndarray, shape (steps, 3), float64
         The learning rate, and what Adam divides its first moment and the root of its second one by:
         ``1 - beta1**step`` and ``sqrt(1 - beta2**step)``.
+
+    Raises
+    ------
+    TypeError
+        If an option is not of the right kind.
+    ValueError
+        If a name is unknown, or a number out of range.
     """
+    check.one_of("optimizer", optimizer, STATES)
+    steps, before = check.integer("steps", steps, 0), check.integer("before", before, 0, check.MOST_COUNTED)
     schedule = np.ones((steps, 3))
-    schedule[:, 0] = lr
+    schedule[:, 0] = check.number("lr", lr, 0)
     if optimizer == "adam":
         number = np.arange(before + 1, before + steps + 1, dtype=np.float64)
         schedule[:, 1], schedule[:, 2] = 1 - BETA1**number, np.sqrt(1 - BETA2**number)
@@ -297,19 +315,19 @@ def _adam(
 def _checked(**arrays: Any) -> rt.Runtime | None:
     """Check the arrays, of which those before the gradients are written."""
     names, values = tuple(arrays), tuple(arrays.values())
-    runtime = _check_signatures(names, *map(check.signature, values))
+    written = names.index("gradients")
+    runtime = _check_signatures(names, written, *check.signatures(values))
     if runtime is not None:
         check.one_device(runtime, names, values)
-    check.no_overlap(runtime, names, values, written=names.index("gradients"))
+    memory.outputs(runtime, names, values, written)
     return runtime
 
 
 @lru_cache(maxsize=1024)
-def _check_signatures(names: tuple[str, ...], *signatures: check.Signature | None) -> rt.Runtime | None:
-    args = check.arguments(dict(zip(names, signatures, strict=True)))
+def _check_signatures(names: tuple[str, ...], written: int, *signatures: check.Signature | None) -> rt.Runtime | None:
+    args = check.arguments(dict(zip(names, signatures, strict=True)), written=written)
     parameters = args["parameters"]
-    if parameters.dtype not in rt.SUFFIX:
-        raise TypeError(f"parameters must be float32 or float64, got {parameters.dtype}")
+    check.wide(parameters)
     if len(parameters.shape) != 1:
         raise ValueError(f"parameters must be one flat array, got the shape {parameters.shape}; pass a flat view")
     for name, argument in args.items():

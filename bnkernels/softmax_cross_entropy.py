@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from bnkernels import _check as check
+from bnkernels import _memory as memory
 from bnkernels import _runtime as rt
 
 ARGUMENTS = rt.arguments_type("logits labels loss dlogits", "rows classes", "", "")
@@ -55,13 +56,13 @@ def softmax_cross_entropy(logits: Any, labels: Any, *, out: tuple[Any, Any] | No
     """
     loss, dlogits = check.pack_outputs(out, ("loss", "dlogits"))
     arrays = (dlogits, loss, logits, labels)
-    runtime, shape = _checked(*map(check.signature, arrays))
+    runtime, shape = _checked(*check.signatures(arrays))
     if runtime is not None:
         check.one_device(runtime, _NAMES, arrays)
     if out is None:
         loss, dlogits = rt.empty(runtime, shape[:1], logits), rt.empty(runtime, shape, logits)
     else:
-        check.no_overlap(runtime, _NAMES, arrays, written=2, in_place=("logits",))
+        memory.outputs(runtime, _NAMES, arrays, written=2, in_place=("logits",))
 
     if shape[0] == 0:
         return loss, dlogits
@@ -80,9 +81,12 @@ _NAMES = ("dlogits", "loss", "logits", "labels")  # those that are written first
 @lru_cache(maxsize=1024)
 def _checked(*signatures: check.Signature | None) -> tuple[rt.Runtime | None, tuple[int, int]]:
     """Check signatures; return who runs them, and the shape of the logits."""
-    args = check.arguments(dict(zip(_NAMES, signatures, strict=True)), optional=("loss", "dlogits"))
+    args = check.arguments(dict(zip(_NAMES, signatures, strict=True)), optional=("loss", "dlogits"), written=2)
     logits, labels = args["logits"], args["labels"]
-    rows, classes = check.matrix(logits)
+    check.wide(logits)
+    if len(logits.shape) != 2:
+        raise ValueError(f"logits must have the shape (N, K), got {logits.shape}; reshape it to two dimensions")
+    rows, classes = logits.shape
     check.contiguous(logits, (rows, classes), logits.dtype)
     if labels.dtype not in LABELS:
         raise TypeError(f"labels must be int32 or int64, got {labels.dtype}; convert them with labels.astype('int64')")

@@ -25,7 +25,7 @@ ARRAYS = [(op, name) for op in OPS for name in CALLS[op].names]
 
 def forget_plans() -> None:
     """Plans hold on to their runtime."""
-    for plan in (plans.plan_forward, plans.plan_inference, plans.plan_backward):
+    for plan in (plans.plan_forward, plans.plan_inference, plans.plan_backward, plans.plan_inference_backward):
         plan.cache_clear()
 
 
@@ -49,7 +49,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     found = Device(request.param())
     monkeypatch.setattr(_runtime, "runtimes", dict(_runtime.runtimes))
     _runtime.register(found.runtime)
-    for name in ("FORWARD", "INFERENCE", "BACKWARD"):
+    for name in ("FORWARD", "INFERENCE", "BACKWARD", "INFERENCE_BACKWARD"):
         monkeypatch.setattr(plans, f"{name}_LAUNCHES", again.Launches())
     forget_plans()
     pack = _runtime.pack

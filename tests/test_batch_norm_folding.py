@@ -82,7 +82,7 @@ V = np.ones(5)
         ((np.ones((5, 3)), np.ones(3), V, V, V, V), {}, ValueError, r"bias must have the shape \(5,\)"),
         ((np.ones((5, 3)), None, np.ones(4), V, V, V), {}, ValueError, "gamma must be a vector of as many channels"),
         ((np.ones((5, 3)), None, V, V, V, np.ones((5, 1))), {}, ValueError, "running_var must be a vector"),
-        ((np.ones((5, 3)), None, V, V, V, V), {"eps": -1}, ValueError, "eps must be at least 0"),
+        ((np.ones((5, 3)), None, V, V, V, V), {"eps": -1}, ValueError, "eps must be at least 2.225e-308"),
         (([[1.0]], None, V, V, V, V), {}, TypeError, "expected a NumPy or a CuPy array"),
         ((np.ones((5, 3)), None, V, V, None, V), {}, TypeError, "running_mean must be an array, got None"),
     ],

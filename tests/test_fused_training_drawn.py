@@ -80,8 +80,8 @@ def test_every_model_may_draw_its_own(backend: Backend, form: str, rng: np.rando
         ({"seed": -1, "steps": 1}, r"seed must be from 0 to 2\*\*32 - 1, got -1"),
         ({"seed": 2**32, "steps": 1}, r"seed must be from 0 to 2\*\*32 - 1, got 4294967296"),
         ({"seed": [1, 2], "steps": 1}, r"seed must be a number or 1 of them, one for each model, got \[1, 2\]"),
-        ({"seed": 1, "steps": -1}, "drawing takes at least 0 steps, and rows of x to draw from; got -1, 20"),
-        ({"seed": 1, "steps": 1, "rows": 0}, "drawing takes at least 0 steps, and rows of x to draw from; got 1, 0"),
+        ({"seed": 1, "steps": -1}, "steps must be at least 0, got -1"),
+        ({"seed": 1, "steps": 1, "rows": 0}, "x must have rows to draw from, got none"),
     ],
 )
 def test_bad_draws_are_refused(backend: Backend, options: dict, message: str) -> None:

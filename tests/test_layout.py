@@ -23,7 +23,7 @@ HEADER_FIELDS = ("Formulas:", "Arrays:", "Launch:", "Traffic:", "Numerics:", "Ca
 LAYERS = [  # from the bottom; a module imports from its own layer and from those above it in this list
     {"_source"},
     {"_runtime", "_cuda"},
-    {"_check", "activations", "_cooperative"},
+    {"_check", "_memory", "activations", "_cooperative"},
     {path.stem for path in MODULES if path.stem.lstrip("_").startswith(tuple(OPS))},
     {"layers"},
     {"mlp"},

@@ -125,7 +125,7 @@ def test_a_block_owns_examples() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"norm": "group"}, "norm must be 'batch', 'layer' or None, got 'group'"),
+        ({"norm": "group"}, "norm must be one of batch, layer, None; got 'group'"),
         ({"statistics": np.zeros((3, 5), "float32")}, r"statistics must have the shape \(3, 8\)"),
         ({"statistics": None}, "statistics must be those of the forward"),
         ({"running_mean": np.zeros(5, "float32")}, "running_mean belongs to batch norm"),

@@ -201,7 +201,7 @@ def test_no_examples_give_empty_results(backend: Backend, shape: tuple[int, int]
 
 ERRORS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("no classes", {"logits": np.zeros((6, 0), "float32")}, ValueError, r"\(6, 0\): there is no class to be right"),
-    ("one dimension", {"logits": np.zeros(6, "float32")}, ValueError, r"must have the shape \(N, C\), got \(6,\)"),
+    ("one dimension", {"logits": np.zeros(6, "float32")}, ValueError, r"must have the shape \(N, K\), got \(6,\)"),
     ("float16", {"logits": np.zeros((6, 3), "float16")}, TypeError, "must be float32 or float64, got float16"),
     ("labels float", {"labels": np.zeros(6, "float32")}, TypeError, r"int32 or int64, got float32.*astype\('int64'\)"),
     ("labels int8", {"labels": np.zeros(6, "int8")}, TypeError, "labels must be int32 or int64, got int8"),
