@@ -44,11 +44,15 @@ class Optimizer(ABC):
         return {name: np.array(host(array)) for name, array in self.arrays.items()} | {"steps": np.array(self.steps)}
 
     def load_state(self, state: dict[str, np.ndarray]) -> None:
-        """Take the state from what `state` returned; ValueError if it is another optimiser's or network's."""
+        """Take the state from what `state` returned; ValueError if it is another's, and nothing is changed then."""
         expected = {name: self.parameters.shape for name in self.state_names} | {"steps": ()}
         found = {name: np.shape(array) for name, array in state.items()}
         if found != expected:
             raise ValueError(f"the state is not of this {type(self).__name__}: expected {expected}, got {found}")
+        for name, array in state.items():
+            kinds = "iu" if name == "steps" else "f"
+            if np.asarray(array).dtype.kind not in kinds or (name == "steps" and array < 0):
+                raise ValueError(f"the state's {name} must be real numbers, and steps an integer of at least 0")
         for name, array in self.arrays.items():
             array[...] = self.xp.asarray(np.asarray(state[name], self.parameters.dtype))
         self.steps = int(state["steps"])

@@ -33,5 +33,6 @@ def test_default_folders_never_meet(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("bnkernels.runs.strftime", lambda form: "20300102-030405")
     for name in ("digits-20300102-030405", "digits-20300102-030405-2", "digits-20300102-030405-3"):
-        assert default_folder("digits").as_posix() == f"runs/{name}"
-        default_folder("digits").mkdir(parents=True)
+        folder = default_folder("digits")
+        assert folder.as_posix() == f"runs/{name}"
+        assert list(folder.iterdir()) == []
