@@ -58,7 +58,7 @@ def load_run(path: Path) -> tuple[TrainingConfig, dict[str, Any], dict[str, np.n
         "folder": type(folder := meta.get("folder", ".")) is str and folder != "" and "\0" not in folder,
         "networks": type(networks) is dict
         and networks.keys() == set(config.norms)
-        and all(_network_fits(network, config.models) for network in networks.values()),
+        and all(_network_fits(network, config.models, meta.get("epoch")) for network in networks.values()),
     }
     for what, fits in wanted.items():
         if not fits:
@@ -160,11 +160,19 @@ def _generator_fits(state: Any) -> bool:
     return True
 
 
-def _network_fits(network: Any, models: int) -> bool:
-    """Whether the steps and the history of a network, or of an ensemble of so many models, are what a run saves."""
+def _network_fits(network: Any, models: int, epoch: Any) -> bool:
+    """Whether steps and history of a network, or an ensemble of so many models, are what a run saves in that epoch."""
     if type(network) is not dict or not _natural(network.get("step")) or type(network.get("history")) is not list:
         return False
-    return all(_entry_fits(entry, MEASURED, models) for entry in network["history"])
+    history = network["history"]
+    if (
+        not _natural(epoch)
+        or len(history) < epoch
+        or not all(_entry_fits(entry, MEASURED, models) for entry in history)
+    ):
+        return False
+    steps = [0, *(entry["step"] for entry in history)]
+    return all(_natural(step) for step in steps) and steps == sorted(set(steps)) and steps[-1] <= network["step"]
 
 
 def _entry_fits(entry: Any, measured: tuple[str, ...], models: int) -> bool:
