@@ -55,7 +55,7 @@ def load_run(path: Path) -> tuple[TrainingConfig, dict[str, Any], dict[str, np.n
         "data_digest": type(meta.get("data_digest")) is str,
         "epoch": _natural(meta.get("epoch")),
         "generator": _generator_fits(meta.get("generator")),
-        "folder": type(folder := meta.get("folder", ".")) is str and folder != "" and "\0" not in folder,
+        "folder": _is_path(meta.get("folder", ".")),
         "networks": type(networks) is dict
         and networks.keys() == set(config.norms)
         and all(_network_fits(network, config.models, meta.get("epoch")) for network in networks.values()),
@@ -83,6 +83,7 @@ def run_folder(path: Path, meta: Mapping[str, Any], given: str | Path | None) ->
     if own or (given is not None and Path(given).resolve() == folder.resolve()) or _holds(folder, meta["networks"]):
         return RunFolder(folder, path)
     shown = str(folder) if len(str(folder)) <= 300 else f"...{str(folder)[-300:]}"
+    shown = shown if shown.isprintable() else ascii(shown)
     raise CheckpointError(
         f"{path} says that the folder of its run is {shown}, which holds nothing of that run yet: "
         "if it is right, give it as --out (folder=)"
@@ -92,10 +93,9 @@ def run_folder(path: Path, meta: Mapping[str, Any], given: str | Path | None) ->
 def _holds(folder: Path, networks: Mapping[str, Any]) -> bool:
     """Whether a folder has the metrics of the run: of every network the first entries of its history."""
     metrics = folder / "metrics.json"
-    if not metrics.is_file():  # to open a pipe would wait for its writer
-        return False
     try:
-        histories = json.loads(metrics.read_bytes())["history"]
+        # To open a pipe would wait for its writer.
+        histories = json.loads(metrics.read_bytes())["history"] if metrics.is_file() else {}
         found = [(network["history"], histories[norm]) for norm, network in networks.items()]
         return all(0 < len(known) <= len(saved) and saved[: len(known)] == known for saved, known in found)
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
@@ -133,8 +133,18 @@ def _field_fits(name: str, value: Any, default: Any) -> bool:
     if name in ("epochs", "steps"):
         return value is None or _natural(value)
     if name == "data":
-        return value is None or (type(value) is str and "\0" not in value)
+        return value is None or _is_path(value)
     return type(value) is type(default) and (type(value) is str or _natural(value))
+
+
+def _is_path(value: Any) -> bool:
+    """Whether the file system could have such a name."""
+    if type(value) is not str or not value or "\0" in value:
+        return False
+    try:
+        return bool(os.fsencode(value))
+    except UnicodeEncodeError:
+        return False
 
 
 def _natural(value: Any) -> bool:

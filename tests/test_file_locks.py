@@ -74,6 +74,23 @@ def test_many_that_take_turns_are_never_two_at_once(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
+def test_a_lock_of_a_file_that_was_removed_meanwhile_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between opening and locking the hidden file, its holder may end and remove it, and the next one make another."""
+    path, try_lock, lock = tmp_path / "file", files._try_lock, tmp_path / ".file.lock"
+
+    def late(descriptor: int) -> bool:
+        monkeypatch.setattr(files, "_try_lock", try_lock)
+        lock.unlink()
+        lock.write_text("the next one's")
+        return try_lock(descriptor)
+
+    monkeypatch.setattr(files, "_try_lock", late)
+    with locked(path):
+        assert lock.read_text() == str(os.getpid())
+        with pytest.raises(InUseError), locked(path):
+            pass
+
+
 def test_a_planted_link_is_no_lock(tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_bytes(b"precious")

@@ -22,7 +22,25 @@ from bnkernels.runs import TrainingResult
 from bnkernels.saved_run import load_run
 from bnkernels.trainer import Trainer, resume, train
 
-HOSTILE: list[Any] = [None, True, -1, 10**12, 10**400, 0.5, -1.5, 1e300, "", "text", "\0", [], [[]], [-1], {}, {"a": 1}]
+HOSTILE: list[Any] = [
+    None,
+    True,
+    -1,
+    10**12,
+    10**400,
+    0.5,
+    -1.5,
+    1e300,
+    "",
+    "text",
+    "\0",
+    "\ud800",
+    [],
+    [[]],
+    [-1],
+    {},
+    {"a": 1},
+]
 
 
 @pytest.fixture(autouse=True)
@@ -221,6 +239,21 @@ def test_the_command_says_it_in_one_line(run: Path, capsys: pytest.CaptureFixtur
 
 
 # ---- the folder that a checkpoint names -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("named", ["../" * 2000 + "x", "x" * 5000, "\x1b[2J\n", "\udcff"])
+def test_a_folder_of_an_odd_name_is_one_short_line(
+    run: Path, tmp_path: Path, named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    meta, arrays = load_checkpoint(run / "checkpoint.npz")
+    rewritten(run, meta | {"folder": named}, arrays)
+    before = contents(tmp_path)
+    assert cli.main(["train", "--resume", str(run), "--epochs", "3", "--quiet"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("bnkernels: error: ")
+    assert len(err) < 600 + len(str(run))
+    assert err.rstrip("\n").isprintable()
+    assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("victim", ["empty", "absent", "another run", "no metrics"])
