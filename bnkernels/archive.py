@@ -113,7 +113,7 @@ def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
         size = math.prod(shape) * dtype.itemsize
         if dtype.hasobject:
             raise ArchiveError("it holds Python objects")
-        if size != info.file_size - entry.tell() or min(shape, default=0) < 0 or dtype.itemsize == 0:
+        if size != info.file_size - entry.tell() or dtype.itemsize == 0:
             raise ArchiveError("an array is not as large as it declares")
         content = bytearray(size)
         with memoryview(content) as view:

@@ -225,6 +225,15 @@ def test_a_configuration_larger_than_the_file_builds_nothing(run: Path, place: t
         resume(path, epochs=3)
 
 
+def test_more_models_than_arrays_build_nothing(run: Path) -> None:
+    """Of a run at its beginning, whose history does not say how many there are."""
+    meta, arrays = load_checkpoint(run / "checkpoint.npz")
+    meta |= {"epoch": 0, "networks": {norm: {"step": 0, "history": []} for norm in meta["networks"]}}
+    path = rewritten(run, changed(meta, ("config", "models"), 10**9), arrays)
+    with pytest.raises(CheckpointError, match="its arrays are fewer than its models"):
+        load_run(path)
+
+
 def test_the_command_says_it_in_one_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     meta, arrays = load_checkpoint(run / "checkpoint.npz")
     for place in (("config",), ("networks",), ("generator",), ("sizes",), ("epoch",), ("data_digest",)):
