@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -194,11 +195,10 @@ def run_train(options: argparse.Namespace) -> int:
             result = resume(given["resume"], on_epoch=on_epoch, should_stop=should_stop, **places, **config)
         else:
             config = TrainingConfig(**config)
-            places["folder"] = places["folder"] or default_folder(config.dataset)
+            places["folder"] = places["folder"] or partial(default_folder, config.dataset)
             result = train(config, on_epoch=on_epoch, should_stop=should_stop, **places)
     if result.status == "stopped":
-        continuation = f"bnkernels train --resume {result.files['checkpoint']}"
-        print(f"bnkernels: stopped and saved; continue with: {continuation}", file=sys.stderr)
+        print(f"bnkernels: stopped and saved; continue with: {result.continuation}", file=sys.stderr)
         return EXIT_INTERRUPTED
     print(json.dumps(result.document(), indent=2) if options.json else answer(result))
     return 0

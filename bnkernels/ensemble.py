@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from bnkernels.checkpoint import CheckpointError
 from bnkernels.config import TrainingConfig
 from bnkernels.fused_training import fused_training
 from bnkernels.mlp import MLP
-from bnkernels.network import STEPS_PER_LAUNCH, Network
+from bnkernels.network import STEPS_PER_LAUNCH, Network, below
 
 STEPS_IN_TURN = 10  # of a model before it is the next one's turn, between which a run can be interrupted
 
@@ -129,8 +130,17 @@ class Ensemble:
             for name, array in member.arrays().items()
         }
 
-    def load_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Take over what `arrays` returned."""
+    def check_arrays(self, arrays: Mapping[str, np.ndarray], step: int | None = None) -> None:
+        """Refuse what `load_arrays` could not take over as it is, as `Network.check_arrays` does."""
+        numbers = [str(number) for number in range(len(self.members))]
+        for name in arrays:
+            if name.partition("/")[0] not in numbers:
+                raise CheckpointError(f"the checkpoint is of another ensemble: {name[:60]!r} is unknown")
         for number, member in enumerate(self.members):
-            prefix = f"{number}/"
-            member.load_arrays({n[len(prefix) :]: array for n, array in arrays.items() if n.startswith(prefix)})
+            member.check_arrays(below(str(number), arrays), step)
+
+    def load_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Take over what `arrays` returned; CheckpointError where it is another ensemble's, which changes nothing."""
+        self.check_arrays(arrays)
+        for number, member in enumerate(self.members):
+            member.load_arrays(below(str(number), arrays))

@@ -14,6 +14,7 @@ import numpy as np
 from bnkernels._fused_training_launch import Sizes, choose, why_not
 from bnkernels._runtime import Limits, runtime_of, why_no_cuda
 from bnkernels.captured_step import CapturedStep, why_not_captured
+from bnkernels.checkpoint import CheckpointError
 from bnkernels.config import ConfigError, TrainingConfig
 from bnkernels.fused_training import fused_training
 from bnkernels.mlp import MLP
@@ -57,7 +58,12 @@ class Network:
         self.history: list[dict[str, Any]] = []
         self._batch_size, self._config = config.batch_size, config
         self.engine = self._choose_engine(config.engine)
-        self._out = (xp.empty(config.batch_size, config.dtype), xp.empty((config.batch_size, sizes[-1]), config.dtype))
+
+    @cached_property
+    def _out(self) -> tuple[Any, Any]:
+        """Losses and their gradient of a mini-batch; only training needs them."""
+        xp, batch, classes = self.model.xp, self._batch_size, self.model.sizes[-1]
+        return xp.empty(batch, self._config.dtype), xp.empty((batch, classes), self._config.dtype)
 
     def train(self, x: Any, y: Any, first: int, last: int, should_stop: Callable[[], bool]) -> None:
         """Train up to step `last`, or until asked to stop; row 0 of `x` and `y` belongs to step `first`."""
@@ -174,18 +180,53 @@ class Network:
         parts = {"model": self.model.state(), "optimizer": self.optimizer.state()}
         return {f"{part}/{name}": np.asarray(value) for part, state in parts.items() for name, value in state.items()}
 
+    def check_arrays(self, arrays: Mapping[str, np.ndarray], step: int | None = None) -> None:
+        """Refuse what `load_arrays` could not take over as it is.
+
+        Raises
+        ------
+        CheckpointError
+            If a name is missing or unknown, or an array has another type or shape than the network's; or a counter is
+            negative, or another than `step` if that is given.
+        """
+        expected = self.arrays()
+        for name in sorted(expected.keys() ^ arrays.keys()):
+            raise CheckpointError(f"the checkpoint is of another network: {name[:60]!r} is missing or unknown")
+        for name, mine in expected.items():
+            found = arrays[name]
+            if (found.dtype.newbyteorder("="), found.shape) != (mine.dtype, mine.shape):
+                raise CheckpointError(
+                    f"the checkpoint's {name} must be {mine.dtype} of the shape {mine.shape}, got {found.dtype} of "
+                    f"{str(found.shape)[:60]}: it is of another network"
+                )
+            if mine.ndim == 0 and (found < 0 if step is None else found != step):
+                raise CheckpointError(
+                    f"the checkpoint's {name} must be {'at least 0' if step is None else step}, got {found}: its "
+                    "counters contradict each other"
+                )
+
     def load_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Take over what `arrays` returned."""
+        """Take over what `arrays` returned; CheckpointError where it is another network's, which changes nothing."""
+        self.check_arrays(arrays)
         for part, owner in (("model", self.model), ("optimizer", self.optimizer)):
-            prefix = f"{part}/"
-            owner.load_state({name[len(prefix) :]: value for name, value in arrays.items() if name.startswith(prefix)})
+            owner.load_state(below(part, arrays))
+
+
+def below(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the arrays whose names begin with a part, without that part."""
+    start = f"{prefix}/"
+    return {name[len(start) :]: array for name, array in arrays.items() if name.startswith(start)}
 
 
 def load_networks(networks: Mapping[str, Any], meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-    """Give each network its part of a checkpoint."""
+    """Give each network its part of a checkpoint; CheckpointError before the first, if one's part does not fit."""
+    for name in arrays:
+        if name.partition("/")[0] not in networks:
+            raise CheckpointError(f"the checkpoint is of other networks: {name[:60]!r} is unknown")
     for norm, network in networks.items():
-        prefix = f"{norm}/"
-        network.load_arrays({name[len(prefix) :]: array for name, array in arrays.items() if name.startswith(prefix)})
+        network.check_arrays(below(norm, arrays), meta["networks"][norm]["step"])
+    for norm, network in networks.items():
+        network.load_arrays(below(norm, arrays))
         network.step = meta["networks"][norm]["step"]
         network.history = list(meta["networks"][norm]["history"])
 

@@ -55,10 +55,8 @@ class Optimizer(ABC):
             raise ValueError(f"the state is not of this {type(self).__name__}: expected {expected}, got {names}")
         shape, dtype = self.parameters.shape, self.parameters.dtype
         arrays = {name: check.saved(f"the state's {name}", state[name], shape, dtype) for name in self.arrays}
-        steps, arrays = (
-            check.count("the state's steps", state["steps"]),
-            {n: self.xp.asarray(a) for n, a in arrays.items()},
-        )
+        steps = check.count("the state's steps", state["steps"])
+        arrays = {name: self.xp.asarray(array) for name, array in arrays.items()}
         for name, array in arrays.items():
             self.arrays[name][...] = array
         self.steps = steps

@@ -6,12 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bnkernels.checkpoint import load_checkpoint
-from bnkernels.config import TrainingConfig
 from bnkernels.data import DataError, load_dataset
 from bnkernels.ensemble import make_network
 from bnkernels.network import array_module, load_networks
 from bnkernels.runs import RunFolder
+from bnkernels.saved_run import load_run
 
 
 def predict(path: str | Path, *, data: str | Path | None = None, device: str = "auto") -> dict[str, Any]:
@@ -40,8 +39,8 @@ def predict(path: str | Path, *, data: str | Path | None = None, device: str = "
         If the data are missing or do not fit the networks, or the device is not usable.
     """
     path = RunFolder.find_checkpoint(path)
-    meta, arrays = load_checkpoint(path)
-    config = replace(TrainingConfig(**meta["config"]), device=device)
+    config, meta, arrays = load_run(path)
+    config = replace(config, device=device)
     if data is not None:
         config = replace(config, data=str(data))
     dataset = load_dataset(config.dataset, config.data, config.dtype)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import strftime
@@ -15,8 +17,9 @@ from typing import Any
 import numpy as np
 
 import bnkernels
-from bnkernels.checkpoint import CheckpointError, save_checkpoint, write_atomically
+from bnkernels.checkpoint import CheckpointError, save_checkpoint
 from bnkernels.config import ConfigError, TrainingConfig
+from bnkernels.files import FULL, check_replaceable, locked, write_atomically
 from bnkernels.plots import draw_curves
 
 TARGET_ACCURACY = 0.95  # "steps to 95 %"
@@ -63,6 +66,13 @@ class TrainingResult:
         both = {"batch", "none"} <= networks.keys()
         ratio = networks["batch"]["us_per_step"] / networks["none"]["us_per_step"] if both else None
         return {"networks": networks, "step_time_ratio": ratio}
+
+    @property
+    def continuation(self) -> str:
+        """The command that continues the run; a run whose checkpoint lies elsewhere is told its folder."""
+        folder, checkpoint = self.files["metrics"].parent, self.files["checkpoint"]
+        out = [] if checkpoint.parent == folder else ["--out", str(folder)]
+        return shlex.join(["bnkernels", "train", "--resume", str(checkpoint), *out])
 
     def document(self) -> dict[str, Any]:
         """Return everything that JSON can say: the content of ``metrics.json``."""
@@ -112,13 +122,38 @@ def summarise(history: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def default_folder(dataset: str) -> Path:
-    """Return the folder of a run that was given none: named after the data set and the time, and not there yet."""
-    name = f"{dataset}-{strftime('%Y%m%d-%H%M%S')}"
-    folder, repeat = Path("runs", name), 1
-    while folder.exists():
-        repeat += 1
-        folder = Path("runs", f"{name}-{repeat}")
-    return folder
+    """Make the folder of a run that was given none, named after the data set and the time, and return it.
+
+    However many runs begin in one second, each gets a folder of its own: the first to make one has it.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot be made.
+    """
+    name, repeat = f"{dataset}-{strftime('%Y%m%d-%H%M%S')}", 1
+    folder = Path("runs", name)
+    _make(folder.parent)
+    while True:
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            repeat += 1
+            folder = Path("runs", f"{name}-{repeat}")
+        except OSError as error:
+            raise _cannot_make(error) from error
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_make(error) from error
+
+
+def _cannot_make(error: OSError) -> ConfigError:
+    return ConfigError(f"cannot make the folder {error.filename}: {error.strerror}: choose another")
 
 
 @dataclass(frozen=True)
@@ -129,13 +164,16 @@ class RunFolder:
     checkpoint: Path
 
     @classmethod
-    def create(cls, folder: str | Path, checkpoint: str | Path | None = None) -> RunFolder:
-        """Make the folders of a new run.
+    @contextmanager
+    def create(
+        cls, folder: str | Path | Callable[[], Path], checkpoint: str | Path | None = None
+    ) -> Iterator[RunFolder]:
+        """Make the folders of a new run, and keep other runs out of them until the end of the context.
 
         Parameters
         ----------
-        folder : path
-            Where ``metrics.json`` and ``curves.png`` go; created if absent.
+        folder : path or callable
+            Where ``metrics.json`` and ``curves.png`` go; created if absent. A callable makes it and says where.
         checkpoint : path, optional
             The checkpoint; by default ``checkpoint.npz`` in the folder.
 
@@ -143,21 +181,37 @@ class RunFolder:
         ------
         ConfigError
             If a run is there already, or a folder cannot be made.
+        OSError
+            If another run is at work there.
         """
-        run = cls(Path(folder), Path(checkpoint) if checkpoint is not None else Path(folder, CHECKPOINT_NAME))
-        for path in run.files.values():
-            if path.exists():
+        folder = Path(folder() if callable(folder) else folder)
+        run = cls(folder, Path(checkpoint) if checkpoint is not None else folder / CHECKPOINT_NAME)
+        if len({os.path.realpath(path) for path in run.files.values()}) < len(run.files):
+            raise ConfigError(f"the checkpoint {run.checkpoint} would be another file of the run: choose another name")
+        if not run._there():
+            _make(run.folder)
+            _make(run.checkpoint.parent)
+        with run.lock_folder(), locked(run.checkpoint):
+            for path in run._there():
                 raise ConfigError(f"{path} exists already: continue that run with --resume, or choose another place")
-        try:
-            run.folder.mkdir(parents=True, exist_ok=True)
-            run.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"cannot make the folder {error.filename}: {error.strerror}: choose another") from error
-        return run
+            yield run
+
+    def _there(self) -> list[Path]:
+        """Return which of the files are there; a link is, wherever it points."""
+        return [path for path in self.files.values() if os.path.lexists(path)]
+
+    def lock_folder(self) -> AbstractContextManager[None]:
+        """Keep other runs out of the folder; see `locked`."""
+        return locked(self.files["metrics"])
+
+    def check_writable(self) -> None:
+        """Raise the OSError now that writing a file of the run would raise after an epoch's work."""
+        for path in self.files.values():
+            check_replaceable(path)
 
     @classmethod
     def find_checkpoint(cls, path: str | Path) -> Path:
-        """Return the checkpoint that a path means: the file itself, or the one in a run's folder.
+        """Return the checkpoint that a path means: the file itself, or the one in a run's folder; no link to it.
 
         Raises
         ------
@@ -167,7 +221,7 @@ class RunFolder:
         found = Path(path, CHECKPOINT_NAME) if Path(path).is_dir() else Path(path)
         if not found.is_file():
             raise CheckpointError(f"there is no checkpoint {found}: give a run's folder or its checkpoint file")
-        return found
+        return found.resolve() if found.is_symlink() else found  # the run is where the file is, not where the link is
 
     @property
     def files(self) -> dict[str, Path]:
@@ -181,7 +235,12 @@ class RunFolder:
     def save(self, meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
         """Write the checkpoint, which remembers where the folder is, seen from itself."""
         folder = os.path.relpath(self.folder, self.checkpoint.parent)
-        save_checkpoint(self.checkpoint, {**meta, "folder": folder}, arrays)
+        try:
+            save_checkpoint(self.checkpoint, {**meta, "folder": folder}, arrays)
+        except OSError as error:
+            if error.errno in FULL and self.checkpoint.exists():
+                error.strerror = f"{error.strerror}, and --resume continues from it"
+            raise
 
     def write(self, result: TrainingResult) -> None:
         """Write the curves and the metrics, each whole or not at all."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from time import perf_counter
@@ -12,13 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from bnkernels.checkpoint import load_checkpoint
+from bnkernels.checkpoint import CheckpointError
 from bnkernels.config import ConfigError, TrainingConfig
 from bnkernels.data import DataError, Dataset, load_dataset
 from bnkernels.ensemble import Ensemble, make_network
+from bnkernels.files import locked
 from bnkernels.network import Network, array_module, blas_threads, load_networks
 from bnkernels.plots import require_matplotlib
 from bnkernels.runs import RunFolder, TrainingResult
+from bnkernels.saved_run import load_run, run_folder
 
 __all__ = ["ConfigError", "Trainer", "TrainingConfig", "TrainingResult", "resume", "train"]
 
@@ -150,6 +152,8 @@ class Trainer:
 
         Raises
         ------
+        CheckpointError
+            If parts of the state do not belong together, or are not of these networks; nothing is changed then.
         DataError
             If the data are not those the state comes from.
         ConfigError
@@ -157,20 +161,26 @@ class Trainer:
         """
         if meta["data_digest"] != self.dataset.digest:
             raise DataError("the data are not those the checkpoint was trained on: restore them, or start a new run")
+        steps = [network["step"] for network in meta["networks"].values()]
+        first = meta["epoch"] * self.steps_per_epoch
+        if tuple(meta["sizes"]) != self.sizes or not first <= min(steps) <= max(steps) <= first + self.steps_per_epoch:
+            raise CheckpointError(
+                f"the checkpoint's sizes {tuple(meta['sizes'])}, steps {steps} and {meta['epoch']} complete epochs do "
+                "not belong together: take another checkpoint, or start a new run"
+            )
+        if max(steps) > self.total_steps:
+            raise ConfigError(
+                f"the run has already done {max(steps)} steps, more than the {self.total_steps} asked for: give more"
+            )
+        load_networks(self.networks, meta, arrays)
         self.epoch = meta["epoch"]
         self._generator.bit_generator.state = meta["generator"]
-        load_networks(self.networks, meta, arrays)
-        done = max(network.step for network in self.networks.values())
-        if done > self.total_steps:
-            raise ConfigError(
-                f"the run has already done {done} steps, more than the {self.total_steps} asked for: give more"
-            )
 
 
 def train(
     config: TrainingConfig | None = None,
     *,
-    folder: str | Path | None = None,
+    folder: str | Path | Callable[[], Path] | None = None,
     checkpoint: str | Path | None = None,
     dataset: Dataset | None = None,
     on_epoch: Callable[[Trainer], None] = lambda trainer: None,
@@ -182,9 +192,9 @@ def train(
     ----------
     config : TrainingConfig, optional
         What to train; by default 64-20-10 on the digits, with batch norm and without.
-    folder : path, optional
+    folder : path or callable, optional
         Where to write the checkpoint after every epoch, and ``metrics.json`` and ``curves.png`` at the end. By default
-        nothing is written.
+        nothing is written. A callable makes the folder and returns it, once all else is known to be right.
     checkpoint : path, optional
         Another place for the checkpoint; needs a `folder`.
     dataset : Dataset, optional
@@ -204,7 +214,7 @@ def train(
     ConfigError, DataError, ImportError
         If the configuration, the data or the machine do not allow it; nothing has been written then.
     OSError
-        If the folder cannot be written.
+        If the folder cannot be written, or another run is at work there: it is locked to the end of this one.
 
     Examples
     --------
@@ -217,11 +227,11 @@ def train(
     if folder is not None:
         require_matplotlib()
     trainer = Trainer(config or TrainingConfig(), dataset)
-    run = None
-    if folder is not None:
-        run = RunFolder.create(folder, checkpoint)
+    if folder is None:
+        return _run(trainer, None, on_epoch, should_stop)
+    with RunFolder.create(folder, checkpoint) as run:
         run.save(*trainer.state())  # from here on a killed run can be resumed
-    return _run(trainer, run, on_epoch, should_stop)
+        return _run(trainer, run, on_epoch, should_stop)
 
 
 def resume(
@@ -240,7 +250,8 @@ def resume(
     path : path
         The run's folder, or its checkpoint.
     folder, checkpoint : path, optional
-        Where the run is, as it was told `train`: it stays there, so another place is an error.
+        Where the run is, as it was told `train`: it stays there, so another place is an error. The folder must be given
+        where the checkpoint lies outside it and nothing in it says yet that it is the run's: before the run's end.
     on_epoch, should_stop : callable
         As in `train`.
     **options : any
@@ -255,30 +266,36 @@ def resume(
     Raises
     ------
     CheckpointError
-        If there is no checkpoint or it cannot be read.
+        If there is no checkpoint, it cannot be read, or it names a folder that does not know the run.
     ConfigError, DataError, ImportError
         If an option contradicts the run, or the data are missing or others.
     OSError
-        If the folder cannot be written.
+        If the folder cannot be written, or another run is at work there: it is locked to the end of this one.
     """
     require_matplotlib()
     path = RunFolder.find_checkpoint(path)
-    meta, arrays = load_checkpoint(path)
-    run = RunFolder(Path(os.path.normpath(path.parent / meta["folder"])), path)
-    for name, given, place in (("folder", folder, run.folder), ("checkpoint", checkpoint, run.checkpoint)):
-        if given is not None and Path(given).resolve() != place.resolve():
-            raise ConfigError(f"the {name} of the run is {place}, not {given}: drop it or start a new run")
-    trainer = Trainer(_merged(TrainingConfig(**meta["config"]), options))
-    trainer.load_state(meta, arrays)
-    if trainer.finished and all(file.exists() for file in run.files.values()):
-        return _result("already finished", trainer, run)
-    return _run(trainer, run, on_epoch, should_stop)
+    with ExitStack() as locks:
+        locks.enter_context(locked(path))
+        config, meta, arrays = load_run(path)
+        run = run_folder(path, meta, folder)
+        for name, given, place in (("folder", folder, run.folder), ("checkpoint", checkpoint, run.checkpoint)):
+            if given is not None and Path(given).resolve() != place.resolve():
+                raise ConfigError(f"the {name} of the run is {place}, not {given}: drop it or start a new run")
+        locks.enter_context(run.lock_folder())
+        trainer = Trainer(_merged(config, options))
+        trainer.load_state(meta, arrays)
+        if trainer.finished and all(file.exists() for file in run.files.values()):
+            return _result("already finished", trainer, run)
+        run.check_writable()
+        return _run(trainer, run, on_epoch, should_stop)
 
 
 def _merged(config: TrainingConfig, options: Mapping[str, Any]) -> TrainingConfig:
     """Return a run's configuration with the options that may change, after checking that the others do not."""
     saved = asdict(config)
     for name, value in options.items():
+        if name not in saved:
+            raise ConfigError(f"there is no option {name}: a run has {', '.join(saved)}")
         if name not in CHANGEABLE_ON_RESUME and saved[name] != value:
             raise ConfigError(f"the run was started with {name} {saved[name]}, not {value}: drop it or start a new run")
     changes = {name: options[name] for name in CHANGEABLE_ON_RESUME if name in options}

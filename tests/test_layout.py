@@ -30,9 +30,11 @@ LAYERS = [  # from the bottom; a module imports from its own layer and from thos
     {"optimizers"},
     {"captured_step"},
     {"__init__"},  # the public names; what is above may ask it for the version
+    {"files", "archive"},
     {"checkpoint", "data", "plots"},
     {"config"},
     {"network", "runs"},
+    {"saved_run"},
     {"ensemble"},
     {"trainer", "predict", "environment", "reproduce"},
     {"tables"},

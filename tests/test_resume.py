@@ -31,13 +31,11 @@ raise SystemExit(main(sys.argv[3:]))
 # A file object that dies after half of the content is written.
 HALF_WRITTEN = """
 import builtins, os, signal, sys
-from bnkernels import checkpoint
+from bnkernels import files
 from bnkernels.cli import main
 count, calls = int(sys.argv[1]), []
 class Dying:
     def __init__(self, file): self.file = file
-    def __enter__(self): return self
-    def __exit__(self, *error): self.file.close()
     def __getattr__(self, name): return getattr(self.file, name)
     def write(self, content):
         calls.append(None)
@@ -46,7 +44,7 @@ class Dying:
             self.file.flush()
             os.kill(os.getpid(), signal.SIGKILL)
         self.file.write(content)
-checkpoint.open = lambda path, mode: Dying(builtins.open(path, mode))
+files.open = lambda descriptor, mode: Dying(builtins.open(descriptor, mode))
 raise SystemExit(main(sys.argv[2:]))
 """
 
