@@ -192,7 +192,7 @@ BAD = [
     (["--nonsense"], "unrecognized arguments: --nonsense"),
     (["--epoch", "3"], "unrecognized arguments: --epoch"),
     (["--hidden", "a"], "expected widths such as 20 or 100,100,100, got 'a'"),
-    (["--hidden", "0"], "hidden must be at least one layer of at least one neuron"),
+    (["--hidden", "0"], "hidden must be at least 1, got 0"),
     (["--norm", "group"], "invalid choice: 'group'"),
     (["--batch-size", "1"], "batch size must be at least 2, got 1"),
     (["--batch-size", "161"], "at most the 160 training examples, got 161"),

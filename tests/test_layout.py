@@ -30,6 +30,8 @@ LAYERS = [  # from the bottom; a module imports from its own layer and from thos
     {"optimizers"},
     {"captured_step"},
     {"__init__"},  # the public names; what is above may ask it for the version
+    {"memory"},
+    {"data_files"},
     {"checkpoint", "data", "plots"},
     {"config"},
     {"network", "runs"},
