@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from bnkernels.checkpoint import load_checkpoint
-from bnkernels.config import ConfigError, TrainingConfig, require_memory
+from bnkernels.config import ConfigError, TrainingConfig, as_path, require_memory
 from bnkernels.data import DataError, Dataset, load_dataset
 from bnkernels.ensemble import Ensemble, make_network
 from bnkernels.network import EVALUATION_ROWS, Network, array_module, blas_threads, load_networks
@@ -217,6 +217,9 @@ def train(
         raise ConfigError(f"the checkpoint {checkpoint} needs a folder for the rest of the run: give one")
     if folder is not None:
         require_matplotlib()
+        folder = folder if callable(folder) else as_path("folder", folder)
+    if checkpoint is not None:
+        checkpoint = as_path("checkpoint", checkpoint)
     trainer = Trainer(config or TrainingConfig(), dataset)
     run = None
     if folder is not None:
