@@ -152,7 +152,8 @@ class RunFolder:
             run.folder.mkdir(parents=True, exist_ok=True)
             run.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"cannot make the folder {error.filename}: {error.strerror}: choose another") from error
+            reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror
+            raise ConfigError(f"cannot make the folder {error.filename}: {reason}: choose another") from error
         return run
 
     @classmethod

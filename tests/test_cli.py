@@ -219,6 +219,7 @@ BAD = [
     (["--data", "nowhere.npz"], "nowhere.npz does not exist"),
     (["--data", "bad.npz"], "NaN or infinity in 8 rows"),
     (["--dataset", "digits"], "take no path"),
+    (["--out", "data.npz"], "cannot make the folder data.npz: it is a file: choose another"),
     (["--out", "data.npz/run"], "cannot make the folder data.npz/run: Not a directory: choose another"),
     (["--resume", "nowhere"], "there is no checkpoint nowhere"),
     (["--resume", "data.npz"], "data.npz is not a bnkernels checkpoint"),
