@@ -1,5 +1,6 @@
 """Batch normalisation for CuPy: CUDA kernels that need one launch, with NumPy twins of the same signatures."""
 
+from bnkernels import _process  # noqa: F401  first, for an interrupt while the command loads the rest
 from bnkernels.batch_norm import batch_norm_backward, batch_norm_forward
 from bnkernels.batch_norm_double_backward import batch_norm_double_backward
 from bnkernels.batch_norm_folding import batch_norm_scale_shift, fold_batch_norm

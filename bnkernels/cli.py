@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import math
 import signal
 import sys
@@ -16,20 +16,23 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import bnkernels
+from bnkernels import _process
 from bnkernels.checkpoint import CheckpointError
 from bnkernels.config import CHOICES, DEFAULT_EPOCHS, DEFAULT_LEARNING_RATES, ConfigError, TrainingConfig
 from bnkernels.data import DataError
+from bnkernels.documents import to_json
 from bnkernels.environment import report
 from bnkernels.plots import require_matplotlib
 from bnkernels.predict import predict
-from bnkernels.reproduce import SHORTENED, STEPS, Experiment
+from bnkernels.reproduce import SHORTENED, STEPS, Experiment, require_folder
 from bnkernels.reproduce import run as reproduce
 from bnkernels.reproduce import write as write_reproduction
 from bnkernels.runs import default_folder
 from bnkernels.tables import LABELS, answer, heading, row
 from bnkernels.trainer import Trainer, resume, train
 
-EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
+EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 2, 130, 141  # the latter two as a shell says them
+LONGEST = 300  # characters of an error that repeats what was typed
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -43,22 +46,39 @@ def main(arguments: list[str] | None = None) -> int:
     Returns
     -------
     int
-        The exit code: 0, 2 for bad input, 130 after Ctrl-C.
+        The exit code: 0; 2 for bad input; 130 after Ctrl-C; 141 where nobody reads what is printed any more.
     """
-    options = build_parser().parse_args(arguments)
     try:
-        return options.command(options)
+        try:
+            _process.raise_on_interrupt()
+            _process.open_streams()
+            options = build_parser().parse_args(arguments)
+            return options.command(options)
+        finally:
+            _process.flush()
+    except BrokenPipeError:  # as of `bnkernels train | head`
+        return EXIT_BROKEN_PIPE
     except OSError as error:
-        return _fail(f"{error.strerror}: {error.filename}" if error.filename else str(error))
+        reason = error.strerror or str(error)
+        return _fail(f"{reason}: {error.filename}" if error.filename else reason)
     except (CheckpointError, ConfigError, DataError, ImportError) as error:
         return _fail(str(error))
+    except MemoryError as error:
+        return _fail(f"not enough memory: {error}" if str(error) else "not enough memory")
     except KeyboardInterrupt:
-        print("bnkernels: interrupted", file=sys.stderr)
+        _say("interrupted")
         return EXIT_INTERRUPTED
+    finally:
+        _process.end_on_interrupt()
+
+
+def _say(message: str) -> None:
+    with contextlib.suppress(OSError):  # nobody listens
+        print(f"bnkernels: {' '.join(message.split())}", file=sys.stderr)
 
 
 def _fail(message: str) -> int:
-    print(f"bnkernels: error: {' '.join(message.split())}", file=sys.stderr)
+    _say(f"error: {message}")
     return EXIT_BAD_INPUT
 
 
@@ -67,6 +87,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong and where help is, and exit."""
+        message = " ".join(message.split())
+        message = message if len(message) <= LONGEST else f"{message[:LONGEST]}..."
         self.exit(EXIT_BAD_INPUT, f"bnkernels: error: {message}; see {self.prog} --help\n")
 
 
@@ -91,7 +113,9 @@ def build_parser() -> Parser:
     command = commands.add_parser("predict", help="evaluate a checkpoint on the test set", allow_abbrev=False)
     command.set_defaults(command=run_predict)
     command.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's folder or its checkpoint")
-    command.add_argument("--data", metavar="PATH", help="other data of the same kind (default: those of the run)")
+    command.add_argument(
+        "--data", metavar="PATH", help="other data of the same kind, evaluated whole (default: the run's test set)"
+    )
     command.add_argument("--device", choices=CHOICES["device"], default="auto", help="where to compute (default: auto)")
     command.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
 
@@ -122,7 +146,12 @@ def _add_training_options(command: Parser) -> None:
 
     group = command.add_argument_group("data")
     add(group, "dataset", f"what to train on (default: {default.dataset})")
-    add(group, "data", "the folder of MNIST's IDX files, gzipped or not, or an .npz with x and y", metavar="PATH")
+    add(
+        group,
+        "data",
+        "the folder of MNIST's IDX files, gzipped or not, or an .npz with x and y; x_test and y_test if it has them",
+        metavar="PATH",
+    )
     group = command.add_argument_group("network")
     add(
         group,
@@ -190,6 +219,7 @@ def run_train(options: argparse.Namespace) -> int:
     if "hidden" in config:
         config["hidden"] = tuple(config["hidden"])
     places = {"folder": given.get("out"), "checkpoint": given.get("checkpoint")}
+    require_matplotlib()  # first: what installs it installs the progress bar too
     with _stop_on_interrupt() as should_stop, _progress(options.quiet or options.json) as on_epoch:
         if "resume" in given:
             result = resume(given["resume"], on_epoch=on_epoch, should_stop=should_stop, **places, **config)
@@ -200,7 +230,7 @@ def run_train(options: argparse.Namespace) -> int:
     if result.status == "stopped":
         print(f"bnkernels: stopped and saved; continue with: {result.continuation}", file=sys.stderr)
         return EXIT_INTERRUPTED
-    print(json.dumps(result.document(), indent=2) if options.json else answer(result))
+    print(to_json(result.document()) if options.json else answer(result))
     return 0
 
 
@@ -208,14 +238,14 @@ def run_predict(options: argparse.Namespace) -> int:
     """``bnkernels predict``: evaluate a checkpoint."""
     result = predict(options.checkpoint, data=options.data, device=options.device)
     if options.json:
-        print(json.dumps(result, indent=2))
+        print(to_json(result))
         return 0
-    print(f"{result['test_examples']} test examples of {result['dataset']}")
+    examples = "example" if result["test_examples"] == 1 else "examples"
+    print(f"{result['test_examples']} test {examples} of {result['dataset']}")
     for norm, network in result["networks"].items():
-        print(
-            f"{LABELS[norm]:<18}  test accuracy {network['test_accuracy']:.2%}, loss {network['test_loss']:.4f}, "
-            f"after {network['step']} steps"
-        )
+        loss = "not finite" if network["test_loss"] is None else f"{network['test_loss']:.4f}"
+        accuracy = f"test accuracy {network['test_accuracy']:.2%}"
+        print(f"{LABELS[norm]:<18}  {accuracy}, loss {loss}, after {network['step']} steps")
     return 0
 
 
@@ -224,6 +254,7 @@ def run_reproduce(options: argparse.Namespace) -> int:
     given = vars(options)
     experiment = Experiment(**{field.name: given[field.name] for field in fields(Experiment) if field.name in given})
     require_matplotlib()
+    require_folder(given.get("out", "runs"))
     document = reproduce(experiment, say=lambda line: print(line, flush=True))
     files = write_reproduction(document, given.get("out") or default_folder(options.experiment))
     for norm, network in document["networks"].items():
@@ -242,6 +273,9 @@ def run_info(options: argparse.Namespace) -> int:
 def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
     """Turn the first Ctrl-C into a question the trainer asks before every step; the second interrupts at once."""
     requested = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # which alone hears of signals
+        yield requested.is_set
+        return
 
     def request(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)

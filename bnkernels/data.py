@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import zlib
-from dataclasses import dataclass
+import operator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bnkernels.data_files import IN_FILE, DataError, read_mnist, read_npz
+
 DATASETS = ("digits", "mnist", "npz")
-IDX_UINT8_IMAGES, IDX_UINT8_LABELS = 0x0803, 0x0801  # first four bytes: unsigned bytes, three axes or one
-
-
-class DataError(ValueError):
-    """The data are missing or unusable; the message says why and what to do."""
+FIELDS = ("x_train", "y_train", "x_test", "y_test")  # what is IN_FILE in a file
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,11 +26,17 @@ class Dataset:
     name : str
         ``"digits"``, ``"mnist"`` or ``"npz"``.
     x_train, x_test : numpy.ndarray, shape (N, features), float32 or float64
-        The inputs, one row per example.
+        The inputs, one row per example. Any real numbers may be given, of any layout and byte order, and with more
+        axes: they are kept in C order, one row per example, as float64 if `x_train` is, else as float32.
     y_train, y_test : numpy.ndarray, shape (N,), int32
-        The labels, 0 to `n_classes` - 1.
+        The labels, 0 to `n_classes` - 1. Integers of any type may be given.
     n_classes : int
         The number of classes.
+
+    Raises
+    ------
+    DataError
+        If an array is none of those, the arrays do not belong together, or an input is not finite.
     """
 
     name: str
@@ -42,6 +45,27 @@ class Dataset:
     x_test: np.ndarray
     y_test: np.ndarray
     n_classes: int
+
+    def __post_init__(self) -> None:
+        """Check the arrays, and keep them as everything else takes them for granted."""
+        try:
+            n_classes = operator.index(self.n_classes)
+        except TypeError:
+            raise DataError(f"n_classes must be an integer, got {type(self.n_classes).__name__}") from None
+        double = isinstance(self.x_train, np.ndarray) and self.x_train.dtype.type is np.float64  # in either byte order
+        dtype = "float64" if double else "float32"
+        parts = _checked("the data set", FIELDS, tuple(getattr(self, name) for name in FIELDS), dtype, n_classes)
+        for name, value in (*zip(FIELDS, parts, strict=True), ("n_classes", n_classes)):
+            object.__setattr__(self, name, value)
+
+    def astype(self, dtype: str) -> Dataset:
+        """Return the data set with inputs of this type: itself where they are."""
+        if self.x_train.dtype == dtype:
+            return self
+        x_train, _, x_test, _ = _checked(
+            "the data set", FIELDS, tuple(getattr(self, name) for name in FIELDS), dtype, self.n_classes
+        )
+        return replace(self, x_train=x_train, x_test=x_test)
 
     @property
     def n_features(self) -> int:
@@ -102,6 +126,49 @@ def load_dataset(name: str = "digits", path: str | Path | None = None, dtype: st
     return _mnist(Path(path), dtype) if name == "mnist" else _npz(Path(path), dtype)
 
 
+def load_examples(
+    name: str, path: str | Path, dtype: str, n_classes: int, trained_on: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Load the examples of other data that a trained network is to be evaluated on.
+
+    Parameters
+    ----------
+    name, path, dtype
+        As of `load_dataset`.
+    n_classes : int
+        The classes that the network tells apart; not every one of them has to occur.
+    trained_on : str
+        The digest of the data that the network was trained on.
+
+    Returns
+    -------
+    x : numpy.ndarray, shape (N, features)
+        The inputs: the test set, where the data have one. Else every example; but of the very data that the network
+        was trained on only those that were held out.
+    y : numpy.ndarray, shape (N,), int32
+        The labels.
+
+    Raises
+    ------
+    DataError
+        As `load_dataset`; and if a label is none of the network's.
+    """
+    if name != "npz":
+        data = load_dataset(name, path, dtype)
+        return data.x_test, data.y_test
+    path = Path(path)
+    arrays = read_npz(path, dtype)
+    if "x_test" in arrays:
+        x, y = arrays["x_test"], arrays["y_test"]
+        return _checked(str(path), IN_FILE[2:], (x, y), dtype, n_classes)
+    x, y = _checked(str(path), IN_FILE[:2], (arrays["x"], arrays["y"]), dtype, n_classes)
+    if len(x) > 1:
+        data = Dataset(name, *_split(x, y), n_classes)
+        if data.digest == trained_on:
+            return data.x_test, data.y_test
+    return x, y
+
+
 def _digits(dtype: str) -> Dataset:
     """Return scikit-learn's bundled digits, pixels 0 to 16 scaled to 0 to 1."""
     try:
@@ -109,84 +176,53 @@ def _digits(dtype: str) -> Dataset:
     except ImportError as error:
         raise DataError("the digits need scikit-learn: pip install 'bnkernels[train]'") from error
     x, y = load_digits(return_X_y=True)
-    return _checked("digits", "digits", _split(x / 16, y), dtype, n_classes=10)
+    return Dataset("digits", *_checked("digits", IN_FILE, _split(x / 16, y), dtype, 10), 10)
 
 
 def _mnist(folder: Path, dtype: str) -> Dataset:
     """Return MNIST from its four IDX files, pixels 0 to 255 scaled to 0 to 1."""
-    if not folder.is_dir():
-        raise DataError(
-            f"MNIST's folder {folder} does not exist: give the folder that holds train-images-idx3-ubyte(.gz)"
-        )
-    arrays = []
-    for part in ("train", "t10k"):
-        images = _read_idx(_find_idx(folder, f"{part}-images", "idx3-ubyte"), IDX_UINT8_IMAGES)
-        arrays.append(np.divide(images, 255, dtype=dtype))
-        arrays.append(_read_idx(_find_idx(folder, f"{part}-labels", "idx1-ubyte"), IDX_UINT8_LABELS))
-    return _checked("mnist", str(folder), tuple(arrays), dtype, n_classes=10)
-
-
-def _find_idx(folder: Path, stem: str, kind: str) -> Path:
-    """Return the file of that stem under any of the names it is distributed by."""
-    names = [f"{stem}{separator}{kind}{suffix}" for separator in "-." for suffix in ("", ".gz")]
-    for name in names:
-        if (folder / name).is_file():
-            return folder / name
-    raise DataError(f"{folder} has no {names[0]}: MNIST needs its four IDX files there, gzipped or not")
-
-
-def _read_idx(path: Path, magic: int) -> np.ndarray:
-    """Return the array of an IDX file: a big-endian magic number and extents, then the bytes."""
-    try:
-        content = path.read_bytes()
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"cannot read {path}: {error}: download it again") from error
-    n_axes = magic & 0xFF
-    header = np.frombuffer(content, ">u4", count=min(1 + n_axes, len(content) // 4))
-    if header.size < 1 + n_axes or header[0] != magic:
-        raise DataError(f"{path} is not an IDX file of unsigned bytes with {n_axes} axes: expected magic 0x{magic:08x}")
-    shape = tuple(int(extent) for extent in header[1:])
-    values = np.frombuffer(content, np.uint8, offset=4 * header.size)
-    if values.size != np.prod(shape, dtype=object):  # exact: a damaged header may ask for more than 2^63
-        raise DataError(f"{path} holds {values.size} values where its header says {shape}: download it again")
-    return values.reshape(shape)
+    images, labels, test_images, test_labels = read_mnist(folder, dtype)
+    pixels = (np.divide(array, 255, dtype=dtype) for array in (images, test_images))
+    parts = (next(pixels), labels, next(pixels), test_labels)
+    return Dataset("mnist", *_checked(str(folder), IN_FILE, parts, dtype, 10), 10)
 
 
 def _npz(path: Path, dtype: str) -> Dataset:
     """Return the data set of an ``.npz`` file; it may bring its own test set."""
-    if not path.is_file():
-        raise DataError(f"the data file {path} does not exist: give an .npz file with x and y")
-    try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {key: archive[key] for key in ("x", "y", "x_test", "y_test") if key in archive}
-    except Exception as error:  # numpy and zipfile raise a dozen types for damaged bytes
-        raise DataError(f"cannot read {path} as an .npz of plain arrays: {error}: write it with numpy.savez") from error
-    missing = [key for key in ("x", "y") if key not in arrays]
-    if missing:
-        raise DataError(f"{path} has no {' and no '.join(missing)}: write it with numpy.savez(path, x=..., y=...)")
-    if ("x_test" in arrays) != ("y_test" in arrays):
-        raise DataError(f"{path} has only one of x_test and y_test: give both or neither")
+    arrays = read_npz(path, dtype)
     _check_pair(path, "x", arrays["x"], "y", arrays["y"])
-    if "x_test" not in arrays:
-        return _checked("npz", str(path), _split(arrays["x"], arrays["y"]), dtype, _count_classes(path, arrays["y"]))
-    parts = (arrays["x"], arrays["y"], arrays["x_test"], arrays["y_test"])
-    return _checked("npz", str(path), parts, dtype, _count_classes(path, arrays["y"]))
+    n_classes = _count_classes(path, arrays["y"])
+    parts = tuple(arrays[key] for key in IN_FILE) if "x_test" in arrays else _split(arrays["x"], arrays["y"])
+    return Dataset("npz", *_checked(str(path), IN_FILE, parts, dtype, n_classes), n_classes)
+
+
+def _plain(source: Any, name: str, array: Any) -> np.ndarray:
+    """Return an array without what a subclass adds to it; refuse what is none, or says that values are missing."""
+    if not isinstance(array, np.ndarray):
+        raise DataError(f"{source}: {name} must be a NumPy array, got {type(array).__name__}: convert it")
+    if isinstance(array, np.ma.MaskedArray) and np.ma.is_masked(array):
+        raise DataError(f"{source}: {name} has masked values: fill them in, or remove those rows")
+    return np.asarray(array)
 
 
 def _check_pair(source: Any, x_name: str, x: np.ndarray, y_name: str, y: np.ndarray) -> None:
     """Refuse inputs and labels that do not belong together."""
     if x.ndim < 2 or x.size == 0:
         raise DataError(f"{source}: {x_name} must be (N, features) with N and features at least 1, got shape {x.shape}")
+    if x.dtype.names:
+        plain = "numpy.lib.recfunctions.structured_to_unstructured"
+        raise DataError(f"{source}: {x_name} must be real numbers, got a structured array: convert it with {plain}")
     if x.dtype.kind not in "fiub":
         raise DataError(f"{source}: {x_name} must be real numbers, got {x.dtype}: convert it with astype(float)")
-    if y.dtype.kind not in "iu":
-        raise DataError(f"{source}: {y_name} must be integers, got {y.dtype}: convert it with astype(int)")
     if y.shape != x.shape[:1]:
+        one_hot = "; of one-hot labels take argmax(axis=1)" if y.ndim == 2 else ""
         raise DataError(
-            f"{source}: {y_name} must have one label per row of {x_name}, shape {x.shape[:1]}, got {y.shape}"
+            f"{source}: {y_name} must have one label per row of {x_name}, shape {x.shape[:1]}, got {y.shape}{one_hot}"
         )
+    if y.dtype.kind not in "iu":
+        way = "astype(int)" if y.dtype.kind in "bf" else "numpy.unique(y, return_inverse=True)[1]"
+        got = "a structured array" if y.dtype.names else y.dtype
+        raise DataError(f"{source}: {y_name} must be integers, got {got}: convert it with {way}")
 
 
 def _count_classes(source: Any, y: np.ndarray) -> int:
@@ -208,22 +244,28 @@ def _split(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nda
     return x[train], y[train], x[test], y[test]
 
 
-def _checked(name: str, source: str, parts: tuple[np.ndarray, ...], dtype: str, n_classes: int) -> Dataset:
-    """Return the data set in its final types once both halves pass every check."""
-    x_train, y_train, x_test, y_test = parts
-    _check_pair(source, "x", x_train, "y", y_train)
-    _check_pair(source, "x_test", x_test, "y_test", y_test)
-    if x_train.shape[1:] != x_test.shape[1:]:
-        raise DataError(f"{source}: x_test must have rows of shape {x_train.shape[1:]} like x, got {x_test.shape[1:]}")
-    for key, y in (("y", y_train), ("y_test", y_test)):
+def _checked(
+    source: str, names: tuple[str, ...], parts: tuple[Any, ...], dtype: str, n_classes: int
+) -> tuple[np.ndarray, ...]:
+    """Return inputs and labels, of one set of examples or of two, in their final types once they pass every check."""
+    arrays = {name: _plain(source, name, part) for name, part in zip(names, parts, strict=True)}
+    pairs = list(zip(names[::2], names[1::2], strict=True))
+    for x_name, y_name in pairs:
+        x, y = arrays[x_name], arrays[y_name]
+        _check_pair(source, x_name, x, y_name, y)
+        rows = arrays[names[0]].shape[1:]
+        if x.shape[1:] != rows:
+            raise DataError(f"{source}: {x_name} must have rows of shape {rows} like {names[0]}, got {x.shape[1:]}")
         if y.min() < 0 or y.max() >= n_classes:
             raise DataError(
-                f"{source}: {key} must lie in 0 to {n_classes - 1}, got {y.min()} to {y.max()}: remove those rows"
+                f"{source}: {y_name} must lie in 0 to {n_classes - 1}, got {y.min()} to {y.max()}: remove those rows"
             )
-    with np.errstate(over="ignore"):  # an overflow shows as inf, which is reported below
-        x_train, x_test = (np.ascontiguousarray(x.reshape(len(x), -1), dtype) for x in (x_train, x_test))
-    for key, x in (("x", x_train), ("x_test", x_test)):
+    for x_name, y_name in pairs:
+        x = arrays[x_name]
+        with np.errstate(over="ignore"):  # an overflow shows as inf, which is reported below
+            x = np.ascontiguousarray(x.reshape(len(x), -1), dtype)
         bad = np.flatnonzero(~np.isfinite(x).all(axis=1))
         if bad.size:
-            raise DataError(f"{source}: {key} has NaN or infinity in {bad.size} rows as {dtype}: remove those rows")
-    return Dataset(name, x_train, y_train.astype(np.int32), x_test, y_test.astype(np.int32), n_classes)
+            raise DataError(f"{source}: {x_name} has NaN or infinity in {bad.size} rows as {dtype}: remove those rows")
+        arrays[x_name], arrays[y_name] = x, np.ascontiguousarray(arrays[y_name], np.int32)
+    return tuple(arrays.values())

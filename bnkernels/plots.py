@@ -37,8 +37,8 @@ def draw_curves(history: Mapping[str, Sequence[Mapping[str, Any]]], title: str) 
     ----------
     history : mapping of str to sequence of mappings
         For each network, ``"batch"`` or ``"none"``, its evaluations with ``step``, ``loss`` and ``accuracy``. A loss of
-        None (not finite) leaves a gap. With ``loss_spread`` and ``accuracy_spread``, of an ensemble, a band of one
-        standard deviation on either side.
+        None (not finite) leaves a gap. With ``models``, of an ensemble, a band from the least of them to the greatest:
+        what has been reached, which a deviation from the mean may exceed, above 100 % or below a loss of 0.
     title : str
         One line that says what was trained.
 
@@ -62,12 +62,11 @@ def draw_curves(history: Mapping[str, Sequence[Mapping[str, Any]]], title: str) 
         steps = [entry["step"] for entry in evaluations]
         marker = "o" if len(steps) < 10 else ""
         for axes, name, unit in ((loss_axes, "loss", 1), (accuracy_axes, "accuracy", 100)):
-            means = unit * _numbers(evaluations, name)
-            axes.plot(steps, means, marker=marker, **STYLES[norm])
-            apart = unit * _numbers(evaluations, f"{name}_spread")
-            if not np.isnan(apart).all():
+            axes.plot(steps, unit * _numbers([entry[name] for entry in evaluations]), marker=marker, **STYLES[norm])
+            each = unit * _numbers([[model[name] for model in entry.get("models", ())] for entry in evaluations])
+            if each.size and not np.isnan(each).all():
                 color = STYLES[norm]["color"]
-                axes.fill_between(steps, means - apart, means + apart, color=color, alpha=0.2, linewidth=0)
+                axes.fill_between(steps, each.min(axis=1), each.max(axis=1), color=color, alpha=0.2, linewidth=0)
     loss_axes.set(ylabel="training loss (cross-entropy, nats)", yscale="log")
     accuracy_axes.set(ylabel="test accuracy (%)")
     accuracy_axes.axhline(95, color="grey", linewidth=0.8, linestyle=":", label="95 %")
@@ -151,9 +150,9 @@ def draw_percentiles(document: Mapping[str, Any]) -> bytes:
     return _png(figure)
 
 
-def _numbers(evaluations: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
-    """Return these figures, NaN for None and for what is not there."""
-    return np.array([entry.get(name) for entry in evaluations], dtype=float)
+def _numbers(figures: Sequence[Any]) -> np.ndarray:
+    """Return these figures, NaN for None."""
+    return np.array(figures, dtype=float)
 
 
 def _title(document: Mapping[str, Any]) -> str:

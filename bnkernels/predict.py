@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bnkernels.data import DataError, load_dataset
+import numpy as np
+
+from bnkernels.data import DataError, load_dataset, load_examples
 from bnkernels.ensemble import make_network
 from bnkernels.network import array_module, load_networks
 from bnkernels.runs import RunFolder
@@ -14,22 +17,23 @@ from bnkernels.saved_run import load_run
 
 
 def predict(path: str | Path, *, data: str | Path | None = None, device: str = "auto") -> dict[str, Any]:
-    """Evaluate the networks of a checkpoint on the test set.
+    """Evaluate the networks of a checkpoint on the test set, or on other data.
 
     Parameters
     ----------
     path : path
         A run's folder, or its checkpoint.
     data : path, optional
-        Other data of the same kind; by default those of the run.
+        Other data of the same kind, with labels: their test set, where they have one, or else all of them. By default
+        what the run held out of its own data, and of those very data in another place too.
     device : {"auto", "cpu", "cuda"}
         Where to compute.
 
     Returns
     -------
     dict
-        ``checkpoint``, ``dataset``, ``test_examples``, and under ``networks`` for each ``step``, ``test_loss`` (nats)
-        and ``test_accuracy`` (0 to 1).
+        ``checkpoint``, ``dataset``, ``test_examples``, and under ``networks`` for each ``step``, ``test_loss`` (nats;
+        None if not finite) and ``test_accuracy`` (0 to 1).
 
     Raises
     ------
@@ -41,25 +45,30 @@ def predict(path: str | Path, *, data: str | Path | None = None, device: str = "
     path = RunFolder.find_checkpoint(path)
     config, meta, arrays = load_run(path)
     config = replace(config, device=device)
-    if data is not None:
-        config = replace(config, data=str(data))
-    dataset = load_dataset(config.dataset, config.data, config.dtype)
-    xp, _ = array_module(config.device)
     sizes = tuple(meta["sizes"])
-    if dataset.n_features != sizes[0] or dataset.n_classes > sizes[-1]:
+    if data is None:
+        dataset = load_dataset(config.dataset, config.data, config.dtype)
+        x, y = dataset.x_test, dataset.y_test
+    else:
+        config = replace(config, data=data)
+        x, y = load_examples(config.dataset, config.data, config.dtype, sizes[-1], meta["data_digest"])
+    if x.shape[1] != sizes[0] or y.max() >= sizes[-1]:
         raise DataError(
             f"the networks take {sizes[0]} features and tell {sizes[-1]} classes apart, but the data have "
-            f"{dataset.n_features} and {dataset.n_classes}: give data of the kind they were trained on"
+            f"{x.shape[1]} and {y.max() + 1}: give data of the kind they were trained on"
         )
+    xp, _ = array_module(config.device)
     networks = {norm: make_network(norm, config, sizes, xp) for norm in config.norms}
     load_networks(networks, meta, arrays)
-    results = {}
+    x, y, results = xp.asarray(x), xp.asarray(y), {}
     for norm, network in networks.items():
-        loss, accuracy = network.evaluate(xp.asarray(dataset.x_test), xp.asarray(dataset.y_test))
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # it shows as None
+            loss, accuracy = network.evaluate(x, y)
+        loss = loss if math.isfinite(loss) else None
         results[norm] = {"step": network.step, "test_loss": loss, "test_accuracy": accuracy}
     return {
         "checkpoint": str(path),
         "dataset": config.data or config.dataset,
-        "test_examples": len(dataset.x_test),
+        "test_examples": len(x),
         "networks": results,
     }

@@ -8,7 +8,7 @@ layer.
 
 from __future__ import annotations
 
-import json
+import os
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,8 +21,10 @@ import numpy as np
 import bnkernels
 from bnkernels.batch_norm_inference import batch_norm_inference
 from bnkernels.checkpoint import write_atomically
-from bnkernels.config import ConfigError, TrainingConfig
+from bnkernels.config import ConfigError, TrainingConfig, as_path
 from bnkernels.data import Dataset, load_dataset
+from bnkernels.data_files import DataError, read_mnist
+from bnkernels.documents import to_json
 from bnkernels.mlp import MLP
 from bnkernels.network import Network, array_module, blas_threads
 from bnkernels.plots import draw_accuracy, draw_percentiles
@@ -31,6 +33,7 @@ HIDDEN, BATCH, STEPS = (100, 100, 100), 60, 50_000  # the paper's
 SHORTENED = 10_000  # steps on a CPU
 LR = 0.5  # the paper does not say
 EVALUATIONS = 100
+AT_ONCE = 1000  # steps, at most, whose examples are gathered together
 PERCENTILES = (15, 50, 85)
 SIDE = 28
 FILES = {"document": "ioffe2015.json", "accuracy": "accuracy.png", "percentiles": "percentiles.png"}
@@ -79,20 +82,24 @@ def binary_images(mnist: str | None = None) -> Dataset:
     Raises
     ------
     DataError
-        If the files are missing or damaged.
+        If the files are missing or damaged, or their images are not 28 x 28.
     """
-    found = load_dataset("digits") if mnist is None else load_dataset("mnist", mnist)
-    x_train, x_test = (_enlarged(x > 0.5) for x in (found.x_train, found.x_test))
-    return Dataset(found.name, x_train, found.y_train, x_test, found.y_test, found.n_classes)
+    if mnist is None:
+        digits = load_dataset("digits")
+        x_train, x_test = (_enlarged(x > 0.5) for x in (digits.x_train, digits.x_test))
+        return Dataset(digits.name, x_train, digits.y_train, x_test, digits.y_test, digits.n_classes)
+    x_train, y_train, x_test, y_test = read_mnist(Path(mnist), "float32")
+    for images in (x_train, x_test):
+        if images.shape[1:] != (SIDE, SIDE):
+            found = " x ".join(map(str, images.shape[1:]))
+            raise DataError(f"the experiment takes images of {SIDE} x {SIDE} pixels, and those in {mnist} are {found}")
+    return Dataset("mnist", x_train > 127, y_train, x_test > 127, y_test, 10)
 
 
 def _enlarged(pixels: np.ndarray) -> np.ndarray:
-    side = round(pixels.shape[1] ** 0.5)
-    scale = SIDE // side
-    images = pixels.reshape(-1, side, side).repeat(scale, axis=1).repeat(scale, axis=2)
-    margin = (SIDE - side * scale) // 2
-    images = np.pad(images, ((0, 0), (margin, margin), (margin, margin)))
-    return images.reshape(len(images), -1).astype(np.float32)
+    """Return the digits' 8 x 8 pixels as 3 x 3 each, with a margin."""
+    images = pixels.reshape(-1, 8, 8).repeat(3, axis=1).repeat(3, axis=2)
+    return np.pad(images, ((0, 0), (2, 2), (2, 2))).reshape(len(images), -1)
 
 
 def mini_batches(examples: int, steps: int, seed: int) -> Iterator[np.ndarray]:
@@ -159,8 +166,9 @@ def run(experiment: Experiment, say: Callable[[str], None] = print, dataset: Dat
     networks = {norm: Network(norm, config, sizes, xp) for norm in config.norms}
     shortened = f", shortened from the paper's {STEPS:,} (--steps {STEPS})" if steps < STEPS else ""
     say(f"{steps:,} steps{shortened} on {device}; {len(images.x_train):,} training examples of {images.name}")
-    with blas_threads(sizes, BATCH):
-        curves = _train(networks, images, steps, experiment.seed, xp, say)
+    # Overflow is no accident to warn about line by line: it shows in the document as null.
+    with blas_threads(sizes, BATCH), np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        curves = _train(networks, images, config.steps, config.seed, xp, say)
     return {
         "experiment": "Ioffe and Szegedy 2015, arXiv:1502.03167, section 4.1, figure 1",
         "data": {
@@ -169,7 +177,7 @@ def run(experiment: Experiment, say: Callable[[str], None] = print, dataset: Dat
             "test_examples": len(images.x_test),
             "inputs": f"{images.n_features} binary",
         },
-        "settings": {"sizes": sizes, "batch": BATCH, "steps": steps, "lr": experiment.lr, "seed": experiment.seed}
+        "settings": {"sizes": sizes, "batch": BATCH, "steps": config.steps, "lr": config.lr, "seed": config.seed}
         | {"weights": "normal, variance 1 / inputs", "engine": {n: network.engine for n, network in networks.items()}},
         "environment": {
             "bnkernels": bnkernels.__version__,
@@ -190,13 +198,15 @@ def _train(
     x_train, y_train, x_test, y_test = map(xp.asarray, (images.x_train, images.y_train, images.x_test, images.y_test))
     curves: dict[str, list[tuple[int, float, np.ndarray]]] = {norm: [] for norm in networks}
     rows = mini_batches(len(images.x_train), steps, seed)
-    stops = np.unique(np.linspace(0, steps, min(EVALUATIONS, steps) + 1).astype(int)).tolist()
+    stops = sorted({steps * i // EVALUATIONS for i in range(EVALUATIONS + 1)})
     for first, last in zip([0, *stops], stops, strict=False):
-        taken = [next(rows) for _ in range(first, last)]
-        order = xp.asarray(np.concatenate(taken)) if taken else None
+        for begin in range(first, last, AT_ONCE):
+            end = min(begin + AT_ONCE, last)
+            order = xp.asarray(np.concatenate([next(rows) for _ in range(begin, end)]))
+            x, y = x_train[order], y_train[order]
+            for network in networks.values():
+                network.train(x, y, begin, end, lambda: False)
         for norm, network in networks.items():
-            if order is not None:
-                network.train(x_train[order], y_train[order], first, last, lambda: False)
             _, accuracy = network.evaluate(x_test, y_test)
             inputs = last_hidden_inputs(network.model, x_test)
             host = getattr(xp, "asnumpy", np.asarray)(inputs)
@@ -226,6 +236,25 @@ def _curve(curve: list[tuple[int, float, np.ndarray]]) -> dict[str, Any]:
     }
 
 
+def require_folder(folder: str | Path) -> None:
+    """Refuse a folder that `write` could not write to, before anything is computed.
+
+    Raises
+    ------
+    ConfigError
+        If the folder has an experiment already, or cannot be made or written.
+    """
+    folder = Path(as_path("out", folder))
+    for path in (folder / file for file in FILES.values()):
+        if path.exists():
+            raise ConfigError(f"{path} exists already: choose another place")
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ConfigError(f"cannot make the folder {folder}: {there} is a file: choose another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"cannot write in the folder {there}: choose another")
+
+
 def write(document: dict[str, Any], folder: str | Path) -> dict[str, Path]:
     """Write the document and the pictures; return the files.
 
@@ -239,5 +268,5 @@ def write(document: dict[str, Any], folder: str | Path) -> dict[str, Path]:
     Path(folder).mkdir(parents=True, exist_ok=True)
     write_atomically(files["accuracy"], accuracy)
     write_atomically(files["percentiles"], percentiles)
-    write_atomically(files["document"], (json.dumps(document, indent=1) + "\n").encode())
+    write_atomically(files["document"], f"{to_json(document)}\n".encode())
     return files

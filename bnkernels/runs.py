@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shlex
@@ -19,6 +18,7 @@ import numpy as np
 import bnkernels
 from bnkernels.checkpoint import CheckpointError, save_checkpoint
 from bnkernels.config import ConfigError, TrainingConfig
+from bnkernels.documents import to_json
 from bnkernels.files import FULL, check_replaceable, locked, write_atomically
 from bnkernels.plots import draw_curves
 
@@ -249,4 +249,4 @@ class RunFolder:
         title += f", {result.config.models} models" if result.config.models > 1 else ""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.files["curves"], draw_curves(result.history, title))
-        write_atomically(self.files["metrics"], json.dumps(result.document(), indent=2, allow_nan=False).encode())
+        write_atomically(self.files["metrics"], to_json(result.document()).encode())

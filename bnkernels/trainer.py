@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from bnkernels.checkpoint import CheckpointError
-from bnkernels.config import ConfigError, TrainingConfig
+from bnkernels.config import ConfigError, TrainingConfig, as_path, require_memory
 from bnkernels.data import DataError, Dataset, load_dataset
 from bnkernels.ensemble import Ensemble, make_network
 from bnkernels.files import locked
-from bnkernels.network import Network, array_module, blas_threads, load_networks
+from bnkernels.network import EVALUATION_ROWS, Network, array_module, blas_threads, load_networks
 from bnkernels.plots import require_matplotlib
 from bnkernels.runs import RunFolder, TrainingResult
 from bnkernels.saved_run import load_run, run_folder
@@ -50,7 +50,7 @@ class Trainer:
 
     def __init__(self, config: TrainingConfig, dataset: Dataset | None = None) -> None:
         self.config = config
-        self.dataset = dataset or load_dataset(config.dataset, config.data, config.dtype)
+        self.dataset = (dataset or load_dataset(config.dataset, config.data, config.dtype)).astype(config.dtype)
         self.steps_per_epoch = len(self.dataset.x_train) // config.batch_size
         if self.steps_per_epoch == 0:
             raise ConfigError(
@@ -59,6 +59,7 @@ class Trainer:
         self.total_steps = config.steps or config.epochs * self.steps_per_epoch
         self.xp, self.device = array_module(config.device)
         self.sizes = (self.dataset.n_features, *config.hidden, self.dataset.n_classes)
+        require_memory(config, self.sizes, min(EVALUATION_ROWS, len(self.dataset.x_train)))
         self.networks = {norm: make_network(norm, config, self.sizes, self.xp) for norm in config.norms}
         self.epoch = 0  # complete ones
         self._generator = np.random.default_rng(config.seed)  # as it was at the start of the current epoch
@@ -226,6 +227,9 @@ def train(
         raise ConfigError(f"the checkpoint {checkpoint} needs a folder for the rest of the run: give one")
     if folder is not None:
         require_matplotlib()
+        folder = folder if callable(folder) else as_path("folder", folder)
+    if checkpoint is not None:
+        checkpoint = as_path("checkpoint", checkpoint)
     trainer = Trainer(config or TrainingConfig(), dataset)
     if folder is None:
         return _run(trainer, None, on_epoch, should_stop)
@@ -296,7 +300,7 @@ def _merged(config: TrainingConfig, options: Mapping[str, Any]) -> TrainingConfi
     for name, value in options.items():
         if name not in saved:
             raise ConfigError(f"there is no option {name}: a run has {', '.join(saved)}")
-        if name not in CHANGEABLE_ON_RESUME and saved[name] != value:
+        if name not in CHANGEABLE_ON_RESUME and saved[name] != getattr(replace(config, **{name: value}), name):
             raise ConfigError(f"the run was started with {name} {saved[name]}, not {value}: drop it or start a new run")
     changes = {name: options[name] for name in CHANGEABLE_ON_RESUME if name in options}
     if "epochs" in changes or "steps" in changes:

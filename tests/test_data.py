@@ -1,35 +1,13 @@
-"""The data sets: what is loaded, how it is split, and what is refused."""
+"""The data sets: what is loaded, how it is split, and the arrays they may be made of."""
 
-import gzip
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from bnkernels.data import DataError, load_dataset
-
-
-def write_idx(path, array, compress=False):
-    """Write an IDX file of unsigned bytes."""
-    content = np.array([0x0800 + array.ndim, *array.shape], ">u4").tobytes() + array.astype(np.uint8).tobytes()
-    path.write_bytes(gzip.compress(content) if compress else content)
-
-
-def write_mnist(folder, separator="-", compress=False):
-    """Write a tiny MNIST: 30 and 10 images of 3 x 4 pixels."""
-    rng = np.random.default_rng(0)
-    suffix = ".gz" if compress else ""
-    for part, count in (("train", 30), ("t10k", 10)):
-        images, labels = rng.integers(0, 256, (count, 3, 4)), np.arange(count) % 10
-        write_idx(folder / f"{part}-images{separator}idx3-ubyte{suffix}", images, compress)
-        write_idx(folder / f"{part}-labels{separator}idx1-ubyte{suffix}", labels, compress)
-    return np.random.default_rng(0).integers(0, 256, (30, 3, 4))
-
-
-def write_npz(path, **changes):
-    """Write a valid .npz of 50 examples and 3 classes, with changes; None leaves an entry out."""
-    entries = {"x": np.random.default_rng(0).standard_normal((50, 2, 3)), "y": np.arange(50) % 3} | changes
-    np.savez(path, **{name: array for name, array in entries.items() if array is not None})
-    return path
+from bnkernels.data import DataError, Dataset, load_dataset, load_examples
+from bnkernels.trainer import TrainingConfig, train
+from tests.test_data_files import write_npz
 
 
 def test_digits_are_scaled_and_split_the_same_way_every_time():
@@ -68,57 +46,6 @@ def test_an_unknown_data_set_is_named():
         load_dataset("cifar")
 
 
-@pytest.mark.parametrize("compress", [False, True])
-@pytest.mark.parametrize("separator", ["-", "."])
-def test_mnist_under_the_names_it_is_distributed_by(tmp_path, separator, compress):
-    images = write_mnist(tmp_path, separator, compress)
-    data = load_dataset("mnist", tmp_path, "float64")
-    assert data.x_test.shape == (10, 12)
-    assert data.n_classes == 10
-    assert np.array_equal(data.x_train, images.reshape(30, 12) / 255)
-    assert np.array_equal(data.y_train, np.arange(30) % 10)
-
-
-def break_mnist(folder, how):
-    images, labels = folder / "train-images-idx3-ubyte", folder / "train-labels-idx1-ubyte"
-    if how == "missing":
-        images.unlink()
-    elif how == "truncated":
-        images.write_bytes(images.read_bytes()[:-1])
-    elif how == "empty":
-        images.write_bytes(b"")
-    elif how == "other file":
-        images.write_bytes(labels.read_bytes())
-    elif how == "huge header":
-        images.write_bytes(np.array([0x0803, 2**32 - 1, 2**32 - 1, 2**32 - 1], ">u4").tobytes())
-    elif how == "broken gzip":
-        images.rename(folder / "train-images-idx3-ubyte.gz")
-    elif how == "label 10":
-        write_idx(labels, np.full(30, 10))
-    elif how == "too few labels":
-        write_idx(labels, np.zeros(29))
-
-
-@pytest.mark.parametrize(
-    ("how", "message"),
-    [
-        ("missing", "has no train-images-idx3-ubyte"),
-        ("truncated", "holds 359 values where its header says"),
-        ("empty", "is not an IDX file"),
-        ("other file", "is not an IDX file of unsigned bytes with 3 axes"),
-        ("huge header", "holds 0 values"),
-        ("broken gzip", "cannot read .*gz"),
-        ("label 10", "y must lie in 0 to 9, got 10 to 10"),
-        ("too few labels", "one label per row"),
-    ],
-)
-def test_a_damaged_mnist_says_what_is_wrong(tmp_path, how, message):
-    write_mnist(tmp_path)
-    break_mnist(tmp_path, how)
-    with pytest.raises(DataError, match=message):
-        load_dataset("mnist", tmp_path)
-
-
 def test_npz_without_a_test_set_holds_out_a_fifth(tmp_path):
     data = load_dataset("npz", write_npz(tmp_path / "data.npz"))
     assert data.x_train.shape == (40, 6)
@@ -140,51 +67,114 @@ def test_the_digest_tells_data_apart(tmp_path):
     assert load_dataset("npz", write_npz(tmp_path / "b.npz", x=x)).digest != digest
 
 
-BAD_NPZ = [
-    ({"x": None}, "has no x"),
-    ({"y": None}, "has no y"),
-    ({"x": np.zeros(50)}, r"x must be \(N, features\)"),
-    ({"x": np.zeros((0, 3)), "y": np.zeros(0, int)}, "N and features at least 1"),
-    ({"x": np.zeros((50, 0))}, "N and features at least 1"),
-    ({"x": np.full((50, 3), "a")}, "real numbers"),
-    ({"x": np.full((50, 3), 1j)}, "real numbers"),
-    ({"x": np.full((50, 3), None, object)}, "plain arrays"),
-    ({"x": np.full((50, 3), np.nan)}, "NaN or infinity in 40 rows"),
-    ({"x": np.full((50, 3), np.inf)}, "NaN or infinity"),
-    ({"x": np.full((50, 3), 1e300)}, "NaN or infinity in 40 rows as float32"),
-    ({"y": np.arange(50) % 3 + 0.5}, "must be integers"),
-    ({"y": np.arange(49) % 3}, "one label per row"),
-    ({"y": np.arange(50).reshape(50, 1) % 3}, "one label per row"),
-    ({"y": np.arange(50) % 3 - 1}, "every label from 0 to K - 1"),
-    ({"y": np.arange(50) % 3 * 2}, "every label from 0 to K - 1"),
-    ({"y": np.zeros(50, int)}, "K at least 2"),
-    ({"x_test": np.zeros((4, 2, 3))}, "only one of x_test and y_test"),
-    ({"x_test": np.zeros((4, 5)), "y_test": np.zeros(4, int)}, "rows of shape"),
-    ({"x_test": np.zeros((4, 2, 3)), "y_test": np.full(4, 3)}, "y_test must lie in 0 to 2"),
-    ({"x_test": np.zeros((0, 2, 3)), "y_test": np.zeros(0, int)}, "x_test must be"),
-]
+def in_memory(**changes):
+    """Return a data set of 40 training and 10 test examples of 3 classes, with changes."""
+    x, y = np.random.default_rng(0).standard_normal((50, 6)), np.arange(50, dtype=np.int32) % 3
+    arrays = {"x_train": x[:40], "y_train": y[:40], "x_test": x[40:], "y_test": y[40:]} | changes
+    return Dataset("npz", **arrays, n_classes=3)
 
 
-@pytest.mark.parametrize(("changes", "message"), BAD_NPZ, ids=[message for _, message in BAD_NPZ])
-def test_a_bad_npz_says_what_is_wrong(tmp_path, changes, message):
-    path = tmp_path / "data.npz"
-    write_npz(path, **changes)
-    with pytest.raises(DataError, match=message) as error:
-        load_dataset("npz", path)
-    assert "\n" not in str(error.value)
+LAYOUTS = {
+    "F order": np.asfortranarray,
+    "every second column": lambda x: x.repeat(2, axis=1)[:, ::2],
+    "backwards": lambda x: x[::-1].copy()[::-1],
+    "transposed": lambda x: x.T.copy().T,
+    "big-endian": lambda x: x.astype(x.dtype.newbyteorder(">")),
+    "matrix": lambda x: x.view(np.matrix),
+    "mask of nothing": np.ma.array,
+}
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", b"x,y\n1,2\n"])
-def test_a_file_that_is_no_npz_is_refused(tmp_path, content):
-    path = tmp_path / "data.npz"
-    path.write_bytes(content)
-    with pytest.raises(DataError, match="cannot read"):
-        load_dataset("npz", path)
+@pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_layout_of_the_arrays_is_no_part_of_the_data(tmp_path, layout):
+    """Of a DataFrame's values, a slice, a transpose: the same data, which trains to the same bits, in a folder too."""
+    config = TrainingConfig(steps=2, norm="batch", device="cpu", dtype="float64", batch_size=8)
+    plain = in_memory()
+    change = LAYOUTS[layout]
+    data = in_memory(x_train=change(plain.x_train), x_test=change(plain.x_test))
+    assert data.digest == plain.digest
+    result = train(config, dataset=data, folder=tmp_path / "run")
+    expected = train(config, dataset=plain)
+    np.testing.assert_array_equal(result.models["batch"].parameters, expected.models["batch"].parameters)
 
 
-@pytest.mark.parametrize("name", ["npz", "mnist"])
-def test_a_missing_path_is_named(tmp_path, name):
-    with pytest.raises(DataError, match="nowhere does not exist"):
-        load_dataset(name, tmp_path / "nowhere")
-    with pytest.raises(DataError, match="needs --data"):
-        load_dataset(name)
+@pytest.mark.parametrize("dtype", ["i1", "u1", "i2", ">i2", "u2", "i4", "u4", "i8", ">i8", "u8"])
+def test_labels_may_be_integers_of_any_type(dtype):
+    data = in_memory(y_train=(np.arange(80, dtype=dtype) % 3)[::2])
+    assert data.y_train.dtype == np.int32
+    assert data.y_train.flags.c_contiguous
+    np.testing.assert_array_equal(data.y_train, np.arange(0, 80, 2) % 3)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kept"),
+    [("?", "f4"), ("u1", "f4"), ("i8", "f4"), ("f2", "f4"), (">f4", "f4"), (">f8", "f8"), (np.longdouble, "f4")],
+)
+def test_inputs_may_be_real_numbers_of_any_type(dtype, kept):
+    x = np.arange(40 * 6).reshape(40, 6) % 2
+    x.flags.writeable = False
+    data = in_memory(x_train=x.astype(dtype))
+    assert (data.x_train.dtype, data.x_test.dtype) == (kept, kept)
+    np.testing.assert_array_equal(data.x_train, x)
+
+
+def test_a_run_converts_a_data_set_to_its_own_type(tmp_path):
+    result = train(TrainingConfig(steps=2, batch_size=8, device="cpu"), dataset=in_memory(), folder=tmp_path / "run")
+    assert result.models["batch"].parameters.dtype == np.float32
+    single = in_memory().astype("float32")
+    assert single.astype("float32") is single
+    with pytest.raises(DataError, match="x_train has NaN or infinity in 40 rows as float32"):
+        in_memory(x_train=np.full((40, 6), 1e300)).astype("float32")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x_train": [[1.0, 2.0]]}, "x_train must be a NumPy array, got list"),
+        ({"x_train": np.zeros((40, 6), object)}, r"x_train must be real numbers, got object: .*astype\(float\)"),
+        ({"x_train": np.zeros((40, 6), [("a", "f4")])}, "x_train must be real numbers, got a structured array"),
+        ({"x_train": np.ma.masked_less(np.eye(40, 6), 0.5)}, "x_train has masked values: fill them in"),
+        ({"y_train": np.ma.masked_less(np.arange(40) % 3, 1)}, "y_train has masked values"),
+        ({"y_train": np.full(40, -1)}, "y_train must lie in 0 to 2, got -1 to -1"),
+        ({"y_train": np.full(40, 2**32)}, "y_train must lie in 0 to 2"),
+        ({"x_test": np.zeros((10, 5))}, r"x_test must have rows of shape \(6,\) like x_train, got \(5,\)"),
+        ({"x_test": np.full((10, 6), np.nan)}, "x_test has NaN or infinity in 10 rows"),
+    ],
+)
+def test_a_data_set_made_by_hand_is_checked_as_one_from_a_file(changes, message):
+    with pytest.raises(DataError, match=f"the data set: {message}"):
+        in_memory(**changes)
+
+
+def test_the_number_of_classes_is_a_whole_number():
+    assert type(replace(in_memory(), n_classes=np.int64(3)).n_classes) is int
+    with pytest.raises(DataError, match="n_classes must be an integer, got float"):
+        replace(in_memory(), n_classes=3.0)
+
+
+def test_other_data_are_evaluated_whole_and_the_runs_own_on_what_it_held_out(tmp_path):
+    path = write_npz(tmp_path / "data.npz")
+    data = load_dataset("npz", path)
+    x, y = load_examples("npz", path, "float32", 3, data.digest)
+    np.testing.assert_array_equal(x, data.x_test)
+    np.testing.assert_array_equal(y, data.y_test)
+    x, y = load_examples("npz", path, "float32", 3, "of others")
+    with np.load(path) as archive:
+        np.testing.assert_array_equal(x, archive["x"].reshape(50, 6).astype("f4"))
+        np.testing.assert_array_equal(y, archive["y"])
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7])
+def test_a_class_need_not_occur_in_other_data(tmp_path, rows):
+    path = write_npz(tmp_path / "data.npz", x=np.ones((rows, 6)), y=np.full(rows, 2))
+    x, y = load_examples("npz", path, "float64", 3, "of others")
+    assert (x.shape, y.tolist()) == ((rows, 6), [2] * rows)
+    with pytest.raises(DataError, match="y must lie in 0 to 1, got 2 to 2"):
+        load_examples("npz", path, "float64", 2, "of others")
+
+
+def test_of_other_data_with_a_test_set_only_that_is_evaluated(tmp_path):
+    path = write_npz(tmp_path / "data.npz", x_test=np.ones((4, 2, 3)), y_test=np.zeros(4, int))
+    x, y = load_examples("npz", path, "float32", 3, "of others")
+    assert (x.shape, y.tolist()) == ((4, 6), [0] * 4)

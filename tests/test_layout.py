@@ -21,6 +21,7 @@ OPS = sorted({re.sub(VARIANT, "", path.stem) for path in KERNELS})
 
 HEADER_FIELDS = ("Formulas:", "Arrays:", "Launch:", "Traffic:", "Numerics:", "Called by:")
 LAYERS = [  # from the bottom; a module imports from its own layer and from those above it in this list
+    {"_process"},
     {"_source"},
     {"_runtime", "_cuda"},
     {"_check", "_memory", "activations", "_cooperative"},
@@ -30,7 +31,8 @@ LAYERS = [  # from the bottom; a module imports from its own layer and from thos
     {"optimizers"},
     {"captured_step"},
     {"__init__"},  # the public names; what is above may ask it for the version
-    {"files", "archive"},
+    {"files", "archive", "documents", "memory"},
+    {"data_files"},
     {"checkpoint", "data", "plots"},
     {"config"},
     {"network", "runs"},

@@ -56,12 +56,34 @@ def test_without_matplotlib_the_message_says_how_to_get_it(monkeypatch):
         draw_curves({"batch": history([1])}, "title")
 
 
-def test_an_ensemble_has_a_band():
-    entries = history([1, 0.5, 0.1])
-    bands = [
-        [{**entry, "loss_spread": spread, "accuracy_spread": spread} for entry in entries] for spread in (0.0, 0.05)
+def of_models(entries, spread):
+    """Return the entries as of two models, the same way apart from the mean."""
+    models = [
+        [{name: entry[name] * (1 + sign * spread) for name in ("loss", "accuracy")} for sign in (-1, 1)]
+        for entry in entries
     ]
-    plain, wide = (draw_curves({"batch": band}, "title") for band in bands)
+    return [{**entry, "models": pair} for entry, pair in zip(entries, models, strict=True)]
+
+
+def test_an_ensemble_has_a_band():
+    plain, wide = (draw_curves({"batch": of_models(history([1, 0.5, 0.1]), spread)}, "title") for spread in (0, 0.05))
     assert (pixels(wide) != pixels(plain)).any()
-    gaps = [{**entry, "loss": None, "loss_spread": None, "accuracy_spread": 0.0} for entry in entries]
+    gaps = [{**entry, "loss": None, "models": [{"loss": None, "accuracy": 0.9}] * 2} for entry in history([1, 0.5])]
     assert draw_curves({"batch": gaps}, "title").startswith(b"\x89PNG")
+
+
+def test_the_band_is_what_models_reached(monkeypatch):
+    """A deviation from the mean would be beyond 100 %, and below a loss of 0, which has no place on a log axis."""
+    from matplotlib.axes import Axes
+
+    bands = []
+    monkeypatch.setattr(Axes, "fill_between", lambda axes, steps, low, high, **style: bands.append((low, high)))
+    entries = [
+        {"loss": 0.5, "accuracy": 0.95, "models": [{"loss": 0.01, "accuracy": 0.9}, {"loss": 0.99, "accuracy": 1.0}]}
+    ]
+    draw_curves(
+        {"batch": [{"step": 1, "loss_spread": 0.7, "accuracy_spread": 0.07, **entry} for entry in entries]}, "title"
+    )
+    (loss, accuracy) = bands
+    np.testing.assert_allclose(loss, [[0.01], [0.99]])
+    np.testing.assert_allclose(accuracy, [[90], [100]])

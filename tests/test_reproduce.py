@@ -35,17 +35,33 @@ def test_the_digits_become_binary_images_of_784_pixels() -> None:
     np.testing.assert_array_equal(blocks, np.broadcast_to(blocks[:, :1, :, :1], blocks.shape))
 
 
+def write_mnist(folder: Path, pixels: np.ndarray, zipped: bool = False) -> None:
+    """Write these images as both parts of MNIST."""
+    for part in ("train", "t10k"):
+        for name, array in (("images-idx3", pixels), ("labels-idx1", np.arange(len(pixels), dtype=np.uint8) % 10)):
+            header = np.array([0x0800 + array.ndim, *array.shape], ">u4").tobytes()
+            content = header + array.tobytes()
+            path = folder / f"{part}-{name}-ubyte{'.gz' if zipped else ''}"
+            path.write_bytes(gzip.compress(content) if zipped else content)
+
+
 @pytest.mark.parametrize("zipped", [False, True])
 def test_mnist_is_taken_as_it_is(tmp_path: Path, rng: np.random.Generator, zipped: bool) -> None:
     pixels = rng.integers(0, 256, (20, 28, 28)).astype(np.uint8)
-    for part in ("train", "t10k"):
-        for name, array in (("images-idx3", pixels), ("labels-idx1", np.arange(20, dtype=np.uint8) % 10)):
-            header = np.array([0x0800 + array.ndim, *array.shape], ">u4").tobytes()
-            content = header + array.tobytes()
-            path = tmp_path / f"{part}-{name}-ubyte{'.gz' if zipped else ''}"
-            path.write_bytes(gzip.compress(content) if zipped else content)
+    pixels[0, 0, :4] = 0, 127, 128, 255  # half of the largest value is between
+    write_mnist(tmp_path, pixels, zipped)
     images = reproduce.binary_images(str(tmp_path))
     np.testing.assert_array_equal(images.x_test, pixels.reshape(20, 784) > 127)
+    assert images.x_train.dtype == np.float32
+    np.testing.assert_array_equal(images.y_train, np.arange(20) % 10)
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (14, 56), (10, 20), (8, 8), (1, 784)])
+def test_images_of_another_size_are_refused(tmp_path: Path, rng: np.random.Generator, shape: tuple[int, int]) -> None:
+    """Not scrambled because the number of pixels is right, nor black because they are larger."""
+    write_mnist(tmp_path, rng.integers(0, 256, (20, *shape)).astype(np.uint8))
+    with pytest.raises(DataError, match=f"takes images of 28 x 28 pixels, and .* are {shape[0]} x {shape[1]}$"):
+        reproduce.binary_images(str(tmp_path))
 
 
 def test_what_mnist_lacks_is_told(tmp_path: Path) -> None:
@@ -109,6 +125,19 @@ def test_the_curves_are_those_of_the_run(rng: np.random.Generator) -> None:
     assert accuracy[-1] > 0.9 > accuracy[0]
 
 
+def test_examples_of_many_steps_are_gathered_in_parts(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long the run is between two evaluations, memory is that of a part; and the parts are the whole."""
+    images, documents = small_images(rng), []
+    for at_once in (1000, 7):
+        monkeypatch.setattr(reproduce, "AT_ONCE", at_once)
+        monkeypatch.setattr(reproduce, "EVALUATIONS", 2)
+        documents.append(reproduce.run(reproduce.Experiment(steps=40, device="cpu"), lambda line: None, images))
+    assert documents[0]["networks"] == documents[1]["networks"]
+    assert documents[0]["networks"]["batch"]["steps"] == [0, 20, 40]
+
+
 def test_the_typical_sigmoid_has_the_median_spread() -> None:
     percentiles = np.zeros((3, 5))
     percentiles[2] = [5.0, 1, 4, 2, 3]
@@ -129,6 +158,50 @@ def test_the_command_writes_document_and_pictures(
     assert document["settings"]["steps"] == 20
     for picture in ("accuracy.png", "percentiles.png"):
         assert (tmp_path / "run" / picture).read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(cli, "reproduce", lambda *_, **__: pytest.fail("computed before the folder was looked at"))
+    assert cli.main(arguments) == 2
+    assert "run/ioffe2015.json exists already: choose another place" in capsys.readouterr().err
+
+
+def test_a_network_that_diverged_is_a_document_and_pictures_too(tmp_path: Path, rng: np.random.Generator) -> None:
+    """Of NumPy's own numbers, JSON without NaN, and no warning on the way."""
+    pytest.importorskip("matplotlib")
+    experiment = reproduce.Experiment(steps=np.int64(60), lr=np.float64(1e38), seed=np.int32(1), device="cpu")
+    document = reproduce.run(experiment, lambda line: None, small_images(rng))
+    files = reproduce.write(document, tmp_path)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    found = json.loads(files["document"].read_text(), parse_constant=refuse)
+    assert None in found["networks"]["none"]["input_percentiles"]["50"]
+    assert (found["settings"]["steps"], found["settings"]["lr"], found["settings"]["seed"]) == (60, 1e38, 1)
+    assert files["percentiles"].read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("file", "cannot make the folder .*file: .*file is a file: choose another"),
+        ("file/run", "cannot make the folder .*file/run: .*file is a file: choose another"),
+        ("closed/run", "cannot write in the folder .*closed: choose another"),
+        ("a\0b", "out must be a path, got text with a null character"),
+        ("", "out must be a path, got empty text"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_found_before_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, message: str
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "closed").mkdir()
+    access = reproduce.os.access
+    monkeypatch.setattr(reproduce.os, "access", lambda path, mode: path.name != "closed" and access(path, mode))
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConfigError, match=message):
+        reproduce.require_folder(place)
+    reproduce.require_folder("new/folder")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize(
@@ -136,6 +209,7 @@ def test_the_command_writes_document_and_pictures(
     [
         (["--steps", "0"], "steps must be at least 1, got 0"),
         (["--lr", "-1"], "lr must be a positive number, got -1.0"),
+        (["--steps", str(10**20)], "steps must be at most"),
         (["--mnist", "/nowhere"], "MNIST's folder /nowhere does not exist"),
         (["--engine", "fused", "--device", "cpu"], "the engine cannot be fused: it needs a GPU"),
     ],

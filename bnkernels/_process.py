@@ -1,0 +1,64 @@
+"""The process of the command line: what an interrupt does while it loads and ends, and where goes what it prints."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+
+def is_command() -> bool:
+    """Return whether this process is the command ``bnkernels``, or ``python -m bnkernels`` that loads its module."""
+    name = sys.argv[0] if sys.argv else ""
+    if name == "-m":  # until the module is found, which is then what the original arguments have in its place
+        name = sys.orig_argv[-len(sys.argv)].removeprefix("-m")
+    return os.path.splitext(os.path.basename(name))[0] == "bnkernels"
+
+
+def end_on_interrupt() -> bool:
+    """Let an interrupt end this process silently, if it is the command: outside `main` nobody handles the exception.
+
+    Returns
+    -------
+    bool
+        Whether it does now. An interrupt that is ignored, as in the background of a shell, still is.
+    """
+    if not is_command() or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        return False
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return True
+
+
+def raise_on_interrupt() -> None:
+    """Let an interrupt be Python's exception again, if `end_on_interrupt` has changed that while the command loaded."""
+    if loading:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def open_streams() -> None:
+    """See to it that whatever is printed has a place to go, and that nothing printed can fail for its characters.
+
+    A standard stream may be closed: the next file that is opened would take its place, and get what is printed.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # what the encoding lacks is printed as its code
+
+
+def flush() -> None:
+    """Write what was printed. What cannot be written is dropped, or Python would try again at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        with open(os.devnull, "w") as nothing:
+            os.dup2(nothing.fileno(), sys.stdout.fileno())
+        raise OSError(error.errno, error.strerror, "standard output") from error
+
+
+loading = end_on_interrupt()  # the package imports this first: most of the command's time goes by before its first line
