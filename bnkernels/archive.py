@@ -6,8 +6,9 @@ import errno
 import io
 import math
 import zipfile
-from collections.abc import Container, Mapping
-from typing import BinaryIO
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
+from typing import IO, BinaryIO
 
 import numpy as np
 
@@ -79,42 +80,80 @@ def read_arrays(file: BinaryIO, limit: int, names: Container[str] | None = None)
     OSError
         If the file cannot be read.
     """
+    with _opened(file) as archive:
+        entries = _entries(archive, names)
+        if sum(info.file_size for info in entries.values()) > limit:
+            raise ArchiveError(f"its arrays would take more than {limit} bytes")
+        return {name: _read(archive, info) for name, info in entries.items()}
+
+
+def declared_arrays(file: BinaryIO, names: Container[str] | None = None) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Return the shape and the data type that an ``.npz`` declares for each array; none of them is allocated.
+
+    Parameters, keys and errors are those of `read_arrays`; what is declared is as large as what the file holds.
+    """
+    found = {}
+    with _opened(file) as archive:
+        for name, info in _entries(archive, names).items():
+            with archive.open(info) as entry:
+                shape, _, dtype = _read_header(entry, info)
+            found[name] = shape, dtype
+    return found
+
+
+@contextmanager
+def _opened(file: BinaryIO) -> Iterator[zipfile.ZipFile]:
+    """Open an archive; whatever damage raises inside is an `ArchiveError`."""
     try:
+        file.seek(0)
         with zipfile.ZipFile(file) as archive:
-            entries = {}
-            for info in archive.infolist():
-                name = info.filename.removesuffix(".npy")
-                if names is not None and name not in names:
-                    continue
-                if name in entries:
-                    raise ArchiveError("it holds a name twice")
-                entries[name] = info
-            if sum(info.file_size for info in entries.values()) > limit:
-                raise ArchiveError(f"its arrays would take more than {limit} bytes")
-            return {name: _read(archive, info) for name, info in entries.items()}
+            yield archive
     except (ArchiveError, MemoryError):
         raise
     except OSError as error:
         if error.errno not in (None, errno.EINVAL):  # these are of zipfile and of a seek to before the beginning
             raise
-        raise ArchiveError("no whole archive of plain arrays") from error
+        raise ArchiveError("it is damaged or something else") from error
     except Exception as error:  # numpy and zipfile raise a dozen types for damaged bytes
-        raise ArchiveError("no whole archive of plain arrays") from error
+        raise ArchiveError("it is damaged or something else") from error
+
+
+def _entries(archive: zipfile.ZipFile, names: Container[str] | None) -> dict[str, zipfile.ZipInfo]:
+    """Return the entries of these arrays, by name."""
+    entries: dict[str, zipfile.ZipInfo] = {}
+    for info in archive.infolist():
+        name = _array_name(info)
+        if names is not None and name not in names:
+            continue
+        if name in entries:
+            raise ArchiveError("it holds a name twice")
+        entries[name] = info
+    return entries
+
+
+def _array_name(info: zipfile.ZipInfo) -> str:
+    return info.filename.removesuffix(".npy")
+
+
+def _read_header(entry: IO[bytes], info: zipfile.ZipInfo) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Return shape, order and data type of an entry's array, which is as large as the entry says."""
+    if info.compress_type not in COMPRESSIONS:
+        raise ArchiveError("it is compressed in a way that numpy does not write")
+    version = np.lib.format.read_magic(entry)
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    shape, fortran, dtype = read[version](entry)
+    if dtype.hasobject:
+        raise ArchiveError(f"{_array_name(info)} holds Python objects")
+    if math.prod(shape) * dtype.itemsize != info.file_size - entry.tell() or dtype.itemsize == 0:
+        raise ArchiveError(f"{_array_name(info)} is not as large as its header says")
+    return shape, fortran, dtype
 
 
 def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
     """Return the array of an entry. An entry never yields more bytes than it declares; nor may its array."""
-    if info.compress_type not in COMPRESSIONS:
-        raise ArchiveError("it is compressed in a way that numpy does not write")
     with archive.open(info) as entry:
-        version = np.lib.format.read_magic(entry)
-        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        shape, fortran, dtype = read_header[version](entry)
+        shape, fortran, dtype = _read_header(entry, info)
         size = math.prod(shape) * dtype.itemsize
-        if dtype.hasobject:
-            raise ArchiveError("it holds Python objects")
-        if size != info.file_size - entry.tell() or dtype.itemsize == 0:
-            raise ArchiveError("an array is not as large as it declares")
         content = bytearray(size)
         with memoryview(content) as view:
             done = 0
@@ -125,5 +164,5 @@ def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
                 view[done : done + len(piece)] = piece
                 done += len(piece)
         if entry.read(1):  # at the end the checksum is compared
-            raise ArchiveError("an array is larger than it declares")
+            raise ArchiveError(f"{_array_name(info)} is larger than its header says")
     return np.ndarray(shape, dtype, buffer=content, order="F" if fortran else "C")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gzip
 import math
-import zipfile
+import os
 import zlib
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
+from bnkernels.archive import ArchiveError, declared_arrays, read_arrays
 from bnkernels.memory import total_memory
 
 IDX_UINT8_IMAGES, IDX_UINT8_LABELS = 0x0803, 0x0801  # first four bytes: unsigned bytes, three axes or one
@@ -116,41 +116,17 @@ def read_npz(path: Path, dtype: str) -> dict[str, np.ndarray]:
         raise DataError(f"the data file {path} {what}: give an .npz file with x and y")
     try:
         with open(path, "rb") as file:
-            keys = _check_headers(path, file, dtype)
-            file.seek(0)
-            with np.load(file, allow_pickle=False) as archive:
-                arrays = {key: archive[key] for key in keys}
-    except (DataError, MemoryError):
-        raise
+            declared = declared_arrays(file, IN_FILE).values()
+            size = sum(math.prod(shape) * of_file.itemsize for shape, of_file in declared)
+            _require_memory(path, sum(math.prod(shape) for shape, _ in declared), size, dtype)
+            arrays = read_arrays(file, os.fstat(file.fileno()).st_size + size, IN_FILE)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-    except Exception as error:  # numpy and zipfile raise a dozen types for damaged bytes, with advice for programmers
-        raise DataError(
-            f"cannot read {path} as an .npz of plain arrays: it is damaged or something else: write it with numpy.savez"
-        ) from error
+    except ArchiveError as error:
+        raise DataError(f"cannot read {path} as an .npz of plain arrays: {error}: write it with numpy.savez") from error
     missing = [key for key in ("x", "y") if key not in arrays]
     if missing:
         raise DataError(f"{path} has no {' and no '.join(missing)}: write it with numpy.savez(path, x=..., y=...)")
     if ("x_test" in arrays) != ("y_test" in arrays):
         raise DataError(f"{path} has only one of x_test and y_test: give both or neither")
     return arrays
-
-
-def _check_headers(path: Path, file: IO[bytes], dtype: str) -> list[str]:
-    """Return which of the arrays an archive has, after checking what they say of their type and size."""
-    values = size = 0
-    with zipfile.ZipFile(file) as archive:
-        found = [key for key in IN_FILE if f"{key}.npy" in archive.namelist()]
-        for key in found:
-            with archive.open(f"{key}.npy") as entry:
-                version = np.lib.format.read_magic(entry)
-                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                shape, _, of_file = read(entry)
-                if of_file.hasobject:
-                    raise DataError(f"{path} must hold plain arrays, and {key} holds Python objects: convert it")
-                of_array = math.prod(shape) * of_file.itemsize
-                if entry.tell() + of_array != archive.getinfo(f"{key}.npy").file_size:
-                    raise DataError(f"{path} is damaged: {key} is not as large as its header says")
-                values, size = values + math.prod(shape), size + of_array
-    _require_memory(path, values, size, dtype)
-    return found

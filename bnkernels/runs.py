@@ -153,7 +153,8 @@ def _make(folder: Path) -> None:
 
 
 def _cannot_make(error: OSError) -> ConfigError:
-    return ConfigError(f"cannot make the folder {error.filename}: {error.strerror}: choose another")
+    reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror
+    return ConfigError(f"cannot make the folder {error.filename}: {reason}: choose another")
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from .mutant_list_fused_group import MUTANTS as FUSED_GROUP
 from .mutant_list_general import MUTANTS as GENERAL
 from .mutant_list_layer_norm import MUTANTS as LAYER_NORM
 from .mutant_list_linear import MUTANTS as LINEAR
+from .mutant_list_spread import MUTANTS as SPREAD
 from .mutants import Mutant
 
 COMMON, FORWARD, BACKWARD = "common.cuh", "batch_norm_forward.cu", "batch_norm_backward.cu"
-MEET, MOMENTS, SPREAD, VECTOR = "meet.cuh", "moments.cuh", "spread.cuh", "vector.cuh"
-FORWARD_SPREAD, BACKWARD_SPREAD = "batch_norm_forward_spread.cu", "batch_norm_backward_spread.cu"
+MOMENTS = "moments.cuh"
 HALF, ACTIVATION, CHANNEL = "half.cuh", "activation.cuh", "channel.cuh"
 SOFTMAX, UPDATE, MINI_BATCH = "softmax_cross_entropy.cu", "parameter_update.cu", "mini_batch.cu"
 
@@ -23,6 +23,7 @@ MUTANTS = [
     *FUSED_GROUP,
     *LAYER_NORM,
     *LINEAR,
+    *SPREAD,
     # ---- barriers, warps, races
     Mutant(
         "forward: no barrier before the merge",
@@ -279,73 +280,5 @@ MUTANTS = [
         "sqrt(second) / step.root_correction2",
         "sqrt(second / (step.root_correction2 * step.root_correction2))",
         select="first_steps",
-    ),
-    # ---- slices that several blocks share
-    Mutant(
-        "spread: a block arrives without a fence",
-        MEET,
-        "    __threadfence();\n    return atomicAdd",
-        "    return atomicAdd",
-        ("tsan",),
-        "test_the_order_of_blocks_and_threads_changes_no_bit and shape1",
-    ),
-    Mutant(
-        "spread: no barrier behind the meeting",
-        MEET,
-        "        __threadfence();\n    }\n    __syncthreads();\n",
-        "        __threadfence();\n    }\n",
-    ),
-    Mutant("spread: nobody waits", MEET, "        bnk_wait(counter, ticket);\n", ""),
-    Mutant("spread: the first block arrives as the others", MEET, "block == 0 ?", "block == blocks ?"),
-    Mutant("spread: a meeting waits for one block more", MEET, "MEETING - (blocks - 1)", "MEETING - blocks"),
-    Mutant("spread: a meeting waits for one block less", MEET, "MEETING - (blocks - 1)", "MEETING - (blocks - 2)"),
-    Mutant(
-        "spread: the next slice's partial results over those of this one",
-        SPREAD,
-        "(odd ? gridDim.x : 0)",
-        "0",
-        ("plain", "tsan"),
-        "test_the_order_of_blocks_and_threads_changes_no_bit and shape0",
-    ),
-    Mutant("spread: all threads keep their rows in the same place", SPREAD, "own[row * threads]", "own[row]"),
-    Mutant("spread: the last eight of the partial results are not whole", SPREAD, "min(first + FAN_IN, blocks)", "8"),
-    Mutant("vector: the second half of a word erases the first", VECTOR, "& 0xffffu : 0u", "& 0u : 0u"),
-    Mutant(
-        "forward spread: every block updates the running statistics",
-        FORWARD_SPREAD,
-        "if (threadIdx.y == 0 && blockIdx.y == 0) write",
-        "if (threadIdx.y == 0) write",
-    ),
-    Mutant(
-        "forward spread: rows that are not held are looked for in shared memory",
-        FORWARD_SPREAD,
-        "first + i < a.held ? held",
-        "true ? held",
-    ),
-    Mutant(
-        "forward spread: no barrier before the next slice",
-        FORWARD_SPREAD,
-        "        __syncthreads();  // all have seen the merged moments\n",
-        "",
-        ("plain", "tsan"),
-        "test_the_order_of_blocks_and_threads_changes_no_bit and shape0",
-    ),
-    Mutant(
-        "forward spread: a chunk that is not the first replaces the others",
-        FORWARD_SPREAD,
-        "if (!first) moments",
-        "if (false) moments",
-    ),
-    Mutant(
-        "backward spread: dx without the mean of g xhat",
-        BACKWARD_SPREAD,
-        "fma(gradient.centred[j], means.slope[own], means.g[own])",
-        "means.g[own]",
-    ),
-    Mutant(
-        "backward spread: dy is kept where x is",
-        BACKWARD_SPREAD,
-        "held_dy[first + i] = chunk[0].dy",
-        "held_x[first + i] = chunk[0].dy",
     ),
 ]
