@@ -20,8 +20,10 @@ from tests import backends, fake_cupy_graphs, fake_cupy_streams
 from tests.backends import Backend
 from tests.emulator import EmulatorError, EmulatorRuntime
 from tests.test_cuda_runtime import forget_the_runtime
+from tests.test_cuda_workspace import alive, made
 from tests.test_fused_training import RATES, by_layers, make_data, network_on
 
+__all__ = ["made"]  # the fixture, on the stand-in below
 ARCHITECTURES = [((7, 20, 10), 64), ((5, 3), 6), ((6, 33, 17, 5), 30), ((3, 9, 8, 7, 6, 5, 4), 65)]
 
 
@@ -154,3 +156,17 @@ def test_through_cupy_a_step_is_a_graph(cupy: types.ModuleType, rng: np.random.G
     assert len(graphs[0].work) == 1 + 3 + 1 + 3 + 1
     by_layers(model, make_optimizer("momentum", model, RATES["momentum"]), x, y, batch)
     np.testing.assert_allclose(on_gpu.parameters.get(), model.parameters, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.emulator
+def test_graphs_that_are_gone_leave_no_workspace(cupy: types.ModuleType, rng: np.random.Generator, made: list) -> None:
+    """Data of two lengths in turn, an epoch and what is left of it: every time the step is captured anew."""
+    step = CapturedStep(MLP((6, 7, 3), dtype="float64", xp=cupy), "sgd", (), 8)
+    for examples in (32, 24, 32, 24):
+        x, y = make_data(rng, (6, 7, 3), examples, "float64")
+        assert len(list(step.run(cupy.asarray(x), cupy.asarray(y), lr=0.1, before=0))) == examples // 8
+        of_graph = alive(made)
+        assert of_graph <= 2, "that of the graph, and of the current stream"
+    assert len(made) >= 4
+    del step
+    assert alive(made) == of_graph - 1
