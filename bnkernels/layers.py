@@ -96,11 +96,6 @@ class BatchNorm:
             raise ValueError(f"{missing} is None and its companion is not; pass both, or neither to track nothing")
         if momentum is not None:
             momentum = check.number("momentum", momentum, 0, 1)
-        if runtime_of(type(parameters["gamma"])) is None:
-            written = {"running_mean": running_mean, "running_var": running_var}
-            for name, array in (written | {f"gradient of {key}": array for key, array in gradients.items()}).items():
-                if array is not None:
-                    memory.writable(name, array)
         self.parameters, self.gradients = parameters, gradients
         self.running_mean, self.running_var = running_mean, running_var
         self.momentum, self.unbiased = momentum, check.boolean("unbiased", unbiased)
@@ -108,6 +103,11 @@ class BatchNorm:
         self.batches = 0  # on the host: a counter on the device would cost a launch per step
         self._phi = activation_named(activation)
         self._plans: dict[Callable, tuple[list, Plan]] = {}  # the last of each kind
+        if runtime_of(type(parameters["gamma"])) is None:
+            written = {"running_mean": running_mean, "running_var": running_var}
+            for name, array in (written | {f"gradient of {key}": array for key, array in gradients.items()}).items():
+                if array is not None:
+                    memory.writable(name, array)
 
     def forward(self, x: Any, *, training: bool) -> Any:
         """Return the output, of the shape of `x`, (N, C)."""
