@@ -24,7 +24,7 @@ Signature = tuple[type, np.dtype, tuple[int, ...], tuple[int, ...]]
 MOST_SHOWN = 100  # characters of a value in a message
 SMALLEST_NORMAL = {dtype: float(np.finfo(dtype).tiny) for dtype in SUFFIX}
 LARGEST = {dtype: float(np.finfo(dtype).max) for dtype in SUFFIX}
-SINGLE = np.dtype(np.float32)
+SMALLEST_SINGLE, LARGEST_SINGLE = SMALLEST_NORMAL[np.dtype(np.float32)], LARGEST[np.dtype(np.float32)]
 MOST_COUNTED = 2**53  # steps and mini-batches: as far as double precision counts
 
 
@@ -219,7 +219,7 @@ def epsilon(given: Any, like: Any = None) -> float:
     A constant channel has the variance 0, so only eps keeps ``1 / sqrt(var + eps)`` finite. Below the smallest normal
     number it does not on a GPU, which may flush such numbers to 0.
     """
-    if type(given) is float and SMALLEST_NORMAL[SINGLE] <= given <= LARGEST[SINGLE]:
+    if type(given) is float and SMALLEST_SINGLE <= given <= LARGEST_SINGLE:
         return given
     dtype = getattr(like, "dtype", None)
     kind = accumulator(dtype) if isinstance(dtype, np.dtype) and suffix(dtype) else np.dtype(np.float64)

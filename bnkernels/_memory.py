@@ -9,6 +9,7 @@ import numpy as np
 
 from bnkernels._runtime import Runtime
 
+OWNDATA, WRITEABLE = 0x4, 0x400  # bits of NumPy's flags
 FOREIGN = 0  # owns what NumPy does not: another library's memory, a mapped file, what `as_strided` makes
 
 
@@ -20,9 +21,7 @@ def outputs(
     The first array may be exactly one of those named by `in_place`: the same memory in the same layout.
     """
     if runtime is None:
-        # Arrays that NumPy has allocated one by one are told apart by identity: this is the hot path on the CPU.
-        writable(names, arrays[:written])
-        owners = [~place if array is None else _owner(array) for place, array in enumerate(arrays)]
+        owners = _owners(names, arrays, written)
         if FOREIGN not in owners and len(set(owners)) == len(owners):
             return
     else:
@@ -48,11 +47,10 @@ def outputs(
             raise ValueError(f"{names[i]} overlaps {names[j]} in memory{hint}; pass a separate array")
 
 
-def writable(names: tuple[str, ...], arrays: tuple) -> None:
-    """Check that NumPy arrays can be written; any may be None."""
-    for name, array in zip(names, arrays, strict=False):
-        if array is not None and not array.flags.writeable:
-            raise ValueError(f"{name} must be writable, got a read-only array; pass a copy, as {name}.copy() makes it")
+def writable(name: str, array: Any) -> None:
+    """Check that a NumPy array can be written."""
+    if not array.flags.writeable:
+        raise ValueError(f"{name} must be writable, got a read-only array; pass a copy, as {name}.copy() makes it")
 
 
 def _apart(ranges: list[tuple[int, int]]) -> bool:
@@ -65,12 +63,31 @@ def _apart(ranges: list[tuple[int, int]]) -> bool:
     return True
 
 
-def _owner(array: np.ndarray) -> int:
-    """Return a number that arrays share where they may share memory; `FOREIGN` for memory that NumPy does not own."""
-    base = array.base
-    if base is None:
-        return id(array) if array.flags.owndata else FOREIGN
-    return _owner(base) if isinstance(base, np.ndarray) else FOREIGN
+def _owners(names: tuple[str, ...], arrays: tuple, written: int) -> list[int]:
+    """Return numbers that NumPy arrays share where they may share memory, and check that the first can be written.
+
+    This is the hot path on the CPU: arrays that NumPy has allocated one by one are told apart by identity, and one look
+    at its flags is all that such an array costs.
+    """
+    owners = []
+    for place, array in enumerate(arrays):
+        if array is None:
+            owners.append(~place)
+            continue
+        flags = array.flags.num
+        if place < written and not flags & WRITEABLE:
+            writable(names[place], array)
+        owners.append(id(array) if flags & OWNDATA else _owner(array.base))
+    return owners
+
+
+def _owner(base: Any) -> int:
+    """Return the number of what a view looks at; `FOREIGN` for memory that NumPy does not own."""
+    while isinstance(base, np.ndarray):
+        if base.flags.owndata:
+            return id(base)
+        base = base.base
+    return FOREIGN
 
 
 def _same_layout(runtime: Runtime | None, a: Any, b: Any) -> bool:

@@ -244,5 +244,6 @@ def activation_named(name: str, alpha: float | None = None) -> Activation:
     >>> activation_named("elu").alpha
     1.0
     """
-    check.one_of("activation", name, _TABLE)
+    if type(name) is not str or name not in _TABLE:
+        check.one_of("activation", name, _TABLE)
     return _made(name, None if alpha is None else check.number("alpha", alpha, None))

@@ -156,7 +156,8 @@ def _plan(*signatures: check.Signature | None) -> _Plan:
     """Check the signatures of the arrays NAMES."""
     args = check.arguments(dict(zip(NAMES, signatures, strict=True)), NAMES[:-1], written=4)
     moments = args["moments"]
-    check.wide(moments)
+    if moments.dtype not in rt.SUFFIX:
+        raise TypeError(f"moments must be float32 or float64, as batch_norm_moments returns them, got {moments.dtype}")
     if len(moments.shape) != 3 or moments.shape[1] != 4:
         raise ValueError(f"moments must have the shape (K, 4, C), of K parts, got {moments.shape}; stack the parts")
     parts, _, channels = moments.shape

@@ -20,6 +20,7 @@ from bnkernels._batch_norm_plan import (
     run_forward,
     run_inference,
 )
+from bnkernels._runtime import runtime_of
 from bnkernels.activations import activation_named
 from bnkernels.layer_norm import layer_norm_backward, layer_norm_forward
 
@@ -102,6 +103,11 @@ class BatchNorm:
         self.batches = 0  # on the host: a counter on the device would cost a launch per step
         self._phi = activation_named(activation)
         self._plans: dict[Callable, tuple[list, Plan]] = {}  # the last of each kind
+        if runtime_of(type(parameters["gamma"])) is None:
+            written = {"running_mean": running_mean, "running_var": running_var}
+            for name, array in (written | {f"gradient of {key}": array for key, array in gradients.items()}).items():
+                if array is not None:
+                    memory.writable(name, array)
 
     def forward(self, x: Any, *, training: bool) -> Any:
         """Return the output, of the shape of `x`, (N, C)."""
@@ -112,8 +118,6 @@ class BatchNorm:
             return run_inference(self._plan(plan_inference, arrays, (1,)), arrays, self.eps, self._phi)
         arrays = (None, None, *running, x, None, *vectors)
         plan = self._plan(plan_forward, arrays, (4,))
-        if plan.runtime is None:
-            memory.writable(("running_mean", "running_var"), running)
         momentum = 1 / (self.batches + 1) if self.momentum is None else self.momentum
         y, statistics, kept = run_forward(plan, arrays, momentum, self.eps, self._phi, self.unbiased)
         if training:
@@ -128,7 +132,7 @@ class BatchNorm:
         arrays = (*outputs, None, dy, self.x, None, *vectors, self.statistics, None, None)
         plan = self._plan(plan_backward, arrays, (4, 5))
         if plan.runtime is None:
-            memory.writable(("dy", "gradient of gamma", "gradient of beta"), outputs)
+            memory.writable("dy", dy)
         return run_backward(plan, arrays, self.eps, self._phi, self._kept)[0]
 
     def _plan(self, plan: Callable[..., Plan], arrays: tuple, varying: tuple[int, ...]) -> Plan:

@@ -111,7 +111,8 @@ class MLP:
         momentum = momentum if momentum is None else check.number("momentum", momentum, 0, 1)
         eps = check.epsilon(eps, self.parameters)
         self._options = {"momentum": momentum, "unbiased": check.boolean("unbiased", unbiased), "eps": eps}
-        self._logits: tuple[int, ...] | None = None  # the shape that the last forward in training gave them
+        self._input: tuple | None = None  # the form of the last input, which was checked
+        self._logits: tuple | None = None  # the form of what the last forward in training returned
         self._build(check.boolean("track_running_stats", track_running_stats))
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
@@ -195,11 +196,14 @@ class MLP:
         TypeError, ValueError
             If `x` is not such an array; nothing is changed then.
         """
-        self._check("x", x, self.sizes[0])
+        form = _form(x)
+        if form != self._input:
+            self._check("x", x, None, self.sizes[0])
+            self._input = form
         for layer in self.layers:
             x = layer.forward(x, training=training)
         if training:
-            self._logits = x.shape
+            self._logits = _form(x)
         return x
 
     @np.errstate(all="ignore")  # as kernels do, which have no warnings
@@ -220,21 +224,19 @@ class MLP:
         """
         if self._logits is None:
             raise RuntimeError("backward needs what a forward keeps: call forward(x, training=True) before it")
-        self._check("dlogits", dlogits, *reversed(self._logits))
+        if _form(dlogits) != self._logits:
+            self._check("dlogits", dlogits, *self._logits[2])
         for layer in reversed(self.layers):
             dlogits = layer.backward(dlogits)
 
-    def _check(self, name: str, array: Any, columns: int, rows: int | None = None) -> None:
+    def _check(self, name: str, array: Any, rows: int | None, columns: int) -> None:
         """Check for a matrix beside the parameters, of their type."""
-        mine, shape = self.parameters, getattr(array, "shape", ())
-        fits = len(shape) == 2 and shape[1] == columns and rows in (None, shape[0])
-        if fits and type(array) is type(mine) and array.dtype == mine.dtype:
-            return
-        args = check.arguments({name: check.signature(array), "parameters": check.signature(mine)})
-        check.like(args[name], shape, mine.dtype)
-        if not fits:
-            wanted = "N" if rows is None else str(rows)
-            raise ValueError(f"{name} must have the shape ({wanted}, {columns}), got {shape}")
+        mine = self.parameters
+        argument = check.arguments({name: check.signature(array), "parameters": check.signature(mine)})[name]
+        check.like(argument, argument.shape, mine.dtype)
+        if argument.shape != (argument.shape[0] if rows is None and argument.shape else rows, columns):
+            wanted = "N" if rows is None else rows
+            raise ValueError(f"{name} must have the shape ({wanted}, {columns}), got {argument.shape}")
 
     @property
     def fused(self) -> Network:
@@ -312,6 +314,11 @@ class MLP:
             mine[name][...] = array
         for name, norm in self._norms.items():
             norm.batches = batches[name]
+
+
+def _form(array: Any) -> tuple:
+    """Return the type, data type and shape of an array."""
+    return type(array), getattr(array, "dtype", None), getattr(array, "shape", None)
 
 
 def _sizes(given: Any) -> tuple[int, ...]:

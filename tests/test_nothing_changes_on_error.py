@@ -58,19 +58,26 @@ def test_inputs_may_be_read_only(op: str) -> None:
         np.testing.assert_array_equal(arrays[name], usual[name])
 
 
-@pytest.mark.parametrize("name", ["running_mean", "running_var", "dy", "gradient of gamma", "gradient of beta"])
-def test_a_layer_refuses_to_write_what_is_read_only(name: str) -> None:
+@pytest.mark.parametrize("name", ["running_mean", "running_var", "gradient of gamma", "gradient of beta"])
+def test_a_layer_refuses_to_own_what_is_read_only(name: str) -> None:
     vectors = [{key: np.ones(3, "float32") for key in ("gamma", "beta")} for _ in range(2)]
-    arrays = {key: np.ones(3, "float32") for key in ("running_mean", "running_var")}
-    layer = layers.BatchNorm(*vectors, **arrays)
-    x, dy = (np.arange(12, dtype="float32").reshape(4, 3) for _ in range(2))
-    arrays |= {"dy": dy, "gradient of gamma": vectors[1]["gamma"], "gradient of beta": vectors[1]["beta"]}
-    if not name.startswith("running"):
-        layer.forward(x, training=True)
+    running = {key: np.ones(3, "float32") for key in ("running_mean", "running_var")}
+    layers.BatchNorm(*vectors, **running)
+    arrays = running | {f"gradient of {key}": array for key, array in vectors[1].items()}
     arrays[name].flags.writeable = False
-    with refused(NUMPY, ValueError, f"{name} must be writable", *arrays.values(), x):
-        layer.backward(dy) if not name.startswith("running") else layer.forward(x, training=True)
-    assert layer.batches == int(not name.startswith("running"))
+    with pytest.raises(ValueError, match=f"{name} must be writable"):
+        layers.BatchNorm(*vectors, **running)
+
+
+@pytest.mark.parametrize("kind", [layers.BatchNorm, layers.LayerNorm])
+def test_a_layer_writes_its_gradient_over_dy_if_it_can(kind: type) -> None:
+    vectors = [{key: np.ones(3, "float32") for key in ("gamma", "beta")} for _ in range(2)]
+    layer = kind(*vectors)
+    x, dy = (np.arange(12, dtype="float32").reshape(4, 3) for _ in range(2))
+    layer.forward(x, training=True)
+    dy.flags.writeable = False
+    with refused(NUMPY, ValueError, "(dy|dx) must be writable", dy, x, *vectors[1].values()):
+        layer.backward(dy)
 
 
 # ---- overlaps -------------------------------------------------------------------------------------------------------
