@@ -3,7 +3,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 ARGS ?=
 
-PACKAGING := setup.py pyproject.toml tools/install.py
+PACKAGING := setup.py pyproject.toml tools/install.py tests/compile/compilers.txt
 TRAIN := .venv/installed-train
 TEST := .venv/installed-test
 BENCH := .venv/installed-bench
@@ -38,7 +38,7 @@ format: $(TEST) ## format Python and CUDA
 	$(RUN) -m ruff format .
 	.venv/bin/clang-format -i $(CXX_FILES)
 
-compile: $(TEST) ## compile every kernel for every architecture with NVRTC; compare registers with the baseline
+compile: $(TEST) ## compile every kernel for every architecture with the oldest and the newest NVRTC; compare registers
 	$(RUN) -m tests.compile $(ARGS)
 
 emulate: $(TEST) ## run the op tests on emulated kernels under AddressSanitizer + UBSan, then ThreadSanitizer

@@ -18,8 +18,6 @@ TEST = [
     "numpydoc>=1.8",
     "ruff>=0.12",
     "clang-format>=20",
-    "nvidia-cuda-nvrtc>=13",  # compiles the kernels without a driver or a GPU
-    "cuda-bindings>=13",
     "ml_dtypes>=0.5",  # bfloat16 for NumPy
     "setuptools>=77",  # tests/test_packaging.py builds without the network
 ]

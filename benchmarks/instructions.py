@@ -15,6 +15,7 @@ import numpy as np
 
 import bnkernels as bn
 from bnkernels.mlp import MLP
+from tests.compile import nvrtc
 from tests.ptx import ARCHITECTURE, KINDS, Counts, PtxRuntime, registered
 
 MOST = 1.10  # times the instructions of the same without batch norm
@@ -121,9 +122,7 @@ def _numbers(counts: Counts, *ratios: str) -> list[str]:
 
 def main() -> int:
     """Print the table; return 0 if batch norm adds no more anywhere than it may."""
-    from tests.compile import nvrtc  # only here: it cannot be imported without NVIDIA's package
-
-    print(ABOUT.format(sm=ARCHITECTURE, nvrtc=nvrtc.version(), special=SPECIAL))
+    print(ABOUT.format(sm=ARCHITECTURE, nvrtc=nvrtc.NEWEST, special=SPECIAL))
     found = lines()
     print(table(found))
     met = sum(line.ratio <= MOST for line in found)

@@ -8,7 +8,6 @@ emulator, registers are those of the baseline that ``make compile`` checks, and 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from math import prod
@@ -17,10 +16,11 @@ from typing import Any
 from benchmarks import devices, limits
 from benchmarks.case import Case, NotSupportedError
 from benchmarks.counting import CASES, Count, counted, extent, fewest_bytes
-from benchmarks.harness import RESULTS, ROOT, round4, write_json
+from benchmarks.harness import RESULTS, round4, write_json
+from tests.compile import __main__ as compiled
+from tests.compile import nvrtc
 
 PATH = RESULTS / "static.json"
-BASELINE = ROOT / "tests" / "compile" / "baseline.json"
 COUNTED, WAITING = "counted", "not supported yet"
 TARGETS = (devices.A100, devices.H200, devices.B200, devices.RTX_5090)  # one of each architecture
 PREDICTED = devices.H200
@@ -46,7 +46,7 @@ def rows(cases: Iterable[Case] | None = None) -> list[Row]:
         its device in `TARGETS` `waves` and `busy_sms`. For `PREDICTED`, in microseconds, what the launch cannot
         undercut, cold and hot, and by what; and what no kernel can.
     """
-    registers = json.loads(BASELINE.read_text(encoding="utf-8"))["registers"]
+    registers = compiled.baseline()[nvrtc.NEWEST]
     found = []
     for case in CASES if cases is None else cases:
         about = describe(case)
@@ -95,7 +95,7 @@ def row_of(case: Case, count: Count, registers: Mapping[str, int]) -> Row:
 
 def document_of(found: list[Row]) -> dict[str, Any]:
     """Return what ``static.json`` holds."""
-    return {"predicted_for": PREDICTED.name, "rows": found}
+    return {"predicted_for": PREDICTED.name, "nvrtc": nvrtc.NEWEST, "rows": found}
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------
@@ -132,10 +132,10 @@ def table(document: Mapping[str, Any]) -> str:
     text.insert(1, "| --- |" + " ---: |" * (len(HEADER) - 1))
     names = " / ".join(f"sm_{device.architecture.name}" for device in TARGETS)
     notes = [
-        f"Registers and occupancy: {names}. SMs at work, and times: {document['predicted_for']}; predicted, not "
-        "measured: no launch of this grid and these bytes can take less, and no kernel whatever less than the last "
-        "column says. Bytes and barriers are counted on the emulator. The launches are those of that device; occupancy "
-        "0: another device, with less shared memory, gets other launches."
+        f"Registers and occupancy: {names}, by NVRTC {document['nvrtc']}. SMs at work, and times: "
+        f"{document['predicted_for']}; predicted, not measured: no launch of this grid and these bytes can take less, "
+        "and no kernel whatever less than the last column says. Bytes and barriers are counted on the emulator. The "
+        "launches are those of that device; occupancy 0: another device, with less shared memory, gets other launches."
     ]
     scaled = dict.fromkeys(
         f"{row['shape']} on {row['counted_on']}" for row in shown if row["counted_on"] != row["shape"]

@@ -17,6 +17,15 @@ struct alignas(16) Across {
     A of[COLUMNS<A>];
 };
 
+// Not a generic lambda: NVRTC up to 13.0 takes one for a host function, unless CuPy's options tell it otherwise.
+template <typename A>
+struct ToType {
+    template <typename T>
+    __device__ __forceinline__ A operator()(T value) const {
+        return A(value);
+    }
+};
+
 template <typename A, typename Left, typename Right, typename Emit>
 __device__ __forceinline__ void fma_product(A* shared, const Left& left, const Right& right, long long row,
                                             long long column, int width, const Emit& emit) {
@@ -30,7 +39,7 @@ __device__ __forceinline__ void fma_product(A* shared, const Left& left, const R
     A sums[COLUMNS<A>][EXAMPLES] = {};
     const Stage<Left> left_stage(left, rows, TERMS, TERMS);
     const Stage<Right> right_stage(right, TERMS, width, width);
-    const auto convert = [](auto value) { return A(value); };
+    const ToType<A> convert{};
 #pragma unroll 1
     for (long long first = 0; first < terms; first += TERMS) {
         left_stage.template run<32 / sizeof(A)>(row, first, lefts, 1, pitch, convert);

@@ -6,12 +6,14 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from types import ModuleType
 
 import numpy as np
 import pytest
 
 from bnkernels import _runtime
 from tests import backends
+from tests.compile import nvrtc
 from tests.emulator import EmulatorRuntime
 
 
@@ -62,6 +64,14 @@ def emulated() -> Iterator[EmulatorRuntime]:
     runtime.reset()
     yield runtime
     runtime.check_guards()
+
+
+@pytest.fixture(name="nvrtc", scope="session")
+def _nvrtc() -> ModuleType:
+    """Return what compiles kernels; skip where no compiler has been installed, not where one of them is missing."""
+    if not nvrtc.FOLDER.is_dir():
+        pytest.skip(f"NVRTC is not installed: no {nvrtc.FOLDER}; python3 tools/install.py test puts it there")
+    return nvrtc
 
 
 @pytest.fixture

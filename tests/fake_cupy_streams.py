@@ -10,7 +10,6 @@ its twin runs, a Python function that does the same: ``driver.twins[name](launch
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ import numpy as np
 
 from bnkernels._runtime import Launch
 from tests import fake_cupy
+from tests.compile import nvrtc
 from tests.emulator import EmulatorRuntime
 from tests.emulator.build import BUILD_VARIABLE
 from tests.fake_cupy_arrays import Array, bare, computed
@@ -82,12 +82,8 @@ TWINS: dict[str, Callable[..., None]] = {"bnk_copy": _copy, "bnk_empty": _nothin
 @functools.cache
 def compile_for_gpus(code: str) -> bool:
     """Compile a kernel's source for several architectures; return False where NVRTC is absent or cannot run."""
-    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
+    if not nvrtc.FOLDER.is_dir() or os.environ.get(BUILD_VARIABLE) in ("asan", "tsan"):  # in whose allocators it fails
         return False
-    if os.environ.get(BUILD_VARIABLE) in ("asan", "tsan"):  # under whose allocators NVRTC fails
-        return False
-    from tests.compile import nvrtc
-
     return all(nvrtc.resources(code, architecture) for architecture in ARCHITECTURES)
 
 

@@ -1,19 +1,15 @@
 """The kernels as NVRTC compiles them: resources, arguments, arithmetic; and that the command reports what is wrong.
 
-One architecture here; ``make compile`` takes them all.
+Both compilers for one architecture here; ``make compile`` takes all that each of them knows.
 """
 
 from __future__ import annotations
 
-import copy
-import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-
-pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installed: kernels are not compiled")
 
 from bnkernels import _batch_norm_general as general
 from bnkernels import _source, parameter_update
@@ -55,38 +51,48 @@ DTYPES = {"f16": np.dtype(np.float32), "bf16": np.dtype(np.float32)}
 DTYPES |= {"f32": np.dtype(np.float32), "f64": np.dtype(np.float64)}
 
 
-@pytest.fixture(scope="module")
-def table() -> command.Table:
-    try:
-        nvrtc.version()
-    except (RuntimeError, OSError) as error:
-        pytest.skip(f"NVRTC is not installed: {error}")
-    return command.measure([ARCHITECTURE])
+pytestmark = pytest.mark.usefixtures("nvrtc")
 
 
-@pytest.fixture(scope="module", params=_source.stems())
-def assembly(request: pytest.FixtureRequest, table: command.Table) -> str:
-    return nvrtc.ptx(_source.read(request.param), min(nvrtc.architectures()))
-
-
-def test_no_kernel_spills(table: command.Table) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("version", nvrtc.VERSIONS)
+def test_no_kernel_spills_and_registers_are_those_of_the_baseline(version: str) -> None:
+    table = command.measure(version, [ARCHITECTURE])
     assert command.excesses(table) == []
+    assert command.differences(command.registers_of(table), command.baseline()[version]) == []
 
 
-def test_kernels_and_registers_are_those_of_the_baseline(table: command.Table) -> None:
-    assert command.compare(command.baseline_of(table, nvrtc.version())) == []
+def test_the_baseline_holds_the_compilers_that_are_installed_and_all_their_architectures() -> None:
+    baseline = command.baseline()
+    assert set(nvrtc.VERSIONS) <= baseline.keys()
+    pinned = Path(nvrtc.__file__).with_name("compilers.txt").read_text(encoding="utf-8")
+    assert all(f"=={version}" in pinned for version in baseline)
+    for version in nvrtc.VERSIONS:
+        compiled = {int(architecture) for row in baseline[version].values() for architecture in row}
+        assert compiled == set(nvrtc.architectures(version))
 
 
-def test_the_argument_struct_has_the_size_that_python_packs(assembly: str) -> None:
+@pytest.mark.parametrize("stem", _source.stems())
+@pytest.mark.parametrize("version", nvrtc.VERSIONS)
+def test_ptx_takes_what_python_packs_and_rounds_as_the_source_says(
+    version: str, stem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the oldest compiler with our options alone: no kernel leans on those that CuPy adds."""
+    if version == nvrtc.OLDEST:
+        monkeypatch.setattr(nvrtc, "OPTIONS", _source.OPTIONS)
+    assembly = nvrtc.ptx(_source.read(stem), nvrtc.OLDEST_ARCHITECTURE, version)
     for kernel, size in ptx.parameter_bytes(assembly).items():
-        stem = max((stem for stem in LAYOUTS if kernel.startswith(stem + "_")), key=len)
-        assert LAYOUTS[stem][DTYPES[kernel.rpartition("_")[2]]].itemsize == size, kernel
+        layout = max((layout for layout in LAYOUTS if kernel.startswith(layout + "_")), key=len)
+        assert LAYOUTS[layout][DTYPES[kernel.rpartition("_")[2]]].itemsize == size, kernel
+    assert ptx.float_atomics(assembly) == []
+    assert ".rn" in assembly or stem == "mini_batch", "only a copy computes nothing"
+    assert ptx.contractible(assembly) == [], "a product and a sum are contracted by fma only"
 
 
 def test_data_move_16_bytes_at_a_time_where_they_lie_in_vectors() -> None:
     """In the spread kernels all data; what is left in single words are vectors of channels and partial results."""
     for stem, loads, stores in (("batch_norm_forward_spread", 2, 1), ("batch_norm_backward_spread", 3, 2)):
-        entries = nvrtc.ptx(_source.read(stem), min(nvrtc.architectures())).split(".visible .entry")[1:]
+        entries = nvrtc.ptx(_source.read(stem), nvrtc.OLDEST_ARCHITECTURE).split(".visible .entry")[1:]
         assert len(entries) == 6
         for entry in entries:
             assert entry.count("ld.global.v4.u32") >= loads
@@ -104,16 +110,7 @@ def test_16_bit_products_are_those_of_tensor_cores_from_sm_80_on() -> None:
                 assert found == ({suffix} if there and suffix in ("f16", "bf16") else set()), (architecture, suffix)
 
 
-def test_no_float_is_added_atomically(assembly: str) -> None:
-    assert ptx.float_atomics(assembly) == []
-
-
-def test_no_product_and_sum_are_contracted_but_by_fma(assembly: str) -> None:
-    assert ".rn" in assembly or "bnk_mini_batch" in assembly, "only a copy computes nothing"
-    assert ptx.contractible(assembly) == []
-
-
-def test_the_ptx_checks_see_what_they_look_for(table: command.Table) -> None:
+def test_the_ptx_checks_see_what_they_look_for() -> None:
     assembly = nvrtc.ptx('extern "C" __global__ void k(float* a, int n) { atomicAdd(a, float(n)); }', 75)
     assert len(ptx.float_atomics(assembly)) == 1
     with pytest.raises(ValueError, match="k must have one parameter, a struct by value; it has 2"):
@@ -125,7 +122,7 @@ def test_the_ptx_checks_see_what_they_look_for(table: command.Table) -> None:
     assert ptx.contractible("mul.rn.ftz.f32 %f1, %f2, %f3;\nfma.rn.f64 %d1, %d2, %d3, %d4;") == []
 
 
-def test_a_syntax_error_is_reported_at_its_file_and_line(table: command.Table) -> None:
+def test_a_syntax_error_is_reported_at_its_file_and_line() -> None:
     stem = _source.stems()[0]
     lines = _source.read(stem).splitlines()
     at = next(i for i, line in enumerate(lines) if line.startswith("BNK_KERNEL") or line.startswith("#define BATCH"))
@@ -136,7 +133,7 @@ def test_a_syntax_error_is_reported_at_its_file_and_line(table: command.Table) -
         nvrtc.resources("\n".join(lines), ARCHITECTURE)
 
 
-def test_an_error_in_a_header_is_reported_in_the_header(table: command.Table) -> None:
+def test_an_error_in_a_header_is_reported_in_the_header() -> None:
     text = _source.read(_source.stems()[0]).replace("struct Pair {", "struct Pair { int syntax error;")
     header = (_source.folder() / "common.cuh").read_text(encoding="utf-8").splitlines()
     number = header.index("struct Pair {") + 1
@@ -144,7 +141,7 @@ def test_an_error_in_a_header_is_reported_in_the_header(table: command.Table) ->
         nvrtc.resources(text, ARCHITECTURE)
 
 
-def test_a_spill_is_seen(table: command.Table) -> None:
+def test_a_spill_is_seen() -> None:
     text = """
         extern "C" __global__ void __launch_bounds__(1024) k(double* a) {
             double v[64];
@@ -159,62 +156,95 @@ def test_a_spill_is_seen(table: command.Table) -> None:
     assert command.excesses({"k": {"90": found["k"]}})[0].startswith("k on sm_90: ")
 
 
-def test_static_shared_memory_is_seen(table: command.Table) -> None:
+def test_static_shared_memory_is_seen() -> None:
     text = 'extern "C" __global__ void k(int* a) { __shared__ int s[8]; s[a[0]] = 1; __syncthreads(); a[1] = s[a[2]]; }'
     assert nvrtc.resources(text, ARCHITECTURE)["k"].static_shared == 32
 
 
-def test_every_difference_from_the_baseline_is_told(table: command.Table) -> None:
-    baseline = {"nvrtc": "13.5", "registers": {"kept": {"75": 30, "90": 32}, "gone": {"90": 20}}}
-    found = copy.deepcopy(baseline)
-    assert command.differences(found, baseline) == []
-    found["registers"] = {"kept": {"75": 30, "90": 40, "100": 8}, "new": {"90": 20}}
-    assert command.differences(found, baseline) == [
+def test_every_difference_from_the_baseline_is_told() -> None:
+    baseline = {"kept": {"75": 30, "90": 32}, "gone": {"90": 20}}
+    assert command.differences(baseline, baseline) == []
+    assert command.differences({"kept": {"75": 30, "90": 40, "100": 8}, "new": {"90": 20}}, baseline) == [
         "new: not in the baseline",
         "gone: in the baseline, but gone",
         "kept: registers sm_90 32 -> 40, sm_100 no -> 8",
     ]
-    found["nvrtc"] = "14.0"
-    assert command.differences(found, baseline) == ["new: not in the baseline", "gone: in the baseline, but gone"]
 
 
-def test_some_architectures_are_compared_with_theirs(
-    table: command.Table, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(command, "measure", lambda architectures: table if architectures == [90] else {})
-    assert command.main(["--only", "90"]) == 0
-    assert "kernels for 1 architectures" in capsys.readouterr().out
-    for arguments, message in ((["--only", "12"], "not for [12]"), (["--only", "90", "--update"], "leave out --only")):
-        with pytest.raises(SystemExit):
-            command.main(arguments)
-        assert message in capsys.readouterr().err
+def test_a_kernel_of_newer_architectures_is_not_missed_on_an_older_one() -> None:
+    baseline = {"kept": {"75": 30, "90": 32}, "of_clusters": {"90": 40}}
+    assert command.differences({"kept": {"75": 30}}, baseline) == []
+    assert command.differences({"kept": {"90": 32}}, baseline) == ["of_clusters: in the baseline, but gone"]
 
 
-def test_a_kernel_of_newer_architectures_is_not_missed_on_an_older_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    baseline = {"nvrtc": "13.5", "registers": {"kept": {"75": 30, "90": 32}, "of_clusters": {"90": 40}}}
+@pytest.fixture
+def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Let compilers find in one kernel, which they need not compile, these registers; and the baseline be a copy."""
+    registers = dict.fromkeys(nvrtc.VERSIONS, 30)
+
+    def measure(version: str, architectures: list[int]) -> command.Table:
+        if not architectures:
+            return {}
+        return {"k": {str(one): nvrtc.Resources(registers[version], 0, 0, 0, 0) for one in architectures}}
+
+    monkeypatch.setattr(command, "measure", measure)
     monkeypatch.setattr(command, "BASELINE", tmp_path / "baseline.json")
-    command.BASELINE.write_text(json.dumps(baseline))
-    assert command.compare({"nvrtc": "13.5", "registers": {"kept": {"75": 30}}}) == []
-    assert command.compare({"nvrtc": "13.5", "registers": {"kept": {"90": 32}}}) == [
-        "of_clusters: in the baseline, but gone"
-    ]
+    command.BASELINE.write_text("{}")
+    assert command.main(["--update"]) == 0
+    return registers
 
 
-def test_the_command_fails_on_a_difference(
-    table: command.Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("version", nvrtc.VERSIONS)
+def test_the_command_fails_on_a_difference_of_either_compiler(
+    version: str, measured: dict[str, int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command, "BASELINE", tmp_path / "baseline.json")
-    monkeypatch.setattr(command, "measure", lambda architectures: table)
+    assert command.main([]) == 0
+    measured[version] = 31
+    capsys.readouterr()
+    assert command.main(["--only", "90"]) == 1
+    printed = capsys.readouterr()
+    assert printed.err.count("k: registers sm_90 30 -> 31") == 1
+    assert f"1 kernels for 1 architectures with NVRTC {version}: 0 failures, 1 differences" in printed.out
     assert command.main(["--update"]) == 0
     assert command.main([]) == 0
-    kernel = next(iter(table))
-    changed = table | {kernel: {"90": table[kernel]["90"]._replace(registers=1, spill_loads=4)}}
-    monkeypatch.setattr(command, "measure", lambda architectures: changed)
-    capsys.readouterr()
+
+
+@pytest.mark.usefixtures("measured")
+def test_the_command_says_what_it_does_not_compare(capsys: pytest.CaptureFixture[str]) -> None:
+    command.BASELINE.write_text("{}")
+    assert command.main(["--nvrtc", nvrtc.NEWEST, "--only", "90"]) == 0
+    assert f"with NVRTC {nvrtc.NEWEST}: 0 failures, which the baseline lacks" in capsys.readouterr().out
+    newer = set(nvrtc.architectures()) - set(nvrtc.architectures(nvrtc.OLDEST))
+    if newer:
+        assert command.main(["--only", str(max(newer))]) == 0
+        assert f"NVRTC {nvrtc.OLDEST} knows none of these architectures" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [(["--only", "12"], "not for [12]"), (["--only", "90", "--update"], "leave out --only")]
+)
+def test_the_command_refuses(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_spills_and_errors_of_a_compiler_fail_the_command(
+    measured: dict[str, int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measure(version: str, architectures: list[int]) -> command.Table:
+        if version == nvrtc.NEWEST:
+            return {"k": {"90": nvrtc.Resources(30, 0, 4, 0, 0)}}
+        raise nvrtc.CompileError("cuda/x.cu(1): error")
+
+    monkeypatch.setattr(command, "measure", measure)
     assert command.main([]) == 1
-    printed = capsys.readouterr()
-    assert f"{kernel} on sm_90: 4 bytes of spill loads, must be 0" in printed.err
-    assert f"{kernel}: registers sm_90 {table[kernel]['90'].registers} -> 1\n" in printed.err
-    assert printed.out.endswith("1 failures, 1 differences from the baseline\n")
+    printed = capsys.readouterr().err
+    assert "k on sm_90: 4 bytes of spill loads, must be 0" in printed
+    if nvrtc.OLDEST != nvrtc.NEWEST:
+        assert printed.startswith(f"NVRTC {nvrtc.OLDEST}\ncuda/x.cu(1): error\n")
+
+
+def test_a_compiler_that_is_not_there_is_named_with_the_way_out() -> None:
+    with pytest.raises(FileNotFoundError, match=r"one libnvrtc.so of NVRTC 1\.0 in .*; python3 tools/install\.py test"):
+        nvrtc.architectures("1.0")

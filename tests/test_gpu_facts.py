@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 import types
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from benchmarks.gpu import launch_facts, sanitize
 from benchmarks.gpu.device import SOURCES, Gpu
 from bnkernels import _runtime
 from tests import fake_cupy_streams
+from tests.compile.nvrtc import CompileError
 from tests.test_cuda_runtime import forget_the_runtime
 
 REPLACED = ("cupy", "cupy_backends.cuda.api.driver", "cuda.bindings.driver")
@@ -126,9 +126,7 @@ def test_figures_become_rows_with_units() -> None:
 
 @pytest.mark.parametrize("architecture", [75, 80, 90, 100, 120])
 @pytest.mark.parametrize("path", sorted(SOURCES.glob("*.cu")), ids=lambda path: path.stem)
-def test_every_kernel_compiles_and_has_a_twin(path: Path, architecture: int) -> None:
-    reason = "cuda-bindings is not installed: kernels are not compiled"
-    nvrtc = pytest.importorskip("tests.compile.nvrtc", reason=reason)
+def test_every_kernel_compiles_and_has_a_twin(nvrtc: types.ModuleType, path: Path, architecture: int) -> None:
     found = nvrtc.resources(path.read_text(), architecture)
     assert all(kernel.spill_stores == 0 for kernel in found.values())
     if path.stem == "barriers":
@@ -139,8 +137,7 @@ def test_every_kernel_compiles_and_has_a_twin(path: Path, architecture: int) -> 
         assert set(found) <= set(gpu_dry_run.TWINS), "a kernel without a twin is in no dry run"
 
 
-def test_the_struct_of_the_counting_kernel_has_the_size_that_python_packs() -> None:
-    nvrtc = pytest.importorskip("tests.compile.nvrtc", reason="cuda-bindings is not installed")
+def test_the_struct_of_the_counting_kernel_has_the_size_that_python_packs(nvrtc: types.ModuleType) -> None:
     assembly = nvrtc.ptx((SOURCES / "launches.cu").read_text(), 80)
     assert f"bnk_count_struct_param_0[{launch_facts.ARGUMENTS.itemsize}]" in assembly
 
@@ -185,7 +182,7 @@ def test_the_stand_in_refuses_what_cuda_refuses(cupy: types.ModuleType) -> None:
 def test_a_kernel_that_does_not_compile_fails_on_the_stand_in_too(cupy: types.ModuleType) -> None:
     if not fake_cupy_streams.compile_for_gpus('extern "C" __global__ void bnk_empty() {}'):
         pytest.skip("NVRTC is not installed, or a sanitizer is in its way")
-    with pytest.raises(importlib.import_module("tests.compile.nvrtc").CompileError, match="error"):
+    with pytest.raises(CompileError, match="error"):
         cupy.RawKernel('extern "C" __global__ void bnk_empty() { syntax error; }', "bnk_empty")
 
 

@@ -6,6 +6,7 @@ import ast
 import ctypes
 import importlib.util
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+
+from tests.compile import nvrtc
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "tools" / "install.py"
@@ -121,6 +124,31 @@ def test_an_environment_that_works_is_kept_and_installed_into(
     assert pip.endswith(f" --editable {wanted}")
 
 
+def test_the_tests_get_compilers_of_their_own_each_in_its_folder(
+    install: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    venv, log, compilers = tmp_path / "venv", tmp_path / "log", tmp_path / "compilers.txt"
+    fake_python(venv / "bin" / "python", f'echo "$@" >> {log}')
+    (venv / "nvrtc" / "11.0").mkdir(parents=True)
+    compilers.write_text('# of old\nnvrtc-cu12==12.0.76; platform_machine == "x86_64"\nnvrtc==13.5.37\n')
+    for name, value in {"VENV": venv, "COMPILERS": compilers, "driver_version": lambda: None}.items():
+        monkeypatch.setattr(install, name, value)
+    monkeypatch.chdir(tmp_path)
+    install.main(["test", "benchmarks"])
+    assert [line.split("--disable-pip-version-check ")[1] for line in log.read_text().splitlines()[1:]] == [
+        "--editable .[test,benchmarks]",
+        f'--no-deps --target {venv}/nvrtc/12.0.76 nvrtc-cu12==12.0.76; platform_machine == "x86_64"',
+        f"--no-deps --target {venv}/nvrtc/13.5.37 nvrtc==13.5.37",
+    ]
+    assert not (venv / "nvrtc" / "11.0").exists(), "a compiler that is no longer wanted"
+
+
+def test_the_compilers_are_the_oldest_and_the_newest_that_cupy_works_with(install: ModuleType) -> None:
+    assert install.COMPILERS.parent / "nvrtc.py" == Path(nvrtc.__file__)
+    assert nvrtc.NEWEST.startswith("13.")
+    assert nvrtc.OLDEST.startswith("12.0." if platform.machine() == "x86_64" else "13.")
+
+
 def test_a_failing_pip_stops_with_the_way_out(
     install: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,9 +165,9 @@ def tree(tmp_path: Path) -> Path:
     """Make a checkout with as much as make looks at."""
     if shutil.which("make") is None:
         pytest.skip("needs make")
-    (tmp_path / "tools").mkdir()
     (tmp_path / ".venv").mkdir()
-    for name in ("Makefile", "setup.py", "pyproject.toml", "tools/install.py"):
+    for name in ("Makefile", "setup.py", "pyproject.toml", "tools/install.py", "tests/compile/compilers.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     return tmp_path
 

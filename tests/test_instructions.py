@@ -8,23 +8,23 @@ import numpy as np
 import pytest
 
 import bnkernels as bn
-
-pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installed: kernels are not compiled")
-
 from benchmarks import instructions
+from benchmarks.harness import ROOT
 from benchmarks.instructions import LAYERS, MOST, NORMS, TRAINERS, Line
 from bnkernels import _fused_training_launch as launch
 from bnkernels.mlp import MLP
 from tests.compile import nvrtc
 from tests.ptx import Counts, registered
 
+pytestmark = pytest.mark.usefixtures("nvrtc")
 
-@pytest.fixture(autouse=True)
-def _needs_nvrtc() -> None:
-    try:
-        nvrtc.version()
-    except (RuntimeError, OSError) as error:
-        pytest.skip(f"NVRTC is not installed: {error}")
+
+def documented(page: str, name: str, line: Line) -> None:
+    """Assert that a page of ``docs/`` has these counts, and says which NVRTC they belong to."""
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    row = f"| {name} | {line.without.total:,} | {line.batch.total:,} | {line.ratio:.3f} |"
+    assert row in text, "run python -m benchmarks.instructions"
+    assert f"NVRTC {nvrtc.NEWEST}" in text
 
 
 @pytest.mark.parametrize("sizes", TRAINERS)
@@ -32,6 +32,7 @@ def test_a_training_step_executes_little_more_with_batch_norm(sizes: tuple[int, 
     line = Line("", *(instructions.training_step(sizes, norm) for norm in NORMS))
     assert 1 < line.ratio <= MOST
     without, batch = line.without.by_kind, line.batch.by_kind
+    documented("fused_training", "-".join(map(str, sizes)), line)
     assert batch["barrier"] == without["barrier"], "a team adds up by shuffles"
     assert batch["shuffle"] > without["shuffle"]
 
@@ -65,9 +66,12 @@ def test_a_kernel_compiled_for_a_network_does_the_same_with_less(form: str, monk
 
 @pytest.mark.parametrize("sizes", LAYERS)
 def test_a_linear_layer_executes_at_most_a_tenth_more_with_batch_norm(sizes: tuple[int, int, int]) -> None:
-    for counts in zip(*(instructions.linear_layer(sizes, norm) for norm in NORMS), strict=True):
+    rows, inputs, outputs = sizes
+    both = zip(*(instructions.linear_layer(sizes, norm) for norm in NORMS), strict=True)
+    for direction, counts in zip(("forward", "backward"), both, strict=True):
         line = Line("", *counts)
         assert 1 < line.ratio <= MOST
+        documented("linear_batch_norm", f"{rows}x{inputs} -> {outputs}, {direction}", line)
         assert line.batch.by_kind["barrier"] == line.without.by_kind["barrier"]
 
 
@@ -87,7 +91,7 @@ def test_the_command_says_what_was_counted_and_what_is_above(
     monkeypatch.setattr(instructions, "lines", lambda: [good])
     assert instructions.main() == 0
     printed = capsys.readouterr().out
-    assert f"sm_90 of NVRTC {nvrtc.version()}, before ptxas" in printed
+    assert f"sm_90 of NVRTC {nvrtc.NEWEST}, before ptxas" in printed
     assert "| good | none | 900 |  |  | 100 |" in printed
     assert "|  | batch | 981 | 1.090 | 1.090 | 109 |" in printed
     monkeypatch.setattr(instructions, "lines", lambda: [good, bad])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from functools import partial
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -85,10 +85,7 @@ def test_the_elementwise_kernels_are_right(
 
 
 @pytest.mark.usefixtures("stand_in")
-def test_the_elementwise_kernels_compile() -> None:
-    pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installed: kernels are not compiled")
-    from tests.compile import nvrtc
-
+def test_the_elementwise_kernels_compile(nvrtc: ModuleType) -> None:
     for t, u in (("float", "float"), ("double", "double"), ("float", "double")):
         text = f"typedef {t} T; typedef {u} U; typedef double float64;\n"
         for i, kernel in enumerate((*cupy_kernels._kernels(), cupy_kernels._products())):

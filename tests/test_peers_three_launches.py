@@ -15,6 +15,7 @@ from benchmarks.case import Case, NotSupportedError
 from benchmarks.peers import expression, three_launches
 from benchmarks.places import Host, cast, to_float64
 from tests import fake_cupy_streams
+from tests.compile import ptx
 from tests.emulator import EmulatorRuntime
 
 # One block of examples and its edges; several blocks; more blocks than lanes that finalise; a single channel.
@@ -84,10 +85,7 @@ def test_every_example_is_in_one_block_and_no_block_is_empty(rows: int) -> None:
     assert three_launches.describe(case, {}) == f"blocks of examples: {blocks}"
 
 
-def test_the_kernels_compile_for_every_architecture_and_nothing_spills() -> None:
-    pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installed: kernels are not compiled")
-    from tests.compile import nvrtc, ptx
-
+def test_the_kernels_compile_for_every_architecture_and_nothing_spills(nvrtc: ModuleType) -> None:
     text = three_launches.source()
     layouts = {"forward": three_launches.FORWARD, "backward": three_launches.BACKWARD}
     names = {f"three_launches_{direction}_{phase}" for direction in layouts for phase in three_launches.PHASES}
@@ -99,10 +97,7 @@ def test_the_kernels_compile_for_every_architecture_and_nothing_spills() -> None
         assert layouts[name.split("_")[2]][np.dtype(np.float32)].itemsize == size
 
 
-def test_an_error_is_reported_at_its_file_and_line() -> None:
-    pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installed: kernels are not compiled")
-    from tests.compile import nvrtc
-
+def test_an_error_is_reported_at_its_file_and_line(nvrtc: ModuleType) -> None:
     line = "struct Moments {"
     number = three_launches.SOURCE.read_text(encoding="utf-8").splitlines().index(line) + 1
     with pytest.raises(nvrtc.CompileError, match=rf"three_launches\.cu\({number}\): error"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -206,14 +207,7 @@ def test_kinds_of_instructions(opcode: str, kind: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def ptx() -> PtxRuntime:
-    pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installed: kernels are not compiled")
-    from tests.compile import nvrtc
-
-    try:
-        nvrtc.version()
-    except (RuntimeError, OSError) as error:
-        pytest.skip(f"NVRTC is not installed: {error}")
+def ptx(nvrtc: ModuleType) -> PtxRuntime:
     return registered()
 
 

@@ -41,9 +41,9 @@ Plan = tuple[str, Launch]  # a kernel, and how it is launched
 
 @cache
 def registers_of(kernel: str, architecture: str) -> int:
-    """Return the registers of a thread, as the committed baseline has them."""
+    """Return the registers of a thread, with the compiler that takes most of those in the committed baseline."""
     baseline = json.loads((ROOT / "tests/compile/baseline.json").read_text(encoding="utf-8"))
-    return baseline["registers"][kernel][architecture]
+    return max(kernels[kernel][architecture] for kernels in baseline.values() if architecture in kernels.get(kernel, {}))
 
 
 def limits_of(device: Device) -> Limits:

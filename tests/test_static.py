@@ -13,6 +13,7 @@ from benchmarks import counting, limits, static
 from benchmarks.case import Case, NotSupportedError
 from benchmarks.devices import A100, B200, DEVICES, H200, SM_75, SM_80, SM_90, SM_100, SM_120, Architecture
 from benchmarks.limits import Work
+from tests.compile import nvrtc
 from tests.emulator import EmulatorRuntime
 
 SMALL = 2**15  # elements: such cases are counted anew by every run of the tests
@@ -226,6 +227,7 @@ def test_the_committed_rows_are_those_of_these_kernels(
     kept = [row for row in committed["rows"] if {name: row[name] for name in names[0]} in names]
     assert static.rows(small) == kept, "run python -m benchmarks.static"
     assert committed["predicted_for"] == static.PREDICTED.name
+    assert committed["nvrtc"] == nvrtc.NEWEST
 
 
 def test_what_the_op_refuses_is_what_the_committed_rows_say(committed: dict[str, Any]) -> None:

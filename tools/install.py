@@ -15,6 +15,7 @@ from pathlib import Path
 OLDEST = (3, 10)
 ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / ".venv"
+COMPILERS = ROOT / "tests" / "compile" / "compilers.txt"
 
 
 def driver_version(load=ctypes.CDLL):
@@ -62,6 +63,16 @@ def make_venv(venv):
     return python
 
 
+def install_compilers(pip):
+    """Install each NVRTC of `COMPILERS` into a folder of its own, since an environment can have only one of a name."""
+    shutil.rmtree(str(VENV / "nvrtc"), ignore_errors=True)
+    for line in COMPILERS.read_text(encoding="utf-8").splitlines():
+        if line.startswith("#"):
+            continue
+        folder = VENV / "nvrtc" / line.partition(";")[0].rpartition("==")[2]
+        run([*pip, "--no-deps", "--target", folder, line], f"pip could not install {line}, see above; run make again")
+
+
 def main(extras):
     """Install bnkernels with `extras`."""
     if sys.version_info < OLDEST:
@@ -80,11 +91,14 @@ def main(extras):
     python = make_venv(VENV)
     wanted = ",".join([*extras, *([cuda] if cuda else ["without-gpu"] if "test" in extras else [])])
     os.chdir(str(ROOT))
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     run(
-        [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--editable", ".[" + wanted + "]"],
+        [*pip, "--editable", ".[" + wanted + "]"],
         f"pip could not install bnkernels[{wanted}], see above; run make again once that is solved "
         "(a later call repeats the installation)",
     )
+    if "test" in extras:
+        install_compilers(pip)
 
 
 if __name__ == "__main__":

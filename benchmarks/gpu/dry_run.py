@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
 import ctypes
 import functools
@@ -37,11 +36,8 @@ def stand_in() -> types.ModuleType:
     """Put the stand-in for CuPy in CuPy's place, for this process; return it."""
     from tests import backends, fake_cupy_streams
 
-    # They import the bindings of the driver themselves, and must not get the stand-in below.
-    for package, module in (("cuda", "cuda.bindings.nvrtc"), ("torch", "torch")):
-        if importlib.util.find_spec(package):
-            with contextlib.suppress(ModuleNotFoundError):  # cuda is a namespace of several packages
-                importlib.import_module(module)
+    if importlib.util.find_spec("torch"):
+        importlib.import_module("torch")  # imports the bindings of the driver, and must not get the stand-in below
     cupy = fake_cupy_streams.make(backends.emulated_runtime())
     cupy.driver.twins.update(TWINS)
     sys.modules |= {

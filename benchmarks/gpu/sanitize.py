@@ -9,7 +9,6 @@ tests' emulator take the place of NVIDIA's.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -27,9 +26,9 @@ from benchmarks.case import DTYPES, EPS, native_dtype
 from benchmarks.gpu.calls import calls, group_calls
 from benchmarks.gpu.device import SOURCES
 from benchmarks.gpu.processes import run_limited
-from benchmarks.harness import ROOT, write_json
+from benchmarks.harness import write_json
 from benchmarks.measure import STORED, SUMMED
-from bnkernels import _runtime
+from bnkernels import _runtime, _source
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 EXIT = 66
@@ -70,8 +69,7 @@ def run_clean(asarray: Callable[[np.ndarray], Any], asnumpy: Callable[[Any], np.
                     compare(asnumpy(output), exact, f"call {number} in {name}")
     finally:
         runtime.launch = launch
-    baseline = json.loads((ROOT / "tests" / "compile" / "baseline.json").read_text(encoding="utf-8"))
-    wanted = set() if some else set(baseline["registers"])
+    wanted = set() if some else {name for stem in _source.stems() for name in _source.entry_points(stem)}
     if not runtime.limits(like).clusters:
         wanted = {name for name in wanted if "_cluster" not in name}
     if missing := wanted - launched:

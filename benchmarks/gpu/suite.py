@@ -31,7 +31,7 @@ NOTHING = "(?!)"  # a pattern that nothing matches
 # What a GPU machine may lack without blame: tools of development, other frameworks, address space.
 MISSING_TOOLS = (
     r"ruff|clang-format|numpydoc|nbmake|hypothesis|sklearn|scikit-learn|matplotlib|needs make|needs g\+\+|g\+\+|"
-    r"NVRTC is not installed|cuda-bindings|PyTorch is not installed|'torch'|'jax'|'triton'|threadpoolctl|"
+    r"NVRTC is not installed|PyTorch is not installed|'torch'|'jax'|'triton'|threadpoolctl|"
     r"address space|refuses to reserve"
 )
 PLANTED = """

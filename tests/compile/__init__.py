@@ -1,5 +1,5 @@
 """Compiles the kernels with NVRTC, which needs neither a driver nor a GPU: ``python -m tests.compile``.
 
-Every kernel must compile for every architecture that NVRTC knows, without spilling, and within the registers of the
-committed baseline.
+Every kernel must compile with every compiler of ``compilers.txt``, for all architectures that it knows, without
+spilling, and with the registers of the committed baseline.
 """

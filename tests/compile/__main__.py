@@ -1,4 +1,4 @@
-"""Compile every kernel for every architecture, print the registers, and compare them with the committed baseline."""
+"""Compile every kernel with every compiler, print the registers, and compare them with the committed baseline."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from tests.compile import nvrtc
 BASELINE = Path(__file__).with_name("baseline.json")
 
 Table = dict[str, dict[str, nvrtc.Resources]]  # kernel -> architecture -> resources
+Registers = dict[str, dict[str, int]]  # kernel -> architecture -> registers of a thread
 
 
-def measure(architectures: list[int]) -> Table:
+def measure(version: str, architectures: list[int]) -> Table:
     """Compile everything in ``cuda/``, on all processors: processes, since threads wait for one another in NVRTC."""
     table: Table = {}
-    jobs = [(_source.read(stem), architecture) for stem in _source.stems() for architecture in architectures]
+    jobs = [(_source.read(stem), architecture, version) for stem in _source.stems() for architecture in architectures]
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
-        for (_, architecture), found in zip(jobs, pool.map(nvrtc.resources, *zip(*jobs, strict=True)), strict=True):
+        for (_, architecture, _), found in zip(jobs, pool.map(nvrtc.resources, *zip(*jobs, strict=True)), strict=True):
             for kernel, resources in found.items():
                 table.setdefault(kernel, {})[str(architecture)] = resources
     return dict(sorted(table.items()))
@@ -58,48 +59,62 @@ def excesses(table: Table) -> list[str]:
     ]
 
 
-def baseline_of(table: Table, version: str) -> dict:
-    """Return what the baseline file holds: the registers, and the NVRTC they belong to."""
-    registers = {kernel: {a: resources.registers for a, resources in row.items()} for kernel, row in table.items()}
-    return {"nvrtc": version, "registers": registers}
+def registers_of(table: Table) -> Registers:
+    """Return what the baseline holds of a compiler."""
+    return {kernel: {a: resources.registers for a, resources in row.items()} for kernel, row in table.items()}
 
 
-def differences(found: dict, baseline: dict) -> list[str]:
-    """Return how `found` differs from the baseline, a line per kernel; another NVRTC may use other registers."""
-    new, old = found["registers"], baseline["registers"]
-    lines = [f"{kernel}: not in the baseline" for kernel in sorted(new.keys() - old.keys())]
-    lines += [f"{kernel}: in the baseline, but gone" for kernel in sorted(old.keys() - new.keys())]
-    if found["nvrtc"] != baseline["nvrtc"]:
-        return lines
-    for kernel in sorted(new.keys() & old.keys()):
+def differences(found: Registers, baseline: Registers) -> list[str]:
+    """Return how `found` differs from the registers of the same compiler in the baseline, a line per kernel.
+
+    What was not compiled for an architecture is not compared: some kernels need newer ones.
+    """
+    compiled = {architecture for row in found.values() for architecture in row}
+    rows = {kernel: {a: row[a] for a in row if a in compiled} for kernel, row in baseline.items()}
+    known = {kernel: row for kernel, row in rows.items() if row}
+    lines = [f"{kernel}: not in the baseline" for kernel in sorted(found.keys() - known.keys())]
+    lines += [f"{kernel}: in the baseline, but gone" for kernel in sorted(known.keys() - found.keys())]
+    for kernel in sorted(found.keys() & known.keys()):
+        new, old = found[kernel], known[kernel]
         changes = [
-            f"sm_{architecture} {old[kernel].get(architecture, 'no')} -> {new[kernel].get(architecture, 'no')}"
-            for architecture in sorted(new[kernel].keys() | old[kernel].keys(), key=int)
-            if new[kernel].get(architecture) != old[kernel].get(architecture)
+            f"sm_{architecture} {old.get(architecture, 'no')} -> {new.get(architecture, 'no')}"
+            for architecture in sorted(new.keys() | old.keys(), key=int)
+            if new.get(architecture) != old.get(architecture)
         ]
         if changes:
             lines.append(f"{kernel}: registers {', '.join(changes)}")
     return lines
 
 
-def compare(found: dict) -> list[str]:
-    """Return the differences from the committed baseline; say so where registers cannot be compared."""
-    baseline = json.loads(BASELINE.read_text(encoding="utf-8"))
-    compiled = {architecture for row in found["registers"].values() for architecture in row}
-    rows = {
-        kernel: {architecture: count for architecture, count in row.items() if architecture in compiled}
-        for kernel, row in baseline["registers"].items()
-    }
-    baseline["registers"] = {kernel: row for kernel, row in rows.items() if row}  # some need newer architectures
-    if found["nvrtc"] != baseline["nvrtc"]:
-        print(f"NVRTC is {found['nvrtc']}, the baseline's is {baseline['nvrtc']}: registers are not compared")
-    return differences(found, baseline)
+def baseline() -> dict[str, Registers]:
+    """Return the committed registers, by the version of the compiler."""
+    return json.loads(BASELINE.read_text(encoding="utf-8"))
 
 
-def _dump(baseline: dict) -> str:
+def _dump(baseline: dict[str, Registers]) -> str:
     """Return the baseline as JSON with one line per kernel, so that a change reads well in a diff."""
-    rows = ",\n".join(f"  {json.dumps(kernel)}: {json.dumps(row)}" for kernel, row in baseline["registers"].items())
-    return f'{{"nvrtc": {json.dumps(baseline["nvrtc"])}, "registers": {{\n{rows}\n}}}}\n'
+    parts = []
+    for version, registers in baseline.items():
+        rows = ",\n".join(f"  {json.dumps(kernel)}: {json.dumps(row)}" for kernel, row in registers.items())
+        parts.append(f"{json.dumps(version)}: {{\n{rows}\n}}")
+    return f"{{{', '.join(parts)}}}\n"
+
+
+def check(version: str, table: Table, known: Registers | None) -> int:
+    """Print what a compiler made of the kernels and what is wrong about it; return how much is."""
+    print(f"NVRTC {version}", render(table), sep="\n")
+    failures = excesses(table)
+    changes = [] if known is None else differences(registers_of(table), known)
+    print(*failures, *changes, sep="\n", file=sys.stderr)
+    if changes:
+        print("if these changes are meant: python -m tests.compile --update", file=sys.stderr)
+    compared = f"{len(changes)} differences from the baseline" if known is not None else "which the baseline lacks"
+    architectures = {architecture for row in table.values() for architecture in row}
+    print(
+        f"{len(table)} kernels for {len(architectures)} architectures with NVRTC {version}: "
+        f"{len(failures)} failures, {compared}\n"
+    )
+    return len(failures) + len(changes)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -107,30 +122,32 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.compile", description=__doc__)
     parser.add_argument("--update", action="store_true", help="write the baseline instead of comparing with it")
     parser.add_argument("--only", type=int, nargs="+", metavar="SM", help="of these architectures, such as 80 90")
+    parser.add_argument(
+        "--nvrtc", nargs="+", metavar="VERSION", default=nvrtc.VERSIONS, help=f"folders of {nvrtc.FOLDER}; %(default)s"
+    )
     options = parser.parse_args(arguments)
-    architectures = [one for one in nvrtc.architectures() if options.only is None or one in options.only]
-    if unknown := set(options.only or ()) - set(architectures):
-        parser.error(f"NVRTC compiles for {nvrtc.architectures()}, not for {sorted(unknown)}")
+    known = {version: nvrtc.architectures(version) for version in options.nvrtc}
+    if unknown := set(options.only or ()).difference(*known.values()):
+        parser.error(f"NVRTC compiles for {sorted(set().union(*known.values()))}, not for {sorted(unknown)}")
     if options.update and options.only:
         parser.error("the baseline holds all architectures: leave out --only")
-    try:
-        table = measure(architectures)
-    except nvrtc.CompileError as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(render(table))
-    found = baseline_of(table, nvrtc.version())
+    wrong, committed = 0, baseline()
+    for version, architectures in known.items():
+        try:
+            table = measure(version, [one for one in architectures if options.only is None or one in options.only])
+        except nvrtc.CompileError as error:
+            print(f"NVRTC {version}", error, sep="\n", file=sys.stderr)
+            wrong += 1
+            continue
+        if not table:
+            print(f"NVRTC {version} knows none of these architectures\n")
+            continue
+        if options.update:
+            committed[version] = registers_of(table)
+        wrong += check(version, table, committed.get(version))
     if options.update:
-        BASELINE.write_text(_dump(found), encoding="utf-8")
-    failures, changes = excesses(table), compare(found)
-    print(*failures, *changes, sep="\n", file=sys.stderr)
-    if changes:
-        print("if these changes are meant: python -m tests.compile --update", file=sys.stderr)
-    print(
-        f"{len(table)} kernels for {len(architectures)} architectures with NVRTC {found['nvrtc']}: "
-        f"{len(failures)} failures, {len(changes)} differences from the baseline"
-    )
-    return 1 if failures or changes else 0
+        BASELINE.write_text(_dump(committed), encoding="utf-8")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Runs the PTX that NVRTC makes of the kernels, and counts its instructions; needs neither a driver nor a GPU.
 
+It is always the newest of ``tests/compile/compilers.txt``: others put the same program into other instructions.
 PTX is what ptxas makes machine code of. It has the sums, accesses and branches of the program; but a quotient is one
 instruction here and several there, addresses may cost less there, and what happens at the same time is not said at all.
 

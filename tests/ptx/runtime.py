@@ -13,6 +13,7 @@ import numpy as np
 from benchmarks.devices import H200
 from bnkernels import _runtime, _source
 from bnkernels._runtime import Launch, Limits
+from tests.compile import nvrtc
 
 from .counts import Counts
 from .machine import run
@@ -37,9 +38,7 @@ class PtxRecord:
 
 @cache
 def compiled(source: str, entry_point: str, constants: tuple[tuple[str, int], ...] = ()) -> Kernel:
-    """Return a kernel as NVRTC compiles it."""
-    from tests.compile import nvrtc  # only here, since it cannot be imported without NVIDIA's package
-
+    """Return a kernel as the newest NVRTC compiles it."""
     return parse(nvrtc.ptx(_source.read(source, entry_point, constants), ARCHITECTURE))[entry_point]
 
 
