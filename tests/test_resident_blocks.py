@@ -43,7 +43,8 @@ Plan = tuple[str, Launch]  # a kernel, and how it is launched
 def registers_of(kernel: str, architecture: str) -> int:
     """Return the registers of a thread, with the compiler that takes most of those in the committed baseline."""
     baseline = json.loads((ROOT / "tests/compile/baseline.json").read_text(encoding="utf-8"))
-    return max(kernels[kernel][architecture] for kernels in baseline.values() if architecture in kernels.get(kernel, {}))
+    rows = [kernels.get(kernel, {}) for kernels in baseline.values()]
+    return max(row[architecture] for row in rows if architecture in row)
 
 
 def limits_of(device: Device) -> Limits:
