@@ -49,13 +49,24 @@ class Optimizer(ABC):
         found = {name: np.shape(array) for name, array in state.items()}
         if found != expected:
             raise ValueError(f"the state is not of this {type(self).__name__}: expected {expected}, got {found}")
-        for name, array in state.items():
-            kinds = "iu" if name == "steps" else "f"
-            if np.asarray(array).dtype.kind not in kinds or (name == "steps" and array < 0):
-                raise ValueError(f"the state's {name} must be real numbers, and steps an integer of at least 0")
+        steps = np.asarray(state["steps"])
+        if steps.dtype.kind not in "iu" or steps < 0:
+            raise ValueError(f"the state's steps must be an integer of at least 0, got {steps.dtype} {str(steps)[:20]}")
+        taken = {name: self._converted(name, np.asarray(state[name])) for name in self.arrays}
         for name, array in self.arrays.items():
-            array[...] = self.xp.asarray(np.asarray(state[name], self.parameters.dtype))
-        self.steps = int(state["steps"])
+            array[...] = self.xp.asarray(taken[name])
+        self.steps = int(steps)
+
+    def _converted(self, name: str, array: np.ndarray) -> np.ndarray:
+        """Return an array of a state in the type of the parameters; ValueError if that has no such numbers."""
+        dtype = self.parameters.dtype
+        if array.dtype.kind != "f":
+            raise ValueError(f"the state's {name} must be real numbers, got {array.dtype}: take another state")
+        with np.errstate(over="ignore"):
+            converted = array.astype(dtype)
+        if not np.array_equal(np.isfinite(converted), np.isfinite(array)):
+            raise ValueError(f"the state's {name} holds numbers beyond {dtype}: take a network of {array.dtype}")
+        return converted
 
 
 class SGD(Optimizer):
