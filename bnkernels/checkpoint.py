@@ -189,7 +189,6 @@ def _digest(text: np.ndarray, arrays: Mapping[str, np.ndarray]) -> bytes:
     digest = hashlib.sha256(text.item())
     for name in sorted(arrays):
         array = arrays[name]
-        kind = array.dtype.str if _is_plain(array.dtype) else array.dtype.name  # bfloat16 and void have one str
-        digest.update(f"{name}\0{kind}{array.shape}".encode())
+        digest.update(f"{name}\0{array.dtype.str}{array.shape}".encode())
         digest.update(array.tobytes())
     return digest.hexdigest().encode()

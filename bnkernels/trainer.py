@@ -163,8 +163,8 @@ class Trainer:
         if meta["data_digest"] != self.dataset.digest:
             raise DataError("the data are not those the checkpoint was trained on: restore them, or start a new run")
         steps = [network["step"] for network in meta["networks"].values()]
-        first = meta["epoch"] * self.steps_per_epoch
-        if tuple(meta["sizes"]) != self.sizes or not first <= min(steps) <= max(steps) <= first + self.steps_per_epoch:
+        first, last = (epoch * self.steps_per_epoch for epoch in (meta["epoch"], meta["epoch"] + 1))
+        if tuple(meta["sizes"]) != self.sizes or not first <= min(steps) < last or not max(steps) <= last:
             raise CheckpointError(
                 f"the checkpoint's sizes {tuple(meta['sizes'])}, steps {steps} and {meta['epoch']} complete epochs do "
                 "not belong together: take another checkpoint, or start a new run"

@@ -12,6 +12,7 @@ import pytest
 
 import bnkernels as bn
 from bnkernels import cli
+from bnkernels.checkpoint import CheckpointError
 from bnkernels.config import TrainingConfig
 from bnkernels.ensemble import make_network
 from bnkernels.fused_training import OPTIMIZERS
@@ -162,6 +163,17 @@ def test_an_ensemble_that_is_stopped_goes_on(rng: np.random.Generator) -> None:
     assert [step for step, _ in ends] == [60, 10]
     for entry, array in ends[0][1].items():
         np.testing.assert_array_equal(array, ends[1][1][entry], err_msg=entry)
+
+
+@pytest.mark.parametrize("part", ["model/0.weight", "optimizer/first", "optimizer/steps"])
+def test_a_state_of_which_one_part_is_wrong_changes_no_model(part: str) -> None:
+    ensemble = make_network("batch", config_of(2, optimizer="adam"), (6, 8, 3), np)
+    before = {name: array.tobytes() for name, array in ensemble.arrays().items()}
+    state = make_network("batch", config_of(2, optimizer="adam", seed=9), (6, 8, 3), np).arrays()
+    for wrong in (state | {f"1/{part}": state[f"1/{part}"] * -1j}, state | {"2/model/x": np.ones(3)}):
+        with pytest.raises(CheckpointError, match="of another"):
+            ensemble.load_arrays(wrong)
+        assert {name: array.tobytes() for name, array in ensemble.arrays().items()} == before
 
 
 def test_a_loss_that_is_not_finite_has_no_mean(rng: np.random.Generator) -> None:

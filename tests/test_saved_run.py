@@ -187,6 +187,19 @@ def test_a_wrong_counter_changes_no_network(run: Path) -> None:
         refuse(run, meta, arrays | {name: np.array(10.0)})
 
 
+@pytest.mark.parametrize(("epoch", "steps"), [(1, (10, 10)), (2, (25, 25)), (2, (10, 16)), (1, (4, 10)), (0, (5, 5))])
+def test_steps_and_epochs_that_contradict_each_other_change_no_network(run: Path, epoch: int, steps: Any) -> None:
+    """Of five steps an epoch; every network's counters agree with its steps."""
+    meta, arrays = load_checkpoint(run / "checkpoint.npz")
+    meta = changed(meta, ("config", "epochs"), 9) | {"epoch": epoch}
+    for norm, step in zip(meta["networks"], steps, strict=True):
+        network = meta["networks"][norm]
+        network["step"], network["history"] = step, [e for e in network["history"] if e["step"] <= step]
+        counters = [name for name, array in arrays.items() if array.ndim == 0 and name.startswith(f"{norm}/")]
+        arrays |= {name: np.array(step) for name in counters}
+    refuse(run, meta, arrays)
+
+
 def refuse(run: Path, meta: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
     """Check that a state is refused and no network, counter or generator changed."""
     path = rewritten(run, meta, arrays)
