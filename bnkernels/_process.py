@@ -47,8 +47,12 @@ def open_streams() -> None:
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
-        elif getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # what the encoding lacks is printed as its code
+        elif hasattr(stream, "reconfigure") and (stream.encoding.lower(), stream.errors) != (
+            "utf-8",
+            "surrogateescape",
+        ):
+            if stream.errors in ("strict", "surrogateescape"):  # the latter is Python's own choice for LC_ALL=POSIX
+                stream.reconfigure(errors="backslashreplace")  # what the encoding lacks is printed as its code
 
 
 def flush() -> None:

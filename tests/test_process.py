@@ -42,6 +42,7 @@ def run(arguments: list[str | bytes], redirect: str = "", **environment: str) ->
     ("encoding", "folder", "printed"),
     [
         ("ascii", b"run", rb"\xb1 standard deviation"),
+        ("ascii:surrogateescape", b"run", rb"\xb1 standard deviation"),
         ("utf-8:strict", b"r\xff", rb"r\udcff/metrics.json"),
         ("utf-8:surrogateescape", b"r\xff", b"r\xff/metrics.json"),
     ],
