@@ -113,7 +113,7 @@ def test_norm_names_the_networks(norm, norms):
         {"data": b"data.npz"},
         {"data": "not UTF-8 \udcff"},
     ],
-    ids=str,
+    ids=lambda options: "-".join(options),
 )
 def test_whatever_is_kept_is_pythons_own_and_survives_json(options):
     """A checkpoint holds the configuration as JSON: what NumPy brings must not be found out at the first save."""
