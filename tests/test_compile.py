@@ -5,6 +5,7 @@ Both compilers for one architecture here; ``make compile`` takes all that each o
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -59,16 +60,17 @@ pytestmark = pytest.mark.usefixtures("nvrtc")
 def test_no_kernel_spills_and_registers_are_those_of_the_baseline(version: str) -> None:
     table = command.measure(version, [ARCHITECTURE])
     assert command.excesses(table) == []
-    assert command.differences(command.registers_of(table), command.baseline()[version]) == []
+    assert command.differences(command.registers_of(table), command.baseline(version)) == []
 
 
 def test_the_baseline_holds_the_compilers_that_are_installed_and_all_their_architectures() -> None:
-    baseline = command.baseline()
-    assert set(nvrtc.VERSIONS) <= baseline.keys()
     pinned = Path(nvrtc.__file__).with_name("compilers.txt").read_text(encoding="utf-8")
-    assert all(f"=={version}" in pinned for version in baseline)
+    for file in command.FOLDER.glob("baseline*.json"):
+        version = json.loads(file.read_text(encoding="utf-8"))["nvrtc"]
+        assert command.baseline_file(version) == file
+        assert f"=={version}" in pinned
     for version in nvrtc.VERSIONS:
-        compiled = {int(architecture) for row in baseline[version].values() for architecture in row}
+        compiled = {int(architecture) for row in command.baseline(version).values() for architecture in row}
         assert compiled == set(nvrtc.architectures(version))
 
 
@@ -188,8 +190,7 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         return {"k": {str(one): nvrtc.Resources(registers[version], 0, 0, 0, 0) for one in architectures}}
 
     monkeypatch.setattr(command, "measure", measure)
-    monkeypatch.setattr(command, "BASELINE", tmp_path / "baseline.json")
-    command.BASELINE.write_text("{}")
+    monkeypatch.setattr(command, "FOLDER", tmp_path)
     assert command.main(["--update"]) == 0
     return registers
 
@@ -211,7 +212,7 @@ def test_the_command_fails_on_a_difference_of_either_compiler(
 
 @pytest.mark.usefixtures("measured")
 def test_the_command_says_what_it_does_not_compare(capsys: pytest.CaptureFixture[str]) -> None:
-    command.BASELINE.write_text("{}")
+    command.baseline_file(nvrtc.NEWEST).unlink()
     assert command.main(["--nvrtc", nvrtc.NEWEST, "--only", "90"]) == 0
     assert f"with NVRTC {nvrtc.NEWEST}: 0 failures, which the baseline lacks" in capsys.readouterr().out
     newer = set(nvrtc.architectures()) - set(nvrtc.architectures(nvrtc.OLDEST))

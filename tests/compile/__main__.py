@@ -13,7 +13,7 @@ from pathlib import Path
 from bnkernels import _source
 from tests.compile import nvrtc
 
-BASELINE = Path(__file__).with_name("baseline.json")
+FOLDER = Path(__file__).parent
 
 Table = dict[str, dict[str, nvrtc.Resources]]  # kernel -> architecture -> resources
 Registers = dict[str, dict[str, int]]  # kernel -> architecture -> registers of a thread
@@ -86,18 +86,22 @@ def differences(found: Registers, baseline: Registers) -> list[str]:
     return lines
 
 
-def baseline() -> dict[str, Registers]:
-    """Return the committed registers, by the version of the compiler."""
-    return json.loads(BASELINE.read_text(encoding="utf-8"))
+def baseline_file(version: str) -> Path:
+    """Return where the registers of a compiler are committed: one file for each, the newest one's is the known one."""
+    return FOLDER / ("baseline.json" if version == nvrtc.NEWEST else f"baseline-{version}.json")
 
 
-def _dump(baseline: dict[str, Registers]) -> str:
-    """Return the baseline as JSON with one line per kernel, so that a change reads well in a diff."""
-    parts = []
-    for version, registers in baseline.items():
-        rows = ",\n".join(f"  {json.dumps(kernel)}: {json.dumps(row)}" for kernel, row in registers.items())
-        parts.append(f"{json.dumps(version)}: {{\n{rows}\n}}")
-    return f"{{{', '.join(parts)}}}\n"
+def baseline(version: str) -> Registers | None:
+    """Return the committed registers of a compiler, or None."""
+    file = baseline_file(version)
+    return json.loads(file.read_text(encoding="utf-8"))["registers"] if file.exists() else None
+
+
+def write_baseline(version: str, registers: Registers) -> None:
+    """Write the registers of a compiler as JSON with one line per kernel, so that a change reads well in a diff."""
+    rows = ",\n".join(f"  {json.dumps(kernel)}: {json.dumps(row)}" for kernel, row in registers.items())
+    text = f'{{"nvrtc": {json.dumps(version)}, "registers": {{\n{rows}\n}}}}\n'
+    baseline_file(version).write_text(text, encoding="utf-8")
 
 
 def check(version: str, table: Table, known: Registers | None) -> int:
@@ -131,7 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"NVRTC compiles for {sorted(set().union(*known.values()))}, not for {sorted(unknown)}")
     if options.update and options.only:
         parser.error("the baseline holds all architectures: leave out --only")
-    wrong, committed = 0, baseline()
+    wrong = 0
     for version, architectures in known.items():
         try:
             table = measure(version, [one for one in architectures if options.only is None or one in options.only])
@@ -143,10 +147,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"NVRTC {version} knows none of these architectures\n")
             continue
         if options.update:
-            committed[version] = registers_of(table)
-        wrong += check(version, table, committed.get(version))
-    if options.update:
-        BASELINE.write_text(_dump(committed), encoding="utf-8")
+            write_baseline(version, registers_of(table))
+        wrong += check(version, table, baseline(version))
     return 1 if wrong else 0
 
 
