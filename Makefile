@@ -14,7 +14,7 @@ PARALLEL = -n auto --dist worksteal
 CXX_FILES = $(shell find cuda tests/emulator benchmarks -name "*.cu" -o -name "*.cuh" -o -name "*.h" -o -name "*.cpp")
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check format compile emulate mutants coverage bench host-cost first-call features traffic instructions
+.PHONY: help train test test-fast everything check format compile emulate mutants coverage bench host-cost first-call features traffic instructions
 .PHONY: notebooks clean
 .PHONY: gpu gpu-test gpu-sanitize gpu-bench gpu-dry-run
 
@@ -26,6 +26,11 @@ train: $(TRAIN) ## train with and without batch norm and compare; options: make 
 
 test: $(TEST) ## run the whole test suite; says what it skips and why
 	$(RUN) -m pytest -q $(PARALLEL) $(ARGS)
+
+test-fast: $(TEST) ## the tests that take a moment each; the rest with make test
+	$(RUN) -m pytest -q $(PARALLEL) -m "not slow" $(ARGS)
+
+everything: test check compile emulate mutants coverage ## all that can be checked without a GPU, whole: about two hours
 
 check: $(TEST) ## lint and formatting of Python and CUDA, and the mirror rule
 	$(RUN) -m ruff check .

@@ -1,7 +1,4 @@
-"""The kernels as NVRTC compiles them: resources, arguments, arithmetic; and that the command reports what is wrong.
-
-Both compilers for one architecture here; ``make compile`` takes all that each of them knows.
-"""
+"""The kernels as NVRTC compiles them: arguments, arithmetic; and that ``make compile`` reports what is wrong."""
 
 from __future__ import annotations
 
@@ -53,14 +50,6 @@ DTYPES |= {"f32": np.dtype(np.float32), "f64": np.dtype(np.float64)}
 
 
 pytestmark = pytest.mark.usefixtures("nvrtc")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("version", nvrtc.VERSIONS)
-def test_no_kernel_spills_and_registers_are_those_of_the_baseline(version: str) -> None:
-    table = command.measure(version, [ARCHITECTURE])
-    assert command.excesses(table) == []
-    assert command.differences(command.registers_of(table), command.baseline(version)) == []
 
 
 def test_the_baseline_holds_the_compilers_that_are_installed_and_all_their_architectures() -> None:

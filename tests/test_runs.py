@@ -75,7 +75,7 @@ def test_default_folders_of_one_moment_are_all_different(tmp_path, monkeypatch):
 def test_a_default_folder_that_cannot_be_made_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("runs").write_text("a file")
-    with pytest.raises(ConfigError, match="cannot make the folder runs: File exists: choose another"):
+    with pytest.raises(ConfigError, match="cannot make the folder runs: it is a file: choose another"):
         default_folder("digits")
 
 
