@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bnkernels import _check as check
-from bnkernels import _memory as memory
+from bnkernels import _overlap as overlap
 from bnkernels import _runtime as rt
 from bnkernels._batch_norm_general_numpy import backward_host, forward_host
 from bnkernels._batch_norm_launch import general_launch
@@ -213,7 +213,7 @@ def run(
     plan = _plan(stage, axis, grouped, options.renorm is not None, names, written, *check.signatures(given))
     if any(array is not None for array in given[:written]):
         in_place = ("dy", "x", "residual") if names[0] in LIKE_X else ()
-        memory.outputs(plan.runtime, names, given, written, in_place)
+        overlap.check_outputs(plan.runtime, names, given, written, in_place)
     x = arrays["x"]
     for name in outputs:
         if arrays[name] is None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from bnkernels import _batch_norm_plan as plans
 from bnkernels import _check as check
-from bnkernels import _memory as memory
+from bnkernels import _overlap as overlap
 from bnkernels._batch_norm_general import GRADIENTS, Options, Stage, is_narrow, run
 from bnkernels.activations import activation_named
 
@@ -142,7 +142,7 @@ def batch_norm_forward(
     arrays = (y, statistics, running_mean, running_var, x, residual, gamma, beta)
     plan = plans.plan_forward(axis, *check.signatures(arrays))
     if out is not None or running_mean is not None or running_var is not None:
-        memory.outputs(plan.runtime, plans.FORWARD_NAMES, arrays, written=4, in_place=("x", "residual"))
+        overlap.check_outputs(plan.runtime, plans.FORWARD_NAMES, arrays, written=4, in_place=("x", "residual"))
     y, statistics, _ = plans.run_forward(plan, arrays, momentum, eps, phi, unbiased, call)
     return y, statistics
 
@@ -235,5 +235,5 @@ def batch_norm_backward(
     arrays = (*outputs, *given, None, None)
     plan = plans.plan_backward(axis, *check.signatures(arrays))
     if out is not None:
-        memory.outputs(plan.runtime, plans.BACKWARD_NAMES, arrays, written=4, in_place=("dy", "x", "residual"))
+        overlap.check_outputs(plan.runtime, plans.BACKWARD_NAMES, arrays, written=4, in_place=("dy", "x", "residual"))
     return plans.run_backward(plan, arrays, 0.0, phi, call=call)

@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from bnkernels import _check as check
-from bnkernels import _memory as memory
+from bnkernels import _overlap as overlap
 from bnkernels import _runtime as rt
 from bnkernels._batch_norm_double_backward_numpy import double_backward_host
 from bnkernels._batch_norm_launch import double_backward_launch
@@ -131,7 +131,7 @@ def batch_norm_double_backward(
     arrays = (*outputs, ddx, dy, x, residual, ddresidual, ddgamma, ddbeta, gamma, beta, statistics)
     plan = _plan(axis, *check.signatures(arrays))
     if out is not None:
-        memory.outputs(plan.runtime, NAMES, arrays, written=5, in_place=TENSORS)
+        overlap.check_outputs(plan.runtime, NAMES, arrays, written=5, in_place=TENSORS)
     return _run(plan, arrays, phi)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from bnkernels import _batch_norm_plan as plans
 from bnkernels import _check as check
-from bnkernels import _memory as memory
+from bnkernels import _overlap as overlap
 from bnkernels._batch_norm_general import GRADIENTS, Options, Stage, is_narrow, run
 from bnkernels.activations import activation_named
 
@@ -93,7 +93,7 @@ def batch_norm_inference(
     arrays = (out, *given)
     plan = plans.plan_inference(axis, *check.signatures(arrays))
     if out is not None:
-        memory.outputs(plan.runtime, plans.INFERENCE_NAMES, arrays, written=1, in_place=("x", "residual"))
+        overlap.check_outputs(plan.runtime, plans.INFERENCE_NAMES, arrays, written=1, in_place=("x", "residual"))
     return plans.run_inference(plan, arrays, eps, phi, call)
 
 
@@ -177,5 +177,5 @@ def batch_norm_inference_backward(
     arrays = (*outputs, *given, None, *running)
     plan = plans.plan_inference_backward(axis, *check.signatures(arrays))
     if out is not None:
-        memory.outputs(plan.runtime, plans.BACKWARD_NAMES, arrays, written=4, in_place=("dy", "x", "residual"))
+        overlap.check_outputs(plan.runtime, plans.BACKWARD_NAMES, arrays, written=4, in_place=("dy", "x", "residual"))
     return plans.run_backward(plan, arrays, eps, phi, call=call)

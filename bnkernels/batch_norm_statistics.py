@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bnkernels import _check as check
-from bnkernels import _memory as memory
+from bnkernels import _overlap as overlap
 from bnkernels import _runtime as rt
 from bnkernels._batch_norm_general import Options, Stage, run
 from bnkernels._batch_norm_general_numpy import merge_host
@@ -127,7 +127,7 @@ def batch_norm_statistics(
     arrays = (statistics, merged, running_mean, running_var, moments)
     plan = _plan(*check.signatures(arrays))
     if any(array is not None for array in arrays[:4]):
-        memory.outputs(plan.runtime, NAMES, arrays, written=4)
+        overlap.check_outputs(plan.runtime, NAMES, arrays, written=4)
     if statistics is None:
         statistics, merged = (rt.empty(plan.runtime, (rows, plan.channels), moments) for rows in (3, 4))
     written = statistics, merged, running_mean, running_var

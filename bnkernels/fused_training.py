@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from bnkernels import _check as check
-from bnkernels import _memory as memory
+from bnkernels import _overlap as overlap
 from bnkernels import _runtime as rt
 from bnkernels._cooperative import counters
 from bnkernels._fused_training_launch import MOST_EXAMPLES, OPTIMIZERS, Choice, Sizes, choose, why_not
@@ -135,7 +135,7 @@ def fused_training(
     runtime, models, steps = _checked(network, batch, arrays, steps)
     rates = np.array([check.number("lr", rate, 0) for rate in _of_each("lr", lr, models)])
     seeds = None if seed is None else np.array([check_seed(one) for one in _of_each("seed", seed, models)], np.uint32)
-    memory.outputs(runtime, NAMES, arrays, written=5)
+    overlap.check_outputs(runtime, NAMES, arrays, written=5)
     losses = rt.empty(runtime, (*parameters.shape[:-1], steps), parameters) if out is None else out
     schedule = _schedule(network, optimizer, steps, *before)
     if steps == 0:

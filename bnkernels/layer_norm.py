@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from bnkernels import _check as check
-from bnkernels import _memory as memory
+from bnkernels import _overlap as overlap
 from bnkernels import _runtime as rt
 from bnkernels._cooperative import counters
 from bnkernels._layer_norm_launch import MOST_PARTIALS, VECTOR, Choice, Rows, choose_backward, choose_forward
@@ -97,7 +97,7 @@ def layer_norm_forward(
     y, statistics = check.pack_outputs(out, ("y", "statistics"))
     arrays = (y, statistics, x, gamma, beta)
     runtime, matrix = _checked_forward(*check.signatures(arrays))
-    memory.outputs(runtime, FORWARD_NAMES, arrays, written=2, in_place=("x",))
+    overlap.check_outputs(runtime, FORWARD_NAMES, arrays, written=2, in_place=("x",))
     if y is None:
         y = rt.empty(runtime, x.shape, x)
         statistics = rt.empty(runtime, (3, *x.shape[:-1]), x, rt.accumulator(x.dtype))
@@ -175,7 +175,7 @@ def layer_norm_backward(
     dx, dgamma, dbeta = check.pack_outputs(out, ("dx", "dgamma", "dbeta"))
     arrays = (dx, dgamma, dbeta, workspace, dy, x, gamma, beta, statistics)
     runtime, matrix = _checked_backward(*check.signatures(arrays))
-    memory.outputs(runtime, BACKWARD_NAMES, arrays, written=4, in_place=("dy",))
+    overlap.check_outputs(runtime, BACKWARD_NAMES, arrays, written=4, in_place=("dy",))
     kind = rt.accumulator(x.dtype)
     if dx is None:
         dx = rt.empty(runtime, x.shape, x)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bnkernels import _check as check
-from bnkernels import _memory as memory
+from bnkernels import _overlap as overlap
 from bnkernels._batch_norm_plan import (
     Plan,
     plan_backward,
@@ -107,7 +107,7 @@ class BatchNorm:
             written = {"running_mean": running_mean, "running_var": running_var}
             for name, array in (written | {f"gradient of {key}": array for key, array in gradients.items()}).items():
                 if array is not None:
-                    memory.writable(name, array)
+                    overlap.writable(name, array)
 
     def forward(self, x: Any, *, training: bool) -> Any:
         """Return the output, of the shape of `x`, (N, C)."""
@@ -132,7 +132,7 @@ class BatchNorm:
         arrays = (*outputs, None, dy, self.x, None, *vectors, self.statistics, None, None)
         plan = self._plan(plan_backward, arrays, (4, 5))
         if plan.runtime is None:
-            memory.writable("dy", dy)
+            overlap.writable("dy", dy)
         return run_backward(plan, arrays, self.eps, self._phi, self._kept)[0]
 
     def _plan(self, plan: Callable[..., Plan], arrays: tuple, varying: tuple[int, ...]) -> Plan:

@@ -14,7 +14,7 @@ import numpy as np
 
 from bnkernels import _batch_norm_plan as plans
 from bnkernels import _check as check
-from bnkernels import _memory as memory
+from bnkernels import _overlap as overlap
 from bnkernels import _runtime as rt
 from bnkernels._cooperative import counters
 from bnkernels._linear_batch_norm_check import (
@@ -132,7 +132,7 @@ def linear_batch_norm_forward(
     y, z, statistics = (*check.pack_outputs(out, ("y", "z", "statistics")[: 3 if norm else 2]), None)[:3]
     arrays = (y, z, statistics, running_mean, running_var, x, weight, gamma, beta)
     runtime, sizes, plan = checked_forward(norm, *check.signatures(arrays))
-    memory.outputs(runtime, FORWARD_NAMES, arrays, written=5)
+    overlap.check_outputs(runtime, FORWARD_NAMES, arrays, written=5)
     y, z = (rt.empty(runtime, (sizes.rows, sizes.outputs), x) if array is None else array for array in (y, z))
     if norm and statistics is None:
         statistics = rt.empty(runtime, statistics_shape(norm, sizes), x, rt.accumulator(x.dtype))
@@ -233,7 +233,7 @@ def linear_batch_norm_backward(
     outputs = pack_gradients(out, wanted)
     arrays = (*outputs, workspace, dy, x, weight, gamma, beta, z, statistics)
     runtime, sizes, plan = checked_backward(norm, *check.signatures(arrays))
-    memory.outputs(runtime, BACKWARD_NAMES, arrays, written=5)
+    overlap.check_outputs(runtime, BACKWARD_NAMES, arrays, written=5)
     shapes = (x.shape, weight.shape, weight.shape[1:], weight.shape[1:])
     types = (x.dtype, x.dtype, *[rt.accumulator(x.dtype)] * 2)
     dx, dweight, dgamma, dbeta = outputs = tuple(

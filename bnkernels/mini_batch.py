@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from bnkernels import _check as check
-from bnkernels import _memory as memory
+from bnkernels import _overlap as overlap
 from bnkernels import _runtime as rt
 
 NAMES = ("x_out", "labels_out", "scalars", "counter", "x", "labels", "schedule", "indices")
@@ -75,7 +75,7 @@ def mini_batch(
     x_out, labels_out, scalars = check.pack_outputs(out, NAMES[:3])
     arrays = (x_out, labels_out, scalars, counter, x, labels, schedule, indices)
     runtime = _checked(*check.signatures(arrays))
-    memory.outputs(runtime, NAMES, arrays, written=4)
+    overlap.check_outputs(runtime, NAMES, arrays, written=4)
     if runtime is None:
         _numpy(x, labels, schedule, counter, indices, x_out, labels_out, scalars)
         return out

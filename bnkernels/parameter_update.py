@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from bnkernels import _check as check
-from bnkernels import _memory as memory
+from bnkernels import _overlap as overlap
 from bnkernels import _runtime as rt
 
 ARGUMENTS = rt.arguments_type(
@@ -319,7 +319,7 @@ def _checked(**arrays: Any) -> rt.Runtime | None:
     runtime = _check_signatures(names, written, *check.signatures(values))
     if runtime is not None:
         check.one_device(runtime, names, values)
-    memory.outputs(runtime, names, values, written)
+    overlap.check_outputs(runtime, names, values, written)
     return runtime
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from bnkernels import _check as check
-from bnkernels import _memory as memory
+from bnkernels import _overlap as overlap
 from bnkernels import _runtime as rt
 
 ARGUMENTS = rt.arguments_type("logits labels loss dlogits", "rows classes", "", "")
@@ -62,7 +62,7 @@ def softmax_cross_entropy(logits: Any, labels: Any, *, out: tuple[Any, Any] | No
     if out is None:
         loss, dlogits = rt.empty(runtime, shape[:1], logits), rt.empty(runtime, shape, logits)
     else:
-        memory.outputs(runtime, _NAMES, arrays, written=2, in_place=("logits",))
+        overlap.check_outputs(runtime, _NAMES, arrays, written=2, in_place=("logits",))
 
     if shape[0] == 0:
         return loss, dlogits

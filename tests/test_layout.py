@@ -24,7 +24,7 @@ LAYERS = [  # from the bottom; a module imports from its own layer and from thos
     {"_process"},
     {"_source"},
     {"_runtime", "_cuda"},
-    {"_check", "_memory", "activations", "_cooperative"},
+    {"_check", "_overlap", "activations", "_cooperative"},
     {path.stem for path in MODULES if path.stem.lstrip("_").startswith(tuple(OPS))},
     {"layers"},
     {"mlp"},

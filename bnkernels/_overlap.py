@@ -13,7 +13,7 @@ OWNDATA, WRITEABLE = 0x4, 0x400  # bits of NumPy's flags
 FOREIGN = 0  # owns what NumPy does not: another library's memory, a mapped file, what `as_strided` makes
 
 
-def outputs(
+def check_outputs(
     runtime: Runtime | None, names: tuple[str, ...], arrays: tuple, written: int, in_place: tuple[str, ...] = ()
 ) -> None:
     """Check that the first `written` arrays can be written, and share no memory with another one; any may be None.
