@@ -15,6 +15,7 @@ from bnkernels import _runtime
 from tests import backends
 from tests.compile import nvrtc
 from tests.emulator import EmulatorRuntime
+from tests.emulator.build import BUILD_VARIABLE, BUILDS
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -64,6 +65,14 @@ def emulated() -> Iterator[EmulatorRuntime]:
     runtime.reset()
     yield runtime
     runtime.check_guards()
+
+
+@pytest.fixture
+def torch() -> ModuleType:
+    """Return PyTorch, which says what its users expect; skip where it is not installed or a sanitizer is at work."""
+    if BUILDS[os.environ.get(BUILD_VARIABLE, "plain")].sanitizer:
+        pytest.skip("PyTorch does not run under a sanitizer")
+    return pytest.importorskip("torch")
 
 
 @pytest.fixture(name="nvrtc", scope="session")

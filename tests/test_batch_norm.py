@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import numpy as np
 import pytest
 
@@ -273,9 +275,10 @@ def test_inputs_are_never_written(backend: Backend, rng: np.random.Generator) ->
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_semantics_are_those_of_pytorch(backend: Backend, rng: np.random.Generator, activation: str) -> None:
+def test_semantics_are_those_of_pytorch(
+    torch: ModuleType, backend: Backend, rng: np.random.Generator, activation: str
+) -> None:
     """Momentum, the two variances, eps, the gradients: three steps of training, then inference and its gradient."""
-    torch = pytest.importorskip("torch")
     _, gamma, beta, _ = make_case(rng, (12, 4), "float64")
     layer = torch.nn.BatchNorm1d(4, eps=1e-3, momentum=0.3, dtype=torch.float64)
     layer.weight.data, layer.bias.data = torch.from_numpy(gamma.copy()), torch.from_numpy(beta.copy())

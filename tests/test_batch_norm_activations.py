@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -131,8 +132,9 @@ def test_x_may_be_its_own_residual(backend: Backend, rng: np.random.Generator) -
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations_are_those_of_pytorch(backend: Backend, rng: np.random.Generator, activation: str) -> None:
-    torch = pytest.importorskip("torch")
+def test_activations_are_those_of_pytorch(
+    torch: ModuleType, backend: Backend, rng: np.random.Generator, activation: str
+) -> None:
     theirs = {
         "identity": lambda z: z,
         "gelu_tanh": lambda z: torch.nn.functional.gelu(z, approximate="tanh"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -270,8 +271,7 @@ def test_nothing_passes_a_closed_relu_not_even_infinity(backend: Backend, rng: n
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_is_that_of_pytorch(backend: Backend, rng: np.random.Generator, activation: str) -> None:
-    torch = pytest.importorskip("torch")
+def test_is_that_of_pytorch(torch: ModuleType, backend: Backend, rng: np.random.Generator, activation: str) -> None:
     functions = torch.nn.functional
     theirs = {"identity": lambda z: z, "gelu_tanh": lambda z: functions.gelu(z, approximate="tanh")}
     phi = theirs.get(activation) or getattr(functions, activation)

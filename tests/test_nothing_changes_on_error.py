@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -123,8 +124,7 @@ def test_an_overlap_through_foreign_memory_is_refused(op: str, name: str, other:
         run(op, arrays)
 
 
-def test_an_overlap_through_a_tensor_is_refused() -> None:
-    torch = pytest.importorskip("torch")
+def test_an_overlap_through_a_tensor_is_refused(torch: ModuleType) -> None:
     arrays = make_every("forward")
     arrays["gamma"] = torch.from_numpy(arrays["running_mean"]).numpy()
     with refused(NUMPY, ValueError, "running_mean overlaps gamma in memory", *arrays.values()):

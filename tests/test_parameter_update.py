@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -263,8 +264,9 @@ def test_same_bits_in_every_schedule(emulated: EmulatorRuntime, rng: np.random.G
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rule", RULES)
-def test_twenty_steps_agree_with_torch(backend: Backend, rng: np.random.Generator, rule: str, dtype: str) -> None:
-    torch = pytest.importorskip("torch")
+def test_twenty_steps_agree_with_torch(
+    torch: ModuleType, backend: Backend, rng: np.random.Generator, rule: str, dtype: str
+) -> None:
     parameters = rng.standard_normal(100).astype(dtype)
     leaf = torch.tensor(parameters.copy(), requires_grad=True)
     peers = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -63,9 +64,8 @@ def test_unbiased_is_the_default_and_a_truth_value(backend: Backend, rng: np.ran
 
 
 def test_running_variance_is_that_of_pytorch_and_biased_that_of_flax(
-    backend: Backend, rng: np.random.Generator
+    torch: ModuleType, backend: Backend, rng: np.random.Generator
 ) -> None:
-    torch = pytest.importorskip("torch")
     x = rng.standard_normal((20, 3))
     theirs = torch.nn.BatchNorm1d(3, dtype=torch.float64, momentum=None)
     layer = new_layer(backend, momentum=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -231,8 +232,7 @@ def test_same_bits_in_every_schedule(emulated: EmulatorRuntime, rng: np.random.G
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_agrees_with_torch(backend: Backend, rng: np.random.Generator, dtype: str) -> None:
-    torch = pytest.importorskip("torch")
+def test_agrees_with_torch(torch: ModuleType, backend: Backend, rng: np.random.Generator, dtype: str) -> None:
     logits, labels = make_case(rng, (64, 10), dtype)
     leaf = torch.tensor(logits, requires_grad=True)
     torch_loss = torch.nn.functional.cross_entropy(leaf, torch.tensor(labels), reduction="none")
