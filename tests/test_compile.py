@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import locale
 import re
 from pathlib import Path
 
@@ -145,6 +146,14 @@ def test_a_spill_is_seen() -> None:
     found = nvrtc.resources(text, ARCHITECTURE)
     assert found["k"].spill_stores > 0
     assert command.excesses({"k": {"90": found["k"]}})[0].startswith("k on sm_90: ")
+
+
+@pytest.mark.parametrize("version", nvrtc.VERSIONS)
+def test_a_compiler_leaves_the_locale_as_it_was(version: str) -> None:
+    """NVRTC 12.0 does not, and what a later test decoded was ASCII."""
+    before = locale.getpreferredencoding(False)
+    nvrtc.ptx('extern "C" __global__ void k() {}', ARCHITECTURE, version)
+    assert locale.getpreferredencoding(False) == before
 
 
 def test_static_shared_memory_is_seen() -> None:

@@ -10,6 +10,8 @@ import ctypes
 import platform
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -88,6 +90,19 @@ def architectures(version: str = NEWEST) -> list[int]:
     return [one for one in known if one >= OLDEST_ARCHITECTURE]
 
 
+@contextmanager
+def _locale_kept() -> Iterator[None]:
+    """Give the thread its locale back: NVRTC 12.0 leaves it at C, in which Python decodes as ASCII from then on."""
+    libc = ctypes.CDLL(None)
+    libc.uselocale.argtypes, libc.uselocale.restype = [ctypes.c_void_p], ctypes.c_void_p
+    before = libc.uselocale(None)
+    try:
+        yield
+    finally:
+        libc.uselocale(before)
+
+
+@_locale_kept()
 def _compile(text: str, options: tuple[str, ...], version: str, wanted: str) -> str:
     """Compile; return the text of the program that is `wanted`: ``ProgramLog`` or ``PTX``."""
     library, program = _library(version), ctypes.c_void_p()
