@@ -30,7 +30,7 @@ test: $(TEST) ## run the whole test suite; says what it skips and why
 test-fast: $(TEST) ## the tests that take a moment each; the rest with make test
 	$(RUN) -m pytest -q $(PARALLEL) -m "not slow" $(ARGS)
 
-everything: test check compile emulate mutants coverage ## all that can be checked without a GPU, whole: about two hours
+everything: test check compile emulate mutants coverage ## all that can be checked without a GPU, whole: more than an hour
 
 check: $(TEST) ## lint and formatting of Python and CUDA, and the mirror rule
 	$(RUN) -m ruff check .
