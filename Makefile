@@ -27,7 +27,7 @@ train: $(TRAIN) ## train with and without batch norm and compare; options: make 
 test: $(TEST) ## run the whole test suite; says what it skips and why
 	$(RUN) -m pytest -q $(PARALLEL) $(ARGS)
 
-test-fast: $(TEST) ## a quick look, three minutes: every second test, without the slow ones
+test-fast: $(TEST) ## a quick look: every second test, without the slow ones
 	$(RUN) -m pytest -q $(PARALLEL) -m "not slow" --every 2 $(ARGS)
 
 everything: test check compile emulate mutants coverage ## all that can be checked without a GPU, whole: more than an hour
