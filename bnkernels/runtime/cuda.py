@@ -13,7 +13,7 @@ import cupy
 import numpy as np
 
 from bnkernels.runtime.arguments import address_of
-from bnkernels.runtime.seam import SHARED_BYTES, WORKSPACE_BYTES, Launch, Limits, cupy_reader
+from bnkernels.runtime.seam import SHARED_BYTES, WORKSPACE_BYTES, Launch, Limits
 from bnkernels.runtime.source import OPTIONS, read
 
 CPointer = cupy.cuda.function.CPointer
@@ -137,8 +137,6 @@ class CudaRuntime:
     def device(self, array: Any) -> int:
         """Return the number of the device that holds the array."""
         return array.data.device_id
-
-    reader = cupy_reader
 
     def limits(self, array: Any) -> Limits:
         """Return the limits of the array's device."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -67,13 +66,12 @@ class Limits(NamedTuple):
     reserved_bytes: int = 1024  # of shared memory that a block costs beside its own
 
 
-# Reads what decides a launch: of every array address, device, data type, shape and strides, one after the other. Gives
-# None if the arrays are not of exactly the runtime's type, and None, where that is expected.
-Reader = Callable[[tuple], list | None]
-
-
 class Runtime(Protocol):
-    """What an op needs of a device: memory, addresses, and a way to launch."""
+    """What an op needs of a device: memory, addresses, and a way to launch.
+
+    Its arrays have the attributes of CuPy's that `ReplayCache` reads: ``data.ptr``, ``data.device_id``, `dtype`,
+    `shape` and `strides`.
+    """
 
     array_type: type
     xp: Any  # the array module (`cupy`, or `numpy` for the emulator)
@@ -92,10 +90,6 @@ class Runtime(Protocol):
 
     def device(self, array: Any) -> int:
         """Return the number of the device that holds the array."""
-
-    def reader(self, given: tuple[bool, ...]) -> Reader:
-        """Return what reads the facts of so many arrays, None where not `given`; the same object every time."""
-        return _reader(self, given)
 
     def limits(self, array: Any) -> Limits:
         """Return the limits of the device that holds the array."""
@@ -121,48 +115,6 @@ class Runtime(Protocol):
         `arguments` is what `pack` made: a structured array laid out as the kernel's one argument, a struct by value.
         It is read before this returns.
         """
-
-
-@lru_cache(maxsize=256)
-def _reader(runtime: Runtime, given: tuple[bool, ...]) -> Reader:
-    def read(arrays: tuple) -> list | None:
-        expected = tuple(runtime.array_type if here else type(None) for here in given)
-        if tuple(map(type, arrays)) != expected:
-            return None
-        found = [array for array in arrays if array is not None]
-        return [
-            fact
-            for array in found
-            for fact in (runtime.pointer(array), runtime.device(array), array.dtype, array.shape, array.strides)
-        ]
-
-    return read
-
-
-@lru_cache(maxsize=256)
-def cupy_reader(runtime: Runtime, given: tuple[bool, ...]) -> Reader:
-    """Return `Runtime.reader` for arrays with the attributes of CuPy's.
-
-    Reading is most of what a repeated call of an op costs, see ``benchmarks/ops/host_cost.py``, and a loop would cost a
-    third as much again. So the reading of every array is written out.
-    """
-    names = [f"array{i}" for i in range(len(given))]
-    arrays = list(zip(names, given, strict=True))
-    wrong = " or ".join(f"type({name}) is not kind" if here else f"{name} is not None" for name, here in arrays)
-    facts = "(data := {0}.data).ptr, data.device_id, {0}.dtype, {0}.shape, {0}.strides"
-    source = f"""
-def read(arrays, kind=kind, type=type):
-    try:
-        {", ".join(names)}, = arrays
-    except ValueError:  # another number of them
-        return None
-    if {wrong}:
-        return None
-    return [{", ".join(facts.format(name) for name, here in arrays if here)}]
-"""
-    namespace: dict[str, Any] = {"kind": runtime.array_type}
-    exec(source, namespace)
-    return namespace["read"]
 
 
 def ceil_div(a: int, b: int) -> int:

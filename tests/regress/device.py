@@ -23,6 +23,8 @@ class RecordedArray:
         self.strides = tuple(step * self.dtype.itemsize for step in steps)
         self.size = math.prod(shape)
 
+    data = property(lambda self: types.SimpleNamespace(ptr=self.address, device_id=self.device_number))
+
     def __getitem__(self, row: int) -> RecordedArray:
         """Return a view of one row."""
         return RecordedArray(self.shape[1:], self.dtype, self.address + row * self.strides[0], self.device_number)
@@ -69,19 +71,6 @@ class RecordingRuntime(seam.Runtime):
     def launch(self, source: str, entry_point: str, launch: Launch, arguments: np.ndarray, like: RecordedArray) -> None:
         """Remember the launch."""
         self.launches.append(Recorded(source, entry_point, launch, arguments, like))
-
-
-class CuPyLikeArray(RecordedArray):
-    """A recorded array with the attributes that CuPy's have."""
-
-    data = property(lambda self: types.SimpleNamespace(ptr=self.address, device_id=self.device_number))
-
-
-class CuPyLikeRuntime(RecordingRuntime):
-    """A recording runtime that reads facts as the CUDA runtime does."""
-
-    array_type = CuPyLikeArray
-    reader = seam.cupy_reader
 
 
 _runtime_of_records = RecordingRuntime()  # one for ever: the ops' cached plans hold on to it

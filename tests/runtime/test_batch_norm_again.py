@@ -14,10 +14,9 @@ import pytest
 import bnkernels as bn
 from bnkernels.ops.batch_norm import call as plans
 from bnkernels.ops.batch_norm import cooperative
-from bnkernels.runtime import arguments, registry
-from bnkernels.runtime import replay as again
+from bnkernels.runtime import arguments, registry, replay
 from tests.regress.calls import CALLS, make_arrays
-from tests.regress.device import CuPyLikeRuntime, RecordedArray, RecordingRuntime
+from tests.regress.device import RecordedArray, RecordingRuntime
 from tools import backends
 
 OPS = ("forward", "backward", "inference", "inference_backward")
@@ -44,14 +43,14 @@ class Device:
         }
 
 
-@pytest.fixture(params=[RecordingRuntime, CuPyLikeRuntime], ids=["by method", "by attribute"])
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     """Return a device whose runtime is registered, with no launch known to any op."""
-    found = Device(request.param())
+    found = Device(RecordingRuntime())
     monkeypatch.setattr(registry, "runtimes", dict(registry.runtimes))
     registry.register(found.runtime)
     for name in ("FORWARD", "INFERENCE", "BACKWARD", "INFERENCE_BACKWARD"):
-        monkeypatch.setattr(plans, f"{name}_LAUNCHES", again.Launches())
+        monkeypatch.setattr(plans, f"{name}_CALLS", replay.ReplayCache())
     forget_plans()
 
     def counted(*given: Any) -> np.ndarray:
@@ -299,14 +298,14 @@ def test_an_option_that_can_change_is_never_kept(device: Device) -> None:
 
 
 def test_what_is_kept_is_bounded(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(again, "MOST_ADDRESSES", 4)
-    monkeypatch.setattr(again, "MOST_EACH", 2)
+    monkeypatch.setattr(replay, "MOST_ADDRESSES", 4)
+    monkeypatch.setattr(replay, "MOST_EACH", 2)
     on = device.arrays("forward")
     for place in range(10):
         on["y"].address = 2**30 + 2**20 * place
         for eps in (0.1, 0.2, 0.3):
             forward(on, eps=eps)
-        ((_, _, launches),) = plans.FORWARD_LAUNCHES._known[device.runtime.array_type]
+        launches = plans.FORWARD_CALLS._entries
         assert 1 <= len(launches) <= 4
         assert all(len(entries) <= 2 for entries in launches.values())
     before = device.packed

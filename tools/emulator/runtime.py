@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,12 +26,24 @@ from .build import BUILD_VARIABLE, CUDA, CUDA_VARIABLE, EmulatorError, read_sour
 LIMITS = Limits(sms=4, shared_bytes=227 * 1024, shared_bytes_of_sm=228 * 1024, cooperative=True)
 
 
+class Address(NamedTuple):
+    """The address of an array, and the number of its device."""
+
+    ptr: int
+    device_id: int
+
+
 class EmulatedArray(np.ndarray):
     """An array that the ops treat as a device array: its type is what they dispatch on.
 
     Those that `EmulatorRuntime` makes live in blocks of the exact size, poisoned and guarded. What NumPy makes of them
     (slices, sums, copies) is an `EmulatedArray` too, and kernels may run on it, in NumPy's memory, without guards.
     """
+
+    @property
+    def data(self) -> Address:
+        """Where the array is, as CuPy says it; what NumPy allocated may then be touched by kernels."""
+        return Address(registry.runtimes[EmulatedArray].pointer(self), 0)
 
 
 @dataclass(frozen=True)
