@@ -24,7 +24,7 @@ from bnkernels.activations import Activation
 
 
 class Stage(IntEnum):
-    """What a launch does, as in ``cuda/general.cuh``."""
+    """What a launch does, as in ``cuda/lib/reduce/masked_rows.cuh``."""
 
     WHOLE = 0
     COLLECT = 1

@@ -13,7 +13,7 @@ from bnkernels._runtime import MAX_GRID, Launch, accumulator, ceil_div
 WIDTH = 32  # channels of a slice: 128 bytes of float32, four whole memory sectors per row
 SECTOR = 32  # bytes that memory moves at once
 THREADS = 512  # of a block, at most: what the kernels' launch bounds say
-SERIAL_LANES = 64  # that every thread merges itself, as in cuda/channel.cuh
+SERIAL_LANES = 64  # that every thread merges itself, as in cuda/lib/reduce/rows.cuh
 HELD = 4  # rows that each thread should have: enough to keep its loads in flight, and few in a row to add up
 FEW_BLOCKS = 132  # fewer leave multiprocessors of a large device without work
 INFERENCE_ROWS = 8  # rows per thread of the inference kernel, which has no reason to keep blocks few

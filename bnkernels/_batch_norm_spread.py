@@ -1,8 +1,9 @@
 """The batch-norm kernels that spread over the whole device: when they can run, with which launch, and their arguments.
 
 They move 16 bytes at a time and keep what they read in shared memory, so that every byte is read once. Up to G blocks
-share a slice of channels and wait for one another; see ``cuda/spread.cuh``. The choice is a pure function of shape,
-data type, strides and the limits of the device. Its thresholds follow from sizes of the hardware; none has been tuned.
+share a slice of channels and wait for one another; see ``cooperative_slices.cuh``. The choice is a pure function of
+shape, data type, strides and the limits of the device. Its thresholds follow from sizes of the hardware; none has
+been tuned.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from typing import NamedTuple
 import numpy as np
 
 from bnkernels import _runtime as rt
-from bnkernels._cooperative import MOST_BLOCKS, MOST_GROUPS, PAIRED, PARTIALS, counters, most_shared, resident
+from bnkernels._cooperative import MOST_BLOCKS, MOST_GROUPS, PARTIALS, counters, most_shared, resident
 from bnkernels._runtime import Launch, Limits, ceil_div
 
-VECTOR = 16  # bytes that one access moves, as in cuda/vector.cuh
-FAN_IN = 8  # partial results that one thread merges, as in cuda/spread.cuh
+MIN_BLOCKS = 2  # resident blocks of a multiprocessor, promised by the launch bounds of the kernels
+VECTOR = 16  # bytes that one access moves, as in cuda/lib/numbers/vector.cuh
+FAN_IN = 8  # partial results that one thread merges, as in cuda/lib/reduce/cooperative_slices.cuh
 WIDTHS = (128, 64, 32)  # bytes of a row that a block owns: from a line of the cache down to a sector of memory
 SMALL = 64 * 1024  # bytes of data up to which one launch of few blocks takes no longer
 EXCHANGED = 1 / 4  # bytes that a block may read of the others, for a byte of data; they come from the L2 cache
@@ -141,8 +143,8 @@ class _Block:
         self.slices = ceil_div(tensor.channels, self.channels)
         self.partial = QUANTITIES[direction] * self.channels * self.lanes * 4
         self.row = PLANES[direction] * columns * self.lanes * VECTOR  # bytes of a row of all threads
-        most = most_shared(limits, PAIRED)  # while one waits for its data or for other blocks, the other works
-        self.resident = resident(limits, self.columns * self.lanes, most, PAIRED)
+        most = most_shared(limits, MIN_BLOCKS)  # while one waits for its data or for other blocks, the other works
+        self.resident = resident(limits, self.columns * self.lanes, most, MIN_BLOCKS)
         self.most_held = (most - self.partial) // self.row
 
     def rows_of_thread(self, together: int) -> int:

@@ -11,10 +11,11 @@ from typing import NamedTuple
 import numpy as np
 
 from bnkernels import _runtime as rt
-from bnkernels._cooperative import ROOMY, most_shared, resident
+from bnkernels._cooperative import most_shared, resident
 from bnkernels._runtime import Launch, Limits, ceil_div
 
-THREADS, TERMS = 256, 32  # PRODUCT_THREADS and TERMS of cuda/product.cuh
+MIN_BLOCKS = 1  # resident blocks of a multiprocessor, promised by the launch bounds of the kernels
+THREADS, TERMS = 256, 32  # PRODUCT_THREADS and TERMS of cuda/lib/gemm/product.cuh
 MOST_ROWS, MOST_NEURONS = 512, 1024  # beyond, a library's product is faster than what a launch costs
 TEAMS = (1, 2, 4, 8)  # of a block: so many times as many columns as a thread multiplies
 
@@ -29,7 +30,7 @@ class Sizes(NamedTuple):
 
     @property
     def columns(self) -> int:
-        """The columns that a thread multiplies, COLUMNS of cuda/product.cuh."""
+        """The columns that a thread multiplies, COLUMNS of cuda/lib/gemm/product.cuh."""
         return 16 // rt.accumulator(self.dtype).itemsize
 
     def product_numbers(self, width: int) -> int:
@@ -76,12 +77,12 @@ def choose(
     tile, product = width * pitch(longest), sizes.product_numbers(width)
     numbers = max(2 * tile, product) if backward else tile + product
     shared = numbers * rt.accumulator(dtype).itemsize
-    if shared > most_shared(limits, ROOMY):
+    if shared > most_shared(limits, MIN_BLOCKS):
         return None
     blocks = ceil_div(owned, width)
     if backward:
         second = outputs if layer else inputs * input_gradient  # owned after the meeting
-        blocks = min(max(blocks, ceil_div(second, width)), resident(limits, THREADS, shared, ROOMY))
+        blocks = min(max(blocks, ceil_div(second, width)), resident(limits, THREADS, shared, MIN_BLOCKS))
     together = backward and (layer or input_gradient) and blocks > 1
     if together and not limits.cooperative:
         return None

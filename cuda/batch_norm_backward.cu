@@ -22,10 +22,11 @@
 //            Deterministic: lanes merge in their order, above 64 of them first in groups of 32, then the groups.
 // Reference: Ioffe and Szegedy, Batch Normalization, 2015, arXiv:1502.03167, section 3.
 // Called by: bnkernels/batch_norm.py
-#include "activation.cuh"
-#include "channel.cuh"
-#include "common.cuh"
-#include "half.cuh"
+#include "lib/kernel.cuh"
+#include "lib/numbers/activation.cuh"
+#include "lib/numbers/half.cuh"
+#include "lib/numbers/pair.cuh"
+#include "lib/reduce/rows.cuh"
 
 template <typename T, typename A>
 struct BatchNormBackward {
@@ -222,28 +223,26 @@ __device__ __forceinline__ void batch_norm_inference_backward(const BatchNormBac
     write_parameter_gradients(a, c, channel.rstd, sum_over_lanes(sums));
 }
 
-#define BATCH_NORM_BACKWARD(KERNEL, variant, suffix, T, A, threads, values, held, matrix)                  \
-    using arguments_backward_##variant##_##suffix = BatchNormBackward<T, A>;                               \
-    KERNEL(bnk_batch_norm_backward_##variant##_##suffix, arguments_backward_##variant##_##suffix, threads, \
-           (batch_norm_backward<T, A, values, held, matrix>))
+#define BATCH_NORM_BACKWARD(variant, suffix, T, A, min_blocks, values, held, matrix)                     \
+    BNK_KERNEL(bnk_batch_norm_backward_##variant##_##suffix, (BatchNormBackward<T, A>), 512, min_blocks, \
+               (batch_norm_backward<T, A, values, held, matrix>))
 #define BATCH_NORM_INFERENCE_BACKWARD(suffix, T, A)                                           \
-    using arguments_inference_##suffix = BatchNormBackward<T, A>;                             \
-    BNK_KERNEL(bnk_batch_norm_inference_backward_##suffix, arguments_inference_##suffix, 512, \
+    BNK_KERNEL(bnk_batch_norm_inference_backward_##suffix, (BatchNormBackward<T, A>), 512, 0, \
                (batch_norm_inference_backward<T, A>))
 
-BATCH_NORM_BACKWARD(BNK_KERNEL, held4, f32, float, float, 512, 4, true, true)
-BATCH_NORM_BACKWARD(BNK_KERNEL_ROOMY, held16, f32, float, float, 512, 16, true, false)
-BATCH_NORM_BACKWARD(BNK_KERNEL_ROOMY, streamed, f32, float, float, 512, 1, false, false)
+BATCH_NORM_BACKWARD(held4, f32, float, float, 0, 4, true, true)
+BATCH_NORM_BACKWARD(held16, f32, float, float, 1, 16, true, false)
+BATCH_NORM_BACKWARD(streamed, f32, float, float, 1, 1, false, false)
 BATCH_NORM_INFERENCE_BACKWARD(f32, float, float)
-BATCH_NORM_BACKWARD(BNK_KERNEL, held4, f16, Float16, float, 512, 4, true, true)
-BATCH_NORM_BACKWARD(BNK_KERNEL_ROOMY, held16, f16, Float16, float, 512, 16, true, false)
-BATCH_NORM_BACKWARD(BNK_KERNEL_ROOMY, streamed, f16, Float16, float, 512, 1, false, false)
+BATCH_NORM_BACKWARD(held4, f16, Float16, float, 0, 4, true, true)
+BATCH_NORM_BACKWARD(held16, f16, Float16, float, 1, 16, true, false)
+BATCH_NORM_BACKWARD(streamed, f16, Float16, float, 1, 1, false, false)
 BATCH_NORM_INFERENCE_BACKWARD(f16, Float16, float)
-BATCH_NORM_BACKWARD(BNK_KERNEL, held4, bf16, BFloat16, float, 512, 4, true, true)
-BATCH_NORM_BACKWARD(BNK_KERNEL_ROOMY, held16, bf16, BFloat16, float, 512, 16, true, false)
-BATCH_NORM_BACKWARD(BNK_KERNEL_ROOMY, streamed, bf16, BFloat16, float, 512, 1, false, false)
+BATCH_NORM_BACKWARD(held4, bf16, BFloat16, float, 0, 4, true, true)
+BATCH_NORM_BACKWARD(held16, bf16, BFloat16, float, 1, 16, true, false)
+BATCH_NORM_BACKWARD(streamed, bf16, BFloat16, float, 1, 1, false, false)
 BATCH_NORM_INFERENCE_BACKWARD(bf16, BFloat16, float)
-BATCH_NORM_BACKWARD(BNK_KERNEL_ROOMY, held4, f64, double, double, 512, 4, true, true)
-BATCH_NORM_BACKWARD(BNK_KERNEL_ROOMY, held8, f64, double, double, 512, 8, true, false)
-BATCH_NORM_BACKWARD(BNK_KERNEL_ROOMY, streamed, f64, double, double, 512, 1, false, false)
+BATCH_NORM_BACKWARD(held4, f64, double, double, 1, 4, true, true)
+BATCH_NORM_BACKWARD(held8, f64, double, double, 1, 8, true, false)
+BATCH_NORM_BACKWARD(streamed, f64, double, double, 1, 1, false, false)
 BATCH_NORM_INFERENCE_BACKWARD(f64, double, double)

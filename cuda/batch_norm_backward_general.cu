@@ -20,12 +20,13 @@
 // Numerics:  in A; sums in pairs, over lanes, groups and blocks in their order. Deterministic.
 // Reference: as in the forward.
 // Called by: bnkernels/batch_norm.py
-#include "activation.cuh"
-#include "channel.cuh"
-#include "channel_sums.cuh"
-#include "common.cuh"
-#include "general.cuh"
-#include "half.cuh"
+#include "lib/kernel.cuh"
+#include "lib/numbers/activation.cuh"
+#include "lib/numbers/half.cuh"
+#include "lib/numbers/pair.cuh"
+#include "lib/reduce/masked_rows.cuh"
+#include "lib/reduce/rows.cuh"
+#include "lib/reduce/sums.cuh"
 
 template <typename T, typename A>
 struct BatchNormBackwardGeneral {
@@ -208,10 +209,9 @@ __device__ __forceinline__ void batch_norm_backward_general(const BatchNormBackw
     if (a.stage == WHOLE || a.stage == FROZEN) finish(a, c, parameters);
 }
 
-#define BATCH_NORM_BACKWARD_GENERAL(suffix, T, A)                                                        \
-    using arguments_backward_general_##suffix = BatchNormBackwardGeneral<T, A>;                          \
-    BNK_KERNEL_ROOMY(bnk_batch_norm_backward_general_##suffix, arguments_backward_general_##suffix, 512, \
-                     (batch_norm_backward_general<T, A>))
+#define BATCH_NORM_BACKWARD_GENERAL(suffix, T, A)                                                  \
+    BNK_KERNEL(bnk_batch_norm_backward_general_##suffix, (BatchNormBackwardGeneral<T, A>), 512, 1, \
+               (batch_norm_backward_general<T, A>))
 
 BATCH_NORM_BACKWARD_GENERAL(f32, float, float)
 BATCH_NORM_BACKWARD_GENERAL(f16, Float16, float)

@@ -11,10 +11,11 @@
 //            blocks in eights, always in their order.
 // Reference: Ioffe and Szegedy, Batch Normalization, 2015, arXiv:1502.03167, section 3.
 // Called by: bnkernels/batch_norm.py
-#include "activation.cuh"
-#include "common.cuh"
-#include "moments.cuh"
-#include "spread.cuh"
+#include "lib/kernel.cuh"
+#include "lib/numbers/activation.cuh"
+#include "lib/numbers/pair.cuh"
+#include "lib/reduce/cooperative_slices.cuh"
+#include "lib/reduce/moments.cuh"
 
 constexpr int CHUNK = 2;  // rows that a thread has in flight, each of x and of dy
 
@@ -229,10 +230,9 @@ __device__ __forceinline__ void batch_norm_backward_spread(const BatchNormBackwa
     }
 }
 
-#define BATCH_NORM_BACKWARD_SPREAD(variant, suffix, T, threads, channels)                                             \
-    using arguments_backward_##variant##_##suffix = BatchNormBackwardSpread<T>;                                       \
-    BNK_KERNEL_PAIRED(bnk_batch_norm_backward_##variant##_##suffix, arguments_backward_##variant##_##suffix, threads, \
-                      (batch_norm_backward_spread<T, channels>))
+#define BATCH_NORM_BACKWARD_SPREAD(variant, suffix, T, threads, channels)                              \
+    BNK_KERNEL(bnk_batch_norm_backward_##variant##_##suffix, (BatchNormBackwardSpread<T>), threads, 2, \
+               (batch_norm_backward_spread<T, channels>))
 
 // Eight channels a thread need more registers than 256 threads of two blocks have.
 BATCH_NORM_BACKWARD_SPREAD(spread, f32, float, 256, true)

@@ -26,11 +26,12 @@
 // Reference: Ioffe and Szegedy, Batch Normalization, 2015, arXiv:1502.03167, section 3, differentiated once more:
 //            docs/double_backward.md derives every line of the formulas.
 // Called by: bnkernels/batch_norm_double_backward.py
-#include "activation.cuh"
-#include "channel.cuh"
-#include "channel_sums.cuh"
-#include "common.cuh"
-#include "half.cuh"
+#include "lib/kernel.cuh"
+#include "lib/numbers/activation.cuh"
+#include "lib/numbers/half.cuh"
+#include "lib/numbers/pair.cuh"
+#include "lib/reduce/rows.cuh"
+#include "lib/reduce/sums.cuh"
 
 template <typename T, typename A>
 struct BatchNormDoubleBackward {
@@ -184,10 +185,9 @@ __device__ __forceinline__ void batch_norm_double_backward(const BatchNormDouble
     }
 }
 
-#define BATCH_NORM_DOUBLE_BACKWARD(suffix, T, A)                                                       \
-    using arguments_double_backward_##suffix = BatchNormDoubleBackward<T, A>;                          \
-    BNK_KERNEL_ROOMY(bnk_batch_norm_double_backward_##suffix, arguments_double_backward_##suffix, 512, \
-                     (batch_norm_double_backward<T, A>))
+#define BATCH_NORM_DOUBLE_BACKWARD(suffix, T, A)                                                 \
+    BNK_KERNEL(bnk_batch_norm_double_backward_##suffix, (BatchNormDoubleBackward<T, A>), 512, 1, \
+               (batch_norm_double_backward<T, A>))
 
 BATCH_NORM_DOUBLE_BACKWARD(f32, float, float)
 BATCH_NORM_DOUBLE_BACKWARD(f16, Float16, float)

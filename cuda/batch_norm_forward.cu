@@ -29,11 +29,12 @@
 //            first in groups of 32, then the groups.
 // Reference: Ioffe and Szegedy, Batch Normalization, 2015, arXiv:1502.03167, algorithms 1 and 2.
 // Called by: bnkernels/batch_norm.py
-#include "activation.cuh"
-#include "channel.cuh"
-#include "common.cuh"
-#include "half.cuh"
-#include "moments.cuh"
+#include "lib/kernel.cuh"
+#include "lib/numbers/activation.cuh"
+#include "lib/numbers/half.cuh"
+#include "lib/numbers/pair.cuh"
+#include "lib/reduce/moments.cuh"
+#include "lib/reduce/rows.cuh"
 
 template <typename T, typename A>
 struct BatchNormForward {
@@ -202,27 +203,25 @@ __device__ __forceinline__ void batch_norm_inference(const BatchNormInference<T,
     }
 }
 
-#define BATCH_NORM_FORWARD(KERNEL, variant, suffix, T, A, threads, values, held, matrix)                 \
-    using arguments_forward_##variant##_##suffix = BatchNormForward<T, A>;                               \
-    KERNEL(bnk_batch_norm_forward_##variant##_##suffix, arguments_forward_##variant##_##suffix, threads, \
-           (batch_norm_forward<T, A, values, held, matrix>))
-#define BATCH_NORM_INFERENCE(suffix, T, A)                         \
-    using arguments_inference_##suffix = BatchNormInference<T, A>; \
-    BNK_KERNEL(bnk_batch_norm_inference_##suffix, arguments_inference_##suffix, 512, (batch_norm_inference<T, A>))
+#define BATCH_NORM_FORWARD(variant, suffix, T, A, min_blocks, values, held, matrix)                    \
+    BNK_KERNEL(bnk_batch_norm_forward_##variant##_##suffix, (BatchNormForward<T, A>), 512, min_blocks, \
+               (batch_norm_forward<T, A, values, held, matrix>))
+#define BATCH_NORM_INFERENCE(suffix, T, A) \
+    BNK_KERNEL(bnk_batch_norm_inference_##suffix, (BatchNormInference<T, A>), 512, 0, (batch_norm_inference<T, A>))
 
-BATCH_NORM_FORWARD(BNK_KERNEL, held4, f32, float, float, 512, 4, true, true)
-BATCH_NORM_FORWARD(BNK_KERNEL, held16, f32, float, float, 512, 16, true, false)
-BATCH_NORM_FORWARD(BNK_KERNEL, streamed, f32, float, float, 512, 4, false, false)
+BATCH_NORM_FORWARD(held4, f32, float, float, 0, 4, true, true)
+BATCH_NORM_FORWARD(held16, f32, float, float, 0, 16, true, false)
+BATCH_NORM_FORWARD(streamed, f32, float, float, 0, 4, false, false)
 BATCH_NORM_INFERENCE(f32, float, float)
-BATCH_NORM_FORWARD(BNK_KERNEL, held4, f16, Float16, float, 512, 4, true, true)
-BATCH_NORM_FORWARD(BNK_KERNEL, held16, f16, Float16, float, 512, 16, true, false)
-BATCH_NORM_FORWARD(BNK_KERNEL, streamed, f16, Float16, float, 512, 4, false, false)
+BATCH_NORM_FORWARD(held4, f16, Float16, float, 0, 4, true, true)
+BATCH_NORM_FORWARD(held16, f16, Float16, float, 0, 16, true, false)
+BATCH_NORM_FORWARD(streamed, f16, Float16, float, 0, 4, false, false)
 BATCH_NORM_INFERENCE(f16, Float16, float)
-BATCH_NORM_FORWARD(BNK_KERNEL, held4, bf16, BFloat16, float, 512, 4, true, true)
-BATCH_NORM_FORWARD(BNK_KERNEL, held16, bf16, BFloat16, float, 512, 16, true, false)
-BATCH_NORM_FORWARD(BNK_KERNEL, streamed, bf16, BFloat16, float, 512, 4, false, false)
+BATCH_NORM_FORWARD(held4, bf16, BFloat16, float, 0, 4, true, true)
+BATCH_NORM_FORWARD(held16, bf16, BFloat16, float, 0, 16, true, false)
+BATCH_NORM_FORWARD(streamed, bf16, BFloat16, float, 0, 4, false, false)
 BATCH_NORM_INFERENCE(bf16, BFloat16, float)
-BATCH_NORM_FORWARD(BNK_KERNEL_ROOMY, held4, f64, double, double, 512, 4, true, true)
-BATCH_NORM_FORWARD(BNK_KERNEL_ROOMY, held8, f64, double, double, 512, 8, true, false)
-BATCH_NORM_FORWARD(BNK_KERNEL_ROOMY, streamed, f64, double, double, 512, 4, false, false)
+BATCH_NORM_FORWARD(held4, f64, double, double, 1, 4, true, true)
+BATCH_NORM_FORWARD(held8, f64, double, double, 1, 8, true, false)
+BATCH_NORM_FORWARD(streamed, f64, double, double, 1, 4, false, false)
 BATCH_NORM_INFERENCE(f64, double, double)

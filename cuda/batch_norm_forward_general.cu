@@ -25,12 +25,13 @@
 // Reference: Ioffe and Szegedy, Batch Normalization, 2015, arXiv:1502.03167; Ioffe, Batch Renormalization, 2017,
 //            arXiv:1702.03275; Chan, Golub and LeVeque (1983) for the merge.
 // Called by: bnkernels/batch_norm.py
-#include "activation.cuh"
-#include "channel.cuh"
-#include "common.cuh"
-#include "general.cuh"
-#include "half.cuh"
-#include "moments.cuh"
+#include "lib/kernel.cuh"
+#include "lib/numbers/activation.cuh"
+#include "lib/numbers/half.cuh"
+#include "lib/numbers/pair.cuh"
+#include "lib/reduce/masked_rows.cuh"
+#include "lib/reduce/moments.cuh"
+#include "lib/reduce/rows.cuh"
 
 template <typename T, typename A>
 struct BatchNormForwardGeneral {
@@ -236,10 +237,9 @@ __device__ __forceinline__ void batch_norm_forward_general(const BatchNormForwar
     }
 }
 
-#define BATCH_NORM_FORWARD_GENERAL(suffix, T, A)                                                       \
-    using arguments_forward_general_##suffix = BatchNormForwardGeneral<T, A>;                          \
-    BNK_KERNEL_ROOMY(bnk_batch_norm_forward_general_##suffix, arguments_forward_general_##suffix, 512, \
-                     (batch_norm_forward_general<T, A>))
+#define BATCH_NORM_FORWARD_GENERAL(suffix, T, A)                                                 \
+    BNK_KERNEL(bnk_batch_norm_forward_general_##suffix, (BatchNormForwardGeneral<T, A>), 512, 1, \
+               (batch_norm_forward_general<T, A>))
 
 BATCH_NORM_FORWARD_GENERAL(f32, float, float)
 BATCH_NORM_FORWARD_GENERAL(f16, Float16, float)

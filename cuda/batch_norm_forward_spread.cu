@@ -16,10 +16,11 @@
 //            Deterministic: chunks, then lanes in eights, then blocks in eights, always in their order.
 // Reference: Ioffe and Szegedy, Batch Normalization, 2015, arXiv:1502.03167, algorithm 1.
 // Called by: bnkernels/batch_norm.py
-#include "activation.cuh"
-#include "common.cuh"
-#include "moments.cuh"
-#include "spread.cuh"
+#include "lib/kernel.cuh"
+#include "lib/numbers/activation.cuh"
+#include "lib/numbers/pair.cuh"
+#include "lib/reduce/cooperative_slices.cuh"
+#include "lib/reduce/moments.cuh"
 
 constexpr int CHUNK = 4;  // rows that a thread has in flight
 
@@ -224,10 +225,9 @@ __device__ __forceinline__ void batch_norm_forward_spread(const BatchNormForward
     }
 }
 
-#define BATCH_NORM_FORWARD_SPREAD(variant, suffix, T, channels)                                                 \
-    using arguments_forward_##variant##_##suffix = BatchNormForwardSpread<T>;                                   \
-    BNK_KERNEL_PAIRED(bnk_batch_norm_forward_##variant##_##suffix, arguments_forward_##variant##_##suffix, 256, \
-                      (batch_norm_forward_spread<T, channels>))
+#define BATCH_NORM_FORWARD_SPREAD(variant, suffix, T, channels)                                  \
+    BNK_KERNEL(bnk_batch_norm_forward_##variant##_##suffix, (BatchNormForwardSpread<T>), 256, 2, \
+               (batch_norm_forward_spread<T, channels>))
 
 BATCH_NORM_FORWARD_SPREAD(spread, f32, float, true)
 BATCH_NORM_FORWARD_SPREAD(spread_inner, f32, float, false)

@@ -22,7 +22,8 @@
 //            roundings of the kernels for single layers. Sums in a fixed order: deterministic.
 // Reference: Ioffe and Szegedy, Batch Normalization, 2015, arXiv:1502.03167, algorithm 1 and section 3.
 // Called by: bnkernels/fused_training.py
-#include "fused_step.cuh"
+#include "lib/kernel.cuh"
+#include "lib/train/block_step.cuh"
 
 template <typename T>
 struct FusedTraining {
@@ -93,14 +94,10 @@ __device__ __forceinline__ void fused_training(const FusedTraining<T>& of_all) {
     copy(a.running, kept.running, a.running_count);
 }
 
-#define FUSED_TRAINING(suffix, T, threads)                                                    \
-    using arguments_fused_training_##suffix = FusedTraining<T>;                               \
-    BNK_KERNEL_ROOMY(bnk_fused_training_##suffix, arguments_fused_training_##suffix, threads, \
-                     (fused_training<T, false>))
-#define FUSED_TRAINING_LAYER_NORM(suffix, T, threads)                                                    \
-    using arguments_fused_training_##suffix = FusedTraining<T>;                                          \
-    BNK_KERNEL_ROOMY(bnk_fused_training_layer_norm_##suffix, arguments_fused_training_##suffix, threads, \
-                     (fused_training<T, true>))
+#define FUSED_TRAINING(suffix, T, threads) \
+    BNK_KERNEL(bnk_fused_training_##suffix, (FusedTraining<T>), threads, 1, (fused_training<T, false>))
+#define FUSED_TRAINING_LAYER_NORM(suffix, T, threads) \
+    BNK_KERNEL(bnk_fused_training_layer_norm_##suffix, (FusedTraining<T>), threads, 1, (fused_training<T, true>))
 
 FUSED_TRAINING(f32, float, 512)
 FUSED_TRAINING(f64, double, 256)

@@ -13,8 +13,9 @@
 // Reference: Ioffe and Szegedy, Batch Normalization, 2015, arXiv:1502.03167, algorithm 1 and section 3; Ba, Kiros and
 //            Hinton, Layer Normalization, 2016, arXiv:1607.06450.
 // Called by: bnkernels/fused_training.py
-#include "group_step_of_examples.cuh"
-#include "group_step_of_neurons.cuh"
+#include "lib/kernel.cuh"
+#include "lib/train/multi_block_step_by_example.cuh"
+#include "lib/train/multi_block_step_by_neuron.cuh"
 
 template <typename T>
 struct FusedTrainingGroup {
@@ -73,14 +74,12 @@ __device__ __forceinline__ void fused_training_grid(const FusedTrainingGroup<T>&
     train<Step<T, FusedTrainingGroup<T>, GridMeeting>>(a, meeting, blockIdx.y);
 }
 
-#define FUSED_TRAINING_GRID(suffix, T)                                                                           \
-    using arguments_fused_training_group_##suffix = FusedTrainingGroup<T>;                                       \
-    BNK_KERNEL_ROOMY(bnk_fused_training_grid_##suffix, arguments_fused_training_group_##suffix, PRODUCT_THREADS, \
-                     (fused_training_grid<StepOfNeurons, T>))
-#define FUSED_TRAINING_GRID_LAYER_NORM(suffix, T)                                                          \
-    using arguments_fused_training_group_##suffix = FusedTrainingGroup<T>;                                 \
-    BNK_KERNEL_ROOMY(bnk_fused_training_grid_layer_norm_##suffix, arguments_fused_training_group_##suffix, \
-                     PRODUCT_THREADS, (fused_training_grid<StepOfExamples, T>))
+#define FUSED_TRAINING_GRID(suffix, T)                                                        \
+    BNK_KERNEL(bnk_fused_training_grid_##suffix, (FusedTrainingGroup<T>), PRODUCT_THREADS, 1, \
+               (fused_training_grid<StepOfNeurons, T>))
+#define FUSED_TRAINING_GRID_LAYER_NORM(suffix, T)                                                        \
+    BNK_KERNEL(bnk_fused_training_grid_layer_norm_##suffix, (FusedTrainingGroup<T>), PRODUCT_THREADS, 1, \
+               (fused_training_grid<StepOfExamples, T>))
 
 FUSED_TRAINING_GRID(f32, float)
 FUSED_TRAINING_GRID(f64, double)
@@ -94,14 +93,12 @@ __device__ __forceinline__ void fused_training_cluster(const FusedTrainingGroup<
     train<Step<T, FusedTrainingGroup<T>, ClusterMeeting>>(a, ClusterMeeting(), blockIdx.x % CLUSTER);
 }
 
-#define FUSED_TRAINING_CLUSTER(suffix, T)                                                                             \
-    using arguments_fused_training_group_##suffix = FusedTrainingGroup<T>;                                            \
-    BNK_KERNEL_CLUSTER(bnk_fused_training_cluster_##suffix, arguments_fused_training_group_##suffix, PRODUCT_THREADS, \
-                       CLUSTER, (fused_training_cluster<StepOfNeurons, T>))
-#define FUSED_TRAINING_CLUSTER_LAYER_NORM(suffix, T)                                                            \
-    using arguments_fused_training_group_##suffix = FusedTrainingGroup<T>;                                      \
-    BNK_KERNEL_CLUSTER(bnk_fused_training_cluster_layer_norm_##suffix, arguments_fused_training_group_##suffix, \
-                       PRODUCT_THREADS, CLUSTER, (fused_training_cluster<StepOfExamples, T>))
+#define FUSED_TRAINING_CLUSTER(suffix, T)                                                                         \
+    BNK_KERNEL_CLUSTER(bnk_fused_training_cluster_##suffix, (FusedTrainingGroup<T>), PRODUCT_THREADS, 1, CLUSTER, \
+                       (fused_training_cluster<StepOfNeurons, T>))
+#define FUSED_TRAINING_CLUSTER_LAYER_NORM(suffix, T)                                                                \
+    BNK_KERNEL_CLUSTER(bnk_fused_training_cluster_layer_norm_##suffix, (FusedTrainingGroup<T>), PRODUCT_THREADS, 1, \
+                       CLUSTER, (fused_training_cluster<StepOfExamples, T>))
 
 FUSED_TRAINING_CLUSTER(f32, float)
 FUSED_TRAINING_CLUSTER(f64, double)

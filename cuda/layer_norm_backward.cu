@@ -15,9 +15,10 @@
 // Numerics:  in A, sums in pairs, blocks' partial sums in A; rows and blocks in a fixed order: deterministic.
 // Reference: Ba, Kiros and Hinton, Layer Normalization, 2016, arXiv:1607.06450.
 // Called by: bnkernels/layer_norm.py
-#include "activation.cuh"
-#include "meet.cuh"
-#include "row.cuh"
+#include "lib/kernel.cuh"
+#include "lib/numbers/activation.cuh"
+#include "lib/reduce/vector_rows.cuh"
+#include "lib/sync/grid_barrier.cuh"
 
 template <typename T, typename A>
 struct LayerNormBackward {
@@ -228,10 +229,8 @@ __device__ __forceinline__ void layer_norm_backward(const LayerNormBackward<T, A
     merge_blocks(a, reinterpret_cast<A*>(shared));
 }
 
-#define LAYER_NORM_BACKWARD(suffix, T, A)                                                            \
-    using arguments_layer_norm_backward_##suffix = LayerNormBackward<T, A>;                          \
-    BNK_KERNEL_PAIRED(bnk_layer_norm_backward_##suffix, arguments_layer_norm_backward_##suffix, 256, \
-                      (layer_norm_backward<T, A>))
+#define LAYER_NORM_BACKWARD(suffix, T, A) \
+    BNK_KERNEL(bnk_layer_norm_backward_##suffix, (LayerNormBackward<T, A>), 256, 2, (layer_norm_backward<T, A>))
 
 LAYER_NORM_BACKWARD(f32, float, float)
 LAYER_NORM_BACKWARD(f16, Float16, float)

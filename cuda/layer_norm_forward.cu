@@ -11,8 +11,9 @@
 // Numerics:  in A, sums in pairs, squares about the mean; in a fixed order: deterministic. Alignment changes no bit.
 // Reference: Ba, Kiros and Hinton, Layer Normalization, 2016, arXiv:1607.06450.
 // Called by: bnkernels/layer_norm.py
-#include "activation.cuh"
-#include "row.cuh"
+#include "lib/kernel.cuh"
+#include "lib/numbers/activation.cuh"
+#include "lib/reduce/vector_rows.cuh"
 
 template <typename T, typename A>
 struct LayerNormForward {
@@ -70,10 +71,8 @@ __device__ __forceinline__ void layer_norm_forward(const LayerNormForward<T, A>&
     });
 }
 
-#define LAYER_NORM_FORWARD(suffix, T, A)                                                           \
-    using arguments_layer_norm_forward_##suffix = LayerNormForward<T, A>;                          \
-    BNK_KERNEL_PAIRED(bnk_layer_norm_forward_##suffix, arguments_layer_norm_forward_##suffix, 256, \
-                      (layer_norm_forward<T, A>))
+#define LAYER_NORM_FORWARD(suffix, T, A) \
+    BNK_KERNEL(bnk_layer_norm_forward_##suffix, (LayerNormForward<T, A>), 256, 2, (layer_norm_forward<T, A>))
 
 LAYER_NORM_FORWARD(f32, float, float)
 LAYER_NORM_FORWARD(f16, Float16, float)

@@ -17,9 +17,10 @@
 // Reference: Ioffe and Szegedy, Batch Normalization, 2015, arXiv:1502.03167, section 3; Ba, Kiros and Hinton, Layer
 //            Normalization, 2016, arXiv:1607.06450.
 // Called by: bnkernels/linear_batch_norm.py
-#include "linear_batch_norm.cuh"
-#include "meet.cuh"
-#include "product.cuh"
+#include "lib/gemm/product.cuh"
+#include "lib/gemm/warp_rows.cuh"
+#include "lib/kernel.cuh"
+#include "lib/sync/grid_barrier.cuh"
 
 template <typename T, typename A>
 struct LinearBatchNormBackward {
@@ -186,14 +187,12 @@ __device__ __forceinline__ void linear_layer_norm_backward(const LinearBatchNorm
     }
 }
 
-#define LINEAR_BATCH_NORM_BACKWARD(suffix, T, A)                                                                   \
-    using arguments_linear_backward_##suffix = LinearBatchNormBackward<T, A>;                                      \
-    BNK_KERNEL_ROOMY(bnk_linear_batch_norm_backward_##suffix, arguments_linear_backward_##suffix, PRODUCT_THREADS, \
-                     (linear_batch_norm_backward<T, A>))
-#define LINEAR_LAYER_NORM_BACKWARD(suffix, T, A)                                                                   \
-    using arguments_linear_backward_##suffix = LinearBatchNormBackward<T, A>;                                      \
-    BNK_KERNEL_ROOMY(bnk_linear_layer_norm_backward_##suffix, arguments_linear_backward_##suffix, PRODUCT_THREADS, \
-                     (linear_layer_norm_backward<T, A>))
+#define LINEAR_BATCH_NORM_BACKWARD(suffix, T, A)                                                             \
+    BNK_KERNEL(bnk_linear_batch_norm_backward_##suffix, (LinearBatchNormBackward<T, A>), PRODUCT_THREADS, 1, \
+               (linear_batch_norm_backward<T, A>))
+#define LINEAR_LAYER_NORM_BACKWARD(suffix, T, A)                                                             \
+    BNK_KERNEL(bnk_linear_layer_norm_backward_##suffix, (LinearBatchNormBackward<T, A>), PRODUCT_THREADS, 1, \
+               (linear_layer_norm_backward<T, A>))
 
 LINEAR_BATCH_NORM_BACKWARD(f32, float, float)
 LINEAR_BATCH_NORM_BACKWARD(f16, Float16, float)

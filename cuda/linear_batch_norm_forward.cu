@@ -18,8 +18,9 @@
 // Reference: Ioffe and Szegedy, Batch Normalization, 2015, arXiv:1502.03167, algorithm 1; Ba, Kiros and Hinton, Layer
 //            Normalization, 2016, arXiv:1607.06450.
 // Called by: bnkernels/linear_batch_norm.py
-#include "linear_batch_norm.cuh"
-#include "product.cuh"
+#include "lib/gemm/product.cuh"
+#include "lib/gemm/warp_rows.cuh"
+#include "lib/kernel.cuh"
 
 template <typename T, typename A>
 struct LinearBatchNormForward {
@@ -131,14 +132,12 @@ __device__ __forceinline__ void linear_layer_norm_forward(const LinearBatchNormF
     store_rows(a.y, tile, pitch, a.rows, a.outputs, first, width);
 }
 
-#define LINEAR_BATCH_NORM_FORWARD(suffix, T, A)                                                                  \
-    using arguments_linear_forward_##suffix = LinearBatchNormForward<T, A>;                                      \
-    BNK_KERNEL_ROOMY(bnk_linear_batch_norm_forward_##suffix, arguments_linear_forward_##suffix, PRODUCT_THREADS, \
-                     (linear_batch_norm_forward<T, A>))
-#define LINEAR_LAYER_NORM_FORWARD(suffix, T, A)                                                                  \
-    using arguments_linear_forward_##suffix = LinearBatchNormForward<T, A>;                                      \
-    BNK_KERNEL_ROOMY(bnk_linear_layer_norm_forward_##suffix, arguments_linear_forward_##suffix, PRODUCT_THREADS, \
-                     (linear_layer_norm_forward<T, A>))
+#define LINEAR_BATCH_NORM_FORWARD(suffix, T, A)                                                            \
+    BNK_KERNEL(bnk_linear_batch_norm_forward_##suffix, (LinearBatchNormForward<T, A>), PRODUCT_THREADS, 1, \
+               (linear_batch_norm_forward<T, A>))
+#define LINEAR_LAYER_NORM_FORWARD(suffix, T, A)                                                            \
+    BNK_KERNEL(bnk_linear_layer_norm_forward_##suffix, (LinearBatchNormForward<T, A>), PRODUCT_THREADS, 1, \
+               (linear_layer_norm_forward<T, A>))
 
 LINEAR_BATCH_NORM_FORWARD(f32, float, float)
 LINEAR_BATCH_NORM_FORWARD(f16, Float16, float)

@@ -9,7 +9,7 @@
 // Traffic:   N (K + 1) numbers and S read and written once, and a counter.
 // Numerics:  none: a copy.
 // Called by: bnkernels/mini_batch.py
-#include "common.cuh"
+#include "lib/kernel.cuh"
 
 template <typename T>
 struct MiniBatch {
@@ -50,9 +50,7 @@ __device__ __forceinline__ void mini_batch(const MiniBatch<T>& a) {
     a.counter[1] = 0;
 }
 
-#define MINI_BATCH(suffix, T)                           \
-    using arguments_mini_batch_##suffix = MiniBatch<T>; \
-    BNK_KERNEL_ROOMY(bnk_mini_batch_##suffix, arguments_mini_batch_##suffix, 256, (mini_batch<T>))
+#define MINI_BATCH(suffix, T) BNK_KERNEL(bnk_mini_batch_##suffix, (MiniBatch<T>), 256, 1, (mini_batch<T>))
 
 MINI_BATCH(f32, float)
 MINI_BATCH(f64, double)

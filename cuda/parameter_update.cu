@@ -15,7 +15,7 @@
 //            before lr: as long as s is finite, nothing between overflows. Elementwise, so deterministic.
 // Reference: D. P. Kingma and J. Ba, Adam, 2015, arXiv:1412.6980, algorithm 1.
 // Called by: bnkernels/parameter_update.py
-#include "common.cuh"
+#include "lib/kernel.cuh"
 
 template <typename T>
 struct ParameterUpdate {
@@ -75,9 +75,9 @@ __device__ __forceinline__ void parameter_update(const ParameterUpdate<T>& a) {
         a.parameters[i] -= Rule::move(a, step, i);
 }
 
-BNK_KERNEL(bnk_parameter_update_sgd_f32, ParameterUpdate<float>, 256, (parameter_update<Sgd, float>))
-BNK_KERNEL(bnk_parameter_update_sgd_f64, ParameterUpdate<double>, 256, (parameter_update<Sgd, double>))
-BNK_KERNEL(bnk_parameter_update_momentum_f32, ParameterUpdate<float>, 256, (parameter_update<Momentum, float>))
-BNK_KERNEL(bnk_parameter_update_momentum_f64, ParameterUpdate<double>, 256, (parameter_update<Momentum, double>))
-BNK_KERNEL(bnk_parameter_update_adam_f32, ParameterUpdate<float>, 256, (parameter_update<Adam, float>))
-BNK_KERNEL(bnk_parameter_update_adam_f64, ParameterUpdate<double>, 256, (parameter_update<Adam, double>))
+BNK_KERNEL(bnk_parameter_update_sgd_f32, (ParameterUpdate<float>), 256, 0, (parameter_update<Sgd, float>))
+BNK_KERNEL(bnk_parameter_update_sgd_f64, (ParameterUpdate<double>), 256, 0, (parameter_update<Sgd, double>))
+BNK_KERNEL(bnk_parameter_update_momentum_f32, (ParameterUpdate<float>), 256, 0, (parameter_update<Momentum, float>))
+BNK_KERNEL(bnk_parameter_update_momentum_f64, (ParameterUpdate<double>), 256, 0, (parameter_update<Momentum, double>))
+BNK_KERNEL(bnk_parameter_update_adam_f32, (ParameterUpdate<float>), 256, 0, (parameter_update<Adam, float>))
+BNK_KERNEL(bnk_parameter_update_adam_f64, (ParameterUpdate<double>), 256, 0, (parameter_update<Adam, double>))

@@ -15,7 +15,7 @@
 // Reference: the log-sum-exp shift is folklore; P. Blanchard, D. J. Higham and N. J. Higham, Accurately computing the
 //            log-sum-exp and softmax functions, IMA J. Numer. Anal. 41, 2021, analyse it.
 // Called by: bnkernels/softmax_cross_entropy.py
-#include "common.cuh"
+#include "lib/kernel.cuh"
 
 template <typename T, typename L, typename A>
 struct SoftmaxCrossEntropy {
@@ -77,9 +77,8 @@ __device__ __forceinline__ void softmax_cross_entropy(const SoftmaxCrossEntropy<
     }
 }
 
-#define SOFTMAX_CROSS_ENTROPY(labels, suffix, L, T, A)                                            \
-    using arguments_##labels##_##suffix = SoftmaxCrossEntropy<T, L, A>;                           \
-    BNK_KERNEL(bnk_softmax_cross_entropy_##labels##_##suffix, arguments_##labels##_##suffix, 256, \
+#define SOFTMAX_CROSS_ENTROPY(labels, suffix, L, T, A)                                                \
+    BNK_KERNEL(bnk_softmax_cross_entropy_##labels##_##suffix, (SoftmaxCrossEntropy<T, L, A>), 256, 0, \
                (softmax_cross_entropy<T, L, A>))
 
 SOFTMAX_CROSS_ENTROPY(i32, f32, int, float, float)

@@ -43,13 +43,14 @@ def kernel_facts() -> dict[str, Facts]:
     facts: dict[str, Facts] = {}
     for which in ("forward", "backward"):
         text = (_source.folder() / f"batch_norm_{which}.cu").read_text(encoding="utf-8")
-        training = rf"^BATCH_NORM_{which.upper()}\(\w+, (\w+), (\w+), \w+, \w+, (\d+), (\d+), (\w+), (\w+)\)"
-        for variant, end, threads, values, held, matrix in re.findall(training, text, re.MULTILINE):
+        training = rf"^BATCH_NORM_{which.upper()}\((\w+), (\w+), \w+, \w+, \d, (\d+), (\w+), (\w+)\)"
+        (threads,) = re.findall(rf"BNK_KERNEL\(bnk_batch_norm_{which}_[\w#]+, \([^)]*\), (\d+)", text)
+        for variant, end, values, held, matrix in re.findall(training, text, re.MULTILINE):
             holds = int(values) if held == "true" else None
             facts[f"{which}_{variant}_{end}"] = Facts(int(threads), holds, matrix == "true")
         name = "inference" if which == "forward" else "inference_backward"
         inference = name.upper()
-        (threads,) = re.findall(rf"BNK_KERNEL\(bnk_batch_norm_{name}_##suffix, \w+##suffix, (\d+)", text)
+        (threads,) = re.findall(rf"BNK_KERNEL\(bnk_batch_norm_{name}_##suffix, \([^)]*\), (\d+)", text)
         for end in re.findall(rf"^BATCH_NORM_{inference}\((\w+),", text, re.MULTILINE):
             facts[f"{name}_{end}"] = Facts(int(threads), None, False)
     return facts
@@ -61,8 +62,8 @@ TRAINING = {"forward": (forward_launch, 3, "forward_"), "backward": (backward_la
 
 
 def constant(name: str) -> int:
-    """Return a constant of ``cuda/channel.cuh``."""
-    text = (_source.folder() / "channel.cuh").read_text(encoding="utf-8")
+    """Return a constant of ``cuda/lib/reduce/rows.cuh``."""
+    text = (_source.folder() / "lib/reduce/rows.cuh").read_text(encoding="utf-8")
     return int(re.search(rf"^constexpr int {name} = (\d+);", text, re.MULTILINE)[1])
 
 

@@ -298,7 +298,7 @@ def test_blocks_that_are_not_resident_together_are_a_deadlock(
 
     monkeypatch.setattr(emulated, "launch", alone)
     x = emulated.asarray(rng.standard_normal((20000, 8)).astype("f4"))
-    waiting = r"deadlock in block .* wait for a counter \(thread \(0, 0, 0\) at .*meet.cuh"
+    waiting = r"deadlock in block .* wait for a counter \(thread \(0, 0, 0\) at .*grid_barrier.cuh"
     try:
         with emulated.device_limits(TINY), emulated.schedule(resident=2), pytest.raises(EmulatorError, match=waiting):
             bn.batch_norm_forward(x)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from bnkernels import _batch_norm_spread as spread
 from bnkernels._batch_norm_spread import choose_spread
-from bnkernels._cooperative import PAIRED, resident
+from bnkernels._cooperative import resident
 from bnkernels._runtime import MAX_SHARED_BYTES, SHARED_BYTES, WORKSPACE_BYTES, Limits
 from tests.test_batch_norm_spread import DTYPES, KIB, TINY, tensor_of
 
@@ -50,7 +50,7 @@ def test_a_choice_covers_all_rows_and_keeps_all_limits(
     assert choice.launch.cooperative == (together > 1)
     if together > 1:
         assert limits.cooperative
-        held = resident(limits, columns * lanes, choice.launch.shared_bytes, PAIRED)
+        held = resident(limits, columns * lanes, choice.launch.shared_bytes, spread.MIN_BLOCKS)
         assert groups * together <= held == 2 * limits.sms, "all blocks are resident"
         assert groups <= spread.MOST_GROUPS
     assert 2 * (choice.launch.shared_bytes + limits.reserved_bytes) <= limits.shared_bytes_of_sm

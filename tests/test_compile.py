@@ -127,9 +127,9 @@ def test_a_syntax_error_is_reported_at_its_file_and_line() -> None:
 
 def test_an_error_in_a_header_is_reported_in_the_header() -> None:
     text = _source.read(_source.stems()[0]).replace("struct Pair {", "struct Pair { int syntax error;")
-    header = (_source.folder() / "common.cuh").read_text(encoding="utf-8").splitlines()
+    header = (_source.folder() / "lib/numbers/pair.cuh").read_text(encoding="utf-8").splitlines()
     number = header.index("struct Pair {") + 1
-    with pytest.raises(nvrtc.CompileError, match=rf"cuda/common\.cuh\({number}\): error"):
+    with pytest.raises(nvrtc.CompileError, match=rf"cuda/lib/numbers/pair\.cuh\({number}\): error"):
         nvrtc.resources(text, ARCHITECTURE)
 
 

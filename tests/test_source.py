@@ -17,7 +17,8 @@ from tests.compile import nvrtc
 @pytest.fixture
 def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Put a folder of our own in place of ``cuda/``."""
-    (tmp_path / "common.cuh").write_text("#pragma once\nshared\n")
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "kernel.cuh").write_text("#pragma once\nshared\n")
     monkeypatch.setattr(_source, "_CANDIDATES", (tmp_path / "absent", tmp_path))
     _source.folder.cache_clear()
     yield tmp_path
@@ -39,15 +40,15 @@ def lines_by_place(text: str) -> dict[tuple[str, int], str]:
 @pytest.mark.parametrize("stem", _source.stems())
 def test_every_line_keeps_its_file_and_number(stem: str) -> None:
     places = lines_by_place(_source.read(stem))
-    for path in _source.folder().iterdir():
-        name = f"cuda/{path.name}"
+    for path in _source.folder().rglob("*.cu*"):
+        name = f"cuda/{path.relative_to(_source.folder()).as_posix()}"
         if (name, 1) not in places:
             continue
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
             if not line.startswith(("#include", "#pragma once")):
                 assert places[name, number] == line
     assert (f"cuda/{stem}.cu", 1) in places
-    assert ("cuda/common.cuh", 1) in places
+    assert ("cuda/lib/kernel.cuh", 1) in places
 
 
 @pytest.mark.parametrize("stem", _source.stems())
@@ -58,15 +59,15 @@ def test_the_text_is_self_contained_and_the_same_wherever_it_is_installed(stem: 
 
 
 def test_each_header_comes_once_where_it_is_first_included(sources: Path) -> None:
-    (sources / "pair.cuh").write_text('#include "common.cuh"\npair\n')
-    (sources / "op.cu").write_text('// op\n#include "pair.cuh"\n#include "common.cuh"\nbody\n')
+    (sources / "lib" / "pair.cuh").write_text('#include "lib/kernel.cuh"\npair\n')
+    (sources / "op.cu").write_text('// op\n#include "lib/pair.cuh"\n#include "lib/kernel.cuh"\nbody\n')
     text = _source.read("op")
     assert [line for line in text.splitlines() if line and not line.startswith("#line")] == [
         *("// op", "shared", "pair", "body"),
     ]
     places = lines_by_place(text)
-    assert places["cuda/common.cuh", 2] == "shared"
-    assert places["cuda/pair.cuh", 2] == "pair"
+    assert places["cuda/lib/kernel.cuh", 2] == "shared"
+    assert places["cuda/lib/pair.cuh", 2] == "pair"
     assert places["cuda/op.cu", 4] == "body"
 
 
@@ -94,7 +95,7 @@ def test_nvidias_cuda_folder_is_not_taken_for_ours(sources: Path) -> None:
 
 
 def test_the_message_names_all_places_searched(sources: Path) -> None:
-    (sources / "common.cuh").unlink()
+    (sources / "lib/kernel.cuh").unlink()
     with pytest.raises(FileNotFoundError, match="install the package again") as error:
         _source.folder()
     assert f"searched {sources / 'absent'} and {sources};" in str(error.value)

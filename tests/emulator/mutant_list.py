@@ -11,9 +11,9 @@ from .mutant_list_linear import MUTANTS as LINEAR
 from .mutant_list_spread import MUTANTS as SPREAD
 from .mutants import Mutant
 
-COMMON, FORWARD, BACKWARD = "common.cuh", "batch_norm_forward.cu", "batch_norm_backward.cu"
-MOMENTS = "moments.cuh"
-HALF, ACTIVATION, CHANNEL = "half.cuh", "activation.cuh", "channel.cuh"
+COMMON, FORWARD, BACKWARD = "lib/numbers/pair.cuh", "batch_norm_forward.cu", "batch_norm_backward.cu"
+MOMENTS = "lib/reduce/moments.cuh"
+HALF, ACTIVATION, CHANNEL = "lib/numbers/half.cuh", "lib/numbers/activation.cuh", "lib/reduce/rows.cuh"
 SOFTMAX, UPDATE, MINI_BATCH = "softmax_cross_entropy.cu", "parameter_update.cu", "mini_batch.cu"
 
 MUTANTS = [

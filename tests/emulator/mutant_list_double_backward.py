@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .mutants import Mutant
 
-DOUBLE, SUMS, ACTIVATION = "batch_norm_double_backward.cu", "channel_sums.cuh", "activation.cuh"
+DOUBLE, SUMS, ACTIVATION = "batch_norm_double_backward.cu", "lib/reduce/sums.cuh", "lib/numbers/activation.cuh"
 
 MUTANTS = [
     Mutant(

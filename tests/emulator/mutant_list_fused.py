@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from .mutants import Mutant
 
-FUSED, STEP, TEAM, NETWORK = "fused_training.cu", "fused_step.cuh", "team.cuh", "network.cuh"
+FUSED, STEP, TEAM, NETWORK = (
+    "fused_training.cu",
+    "lib/train/block_step.cuh",
+    "lib/gemm/subwarp.cuh",
+    "lib/train/network.cuh",
+)
 OF_LAYER = "test_steps_are_those_of_the_layers and sgd and layer"
 STEPS = "test_steps_are_those_of_the_layers and sgd"
 

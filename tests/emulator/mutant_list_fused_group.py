@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from .mutants import Mutant
 
-KERNEL, STEP, MEETING = "fused_training_group.cu", "group_step.cuh", "meet.cuh"
-NEURONS, EXAMPLES = "group_step_of_neurons.cuh", "group_step_of_examples.cuh"
+KERNEL, STEP, MEETING = "fused_training_group.cu", "lib/train/multi_block_step.cuh", "lib/sync/grid_barrier.cuh"
+NEURONS, EXAMPLES = "lib/train/multi_block_step_by_neuron.cuh", "lib/train/multi_block_step_by_example.cuh"
 STEPS = "test_steps_are_those_of_the_layers and 30 and sgd"
 OF_BATCH, OF_LAYER = f"{STEPS} and batch", f"{STEPS} and layer"
 ORDER = "order_of_blocks"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .mutants import Mutant
 
 FORWARD, BACKWARD = "batch_norm_forward_general.cu", "batch_norm_backward_general.cu"
-SHARED, MOMENTS, STATISTICS = "general.cuh", "moments.cuh", "batch_norm_statistics.cu"
+SHARED, MOMENTS, STATISTICS = "lib/reduce/masked_rows.cuh", "lib/reduce/moments.cuh", "batch_norm_statistics.cu"
 ORDER = "test_one_launch_whose_order_changes_no_bit"
 
 MUTANTS = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .mutants import Mutant
 
-ROW, FORWARD, BACKWARD = "row.cuh", "layer_norm_forward.cu", "layer_norm_backward.cu"
+ROW, FORWARD, BACKWARD = "lib/reduce/vector_rows.cuh", "layer_norm_forward.cu", "layer_norm_backward.cu"
 FORMULAS = "test_is_what_the_formulas_say and float32"
 SCHEDULES = "test_the_order_of_blocks"
 

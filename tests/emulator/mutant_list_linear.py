@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from .mutants import Mutant
 
-PRODUCT, SHARED, MATRIX, TENSOR = "product.cuh", "linear_batch_norm.cuh", "matrix.cuh", "tensor_product.cuh"
+PRODUCT, SHARED, MATRIX, TENSOR = (
+    "lib/gemm/product.cuh",
+    "lib/gemm/warp_rows.cuh",
+    "lib/gemm/matrix.cuh",
+    "lib/gemm/tensor_product.cuh",
+)
 FORWARD, BACKWARD = "linear_batch_norm_forward.cu", "linear_batch_norm_backward.cu"
 HALVES = "test_is_a_product_and_its_batch_norm and float16"
 EXACT = "test_sums_of_integers_are_exact and float16"

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from .build import CUDA, CUDA_VARIABLE, ROOT, EmulatorError, read_sources
+from .build import CUDA, CUDA_VARIABLE, ROOT, EmulatorError, read_sources, write_sources
 
 BATCH_NORM = ("tests/test_batch_norm.py", "tests/test_batch_norm_layouts.py", "tests/regress")
 SPREAD, DOUBLE = ("tests/test_batch_norm_spread.py",), ("tests/test_batch_norm_double_backward.py",)
@@ -19,19 +19,26 @@ GENERAL = (
     *("tests/test_batch_norm_statistics.py", "tests/test_batch_norm_parameters.py"),
 )
 TESTS = {  # the quickest first: the first failure ends a run
-    "half.cuh": ("tests/test_batch_norm_half.py",),
-    "activation.cuh": ("tests/test_batch_norm_activations.py", *DOUBLE),
-    **dict.fromkeys(("common.cuh", "channel.cuh", "batch_norm_backward.cu"), BATCH_NORM),
-    "moments.cuh": (*BATCH_NORM, "tests/test_batch_norm_statistics.py"),
+    "lib/numbers/half.cuh": ("tests/test_batch_norm_half.py",),
+    "lib/numbers/activation.cuh": ("tests/test_batch_norm_activations.py", *DOUBLE),
+    **dict.fromkeys(("lib/numbers/pair.cuh", "lib/reduce/rows.cuh", "batch_norm_backward.cu"), BATCH_NORM),
+    "lib/reduce/moments.cuh": (*BATCH_NORM, "tests/test_batch_norm_statistics.py"),
     "batch_norm_forward.cu": (*BATCH_NORM, "tests/test_running_statistics.py"),
-    "meet.cuh": (*SPREAD, "tests/test_fused_training_group.py"),
+    "lib/sync/grid_barrier.cuh": (*SPREAD, "tests/test_fused_training_group.py"),
     **dict.fromkeys(
-        ("spread.cuh", "vector.cuh", "batch_norm_forward_spread.cu", "batch_norm_backward_spread.cu"),
+        (
+            "lib/reduce/cooperative_slices.cuh",
+            "lib/numbers/vector.cuh",
+            "batch_norm_forward_spread.cu",
+            "batch_norm_backward_spread.cu",
+        ),
         SPREAD,
     ),
-    **dict.fromkeys(("general.cuh", "batch_norm_forward_general.cu", "batch_norm_backward_general.cu"), GENERAL),
     **dict.fromkeys(
-        ("fused_training.cu", "fused_step.cuh", "team.cuh"),
+        ("lib/reduce/masked_rows.cuh", "batch_norm_forward_general.cu", "batch_norm_backward_general.cu"), GENERAL
+    ),
+    **dict.fromkeys(
+        ("fused_training.cu", "lib/train/block_step.cuh", "lib/gemm/subwarp.cuh"),
         (
             *("tests/test_fused_training_drawn.py", "tests/test_fused_training.py", "tests/test_ensemble.py"),
             "tests/test_constant_channels.py",
@@ -40,27 +47,29 @@ TESTS = {  # the quickest first: the first failure ends a run
     **dict.fromkeys(
         (
             "fused_training_group.cu",
-            "group_step.cuh",
-            "group_step_of_neurons.cuh",
-            "group_step_of_examples.cuh",
-            "network.cuh",
+            "lib/train/multi_block_step.cuh",
+            "lib/train/multi_block_step_by_neuron.cuh",
+            "lib/train/multi_block_step_by_example.cuh",
+            "lib/train/network.cuh",
         ),
         ("tests/test_fused_training_drawn.py", "tests/test_fused_training_group.py"),
     ),
     **dict.fromkeys(
         (
-            "product.cuh",
-            "matrix.cuh",
-            "linear_batch_norm.cuh",
+            "lib/gemm/product.cuh",
+            "lib/gemm/matrix.cuh",
+            "lib/gemm/warp_rows.cuh",
             "linear_batch_norm_forward.cu",
             "linear_batch_norm_backward.cu",
         ),
         ("tests/test_linear_batch_norm.py", "tests/test_linear_layer_norm.py", "tests/test_constant_channels.py"),
     ),
-    "tensor_product.cuh": ("tests/test_tensor_product.py", "tests/test_linear_batch_norm.py"),
-    **dict.fromkeys(("row.cuh", "layer_norm_forward.cu", "layer_norm_backward.cu"), ("tests/test_layer_norm.py",)),
+    "lib/gemm/tensor_product.cuh": ("tests/test_tensor_product.py", "tests/test_linear_batch_norm.py"),
+    **dict.fromkeys(
+        ("lib/reduce/vector_rows.cuh", "layer_norm_forward.cu", "layer_norm_backward.cu"), ("tests/test_layer_norm.py",)
+    ),
     "batch_norm_statistics.cu": ("tests/test_batch_norm_statistics.py",),
-    **dict.fromkeys(("channel_sums.cuh", "batch_norm_double_backward.cu"), DOUBLE),
+    **dict.fromkeys(("lib/reduce/sums.cuh", "batch_norm_double_backward.cu"), DOUBLE),
     "softmax_cross_entropy.cu": ("tests/test_softmax_cross_entropy.py", "tests/regress"),
     "mini_batch.cu": ("tests/test_mini_batch.py",),
     "parameter_update.cu": ("tests/test_parameter_update.py", "tests/regress"),
@@ -134,8 +143,7 @@ def _run(sources: dict[str, str], build: str, tests: tuple[str, ...], select: st
     options = ["-x", "-q", "-p", "no:cacheprovider", "-m", marked]
     command = [sys.executable, "-m", "tests.emulator", "run", build, "--", *options, "-k", select, *tests]
     with tempfile.TemporaryDirectory() as folder:
-        for file, text in sources.items():
-            (Path(folder) / file).write_text(text)
+        write_sources(sources, Path(folder))
         try:
             run = subprocess.run(
                 command,

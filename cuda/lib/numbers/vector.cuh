@@ -1,7 +1,7 @@
 // 16 bytes of neighbouring numbers: what one access moves at most.
 #pragma once
 
-#include "half.cuh"
+#include "lib/numbers/half.cuh"
 
 struct alignas(16) Vector {
     unsigned words[4];

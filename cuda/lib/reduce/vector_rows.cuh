@@ -4,8 +4,8 @@
 // thread takes every blockDim.x-th, always the same ones. What it keeps of them no other thread reads: that takes no barrier.
 #pragma once
 
-#include "common.cuh"
-#include "vector.cuh"
+#include "lib/numbers/pair.cuh"
+#include "lib/numbers/vector.cuh"
 
 template <typename T>
 constexpr int UNIT = Packed<T>::COUNT;

@@ -5,7 +5,7 @@
 // tell each other are outputs and gradients, which lie by neurons: (neurons, examples).
 #pragma once
 
-#include "group_step.cuh"
+#include "lib/train/multi_block_step.cuh"
 
 // What a group keeps in global memory, which the L2 cache holds.
 template <typename T>

@@ -7,9 +7,10 @@
 // in turn, as in channel.cuh.
 #pragma once
 
-#include "channel.cuh"
-#include "meet.cuh"
-#include "vector.cuh"
+#include "lib/numbers/vector.cuh"
+#include "lib/reduce/moments.cuh"
+#include "lib/reduce/rows.cuh"
+#include "lib/sync/grid_barrier.cuh"
 
 constexpr int FAN_IN = 8;  // partial results that one thread merges
 

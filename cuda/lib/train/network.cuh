@@ -1,8 +1,6 @@
 // The networks that the fused trainers train: what they are told of each layer, and how a parameter moves.
 #pragma once
 
-#include "common.cuh"
-
 enum Optimizer { SGD = 0, MOMENTUM = 1, ADAM = 2 };
 // Of a layer: its sizes; where in the parameters its weights, gamma (-1: no norm) and beta or bias begin; where in
 // running its mean and variance; and in which row of all activations its outputs begin.

@@ -1,8 +1,8 @@
 // What the products of one block have in common: the factors, their sizes, and how partial sums become one.
 #pragma once
 
-#include "half.cuh"
-#include "team.cuh"
+#include "lib/gemm/subwarp.cuh"
+#include "lib/numbers/half.cuh"
 
 constexpr int PRODUCT_THREADS = 256;
 constexpr int PRODUCT_ROWS = 32 * EXAMPLES;  // of a tile, at most

@@ -5,7 +5,7 @@
 // blocks tell each other lies by examples: (examples, neurons).
 #pragma once
 
-#include "group_step.cuh"
+#include "lib/train/multi_block_step.cuh"
 
 // What a group keeps in global memory, which the L2 cache holds. Of a layer (examples, outputs), behind the layer before.
 template <typename T>

@@ -2,10 +2,10 @@
 // things for each other and for themselves, and what they do whatever the norm.
 #pragma once
 
-#include "linear_batch_norm.cuh"
-#include "meet.cuh"
-#include "network.cuh"
-#include "product.cuh"
+#include "lib/gemm/product.cuh"
+#include "lib/gemm/warp_rows.cuh"
+#include "lib/sync/grid_barrier.cuh"
+#include "lib/train/network.cuh"
 
 // What a block keeps for itself, in shared memory.
 template <typename T>

@@ -4,10 +4,10 @@
 // in turn; in stages without a sum, blocks blockIdx.z share the rows. Where a mask says that a row is invalid nothing of
 // it is read, whatever lies there.
 #pragma once
-#include "activation.cuh"
-#include "channel.cuh"
-#include "common.cuh"
-#include "half.cuh"
+#include "lib/numbers/activation.cuh"
+#include "lib/numbers/half.cuh"
+#include "lib/numbers/pair.cuh"
+#include "lib/reduce/rows.cuh"
 
 // What a launch does. The numbers are those of bnkernels/_batch_norm_general.py.
 enum Stage {

@@ -2,9 +2,9 @@
 // an example, and a warp on each.
 #pragma once
 
-#include "activation.cuh"
-#include "common.cuh"
-#include "half.cuh"
+#include "lib/numbers/activation.cuh"
+#include "lib/numbers/half.cuh"
+#include "lib/numbers/pair.cuh"
 
 constexpr int WARP = 32;
 

@@ -1,6 +1,8 @@
 // Means and sums of squared differences: of a few values that a thread holds, and merged over threads.
 #pragma once
 
+#include "lib/numbers/pair.cuh"
+
 // Count, mean and sum of squared differences from the mean, of some rows of one channel.
 template <typename A>
 struct Moments {

@@ -10,8 +10,8 @@
 // tests/test_linear_batch_norm.py bounds products by that.
 #pragma once
 
-#include "half.cuh"
-#include "matrix.cuh"
+#include "lib/gemm/matrix.cuh"
+#include "lib/numbers/half.cuh"
 
 #ifndef BNK_TENSOR_CORES  // the tests' emulator defines it, with a twin of the function below
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800

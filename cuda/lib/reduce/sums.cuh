@@ -3,8 +3,9 @@
 // The order is fixed, so the result is deterministic: lanes merge in their order, above SERIAL_LANES of them first in
 // groups, then the groups. Shared memory: COUNT values of A for each thread.
 #pragma once
-#include "channel.cuh"
-#include "common.cuh"
+#include "lib/kernel.cuh"
+#include "lib/numbers/pair.cuh"
+#include "lib/reduce/rows.cuh"
 
 template <typename A, int COUNT>
 struct ChannelSums {

@@ -6,8 +6,8 @@
 // threads, `slices`, takes every slices-th term. The slices are added up in their order.
 #pragma once
 
-#include "matrix.cuh"
-#include "tensor_product.cuh"
+#include "lib/gemm/matrix.cuh"
+#include "lib/gemm/tensor_product.cuh"
 
 template <typename A>
 constexpr int COLUMNS = 16 / sizeof(A);  // what one access loads
