@@ -13,8 +13,8 @@ WARP = 32
 SHARED_UNIT = 256  # bytes of shared memory that are given out at once: the coarsest of all devices
 MOST_BLOCKS = 256  # of a group that leaves partial results to all of it
 MOST_GROUPS = 256
-ARRIVALS_PITCH = 8  # counters of a group, as in cuda/lib/sync/grid_barrier.cuh
-COUNTERS = MOST_GROUPS * ARRIVALS_PITCH * 4  # bytes of a counter for every group
+BARRIER_PITCH = 8  # counters of a group, as in cuda/lib/sync/grid_barrier.cuh
+COUNTERS = MOST_GROUPS * BARRIER_PITCH * 4  # bytes of a counter for every group
 # A workspace begins with counters of blocks that never wait (0 before and after a launch); then come those of meetings.
 PARTIALS = 2 * COUNTERS  # where in the workspace the partial results begin
 
@@ -52,5 +52,5 @@ def most_shared(limits: Limits, blocks: int) -> int:
 
 
 def counters(workspace: int) -> int:
-    """Return the address of the counters at which groups meet, `ARRIVALS_PITCH` apart."""
+    """Return the address of the counters at which groups meet, `BARRIER_PITCH` apart."""
     return workspace + COUNTERS

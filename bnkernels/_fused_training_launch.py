@@ -138,7 +138,7 @@ def _why_no_block(sizes: Sizes, limits: Limits) -> str | None:
 def _by_blocks(sizes: Sizes) -> Choice:
     """Return the launch of a block for each model, of as many threads as the widest layer has work for."""
     wanted = max(FEWEST_THREADS, sizes.batch, min(sizes.widest * sizes.team, THREADS[sizes.dtype]))
-    block, constants = (ceil_div(wanted, 32) * 32, 1, 1), (*sizes.constants, ("team", sizes.team))
+    block, constants = (ceil_div(wanted, 32) * 32, 1, 1), (*sizes.constants, ("subwarp_size", sizes.team))
     launch = Launch((sizes.models, 1, 1), block, shared_bytes(sizes), constants=constants)
     return Choice("fused_training_layer_norm" if sizes.network.scratch_rows else "fused_training", launch)
 

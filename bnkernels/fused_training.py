@@ -22,15 +22,15 @@ from bnkernels.activations import activation_named
 from bnkernels.mini_batch import check_seed, random_rows
 from bnkernels.parameter_update import ADAM_EPS, BETA1, BETA2, state_names, update_schedule
 
-POINTERS = "x labels indices seeds schedule layers parameters first second running losses rates"
-SIZES = "steps batch depth parameter_count running_count rows index_stride data_rows first_step"
-SCALARS = "beta1 beta2 rest1 rest2 optimizer_eps correction eps alpha"
-ARGUMENTS = {
-    "fused_training": rt.arguments_type(POINTERS, f"{SIZES} scratch_rows", SCALARS, "activation optimizer team"),
-    "fused_training_group": rt.arguments_type(
-        f"{POINTERS} memory arrivals", f"{SIZES} memory_count blocks width widest", SCALARS, "activation optimizer"
-    ),
-}
+POINTERS = (
+    "x labels indices seeds schedule layers parameters first second running losses rates workspace barrier_counter"
+)
+SIZES = (
+    "steps batch depth parameter_count running_count rows index_stride data_rows first_step scratch_rows "
+    "workspace_count blocks width widest"
+)
+SCALARS = "beta1 beta2 one_minus_beta1 one_minus_beta2 optimizer_eps correction eps alpha"
+ARGUMENTS = rt.arguments_type(POINTERS, SIZES, SCALARS, "activation optimizer subwarp_size")
 __all__ = ["Layer", "Network", "fused_training"]
 NAMES = ("losses", "parameters", "first", "second", "running", "x", "labels", "indices")
 
@@ -188,15 +188,14 @@ def _launch(
     phi = activation_named(network.activation)
     scalars = BETA1, BETA2, 1 - BETA1, 1 - BETA2, ADAM_EPS, float(network.unbiased), network.eps, phi.alpha
     codes = phi.code, OPTIMIZERS[sizes.optimizer]
+    source, workspace, counter, of_several = "fused_training", None, 0, (0, 1, 0, 0)
     if choice.width:
-        source = "fused_training_group"
-        memory = rt.empty(runtime, (sizes.models, sizes.memory), x)  # of this stream, so it may go when all is enqueued
-        pointers = *rt.addresses(runtime, *given, memory), counters(runtime.workspace(x))
-        more = *numbers, sizes.memory, choice.blocks, choice.width, sizes.widest
-    else:
-        source, pointers = "fused_training", rt.addresses(runtime, *given)
-        more, codes = (*numbers, network.scratch_rows), (*codes, sizes.team)
-    record = rt.pack(ARGUMENTS[source][dtype], *pointers, *more, *scalars, *codes)
+        source, of_several = "fused_training_group", (sizes.memory, choice.blocks, choice.width, sizes.widest)
+        workspace = rt.empty(runtime, (sizes.models, sizes.memory), x)  # of this stream: free when all is enqueued
+        counter = counters(runtime.workspace(x))
+    pointers = *rt.addresses(runtime, *given, workspace), counter
+    numbers = *numbers, network.scratch_rows, *of_several
+    record = rt.pack(ARGUMENTS[dtype], *pointers, *numbers, *scalars, *codes, sizes.team)
     runtime.launch(source, f"bnk_{choice.kernel}_{rt.suffix(dtype)}", choice.launch, record, x)
 
 

@@ -15,7 +15,7 @@ from bnkernels import _runtime as rt
 ARGUMENTS = rt.arguments_type(
     "parameters gradients first second scalars",
     "size",
-    "lr beta1 beta2 rest1 rest2 eps correction1 root_correction2",
+    "lr beta1 beta2 one_minus_beta1 one_minus_beta2 eps correction1 root_correction2",
     "",
 )
 THREADS = 256

@@ -64,7 +64,7 @@ template <typename T, typename A>
 struct Slice {
     const BatchNormBackwardGeneral<T, A>& a;
     long long group, c;
-    Normalisation<A> of;
+    Renormalisation<A> of;
 
     // x - mean and g of the next rows, 0 where they are invalid.
     __device__ __forceinline__ Chunk load(A (&centred)[VALUES<A>], A (&g)[VALUES<A>], Rows<false>& rows) const {
@@ -96,7 +96,7 @@ struct Slice {
 
     // What the activation saw: the same, bit for bit, as the forward's.
     __device__ __forceinline__ A before_activation(A centred, A residual) const {
-        const A z = fma(of.scale, centred, of.shift);
+        const A z = of.of_centred(centred);
         return a.residual ? z + residual : z;
     }
 
@@ -168,7 +168,7 @@ __device__ __forceinline__ void batch_norm_backward_general(const BatchNormBackw
     ChannelSums<A, PARAMETERS> parameters = {};
 #pragma unroll 1
     for (long long group = blockIdx.y; group < a.groups; group += gridDim.y) {
-        const Slice<T, A> slice = {a, group, c, active ? load_normalisation<T, A>(a, group, c) : Normalisation<A>{}};
+        const Slice<T, A> slice = {a, group, c, active ? load_normalisation<T, A>(a, group, c) : Renormalisation<A>{}};
         A centred[VALUES<A>], g[VALUES<A>];
         Chunk chunk = {0, 0};
         A sum_g = A(0), sum_g_xhat = A(0), count = A(1);

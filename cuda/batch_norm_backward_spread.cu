@@ -15,7 +15,7 @@
 #include "lib/numbers/activation.cuh"
 #include "lib/numbers/pair.cuh"
 #include "lib/reduce/cooperative_slices.cuh"
-#include "lib/reduce/moments.cuh"
+#include "lib/reduce/normalisation.cuh"
 
 constexpr int CHUNK = 2;  // rows that a thread has in flight, each of x and of dy
 
@@ -60,22 +60,15 @@ struct PartialSums {
     }
 };
 
-// What a thread knows of its channels.
-template <int OWN>
-struct Channels {
-    Pair<float> mean[OWN];
-    float scale[OWN], beta[OWN];  // scale = gamma rstd
-
-    template <typename Arguments>
-    __device__ __forceinline__ Channels(const Arguments& a, long long c) {
+template <typename T, int OWN>
+__device__ __forceinline__ void load_channels(Affine<float> (&channels)[OWN], const BatchNormBackwardSpread<T>& a,
+                                              long long c) {
 #pragma unroll
-        for (int i = 0; i < OWN; ++i) {
-            mean[i] = {a.mean[c + i], a.mean_low[c + i]};
-            scale[i] = a.gamma ? a.gamma[c + i] * a.rstd[c + i] : a.rstd[c + i];
-            beta[i] = a.beta ? a.beta[c + i] : 0.0f;
-        }
-    }
-};
+    for (int i = 0; i < OWN; ++i)
+        channels[i] = {{a.mean[c + i], a.mean_low[c + i]},
+                       a.gamma ? a.gamma[c + i] * a.rstd[c + i] : a.rstd[c + i],
+                       a.beta ? a.beta[c + i] : 0.0f};
+}
 
 // A row of the inputs.
 struct Inputs {
@@ -89,19 +82,18 @@ struct RowGradient {
     float centred[COUNT], g[COUNT];
 
     template <int OWN>
-    __device__ __forceinline__ RowGradient(const BatchNormBackwardSpread<T>& a, const Channels<OWN>& channels,
+    __device__ __forceinline__ RowGradient(const BatchNormBackwardSpread<T>& a, const Affine<float> (&channels)[OWN],
                                            const Inputs& row) {
         float z[COUNT];
 #pragma unroll
         for (int i = 0; i < COUNT; ++i) {
-            const int c = OWN == 1 ? 0 : i;
-            centred[i] = subtract(Packed<T>::get(row.x, i), channels.mean[c]);
+            const Affine<float>& channel = channels[OWN == 1 ? 0 : i];
+            centred[i] = subtract(Packed<T>::get(row.x, i), channel.mean);
             g[i] = Packed<T>::get(row.dy, i);
-            // The same, bit for bit, as the forward's.
-            z[i] = fma(channels.scale[c], centred[i], channels.beta[c]);
+            z[i] = channel.of_centred(centred[i]);
             if (a.residual) z[i] += Packed<T>::get(row.residual, i);
         }
-        pull_back_all(g, z, a.activation, a.alpha);
+        activation_backward_all(g, z, a.activation, a.alpha);
     }
 };
 
@@ -122,8 +114,9 @@ __device__ __forceinline__ Inputs load_inputs(const BatchNormBackwardSpread<T>& 
 // The sums of a thread's rows over its channels, c the first of them, go to its slot; keeps the first rows.
 template <typename T, bool CHANNELS, int OWN>
 __device__ __forceinline__ void read_rows(const BatchNormBackwardSpread<T>& a, const Place<T, CHANNELS>& place,
-                                          long long c, const Channels<OWN>& channels, const Held& held_x,
-                                          const Held& held_dy, float* slot, int plane) {
+                                          long long c, const Affine<float> (&channels)[OWN],
+                                          const ThreadVectors& held_x, const ThreadVectors& held_dy, float* slot,
+                                          int plane) {
     Pair<float> g[OWN], g_centred[OWN];
 #pragma unroll
     for (int i = 0; i < OWN; ++i) g[i] = g_centred[i] = {0.0f, 0.0f};
@@ -185,8 +178,9 @@ struct Means {
 // The last rows first: those that are read again were read last.
 template <typename T, bool CHANNELS, int OWN>
 __device__ __forceinline__ void write_rows(const BatchNormBackwardSpread<T>& a, const Place<T, CHANNELS>& place,
-                                           long long c, const Channels<OWN>& channels, const Held& held_x,
-                                           const Held& held_dy, const Means<OWN>& means) {
+                                           long long c, const Affine<float> (&channels)[OWN],
+                                           const ThreadVectors& held_x, const ThreadVectors& held_dy,
+                                           const Means<OWN>& means) {
     for (long long i = place.rows() - 1; i >= 0; --i) {
         const Rows<CHANNELS> row = place.from(i);
         const Inputs inputs =
@@ -197,7 +191,7 @@ __device__ __forceinline__ void write_rows(const BatchNormBackwardSpread<T>& a, 
         for (int j = 0; j < RowGradient<T>::COUNT; ++j) {
             const int own = OWN == 1 ? 0 : j;
             const float mean = fma(gradient.centred[j], means.slope[own], means.g[own]);
-            Packed<T>::set(dx, j, channels.scale[own] * (gradient.g[j] - mean));
+            Packed<T>::set(dx, j, channels[own].scale * (gradient.g[j] - mean));
             Packed<T>::set(dresidual, j, gradient.g[j]);
         }
         const long long at = place.at_output(row, a.channels, c);
@@ -214,16 +208,22 @@ __device__ __forceinline__ void batch_norm_backward_spread(const BatchNormBackwa
     const int width = blockDim.x * OWN;
     const Meeting<PartialSums> meeting(shared, place.shares(), width);
     float* const rows = shared + PartialSums::QUANTITIES * meeting.plane;
-    const Held held_x(rows), held_dy(rows + a.held * blockDim.x * blockDim.y * (sizeof(Vector) / sizeof(float)));
+    const ThreadVectors held_x(rows),
+        held_dy(rows + a.held * blockDim.x * blockDim.y * (sizeof(Vector) / sizeof(float)));
     bool odd = false;
     for (long long slice = blockIdx.x; slice * width < a.channels; slice += gridDim.x) {
         const long long c = slice * width + threadIdx.x * OWN;
         const bool active = c < a.channels;  // no early return: every thread must reach the barriers
-        if (active) read_rows(a, place, c, Channels<OWN>(a, c), held_x, held_dy, meeting.slot(OWN), meeting.plane);
+        Affine<float> channels[OWN];
+        if (active) {
+            load_channels(channels, a, c);
+            read_rows(a, place, c, channels, held_x, held_dy, meeting.slot(OWN), meeting.plane);
+        }
         meeting.merge(a.partial, a.arrivals, odd);
         if (active) {
             const Means<OWN> means(a, c, shared + threadIdx.x * OWN, meeting.plane);
-            write_rows(a, place, c, Channels<OWN>(a, c), held_x, held_dy, means);
+            load_channels(channels, a, c);
+            write_rows(a, place, c, channels, held_x, held_dy, means);
         }
         __syncthreads();  // all have seen the merged sums
         odd = !odd;

@@ -30,6 +30,7 @@
 #include "lib/numbers/activation.cuh"
 #include "lib/numbers/half.cuh"
 #include "lib/numbers/pair.cuh"
+#include "lib/reduce/normalisation.cuh"
 #include "lib/reduce/rows.cuh"
 #include "lib/reduce/sums.cuh"
 
@@ -63,11 +64,10 @@ struct BatchNormDoubleBackward {
 // What is summed over the rows, with v = ddx and u = s ddx + ddresidual.
 enum Term { V, V_XHAT, G, G_XHAT, V_G, K, K_XHAT, K_XHAT_XHAT, U_K, U_K_XHAT, TERMS };
 
-// What a thread knows of its channel.
+// A thread's channel.
 template <typename A>
-struct Scaling {
-    Pair<A> mean;
-    A rstd, scale, gamma, beta;  // scale = gamma rstd
+struct Channel : Normalisation<A> {
+    A gamma;
 };
 
 // What the sums say of a channel: w = u + w0 + w1 xhat, h = gamma q + w1 g - fall v, dx = rstd (h - h0 - h1 xhat).
@@ -83,13 +83,13 @@ struct Row {
 };
 
 template <typename T, typename A>
-__device__ __forceinline__ Scaling<A> load_scaling(const BatchNormDoubleBackward<T, A>& a, long long c) {
-    Scaling<A> channel;
+__device__ __forceinline__ Channel<A> load_channel(const BatchNormDoubleBackward<T, A>& a, long long c) {
+    Channel<A> channel;
     channel.mean = {a.statistics[c], a.statistics[a.channels + c]};
     channel.rstd = a.statistics[2 * a.channels + c];
     channel.gamma = a.gamma ? a.gamma[c] : A(1);
     channel.scale = channel.gamma * channel.rstd;
-    channel.beta = a.beta ? a.beta[c] : A(0);
+    channel.shift = a.beta ? a.beta[c] : A(0);
     return channel;
 }
 
@@ -101,11 +101,11 @@ __device__ __forceinline__ A through(A value, A slope, int activation) {
 
 template <typename T, typename A>
 __device__ __forceinline__ Row<A> load_row(const BatchNormDoubleBackward<T, A>& a, long long c,
-                                           const Scaling<A>& channel, const Rows<false>& at) {
+                                           const Channel<A>& channel, const Rows<false>& at) {
     Row<A> row;
     const A centred = subtract(A(a.x[at.at(a.x_outer, a.x_inner) + c * a.x_channel]), channel.mean);
     const A dy = A(a.dy[at.at(a.dy_outer, a.dy_inner) + c * a.dy_channel]);
-    A z = fma(channel.scale, centred, channel.beta);
+    A z = channel.of_centred(centred);
     if (a.residual) z += A(a.residual[at.at(a.residual_outer, a.residual_inner) + c * a.residual_channel]);
     row.xhat = centred * channel.rstd;
     row.v = a.ddx ? A(a.ddx[at.at(a.ddx_outer, a.ddx_inner) + c * a.ddx_channel]) : A(0);
@@ -126,7 +126,7 @@ __device__ __forceinline__ Row<A> load_row(const BatchNormDoubleBackward<T, A>& 
 
 template <typename T, typename A>
 __device__ __forceinline__ Coefficients<A> coefficients_of(const BatchNormDoubleBackward<T, A>& a, long long c,
-                                                           const Scaling<A>& channel,
+                                                           const Channel<A>& channel,
                                                            const ChannelSums<A, TERMS>& sums) {
     A sum[TERMS];
 #pragma unroll
@@ -152,10 +152,10 @@ __device__ __forceinline__ void batch_norm_double_backward(const BatchNormDouble
     const long long c = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     const bool active = c < a.channels;  // no early return: every thread must reach the barriers
     const Rows<false> first(a.outer, a.inner, threadIdx.y, blockDim.y);
-    Scaling<A> channel = {};
+    Channel<A> channel = {};
     ChannelSums<A, TERMS> own = {};
     if (active) {
-        channel = load_scaling(a, c);
+        channel = load_channel(a, c);
 #pragma unroll 1
         for (Rows<false> at = first; at.inside(); at.advance()) {
             const Row<A> row = load_row(a, c, channel, at);

@@ -99,9 +99,12 @@ struct Slice {
     }
 
     // What the merged moments say, for this pass and the next; the threads of lane 0 write it.
-    __device__ __forceinline__ Normalisation<A> conclude(const Moments<A>& all, const Running<A>& before) const {
+    __device__ __forceinline__ Renormalisation<A> conclude(const Moments<A>& all, const Running<A>& before) const {
         const A var = value(all.m2) / all.count;
-        Normalisation<A> of = {all.mean, all.count > A(0) ? A(1) / sqrt(var + a.eps) : A(0), A(1), A(0), A(0), A(0)};
+        Renormalisation<A> of = {};
+        of.mean = all.mean;
+        of.rstd = all.count > A(0) ? A(1) / sqrt(var + a.eps) : A(0);
+        of.r = A(1);
         if (a.statistic_rows > 3 && all.count > A(0)) {
             const A distance = (all.mean.high - before.mean) + all.mean.low;
             of.r = clip(before.rstd / of.rstd, A(1) / a.r_max, a.r_max);
@@ -111,7 +114,7 @@ struct Slice {
         return of;
     }
 
-    __device__ __forceinline__ void write_statistics(const Moments<A>& all, const Normalisation<A>& of) const {
+    __device__ __forceinline__ void write_statistics(const Moments<A>& all, const Renormalisation<A>& of) const {
         A* row = a.statistics + group * a.statistic_rows * a.channels + c;
         row[0] = all.mean.high;
         row[a.channels] = all.mean.low;
@@ -137,9 +140,9 @@ struct Slice {
 
     // Write the rows of a chunk, whose numbers are `values`; uses them up.
     __device__ __forceinline__ void write(A (&values)[VALUES<A>], Chunk chunk, Rows<false>& rows,
-                                          const Normalisation<A>& of) const {
+                                          const Renormalisation<A>& of) const {
 #pragma unroll
-        for (int i = 0; i < VALUES<A>; ++i) values[i] = fma(of.scale, subtract(values[i], of.mean), of.shift);
+        for (int i = 0; i < VALUES<A>; ++i) values[i] = of(values[i]);
         if (a.residual) {
             A residual[VALUES<A>];
             load_chunk(residual, a.residual + group * a.residual_group + c * a.residual_channel, a.residual_outer,
@@ -206,7 +209,7 @@ __device__ __forceinline__ void batch_norm_forward_general(const BatchNormForwar
 #pragma unroll 1
     for (long long group = blockIdx.y; group < a.groups; group += gridDim.y) {
         const Slice<T, A> slice = {a, group, c};
-        Normalisation<A> of = {};
+        Renormalisation<A> of = {};
         A values[VALUES<A>];
         Chunk chunk = {0, 0};
         if (sums) {

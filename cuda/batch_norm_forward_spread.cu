@@ -21,6 +21,7 @@
 #include "lib/numbers/pair.cuh"
 #include "lib/reduce/cooperative_slices.cuh"
 #include "lib/reduce/moments.cuh"
+#include "lib/reduce/normalisation.cuh"
 
 constexpr int CHUNK = 4;  // rows that a thread has in flight
 
@@ -59,13 +60,6 @@ struct PartialMoments {
     }
 };
 
-// What the second pass knows of a thread's channels.
-template <int OWN>
-struct Normalisation {
-    Pair<float> mean[OWN];
-    float scale[OWN], beta[OWN];  // scale = gamma rstd
-};
-
 // Adds the moments of a chunk's first `count` rows to those of the rows before.
 template <typename T, bool CHANNELS, int OWN>
 __device__ __forceinline__ void add_chunk(Moments<float> (&own)[OWN], const Vector (&chunk)[CHUNK], int count,
@@ -86,7 +80,7 @@ __device__ __forceinline__ void add_chunk(Moments<float> (&own)[OWN], const Vect
 // The moments of a thread's rows of its channels, c the first of them; keeps the first rows.
 template <typename T, bool CHANNELS, int OWN>
 __device__ __forceinline__ void read_rows(const BatchNormForwardSpread<T>& a, const Place<T, CHANNELS>& place,
-                                          long long c, const Held& held, Moments<float> (&own)[OWN]) {
+                                          long long c, const ThreadVectors& held, Moments<float> (&own)[OWN]) {
     Rows<CHANNELS> row = place.from(0);
     for (long long first = 0; row.inside(); first += CHUNK) {
         Vector chunk[CHUNK];
@@ -137,28 +131,24 @@ __device__ __forceinline__ void write_statistics(const BatchNormForwardSpread<T>
 }
 
 template <typename T, int OWN>
-__device__ __forceinline__ Normalisation<OWN> normalisation_of(const BatchNormForwardSpread<T>& a, long long c,
-                                                               const Meeting<PartialMoments>& meeting) {
-    Normalisation<OWN> n;
+__device__ __forceinline__ void load_channels(Affine<float> (&channels)[OWN], const BatchNormForwardSpread<T>& a,
+                                              long long c, const Meeting<PartialMoments>& meeting) {
 #pragma unroll
     for (int i = 0; i < OWN; ++i) {
         const Merged merged(a, meeting, threadIdx.x * OWN + i);
-        n.mean[i] = merged.mean;
-        n.scale[i] = a.gamma ? a.gamma[c + i] * merged.rstd : merged.rstd;
-        n.beta[i] = a.beta ? a.beta[c + i] : 0.0f;
+        channels[i] = {merged.mean, a.gamma ? a.gamma[c + i] * merged.rstd : merged.rstd,
+                       a.beta ? a.beta[c + i] : 0.0f};
     }
-    return n;
 }
 
 template <typename T, int OWN>
-__device__ __forceinline__ Vector normalise(const BatchNormForwardSpread<T>& a, const Normalisation<OWN>& n,
+__device__ __forceinline__ Vector normalise(const BatchNormForwardSpread<T>& a, const Affine<float> (&channels)[OWN],
                                             const Vector& x, const Vector& residual) {
     constexpr int COUNT = Packed<T>::COUNT;
     float z[COUNT];
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
-        const int c = OWN == 1 ? 0 : i;
-        z[i] = fma(n.scale[c], subtract(Packed<T>::get(x, i), n.mean[c]), n.beta[c]);
+        z[i] = channels[OWN == 1 ? 0 : i](Packed<T>::get(x, i));
         if (a.residual) z[i] += Packed<T>::get(residual, i);
     }
     activate_all(z, a.activation, a.alpha);
@@ -171,7 +161,8 @@ __device__ __forceinline__ Vector normalise(const BatchNormForwardSpread<T>& a, 
 // The last rows first: those that are read again were read last.
 template <typename T, bool CHANNELS, int OWN>
 __device__ __forceinline__ void write_rows(const BatchNormForwardSpread<T>& a, const Place<T, CHANNELS>& place,
-                                           long long c, const Held& held, const Normalisation<OWN>& n) {
+                                           long long c, const ThreadVectors& held,
+                                           const Affine<float> (&channels)[OWN]) {
     constexpr int AHEAD = OWN > 4 ? 1 : 2;  // rows in flight; registers are scarce
     for (long long last = place.rows(); last > 0; last -= AHEAD) {
         const long long first = max(last - AHEAD, 0ll);
@@ -191,7 +182,7 @@ __device__ __forceinline__ void write_rows(const BatchNormForwardSpread<T>& a, c
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i)
             if (first + i < last) {
-                bnk_store_vector(a.y + place.at_output(row, a.channels, c), normalise(a, n, x[i], residual[i]));
+                bnk_store_vector(a.y + place.at_output(row, a.channels, c), normalise(a, channels, x[i], residual[i]));
                 row.advance();
             }
     }
@@ -204,7 +195,7 @@ __device__ __forceinline__ void batch_norm_forward_spread(const BatchNormForward
     const Place<T, CHANNELS> place(a.outer, a.inner);
     const int width = blockDim.x * OWN;
     const Meeting<PartialMoments> meeting(shared, place.shares(), width);
-    const Held held(shared + PartialMoments::QUANTITIES * meeting.plane);
+    const ThreadVectors held(shared + PartialMoments::QUANTITIES * meeting.plane);
     bool odd = false;
     for (long long slice = blockIdx.x; slice * width < a.channels; slice += gridDim.x) {
         const long long c = slice * width + threadIdx.x * OWN;
@@ -218,7 +209,9 @@ __device__ __forceinline__ void batch_norm_forward_spread(const BatchNormForward
         meeting.merge(a.partial, a.arrivals, odd);
         if (active) {
             if (threadIdx.y == 0 && blockIdx.y == 0) write_statistics<T, OWN>(a, c, meeting);
-            write_rows(a, place, c, held, normalisation_of<T, OWN>(a, c, meeting));
+            Affine<float> channels[OWN];
+            load_channels(channels, a, c, meeting);
+            write_rows(a, place, c, held, channels);
         }
         __syncthreads();  // all have seen the merged moments
         odd = !odd;

@@ -26,43 +26,6 @@
 #include "lib/train/block_step.cuh"
 
 template <typename T>
-struct FusedTraining {
-    const T* x;
-    const int* labels;
-    const int* indices;
-    const unsigned* seeds;
-    const T* schedule;
-    const int* layers;
-    T* parameters;
-    T* first;
-    T* second;
-    T* running;
-    T* losses;
-    const T* rates;
-    long long steps, batch, depth, parameter_count, running_count, rows;  // rows: outputs of all layers
-    long long index_stride, data_rows, first_step;
-    long long scratch_rows;  // with layer norm outputs of the widest hidden layer, else 0
-    T beta1, beta2, rest1, rest2, optimizer_eps, correction, eps, alpha;
-    int activation, optimizer, team;
-};
-
-// The arguments of the model of this block.
-template <typename T>
-__device__ __forceinline__ FusedTraining<T> of_this_block(FusedTraining<T> a) {
-    take_constants(a);
-    const long long model = blockIdx.x;
-    a.parameters += model * a.parameter_count;
-    if (a.first) a.first += model * a.parameter_count;
-    if (a.second) a.second += model * a.parameter_count;
-    if (a.running) a.running += model * a.running_count;
-    if (a.indices) a.indices += model * a.index_stride;
-    a.losses += model * a.steps;
-    a.rates += model;
-    if (a.seeds) a.seeds += model;
-    return a;
-}
-
-template <typename T>
 __device__ __forceinline__ void copy(T* to, const T* from, long long count) {
     if (!to || !from) return;
     for (long long i = threadIdx.x; i < count; i += blockDim.x) to[i] = from[i];
@@ -71,8 +34,8 @@ __device__ __forceinline__ void copy(T* to, const T* from, long long count) {
 template <typename T, bool LAYER_NORM>
 __device__ __forceinline__ void fused_training(const FusedTraining<T>& of_all) {
     BNK_DYNAMIC_SHARED(T, shared);
-    const FusedTraining<T> a = of_this_block(of_all);
-    const Team<T> team(a.team, (int)a.batch);
+    const FusedTraining<T> a = of_model(of_all, blockIdx.x);
+    const Team<T> team(a.subwarp_size, (int)a.batch);
     const Kept<T> kept(shared, a, a.layers[INPUTS], team.pitch);
     const Trainer<T, LAYER_NORM, FusedTraining<T>> trainer = {a, team, kept, a.rates[0]};
     copy(kept.parameters, a.parameters, a.parameter_count);

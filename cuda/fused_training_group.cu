@@ -2,7 +2,7 @@
 //
 // Formulas:  those of fused_training.cu.
 // Arrays:    those of fused_training.cu. memory: of each model what MemoryOfNeurons says, or with layer norm
-//            MemoryOfExamples, of type T; arrivals: a counter for each model, ARRIVALS_PITCH apart, see meet.cuh.
+//            MemoryOfExamples, of type T; arrivals: a counter for each model, BARRIER_PITCH apart, see meet.cuh.
 // Launch:    block (256, 1, 1); `blocks` are the group of a model. It is a cluster of 8 in a grid (8 M, 1, 1), from sm_90 on,
 //            or a column of a grid (M, blocks, 1), cooperative if it is more than one block. Dynamic shared memory for a
 //            product, (width, pitch) and seven rows of T. N at most 512.
@@ -17,49 +17,9 @@
 #include "lib/train/multi_block_step_by_example.cuh"
 #include "lib/train/multi_block_step_by_neuron.cuh"
 
-template <typename T>
-struct FusedTrainingGroup {
-    const T* x;
-    const int* labels;
-    const int* indices;
-    const unsigned* seeds;
-    const T* schedule;
-    const int* layers;
-    T* parameters;
-    T* first;
-    T* second;
-    T* running;
-    T* losses;
-    const T* rates;
-    T* memory;
-    unsigned* arrivals;
-    long long steps, batch, depth, parameter_count, running_count, rows;  // rows: outputs of all layers
-    long long index_stride, data_rows, first_step;
-    long long memory_count, blocks, width, widest;  // widest: outputs of that layer
-    T beta1, beta2, rest1, rest2, optimizer_eps, correction, eps, alpha;
-    int activation, optimizer;
-};
-
-// The arguments of the model of a group.
-template <typename T>
-__device__ __forceinline__ FusedTrainingGroup<T> of_model(FusedTrainingGroup<T> a, long long model) {
-    take_constants(a);
-    a.parameters += model * a.parameter_count;
-    if (a.first) a.first += model * a.parameter_count;
-    if (a.second) a.second += model * a.parameter_count;
-    if (a.running) a.running += model * a.running_count;
-    if (a.indices) a.indices += model * a.index_stride;
-    a.losses += model * a.steps;
-    a.rates += model;
-    if (a.seeds) a.seeds += model;
-    a.memory += model * a.memory_count;
-    a.arrivals += model * ARRIVALS_PITCH;
-    return a;
-}
-
 // Step: StepOfNeurons or StepOfExamples, and how its blocks meet.
 template <typename Step, typename T, typename Meeting>
-__device__ __forceinline__ void train(const FusedTrainingGroup<T>& a, const Meeting& meeting, unsigned block) {
+__device__ __forceinline__ void train(const FusedTraining<T>& a, const Meeting& meeting, unsigned block) {
     BNK_DYNAMIC_SHARED(T, shared);
     const Step trained(a, meeting, (int)block, shared);
     trained.begin();
@@ -68,17 +28,17 @@ __device__ __forceinline__ void train(const FusedTrainingGroup<T>& a, const Meet
 }
 
 template <template <typename, typename, typename> class Step, typename T>
-__device__ __forceinline__ void fused_training_grid(const FusedTrainingGroup<T>& of_all) {
-    const FusedTrainingGroup<T> a = of_model(of_all, blockIdx.x);
-    const GridMeeting meeting = {a.arrivals, (unsigned)a.blocks, blockIdx.y};
-    train<Step<T, FusedTrainingGroup<T>, GridMeeting>>(a, meeting, blockIdx.y);
+__device__ __forceinline__ void fused_training_grid(const FusedTraining<T>& of_all) {
+    const FusedTraining<T> a = of_model(of_all, blockIdx.x);
+    const GridMeeting meeting = {a.barrier_counter, (unsigned)a.blocks, blockIdx.y};
+    train<Step<T, FusedTraining<T>, GridMeeting>>(a, meeting, blockIdx.y);
 }
 
-#define FUSED_TRAINING_GRID(suffix, T)                                                        \
-    BNK_KERNEL(bnk_fused_training_grid_##suffix, (FusedTrainingGroup<T>), PRODUCT_THREADS, 1, \
+#define FUSED_TRAINING_GRID(suffix, T)                                                   \
+    BNK_KERNEL(bnk_fused_training_grid_##suffix, (FusedTraining<T>), PRODUCT_THREADS, 1, \
                (fused_training_grid<StepOfNeurons, T>))
-#define FUSED_TRAINING_GRID_LAYER_NORM(suffix, T)                                                        \
-    BNK_KERNEL(bnk_fused_training_grid_layer_norm_##suffix, (FusedTrainingGroup<T>), PRODUCT_THREADS, 1, \
+#define FUSED_TRAINING_GRID_LAYER_NORM(suffix, T)                                                   \
+    BNK_KERNEL(bnk_fused_training_grid_layer_norm_##suffix, (FusedTraining<T>), PRODUCT_THREADS, 1, \
                (fused_training_grid<StepOfExamples, T>))
 
 FUSED_TRAINING_GRID(f32, float)
@@ -88,16 +48,16 @@ FUSED_TRAINING_GRID_LAYER_NORM(f64, double)
 
 #if BNK_CLUSTERS
 template <template <typename, typename, typename> class Step, typename T>
-__device__ __forceinline__ void fused_training_cluster(const FusedTrainingGroup<T>& of_all) {
-    const FusedTrainingGroup<T> a = of_model(of_all, blockIdx.x / CLUSTER);
-    train<Step<T, FusedTrainingGroup<T>, ClusterMeeting>>(a, ClusterMeeting(), blockIdx.x % CLUSTER);
+__device__ __forceinline__ void fused_training_cluster(const FusedTraining<T>& of_all) {
+    const FusedTraining<T> a = of_model(of_all, blockIdx.x / CLUSTER);
+    train<Step<T, FusedTraining<T>, ClusterMeeting>>(a, ClusterMeeting(), blockIdx.x % CLUSTER);
 }
 
-#define FUSED_TRAINING_CLUSTER(suffix, T)                                                                         \
-    BNK_KERNEL_CLUSTER(bnk_fused_training_cluster_##suffix, (FusedTrainingGroup<T>), PRODUCT_THREADS, 1, CLUSTER, \
+#define FUSED_TRAINING_CLUSTER(suffix, T)                                                                    \
+    BNK_KERNEL_CLUSTER(bnk_fused_training_cluster_##suffix, (FusedTraining<T>), PRODUCT_THREADS, 1, CLUSTER, \
                        (fused_training_cluster<StepOfNeurons, T>))
-#define FUSED_TRAINING_CLUSTER_LAYER_NORM(suffix, T)                                                                \
-    BNK_KERNEL_CLUSTER(bnk_fused_training_cluster_layer_norm_##suffix, (FusedTrainingGroup<T>), PRODUCT_THREADS, 1, \
+#define FUSED_TRAINING_CLUSTER_LAYER_NORM(suffix, T)                                                           \
+    BNK_KERNEL_CLUSTER(bnk_fused_training_cluster_layer_norm_##suffix, (FusedTraining<T>), PRODUCT_THREADS, 1, \
                        CLUSTER, (fused_training_cluster<StepOfExamples, T>))
 
 FUSED_TRAINING_CLUSTER(f32, float)

@@ -42,7 +42,7 @@ template <typename T, typename A>
 struct Row {
     const LayerNormBackward<T, A>& a;
     const Rows16 all;
-    const OwnUnits kept;  // of a held row dy and x, by turns
+    const ThreadVectors kept;  // of a held row dy and x, by turns
     long long n;
     Pair<A> mean;
     A rstd;
@@ -79,7 +79,7 @@ struct Row {
             d[i] = all.has<T>(unit, i) ? subtract(Packed<T>::get(x, i), mean) : A(0);
             z[i] = fma(gamma[i] * rstd, d[i], z[i]);
         }
-        pull_back_all(g, z, a.activation, a.alpha);
+        activation_backward_all(g, z, a.activation, a.alpha);
     }
 };
 

@@ -30,7 +30,7 @@ struct LayerNormForward {
 template <typename T, typename A>
 __device__ __forceinline__ void layer_norm_forward(const LayerNormForward<T, A>& a) {
     BNK_DYNAMIC_SHARED(Vector, shared);
-    const OwnUnits kept(shared);
+    const ThreadVectors kept(shared);
     Pair<A>* const scratch = reinterpret_cast<Pair<A>*>(shared + a.held * kept.threads);
     const Rows16 rows = {a.columns, a.wide != 0};
     const long long n = (long long)blockIdx.x * blockDim.y + threadIdx.y;

@@ -54,7 +54,8 @@ __device__ __forceinline__ void differentiate(const LinearBatchNormBackward<T, A
         of.scale *= rstd;
     }
 #pragma unroll 1
-    for (int n = g.lane; n < g.count; n += WARP) g.row[n] = pull_back(g.row[n], of(z.row[n]), a.activation, a.alpha);
+    for (int n = g.lane; n < g.count; n += WARP)
+        g.row[n] = activation_backward(g.row[n], of(z.row[n]), a.activation, a.alpha);
     const A dbeta = g.sum([](int, A value) { return value; });
     if (g.lane == 0) a.dbeta[m] = dbeta;
     if (!a.statistics) return;
@@ -116,7 +117,7 @@ __device__ __forceinline__ void differentiate_example(const LinearBatchNormBackw
     const Pair<A> mean = {a.statistics[n], a.statistics[a.rows + n]};
     const A rstd = a.statistics[2 * a.rows + n], count = A(g.count);
     g.replace([&](int m, A dy) {
-        const A slope = pull_back(dy, affine_of_layer(a, n, m)(z.row[m]), a.activation, a.alpha);
+        const A slope = activation_backward(dy, affine_of_layer(a, n, m)(z.row[m]), a.activation, a.alpha);
         return a.gamma ? a.gamma[m] * slope : slope;
     });
     const A of_h = g.sum([](int, A h) { return h; }) / count;
@@ -131,7 +132,7 @@ __device__ __forceinline__ void sum_neuron(const LinearBatchNormBackward<T, A>& 
 #pragma unroll 1
     for (int n = g.lane; n < g.count; n += WARP) {
         const Affine<A> of = affine_of_layer(a, n, m);
-        g.row[n] = pull_back(g.row[n], of(z.row[n]), a.activation, a.alpha);
+        g.row[n] = activation_backward(g.row[n], of(z.row[n]), a.activation, a.alpha);
         z.row[n] = subtract(z.row[n], of.mean) * a.statistics[2 * a.rows + n];
     }
     const A dbeta = g.sum([](int, A value) { return value; });

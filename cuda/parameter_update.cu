@@ -25,7 +25,7 @@ struct ParameterUpdate {
     T* second;  // Adam's second moment
     const T* scalars;
     long long size;
-    T lr, beta1, beta2, rest1, rest2, eps, correction1, root_correction2;  // beta1 is the momentum; resti = 1 - betai
+    T lr, beta1, beta2, one_minus_beta1, one_minus_beta2, eps, correction1, root_correction2;  // beta1 is the momentum
 };
 
 // What varies from step to step.
@@ -59,8 +59,8 @@ struct Adam {
     template <typename T>
     static __device__ __forceinline__ T move(const ParameterUpdate<T>& a, const Step<T>& step, long long i) {
         const T g = a.gradients[i];
-        const T first = fma(a.beta1, a.first[i], a.rest1 * g);
-        const T second = fma(a.beta2, a.second[i], a.rest2 * g * g);
+        const T first = fma(a.beta1, a.first[i], a.one_minus_beta1 * g);
+        const T second = fma(a.beta2, a.second[i], a.one_minus_beta2 * g * g);
         a.first[i] = first;
         a.second[i] = second;
         return step.lr * (first / (sqrt(second) / step.root_correction2 + a.eps) / step.correction1);

@@ -127,8 +127,9 @@ def test_a_kernel_that_is_not_made_lists_those_that_are() -> None:
 
 
 def test_constants_stand_in_front_and_move_no_line() -> None:
-    plain, given = (_source.read("fused_training", None, constants) for constants in ((), (("batch", 64), ("team", 8))))
-    assert given == f"#define BNK_CONSTANTS(a) ((a).batch = 64, (a).team = 8)\n{plain}"
+    constants = ("batch", 64), ("subwarp_size", 8)
+    plain, given = (_source.read("fused_training", None, some) for some in ((), constants))
+    assert given == f"#define BNK_CONSTANTS(a) ((a).batch = 64, (a).subwarp_size = 8)\n{plain}"
     assert plain.startswith('#line 1 "')
     one = _source.read("fused_training", "bnk_fused_training_f32", (("batch", 64),))
     assert one.startswith("#define BNK_CONSTANTS(a) ((a).batch = 64)\n")

@@ -12,7 +12,7 @@ from .mutant_list_spread import MUTANTS as SPREAD
 from .mutants import Mutant
 
 COMMON, FORWARD, BACKWARD = "lib/numbers/pair.cuh", "batch_norm_forward.cu", "batch_norm_backward.cu"
-MOMENTS = "lib/reduce/moments.cuh"
+MOMENTS, SUMS, WARP = "lib/reduce/moments.cuh", "lib/reduce/sums.cuh", "lib/reduce/warp.cuh"
 HALF, ACTIVATION, CHANNEL = "lib/numbers/half.cuh", "lib/numbers/activation.cuh", "lib/reduce/rows.cuh"
 SOFTMAX, UPDATE, MINI_BATCH = "softmax_cross_entropy.cu", "parameter_update.cu", "mini_batch.cu"
 
@@ -41,18 +41,6 @@ MUTANTS = [
         "forward: no barrier between the levels of the merge", FORWARD, "        __syncthreads();\n    }\n", "    }\n"
     ),
     Mutant(
-        "backward: no barrier before the sums",
-        BACKWARD,
-        "    __syncthreads();\n    if (lanes <= SERIAL_LANES)",
-        "    if (lanes <= SERIAL_LANES)",
-    ),
-    Mutant(
-        "backward: no barrier between the levels of the sums",
-        BACKWARD,
-        "    __syncthreads();\n    return sum_lanes(partial, 0, lanes, GROUP);",
-        "    return sum_lanes(partial, 0, lanes, GROUP);",
-    ),
-    Mutant(
         "forward: every lane updates the running statistics",
         FORWARD,
         "if (lane == 0) write_statistics",
@@ -67,25 +55,25 @@ MUTANTS = [
         "test_forward_and_backward_match_extended_precision and shape2",
     ),
     Mutant(
-        "softmax: half a warp in the mask of a shuffle",
-        SOFTMAX,
-        "v += __shfl_xor_sync(0xffffffffu,",
-        "v += __shfl_xor_sync(0x0000ffffu,",
+        "warp: half a warp in the mask of a shuffle",
+        WARP,
+        "value += __shfl_xor_sync(0xffffffffu,",
+        "value += __shfl_xor_sync(0x0000ffffu,",
     ),
     Mutant(
-        "softmax: the sum skips a distance",
-        SOFTMAX,
-        "for (int apart = 16; apart > 0; apart /= 2) v +=",
-        "for (int apart = 8; apart > 0; apart /= 2) v +=",
+        "warp: the sum skips a distance",
+        WARP,
+        "for (int apart = WARP / 2; apart > 0; apart /= 2) value +=",
+        "for (int apart = WARP / 4; apart > 0; apart /= 2) value +=",
     ),
     # ---- memory and indices
     Mutant("channel: one row past the tail", CHANNEL, "return outer < outers;", "return outer <= outers;"),
     Mutant("forward: shared memory one plane short", FORWARD, "slot[2 * plane] =", "slot[3 * plane] ="),
     Mutant(
-        "backward: a sum that is never stored, uninitialised",
-        BACKWARD,
-        "    slot[blockDim.x * blockDim.y] = value(own.g_centred);\n",
-        "",
+        "sums: the first is never stored, uninitialised",
+        SUMS,
+        "for (int i = 0; i < COUNT; ++i) slot[",
+        "for (int i = 1; i < COUNT; ++i) slot[",
     ),
     Mutant(
         "channel: the index of an output in 32 bits",
@@ -105,9 +93,7 @@ MUTANTS = [
         "if (threadIdx.y != 0 || c >= a.channels) return;",
         "if (threadIdx.y != 0) return;",
     ),
-    Mutant(
-        "backward: the last lane is left out", BACKWARD, "lane < last; lane += step", "lane + 1 < last; lane += step"
-    ),
+    Mutant("sums: the last lane is left out", SUMS, "lane < last; lane += step", "lane + 1 < last; lane += step"),
     Mutant("channel: the inner index is never carried", CHANNEL, "            ++outer;\n", ""),
     Mutant(
         "channel: outer and inner strides exchanged",
@@ -260,7 +246,12 @@ MUTANTS = [
         "backward: the activation is taken without the residual", BACKWARD, "if (!a.residual) return z;", "return z;"
     ),
     Mutant("backward: a curved gradient out of turn", BACKWARD, "        rotate(g);\n", ""),
-    Mutant("backward: dgamma is not normalised", BACKWARD, "value(total.g_centred) * rstd;", "value(total.g_centred);"),
+    Mutant(
+        "backward: dgamma is not normalised",
+        BACKWARD,
+        "value(total.of[G_CENTRED]) * rstd;",
+        "value(total.of[G_CENTRED]);",
+    ),
     Mutant(
         "softmax: exp of logits that were not shifted",
         SOFTMAX,

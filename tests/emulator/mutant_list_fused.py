@@ -15,29 +15,15 @@ STEPS = "test_steps_are_those_of_the_layers and sgd"
 
 MUTANTS = [
     Mutant(
-        "fused: all models have the running statistics of the first",
-        FUSED,
-        "a.running += model * a.running_count",
-        "a.running += 0",
-        select="model_of_an_ensemble",
-    ),
-    Mutant(
-        "fused: all models write their losses to the first's",
-        FUSED,
-        "a.losses += model * a.steps",
-        "a.losses += 0",
-        select="model_of_an_ensemble",
-    ),
-    Mutant(
         "fused: all models have the learning rate of the first",
-        FUSED,
+        NETWORK,
         "a.rates += model",
         "a.rates += 0",
         select="model_of_an_ensemble",
     ),
     Mutant(
         "fused: all models have the indices of the first",
-        FUSED,
+        NETWORK,
         "a.indices += model * a.index_stride",
         "a.indices += 0",
         select="model_of_an_ensemble",
@@ -117,7 +103,7 @@ MUTANTS = [
     Mutant("fused: every call draws the same", NETWORK, "a.first_step * a.batch + n", "n", select="draws_on"),
     Mutant("fused: a round of Philox less", NETWORK, "round < 10", "round < 9", select="random_rows"),
     Mutant(
-        "fused: all models draw what the first does", FUSED, "a.seeds += model", "a.seeds += 0", select="draw_its_own"
+        "fused: all models draw what the first does", NETWORK, "a.seeds += model", "a.seeds += 0", select="draw_its_own"
     ),
     Mutant("fused: the gradient of a sum, not of a mean", STEP, "/ T(team.batch) + poison", "+ poison", select=STEPS),
     Mutant(
@@ -146,13 +132,6 @@ MUTANTS = [
         STEP,
         "z[m * pitch], slope, mean)",
         "z[m * pitch], slope, T(0))",
-        select=OF_LAYER,
-    ),
-    Mutant(
-        "fused layer norm: one warp's sum of half of its neurons",
-        STEP,
-        "int apart = 16;",
-        "int apart = 8;",
         select=OF_LAYER,
     ),
     Mutant(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .mutants import Mutant
 
 KERNEL, STEP, MEETING = "fused_training_group.cu", "lib/train/multi_block_step.cuh", "lib/sync/grid_barrier.cuh"
+NETWORK = "lib/train/network.cuh"
 NEURONS, EXAMPLES = "lib/train/multi_block_step_by_neuron.cuh", "lib/train/multi_block_step_by_example.cuh"
 STEPS = "test_steps_are_those_of_the_layers and 30 and sgd"
 OF_BATCH, OF_LAYER = f"{STEPS} and batch", f"{STEPS} and layer"
@@ -13,11 +14,11 @@ RACES = ("plain", "tsan")
 
 MUTANTS = [
     *(
-        Mutant(f"group: all models share {what}", KERNEL, original, mutated, select="many_models")
+        Mutant(f"group: all models share {what}", NETWORK, original, mutated, select="many_models")
         for what, original, mutated in (
             ("running statistics", "a.running += model * a.running_count", "a.running += 0"),
             ("losses", "a.losses += model * a.steps", "a.losses += 0"),
-            ("memory", "a.memory += model * a.memory_count", "a.memory += 0"),
+            ("the workspace", "a.workspace += model * a.workspace_count", "a.workspace += 0"),
             ("parameters", "a.parameters += model * a.parameter_count", "a.parameters += 0"),
         )
     ),

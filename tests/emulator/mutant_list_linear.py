@@ -204,13 +204,6 @@ MUTANTS = [
         ("plain", "tsan"),
         SCHEDULES,
     ),
-    Mutant(
-        "linear: the sum of a warp misses half of it",
-        SHARED,
-        "int apart = WARP / 2;",
-        "int apart = WARP / 4;",
-        select=WHOLE,
-    ),
     Mutant("linear backward: dz without the mean of g", BACKWARD, "slope, mean)", "slope, A(0))", select=WHOLE),
     Mutant(
         "linear backward: dgamma without rstd",

@@ -34,7 +34,7 @@ MUTANTS = [
         ("plain", "tsan"),
         "test_the_order_of_blocks_and_threads_changes_no_bit and shape0",
     ),
-    Mutant("spread: all threads keep their rows in the same place", SPREAD, "own[row * threads]", "own[row]"),
+    Mutant("spread: all threads keep their rows in the same place", VECTOR, "own[i * threads]", "own[i]"),
     Mutant("spread: the last eight of the partial results are not whole", SPREAD, "min(first + FAN_IN, blocks)", "8"),
     Mutant("vector: the second half of a word erases the first", VECTOR, "& 0xffffu : 0u", "& 0u : 0u"),
     Mutant(

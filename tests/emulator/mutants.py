@@ -18,6 +18,7 @@ GENERAL = (
     *("tests/test_batch_norm_masked.py", "tests/test_batch_renorm.py", "tests/test_batch_norm_groups.py"),
     *("tests/test_batch_norm_statistics.py", "tests/test_batch_norm_parameters.py"),
 )
+GROUP = "tests/test_fused_training_drawn.py", "tests/test_fused_training_group.py"
 TESTS = {  # the quickest first: the first failure ends a run
     "lib/numbers/half.cuh": ("tests/test_batch_norm_half.py",),
     "lib/numbers/activation.cuh": ("tests/test_batch_norm_activations.py", *DOUBLE),
@@ -50,10 +51,10 @@ TESTS = {  # the quickest first: the first failure ends a run
             "lib/train/multi_block_step.cuh",
             "lib/train/multi_block_step_by_neuron.cuh",
             "lib/train/multi_block_step_by_example.cuh",
-            "lib/train/network.cuh",
         ),
-        ("tests/test_fused_training_drawn.py", "tests/test_fused_training_group.py"),
+        GROUP,
     ),
+    "lib/train/network.cuh": (*GROUP, "tests/test_ensemble.py"),
     **dict.fromkeys(
         (
             "lib/gemm/product.cuh",
@@ -69,8 +70,11 @@ TESTS = {  # the quickest first: the first failure ends a run
         ("lib/reduce/vector_rows.cuh", "layer_norm_forward.cu", "layer_norm_backward.cu"), ("tests/test_layer_norm.py",)
     ),
     "batch_norm_statistics.cu": ("tests/test_batch_norm_statistics.py",),
-    **dict.fromkeys(("lib/reduce/sums.cuh", "batch_norm_double_backward.cu"), DOUBLE),
-    "softmax_cross_entropy.cu": ("tests/test_softmax_cross_entropy.py", "tests/regress"),
+    "lib/reduce/sums.cuh": ("tests/test_batch_norm.py", *DOUBLE),
+    "batch_norm_double_backward.cu": DOUBLE,
+    **dict.fromkeys(
+        ("lib/reduce/warp.cuh", "softmax_cross_entropy.cu"), ("tests/test_softmax_cross_entropy.py", "tests/regress")
+    ),
     "mini_batch.cu": ("tests/test_mini_batch.py",),
     "parameter_update.cu": ("tests/test_parameter_update.py", "tests/regress"),
 }

@@ -5,19 +5,11 @@
 #include "lib/numbers/activation.cuh"
 #include "lib/numbers/half.cuh"
 #include "lib/numbers/pair.cuh"
-
-constexpr int WARP = 32;
+#include "lib/reduce/normalisation.cuh"
+#include "lib/reduce/warp.cuh"
 
 // From a row to the next: the warps' accesses to different rows begin in different banks.
 __device__ __forceinline__ int pitch_of(long long length) { return (int)((length + 3) / 4 * 4 + 4); }
-
-// The same in all threads of a warp, all of which must call.
-template <typename A>
-__device__ __forceinline__ A sum_of_warp(A own) {
-#pragma unroll
-    for (int apart = WARP / 2; apart > 0; apart /= 2) own += __shfl_xor_sync(0xffffffffu, own, apart);
-    return own;
-}
 
 // What is normalised together. All threads of a warp must call everything.
 template <typename A>
@@ -33,7 +25,7 @@ struct Row {
         A total = A(0);
 #pragma unroll 4
         for (int n = lane; n < count; n += WARP) total += of(n, row[n]);
-        return sum_of_warp(total);
+        return warp_sum(total);
     }
 
     // Takes `less` off every value and returns sum_n of(row[n]), the same in all threads.
@@ -42,7 +34,7 @@ struct Row {
         A total = A(0);
 #pragma unroll 4
         for (int n = lane; n < count; n += WARP) total += of(row[n] -= less);
-        return sum_of_warp(total);
+        return warp_sum(total);
     }
 
     // row[n] = of(n, row[n]), in a loop that stays rolled: activations are long.
@@ -53,31 +45,11 @@ struct Row {
     }
 };
 
-// How a neuron is normalised: scale (z - mean) + shift.
-template <typename A>
-struct Affine {
-    Pair<A> mean;
-    A scale, shift;
-
-    __device__ __forceinline__ A operator()(A z) const { return fma(scale, subtract(z, mean), shift); }
-};
-
 // Without statistics: gamma and beta of a neuron.
 template <typename Arguments>
 __device__ __forceinline__ auto load_affine(const Arguments& a, long long m) {
     using A = decltype(a.alpha + 0);
     return Affine<A>{{A(0), A(0)}, a.gamma ? a.gamma[m] : A(1), a.beta ? a.beta[m] : A(0)};
-}
-
-template <typename A>
-__device__ __forceinline__ A activate(A z, int activation, A alpha) {
-    return activation == LINEAR ? linear(z, z, alpha) : curved(z, activation, alpha);
-}
-
-// dy phi'(z)
-template <typename A>
-__device__ __forceinline__ A pull_back(A dy, A z, int activation, A alpha) {
-    return activation == LINEAR ? linear(dy, z, alpha) : dy * curved_derivative(z, activation, alpha);
 }
 
 // The warps take the rows of the block in turn.

@@ -86,6 +86,17 @@ __device__ __forceinline__ A curved_derivative(A z, int activation, A alpha) {
 }
 
 template <typename A>
+__device__ __forceinline__ A activate(A z, int activation, A alpha) {
+    return activation == LINEAR ? linear(z, z, alpha) : curved(z, activation, alpha);
+}
+
+// dy phi'(z)
+template <typename A>
+__device__ __forceinline__ A activation_backward(A dy, A z, int activation, A alpha) {
+    return activation == LINEAR ? linear(dy, z, alpha) : dy * curved_derivative(z, activation, alpha);
+}
+
+template <typename A>
 struct Derivatives {
     A first, second;
 };
@@ -135,7 +146,7 @@ __device__ __forceinline__ void activate_all(A (&z)[N], int activation, A alpha)
 
 // g = dy phi'(z), in the place of dy.
 template <int N, typename A>
-__device__ __forceinline__ void pull_back_all(A (&dy)[N], A (&z)[N], int activation, A alpha) {
+__device__ __forceinline__ void activation_backward_all(A (&dy)[N], A (&z)[N], int activation, A alpha) {
     if (activation == LINEAR) {
 #pragma unroll
         for (int i = 0; i < N; ++i) dy[i] = linear(dy[i], z[i], alpha);

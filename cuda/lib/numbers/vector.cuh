@@ -98,3 +98,14 @@ struct Packed<BFloat16> : PackedHalves {
         set_bits(vector, i, BFloat16(value).bits);
     }
 };
+
+// The vectors that a thread keeps in shared memory: vector i of all threads of the block side by side.
+struct ThreadVectors {
+    Vector* own;
+    int threads;
+
+    __device__ __forceinline__ explicit ThreadVectors(void* shared)
+        : own(static_cast<Vector*>(shared) + threadIdx.y * blockDim.x + threadIdx.x),
+          threads(blockDim.x * blockDim.y) {}
+    __device__ __forceinline__ Vector& operator[](long long i) const { return own[i * threads]; }
+};

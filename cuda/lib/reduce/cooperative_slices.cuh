@@ -61,17 +61,6 @@ struct Place {
     }
 };
 
-// The rows that a thread keeps in shared memory: row i of all threads side by side.
-struct Held {
-    Vector* own;
-    int threads;
-
-    __device__ __forceinline__ explicit Held(void* shared)
-        : own(static_cast<Vector*>(shared) + threadIdx.y * blockDim.x + threadIdx.x),
-          threads(blockDim.x * blockDim.y) {}
-    __device__ __forceinline__ Vector& operator[](long long row) const { return own[row * threads]; }
-};
-
 // How what the lanes of a block, and the blocks of a group, know of the channels of a slice becomes one. Partial merges:
 // Partial::merge(to, slots, plane, pitch, shares, first, last, step), as merge_lanes of moments.cuh; `to` may be `slots`.
 // It has QUANTITIES numbers a channel. All threads must call.
@@ -116,7 +105,7 @@ struct Meeting {
         float* const group = partial + (long long)((odd ? gridDim.x : 0) + blockIdx.x) * blocks * size;
         for (int item = thread; item < size; item += threads)
             group[blockIdx.y * size + item] = shared[item / width * plane + item % width];
-        meet(arrivals + blockIdx.x * ARRIVALS_PITCH, blocks, blockIdx.y);
+        meet(arrivals + blockIdx.x * BARRIER_PITCH, blocks, blockIdx.y);
         const int merged = (blocks + FAN_IN - 1) / FAN_IN;
         for (int item = thread; item < width * merged; item += threads) {
             const int slot = item / width, first = slot * FAN_IN, last = min(first + FAN_IN, blocks);

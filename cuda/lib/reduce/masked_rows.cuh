@@ -7,6 +7,7 @@
 #include "lib/numbers/activation.cuh"
 #include "lib/numbers/half.cuh"
 #include "lib/numbers/pair.cuh"
+#include "lib/reduce/normalisation.cuh"
 #include "lib/reduce/rows.cuh"
 
 // What a launch does. The numbers are those of bnkernels/_batch_norm_general.py.
@@ -79,25 +80,24 @@ __device__ __forceinline__ void store_parameter(void* parameters, long long c, i
         static_cast<A*>(parameters)[c] = value;
 }
 
-// How a channel is normalised: y = phi(scale (x - mean) + shift + residual), scale = gamma rstd r, shift = gamma d + beta.
+// A channel of a group: y = phi(scale (x - mean) + shift + residual), scale = gamma rstd r, shift = gamma d + beta.
 template <typename A>
-struct Normalisation {
-    Pair<A> mean;
-    A rstd, r, d, scale, shift;
+struct Renormalisation : Normalisation<A> {
+    A r, d;
 
     // Forward and backward form these in the same way: then the activation sees the same bits.
     template <typename T, typename Arguments>
     __device__ __forceinline__ void scale_and_shift(const Arguments& a, long long c) {
         const A gamma = load_parameter<T, A>(a.gamma, c, a.narrow, A(1));
-        scale = gamma * rstd * r;
-        shift = fma(gamma, d, load_parameter<T, A>(a.beta, c, a.narrow, A(0)));
+        this->scale = gamma * this->rstd * r;
+        this->shift = fma(gamma, d, load_parameter<T, A>(a.beta, c, a.narrow, A(0)));
     }
 };
 
 // With the statistics of a group, or the running ones.
 template <typename T, typename A, typename Arguments>
-__device__ __forceinline__ Normalisation<A> load_normalisation(const Arguments& a, long long group, long long c) {
-    Normalisation<A> of;
+__device__ __forceinline__ Renormalisation<A> load_normalisation(const Arguments& a, long long group, long long c) {
+    Renormalisation<A> of;
     of.r = A(1);
     of.d = A(0);
     if (a.stage == FROZEN) {

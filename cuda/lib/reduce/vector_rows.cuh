@@ -77,16 +77,6 @@ __device__ __forceinline__ void for_each_unit(long long first, long long last, c
     for (long long unit = first + threadIdx.x; unit < last; unit += blockDim.x) work(k++, unit);
 }
 
-// What a thread keeps of a row in shared memory: its units one after the other, those of all threads side by side.
-struct OwnUnits {
-    Vector* own;
-    int threads;
-
-    __device__ __forceinline__ explicit OwnUnits(Vector* shared)
-        : own(shared + threadIdx.y * blockDim.x + threadIdx.x), threads(blockDim.x * blockDim.y) {}
-    __device__ __forceinline__ Vector& operator[](int k) const { return own[k * threads]; }
-};
-
 // The sum over the team, the same in all its threads. `scratch`: a pair for every warp of the block. All threads must call.
 template <typename A>
 __device__ __forceinline__ Pair<A> team_sum(Pair<A> sum, Pair<A>* scratch) {

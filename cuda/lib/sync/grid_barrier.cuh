@@ -1,7 +1,7 @@
 // How the blocks of a cooperative launch, which are all resident at once, wait for one another.
 #pragma once
 
-constexpr int ARRIVALS_PITCH = 8;  // counters of a group: a sector of memory, one of them in use
+constexpr int BARRIER_PITCH = 8;  // counters of a group: a sector of memory, one of them in use
 
 constexpr unsigned MEETING = 0x80000000u;  // the bit of a counter that a meeting turns over
 

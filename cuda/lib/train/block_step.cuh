@@ -3,6 +3,7 @@
 
 #include "lib/gemm/subwarp.cuh"
 #include "lib/numbers/activation.cuh"
+#include "lib/reduce/warp.cuh"
 #include "lib/train/network.cuh"
 
 // What the block keeps in shared memory, in this order. Rows of examples have the team's pitch.
@@ -65,9 +66,6 @@ struct Trainer {
         update(a, kept.parameters, kept.first, kept.second, i, g, lr, schedule_of(step));
     }
 
-    __device__ __forceinline__ T activate(T z) const {
-        return a.activation == LINEAR ? linear(z, z, a.alpha) : curved(z, a.activation, a.alpha);
-    }
     __device__ __forceinline__ T slope(T z) const {
         return a.activation == LINEAR ? linear(T(1), z, a.alpha) : curved_derivative(z, a.activation, a.alpha);
     }
@@ -113,7 +111,7 @@ struct Trainer {
             if (last || (LAYER_NORM && gamma >= 0)) continue;
 #pragma unroll 1
             for (int i = 0; i < EXAMPLES; ++i) {
-                z[0] = activate(gamma < 0 ? z[0] : fma(scale, z[0], beta));
+                z[0] = activate(gamma < 0 ? z[0] : fma(scale, z[0], beta), a.activation, a.alpha);
                 rotate(z);
             }
             team.store(kept.h + (row + neuron) * team.pitch, z);
@@ -145,10 +143,8 @@ struct Trainer {
     template <typename Of>
     __device__ __forceinline__ T sum_of_neurons(int outputs, const Of& of) const {
         T total = T(0);
-        for (int m = threadIdx.x % 32; m < outputs; m += 32) total += of(m);
-#pragma unroll
-        for (int apart = 16; apart > 0; apart /= 2) total += __shfl_xor_sync(0xffffffffu, total, apart);
-        return total;
+        for (int m = threadIdx.x % WARP; m < outputs; m += WARP) total += of(m);
+        return warp_sum(total);
     }
 
     // Layer norm of the examples, a warp for each: its normalised values in the place of z, and its activations.
@@ -157,7 +153,7 @@ struct Trainer {
         const T* const gamma = kept.parameters + field(layer, GAMMA);
         const T* const beta = kept.parameters + field(layer, SHIFT);
 #pragma unroll 1
-        for (int n = threadIdx.x / 32; n < team.batch; n += blockDim.x / 32) {
+        for (int n = threadIdx.x / WARP; n < team.batch; n += blockDim.x / WARP) {
             T *const z = z_of(layer) + n, *const h = kept.h + field(layer, ROW) * pitch + n;
             const T count = T(outputs), mean = sum_of_neurons(outputs, [=](int m) { return z[m * pitch]; }) / count;
             const T rest = sum_of_neurons(outputs, [=](int m) { return z[m * pitch] - mean; }) / count;
@@ -166,11 +162,11 @@ struct Trainer {
                 return d * d;
             });
             const T rstd = T(1) / sqrt(m2 / count + a.eps);
-            if (threadIdx.x % 32 == 0) kept.rstd[layer * pitch + n] = rstd;
+            if (threadIdx.x % WARP == 0) kept.rstd[layer * pitch + n] = rstd;
 #pragma unroll 1
-            for (int m = threadIdx.x % 32; m < outputs; m += 32) {
+            for (int m = threadIdx.x % WARP; m < outputs; m += WARP) {
                 const T xhat = z[m * pitch] = ((z[m * pitch] - mean) - rest) * rstd;
-                h[m * pitch] = activate(fma(gamma[m], xhat, beta[m]));
+                h[m * pitch] = activate(fma(gamma[m], xhat, beta[m]), a.activation, a.alpha);
             }
         }
     }
@@ -242,12 +238,12 @@ struct Trainer {
     __device__ __forceinline__ void differentiate_examples(int layer) const {
         const int outputs = field(layer, OUTPUTS), pitch = team.pitch;
 #pragma unroll 1
-        for (int n = threadIdx.x / 32; n < team.batch; n += blockDim.x / 32) {
+        for (int n = threadIdx.x / WARP; n < team.batch; n += blockDim.x / WARP) {
             T *const z = z_of(layer) + n, *const g = kept.scratch + n;
             const T count = T(outputs), rstd = kept.rstd[layer * pitch + n];
             const T mean = sum_of_neurons(outputs, [=](int m) { return g[m * pitch]; }) / count;
             const T slope = sum_of_neurons(outputs, [=](int m) { return g[m * pitch] * z[m * pitch]; }) / count;
-            for (int m = threadIdx.x % 32; m < outputs; m += 32)
+            for (int m = threadIdx.x % WARP; m < outputs; m += WARP)
                 z[m * pitch] = rstd * (g[m * pitch] - fma(z[m * pitch], slope, mean));
         }
     }

@@ -19,7 +19,7 @@ struct MemoryOfExamples {
 
     template <typename Arguments>
     __device__ __forceinline__ explicit MemoryOfExamples(const Arguments& a) {
-        x = a.memory;
+        x = a.workspace;
         h = x + 2 * a.layers[INPUTS] * a.batch;
         z = h + a.rows * a.batch;
         g = z + a.rows * a.batch;
@@ -144,13 +144,13 @@ struct StepOfExamples : GroupStep<T, Arguments, Meeting> {
 #pragma unroll 1
         for (int m = row.lane; m < row.count; m += WARP) {
             const T u = norm ? fma(gamma[m], z[m], shift[m]) : z[m];
-            g[m] = pull_back(row.row[m], u, a.activation, a.alpha);
+            g[m] = activation_backward(row.row[m], u, a.activation, a.alpha);
             const T scaled = row.row[m] = norm ? gamma[m] * g[m] : g[m];
             sum += scaled;
             product = fma(scaled, z[m], product);
         }
-        const T count = T(row.count), mean = norm ? sum_of_warp(sum) / count : T(0);
-        const T slope = norm ? sum_of_warp(product) / count : T(0);
+        const T count = T(row.count), mean = norm ? warp_sum(sum) / count : T(0);
+        const T slope = norm ? warp_sum(product) / count : T(0);
 #pragma unroll 1
         for (int m = row.lane; m < row.count; m += WARP) dz[m] = scale * (row.row[m] - fma(z[m], slope, mean));
     }

@@ -18,7 +18,7 @@ struct MemoryOfNeurons {
 
     template <typename Arguments>
     __device__ __forceinline__ explicit MemoryOfNeurons(const Arguments& a) {
-        x = a.memory;
+        x = a.workspace;
         h = x + 2 * a.layers[INPUTS] * a.batch;
         z = h + (a.rows + a.layers[OUTPUTS]) * a.batch;
         rstd = z + a.rows * a.batch;
@@ -147,12 +147,12 @@ struct StepOfNeurons : GroupStep<T, Arguments, Meeting> {
         T sum_g = T(0), product = T(0);
 #pragma unroll 1
         for (int i = g.lane; i < g.count; i += WARP) {
-            const T value = g.row[i] = pull_back(g.row[i], fma(scale, z[i], beta), a.activation, a.alpha);
+            const T value = g.row[i] = activation_backward(g.row[i], fma(scale, z[i], beta), a.activation, a.alpha);
             sum_g += value;
             product = fma(value, z[i], product);
         }
-        sum_g = sum_of_warp(sum_g);
-        product = sum_of_warp(product);
+        sum_g = warp_sum(sum_g);
+        product = warp_sum(product);
         const T mean_g = norm ? sum_g / n : T(0), slope_z = norm ? product * rstd * rstd / n : T(0);
 #pragma unroll 1
         for (int i = g.lane; i < g.count; i += WARP) z[i] = scale * (g.row[i] - fma(z[i], slope_z, mean_g));

@@ -1,6 +1,8 @@
 // The networks that the fused trainers train: what they are told of each layer, and how a parameter moves.
 #pragma once
 
+#include "lib/sync/grid_barrier.cuh"
+
 enum Optimizer { SGD = 0, MOMENTUM = 1, ADAM = 2 };
 // Of a layer: its sizes; where in the parameters its weights, gamma (-1: no norm) and beta or bias begin; where in
 // running its mean and variance; and in which row of all activations its outputs begin.
@@ -13,6 +15,49 @@ __device__ __forceinline__ void take_constants([[maybe_unused]] Arguments& a) {
 #ifdef BNK_CONSTANTS
     BNK_CONSTANTS(a);
 #endif
+}
+
+// The argument of the kernels: of one model, or of M that lie one after the other.
+template <typename T>
+struct FusedTraining {
+    const T* x;
+    const int* labels;
+    const int* indices;
+    const unsigned* seeds;
+    const T* schedule;
+    const int* layers;
+    T* parameters;
+    T* first;
+    T* second;
+    T* running;
+    T* losses;
+    const T* rates;
+    T* workspace;                                                         // with several blocks a model
+    unsigned* barrier_counter;                                            // with several blocks a model
+    long long steps, batch, depth, parameter_count, running_count, rows;  // rows: outputs of all layers
+    long long index_stride, data_rows, first_step;
+    long long scratch_rows;  // with layer norm and one block a model: outputs of the widest hidden layer, else 0
+    long long workspace_count, blocks, width, widest;  // with several blocks a model; widest: outputs of that layer
+    T beta1, beta2, one_minus_beta1, one_minus_beta2, optimizer_eps, correction, eps, alpha;
+    int activation, optimizer;
+    int subwarp_size;  // with one block a model
+};
+
+// The argument of one model.
+template <typename T>
+__device__ __forceinline__ FusedTraining<T> of_model(FusedTraining<T> a, long long model) {
+    take_constants(a);
+    a.parameters += model * a.parameter_count;
+    if (a.first) a.first += model * a.parameter_count;
+    if (a.second) a.second += model * a.parameter_count;
+    if (a.running) a.running += model * a.running_count;
+    if (a.indices) a.indices += model * a.index_stride;
+    a.losses += model * a.steps;
+    a.rates += model;
+    if (a.seeds) a.seeds += model;
+    a.workspace += model * a.workspace_count;
+    if (a.barrier_counter) a.barrier_counter += model * BARRIER_PITCH;
+    return a;
 }
 
 // Random numbers of 32 bits by their number: Philox-2x32-10 (Salmon, Moraes, Dror and Shaw, Parallel random numbers: as easy
@@ -44,8 +89,8 @@ __device__ __forceinline__ void update(const Arguments& a, T* parameters, T* fir
     T move = g;
     if (a.optimizer == MOMENTUM) move = first[i] = fma(a.beta1, first[i], g);
     if (a.optimizer == ADAM) {
-        const T mean = first[i] = fma(a.beta1, first[i], a.rest1 * g);
-        const T square = second[i] = fma(a.beta2, second[i], a.rest2 * g * g);
+        const T mean = first[i] = fma(a.beta1, first[i], a.one_minus_beta1 * g);
+        const T square = second[i] = fma(a.beta2, second[i], a.one_minus_beta2 * g * g);
         move = mean / (sqrt(square) / step[2] + a.optimizer_eps) / step[1];
     }
     parameters[i] -= lr * move;
