@@ -1,6 +1,6 @@
 """Batch norm beyond the usual: masks, groups, renormalisation, 16-bit parameters, and the stages of a pass as ops.
 
-One pair of kernels serves all of it (``cuda/batch_norm_forward_general.cu`` and its backward): a `Stage` says which
+One pair of kernels serves all of it (``cuda/batch_norm_*_masked_grouped.cu``): a `Stage` says which
 part of a pass a launch is. Here are its checks, cached by signature, its plan, and the running of it. Arrays go by the
 names that the ops give them; those that are written come first.
 """
@@ -259,8 +259,8 @@ def _run_on_device(plan: Plan, stage: Stage, arrays: dict[str, Any], options: Op
     first_size = names.index("groups")
     packed = [values.get(name, 0) for name in names[:first_size]]
     packed += [*sizes, *(scalars[name] for name in names[first_size + len(sizes) :])]
-    kernel = f"bnk_batch_norm_{direction}_general_{rt.suffix(plan.dtypes['x'])}"
-    runtime.launch(f"batch_norm_{direction}_general", kernel, plan.launch, rt.pack(record, *packed), x)
+    kernel = f"bnk_batch_norm_{direction}_masked_grouped_{rt.suffix(plan.dtypes['x'])}"
+    runtime.launch(f"batch_norm_{direction}_masked_grouped", kernel, plan.launch, rt.pack(record, *packed), x)
 
 
 def _copy(plan: Plan, name: str, arrays: dict[str, Any]) -> Any:

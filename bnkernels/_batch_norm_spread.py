@@ -174,7 +174,7 @@ class _Block:
     def spread(self, together: int, groups: int) -> Spread:
         """Return the choice with so many blocks for a slice, and so many groups of them."""
         held = min(self.rows_of_thread(together), self.most_held)
-        variant = f"{self.direction}_spread" + ("_inner" if self.inner else "")
+        variant = f"{self.direction}_cooperative" + ("_inner" if self.inner else "")
         grid, block = (groups, together, 1), (self.columns, self.lanes, 1)
         launch = Launch(grid, block, self.partial + held * self.row, cooperative=together > 1)
         needed = PARTIALS + 2 * groups * together * QUANTITIES[self.direction] * self.channels * 4

@@ -1,7 +1,7 @@
 """Many training steps of multilayer perceptrons in one launch: weights, statistics and optimiser stay on the chip.
 
-CuPy arrays run ``cuda/fused_training.cu``, one block for each network, or ``cuda/fused_training_group.cu``, several for
-each larger one; NumPy arrays run the same steps op by op.
+CuPy arrays run ``cuda/fused_training.cu``, one block for each network, or ``fused_training_multi_block.cu``, several for each
+larger one; NumPy arrays run the same steps op by op.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def _launch(
     codes = phi.code, OPTIMIZERS[sizes.optimizer]
     source, workspace, counter, of_several = "fused_training", None, 0, (0, 1, 0, 0)
     if choice.width:
-        source, of_several = "fused_training_group", (sizes.memory, choice.blocks, choice.width, sizes.widest)
+        source, of_several = "fused_training_multi_block", (sizes.memory, choice.blocks, choice.width, sizes.widest)
         workspace = rt.empty(runtime, (sizes.models, sizes.memory), x)  # of this stream: free when all is enqueued
         counter = counters(runtime.workspace(x))
     pointers = *rt.addresses(runtime, *given, workspace), counter

@@ -15,7 +15,7 @@
 // Launch:    as the forward: block (w, l, 1), grid (ceil(C/w), 1, 1), shared memory 2 w l sizeof(A); thread (i, j)
 //            owns channel c = w blockIdx.x + i and rows j, j + l, j + 2l, ... of it.
 //            held: x - mean and g of a thread's rows, at most VALUES, stay in registers. streamed and running: one row at
-//            a time; running writes dx while it sums, since dx needs no sum. held4: inner = 1.
+//            a time; running writes dx while it sums, since dx needs no sum. registers4: inner = 1.
 // Traffic:   held and running 2 N C reads and N C writes of T; streamed 4 N C reads and N C writes. A residual is read as
 //            often as x, and its gradient written once. One barrier, above 64 lanes two.
 // Numerics:  in A; both sums in pairs (common.cuh), so dx sums to 0 over the batch as well as rounding allows.
@@ -184,19 +184,19 @@ __device__ __forceinline__ void batch_norm_inference_backward(const BatchNormBac
     BNK_KERNEL(bnk_batch_norm_inference_backward_##suffix, (BatchNormBackward<T, A>), 512, 0, \
                (batch_norm_inference_backward<T, A>))
 
-BATCH_NORM_BACKWARD(held4, f32, float, float, 0, 4, true, true)
-BATCH_NORM_BACKWARD(held16, f32, float, float, 1, 16, true, false)
-BATCH_NORM_BACKWARD(streamed, f32, float, float, 1, 1, false, false)
+BATCH_NORM_BACKWARD(registers4, f32, float, float, 0, 4, true, true)
+BATCH_NORM_BACKWARD(registers16, f32, float, float, 1, 16, true, false)
+BATCH_NORM_BACKWARD(two_pass, f32, float, float, 1, 1, false, false)
 BATCH_NORM_INFERENCE_BACKWARD(f32, float, float)
-BATCH_NORM_BACKWARD(held4, f16, Float16, float, 0, 4, true, true)
-BATCH_NORM_BACKWARD(held16, f16, Float16, float, 1, 16, true, false)
-BATCH_NORM_BACKWARD(streamed, f16, Float16, float, 1, 1, false, false)
+BATCH_NORM_BACKWARD(registers4, f16, Float16, float, 0, 4, true, true)
+BATCH_NORM_BACKWARD(registers16, f16, Float16, float, 1, 16, true, false)
+BATCH_NORM_BACKWARD(two_pass, f16, Float16, float, 1, 1, false, false)
 BATCH_NORM_INFERENCE_BACKWARD(f16, Float16, float)
-BATCH_NORM_BACKWARD(held4, bf16, BFloat16, float, 0, 4, true, true)
-BATCH_NORM_BACKWARD(held16, bf16, BFloat16, float, 1, 16, true, false)
-BATCH_NORM_BACKWARD(streamed, bf16, BFloat16, float, 1, 1, false, false)
+BATCH_NORM_BACKWARD(registers4, bf16, BFloat16, float, 0, 4, true, true)
+BATCH_NORM_BACKWARD(registers16, bf16, BFloat16, float, 1, 16, true, false)
+BATCH_NORM_BACKWARD(two_pass, bf16, BFloat16, float, 1, 1, false, false)
 BATCH_NORM_INFERENCE_BACKWARD(bf16, BFloat16, float)
-BATCH_NORM_BACKWARD(held4, f64, double, double, 1, 4, true, true)
-BATCH_NORM_BACKWARD(held8, f64, double, double, 1, 8, true, false)
-BATCH_NORM_BACKWARD(streamed, f64, double, double, 1, 1, false, false)
+BATCH_NORM_BACKWARD(registers4, f64, double, double, 1, 4, true, true)
+BATCH_NORM_BACKWARD(registers8, f64, double, double, 1, 8, true, false)
+BATCH_NORM_BACKWARD(two_pass, f64, double, double, 1, 1, false, false)
 BATCH_NORM_INFERENCE_BACKWARD(f64, double, double)

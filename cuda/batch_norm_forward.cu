@@ -17,7 +17,7 @@
 //            or where w = 1 neighbouring rows. No block ever waits for another: partition by neuron.
 //            N >= l: every thread has a row.
 //            held: a thread's rows, at most VALUES of them, stay in registers. streamed: chunks of VALUES rows.
-//            held4 is for inner = 1 alone and spares the arithmetic of an inner axis.
+//            registers4 is for inner = 1 alone and spares the arithmetic of an inner axis.
 //            64 x 20: one block (20, 16, 1), 4 values a thread, one barrier; above 64 lanes two barriers.
 //            Inference: the same blocks, grid (ceil(C/w), rows in tiles, 1), no shared memory, no barrier.
 // Traffic:   held and inference N C reads and N C writes of T; streamed 2 N C reads and N C writes; N C reads more of a
@@ -209,19 +209,19 @@ __device__ __forceinline__ void batch_norm_inference(const BatchNormInference<T,
 #define BATCH_NORM_INFERENCE(suffix, T, A) \
     BNK_KERNEL(bnk_batch_norm_inference_##suffix, (BatchNormInference<T, A>), 512, 0, (batch_norm_inference<T, A>))
 
-BATCH_NORM_FORWARD(held4, f32, float, float, 0, 4, true, true)
-BATCH_NORM_FORWARD(held16, f32, float, float, 0, 16, true, false)
-BATCH_NORM_FORWARD(streamed, f32, float, float, 0, 4, false, false)
+BATCH_NORM_FORWARD(registers4, f32, float, float, 0, 4, true, true)
+BATCH_NORM_FORWARD(registers16, f32, float, float, 0, 16, true, false)
+BATCH_NORM_FORWARD(two_pass, f32, float, float, 0, 4, false, false)
 BATCH_NORM_INFERENCE(f32, float, float)
-BATCH_NORM_FORWARD(held4, f16, Float16, float, 0, 4, true, true)
-BATCH_NORM_FORWARD(held16, f16, Float16, float, 0, 16, true, false)
-BATCH_NORM_FORWARD(streamed, f16, Float16, float, 0, 4, false, false)
+BATCH_NORM_FORWARD(registers4, f16, Float16, float, 0, 4, true, true)
+BATCH_NORM_FORWARD(registers16, f16, Float16, float, 0, 16, true, false)
+BATCH_NORM_FORWARD(two_pass, f16, Float16, float, 0, 4, false, false)
 BATCH_NORM_INFERENCE(f16, Float16, float)
-BATCH_NORM_FORWARD(held4, bf16, BFloat16, float, 0, 4, true, true)
-BATCH_NORM_FORWARD(held16, bf16, BFloat16, float, 0, 16, true, false)
-BATCH_NORM_FORWARD(streamed, bf16, BFloat16, float, 0, 4, false, false)
+BATCH_NORM_FORWARD(registers4, bf16, BFloat16, float, 0, 4, true, true)
+BATCH_NORM_FORWARD(registers16, bf16, BFloat16, float, 0, 16, true, false)
+BATCH_NORM_FORWARD(two_pass, bf16, BFloat16, float, 0, 4, false, false)
 BATCH_NORM_INFERENCE(bf16, BFloat16, float)
-BATCH_NORM_FORWARD(held4, f64, double, double, 1, 4, true, true)
-BATCH_NORM_FORWARD(held8, f64, double, double, 1, 8, true, false)
-BATCH_NORM_FORWARD(streamed, f64, double, double, 1, 4, false, false)
+BATCH_NORM_FORWARD(registers4, f64, double, double, 1, 4, true, true)
+BATCH_NORM_FORWARD(registers8, f64, double, double, 1, 8, true, false)
+BATCH_NORM_FORWARD(two_pass, f64, double, double, 1, 4, false, false)
 BATCH_NORM_INFERENCE(f64, double, double)

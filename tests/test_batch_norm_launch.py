@@ -85,9 +85,9 @@ def assert_within_limits(launch: Launch, threads: int) -> None:
 def test_the_sources_tell_of_every_kernel() -> None:
     """Four data types times three forwards, three backwards and two for inference: no line escaped the search."""
     assert len(FACTS) == 4 * (3 + 3 + 2)
-    assert FACTS["forward_held16_bf16"] == (512, 16, False)
-    assert FACTS["forward_held4_f64"] == (512, 4, True)
-    assert FACTS["backward_streamed_f32"] == (512, None, False)
+    assert FACTS["forward_registers16_bf16"] == (512, 16, False)
+    assert FACTS["forward_registers4_f64"] == (512, 4, True)
+    assert FACTS["backward_two_pass_f32"] == (512, None, False)
 
 
 def test_python_and_the_kernels_agree_when_lanes_merge_in_groups() -> None:
@@ -97,9 +97,9 @@ def test_python_and_the_kernels_agree_when_lanes_merge_in_groups() -> None:
 
 def test_64_by_20_is_one_block_with_four_values_a_thread() -> None:
     variant, launch = forward_launch(64, 20, np.dtype("float32"))
-    assert (variant, launch) == ("held4", Launch((1, 1, 1), (20, 16, 1), 3 * 20 * 16 * 4))
+    assert (variant, launch) == ("registers4", Launch((1, 1, 1), (20, 16, 1), 3 * 20 * 16 * 4))
     variant, launch = backward_launch(64, 20, np.dtype("float32"))
-    assert (variant, launch) == ("backward_held4", Launch((1, 1, 1), (20, 16, 1), 2 * 20 * 16 * 4))
+    assert (variant, launch) == ("backward_registers4", Launch((1, 1, 1), (20, 16, 1), 2 * 20 * 16 * 4))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -123,7 +123,7 @@ def test_training_plans_cover_everything_within_limits(which: str, dtype: np.dty
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("which", TRAINING)
-def test_rows_are_streamed_only_where_no_block_could_hold_them(which: str, dtype: np.dtype) -> None:
+def test_rows_are_two_pass_only_where_no_block_could_hold_them(which: str, dtype: np.dtype) -> None:
     plan, _, prefix = TRAINING[which]
     most = max(facts.values or 0 for name, facts in FACTS.items() if name.endswith(f"_{suffix(dtype)}"))
     for outer, channels, inner in SHAPES:

@@ -273,7 +273,7 @@ def test_arrays_that_no_vector_starts_at_take_the_other_kernels(
     emulated.reset()
     out = (on["out"], *vectors, emulated.asarray(arrays["x"]))
     got = bn.batch_norm_backward(on["dy"], on["x"], None, None, statistics, residual=on["residual"], out=out)
-    assert kernels(emulated) == ["bnk_batch_norm_backward_streamed_f32"]
+    assert kernels(emulated) == ["bnk_batch_norm_backward_two_pass_f32"]
     np.testing.assert_allclose(got[0], want[0], rtol=0, atol=1e-5)
 
 
@@ -282,7 +282,7 @@ def test_strided_rows_are_read_where_they_lie(emulated: EmulatorRuntime, rng: np
     wide = rng.standard_normal((1024, 96)).astype("f4")
     x = emulated.like(wide)[:, 16:80]
     y, _ = bn.batch_norm_forward(x)
-    assert kernels(emulated) == ["bnk_batch_norm_forward_spread_f32"]
+    assert kernels(emulated) == ["bnk_batch_norm_forward_cooperative_f32"]
     np.testing.assert_array_equal(y, bn.batch_norm_forward(emulated.asarray(wide[:, 16:80]))[0])
 
 

@@ -31,9 +31,9 @@ LAYOUTS = {
     "bnk_batch_norm_inference_backward": BACKWARD,
     "bnk_batch_norm_backward": BACKWARD,
     "bnk_batch_norm_double_backward": DOUBLE_BACKWARD,
-    **{f"bnk_batch_norm_{direction}_spread": {np.dtype("f4"): argument} for direction, argument in SPREAD.items()},
-    "bnk_batch_norm_forward_general": general.FORWARD,
-    "bnk_batch_norm_backward_general": general.BACKWARD,
+    **{f"bnk_batch_norm_{direction}_cooperative": {np.dtype("f4"): argument} for direction, argument in SPREAD.items()},
+    "bnk_batch_norm_forward_masked_grouped": general.FORWARD,
+    "bnk_batch_norm_backward_masked_grouped": general.BACKWARD,
     "bnk_batch_norm_statistics": STATISTICS,
     "bnk_fused_training": FUSED_TRAINING,
     "bnk_fused_training_layer_norm": FUSED_TRAINING,
@@ -83,7 +83,7 @@ def test_ptx_takes_what_python_packs_and_rounds_as_the_source_says(
 
 def test_data_move_16_bytes_at_a_time_where_they_lie_in_vectors() -> None:
     """In the spread kernels all data; what is left in single words are vectors of channels and partial results."""
-    for stem, loads, stores in (("batch_norm_forward_spread", 2, 1), ("batch_norm_backward_spread", 3, 2)):
+    for stem, loads, stores in (("batch_norm_forward_cooperative", 2, 1), ("batch_norm_backward_cooperative", 3, 2)):
         entries = nvrtc.ptx(_source.read(stem), nvrtc.OLDEST_ARCHITECTURE).split(".visible .entry")[1:]
         assert len(entries) == 6
         for entry in entries:

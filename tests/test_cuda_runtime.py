@@ -111,7 +111,7 @@ def test_what_no_strides_describe_is_copied_beside_itself(
 def test_source_and_options_are_those_declared(cupy: types.ModuleType, rng: np.random.Generator) -> None:
     bn.batch_norm_forward(cupy.asarray(batch(rng)[0]))
     ((_, code, options),) = cupy.driver.compiled
-    assert code == _source.read("batch_norm_forward", "bnk_batch_norm_forward_held4_f32")
+    assert code == _source.read("batch_norm_forward", "bnk_batch_norm_forward_registers4_f32")
     assert options == _source.OPTIONS
 
 
@@ -126,7 +126,11 @@ def test_a_kernel_is_compiled_and_looked_up_once_per_device(cupy: types.ModuleTy
         bn.batch_norm_inference(x, gamma, beta, gamma, beta)
     sources = {
         _source.read(f"batch_norm_{source}", f"bnk_batch_norm_{kernel}_f32")
-        for source, kernel in (("forward", "forward_held4"), ("backward", "backward_held4"), ("forward", "inference"))
+        for source, kernel in (
+            ("forward", "forward_registers4"),
+            ("backward", "backward_registers4"),
+            ("forward", "inference"),
+        )
     }
     assert {(device, code) for device, code, _ in cupy.driver.compiled} == {(d, s) for d in (0, 1) for s in sources}
     assert set(cupy.driver.compiled.values()) == {1}

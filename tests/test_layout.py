@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 KERNELS = sorted((ROOT / "cuda").glob("*.cu"))
 MODULES = sorted((ROOT / "bnkernels").glob("*.py"))
 PYTHON = [path for folder in ("bnkernels", "tests", "benchmarks", "tools") for path in (ROOT / folder).rglob("*.py")]
-VARIANT = r"(?<!_double)_(forward|backward)(_spread|_general)?$|_group$"
+VARIANT = r"(?<!_double)_(forward|backward)(_cooperative|_masked_grouped)?$|_multi_block$"
 OPS = sorted({re.sub(VARIANT, "", path.stem) for path in KERNELS})
 
 HEADER_FIELDS = ("Formulas:", "Arrays:", "Launch:", "Traffic:", "Numerics:", "Called by:")

@@ -139,7 +139,7 @@ def test_blocks_that_wait_are_resident_and_others_fit(device: Device, op: str) -
 # ---- what a planner believes ----------------------------------------------------------------------------------------
 
 
-NAMES = {"suffix": "(?:f16|bf16|f32|f64)", "variant": "(?:spread|spread_inner)"}  # parameters of macros
+NAMES = {"suffix": "(?:f16|bf16|f32|f64)", "variant": "(?:cooperative|cooperative_inner)"}  # parameters of macros
 
 
 @cache

@@ -136,5 +136,5 @@ def test_constants_stand_in_front_and_move_no_line() -> None:
 
 
 def test_a_kernel_compiles_alone(nvrtc: ModuleType) -> None:
-    name = "bnk_batch_norm_backward_held4_f32"
+    name = "bnk_batch_norm_backward_registers4_f32"
     assert list(nvrtc.resources(_source.read("batch_norm_backward", name), 90)) == [name]

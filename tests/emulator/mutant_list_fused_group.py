@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .mutants import Mutant
 
-KERNEL, STEP, MEETING = "fused_training_group.cu", "lib/train/multi_block_step.cuh", "lib/sync/grid_barrier.cuh"
+KERNEL, STEP, MEETING = "fused_training_multi_block.cu", "lib/train/multi_block_step.cuh", "lib/sync/grid_barrier.cuh"
 NETWORK = "lib/train/network.cuh"
 NEURONS, EXAMPLES = "lib/train/multi_block_step_by_neuron.cuh", "lib/train/multi_block_step_by_example.cuh"
 STEPS = "test_steps_are_those_of_the_layers and 30 and sgd"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .mutants import Mutant
 
-FORWARD, BACKWARD = "batch_norm_forward_general.cu", "batch_norm_backward_general.cu"
+FORWARD, BACKWARD = "batch_norm_forward_masked_grouped.cu", "batch_norm_backward_masked_grouped.cu"
 SHARED, MOMENTS, STATISTICS = "lib/reduce/masked_rows.cuh", "lib/reduce/moments.cuh", "batch_norm_statistics.cu"
 ORDER = "test_one_launch_whose_order_changes_no_bit"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .mutants import Mutant
 
 MEET, SPREAD, VECTOR = "lib/sync/grid_barrier.cuh", "lib/reduce/cooperative_slices.cuh", "lib/numbers/vector.cuh"
-FORWARD_SPREAD, BACKWARD_SPREAD = "batch_norm_forward_spread.cu", "batch_norm_backward_spread.cu"
+FORWARD_SPREAD, BACKWARD_SPREAD = "batch_norm_forward_cooperative.cu", "batch_norm_backward_cooperative.cu"
 
 MUTANTS = [
     Mutant(

@@ -30,13 +30,14 @@ TESTS = {  # the quickest first: the first failure ends a run
         (
             "lib/reduce/cooperative_slices.cuh",
             "lib/numbers/vector.cuh",
-            "batch_norm_forward_spread.cu",
-            "batch_norm_backward_spread.cu",
+            "batch_norm_forward_cooperative.cu",
+            "batch_norm_backward_cooperative.cu",
         ),
         SPREAD,
     ),
     **dict.fromkeys(
-        ("lib/reduce/masked_rows.cuh", "batch_norm_forward_general.cu", "batch_norm_backward_general.cu"), GENERAL
+        ("lib/reduce/masked_rows.cuh", "batch_norm_forward_masked_grouped.cu", "batch_norm_backward_masked_grouped.cu"),
+        GENERAL,
     ),
     **dict.fromkeys(
         ("fused_training.cu", "lib/train/block_step.cuh", "lib/gemm/subwarp.cuh"),
@@ -47,7 +48,7 @@ TESTS = {  # the quickest first: the first failure ends a run
     ),
     **dict.fromkeys(
         (
-            "fused_training_group.cu",
+            "fused_training_multi_block.cu",
             "lib/train/multi_block_step.cuh",
             "lib/train/multi_block_step_by_neuron.cuh",
             "lib/train/multi_block_step_by_example.cuh",

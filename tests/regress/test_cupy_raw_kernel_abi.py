@@ -32,10 +32,10 @@ LAYOUTS = {
     "BatchNormInference": plan.INFERENCE,
     "BatchNormBackward": plan.BACKWARD,
     "BatchNormDoubleBackward": DOUBLE_BACKWARD,
-    "BatchNormForwardSpread": dict.fromkeys(SUFFIX, SPREAD["forward"]),  # of float, whatever the data
-    "BatchNormBackwardSpread": dict.fromkeys(SUFFIX, SPREAD["backward"]),
-    "BatchNormForwardGeneral": general.FORWARD,
-    "BatchNormBackwardGeneral": general.BACKWARD,
+    "BatchNormForwardCooperative": dict.fromkeys(SUFFIX, SPREAD["forward"]),  # of float, whatever the data
+    "BatchNormBackwardCooperative": dict.fromkeys(SUFFIX, SPREAD["backward"]),
+    "BatchNormForwardMaskedGrouped": general.FORWARD,
+    "BatchNormBackwardMaskedGrouped": general.BACKWARD,
     "BatchNormStatistics": STATISTICS,
     "FusedTraining": FUSED_TRAINING,
     "LayerNormForward": LAYER_NORM["forward"],

@@ -26,7 +26,7 @@
 constexpr int CHUNK = 4;  // rows that a thread has in flight
 
 template <typename T>
-struct BatchNormForwardSpread {
+struct BatchNormForwardCooperative {
     const T* x;
     const T* residual;
     const float* gamma;
@@ -79,7 +79,7 @@ __device__ __forceinline__ void add_chunk(Moments<float> (&own)[OWN], const Vect
 
 // The moments of a thread's rows of its channels, c the first of them; keeps the first rows.
 template <typename T, bool CHANNELS, int OWN>
-__device__ __forceinline__ void read_rows(const BatchNormForwardSpread<T>& a, const Place<T, CHANNELS>& place,
+__device__ __forceinline__ void read_rows(const BatchNormForwardCooperative<T>& a, const Place<T, CHANNELS>& place,
                                           long long c, const ThreadVectors& held, Moments<float> (&own)[OWN]) {
     Rows<CHANNELS> row = place.from(0);
     for (long long first = 0; row.inside(); first += CHUNK) {
@@ -105,7 +105,7 @@ struct Merged {
     float m2, rstd;
 
     template <typename T>
-    __device__ __forceinline__ Merged(const BatchNormForwardSpread<T>& a, const Meeting<PartialMoments>& meeting,
+    __device__ __forceinline__ Merged(const BatchNormForwardCooperative<T>& a, const Meeting<PartialMoments>& meeting,
                                       int channel) {
         const float* slot = meeting.shared + channel;
         mean = {slot[0], slot[meeting.plane]};
@@ -116,7 +116,7 @@ struct Merged {
 
 // What the first lane of the first block writes, of its channels from c on.
 template <typename T, int OWN>
-__device__ __forceinline__ void write_statistics(const BatchNormForwardSpread<T>& a, long long c,
+__device__ __forceinline__ void write_statistics(const BatchNormForwardCooperative<T>& a, long long c,
                                                  const Meeting<PartialMoments>& meeting) {
 #pragma unroll 1
     for (int i = 0; i < OWN; ++i, ++c) {
@@ -131,7 +131,7 @@ __device__ __forceinline__ void write_statistics(const BatchNormForwardSpread<T>
 }
 
 template <typename T, int OWN>
-__device__ __forceinline__ void load_channels(Affine<float> (&channels)[OWN], const BatchNormForwardSpread<T>& a,
+__device__ __forceinline__ void load_channels(Affine<float> (&channels)[OWN], const BatchNormForwardCooperative<T>& a,
                                               long long c, const Meeting<PartialMoments>& meeting) {
 #pragma unroll
     for (int i = 0; i < OWN; ++i) {
@@ -142,8 +142,9 @@ __device__ __forceinline__ void load_channels(Affine<float> (&channels)[OWN], co
 }
 
 template <typename T, int OWN>
-__device__ __forceinline__ Vector normalise(const BatchNormForwardSpread<T>& a, const Affine<float> (&channels)[OWN],
-                                            const Vector& x, const Vector& residual) {
+__device__ __forceinline__ Vector normalise(const BatchNormForwardCooperative<T>& a,
+                                            const Affine<float> (&channels)[OWN], const Vector& x,
+                                            const Vector& residual) {
     constexpr int COUNT = Packed<T>::COUNT;
     float z[COUNT];
 #pragma unroll
@@ -160,7 +161,7 @@ __device__ __forceinline__ Vector normalise(const BatchNormForwardSpread<T>& a, 
 
 // The last rows first: those that are read again were read last.
 template <typename T, bool CHANNELS, int OWN>
-__device__ __forceinline__ void write_rows(const BatchNormForwardSpread<T>& a, const Place<T, CHANNELS>& place,
+__device__ __forceinline__ void write_rows(const BatchNormForwardCooperative<T>& a, const Place<T, CHANNELS>& place,
                                            long long c, const ThreadVectors& held,
                                            const Affine<float> (&channels)[OWN]) {
     constexpr int AHEAD = OWN > 4 ? 1 : 2;  // rows in flight; registers are scarce
@@ -189,7 +190,7 @@ __device__ __forceinline__ void write_rows(const BatchNormForwardSpread<T>& a, c
 }
 
 template <typename T, bool CHANNELS>
-__device__ __forceinline__ void batch_norm_forward_spread(const BatchNormForwardSpread<T>& a) {
+__device__ __forceinline__ void batch_norm_forward_cooperative(const BatchNormForwardCooperative<T>& a) {
     BNK_DYNAMIC_SHARED(float, shared);
     constexpr int OWN = Place<T, CHANNELS>::OWN;
     const Place<T, CHANNELS> place(a.outer, a.inner);
@@ -218,13 +219,13 @@ __device__ __forceinline__ void batch_norm_forward_spread(const BatchNormForward
     }
 }
 
-#define BATCH_NORM_FORWARD_SPREAD(variant, suffix, T, channels)                                  \
-    BNK_KERNEL(bnk_batch_norm_forward_##variant##_##suffix, (BatchNormForwardSpread<T>), 256, 2, \
-               (batch_norm_forward_spread<T, channels>))
+#define BATCH_NORM_FORWARD_COOPERATIVE(variant, suffix, T, channels)                                  \
+    BNK_KERNEL(bnk_batch_norm_forward_##variant##_##suffix, (BatchNormForwardCooperative<T>), 256, 2, \
+               (batch_norm_forward_cooperative<T, channels>))
 
-BATCH_NORM_FORWARD_SPREAD(spread, f32, float, true)
-BATCH_NORM_FORWARD_SPREAD(spread_inner, f32, float, false)
-BATCH_NORM_FORWARD_SPREAD(spread, f16, Float16, true)
-BATCH_NORM_FORWARD_SPREAD(spread_inner, f16, Float16, false)
-BATCH_NORM_FORWARD_SPREAD(spread, bf16, BFloat16, true)
-BATCH_NORM_FORWARD_SPREAD(spread_inner, bf16, BFloat16, false)
+BATCH_NORM_FORWARD_COOPERATIVE(cooperative, f32, float, true)
+BATCH_NORM_FORWARD_COOPERATIVE(cooperative_inner, f32, float, false)
+BATCH_NORM_FORWARD_COOPERATIVE(cooperative, f16, Float16, true)
+BATCH_NORM_FORWARD_COOPERATIVE(cooperative_inner, f16, Float16, false)
+BATCH_NORM_FORWARD_COOPERATIVE(cooperative, bf16, BFloat16, true)
+BATCH_NORM_FORWARD_COOPERATIVE(cooperative_inner, bf16, BFloat16, false)

@@ -34,7 +34,7 @@
 #include "lib/reduce/rows.cuh"
 
 template <typename T, typename A>
-struct BatchNormForwardGeneral {
+struct BatchNormForwardMaskedGrouped {
     const T* x;
     const T* residual;
     const char* mask;
@@ -67,7 +67,7 @@ struct Running {
 // One group of a channel, as a thread sees it.
 template <typename T, typename A>
 struct Slice {
-    const BatchNormForwardGeneral<T, A>& a;
+    const BatchNormForwardMaskedGrouped<T, A>& a;
     long long group, c;
 
     __device__ __forceinline__ Chunk next(Rows<false>& rows) const {
@@ -201,7 +201,7 @@ __device__ __forceinline__ Moments<A> merge_block(const Moments<A>& own) {
 }
 
 template <typename T, typename A>
-__device__ __forceinline__ void batch_norm_forward_general(const BatchNormForwardGeneral<T, A>& a) {
+__device__ __forceinline__ void batch_norm_forward_masked_grouped(const BatchNormForwardMaskedGrouped<T, A>& a) {
     const long long c = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     const bool active = c < a.channels;  // no early return: every thread must reach the barriers
     const Rows<false> first(a.outer, a.inner, blockIdx.z * blockDim.y + threadIdx.y, gridDim.z * blockDim.y);
@@ -240,11 +240,11 @@ __device__ __forceinline__ void batch_norm_forward_general(const BatchNormForwar
     }
 }
 
-#define BATCH_NORM_FORWARD_GENERAL(suffix, T, A)                                                 \
-    BNK_KERNEL(bnk_batch_norm_forward_general_##suffix, (BatchNormForwardGeneral<T, A>), 512, 1, \
-               (batch_norm_forward_general<T, A>))
+#define BATCH_NORM_FORWARD_MASKED_GROUPED(suffix, T, A)                                                       \
+    BNK_KERNEL(bnk_batch_norm_forward_masked_grouped_##suffix, (BatchNormForwardMaskedGrouped<T, A>), 512, 1, \
+               (batch_norm_forward_masked_grouped<T, A>))
 
-BATCH_NORM_FORWARD_GENERAL(f32, float, float)
-BATCH_NORM_FORWARD_GENERAL(f16, Float16, float)
-BATCH_NORM_FORWARD_GENERAL(bf16, BFloat16, float)
-BATCH_NORM_FORWARD_GENERAL(f64, double, double)
+BATCH_NORM_FORWARD_MASKED_GROUPED(f32, float, float)
+BATCH_NORM_FORWARD_MASKED_GROUPED(f16, Float16, float)
+BATCH_NORM_FORWARD_MASKED_GROUPED(bf16, BFloat16, float)
+BATCH_NORM_FORWARD_MASKED_GROUPED(f64, double, double)

@@ -1,4 +1,4 @@
-// Gradients of batch_norm_forward_general.cu: of valid examples alone, in groups, renormalised, or in stages; one launch.
+// Gradients of batch_norm_forward_masked_grouped.cu: of valid examples alone, in groups, renormalised, or in stages; one launch.
 //
 // Formulas:  for every group t, over its N[t] rows whose mask is true, with r and d of the forward:
 //            xhat[t,n,c] = (x[t,n,c] - mean[t,c]) rstd[t,c]
@@ -29,7 +29,7 @@
 #include "lib/reduce/sums.cuh"
 
 template <typename T, typename A>
-struct BatchNormBackwardGeneral {
+struct BatchNormBackwardMaskedGrouped {
     const T* dy;
     const T* x;
     const T* residual;
@@ -62,7 +62,7 @@ enum ParameterSum { DGAMMA, DBETA, PARAMETERS };
 // One group of a channel, as a thread sees it.
 template <typename T, typename A>
 struct Slice {
-    const BatchNormBackwardGeneral<T, A>& a;
+    const BatchNormBackwardMaskedGrouped<T, A>& a;
     long long group, c;
     Renormalisation<A> of;
 
@@ -131,7 +131,7 @@ struct Slice {
 
 // Into dgamma and dbeta, from the blocks that share a slice: the last to arrive adds. All threads must call.
 template <typename T, typename A>
-__device__ __forceinline__ void finish(const BatchNormBackwardGeneral<T, A>& a, long long c,
+__device__ __forceinline__ void finish(const BatchNormBackwardMaskedGrouped<T, A>& a, long long c,
                                        ChannelSums<A, PARAMETERS> own) {
     const bool writes = threadIdx.y == 0 && c < a.channels;
     if (gridDim.y > 1) {
@@ -160,7 +160,7 @@ __device__ __forceinline__ void finish(const BatchNormBackwardGeneral<T, A>& a, 
 }
 
 template <typename T, typename A>
-__device__ __forceinline__ void batch_norm_backward_general(const BatchNormBackwardGeneral<T, A>& a) {
+__device__ __forceinline__ void batch_norm_backward_masked_grouped(const BatchNormBackwardMaskedGrouped<T, A>& a) {
     const long long c = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     const bool active = c < a.channels;  // no early return: every thread must reach the barriers
     const Rows<false> first(a.outer, a.inner, blockIdx.z * blockDim.y + threadIdx.y, gridDim.z * blockDim.y);
@@ -209,11 +209,11 @@ __device__ __forceinline__ void batch_norm_backward_general(const BatchNormBackw
     if (a.stage == WHOLE || a.stage == FROZEN) finish(a, c, parameters);
 }
 
-#define BATCH_NORM_BACKWARD_GENERAL(suffix, T, A)                                                  \
-    BNK_KERNEL(bnk_batch_norm_backward_general_##suffix, (BatchNormBackwardGeneral<T, A>), 512, 1, \
-               (batch_norm_backward_general<T, A>))
+#define BATCH_NORM_BACKWARD_MASKED_GROUPED(suffix, T, A)                                                        \
+    BNK_KERNEL(bnk_batch_norm_backward_masked_grouped_##suffix, (BatchNormBackwardMaskedGrouped<T, A>), 512, 1, \
+               (batch_norm_backward_masked_grouped<T, A>))
 
-BATCH_NORM_BACKWARD_GENERAL(f32, float, float)
-BATCH_NORM_BACKWARD_GENERAL(f16, Float16, float)
-BATCH_NORM_BACKWARD_GENERAL(bf16, BFloat16, float)
-BATCH_NORM_BACKWARD_GENERAL(f64, double, double)
+BATCH_NORM_BACKWARD_MASKED_GROUPED(f32, float, float)
+BATCH_NORM_BACKWARD_MASKED_GROUPED(f16, Float16, float)
+BATCH_NORM_BACKWARD_MASKED_GROUPED(bf16, BFloat16, float)
+BATCH_NORM_BACKWARD_MASKED_GROUPED(f64, double, double)

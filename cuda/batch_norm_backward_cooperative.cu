@@ -2,9 +2,9 @@
 //
 // Formulas:  those of batch_norm_backward.cu, for batch statistics.
 // Arrays:    dy, x, residual (outer, C, inner), dx and dresidual in C order, of type T: float or 16 bits, all with strides
-//            and addresses as in batch_norm_forward_spread.cu; the others as in batch_norm_backward.cu, of float.
+//            and addresses as in batch_norm_forward_cooperative.cu; the others as in batch_norm_backward.cu, of float.
 //            partial: 2 groups G 2 w floats; arrivals: a counter for every group.
-// Launch:    as batch_norm_forward_spread.cu; shared memory 8 w lanes bytes and 32 threads held: x and dy.
+// Launch:    as batch_norm_forward_cooperative.cu; shared memory 8 w lanes bytes and 32 threads held: x and dy.
 // Traffic:   2 N C reads and N C writes of T as long as all rows are held; the others are read twice, the second time from
 //            the last on. A residual is read twice, its gradient written once. Between blocks 16 G bytes a channel.
 // Numerics:  as batch_norm_backward.cu: both sums in pairs. Deterministic: a thread's rows, then lanes in eights, then
@@ -20,7 +20,7 @@
 constexpr int CHUNK = 2;  // rows that a thread has in flight, each of x and of dy
 
 template <typename T>
-struct BatchNormBackwardSpread {
+struct BatchNormBackwardCooperative {
     const T* dy;
     const T* x;
     const T* residual;
@@ -61,7 +61,7 @@ struct PartialSums {
 };
 
 template <typename T, int OWN>
-__device__ __forceinline__ void load_channels(Affine<float> (&channels)[OWN], const BatchNormBackwardSpread<T>& a,
+__device__ __forceinline__ void load_channels(Affine<float> (&channels)[OWN], const BatchNormBackwardCooperative<T>& a,
                                               long long c) {
 #pragma unroll
     for (int i = 0; i < OWN; ++i)
@@ -82,8 +82,8 @@ struct RowGradient {
     float centred[COUNT], g[COUNT];
 
     template <int OWN>
-    __device__ __forceinline__ RowGradient(const BatchNormBackwardSpread<T>& a, const Affine<float> (&channels)[OWN],
-                                           const Inputs& row) {
+    __device__ __forceinline__ RowGradient(const BatchNormBackwardCooperative<T>& a,
+                                           const Affine<float> (&channels)[OWN], const Inputs& row) {
         float z[COUNT];
 #pragma unroll
         for (int i = 0; i < COUNT; ++i) {
@@ -98,14 +98,15 @@ struct RowGradient {
 };
 
 template <typename T, bool CHANNELS>
-__device__ __forceinline__ Vector load_residual(const BatchNormBackwardSpread<T>& a, const Place<T, CHANNELS>& place,
-                                                const Rows<CHANNELS>& row, long long c) {
+__device__ __forceinline__ Vector load_residual(const BatchNormBackwardCooperative<T>& a,
+                                                const Place<T, CHANNELS>& place, const Rows<CHANNELS>& row,
+                                                long long c) {
     if (!a.residual) return {};
     return bnk_load_vector(a.residual + place.at(row, a.residual_outer, a.residual_channel, c));
 }
 
 template <typename T, bool CHANNELS>
-__device__ __forceinline__ Inputs load_inputs(const BatchNormBackwardSpread<T>& a, const Place<T, CHANNELS>& place,
+__device__ __forceinline__ Inputs load_inputs(const BatchNormBackwardCooperative<T>& a, const Place<T, CHANNELS>& place,
                                               const Rows<CHANNELS>& row, long long c) {
     return {bnk_load_vector(a.x + place.at(row, a.x_outer, a.x_channel, c)),
             bnk_load_vector(a.dy + place.at(row, a.dy_outer, a.dy_channel, c)), load_residual(a, place, row, c)};
@@ -113,7 +114,7 @@ __device__ __forceinline__ Inputs load_inputs(const BatchNormBackwardSpread<T>& 
 
 // The sums of a thread's rows over its channels, c the first of them, go to its slot; keeps the first rows.
 template <typename T, bool CHANNELS, int OWN>
-__device__ __forceinline__ void read_rows(const BatchNormBackwardSpread<T>& a, const Place<T, CHANNELS>& place,
+__device__ __forceinline__ void read_rows(const BatchNormBackwardCooperative<T>& a, const Place<T, CHANNELS>& place,
                                           long long c, const Affine<float> (&channels)[OWN],
                                           const ThreadVectors& held_x, const ThreadVectors& held_dy, float* slot,
                                           int plane) {
@@ -177,7 +178,7 @@ struct Means {
 
 // The last rows first: those that are read again were read last.
 template <typename T, bool CHANNELS, int OWN>
-__device__ __forceinline__ void write_rows(const BatchNormBackwardSpread<T>& a, const Place<T, CHANNELS>& place,
+__device__ __forceinline__ void write_rows(const BatchNormBackwardCooperative<T>& a, const Place<T, CHANNELS>& place,
                                            long long c, const Affine<float> (&channels)[OWN],
                                            const ThreadVectors& held_x, const ThreadVectors& held_dy,
                                            const Means<OWN>& means) {
@@ -201,7 +202,7 @@ __device__ __forceinline__ void write_rows(const BatchNormBackwardSpread<T>& a, 
 }
 
 template <typename T, bool CHANNELS>
-__device__ __forceinline__ void batch_norm_backward_spread(const BatchNormBackwardSpread<T>& a) {
+__device__ __forceinline__ void batch_norm_backward_cooperative(const BatchNormBackwardCooperative<T>& a) {
     BNK_DYNAMIC_SHARED(float, shared);
     constexpr int OWN = Place<T, CHANNELS>::OWN;
     const Place<T, CHANNELS> place(a.outer, a.inner);
@@ -230,14 +231,14 @@ __device__ __forceinline__ void batch_norm_backward_spread(const BatchNormBackwa
     }
 }
 
-#define BATCH_NORM_BACKWARD_SPREAD(variant, suffix, T, threads, channels)                              \
-    BNK_KERNEL(bnk_batch_norm_backward_##variant##_##suffix, (BatchNormBackwardSpread<T>), threads, 2, \
-               (batch_norm_backward_spread<T, channels>))
+#define BATCH_NORM_BACKWARD_COOPERATIVE(variant, suffix, T, threads, channels)                              \
+    BNK_KERNEL(bnk_batch_norm_backward_##variant##_##suffix, (BatchNormBackwardCooperative<T>), threads, 2, \
+               (batch_norm_backward_cooperative<T, channels>))
 
 // Eight channels a thread need more registers than 256 threads of two blocks have.
-BATCH_NORM_BACKWARD_SPREAD(spread, f32, float, 256, true)
-BATCH_NORM_BACKWARD_SPREAD(spread_inner, f32, float, 256, false)
-BATCH_NORM_BACKWARD_SPREAD(spread, f16, Float16, 192, true)
-BATCH_NORM_BACKWARD_SPREAD(spread_inner, f16, Float16, 256, false)
-BATCH_NORM_BACKWARD_SPREAD(spread, bf16, BFloat16, 192, true)
-BATCH_NORM_BACKWARD_SPREAD(spread_inner, bf16, BFloat16, 256, false)
+BATCH_NORM_BACKWARD_COOPERATIVE(cooperative, f32, float, 256, true)
+BATCH_NORM_BACKWARD_COOPERATIVE(cooperative_inner, f32, float, 256, false)
+BATCH_NORM_BACKWARD_COOPERATIVE(cooperative, f16, Float16, 192, true)
+BATCH_NORM_BACKWARD_COOPERATIVE(cooperative_inner, f16, Float16, 256, false)
+BATCH_NORM_BACKWARD_COOPERATIVE(cooperative, bf16, BFloat16, 192, true)
+BATCH_NORM_BACKWARD_COOPERATIVE(cooperative_inner, bf16, BFloat16, 256, false)
