@@ -2,8 +2,9 @@
 
 CuPy arrays run ``cuda/batch_norm_forward.cu`` and ``cuda/batch_norm_backward.cu``, or where the tensor is large their
 ``_cooperative`` variants, one launch each; NumPy arrays run ``_batch_norm_numpy.py``, which sums in float64. An op
-checks its values here and everything else in ``_batch_norm_plan.py``, which also runs it; ``_batch_norm_again.py`` says what makes a repeated call cheap. With a mask, with groups, renormalised, or with parameters of 16 bits a call goes
-to ``_batch_norm_general.py`` and the ``_masked_grouped`` kernels.
+checks its values here and everything else in ``_batch_norm_plan.py``, which also runs it; ``_batch_norm_again.py``
+says what makes a repeated call cheap. With a mask, with groups, renormalised, or with parameters of 16 bits a call
+goes to ``_batch_norm_general.py`` and the ``_masked_grouped`` kernels.
 
 Below, T is the data type of `x`: float16, bfloat16 (of ml_dtypes), float32 or float64. A is that of the accumulator, in
 which all is computed and statistics are kept: float32 for 16-bit T, else T. P is that of the parameters and their

@@ -1,7 +1,7 @@
 """Many training steps of multilayer perceptrons in one launch: weights, statistics and optimiser stay on the chip.
 
-CuPy arrays run ``cuda/fused_training.cu``, one block for each network, or ``fused_training_multi_block.cu``, several for each
-larger one; NumPy arrays run the same steps op by op.
+CuPy arrays run ``cuda/fused_training.cu``, one block for each network, or ``fused_training_multi_block.cu``, several for
+each larger one; NumPy arrays run the same steps op by op.
 """
 
 from __future__ import annotations
