@@ -59,8 +59,8 @@ template <typename T, typename A>
 __device__ __forceinline__ void write_parameter_gradients(const BatchNormBackward<T, A>& a, long long c, A rstd,
                                                           const ChannelSums<A, SUMS>& total) {
     if (threadIdx.y != 0 || c >= a.channels) return;
-    if (a.dgamma) a.dgamma[c] = value(total.of[G_CENTRED]) * rstd;
-    if (a.dbeta) a.dbeta[c] = value(total.of[G]);
+    if (a.dgamma) a.dgamma[c] = value(total.sums[G_CENTRED]) * rstd;
+    if (a.dbeta) a.dbeta[c] = value(total.sums[G]);
 }
 
 template <typename T, typename A>
@@ -141,8 +141,8 @@ __device__ __forceinline__ void batch_norm_backward(const BatchNormBackward<T, A
     write_parameter_gradients(a, c, channel.rstd, total);
     if (!active) return;
 
-    const A n = A(a.outer * a.inner), mean_g = value(total.of[G]) / n;
-    const A slope = value(total.of[G_CENTRED]) * channel.rstd * channel.rstd / n;  // dgamma rstd / N
+    const A n = A(a.outer * a.inner), mean_g = value(total.sums[G]) / n;
+    const A slope = value(total.sums[G_CENTRED]) * channel.rstd * channel.rstd / n;  // dgamma rstd / N
     do {
         if (!HELD) count = load_rows(a, c, channel, rows, centred, g);
 #pragma unroll

@@ -34,7 +34,7 @@ struct BatchNormBackwardCooperative {
     float* dbeta;
     T* dresidual;
     float* partial;
-    unsigned* arrivals;
+    unsigned* barrier_counter;
     long long outer, channels, inner;
     long long dy_outer, dy_channel;  // strides, in elements
     long long x_outer, x_channel;
@@ -49,9 +49,9 @@ struct PartialSums {
     static constexpr int QUANTITIES = 2;
 
     static __device__ __forceinline__ void merge(float* to, long long to_plane, const float* slots, long long plane,
-                                                 long long pitch, const Shares&, int first, int last, int step) {
+                                                 long long pitch, const RowCounts&, int first, int last, int step) {
         Pair<float> g = {0.0f, 0.0f}, g_centred = {0.0f, 0.0f};
-        for (int lane = first; lane < last; lane += step, slots += pitch) {
+        for (int worker = first; worker < last; worker += step, slots += pitch) {
             g = add(g, slots[0]);
             g_centred = add(g_centred, slots[plane]);
         }
@@ -60,11 +60,11 @@ struct PartialSums {
     }
 };
 
-template <typename T, int OWN>
-__device__ __forceinline__ void load_channels(Affine<float> (&channels)[OWN], const BatchNormBackwardCooperative<T>& a,
-                                              long long c) {
+template <typename T, int THREAD_CHANNELS>
+__device__ __forceinline__ void load_channels(Affine<float> (&channels)[THREAD_CHANNELS],
+                                              const BatchNormBackwardCooperative<T>& a, long long c) {
 #pragma unroll
-    for (int i = 0; i < OWN; ++i)
+    for (int i = 0; i < THREAD_CHANNELS; ++i)
         channels[i] = {{a.mean[c + i], a.mean_low[c + i]},
                        a.gamma ? a.gamma[c + i] * a.rstd[c + i] : a.rstd[c + i],
                        a.beta ? a.beta[c + i] : 0.0f};
@@ -81,13 +81,13 @@ struct RowGradient {
     static constexpr int COUNT = Packed<T>::COUNT;
     float centred[COUNT], g[COUNT];
 
-    template <int OWN>
+    template <int THREAD_CHANNELS>
     __device__ __forceinline__ RowGradient(const BatchNormBackwardCooperative<T>& a,
-                                           const Affine<float> (&channels)[OWN], const Inputs& row) {
+                                           const Affine<float> (&channels)[THREAD_CHANNELS], const Inputs& row) {
         float z[COUNT];
 #pragma unroll
         for (int i = 0; i < COUNT; ++i) {
-            const Affine<float>& channel = channels[OWN == 1 ? 0 : i];
+            const Affine<float>& channel = channels[THREAD_CHANNELS == 1 ? 0 : i];
             centred[i] = subtract(Packed<T>::get(row.x, i), channel.mean);
             g[i] = Packed<T>::get(row.dy, i);
             z[i] = channel.of_centred(centred[i]);
@@ -97,38 +97,40 @@ struct RowGradient {
     }
 };
 
-template <typename T, bool CHANNELS>
+template <typename T, bool CHANNELS_LAST>
 __device__ __forceinline__ Vector load_residual(const BatchNormBackwardCooperative<T>& a,
-                                                const Place<T, CHANNELS>& place, const Rows<CHANNELS>& row,
-                                                long long c) {
+                                                const ThreadRows<T, CHANNELS_LAST>& thread_rows,
+                                                const Rows<CHANNELS_LAST>& row, long long c) {
     if (!a.residual) return {};
-    return bnk_load_vector(a.residual + place.at(row, a.residual_outer, a.residual_channel, c));
+    return bnk_load_vector(a.residual + thread_rows.at(row, a.residual_outer, a.residual_channel, c));
 }
 
-template <typename T, bool CHANNELS>
-__device__ __forceinline__ Inputs load_inputs(const BatchNormBackwardCooperative<T>& a, const Place<T, CHANNELS>& place,
-                                              const Rows<CHANNELS>& row, long long c) {
-    return {bnk_load_vector(a.x + place.at(row, a.x_outer, a.x_channel, c)),
-            bnk_load_vector(a.dy + place.at(row, a.dy_outer, a.dy_channel, c)), load_residual(a, place, row, c)};
+template <typename T, bool CHANNELS_LAST>
+__device__ __forceinline__ Inputs load_inputs(const BatchNormBackwardCooperative<T>& a,
+                                              const ThreadRows<T, CHANNELS_LAST>& thread_rows,
+                                              const Rows<CHANNELS_LAST>& row, long long c) {
+    return {bnk_load_vector(a.x + thread_rows.at(row, a.x_outer, a.x_channel, c)),
+            bnk_load_vector(a.dy + thread_rows.at(row, a.dy_outer, a.dy_channel, c)),
+            load_residual(a, thread_rows, row, c)};
 }
 
 // The sums of a thread's rows over its channels, c the first of them, go to its slot; keeps the first rows.
-template <typename T, bool CHANNELS, int OWN>
-__device__ __forceinline__ void read_rows(const BatchNormBackwardCooperative<T>& a, const Place<T, CHANNELS>& place,
-                                          long long c, const Affine<float> (&channels)[OWN],
-                                          const ThreadVectors& held_x, const ThreadVectors& held_dy, float* slot,
-                                          int plane) {
-    Pair<float> g[OWN], g_centred[OWN];
+template <typename T, bool CHANNELS_LAST, int THREAD_CHANNELS>
+__device__ __forceinline__ void read_rows(const BatchNormBackwardCooperative<T>& a,
+                                          const ThreadRows<T, CHANNELS_LAST>& thread_rows, long long c,
+                                          const Affine<float> (&channels)[THREAD_CHANNELS], const ThreadVectors& held_x,
+                                          const ThreadVectors& held_dy, float* slot, int plane) {
+    Pair<float> g[THREAD_CHANNELS], g_centred[THREAD_CHANNELS];
 #pragma unroll
-    for (int i = 0; i < OWN; ++i) g[i] = g_centred[i] = {0.0f, 0.0f};
-    Rows<CHANNELS> row = place.from(0);
+    for (int i = 0; i < THREAD_CHANNELS; ++i) g[i] = g_centred[i] = {0.0f, 0.0f};
+    Rows<CHANNELS_LAST> row = thread_rows.from(0);
     for (long long first = 0; row.inside(); first += CHUNK) {
         Inputs chunk[CHUNK];
         int count = 0;
 #pragma unroll
         for (int i = 0; i < CHUNK; ++i)
             if (row.inside()) {
-                chunk[i] = load_inputs(a, place, row, c);
+                chunk[i] = load_inputs(a, thread_rows, row, c);
                 row.advance();
                 ++count;
             }
@@ -141,7 +143,7 @@ __device__ __forceinline__ void read_rows(const BatchNormBackwardCooperative<T>&
             const RowGradient<T> gradient(a, channels, chunk[0]);
 #pragma unroll
             for (int j = 0; j < RowGradient<T>::COUNT; ++j) {
-                const int own = OWN == 1 ? 0 : j;
+                const int own = THREAD_CHANNELS == 1 ? 0 : j;
                 g[own] = add(g[own], gradient.g[j]);
                 g_centred[own] = add(g_centred[own], gradient.g[j] * gradient.centred[j]);
             }
@@ -149,22 +151,22 @@ __device__ __forceinline__ void read_rows(const BatchNormBackwardCooperative<T>&
         }
     }
 #pragma unroll
-    for (int i = 0; i < OWN; ++i) {
+    for (int i = 0; i < THREAD_CHANNELS; ++i) {
         slot[i] = value(g[i]);
         slot[plane + i] = value(g_centred[i]);
     }
 }
 
 // dx = scale (g - mean_g - (x - mean) slope); the first lane of the first block writes the parameters' gradients.
-template <int OWN>
+template <int THREAD_CHANNELS>
 struct Means {
-    float g[OWN], slope[OWN];
+    float g[THREAD_CHANNELS], slope[THREAD_CHANNELS];
 
     template <typename Arguments>
     __device__ __forceinline__ Means(const Arguments& a, long long c, const float* sums, int plane) {
         const float n = float(a.outer * a.inner);
 #pragma unroll
-        for (int i = 0; i < OWN; ++i) {
+        for (int i = 0; i < THREAD_CHANNELS; ++i) {
             const float rstd = a.rstd[c + i];
             g[i] = sums[i] / n;
             slope[i] = sums[plane + i] * rstd * rstd / n;
@@ -177,54 +179,55 @@ struct Means {
 };
 
 // The last rows first: those that are read again were read last.
-template <typename T, bool CHANNELS, int OWN>
-__device__ __forceinline__ void write_rows(const BatchNormBackwardCooperative<T>& a, const Place<T, CHANNELS>& place,
-                                           long long c, const Affine<float> (&channels)[OWN],
+template <typename T, bool CHANNELS_LAST, int THREAD_CHANNELS>
+__device__ __forceinline__ void write_rows(const BatchNormBackwardCooperative<T>& a,
+                                           const ThreadRows<T, CHANNELS_LAST>& thread_rows, long long c,
+                                           const Affine<float> (&channels)[THREAD_CHANNELS],
                                            const ThreadVectors& held_x, const ThreadVectors& held_dy,
-                                           const Means<OWN>& means) {
-    for (long long i = place.rows() - 1; i >= 0; --i) {
-        const Rows<CHANNELS> row = place.from(i);
-        const Inputs inputs =
-            i < a.held ? Inputs{held_x[i], held_dy[i], load_residual(a, place, row, c)} : load_inputs(a, place, row, c);
+                                           const Means<THREAD_CHANNELS>& means) {
+    for (long long i = thread_rows.count() - 1; i >= 0; --i) {
+        const Rows<CHANNELS_LAST> row = thread_rows.from(i);
+        const Inputs inputs = i < a.held ? Inputs{held_x[i], held_dy[i], load_residual(a, thread_rows, row, c)}
+                                         : load_inputs(a, thread_rows, row, c);
         const RowGradient<T> gradient(a, channels, inputs);
         Vector dx, dresidual;
 #pragma unroll
         for (int j = 0; j < RowGradient<T>::COUNT; ++j) {
-            const int own = OWN == 1 ? 0 : j;
+            const int own = THREAD_CHANNELS == 1 ? 0 : j;
             const float mean = fma(gradient.centred[j], means.slope[own], means.g[own]);
             Packed<T>::set(dx, j, channels[own].scale * (gradient.g[j] - mean));
             Packed<T>::set(dresidual, j, gradient.g[j]);
         }
-        const long long at = place.at_output(row, a.channels, c);
+        const long long at = thread_rows.at_output(row, a.channels, c);
         bnk_store_vector(a.dx + at, dx);
         if (a.dresidual) bnk_store_vector(a.dresidual + at, dresidual);
     }
 }
 
-template <typename T, bool CHANNELS>
+template <typename T, bool CHANNELS_LAST>
 __device__ __forceinline__ void batch_norm_backward_cooperative(const BatchNormBackwardCooperative<T>& a) {
     BNK_DYNAMIC_SHARED(float, shared);
-    constexpr int OWN = Place<T, CHANNELS>::OWN;
-    const Place<T, CHANNELS> place(a.outer, a.inner);
-    const int width = blockDim.x * OWN;
-    const Meeting<PartialSums> meeting(shared, place.shares(), width);
-    float* const rows = shared + PartialSums::QUANTITIES * meeting.plane;
+    constexpr int THREAD_CHANNELS = ThreadRows<T, CHANNELS_LAST>::THREAD_CHANNELS;
+    const ThreadRows<T, CHANNELS_LAST> thread_rows(a.outer, a.inner);
+    const int width = blockDim.x * THREAD_CHANNELS;
+    const SliceReduction<PartialSums> reduction(shared, thread_rows.counts(), width);
+    float* const rows = shared + PartialSums::QUANTITIES * reduction.plane;
     const ThreadVectors held_x(rows),
         held_dy(rows + a.held * blockDim.x * blockDim.y * (sizeof(Vector) / sizeof(float)));
     bool odd = false;
     for (long long slice = blockIdx.x; slice * width < a.channels; slice += gridDim.x) {
-        const long long c = slice * width + threadIdx.x * OWN;
+        const long long c = slice * width + threadIdx.x * THREAD_CHANNELS;
         const bool active = c < a.channels;  // no early return: every thread must reach the barriers
-        Affine<float> channels[OWN];
+        Affine<float> channels[THREAD_CHANNELS];
         if (active) {
             load_channels(channels, a, c);
-            read_rows(a, place, c, channels, held_x, held_dy, meeting.slot(OWN), meeting.plane);
+            read_rows(a, thread_rows, c, channels, held_x, held_dy, reduction.slot(THREAD_CHANNELS), reduction.plane);
         }
-        meeting.merge(a.partial, a.arrivals, odd);
+        reduction.merge(a.partial, a.barrier_counter, odd);
         if (active) {
-            const Means<OWN> means(a, c, shared + threadIdx.x * OWN, meeting.plane);
+            const Means<THREAD_CHANNELS> means(a, c, shared + threadIdx.x * THREAD_CHANNELS, reduction.plane);
             load_channels(channels, a, c);
-            write_rows(a, place, c, channels, held_x, held_dy, means);
+            write_rows(a, thread_rows, c, channels, held_x, held_dy, means);
         }
         __syncthreads();  // all have seen the merged sums
         odd = !odd;

@@ -45,14 +45,14 @@ struct BatchNormBackwardMaskedGrouped {
     T* dresidual;
     A* sums;
     A* partial;
-    unsigned* arrivals;
+    unsigned* finished_blocks;
     long long groups, outer, channels, inner;
     long long dy_group, dy_outer, dy_channel, dy_inner;  // strides, in elements
     long long x_group, x_outer, x_channel, x_inner;
     long long residual_group, residual_outer, residual_channel, residual_inner;
     long long mask_group, mask_outer, mask_inner;
     A eps, alpha;
-    int activation, stage, statistic_rows, narrow;
+    int activation, stage, statistic_rows, params_in_storage_type;
 };
 
 // Sums over the rows of a group; those of parameters over its groups.
@@ -61,10 +61,10 @@ enum ParameterSum { DGAMMA, DBETA, PARAMETERS };
 
 // One group of a channel, as a thread sees it.
 template <typename T, typename A>
-struct Slice {
+struct GroupChannel {
     const BatchNormBackwardMaskedGrouped<T, A>& a;
     long long group, c;
-    Renormalisation<A> of;
+    Renormalisation<A> norm;
 
     // x - mean and g of the next rows, 0 where they are invalid.
     __device__ __forceinline__ Chunk load(A (&centred)[VALUES<A>], A (&g)[VALUES<A>], Rows<false>& rows) const {
@@ -79,7 +79,7 @@ struct Slice {
                        a.residual_inner, first, chunk);
 #pragma unroll
         for (int i = 0; i < VALUES<A>; ++i) {
-            if (chunk.has(i)) centred[i] = subtract(centred[i], of.mean);
+            if (chunk.has(i)) centred[i] = subtract(centred[i], norm.mean);
             if (a.activation == LINEAR) g[i] = linear(g[i], before_activation(centred[i], residual[i]), a.alpha);
         }
         if (a.activation == LINEAR) return chunk;
@@ -96,7 +96,7 @@ struct Slice {
 
     // What the activation saw: the same, bit for bit, as the forward's.
     __device__ __forceinline__ A before_activation(A centred, A residual) const {
-        const A z = of.of_centred(centred);
+        const A z = norm.of_centred(centred);
         return a.residual ? z + residual : z;
     }
 
@@ -122,7 +122,7 @@ struct Slice {
         for (int i = 0; i < VALUES<A>; ++i)
             if (i < chunk.count) {
                 const long long at = start + rows.at_output(a.channels, c);
-                store(a.dx[at], chunk.has(i) ? of.scale * (g[i] - fma(centred[i], slope, mean_g)) : A(0));
+                store(a.dx[at], chunk.has(i) ? norm.scale * (g[i] - fma(centred[i], slope, mean_g)) : A(0));
                 if (a.dresidual) store(a.dresidual[at], g[i]);
                 rows.advance();
             }
@@ -139,24 +139,25 @@ __device__ __forceinline__ void finish(const BatchNormBackwardMaskedGrouped<T, A
         const int width = blockDim.x;
         A* const slice = a.partial + (long long)blockIdx.x * gridDim.y * PARAMETERS * width + threadIdx.x;
         if (writes)
-            for (int i = 0; i < PARAMETERS; ++i) slice[(blockIdx.y * PARAMETERS + i) * width] = value(own.of[i]);
+            for (int i = 0; i < PARAMETERS; ++i) slice[(blockIdx.y * PARAMETERS + i) * width] = value(own.sums[i]);
         __syncthreads();
         if (threadIdx.x == 0 && threadIdx.y == 0) {
             __threadfence();
-            const bool last = atomicAdd(a.arrivals + blockIdx.x, 1u) == gridDim.y - 1;
+            const bool last = atomicAdd(a.finished_blocks + blockIdx.x, 1u) == gridDim.y - 1;
             __threadfence();
-            if (last) a.arrivals[blockIdx.x] = 0;  // as the next launch finds it
+            if (last) a.finished_blocks[blockIdx.x] = 0;  // as the next launch finds it
             shared[0] = last ? A(1) : A(0);
         }
         __syncthreads();
         if (shared[0] == A(0) || !writes) return;
         own = {};
         for (int block = 0; block < gridDim.y; ++block)
-            for (int i = 0; i < PARAMETERS; ++i) own.of[i] = add(own.of[i], slice[(block * PARAMETERS + i) * width]);
+            for (int i = 0; i < PARAMETERS; ++i)
+                own.sums[i] = add(own.sums[i], slice[(block * PARAMETERS + i) * width]);
     }
     if (!writes) return;
-    store_parameter<T>(a.dgamma, c, a.narrow, value(own.of[DGAMMA]));
-    store_parameter<T>(a.dbeta, c, a.narrow, value(own.of[DBETA]));
+    store_parameter<T>(a.dgamma, c, a.params_in_storage_type, value(own.sums[DGAMMA]));
+    store_parameter<T>(a.dbeta, c, a.params_in_storage_type, value(own.sums[DBETA]));
 }
 
 template <typename T, typename A>
@@ -168,18 +169,19 @@ __device__ __forceinline__ void batch_norm_backward_masked_grouped(const BatchNo
     ChannelSums<A, PARAMETERS> parameters = {};
 #pragma unroll 1
     for (long long group = blockIdx.y; group < a.groups; group += gridDim.y) {
-        const Slice<T, A> slice = {a, group, c, active ? load_normalisation<T, A>(a, group, c) : Renormalisation<A>{}};
+        const GroupChannel<T, A> channel = {a, group, c,
+                                            active ? load_normalisation<T, A>(a, group, c) : Renormalisation<A>{}};
         A centred[VALUES<A>], g[VALUES<A>];
         Chunk chunk = {0, 0};
         A sum_g = A(0), sum_g_xhat = A(0), count = A(1);
         if (sums) {
             ChannelSums<A, SUMS> own = {};
-            if (active) own = slice.collect(centred, g, chunk, first);
+            if (active) own = channel.collect(centred, g, chunk, first);
             const ChannelSums<A, SUMS> total = merge_block(own);
-            sum_g = value(total.of[G]);
-            sum_g_xhat = value(total.of[G_XHAT]) * slice.of.rstd;
-            count = value(total.of[COUNT]);
-            parameters.add_row({fma(slice.of.r, sum_g_xhat, slice.of.d * sum_g), sum_g});
+            sum_g = value(total.sums[G]);
+            sum_g_xhat = value(total.sums[G_XHAT]) * channel.norm.rstd;
+            count = value(total.sums[COUNT]);
+            parameters.add_row({fma(channel.norm.r, sum_g_xhat, channel.norm.d * sum_g), sum_g});
             __syncthreads();  // the next group shares its sums in the same places
         } else if (active) {
             sum_g = a.sums[c];
@@ -196,14 +198,14 @@ __device__ __forceinline__ void batch_norm_backward_masked_grouped(const BatchNo
             continue;
         }
         const bool frozen = a.stage == FROZEN;
-        const A mean_g = frozen ? A(0) : sum_g / count, slope = frozen ? A(0) : sum_g_xhat * slice.of.rstd / count;
+        const A mean_g = frozen ? A(0) : sum_g / count, slope = frozen ? A(0) : sum_g_xhat * channel.norm.rstd / count;
         Rows<false> rows = first;
         while (rows.inside()) {
             if (!held) {
                 Rows<false> ahead = rows;
-                chunk = slice.load(centred, g, ahead);
+                chunk = channel.load(centred, g, ahead);
             }
-            slice.write(centred, g, chunk, rows, mean_g, slope);
+            channel.write(centred, g, chunk, rows, mean_g, slope);
         }
     }
     if (a.stage == WHOLE || a.stage == FROZEN) finish(a, c, parameters);

@@ -62,7 +62,7 @@ struct BatchNormDoubleBackward {
 };
 
 // What is summed over the rows, with v = ddx and u = s ddx + ddresidual.
-enum Term { V, V_XHAT, G, G_XHAT, V_G, K, K_XHAT, K_XHAT_XHAT, U_K, U_K_XHAT, TERMS };
+enum Sum { V, V_XHAT, G, G_XHAT, V_G, K, K_XHAT, K_XHAT_XHAT, U_K, U_K_XHAT, SUMS };
 
 // A thread's channel.
 template <typename A>
@@ -78,7 +78,7 @@ struct Coefficients {
 
 // One position of a channel.
 template <typename A>
-struct Row {
+struct RowTerms {
     A xhat, v, u, g, slope, k;  // slope = phi'(z)
 };
 
@@ -95,14 +95,14 @@ __device__ __forceinline__ Channel<A> load_channel(const BatchNormDoubleBackward
 
 // value phi'(z). A flat piece of a ReLU lets nothing through, not even what is infinite.
 template <typename A>
-__device__ __forceinline__ A through(A value, A slope, int activation) {
+__device__ __forceinline__ A times_derivative(A value, A slope, int activation) {
     return activation == LINEAR && slope == A(0) ? A(0) : value * slope;
 }
 
 template <typename T, typename A>
-__device__ __forceinline__ Row<A> load_row(const BatchNormDoubleBackward<T, A>& a, long long c,
-                                           const Channel<A>& channel, const Rows<false>& at) {
-    Row<A> row;
+__device__ __forceinline__ RowTerms<A> load_row(const BatchNormDoubleBackward<T, A>& a, long long c,
+                                                const Channel<A>& channel, const Rows<false>& at) {
+    RowTerms<A> row;
     const A centred = subtract(A(a.x[at.at(a.x_outer, a.x_inner) + c * a.x_channel]), channel.mean);
     const A dy = A(a.dy[at.at(a.dy_outer, a.dy_inner) + c * a.dy_channel]);
     A z = channel.of_centred(centred);
@@ -120,31 +120,32 @@ __device__ __forceinline__ Row<A> load_row(const BatchNormDoubleBackward<T, A>& 
         row.slope = phi.first;
         row.k = dy * phi.second;
     }
-    row.g = through(dy, row.slope, a.activation);
+    row.g = times_derivative(dy, row.slope, a.activation);
     return row;
 }
 
 template <typename T, typename A>
 __device__ __forceinline__ Coefficients<A> coefficients_of(const BatchNormDoubleBackward<T, A>& a, long long c,
                                                            const Channel<A>& channel,
-                                                           const ChannelSums<A, TERMS>& sums) {
-    A sum[TERMS];
+                                                           const ChannelSums<A, SUMS>& sums) {
+    A sum[SUMS];
 #pragma unroll
-    for (int i = 0; i < TERMS; ++i) sum[i] = value(sums.of[i]);
+    for (int i = 0; i < SUMS; ++i) sum[i] = value(sums.sums[i]);
     const A n = A(a.outer * a.inner), s = channel.scale;
     const A mean_v = sum[V] / n, mean_v_xhat = sum[V_XHAT] / n, mean_g_xhat = sum[G_XHAT] / n;
-    Coefficients<A> of;
-    of.w0 = (a.ddbeta ? a.ddbeta[c] : A(0)) - s * mean_v;
-    of.w1 = (a.ddgamma ? a.ddgamma[c] : A(0)) - s * mean_v_xhat;
-    of.fall = s * mean_g_xhat;
+    Coefficients<A> coefficients;
+    coefficients.w0 = (a.ddbeta ? a.ddbeta[c] : A(0)) - s * mean_v;
+    coefficients.w1 = (a.ddgamma ? a.ddgamma[c] : A(0)) - s * mean_v_xhat;
+    coefficients.fall = s * mean_g_xhat;
     const A e = sum[V_G] - mean_v * sum[G] - mean_v_xhat * sum[G_XHAT];
-    const A sum_q = sum[U_K] + of.w0 * sum[K] + of.w1 * sum[K_XHAT];
-    const A sum_q_xhat = sum[U_K_XHAT] + of.w0 * sum[K_XHAT] + of.w1 * sum[K_XHAT_XHAT];
-    of.h0 = (channel.gamma * sum_q + of.w1 * sum[G] - of.fall * sum[V]) / n;
-    of.h1 = (channel.gamma * sum_q_xhat + of.w1 * sum[G_XHAT] - of.fall * sum[V_XHAT] + s * e) / n;
-    of.dgamma = sum_q_xhat + channel.rstd * e;
-    of.dbeta = sum_q;
-    return of;
+    const A sum_q = sum[U_K] + coefficients.w0 * sum[K] + coefficients.w1 * sum[K_XHAT];
+    const A sum_q_xhat = sum[U_K_XHAT] + coefficients.w0 * sum[K_XHAT] + coefficients.w1 * sum[K_XHAT_XHAT];
+    coefficients.h0 = (channel.gamma * sum_q + coefficients.w1 * sum[G] - coefficients.fall * sum[V]) / n;
+    coefficients.h1 =
+        (channel.gamma * sum_q_xhat + coefficients.w1 * sum[G_XHAT] - coefficients.fall * sum[V_XHAT] + s * e) / n;
+    coefficients.dgamma = sum_q_xhat + channel.rstd * e;
+    coefficients.dbeta = sum_q;
+    return coefficients;
 }
 
 template <typename T, typename A>
@@ -153,34 +154,34 @@ __device__ __forceinline__ void batch_norm_double_backward(const BatchNormDouble
     const bool active = c < a.channels;  // no early return: every thread must reach the barriers
     const Rows<false> first(a.outer, a.inner, threadIdx.y, blockDim.y);
     Channel<A> channel = {};
-    ChannelSums<A, TERMS> own = {};
+    ChannelSums<A, SUMS> own = {};
     if (active) {
         channel = load_channel(a, c);
 #pragma unroll 1
         for (Rows<false> at = first; at.inside(); at.advance()) {
-            const Row<A> row = load_row(a, c, channel, at);
+            const RowTerms<A> row = load_row(a, c, channel, at);
             const A k_xhat = row.k * row.xhat;
             own.add_row({row.v, row.v * row.xhat, row.g, row.g * row.xhat, row.v * row.g, row.k, k_xhat,
                          k_xhat * row.xhat, row.u * row.k, row.u * k_xhat});
         }
     }
-    const ChannelSums<A, TERMS> total = merge_block(own);
+    const ChannelSums<A, SUMS> total = merge_block(own);
     if (!active) return;
 
-    const Coefficients<A> of = coefficients_of(a, c, channel, total);
+    const Coefficients<A> coefficients = coefficients_of(a, c, channel, total);
     if (threadIdx.y == 0) {
-        a.dgamma[c] = of.dgamma;
-        a.dbeta[c] = of.dbeta;
+        a.dgamma[c] = coefficients.dgamma;
+        a.dbeta[c] = coefficients.dbeta;
     }
 #pragma unroll 1
     for (Rows<false> at = first; at.inside(); at.advance()) {
-        const Row<A> row = load_row(a, c, channel, at);
-        const A w = row.u + fma(of.w1, row.xhat, of.w0);
+        const RowTerms<A> row = load_row(a, c, channel, at);
+        const A w = row.u + fma(coefficients.w1, row.xhat, coefficients.w0);
         const A q = a.activation == LINEAR ? A(0) : w * row.k;
-        const A h = fma(channel.gamma, q, fma(of.w1, row.g, -of.fall * row.v));
+        const A h = fma(channel.gamma, q, fma(coefficients.w1, row.g, -coefficients.fall * row.v));
         const long long out = at.at_output(a.channels, c);
-        store(a.ddy[out], through(w, row.slope, a.activation));
-        store(a.dx[out], channel.rstd * (h - fma(of.h1, row.xhat, of.h0)));
+        store(a.ddy[out], times_derivative(w, row.slope, a.activation));
+        store(a.dx[out], channel.rstd * (h - fma(coefficients.h1, row.xhat, coefficients.h0)));
         if (a.dresidual) store(a.dresidual[out], q);
     }
 }

@@ -141,11 +141,11 @@ __device__ __forceinline__ void write_rows(const Arguments& a, long long c, Rows
 template <typename T, typename A, int VALUES, bool HELD, bool MATRIX>
 __device__ __forceinline__ void batch_norm_forward(const BatchNormForward<T, A>& a) {
     BNK_DYNAMIC_SHARED(A, partial);  // [mean.high, mean.low, m2][lane][channel of the slice]
-    const int lanes = blockDim.y, lane = threadIdx.y;
+    const int workers = blockDim.y, worker = threadIdx.y;
     const long long c = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     const bool active = c < a.channels;  // no early return: every thread must reach the barriers
-    const Rows<MATRIX> first(a.outer, a.inner, lane, lanes);
-    const Shares shares(a.outer * a.inner, lanes);
+    const Rows<MATRIX> first(a.outer, a.inner, worker, workers);
+    const RowCounts counts(a.outer * a.inner, workers);
     A values[VALUES];
     int count = 0;
 
@@ -162,20 +162,20 @@ __device__ __forceinline__ void batch_norm_forward(const BatchNormForward<T, A>&
     }
     __syncthreads();
     const A* const slots = partial + threadIdx.x;
-    const int width = blockDim.x, plane = width * lanes;
+    const int width = blockDim.x, plane = width * workers;
     int step = 1;
-    if (lanes > SERIAL_LANES) {
-        step = GROUP;
-        if (active && lane % GROUP == 0)
-            store_moments(partial,
-                          merge_lanes(slots + lane * width, plane, width, shares, lane, min(lane + GROUP, lanes), 1));
+    if (workers > SERIAL_WORKERS) {
+        step = MERGE_FAN_IN;
+        if (active && worker % MERGE_FAN_IN == 0)
+            store_moments(partial, merge_workers(slots + worker * width, plane, width, counts, worker,
+                                                 min(worker + MERGE_FAN_IN, workers), 1));
         __syncthreads();
     }
     if (!active) return;
 
-    const Moments<A> all = merge_lanes(slots, plane, step * width, shares, 0, lanes, step);
+    const Moments<A> all = merge_workers(slots, plane, step * width, counts, 0, workers, step);
     const A rstd = A(1) / sqrt(value(all.m2) / all.count + a.eps);
-    if (lane == 0) write_statistics(a, c, all, rstd);
+    if (worker == 0) write_statistics(a, c, all, rstd);
 
     const A scale = a.gamma ? a.gamma[c] * rstd : rstd, beta = a.beta ? a.beta[c] : A(0);
     Rows<MATRIX> rows = first;

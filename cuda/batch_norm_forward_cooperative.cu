@@ -36,7 +36,7 @@ struct BatchNormForwardCooperative {
     float* running_mean;
     float* running_var;
     float* partial;
-    unsigned* arrivals;
+    unsigned* barrier_counter;
     long long outer, channels, inner;
     long long x_outer, x_channel;  // strides, in elements
     long long residual_outer, residual_channel;
@@ -55,72 +55,69 @@ struct PartialMoments {
         slot[2 * plane] = value(own.m2);
     }
     static __device__ __forceinline__ void merge(float* to, long long to_plane, const float* slots, long long plane,
-                                                 long long pitch, const Shares& shares, int first, int last, int step) {
-        store(to, to_plane, merge_lanes(slots, plane, pitch, shares, first, last, step));
+                                                 long long pitch, const RowCounts& counts, int first, int last,
+                                                 int step) {
+        store(to, to_plane, merge_workers(slots, plane, pitch, counts, first, last, step));
     }
 };
 
 // Adds the moments of a chunk's first `count` rows to those of the rows before.
-template <typename T, bool CHANNELS, int OWN>
-__device__ __forceinline__ void add_chunk(Moments<float> (&own)[OWN], const Vector (&chunk)[CHUNK], int count,
-                                          bool first) {
-    constexpr int COUNT = Packed<T>::COUNT, VALUES = CHANNELS ? CHUNK : CHUNK * COUNT;
+template <typename T, bool CHANNELS_LAST, int THREAD_CHANNELS>
+__device__ __forceinline__ void add_chunk(Moments<float> (&own)[THREAD_CHANNELS], const Vector (&chunk)[CHUNK],
+                                          int count, bool first) {
+    constexpr int COUNT = Packed<T>::COUNT, VALUES = CHANNELS_LAST ? CHUNK : CHUNK * COUNT;
 #pragma unroll
-    for (int c = 0; c < OWN; ++c) {
+    for (int c = 0; c < THREAD_CHANNELS; ++c) {
         float values[VALUES];
 #pragma unroll
         for (int i = 0; i < VALUES; ++i)
-            values[i] = CHANNELS ? Packed<T>::get(chunk[i], c) : Packed<T>::get(chunk[i / COUNT], i % COUNT);
-        Moments<float> moments = moments_of(values, CHANNELS ? count : count * COUNT);
+            values[i] = CHANNELS_LAST ? Packed<T>::get(chunk[i], c) : Packed<T>::get(chunk[i / COUNT], i % COUNT);
+        Moments<float> moments = moments_of(values, CHANNELS_LAST ? count : count * COUNT);
         if (!first) moments = merge(own[c], moments);
         own[c] = {moments.count, moments.mean, {value(moments.m2), 0.0f}};  // one number: registers are scarce
     }
 }
 
 // The moments of a thread's rows of its channels, c the first of them; keeps the first rows.
-template <typename T, bool CHANNELS, int OWN>
-__device__ __forceinline__ void read_rows(const BatchNormForwardCooperative<T>& a, const Place<T, CHANNELS>& place,
-                                          long long c, const ThreadVectors& held, Moments<float> (&own)[OWN]) {
-    Rows<CHANNELS> row = place.from(0);
+template <typename T, bool CHANNELS_LAST, int THREAD_CHANNELS>
+__device__ __forceinline__ void read_rows(const BatchNormForwardCooperative<T>& a,
+                                          const ThreadRows<T, CHANNELS_LAST>& thread_rows, long long c,
+                                          const ThreadVectors& held, Moments<float> (&own)[THREAD_CHANNELS]) {
+    Rows<CHANNELS_LAST> row = thread_rows.from(0);
     for (long long first = 0; row.inside(); first += CHUNK) {
         Vector chunk[CHUNK];
         int count = 0;
 #pragma unroll
         for (int i = 0; i < CHUNK; ++i)
             if (row.inside()) {
-                chunk[i] = bnk_load_vector(a.x + place.at(row, a.x_outer, a.x_channel, c));
+                chunk[i] = bnk_load_vector(a.x + thread_rows.at(row, a.x_outer, a.x_channel, c));
                 row.advance();
                 ++count;
             }
 #pragma unroll
         for (int i = 0; i < CHUNK; ++i)
             if (i < count && first + i < a.held) held[first + i] = chunk[i];
-        add_chunk<T, CHANNELS>(own, chunk, count, first == 0);
+        add_chunk<T, CHANNELS_LAST>(own, chunk, count, first == 0);
     }
 }
 
-// The merged moments of channel `own` of a thread.
-struct Merged {
-    Pair<float> mean;
-    float m2, rstd;
-
-    template <typename T>
-    __device__ __forceinline__ Merged(const BatchNormForwardCooperative<T>& a, const Meeting<PartialMoments>& meeting,
-                                      int channel) {
-        const float* slot = meeting.shared + channel;
-        mean = {slot[0], slot[meeting.plane]};
-        m2 = slot[2 * meeting.plane];
-        rstd = 1.0f / sqrt(m2 / float(a.outer * a.inner) + a.eps);
-    }
-};
+// Merged statistics of a channel of the slice.
+template <typename T>
+__device__ __forceinline__ Statistics<float> merged_statistics(const BatchNormForwardCooperative<T>& a,
+                                                               const SliceReduction<PartialMoments>& reduction,
+                                                               int channel) {
+    const float* slot = reduction.shared + channel;
+    const float m2 = slot[2 * reduction.plane];
+    return {{slot[0], slot[reduction.plane]}, m2, 1.0f / sqrt(m2 / float(a.outer * a.inner) + a.eps)};
+}
 
 // What the first lane of the first block writes, of its channels from c on.
-template <typename T, int OWN>
+template <typename T, int THREAD_CHANNELS>
 __device__ __forceinline__ void write_statistics(const BatchNormForwardCooperative<T>& a, long long c,
-                                                 const Meeting<PartialMoments>& meeting) {
+                                                 const SliceReduction<PartialMoments>& reduction) {
 #pragma unroll 1
-    for (int i = 0; i < OWN; ++i, ++c) {
-        const Merged merged(a, meeting, threadIdx.x * OWN + i);
+    for (int i = 0; i < THREAD_CHANNELS; ++i, ++c) {
+        const Statistics<float> merged = merged_statistics(a, reduction, threadIdx.x * THREAD_CHANNELS + i);
         a.statistics[c] = merged.mean.high;
         a.statistics[a.channels + c] = merged.mean.low;
         a.statistics[2 * a.channels + c] = merged.rstd;
@@ -130,26 +127,27 @@ __device__ __forceinline__ void write_statistics(const BatchNormForwardCooperati
     }
 }
 
-template <typename T, int OWN>
-__device__ __forceinline__ void load_channels(Affine<float> (&channels)[OWN], const BatchNormForwardCooperative<T>& a,
-                                              long long c, const Meeting<PartialMoments>& meeting) {
+template <typename T, int THREAD_CHANNELS>
+__device__ __forceinline__ void load_channels(Affine<float> (&channels)[THREAD_CHANNELS],
+                                              const BatchNormForwardCooperative<T>& a, long long c,
+                                              const SliceReduction<PartialMoments>& reduction) {
 #pragma unroll
-    for (int i = 0; i < OWN; ++i) {
-        const Merged merged(a, meeting, threadIdx.x * OWN + i);
+    for (int i = 0; i < THREAD_CHANNELS; ++i) {
+        const Statistics<float> merged = merged_statistics(a, reduction, threadIdx.x * THREAD_CHANNELS + i);
         channels[i] = {merged.mean, a.gamma ? a.gamma[c + i] * merged.rstd : merged.rstd,
                        a.beta ? a.beta[c + i] : 0.0f};
     }
 }
 
-template <typename T, int OWN>
+template <typename T, int THREAD_CHANNELS>
 __device__ __forceinline__ Vector normalise(const BatchNormForwardCooperative<T>& a,
-                                            const Affine<float> (&channels)[OWN], const Vector& x,
+                                            const Affine<float> (&channels)[THREAD_CHANNELS], const Vector& x,
                                             const Vector& residual) {
     constexpr int COUNT = Packed<T>::COUNT;
     float z[COUNT];
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
-        z[i] = channels[OWN == 1 ? 0 : i](Packed<T>::get(x, i));
+        z[i] = channels[THREAD_CHANNELS == 1 ? 0 : i](Packed<T>::get(x, i));
         if (a.residual) z[i] += Packed<T>::get(residual, i);
     }
     activate_all(z, a.activation, a.alpha);
@@ -160,59 +158,63 @@ __device__ __forceinline__ Vector normalise(const BatchNormForwardCooperative<T>
 }
 
 // The last rows first: those that are read again were read last.
-template <typename T, bool CHANNELS, int OWN>
-__device__ __forceinline__ void write_rows(const BatchNormForwardCooperative<T>& a, const Place<T, CHANNELS>& place,
-                                           long long c, const ThreadVectors& held,
-                                           const Affine<float> (&channels)[OWN]) {
-    constexpr int AHEAD = OWN > 4 ? 1 : 2;  // rows in flight; registers are scarce
-    for (long long last = place.rows(); last > 0; last -= AHEAD) {
+template <typename T, bool CHANNELS_LAST, int THREAD_CHANNELS>
+__device__ __forceinline__ void write_rows(const BatchNormForwardCooperative<T>& a,
+                                           const ThreadRows<T, CHANNELS_LAST>& thread_rows, long long c,
+                                           const ThreadVectors& held,
+                                           const Affine<float> (&channels)[THREAD_CHANNELS]) {
+    constexpr int AHEAD = THREAD_CHANNELS > 4 ? 1 : 2;  // rows in flight; registers are scarce
+    for (long long last = thread_rows.count(); last > 0; last -= AHEAD) {
         const long long first = max(last - AHEAD, 0ll);
-        const Rows<CHANNELS> start = place.from(first);
+        const Rows<CHANNELS_LAST> start = thread_rows.from(first);
         Vector x[AHEAD], residual[AHEAD];
-        Rows<CHANNELS> row = start;
+        Rows<CHANNELS_LAST> row = start;
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i)
             if (first + i < last) {
                 x[i] = first + i < a.held ? held[first + i]
-                                          : bnk_load_vector(a.x + place.at(row, a.x_outer, a.x_channel, c));
+                                          : bnk_load_vector(a.x + thread_rows.at(row, a.x_outer, a.x_channel, c));
                 if (a.residual)
-                    residual[i] = bnk_load_vector(a.residual + place.at(row, a.residual_outer, a.residual_channel, c));
+                    residual[i] =
+                        bnk_load_vector(a.residual + thread_rows.at(row, a.residual_outer, a.residual_channel, c));
                 row.advance();
             }
         row = start;
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i)
             if (first + i < last) {
-                bnk_store_vector(a.y + place.at_output(row, a.channels, c), normalise(a, channels, x[i], residual[i]));
+                bnk_store_vector(a.y + thread_rows.at_output(row, a.channels, c),
+                                 normalise(a, channels, x[i], residual[i]));
                 row.advance();
             }
     }
 }
 
-template <typename T, bool CHANNELS>
+template <typename T, bool CHANNELS_LAST>
 __device__ __forceinline__ void batch_norm_forward_cooperative(const BatchNormForwardCooperative<T>& a) {
     BNK_DYNAMIC_SHARED(float, shared);
-    constexpr int OWN = Place<T, CHANNELS>::OWN;
-    const Place<T, CHANNELS> place(a.outer, a.inner);
-    const int width = blockDim.x * OWN;
-    const Meeting<PartialMoments> meeting(shared, place.shares(), width);
-    const ThreadVectors held(shared + PartialMoments::QUANTITIES * meeting.plane);
+    constexpr int THREAD_CHANNELS = ThreadRows<T, CHANNELS_LAST>::THREAD_CHANNELS;
+    const ThreadRows<T, CHANNELS_LAST> thread_rows(a.outer, a.inner);
+    const int width = blockDim.x * THREAD_CHANNELS;
+    const SliceReduction<PartialMoments> reduction(shared, thread_rows.counts(), width);
+    const ThreadVectors held(shared + PartialMoments::QUANTITIES * reduction.plane);
     bool odd = false;
     for (long long slice = blockIdx.x; slice * width < a.channels; slice += gridDim.x) {
-        const long long c = slice * width + threadIdx.x * OWN;
+        const long long c = slice * width + threadIdx.x * THREAD_CHANNELS;
         const bool active = c < a.channels;  // no early return: every thread must reach the barriers
         if (active) {
-            Moments<float> own[OWN];
-            read_rows(a, place, c, held, own);
+            Moments<float> own[THREAD_CHANNELS];
+            read_rows(a, thread_rows, c, held, own);
 #pragma unroll
-            for (int i = 0; i < OWN; ++i) PartialMoments::store(meeting.slot(OWN) + i, meeting.plane, own[i]);
+            for (int i = 0; i < THREAD_CHANNELS; ++i)
+                PartialMoments::store(reduction.slot(THREAD_CHANNELS) + i, reduction.plane, own[i]);
         }
-        meeting.merge(a.partial, a.arrivals, odd);
+        reduction.merge(a.partial, a.barrier_counter, odd);
         if (active) {
-            if (threadIdx.y == 0 && blockIdx.y == 0) write_statistics<T, OWN>(a, c, meeting);
-            Affine<float> channels[OWN];
-            load_channels(channels, a, c, meeting);
-            write_rows(a, place, c, held, channels);
+            if (threadIdx.y == 0 && blockIdx.y == 0) write_statistics<T, THREAD_CHANNELS>(a, c, reduction);
+            Affine<float> channels[THREAD_CHANNELS];
+            load_channels(channels, a, c, reduction);
+            write_rows(a, thread_rows, c, held, channels);
         }
         __syncthreads();  // all have seen the merged moments
         odd = !odd;

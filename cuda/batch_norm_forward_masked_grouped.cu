@@ -50,7 +50,7 @@ struct BatchNormForwardMaskedGrouped {
     long long residual_group, residual_outer, residual_channel, residual_inner;
     long long mask_group, mask_outer, mask_inner;
     A momentum, correction, eps, alpha, r_max, d_max;
-    int activation, stage, statistic_rows, narrow;
+    int activation, stage, statistic_rows, params_in_storage_type;
 };
 
 template <typename A>
@@ -66,7 +66,7 @@ struct Running {
 
 // One group of a channel, as a thread sees it.
 template <typename T, typename A>
-struct Slice {
+struct GroupChannel {
     const BatchNormForwardMaskedGrouped<T, A>& a;
     long long group, c;
 
@@ -101,27 +101,27 @@ struct Slice {
     // What the merged moments say, for this pass and the next; the threads of lane 0 write it.
     __device__ __forceinline__ Renormalisation<A> conclude(const Moments<A>& all, const Running<A>& before) const {
         const A var = value(all.m2) / all.count;
-        Renormalisation<A> of = {};
-        of.mean = all.mean;
-        of.rstd = all.count > A(0) ? A(1) / sqrt(var + a.eps) : A(0);
-        of.r = A(1);
+        Renormalisation<A> norm = {};
+        norm.mean = all.mean;
+        norm.rstd = all.count > A(0) ? A(1) / sqrt(var + a.eps) : A(0);
+        norm.r = A(1);
         if (a.statistic_rows > 3 && all.count > A(0)) {
             const A distance = (all.mean.high - before.mean) + all.mean.low;
-            of.r = clip(before.rstd / of.rstd, A(1) / a.r_max, a.r_max);
-            of.d = clip(distance * before.rstd, -a.d_max, a.d_max);
+            norm.r = clip(before.rstd / norm.rstd, A(1) / a.r_max, a.r_max);
+            norm.d = clip(distance * before.rstd, -a.d_max, a.d_max);
         }
-        of.template scale_and_shift<T>(a, c);
-        return of;
+        norm.template scale_and_shift<T>(a, c);
+        return norm;
     }
 
-    __device__ __forceinline__ void write_statistics(const Moments<A>& all, const Renormalisation<A>& of) const {
+    __device__ __forceinline__ void write_statistics(const Moments<A>& all, const Renormalisation<A>& norm) const {
         A* row = a.statistics + group * a.statistic_rows * a.channels + c;
         row[0] = all.mean.high;
         row[a.channels] = all.mean.low;
-        row[2 * a.channels] = of.rstd;
+        row[2 * a.channels] = norm.rstd;
         if (a.statistic_rows > 3) {
-            row[3 * a.channels] = of.r;
-            row[4 * a.channels] = of.d;
+            row[3 * a.channels] = norm.r;
+            row[4 * a.channels] = norm.d;
         }
         const long long at = group * a.channels + c;
         const A keep = A(1) - a.momentum, divisor = all.count - a.correction;
@@ -140,9 +140,9 @@ struct Slice {
 
     // Write the rows of a chunk, whose numbers are `values`; uses them up.
     __device__ __forceinline__ void write(A (&values)[VALUES<A>], Chunk chunk, Rows<false>& rows,
-                                          const Renormalisation<A>& of) const {
+                                          const Renormalisation<A>& norm) const {
 #pragma unroll
-        for (int i = 0; i < VALUES<A>; ++i) values[i] = of(values[i]);
+        for (int i = 0; i < VALUES<A>; ++i) values[i] = norm(values[i]);
         if (a.residual) {
             A residual[VALUES<A>];
             load_chunk(residual, a.residual + group * a.residual_group + c * a.residual_channel, a.residual_outer,
@@ -184,18 +184,18 @@ __device__ __forceinline__ void store_moments(A* partial, const Moments<A>& own)
 template <typename A>
 __device__ __forceinline__ Moments<A> merge_block(const Moments<A>& own) {
     BNK_DYNAMIC_SHARED(A, partial);  // [count, mean.high, mean.low, m2][lane][channel of the slice]
-    const int lane = threadIdx.y, lanes = blockDim.y, width = blockDim.x, plane = width * lanes;
+    const int worker = threadIdx.y, workers = blockDim.y, width = blockDim.x, plane = width * workers;
     store_moments(partial, own);
     __syncthreads();
     int step = 1;
-    if (lanes > SERIAL_LANES) {
-        step = GROUP;
-        if (lane % GROUP == 0)
-            store_moments(partial,
-                          merge_counted(partial + lane * width + threadIdx.x, plane, width, min(GROUP, lanes - lane)));
+    if (workers > SERIAL_WORKERS) {
+        step = MERGE_FAN_IN;
+        if (worker % MERGE_FAN_IN == 0)
+            store_moments(partial, merge_counted(partial + worker * width + threadIdx.x, plane, width,
+                                                 min(MERGE_FAN_IN, workers - worker)));
         __syncthreads();
     }
-    const Moments<A> all = merge_counted(partial + threadIdx.x, plane, step * width, (lanes + step - 1) / step);
+    const Moments<A> all = merge_counted(partial + threadIdx.x, plane, step * width, (workers + step - 1) / step);
     __syncthreads();  // the next group stores in the same places
     return all;
 }
@@ -208,34 +208,34 @@ __device__ __forceinline__ void batch_norm_forward_masked_grouped(const BatchNor
     const bool sums = a.stage == WHOLE || a.stage == COLLECT, held = sums && fit<VALUES<A>>(first);
 #pragma unroll 1
     for (long long group = blockIdx.y; group < a.groups; group += gridDim.y) {
-        const Slice<T, A> slice = {a, group, c};
-        Renormalisation<A> of = {};
+        const GroupChannel<T, A> channel = {a, group, c};
+        Renormalisation<A> norm = {};
         A values[VALUES<A>];
         Chunk chunk = {0, 0};
         if (sums) {
             Moments<A> own = {};
             Running<A> before = {};
-            if (active) own = slice.collect(values, chunk, first);
-            if (active && a.statistic_rows > 3) before = slice.running();
+            if (active) own = channel.collect(values, chunk, first);
+            if (active && a.statistic_rows > 3) before = channel.running();
             const Moments<A> all = merge_block(own);
             if (!active) continue;
             if (a.stage == COLLECT) {
-                if (threadIdx.y == 0) slice.write_moments(all);
+                if (threadIdx.y == 0) channel.write_moments(all);
                 continue;
             }
-            of = slice.conclude(all, before);
-            if (threadIdx.y == 0) slice.write_statistics(all, of);
+            norm = channel.conclude(all, before);
+            if (threadIdx.y == 0) channel.write_statistics(all, norm);
         } else if (active) {
-            of = load_normalisation<T, A>(a, group, c);
+            norm = load_normalisation<T, A>(a, group, c);
         }
         Rows<false> rows = first;
         while (active && rows.inside()) {
             if (!held) {
                 Rows<false> ahead = rows;
-                chunk = slice.next(ahead);
-                slice.load(values, rows, chunk);
+                chunk = channel.next(ahead);
+                channel.load(values, rows, chunk);
             }
-            slice.write(values, chunk, rows, of);
+            channel.write(values, chunk, rows, norm);
         }
     }
 }

@@ -32,29 +32,29 @@ __device__ __forceinline__ void copy(T* to, const T* from, long long count) {
 }
 
 template <typename T, bool LAYER_NORM>
-__device__ __forceinline__ void fused_training(const FusedTraining<T>& of_all) {
+__device__ __forceinline__ void fused_training(const FusedTraining<T>& all_models) {
     BNK_DYNAMIC_SHARED(T, shared);
-    const FusedTraining<T> a = of_model(of_all, blockIdx.x);
-    const Team<T> team(a.subwarp_size, (int)a.batch);
-    const Kept<T> kept(shared, a, a.layers[INPUTS], team.pitch);
-    const Trainer<T, LAYER_NORM, FusedTraining<T>> trainer = {a, team, kept, a.rates[0]};
-    copy(kept.parameters, a.parameters, a.parameter_count);
-    copy(kept.first, a.first, a.parameter_count);
-    copy(kept.second, a.second, a.parameter_count);
-    copy(kept.running, a.running, a.running_count);
+    const FusedTraining<T> a = of_model(all_models, blockIdx.x);
+    const Subwarp<T> subwarp(a.subwarp_size, (int)a.batch);
+    const SharedLayout<T> smem(shared, a, a.layers[INPUTS], subwarp.pitch);
+    const BlockStep<T, LAYER_NORM, FusedTraining<T>> block_step = {a, subwarp, smem, a.rates[0]};
+    copy(smem.parameters, a.parameters, a.parameter_count);
+    copy(smem.first, a.first, a.parameter_count);
+    copy(smem.second, a.second, a.parameter_count);
+    copy(smem.running, a.running, a.running_count);
     // Where no example is there are zeros: rows are read whole.
-    for (T* zero = kept.losses + threadIdx.x; zero < kept.z; zero += blockDim.x) *zero = T(0);
+    for (T* zero = smem.losses + threadIdx.x; zero < smem.z; zero += blockDim.x) *zero = T(0);
     __syncthreads();
-    trainer.choose_rows(0);
+    block_step.choose_rows(0);
     __syncthreads();
-    trainer.fetch(0, 0);
+    block_step.fetch(0, 0);
     __syncthreads();
 #pragma unroll 1
-    for (long long step = 0; step < a.steps; ++step) trainer.run(step);
-    copy(a.parameters, kept.parameters, a.parameter_count);
-    copy(a.first, kept.first, a.parameter_count);
-    copy(a.second, kept.second, a.parameter_count);
-    copy(a.running, kept.running, a.running_count);
+    for (long long step = 0; step < a.steps; ++step) block_step.run(step);
+    copy(a.parameters, smem.parameters, a.parameter_count);
+    copy(a.first, smem.first, a.parameter_count);
+    copy(a.second, smem.second, a.parameter_count);
+    copy(a.running, smem.running, a.running_count);
 }
 
 #define FUSED_TRAINING(suffix, T, threads) \

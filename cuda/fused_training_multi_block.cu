@@ -18,28 +18,28 @@
 #include "lib/train/multi_block_step_by_neuron.cuh"
 
 // Step: StepOfNeurons or StepOfExamples, and how its blocks meet.
-template <typename Step, typename T, typename Meeting>
-__device__ __forceinline__ void train(const FusedTraining<T>& a, const Meeting& meeting, unsigned block) {
+template <typename Step, typename T, typename Barrier>
+__device__ __forceinline__ void train(const FusedTraining<T>& a, const Barrier& barrier, unsigned block) {
     BNK_DYNAMIC_SHARED(T, shared);
-    const Step trained(a, meeting, (int)block, shared);
+    const Step trained(a, barrier, (int)block, shared);
     trained.begin();
 #pragma unroll 1
     for (long long step = 0; step < a.steps; ++step) trained.run(step);
 }
 
 template <template <typename, typename, typename> class Step, typename T>
-__device__ __forceinline__ void fused_training_grid(const FusedTraining<T>& of_all) {
-    const FusedTraining<T> a = of_model(of_all, blockIdx.x);
-    const GridMeeting meeting = {a.barrier_counter, (unsigned)a.blocks, blockIdx.y};
-    train<Step<T, FusedTraining<T>, GridMeeting>>(a, meeting, blockIdx.y);
+__device__ __forceinline__ void fused_training_grid(const FusedTraining<T>& all_models) {
+    const FusedTraining<T> a = of_model(all_models, blockIdx.x);
+    const GridBarrier barrier = {a.barrier_counter, (unsigned)a.blocks, blockIdx.y};
+    train<Step<T, FusedTraining<T>, GridBarrier>>(a, barrier, blockIdx.y);
 }
 
 #define FUSED_TRAINING_GRID(suffix, T)                                                   \
     BNK_KERNEL(bnk_fused_training_grid_##suffix, (FusedTraining<T>), PRODUCT_THREADS, 1, \
-               (fused_training_grid<StepOfNeurons, T>))
+               (fused_training_grid<StepByNeuron, T>))
 #define FUSED_TRAINING_GRID_LAYER_NORM(suffix, T)                                                   \
     BNK_KERNEL(bnk_fused_training_grid_layer_norm_##suffix, (FusedTraining<T>), PRODUCT_THREADS, 1, \
-               (fused_training_grid<StepOfExamples, T>))
+               (fused_training_grid<StepByExample, T>))
 
 FUSED_TRAINING_GRID(f32, float)
 FUSED_TRAINING_GRID(f64, double)
@@ -48,17 +48,17 @@ FUSED_TRAINING_GRID_LAYER_NORM(f64, double)
 
 #if BNK_CLUSTERS
 template <template <typename, typename, typename> class Step, typename T>
-__device__ __forceinline__ void fused_training_cluster(const FusedTraining<T>& of_all) {
-    const FusedTraining<T> a = of_model(of_all, blockIdx.x / CLUSTER);
-    train<Step<T, FusedTraining<T>, ClusterMeeting>>(a, ClusterMeeting(), blockIdx.x % CLUSTER);
+__device__ __forceinline__ void fused_training_cluster(const FusedTraining<T>& all_models) {
+    const FusedTraining<T> a = of_model(all_models, blockIdx.x / CLUSTER);
+    train<Step<T, FusedTraining<T>, ClusterBarrier>>(a, ClusterBarrier(), blockIdx.x % CLUSTER);
 }
 
 #define FUSED_TRAINING_CLUSTER(suffix, T)                                                                    \
     BNK_KERNEL_CLUSTER(bnk_fused_training_cluster_##suffix, (FusedTraining<T>), PRODUCT_THREADS, 1, CLUSTER, \
-                       (fused_training_cluster<StepOfNeurons, T>))
+                       (fused_training_cluster<StepByNeuron, T>))
 #define FUSED_TRAINING_CLUSTER_LAYER_NORM(suffix, T)                                                           \
     BNK_KERNEL_CLUSTER(bnk_fused_training_cluster_layer_norm_##suffix, (FusedTraining<T>), PRODUCT_THREADS, 1, \
-                       CLUSTER, (fused_training_cluster<StepOfExamples, T>))
+                       CLUSTER, (fused_training_cluster<StepByExample, T>))
 
 FUSED_TRAINING_CLUSTER(f32, float)
 FUSED_TRAINING_CLUSTER(f64, double)

@@ -24,27 +24,27 @@ struct LayerNormForward {
     A* statistics;
     long long rows, columns;
     A eps, alpha;
-    int activation, wide, held;
+    int activation, aligned16, held;
 };
 
 template <typename T, typename A>
 __device__ __forceinline__ void layer_norm_forward(const LayerNormForward<T, A>& a) {
     BNK_DYNAMIC_SHARED(Vector, shared);
-    const ThreadVectors kept(shared);
-    Pair<A>* const scratch = reinterpret_cast<Pair<A>*>(shared + a.held * kept.threads);
-    const Rows16 rows = {a.columns, a.wide != 0};
+    const ThreadVectors held(shared);
+    Pair<A>* const scratch = reinterpret_cast<Pair<A>*>(shared + a.held * held.threads);
+    const VectorRows rows = {a.columns, a.aligned16 != 0};
     const long long n = (long long)blockIdx.x * blockDim.y + threadIdx.y;
     const long long units = n < a.rows ? rows.units<T>() : 0;  // all threads take part in the sums
     const T* const x = a.x + n * a.columns;
-    const auto x_of = [&](int k, long long unit) { return a.held ? kept[k] : rows.load(x, unit); };
+    const auto x_of = [&](int k, long long unit) { return a.held ? held[k] : rows.load(x, unit); };
     Pair<A> sum = {A(0), A(0)}, square = sum;
-    if (a.held) for_each_unit<4>(0, units, [&](int k, long long unit) { kept[k] = rows.load(x, unit); });
+    if (a.held) for_each_unit<4>(0, units, [&](int k, long long unit) { held[k] = rows.load(x, unit); });
     for_each_unit(0, units, [&](int k, long long unit) {
         const Vector values = x_of(k, unit);
 #pragma unroll
         for (int i = 0; i < UNIT<T>; ++i) sum = add(sum, Packed<T>::get(values, i));
     });
-    const Pair<A> mean = divide(team_sum(sum, scratch), A(a.columns));
+    const Pair<A> mean = divide(row_sum(sum, scratch), A(a.columns));
     for_each_unit(0, units, [&](int k, long long unit) {
         const Vector values = x_of(k, unit);
 #pragma unroll
@@ -53,7 +53,7 @@ __device__ __forceinline__ void layer_norm_forward(const LayerNormForward<T, A>&
             if (rows.has<T>(unit, i)) square = add(square, d * d);
         }
     });
-    const A rstd = A(1) / sqrt(value(team_sum(square, scratch)) / A(a.columns) + a.eps);
+    const A rstd = A(1) / sqrt(value(row_sum(square, scratch)) / A(a.columns) + a.eps);
     if (threadIdx.x == 0 && units) {
         a.statistics[n] = mean.high;
         a.statistics[a.rows + n] = mean.low;

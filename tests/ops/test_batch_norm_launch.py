@@ -17,7 +17,8 @@ from bnkernels.ops.batch_norm.launch import (
     inference_launch,
 )
 from bnkernels.runtime import source
-from bnkernels.runtime.seam import MAX_GRID, MAX_SHARED_BYTES, MAX_THREADS, Launch, accumulator, suffix
+from bnkernels.runtime.arguments import accumulator, suffix
+from bnkernels.runtime.seam import MAX_GRID, MAX_SHARED_BYTES, MAX_THREADS, Launch
 
 ml_dtypes = pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed: there is no bfloat16")
 
@@ -91,8 +92,8 @@ def test_the_sources_tell_of_every_kernel() -> None:
 
 
 def test_python_and_the_kernels_agree_when_lanes_merge_in_groups() -> None:
-    assert constant("SERIAL_LANES") == chosen.SERIAL_LANES
-    assert constant("SERIAL_LANES") % constant("GROUP") == 0
+    assert constant("SERIAL_WORKERS") == chosen.SERIAL_LANES
+    assert constant("SERIAL_WORKERS") % constant("MERGE_FAN_IN") == 0
 
 
 def test_64_by_20_is_one_block_with_four_values_a_thread() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .mutants import Mutant
 
-FUSED, STEP, TEAM, NETWORK = (
+FUSED, STEP, SUBWARP, NETWORK = (
     "fused_training.cu",
     "lib/train/block_step.cuh",
     "lib/gemm/subwarp.cuh",
@@ -53,21 +53,21 @@ MUTANTS = [
     Mutant(
         "fused: the next mini-batch over this one",
         STEP,
-        "kept.x + (step & 1) * field(0, INPUTS) * team.pitch",
-        "kept.x",
+        "smem.x + (step & 1) * field(0, INPUTS) * subwarp.pitch",
+        "smem.x",
         select=STEPS,
     ),
     Mutant(
         "fused: the variance about a mean that rounding has moved",
         STEP,
-        "team.subtract(z, rest);",
-        "team.subtract(z, T(0));",
+        "subwarp.subtract(z, remainder);",
+        "subwarp.subtract(z, T(0));",
         select="equal_examples_and_neurons",
     ),
     Mutant(
         "fused: the running mean lacks what rounding left",
         STEP,
-        "fma(momentum, mean + rest,",
+        "fma(momentum, mean + remainder,",
         "fma(momentum, mean,",
         select="running_mean_of_equal",
     ),
@@ -105,24 +105,26 @@ MUTANTS = [
     Mutant(
         "fused: all models draw what the first does", NETWORK, "a.seeds += model", "a.seeds += 0", select="draw_its_own"
     ),
-    Mutant("fused: the gradient of a sum, not of a mean", STEP, "/ T(team.batch) + poison", "+ poison", select=STEPS),
+    Mutant(
+        "fused: the gradient of a sum, not of a mean", STEP, "/ T(subwarp.batch) + poison", "+ poison", select=STEPS
+    ),
     Mutant(
         "fused: the state is not written back",
         FUSED,
-        "    copy(a.first, kept.first, a.parameter_count);\n",
+        "    copy(a.first, smem.first, a.parameter_count);\n",
         "",
         select="two_calls",
     ),
     Mutant(
-        "team: examples that are not there are added",
-        TEAM,
+        "subwarp: examples that are not there are added",
+        SUBWARP,
         "has(i) ? values[i] - less : T(0)",
         "values[i] - less",
         select=STEPS,
     ),
     Mutant(
-        "team: examples that are not there are kept",
-        TEAM,
+        "subwarp: examples that are not there are kept",
+        SUBWARP,
         "has(i + j) ? values[i + j] : T(0)",
         "values[i + j]",
         select=STEPS,
@@ -137,8 +139,8 @@ MUTANTS = [
     Mutant(
         "fused layer norm: rstd of the layer before",
         STEP,
-        "kept.rstd[layer * pitch + n] = rstd",
-        "kept.rstd[n] = rstd",
+        "smem.rstd[layer * pitch + n] = rstd",
+        "smem.rstd[n] = rstd",
         select=OF_LAYER,
     ),
     Mutant(
@@ -152,9 +154,9 @@ MUTANTS = [
     Mutant(
         "fused layer norm: the mean keeps what rounding left",
         STEP,
-        "((z[m * pitch] - mean) - rest) * rstd",
+        "((z[m * pitch] - mean) - remainder) * rstd",
         "(z[m * pitch] - mean) * rstd",
         select="layer_norm_far",
     ),
-    Mutant("team: half of it is added up", TEAM, "if (size == 32) own", "if (size == 64) own", select=STEPS),
+    Mutant("subwarp: half of it is added up", SUBWARP, "if (size == 32) own", "if (size == 64) own", select=STEPS),
 ]

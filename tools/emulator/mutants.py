@@ -13,19 +13,19 @@ from pathlib import Path
 from .build import CUDA, CUDA_VARIABLE, ROOT, EmulatorError, read_sources, write_sources
 
 BATCH_NORM = ("tests/ops/test_batch_norm.py", "tests/ops/test_batch_norm_layouts.py", "tests/regress")
-SPREAD, DOUBLE = ("tests/ops/test_batch_norm_spread.py",), ("tests/ops/test_batch_norm_double_backward.py",)
-GENERAL = (
+COOPERATIVE, DOUBLE = ("tests/ops/test_batch_norm_spread.py",), ("tests/ops/test_batch_norm_double_backward.py",)
+MASKED_GROUPED = (
     *("tests/ops/test_batch_norm_masked.py", "tests/ops/test_batch_renorm.py", "tests/ops/test_batch_norm_groups.py"),
     *("tests/ops/test_batch_norm_statistics.py", "tests/ops/test_batch_norm_parameters.py"),
 )
-GROUP = "tests/ops/test_fused_training_drawn.py", "tests/ops/test_fused_training_group.py"
+MULTI_BLOCK = "tests/ops/test_fused_training_drawn.py", "tests/ops/test_fused_training_group.py"
 TESTS = {  # the quickest first: the first failure ends a run
     "lib/numbers/half.cuh": ("tests/ops/test_batch_norm_half.py",),
     "lib/numbers/activation.cuh": ("tests/ops/test_batch_norm_activations.py", *DOUBLE),
     **dict.fromkeys(("lib/numbers/pair.cuh", "lib/reduce/rows.cuh", "batch_norm_backward.cu"), BATCH_NORM),
     "lib/reduce/moments.cuh": (*BATCH_NORM, "tests/ops/test_batch_norm_statistics.py"),
     "batch_norm_forward.cu": (*BATCH_NORM, "tests/ops/test_running_statistics.py"),
-    "lib/sync/grid_barrier.cuh": (*SPREAD, "tests/ops/test_fused_training_group.py"),
+    "lib/sync/grid_barrier.cuh": (*COOPERATIVE, "tests/ops/test_fused_training_group.py"),
     **dict.fromkeys(
         (
             "lib/reduce/cooperative_slices.cuh",
@@ -33,11 +33,11 @@ TESTS = {  # the quickest first: the first failure ends a run
             "batch_norm_forward_cooperative.cu",
             "batch_norm_backward_cooperative.cu",
         ),
-        SPREAD,
+        COOPERATIVE,
     ),
     **dict.fromkeys(
         ("lib/reduce/masked_rows.cuh", "batch_norm_forward_masked_grouped.cu", "batch_norm_backward_masked_grouped.cu"),
-        GENERAL,
+        MASKED_GROUPED,
     ),
     **dict.fromkeys(
         ("fused_training.cu", "lib/train/block_step.cuh", "lib/gemm/subwarp.cuh"),
@@ -57,9 +57,9 @@ TESTS = {  # the quickest first: the first failure ends a run
             "lib/train/multi_block_step_by_neuron.cuh",
             "lib/train/multi_block_step_by_example.cuh",
         ),
-        GROUP,
+        MULTI_BLOCK,
     ),
-    "lib/train/network.cuh": (*GROUP, "tests/train/test_ensemble.py"),
+    "lib/train/network.cuh": (*MULTI_BLOCK, "tests/train/test_ensemble.py"),
     **dict.fromkeys(
         (
             "lib/gemm/product.cuh",

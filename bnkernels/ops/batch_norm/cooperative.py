@@ -31,13 +31,13 @@ SIZES = "outer channels inner"
 STRIDES = "x_outer x_channel residual_outer residual_channel held"
 ARGUMENTS = {
     "forward": arguments_type(
-        "x residual gamma beta y statistics running_mean running_var partial arrivals",
+        "x residual gamma beta y statistics running_mean running_var partial barrier_counter",
         f"{SIZES} {STRIDES}",
         "momentum divisor eps alpha",
         "activation",
     )[np.dtype(np.float32)],
     "backward": arguments_type(
-        "dy x residual gamma beta mean mean_low rstd dx dgamma dbeta dresidual partial arrivals",
+        "dy x residual gamma beta mean mean_low rstd dx dgamma dbeta dresidual partial barrier_counter",
         f"{SIZES} dy_outer dy_channel {STRIDES}",
         "alpha",
         "activation",

@@ -29,7 +29,7 @@ def _strides(*names: str) -> str:
     return " ".join([*of_arrays, "mask_group", "mask_outer", "mask_inner"])
 
 
-SIZES, CODES = "groups outer channels inner", "activation stage statistic_rows narrow"
+SIZES, CODES = "groups outer channels inner", "activation stage statistic_rows params_in_storage_type"
 FORWARD = arguments_type(
     "x residual mask gamma beta y statistics moments running_mean running_var",
     f"{SIZES} {_strides('x', 'residual')}",
@@ -37,7 +37,8 @@ FORWARD = arguments_type(
     CODES,
 )
 BACKWARD = arguments_type(
-    "dy x residual mask gamma beta statistics running_mean running_var dx dgamma dbeta dresidual sums partial arrivals",
+    "dy x residual mask gamma beta statistics running_mean running_var dx dgamma dbeta dresidual sums partial "
+    "finished_blocks",
     f"{SIZES} {_strides('dy', 'x', 'residual')}",
     "eps alpha",
     CODES,
@@ -201,7 +202,7 @@ def _run_on_device(plan: Plan, stage: Stage, arrays: dict[str, Any], options: Op
     record = layouts[plan.dtypes["gamma"] if not plan.narrow else np.dtype(np.float32)]
     if direction == "backward" and plan.launch.grid[1] > 1:
         workspace = runtime.workspace(x)  # it begins with counters of blocks that never wait
-        values |= {"arrivals": workspace, "partial": workspace + PARTIALS}
+        values |= {"finished_blocks": workspace, "partial": workspace + PARTIALS}
     r_max, d_max = options.renorm or (1.0, 0.0)
     scalars = {
         "momentum": options.momentum,
@@ -213,7 +214,7 @@ def _run_on_device(plan: Plan, stage: Stage, arrays: dict[str, Any], options: Op
         "activation": options.phi.code,
         "stage": int(stage),
         "statistic_rows": plan.statistic_rows,
-        "narrow": int(plan.narrow),
+        "params_in_storage_type": int(plan.narrow),
     }
     sizes = (plan.groups, layout.outer, layout.channels, layout.inner, *plan.strides)
     names = record.names

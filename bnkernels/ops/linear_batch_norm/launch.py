@@ -15,7 +15,7 @@ from bnkernels.runtime.seam import Launch, Limits, ceil_div
 from bnkernels.runtime.workspace import most_shared, resident
 
 MIN_BLOCKS = 1  # resident blocks of a multiprocessor, promised by the launch bounds of the kernels
-THREADS, TERMS = 256, 32  # PRODUCT_THREADS and TERMS of cuda/lib/gemm/product.cuh
+THREADS, TILE_K = 256, 32  # PRODUCT_THREADS and TILE_K of cuda/lib/gemm/matrix.cuh
 MOST_ROWS, MOST_NEURONS = 512, 1024  # beyond, a library's product is faster than what a launch costs
 TEAMS = (1, 2, 4, 8)  # of a block: so many times as many columns as a thread multiplies
 
@@ -34,12 +34,12 @@ class Sizes(NamedTuple):
         return 16 // accumulator(self.dtype).itemsize
 
     def product_numbers(self, width: int) -> int:
-        """Return how many numbers a product keeps in shared memory: TERMS of both factors, or all partial sums.
+        """Return how many numbers a product keeps in shared memory: TILE_K of both factors, or all partial sums.
 
         Those of ordinary arithmetic, which older GPUs use for every type; tensor cores need less.
         """
         lanes = (8, 16, 32)
-        factors = max(TERMS * (8 * lane + 4 + width) for lane in lanes)
+        factors = max(TILE_K * (8 * lane + 4 + width) for lane in lanes)
         return max(factors, *(THREADS // lane * self.columns * (8 * lane + 4) for lane in lanes))
 
 

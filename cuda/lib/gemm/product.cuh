@@ -14,7 +14,7 @@ constexpr int COLUMNS = 16 / sizeof(A);  // what one access loads
 
 template <typename A>
 struct alignas(16) Across {
-    A of[COLUMNS<A>];
+    A values[COLUMNS<A>];
 };
 
 // Not a generic lambda: NVRTC up to 13.0 takes one for a host function, unless CuPy's options tell it otherwise.
@@ -29,37 +29,42 @@ struct ToType {
 template <typename A, typename Left, typename Right, typename Emit>
 __device__ __forceinline__ void fma_product(A* shared, const Left& left, const Right& right, long long row,
                                             long long column, int width, const Emit& emit) {
-    const long long terms = left.columns, rest = left.rows - row;
-    const int lanes = rest <= 8 * EXAMPLES ? 8 : rest <= 16 * EXAMPLES ? 16 : 32, teams = width / COLUMNS<A>;
-    const int rows = lanes * EXAMPLES, slices = PRODUCT_THREADS / (lanes * teams);
-    const Team<A> own(lanes, rows);
-    const int pitch = own.pitch, team = own.number % teams, slice = own.number / teams;
-    A* const lefts = shared;                   // (TERMS, rows)
-    A* const rights = shared + TERMS * pitch;  // (TERMS, width)
+    const long long terms = left.columns, rows_left = left.rows - row;
+    const int subwarp_size = rows_left <= 8 * EXAMPLES    ? 8
+                             : rows_left <= 16 * EXAMPLES ? 16
+                                                          : 32,
+              column_tiles = width / COLUMNS<A>;
+    const int rows = subwarp_size * EXAMPLES, k_splits = PRODUCT_THREADS / (subwarp_size * column_tiles);
+    const Subwarp<A> own(subwarp_size, rows);
+    const int pitch = own.pitch, column_tile = own.index % column_tiles, k_split = own.index / column_tiles;
+    A* const lefts = shared;                    // (TERMS, rows)
+    A* const rights = shared + TILE_K * pitch;  // (TERMS, width)
     A sums[COLUMNS<A>][EXAMPLES] = {};
-    const Stage<Left> left_stage(left, rows, TERMS, TERMS);
-    const Stage<Right> right_stage(right, TERMS, width, width);
+    const TileLoader<Left> left_loader(left, rows, TILE_K, TILE_K);
+    const TileLoader<Right> right_loader(right, TILE_K, width, width);
     const ToType<A> convert{};
 #pragma unroll 1
-    for (long long first = 0; first < terms; first += TERMS) {
-        left_stage.template run<32 / sizeof(A)>(row, first, lefts, 1, pitch, convert);
-        right_stage.template run<1>(first, column, rights, width, 1, convert);
+    for (long long first = 0; first < terms; first += TILE_K) {
+        left_loader.template load<32 / sizeof(A)>(row, first, lefts, 1, pitch, convert);
+        right_loader.template load<1>(first, column, rights, width, 1, convert);
         __syncthreads();
 #pragma unroll 1
-        for (int t = slice; t < TERMS; t += slices) {
-            A of_rows[EXAMPLES];
-            own.load(of_rows, lefts + t * pitch);
-            const Across<A> across = *reinterpret_cast<const Across<A>*>(rights + t * width + team * COLUMNS<A>);
+        for (int t = k_split; t < TILE_K; t += k_splits) {
+            A row_values[EXAMPLES];
+            own.load(row_values, lefts + t * pitch);
+            const Across<A> across = *reinterpret_cast<const Across<A>*>(rights + t * width + column_tile * COLUMNS<A>);
 #pragma unroll
             for (int c = 0; c < COLUMNS<A>; ++c)
 #pragma unroll
-                for (int i = 0; i < EXAMPLES; ++i) sums[c][i] = fma(across.of[c], of_rows[i], sums[c][i]);
+                for (int i = 0; i < EXAMPLES; ++i) sums[c][i] = fma(across.values[c], row_values[i], sums[c][i]);
         }
         __syncthreads();
     }
 #pragma unroll
-    for (int c = 0; c < COLUMNS<A>; ++c) own.store(shared + ((slice * teams + team) * COLUMNS<A> + c) * pitch, sums[c]);
-    emit_sums(shared, slices, width, pitch, (int)min((long long)rows, rest), width, right.columns - column, emit);
+    for (int c = 0; c < COLUMNS<A>; ++c)
+        own.store(shared + ((k_split * column_tiles + column_tile) * COLUMNS<A> + c) * pitch, sums[c]);
+    emit_sums(shared, k_splits, width, pitch, (int)min((long long)rows, rows_left), width, right.columns - column,
+              emit);
 }
 
 // left (rows, terms) times right (terms, columns): the rows from `row` on, and `width` columns from `column` on. Calls

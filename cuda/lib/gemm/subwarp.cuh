@@ -8,21 +8,21 @@ constexpr int EXAMPLES = 8;  // of a thread
 
 template <typename T>
 struct alignas(16) Four {
-    T of[4];
+    T values[4];
 };
 
 // The examples of a thread, and the sums of its team.
 template <typename T>
-struct Team {
-    int size, lane, number, count;  // count: teams of the block
-    int first;                      // the number of the first team of the warp
-    int batch, pitch;               // pitch: from a row of examples to the next
-    bool full;                      // whether every thread has EXAMPLES of them
+struct Subwarp {
+    int size, rank, index, count;  // count: teams of the block
+    int first;                     // the number of the first team of the warp
+    int batch, pitch;              // pitch: from a row of examples to the next
+    bool full;                     // whether every thread has EXAMPLES of them
 
-    __device__ __forceinline__ Team(int size, int batch)
+    __device__ __forceinline__ Subwarp(int size, int batch)
         : size(size),
-          lane(threadIdx.x % size),
-          number(threadIdx.x / size),
+          rank(threadIdx.x % size),
+          index(threadIdx.x / size),
           count(blockDim.x / size),
           first(threadIdx.x / 32 * 32 / size),
           batch(batch),
@@ -30,7 +30,7 @@ struct Team {
           full(batch == EXAMPLES * size) {}
 
     // Which example the i-th of a thread is: four side by side, as one access takes them.
-    __device__ __forceinline__ int example(int i) const { return i / 4 * 4 * size + 4 * lane + i % 4; }
+    __device__ __forceinline__ int example(int i) const { return i / 4 * 4 * size + 4 * rank + i % 4; }
     __device__ __forceinline__ bool has(int i) const { return example(i) < batch; }
 
     __device__ __forceinline__ void load(T (&values)[EXAMPLES], const T* row) const {
@@ -38,7 +38,7 @@ struct Team {
         for (int i = 0; i < EXAMPLES; i += 4) {
             const Four<T> four = *reinterpret_cast<const Four<T>*>(row + example(i));
 #pragma unroll
-            for (int j = 0; j < 4; ++j) values[i + j] = four.of[j];
+            for (int j = 0; j < 4; ++j) values[i + j] = four.values[j];
         }
     }
 
@@ -48,7 +48,7 @@ struct Team {
         for (int i = 0; i < EXAMPLES; i += 4) {
             Four<T> four;
 #pragma unroll
-            for (int j = 0; j < 4; ++j) four.of[j] = has(i + j) ? values[i + j] : T(0);
+            for (int j = 0; j < 4; ++j) four.values[j] = has(i + j) ? values[i + j] : T(0);
             *reinterpret_cast<Four<T>*>(row + example(i)) = four;
         }
     }
@@ -65,11 +65,11 @@ struct Team {
     }
 
     // Over the threads of the team, the same in each of them. All threads of the warp must call.
-    __device__ __forceinline__ T add_up(T own) const {
+    __device__ __forceinline__ T reduce(T own) const {
         if (size == 32) own += __shfl_xor_sync(0xffffffffu, own, 16);
         if (size >= 16) own += __shfl_xor_sync(0xffffffffu, own, 8);
 #pragma unroll
-        for (int apart = 4; apart > 0; apart /= 2) own += __shfl_xor_sync(0xffffffffu, own, apart);
+        for (int offset = 4; offset > 0; offset /= 2) own += __shfl_xor_sync(0xffffffffu, own, offset);
         return own;
     }
 
@@ -78,14 +78,14 @@ struct Team {
         T total = values[0];
 #pragma unroll
         for (int i = 1; i < EXAMPLES; ++i) total += values[i];
-        return add_up(total);
+        return reduce(total);
     }
 
     __device__ __forceinline__ T sum_of_products(const T (&a)[EXAMPLES], const T (&b)[EXAMPLES]) const {
         T total = a[0] * b[0];
 #pragma unroll
         for (int i = 1; i < EXAMPLES; ++i) total = fma(a[i], b[i], total);
-        return add_up(total);
+        return reduce(total);
     }
 
     // values += sum_k weights[k step] rows[k]

@@ -38,36 +38,36 @@ __device__ __forceinline__ void bnk_mma(BFloat16, float (&d)[4], const unsigned 
 #endif
 
 #if BNK_TENSOR_CORES
-constexpr int MMA_TERMS = 16;  // of one instruction
-constexpr int MMA_ROWS = 16, MMA_COLUMNS = 8;
-constexpr int MOST_COLUMN_TILES = 4;  // of a block
-constexpr int ROW_TILES = 2;          // of a warp, at most
-constexpr int HALVES = TERMS + 8;     // from a row to the next: the 8 rows of a fragment begin in different banks
+constexpr int MMA_K = 16;  // of one instruction
+constexpr int MMA_M = 16, MMA_N = 8;
+constexpr int MOST_COLUMN_TILES = 4;    // of a block
+constexpr int ROW_TILES = 2;            // of a warp, at most
+constexpr int HALF_PITCH = TILE_K + 8;  // from a row to the next: the 8 rows of a fragment begin in different banks
 constexpr int WARPS = PRODUCT_THREADS / 32;
 
 // Two neighbouring terms of a row or column, and the two 8 terms behind them.
 struct TermPairs {
     const unsigned short* row;
 
-    __device__ __forceinline__ unsigned of(int term) const { return *reinterpret_cast<const unsigned*>(row + term); }
+    __device__ __forceinline__ unsigned at(int term) const { return *reinterpret_cast<const unsigned*>(row + term); }
 };
 
 // A warp's share of a product: its rows, its terms, and where its thread is in the fragments.
 struct WarpTile {
-    int row_tiles, slices, first, slice, group, pair;
+    int row_tiles, k_splits, first, k_split, group_id, pair;
 
     __device__ __forceinline__ explicit WarpTile(long long rows)
         : row_tiles(rows <= 64    ? 4
                     : rows <= 128 ? 8
                                   : 16),
-          slices(row_tiles < WARPS ? WARPS / row_tiles : 1),
+          k_splits(row_tiles < WARPS ? WARPS / row_tiles : 1),
           first(threadIdx.x / 32 % row_tiles),
-          slice(threadIdx.x / 32 / row_tiles),
-          group(threadIdx.x % 32 / 4),
+          k_split(threadIdx.x / 32 / row_tiles),
+          group_id(threadIdx.x % 32 / 4),
           pair(2 * (threadIdx.x % 4)) {}
-    __device__ __forceinline__ int rows() const { return row_tiles * MMA_ROWS; }
+    __device__ __forceinline__ int rows() const { return row_tiles * MMA_M; }
     __device__ __forceinline__ bool has(int tile) const { return first + tile * WARPS < row_tiles; }
-    __device__ __forceinline__ int row(int tile) const { return (first + tile * WARPS) * MMA_ROWS + group; }
+    __device__ __forceinline__ int row(int tile) const { return (first + tile * WARPS) * MMA_M + group_id; }
 };
 
 // sums += lefts (rows, HALVES) times rights (columns, HALVES), over the TERMS in shared memory.
@@ -76,21 +76,21 @@ __device__ __forceinline__ void multiply_terms(float (&sums)[ROW_TILES][MOST_COL
                                                const unsigned short* lefts, const unsigned short* rights,
                                                const WarpTile& own, int column_tiles) {
 #pragma unroll 1
-    for (int term = own.slice * MMA_TERMS; term < TERMS; term += own.slices * MMA_TERMS) {
+    for (int term = own.k_split * MMA_K; term < TILE_K; term += own.k_splits * MMA_K) {
         unsigned b[MOST_COLUMN_TILES][2] = {};
 #pragma unroll
         for (int c = 0; c < MOST_COLUMN_TILES; ++c) {
             if (c >= column_tiles) continue;
-            const TermPairs column = {rights + (c * MMA_COLUMNS + own.group) * HALVES + term + own.pair};
-            b[c][0] = column.of(0);
-            b[c][1] = column.of(8);
+            const TermPairs column = {rights + (c * MMA_N + own.group_id) * HALF_PITCH + term + own.pair};
+            b[c][0] = column.at(0);
+            b[c][1] = column.at(8);
         }
 #pragma unroll
         for (int tile = 0; tile < ROW_TILES; ++tile) {
             if (!own.has(tile)) continue;
-            const TermPairs above = {lefts + own.row(tile) * HALVES + term + own.pair};
-            const TermPairs below = {above.row + 8 * HALVES};
-            const unsigned a[4] = {above.of(0), below.of(0), above.of(8), below.of(8)};
+            const TermPairs above = {lefts + own.row(tile) * HALF_PITCH + term + own.pair};
+            const TermPairs below = {above.row + 8 * HALF_PITCH};
+            const unsigned a[4] = {above.at(0), below.at(0), above.at(8), below.at(8)};
 #pragma unroll
             for (int c = 0; c < MOST_COLUMN_TILES; ++c)
                 if (c < column_tiles) bnk_mma(T(0.0f), sums[tile][c], a, b[c]);
@@ -103,17 +103,17 @@ template <typename T, typename Emit>
 __device__ __forceinline__ void tensor_product(float* shared, const Matrix<T>& left, const Matrix<T>& right,
                                                long long row, long long column, int width, const Emit& emit) {
     const WarpTile own(left.rows - row);
-    const int rows = own.rows(), column_tiles = (width + MMA_COLUMNS - 1) / MMA_COLUMNS;
-    const int columns = column_tiles * MMA_COLUMNS, pitch = rows + 4;
+    const int rows = own.rows(), column_tiles = (width + MMA_N - 1) / MMA_N;
+    const int columns = column_tiles * MMA_N, pitch = rows + 4;
     unsigned short* const lefts = reinterpret_cast<unsigned short*>(shared);
-    unsigned short* const rights = lefts + rows * HALVES;
+    unsigned short* const rights = lefts + rows * HALF_PITCH;
     float sums[ROW_TILES][MOST_COLUMN_TILES][4] = {};
-    const Stage<Matrix<T>> left_stage(left, rows, TERMS, TERMS), right_stage(right, TERMS, columns, width);
+    const TileLoader<Matrix<T>> left_loader(left, rows, TILE_K, TILE_K), right_loader(right, TILE_K, columns, width);
     const auto bits = [](T value) { return value.bits; };
 #pragma unroll 1
-    for (long long first = 0; first < left.columns; first += TERMS) {
-        left_stage.template run<8>(row, first, lefts, HALVES, 1, bits);
-        right_stage.template run<1>(first, column, rights, 1, HALVES, bits);
+    for (long long first = 0; first < left.columns; first += TILE_K) {
+        left_loader.template load<8>(row, first, lefts, HALF_PITCH, 1, bits);
+        right_loader.template load<1>(first, column, rights, 1, HALF_PITCH, bits);
         __syncthreads();
         multiply_terms<T>(sums, lefts, rights, own, column_tiles);
         __syncthreads();
@@ -123,13 +123,13 @@ __device__ __forceinline__ void tensor_product(float* shared, const Matrix<T>& l
 #pragma unroll
         for (int c = 0; c < MOST_COLUMN_TILES; ++c)
             if (own.has(tile) && c < column_tiles) {
-                float* const at = shared + (own.slice * columns + c * MMA_COLUMNS + own.pair) * pitch + own.row(tile);
+                float* const at = shared + (own.k_split * columns + c * MMA_N + own.pair) * pitch + own.row(tile);
                 at[0] = sums[tile][c][0];
                 at[pitch] = sums[tile][c][1];
                 at[8] = sums[tile][c][2];
                 at[pitch + 8] = sums[tile][c][3];
             }
-    emit_sums(shared, own.slices, columns, pitch, (int)min((long long)rows, left.rows - row), width,
+    emit_sums(shared, own.k_splits, columns, pitch, (int)min((long long)rows, left.rows - row), width,
               right.columns - column, emit);
 }
 #endif

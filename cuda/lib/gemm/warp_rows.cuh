@@ -13,35 +13,36 @@ __device__ __forceinline__ int pitch_of(long long length) { return (int)((length
 
 // What is normalised together. All threads of a warp must call everything.
 template <typename A>
-struct Row {
+struct WarpRow {
     A* row;
     int count, lane;
 
-    __device__ __forceinline__ Row(A* row, long long count) : row(row), count((int)count), lane(threadIdx.x % WARP) {}
+    __device__ __forceinline__ WarpRow(A* row, long long count)
+        : row(row), count((int)count), lane(threadIdx.x % WARP) {}
 
     // sum_n of(n, row[n]), the same in all threads.
-    template <typename Of>
-    __device__ __forceinline__ A sum(const Of& of) const {
+    template <typename Function>
+    __device__ __forceinline__ A sum(const Function& f) const {
         A total = A(0);
 #pragma unroll 4
-        for (int n = lane; n < count; n += WARP) total += of(n, row[n]);
+        for (int n = lane; n < count; n += WARP) total += f(n, row[n]);
         return warp_sum(total);
     }
 
     // Takes `less` off every value and returns sum_n of(row[n]), the same in all threads.
-    template <typename Of>
-    __device__ __forceinline__ A subtract_and_sum(A less, const Of& of) const {
+    template <typename Function>
+    __device__ __forceinline__ A subtract_and_sum(A less, const Function& f) const {
         A total = A(0);
 #pragma unroll 4
-        for (int n = lane; n < count; n += WARP) total += of(row[n] -= less);
+        for (int n = lane; n < count; n += WARP) total += f(row[n] -= less);
         return warp_sum(total);
     }
 
     // row[n] = of(n, row[n]), in a loop that stays rolled: activations are long.
-    template <typename Of>
-    __device__ __forceinline__ void replace(const Of& of) const {
+    template <typename Function>
+    __device__ __forceinline__ void replace(const Function& f) const {
 #pragma unroll 1
-        for (int n = lane; n < count; n += WARP) row[n] = of(n, row[n]);
+        for (int n = lane; n < count; n += WARP) row[n] = f(n, row[n]);
     }
 };
 

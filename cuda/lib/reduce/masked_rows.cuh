@@ -66,15 +66,15 @@ __device__ __forceinline__ void load_chunk(A (&values)[COUNT], const T* channel,
 
 // gamma and beta are of the accumulator's type, or `narrow`: of the data's.
 template <typename T, typename A>
-__device__ __forceinline__ A load_parameter(const void* parameters, long long c, int narrow, A absent) {
+__device__ __forceinline__ A load_parameter(const void* parameters, long long c, int params_in_storage_type, A absent) {
     if (!parameters) return absent;
-    return narrow ? A(static_cast<const T*>(parameters)[c]) : static_cast<const A*>(parameters)[c];
+    return params_in_storage_type ? A(static_cast<const T*>(parameters)[c]) : static_cast<const A*>(parameters)[c];
 }
 
 template <typename T, typename A>
-__device__ __forceinline__ void store_parameter(void* parameters, long long c, int narrow, A value) {
+__device__ __forceinline__ void store_parameter(void* parameters, long long c, int params_in_storage_type, A value) {
     if (!parameters) return;
-    if (narrow)
+    if (params_in_storage_type)
         store(static_cast<T*>(parameters)[c], value);
     else
         static_cast<A*>(parameters)[c] = value;
@@ -88,31 +88,31 @@ struct Renormalisation : Normalisation<A> {
     // Forward and backward form these in the same way: then the activation sees the same bits.
     template <typename T, typename Arguments>
     __device__ __forceinline__ void scale_and_shift(const Arguments& a, long long c) {
-        const A gamma = load_parameter<T, A>(a.gamma, c, a.narrow, A(1));
+        const A gamma = load_parameter<T, A>(a.gamma, c, a.params_in_storage_type, A(1));
         this->scale = gamma * this->rstd * r;
-        this->shift = fma(gamma, d, load_parameter<T, A>(a.beta, c, a.narrow, A(0)));
+        this->shift = fma(gamma, d, load_parameter<T, A>(a.beta, c, a.params_in_storage_type, A(0)));
     }
 };
 
 // With the statistics of a group, or the running ones.
 template <typename T, typename A, typename Arguments>
 __device__ __forceinline__ Renormalisation<A> load_normalisation(const Arguments& a, long long group, long long c) {
-    Renormalisation<A> of;
-    of.r = A(1);
-    of.d = A(0);
+    Renormalisation<A> norm;
+    norm.r = A(1);
+    norm.d = A(0);
     if (a.stage == FROZEN) {
         const long long at = group * a.channels + c;
-        of.mean = {a.running_mean[at], A(0)};
-        of.rstd = A(1) / sqrt(a.running_var[at] + a.eps);
+        norm.mean = {a.running_mean[at], A(0)};
+        norm.rstd = A(1) / sqrt(a.running_var[at] + a.eps);
     } else {
         const A* row = a.statistics + group * a.statistic_rows * a.channels + c;
-        of.mean = {row[0], row[a.channels]};
-        of.rstd = row[2 * a.channels];
+        norm.mean = {row[0], row[a.channels]};
+        norm.rstd = row[2 * a.channels];
         if (a.statistic_rows > 3) {
-            of.r = row[3 * a.channels];
-            of.d = row[4 * a.channels];
+            norm.r = row[3 * a.channels];
+            norm.d = row[4 * a.channels];
         }
     }
-    of.template scale_and_shift<T>(a, c);
-    return of;
+    norm.template scale_and_shift<T>(a, c);
+    return norm;
 }

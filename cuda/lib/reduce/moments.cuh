@@ -55,16 +55,16 @@ __device__ __forceinline__ Moments<A> merge(const Moments<A>& a, const Moments<A
 }
 
 // How many values each lane has.
-struct Shares {
+struct RowCounts {
     long long rounds;
-    int longer, lanes;  // the first `longer` lanes own one row more than `rounds`
-    int values;         // of a row
+    int longer, workers;  // the first `longer` lanes own one row more than `rounds`
+    int values;           // of a row
 
-    __device__ __forceinline__ Shares(long long rows, int lanes, int values = 1)
-        : rounds(rows / lanes), longer((int)(rows - rounds * lanes)), lanes(lanes), values(values) {}
+    __device__ __forceinline__ RowCounts(long long rows, int workers, int values = 1)
+        : rounds(rows / workers), longer((int)(rows - rounds * workers)), workers(workers), values(values) {}
 
     // Of the lanes first ... last - 1.
-    __device__ __forceinline__ long long of(int first, int last) const {
+    __device__ __forceinline__ long long count(int first, int last) const {
         return values * (rounds * (last - first) + (longer < first  ? 0
                                                     : longer < last ? longer - first
                                                                     : last - first));
@@ -74,21 +74,21 @@ struct Shares {
 // Mean and M2 of a channel over the lanes first ... last - 1. The slot at `slots` holds mean, mean_low and M2, `plane`
 // apart, of the first `step` of these lanes, the one `pitch` behind it those of the next.
 template <typename A>
-__device__ __forceinline__ Moments<A> merge_lanes(const A* slots, long long plane, long long pitch,
-                                                  const Shares& shares, int first, int last, int step) {
+__device__ __forceinline__ Moments<A> merge_workers(const A* slots, long long plane, long long pitch,
+                                                    const RowCounts& counts, int first, int last, int step) {
     Pair<A> sum = {A(0), A(0)};
     const A* slot = slots;
     for (int j = first; j < last; j += step, slot += pitch) {
         const Pair<A> mean = {slot[0], slot[plane]};
-        sum = add(sum, multiply(mean, A(shares.of(j, min(j + step, last)))));
+        sum = add(sum, multiply(mean, A(counts.count(j, min(j + step, last)))));
     }
-    const A count = A(shares.of(first, last));
+    const A count = A(counts.count(first, last));
     Moments<A> all = {count, divide(sum, count), {A(0), A(0)}};
     slot = slots;
     for (int j = first; j < last; j += step, slot += pitch) {
         const A delta = (slot[0] - all.mean.high) + (slot[plane] - all.mean.low);
         all.m2 = add(all.m2, slot[2 * plane]);
-        all.m2 = add(all.m2, delta * delta * A(shares.of(j, min(j + step, last))));
+        all.m2 = add(all.m2, delta * delta * A(counts.count(j, min(j + step, last))));
     }
     return all;
 }

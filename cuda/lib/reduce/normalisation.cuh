@@ -13,6 +13,13 @@ struct Affine {
     __device__ __forceinline__ A of_centred(A centred) const { return fma(scale, centred, shift); }
 };
 
+// Statistics of a channel: m2 is the sum of squared differences from the mean.
+template <typename A>
+struct Statistics {
+    Pair<A> mean;
+    A m2, rstd;
+};
+
 template <typename A>
 struct Normalisation : Affine<A> {
     A rstd;

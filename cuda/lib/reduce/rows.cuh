@@ -7,8 +7,8 @@
 
 // Lanes above which partial results are merged in two levels: up to here every thread merges all of them itself, which is
 // cheaper than a second barrier.
-constexpr int SERIAL_LANES = 64;
-constexpr int GROUP = 32;  // lanes whose partial results one thread merges at the first level
+constexpr int SERIAL_WORKERS = 64;
+constexpr int MERGE_FAN_IN = 32;  // lanes whose partial results one thread merges at the first level
 
 // The rows of one thread, one after the other. MATRIX promises inner = 1.
 template <bool MATRIX>
@@ -17,14 +17,14 @@ struct Rows {
     long long outer, index;      // of the row
     int outer_step, index_step;  // to the next one
 
-    __device__ __forceinline__ Rows(long long outers, long long inner, int lane, int lanes)
-        : outers(outers), inner(inner), outer(lane), index(0), outer_step(lanes), index_step(0) {
+    __device__ __forceinline__ Rows(long long outers, long long inner, int worker, int workers)
+        : outers(outers), inner(inner), outer(worker), index(0), outer_step(workers), index_step(0) {
         if (MATRIX) return;
         const int width = (int)min(inner, (long long)0x7fffffff);  // more than there are lanes
-        outer = lane / width;
-        index = lane % width;
-        outer_step = lanes / width;
-        index_step = lanes % width;
+        outer = worker / width;
+        index = worker % width;
+        outer_step = workers / width;
+        index_step = workers % width;
     }
 
     __device__ __forceinline__ bool inside() const { return outer < outers; }

@@ -9,31 +9,31 @@
 
 template <typename A, int COUNT>
 struct ChannelSums {
-    Pair<A> of[COUNT];
+    Pair<A> sums[COUNT];
 
     __device__ __forceinline__ void add_row(const A (&terms)[COUNT]) {
 #pragma unroll
-        for (int i = 0; i < COUNT; ++i) of[i] = add(of[i], terms[i]);
+        for (int i = 0; i < COUNT; ++i) sums[i] = add(sums[i], terms[i]);
     }
 
     // Into the thread's place in shared memory, [sum][lane][channel of the slice].
     __device__ __forceinline__ void share(A* partial) const {
         A* slot = partial + threadIdx.y * blockDim.x + threadIdx.x;
 #pragma unroll
-        for (int i = 0; i < COUNT; ++i) slot[i * blockDim.x * blockDim.y] = value(of[i]);
+        for (int i = 0; i < COUNT; ++i) slot[i * blockDim.x * blockDim.y] = value(sums[i]);
     }
 };
 
 // The sums over the lanes first, first + step, ... below last, from shared memory.
 template <typename A, int COUNT>
-__device__ __forceinline__ ChannelSums<A, COUNT> merge_lanes(const A* partial, int first, int last, int step) {
+__device__ __forceinline__ ChannelSums<A, COUNT> merge_workers(const A* partial, int first, int last, int step) {
     const int width = blockDim.x, plane = width * blockDim.y;
     ChannelSums<A, COUNT> total = {};
 #pragma unroll 1
-    for (int lane = first; lane < last; lane += step) {
-        const A* slot = partial + lane * width + threadIdx.x;
+    for (int worker = first; worker < last; worker += step) {
+        const A* slot = partial + worker * width + threadIdx.x;
 #pragma unroll
-        for (int i = 0; i < COUNT; ++i) total.of[i] = add(total.of[i], slot[i * plane]);
+        for (int i = 0; i < COUNT; ++i) total.sums[i] = add(total.sums[i], slot[i * plane]);
     }
     return total;
 }
@@ -42,12 +42,13 @@ __device__ __forceinline__ ChannelSums<A, COUNT> merge_lanes(const A* partial, i
 template <typename A, int COUNT>
 __device__ __forceinline__ ChannelSums<A, COUNT> merge_block(const ChannelSums<A, COUNT>& own) {
     BNK_DYNAMIC_SHARED(A, partial);
-    const int lane = threadIdx.y, lanes = blockDim.y;
+    const int worker = threadIdx.y, workers = blockDim.y;
     own.share(partial);
     __syncthreads();
-    if (lanes > SERIAL_LANES) {
-        if (lane % GROUP == 0) merge_lanes<A, COUNT>(partial, lane, min(lane + GROUP, lanes), 1).share(partial);
+    if (workers > SERIAL_WORKERS) {
+        if (worker % MERGE_FAN_IN == 0)
+            merge_workers<A, COUNT>(partial, worker, min(worker + MERGE_FAN_IN, workers), 1).share(partial);
         __syncthreads();
     }
-    return merge_lanes<A, COUNT>(partial, 0, lanes, lanes > SERIAL_LANES ? GROUP : 1);
+    return merge_workers<A, COUNT>(partial, 0, workers, workers > SERIAL_WORKERS ? MERGE_FAN_IN : 1);
 }

@@ -11,9 +11,9 @@ template <typename T>
 constexpr int UNIT = Packed<T>::COUNT;
 
 // Rows of `length` values. wide: they are whole units, and begin at multiples of 16 bytes.
-struct Rows16 {
+struct VectorRows {
     long long length;
-    bool wide;
+    bool aligned16;
 
     template <typename T>
     __device__ __forceinline__ long long units() const {
@@ -23,13 +23,13 @@ struct Rows16 {
     // Number i of a unit is there.
     template <typename T>
     __device__ __forceinline__ bool has(long long unit, int i) const {
-        return wide || unit * UNIT<T> + i < length;
+        return aligned16 || unit * UNIT<T> + i < length;
     }
 
     // Zeros beyond the end of the row.
     template <typename T>
     __device__ __forceinline__ Vector load(const T* row, long long unit) const {
-        if (wide) return bnk_load_vector(row + unit * UNIT<T>);
+        if (aligned16) return bnk_load_vector(row + unit * UNIT<T>);
         Vector vector = {};
 #pragma unroll
         for (int i = 0; i < UNIT<T>; ++i)
@@ -39,7 +39,7 @@ struct Rows16 {
 
     template <typename T, typename A>
     __device__ __forceinline__ void store(T* row, long long unit, const A (&values)[UNIT<T>]) const {
-        if (wide) {
+        if (aligned16) {
             Vector vector = {};
 #pragma unroll
             for (int i = 0; i < UNIT<T>; ++i) Packed<T>::set(vector, i, values[i]);
@@ -59,11 +59,11 @@ struct Rows16 {
 #pragma unroll
         for (int i = 0; i < UNIT<T>; i += COUNT) {
             Vector four = {};
-            if (wide && parameters) four = bnk_load_vector(parameters + unit * UNIT<T> + i);
+            if (aligned16 && parameters) four = bnk_load_vector(parameters + unit * UNIT<T> + i);
 #pragma unroll
             for (int j = 0; j < COUNT; ++j) {
-                values[i + j] = wide && parameters ? Packed<A>::get(four, j) : missing;
-                if (!wide && parameters && has<T>(unit, i + j)) values[i + j] = parameters[unit * UNIT<T> + i + j];
+                values[i + j] = aligned16 && parameters ? Packed<A>::get(four, j) : missing;
+                if (!aligned16 && parameters && has<T>(unit, i + j)) values[i + j] = parameters[unit * UNIT<T> + i + j];
             }
         }
     }
@@ -79,11 +79,11 @@ __device__ __forceinline__ void for_each_unit(long long first, long long last, c
 
 // The sum over the team, the same in all its threads. `scratch`: a pair for every warp of the block. All threads must call.
 template <typename A>
-__device__ __forceinline__ Pair<A> team_sum(Pair<A> sum, Pair<A>* scratch) {
+__device__ __forceinline__ Pair<A> row_sum(Pair<A> sum, Pair<A>* scratch) {
     const int width = blockDim.x, warps = width / 32;
-    for (int apart = min(width, 32) / 2; apart > 0; apart /= 2) {
-        const Pair<A> other = {__shfl_xor_sync(0xffffffffu, sum.high, apart),
-                               __shfl_xor_sync(0xffffffffu, sum.low, apart)};
+    for (int offset = min(width, 32) / 2; offset > 0; offset /= 2) {
+        const Pair<A> other = {__shfl_xor_sync(0xffffffffu, sum.high, offset),
+                               __shfl_xor_sync(0xffffffffu, sum.low, offset)};
         sum = add(sum, other);
     }
     if (warps <= 1) return sum;

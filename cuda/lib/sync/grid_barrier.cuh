@@ -3,13 +3,13 @@
 
 constexpr int BARRIER_PITCH = 8;  // counters of a group: a sector of memory, one of them in use
 
-constexpr unsigned MEETING = 0x80000000u;  // the bit of a counter that a meeting turns over
+constexpr unsigned BARRIER_PHASE = 0x80000000u;  // the bit of a counter that a meeting turns over
 
 #ifndef BNK_WAIT  // the tests' emulator defines it
 #define BNK_WAIT
 // Until the counter's highest bit is another than the ticket's.
-__device__ __forceinline__ void bnk_wait(const unsigned* counter, unsigned ticket) {
-    while ((int)(*(const volatile unsigned*)counter ^ ticket) >= 0) {
+__device__ __forceinline__ void bnk_wait(const unsigned* counter, unsigned token) {
+    while ((int)(*(const volatile unsigned*)counter ^ token) >= 0) {
     }
 }
 #endif
@@ -23,34 +23,34 @@ __device__ __forceinline__ unsigned arrive(unsigned* counter, unsigned blocks, u
     __syncthreads();
     if (threadIdx.x || threadIdx.y) return 0;
     __threadfence();
-    return atomicAdd(counter, block == 0 ? MEETING - (blocks - 1) : 1u);
+    return atomicAdd(counter, block == 0 ? BARRIER_PHASE - (blocks - 1) : 1u);
 }
 
-__device__ __forceinline__ void wait_for(const unsigned* counter, unsigned ticket) {
+__device__ __forceinline__ void wait(const unsigned* counter, unsigned token) {
     if (threadIdx.x == 0 && threadIdx.y == 0) {
-        bnk_wait(counter, ticket);
+        bnk_wait(counter, token);
         __threadfence();
     }
     __syncthreads();
 }
 
-__device__ __forceinline__ void meet(unsigned* counter, unsigned blocks, unsigned block) {
-    wait_for(counter, arrive(counter, blocks, block));
+__device__ __forceinline__ void grid_barrier(unsigned* counter, unsigned blocks, unsigned block) {
+    wait(counter, arrive(counter, blocks, block));
 }
 
 // The meetings of a group of the blocks of a cooperative launch, or of a single block.
-struct GridMeeting {
-    unsigned* arrivals;
+struct GridBarrier {
+    unsigned* counter;
     unsigned blocks, block;
 
     __device__ __forceinline__ unsigned arrive() const {
-        if (blocks > 1) return ::arrive(arrivals, blocks, block);
+        if (blocks > 1) return ::arrive(counter, blocks, block);
         __syncthreads();
         return 0;
     }
-    __device__ __forceinline__ void wait_for(unsigned ticket) const {
+    __device__ __forceinline__ void wait(unsigned token) const {
         if (blocks > 1)
-            ::wait_for(arrivals, ticket);
+            ::wait(counter, token);
         else
             __syncthreads();
     }
@@ -70,13 +70,13 @@ __device__ __forceinline__ void bnk_wait_for_cluster() { asm volatile("barrier.c
 #endif
 
 #if BNK_CLUSTERS
-struct ClusterMeeting {
+struct ClusterBarrier {
     __device__ __forceinline__ unsigned arrive() const {
         __syncthreads();
         bnk_arrive_in_cluster();
         return 0;
     }
-    __device__ __forceinline__ void wait_for(unsigned) const {
+    __device__ __forceinline__ void wait(unsigned) const {
         bnk_wait_for_cluster();
         __syncthreads();  // for what the block's own threads did since they arrived
     }

@@ -8,7 +8,7 @@
 
 // What the block keeps in shared memory, in this order. Rows of examples have the team's pitch.
 template <typename T>
-struct Kept {
+struct SharedLayout {
     T* parameters;
     T* first;
     T* second;
@@ -24,7 +24,7 @@ struct Kept {
     T* scratch;   // (rows, examples): with layer norm, of the widest hidden layer
 
     template <typename Arguments>
-    __device__ __forceinline__ Kept(T* shared, const Arguments& a, int inputs, int pitch) {
+    __device__ __forceinline__ SharedLayout(T* shared, const Arguments& a, int inputs, int pitch) {
         parameters = shared;
         first = parameters + a.parameter_count;
         second = first + (a.first ? a.parameter_count : 0);
@@ -43,36 +43,38 @@ struct Kept {
 
 // One step after the other; all threads of the block call everything. LAYER_NORM: that is the norm of layers with a gamma.
 template <typename T, bool LAYER_NORM, typename Arguments>
-struct Trainer {
+struct BlockStep {
     const Arguments& a;
-    const Team<T> team;
-    const Kept<T> kept;
+    const Subwarp<T> subwarp;
+    const SharedLayout<T> smem;
     const T lr;
 
-    __device__ __forceinline__ int field(int layer, Layer of) const { return a.layers[layer * LAYER_FIELDS + of]; }
-    __device__ __forceinline__ T* x_of(long long step) const {
-        return kept.x + (step & 1) * field(0, INPUTS) * team.pitch;
+    __device__ __forceinline__ int field(int layer, Layer which) const {
+        return a.layers[layer * LAYER_FIELDS + which];
     }
-    __device__ __forceinline__ const T* schedule_of(long long step) const { return kept.schedule + (step & 1) * 4; }
+    __device__ __forceinline__ T* x_of(long long step) const {
+        return smem.x + (step & 1) * field(0, INPUTS) * subwarp.pitch;
+    }
+    __device__ __forceinline__ const T* schedule_of(long long step) const { return smem.schedule + (step & 1) * 4; }
     __device__ __forceinline__ const T* inputs_of(int layer, long long step) const {
-        return layer == 0 ? x_of(step) : kept.h + field(layer - 1, ROW) * team.pitch;
+        return layer == 0 ? x_of(step) : smem.h + field(layer - 1, ROW) * subwarp.pitch;
     }
     // The last layer has no activation: its logits are its z.
     __device__ __forceinline__ T* z_of(int layer) const {
-        return (layer + 1 == a.depth ? kept.h : kept.z) + field(layer, ROW) * team.pitch;
+        return (layer + 1 == a.depth ? smem.h : smem.z) + field(layer, ROW) * subwarp.pitch;
     }
 
     __device__ __forceinline__ void move(int i, T g, long long step) const {
-        update(a, kept.parameters, kept.first, kept.second, i, g, lr, schedule_of(step));
+        update(a, smem.parameters, smem.first, smem.second, i, g, lr, schedule_of(step));
     }
 
     __device__ __forceinline__ T slope(T z) const {
         return a.activation == LINEAR ? linear(T(1), z, a.alpha) : curved_derivative(z, a.activation, a.alpha);
     }
 
-    __device__ __forceinline__ int* rows_of(long long step) const { return kept.data + (step & 1) * team.pitch; }
+    __device__ __forceinline__ int* rows_of(long long step) const { return smem.data + (step & 1) * subwarp.pitch; }
     __device__ __forceinline__ void choose_rows(long long step) const {
-        for (int n = threadIdx.x; n < team.batch && step < a.steps; n += blockDim.x)
+        for (int n = threadIdx.x; n < subwarp.batch && step < a.steps; n += blockDim.x)
             rows_of(step)[n] = row_of(a, step, n);
     }
 
@@ -82,11 +84,11 @@ struct Trainer {
         T* x = x_of(step);
         if (step >= a.steps) return;
         for (int i = threadIdx.x - from; i >= 0 && i < 3; i += threads)
-            kept.schedule[(step & 1) * 4 + i] = a.schedule[3 * step + i];
+            smem.schedule[(step & 1) * 4 + i] = a.schedule[3 * step + i];
 #pragma unroll 4
-        for (int i = threadIdx.x - from; i >= 0 && i < inputs * team.batch; i += threads) {
+        for (int i = threadIdx.x - from; i >= 0 && i < inputs * subwarp.batch; i += threads) {
             const int example = i / inputs, input = i % inputs;
-            x[input * team.pitch + example] = a.x[(long long)rows_of(step)[example] * inputs + input];
+            x[input * subwarp.pitch + example] = a.x[(long long)rows_of(step)[example] * inputs + input];
         }
     }
 
@@ -95,77 +97,77 @@ struct Trainer {
         const int shift = field(layer, SHIFT), row = field(layer, ROW);
         const bool last = layer + 1 == a.depth;
 #pragma unroll 1
-        for (int first = 0; first + team.first < outputs; first += team.count) {
-            const int neuron = first + team.number;
+        for (int first = 0; first + subwarp.first < outputs; first += subwarp.count) {
+            const int neuron = first + subwarp.index;
             const bool active = neuron < outputs;  // all threads of a warp shuffle
-            const T beta = active ? kept.parameters[shift + neuron] : T(0);
+            const T beta = active ? smem.parameters[shift + neuron] : T(0);
             T z[EXAMPLES], scale = T(1);
 #pragma unroll
             for (int i = 0; i < EXAMPLES; ++i) z[i] = gamma < 0 ? beta : T(0);
             if (active)
-                team.add_product(z, kept.parameters + field(layer, WEIGHT) + neuron, outputs, inputs_of(layer, step),
-                                 inputs);
+                subwarp.add_product(z, smem.parameters + field(layer, WEIGHT) + neuron, outputs, inputs_of(layer, step),
+                                    inputs);
             if (!LAYER_NORM && gamma >= 0) scale = normalise(z, layer, neuron, active, step);
             if (!active) continue;
-            team.store(z_of(layer) + neuron * team.pitch, z);
+            subwarp.store(z_of(layer) + neuron * subwarp.pitch, z);
             if (last || (LAYER_NORM && gamma >= 0)) continue;
 #pragma unroll 1
             for (int i = 0; i < EXAMPLES; ++i) {
                 z[0] = activate(gamma < 0 ? z[0] : fma(scale, z[0], beta), a.activation, a.alpha);
                 rotate(z);
             }
-            team.store(kept.h + (row + neuron) * team.pitch, z);
+            subwarp.store(smem.h + (row + neuron) * subwarp.pitch, z);
         }
     }
 
     // Subtract the mean; return gamma rstd. The first thread of the team keeps the statistics.
     __device__ __forceinline__ T normalise(T (&z)[EXAMPLES], int layer, int neuron, bool active, long long step) const {
-        const T n = T(team.batch), mean = team.sum(z) / n;
-        team.subtract(z, mean);
-        const T rest = team.sum(z) / n;  // what rounding left of it
-        team.subtract(z, rest);
-        const T m2 = team.sum_of_products(z, z), rstd = T(1) / sqrt(m2 / n + a.eps);
+        const T n = T(subwarp.batch), mean = subwarp.sum(z) / n;
+        subwarp.subtract(z, mean);
+        const T remainder = subwarp.sum(z) / n;  // what rounding left of it
+        subwarp.subtract(z, remainder);
+        const T m2 = subwarp.sum_of_products(z, z), rstd = T(1) / sqrt(m2 / n + a.eps);
         if (!active) return T(0);
-        if (team.lane == 0) {
-            kept.rstd[field(layer, ROW) + neuron] = rstd;
+        if (subwarp.rank == 0) {
+            smem.rstd[field(layer, ROW) + neuron] = rstd;
             if (a.running) {
                 const T momentum = schedule_of(step)[0], keep = T(1) - momentum;
-                T* running_mean = kept.running + field(layer, MEAN) + neuron;
-                T* running_var = kept.running + field(layer, VARIANCE) + neuron;
-                *running_mean = fma(momentum, mean + rest, keep * *running_mean);
+                T* running_mean = smem.running + field(layer, MEAN) + neuron;
+                T* running_var = smem.running + field(layer, VARIANCE) + neuron;
+                *running_mean = fma(momentum, mean + remainder, keep * *running_mean);
                 *running_var = fma(momentum, m2 / (n - a.correction), keep * *running_var);
             }
         }
-        return kept.parameters[field(layer, GAMMA) + neuron] * rstd;
+        return smem.parameters[field(layer, GAMMA) + neuron] * rstd;
     }
 
     // sum_m of(m) over the neurons of a layer, by a warp; the same in all its threads.
-    template <typename Of>
-    __device__ __forceinline__ T sum_of_neurons(int outputs, const Of& of) const {
+    template <typename Term>
+    __device__ __forceinline__ T sum_of_neurons(int outputs, const Term& term) const {
         T total = T(0);
-        for (int m = threadIdx.x % WARP; m < outputs; m += WARP) total += of(m);
+        for (int m = threadIdx.x % WARP; m < outputs; m += WARP) total += term(m);
         return warp_sum(total);
     }
 
     // Layer norm of the examples, a warp for each: its normalised values in the place of z, and its activations.
     __device__ __forceinline__ void normalise_examples(int layer) const {
-        const int outputs = field(layer, OUTPUTS), pitch = team.pitch;
-        const T* const gamma = kept.parameters + field(layer, GAMMA);
-        const T* const beta = kept.parameters + field(layer, SHIFT);
+        const int outputs = field(layer, OUTPUTS), pitch = subwarp.pitch;
+        const T* const gamma = smem.parameters + field(layer, GAMMA);
+        const T* const beta = smem.parameters + field(layer, SHIFT);
 #pragma unroll 1
-        for (int n = threadIdx.x / WARP; n < team.batch; n += blockDim.x / WARP) {
-            T *const z = z_of(layer) + n, *const h = kept.h + field(layer, ROW) * pitch + n;
+        for (int n = threadIdx.x / WARP; n < subwarp.batch; n += blockDim.x / WARP) {
+            T *const z = z_of(layer) + n, *const h = smem.h + field(layer, ROW) * pitch + n;
             const T count = T(outputs), mean = sum_of_neurons(outputs, [=](int m) { return z[m * pitch]; }) / count;
-            const T rest = sum_of_neurons(outputs, [=](int m) { return z[m * pitch] - mean; }) / count;
+            const T remainder = sum_of_neurons(outputs, [=](int m) { return z[m * pitch] - mean; }) / count;
             const T m2 = sum_of_neurons(outputs, [=](int m) {
-                const T d = (z[m * pitch] - mean) - rest;
+                const T d = (z[m * pitch] - mean) - remainder;
                 return d * d;
             });
             const T rstd = T(1) / sqrt(m2 / count + a.eps);
-            if (threadIdx.x % WARP == 0) kept.rstd[layer * pitch + n] = rstd;
+            if (threadIdx.x % WARP == 0) smem.rstd[layer * pitch + n] = rstd;
 #pragma unroll 1
             for (int m = threadIdx.x % WARP; m < outputs; m += WARP) {
-                const T xhat = z[m * pitch] = ((z[m * pitch] - mean) - rest) * rstd;
+                const T xhat = z[m * pitch] = ((z[m * pitch] - mean) - remainder) * rstd;
                 h[m * pitch] = activate(fma(gamma[m], xhat, beta[m]), a.activation, a.alpha);
             }
         }
@@ -174,41 +176,42 @@ struct Trainer {
     // Losses, and the gradients of the mean loss in the place of the logits: an example each.
     __device__ __forceinline__ void softmax_cross_entropy(long long step) const {
         const int classes = field(a.depth - 1, OUTPUTS), n = threadIdx.x;
-        if (n >= team.batch) return;
+        if (n >= subwarp.batch) return;
         T* logits = z_of(a.depth - 1) + n;
         const int label = a.labels[rows_of(step)[n]];
         T top = logits[0], total = T(0);
-        for (int k = 1; k < classes; ++k) top = logits[k * team.pitch] > top ? logits[k * team.pitch] : top;
-        for (int k = 0; k < classes; ++k) total += exp(logits[k * team.pitch] - top);
+        for (int k = 1; k < classes; ++k) top = logits[k * subwarp.pitch] > top ? logits[k * subwarp.pitch] : top;
+        for (int k = 0; k < classes; ++k) total += exp(logits[k * subwarp.pitch] - top);
         const bool valid = 0 <= label && label < classes;
         const T poison = valid ? T(0) : T(nan(""));
-        kept.losses[n] = log(total) - ((valid ? logits[label * team.pitch] : T(0)) - top) + poison;
+        smem.losses[n] = log(total) - ((valid ? logits[label * subwarp.pitch] : T(0)) - top) + poison;
         for (int k = 0; k < classes; ++k) {
-            T& logit = logits[k * team.pitch];
-            logit = (exp(logit - top) / total - (k == label ? T(1) : T(0))) / T(team.batch) + poison;
+            T& logit = logits[k * subwarp.pitch];
+            logit = (exp(logit - top) / total - (k == label ? T(1) : T(0))) / T(subwarp.batch) + poison;
         }
     }
 
     // From the gradients of z of the layer behind to those of this one, and to gamma and beta, or the bias.
     __device__ __forceinline__ void backward(int layer, long long step) const {
-        const int outputs = field(layer, OUTPUTS), behind = field(layer + 1, OUTPUTS), gamma = field(layer, GAMMA);
+        const int outputs = field(layer, OUTPUTS), next_outputs = field(layer + 1, OUTPUTS),
+                  gamma = field(layer, GAMMA);
         const int shift = field(layer, SHIFT);
-        const T share = T(1) / T(team.batch);
+        const T share = T(1) / T(subwarp.batch);
 #pragma unroll 1
-        for (int first = 0; first + team.first < outputs; first += team.count) {
-            const int neuron = first + team.number;
+        for (int first = 0; first + subwarp.first < outputs; first += subwarp.count) {
+            const int neuron = first + subwarp.index;
             const bool active = neuron < outputs;
             T g[EXAMPLES] = {}, z[EXAMPLES] = {};
             T rstd = T(1), scale = T(1), beta = T(0);
-            T* own = z_of(layer) + neuron * team.pitch;
+            T* own = z_of(layer) + neuron * subwarp.pitch;
             if (active) {
-                team.load(z, own);
-                team.add_product(g, kept.parameters + field(layer + 1, WEIGHT) + neuron * behind, 1, z_of(layer + 1),
-                                 behind);
+                subwarp.load(z, own);
+                subwarp.add_product(g, smem.parameters + field(layer + 1, WEIGHT) + neuron * next_outputs, 1,
+                                    z_of(layer + 1), next_outputs);
                 if (gamma >= 0) {
-                    if (!LAYER_NORM) rstd = kept.rstd[field(layer, ROW) + neuron];
-                    scale = kept.parameters[gamma + neuron] * rstd;
-                    beta = kept.parameters[shift + neuron];
+                    if (!LAYER_NORM) rstd = smem.rstd[field(layer, ROW) + neuron];
+                    scale = smem.parameters[gamma + neuron] * rstd;
+                    beta = smem.parameters[shift + neuron];
                 }
             }
 #pragma unroll 1
@@ -217,7 +220,7 @@ struct Trainer {
                 rotate(g);
                 rotate(z);
             }
-            const T sum_g = team.sum(g), sum_product = gamma < 0 ? T(0) : team.sum_of_products(g, z);
+            const T sum_g = subwarp.sum(g), sum_product = gamma < 0 ? T(0) : subwarp.sum_of_products(g, z);
             __syncwarp();  // all of the team have read what its first thread is about to change
             if (!active) continue;
             if (gamma >= 0) {
@@ -226,8 +229,8 @@ struct Trainer {
 #pragma unroll
                 for (int i = 0; i < EXAMPLES; ++i) g[i] = scale * (g[i] - fma(z[i], slope_z, mean_g));
             }
-            team.store(LAYER_NORM && gamma >= 0 ? kept.scratch + neuron * team.pitch : own, g);
-            if (team.lane == 0) {
+            subwarp.store(LAYER_NORM && gamma >= 0 ? smem.scratch + neuron * subwarp.pitch : own, g);
+            if (subwarp.rank == 0) {
                 if (gamma >= 0) move(gamma + neuron, sum_product * rstd, step);
                 move(shift + neuron, sum_g, step);
             }
@@ -236,11 +239,11 @@ struct Trainer {
 
     // From the scaled gradients of the normalised values to those of z: through the layer norm of each example.
     __device__ __forceinline__ void differentiate_examples(int layer) const {
-        const int outputs = field(layer, OUTPUTS), pitch = team.pitch;
+        const int outputs = field(layer, OUTPUTS), pitch = subwarp.pitch;
 #pragma unroll 1
-        for (int n = threadIdx.x / WARP; n < team.batch; n += blockDim.x / WARP) {
-            T *const z = z_of(layer) + n, *const g = kept.scratch + n;
-            const T count = T(outputs), rstd = kept.rstd[layer * pitch + n];
+        for (int n = threadIdx.x / WARP; n < subwarp.batch; n += blockDim.x / WARP) {
+            T *const z = z_of(layer) + n, *const g = smem.scratch + n;
+            const T count = T(outputs), rstd = smem.rstd[layer * pitch + n];
             const T mean = sum_of_neurons(outputs, [=](int m) { return g[m * pitch]; }) / count;
             const T slope = sum_of_neurons(outputs, [=](int m) { return g[m * pitch] * z[m * pitch]; }) / count;
             for (int m = threadIdx.x % WARP; m < outputs; m += WARP)
@@ -255,15 +258,15 @@ struct Trainer {
         const T* const dz = z_of(layer);
 #pragma unroll 1
         for (int i = threadIdx.x; i < weights; i += blockDim.x) {
-            const T* h = rows + i / outputs * team.pitch;
-            const T* g = dz + i % outputs * team.pitch;
+            const T* h = rows + i / outputs * subwarp.pitch;
+            const T* g = dz + i % outputs * subwarp.pitch;
             T sum = T(0);
 #pragma unroll 4
-            for (int n = 0; n < team.batch; n += 4) {
+            for (int n = 0; n < subwarp.batch; n += 4) {
                 const Four<T> one = *reinterpret_cast<const Four<T>*>(h + n);
                 const Four<T> two = *reinterpret_cast<const Four<T>*>(g + n);
 #pragma unroll
-                for (int j = 0; j < 4; ++j) sum = fma(one.of[j], two.of[j], sum);
+                for (int j = 0; j < 4; ++j) sum = fma(one.values[j], two.values[j], sum);
             }
             move(field(layer, WEIGHT) + i, sum, step);
         }
@@ -273,14 +276,14 @@ struct Trainer {
     __device__ __forceinline__ void finish(long long step) const {
         const int last = a.depth - 1, outputs = field(last, OUTPUTS);
 #pragma unroll 1
-        for (int first = 0; first + team.first <= outputs; first += team.count) {
-            const int row = first + team.number;
+        for (int first = 0; first + subwarp.first <= outputs; first += subwarp.count) {
+            const int row = first + subwarp.index;
             T values[EXAMPLES] = {};
-            if (row <= outputs) team.load(values, row < outputs ? z_of(last) + row * team.pitch : kept.losses);
-            const T sum = team.sum(values);
-            if (team.lane != 0) continue;
+            if (row <= outputs) subwarp.load(values, row < outputs ? z_of(last) + row * subwarp.pitch : smem.losses);
+            const T sum = subwarp.sum(values);
+            if (subwarp.rank != 0) continue;
             if (row < outputs) move(field(last, SHIFT) + row, sum, step);
-            if (row == outputs) a.losses[step] = sum / T(team.batch);
+            if (row == outputs) a.losses[step] = sum / T(subwarp.batch);
         }
     }
 
@@ -295,7 +298,7 @@ struct Trainer {
             }
         }
         softmax_cross_entropy(step);
-        fetch(step + 1, team.batch < (int)blockDim.x ? team.batch : 0);  // who has no example of this step
+        fetch(step + 1, subwarp.batch < (int)blockDim.x ? subwarp.batch : 0);  // who has no example of this step
         __syncthreads();
         for (int layer = a.depth - 2; layer >= 0; --layer) {
             backward(layer, step);

@@ -9,7 +9,7 @@
 
 // What a block keeps for itself, in shared memory.
 template <typename T>
-struct BlockMemory {
+struct MultiBlockSharedLayout {
     T* terms;    // for products
     T* tile;     // (width, examples) or (width, neurons)
     T* top;      // of every example its largest logit, NaN where the label is none
@@ -19,14 +19,14 @@ struct BlockMemory {
     int* data;   // which row of the data it is, of this step and the next
 
     template <typename Arguments>
-    __device__ __forceinline__ BlockMemory(const Arguments& a, T* shared, int pitch) {
-        const int of_examples = pitch_of(a.batch);
+    __device__ __forceinline__ MultiBlockSharedLayout(const Arguments& a, T* shared, int pitch) {
+        const int example_pitch = pitch_of(a.batch);
         top = shared;
-        total = top + of_examples;
-        losses = total + of_examples;
-        label = reinterpret_cast<int*>(losses + of_examples);
-        data = label + of_examples;
-        tile = losses + 4 * of_examples;
+        total = top + example_pitch;
+        losses = total + example_pitch;
+        label = reinterpret_cast<int*>(losses + example_pitch);
+        data = label + example_pitch;
+        tile = losses + 4 * example_pitch;
         terms = tile + a.width * pitch;
     }
 };
@@ -51,27 +51,29 @@ struct Centred {
 
 // By the warp that owns the row: takes its mean off it.
 template <typename T>
-__device__ __forceinline__ Centred<T> centre(const Row<T>& z, T eps) {
+__device__ __forceinline__ Centred<T> centre(const WarpRow<T>& z, T eps) {
     const T n = T(z.count), mean = z.sum([](int, T value) { return value; }) / n;
-    const T rest = z.subtract_and_sum(mean, [](T value) { return value; }) / n;  // what rounding left of it
-    const T m2 = z.subtract_and_sum(rest, [](T value) { return value * value; });
-    return {mean + rest, m2, T(1) / sqrt(m2 / n + eps)};
+    const T remainder = z.subtract_and_sum(mean, [](T value) { return value; }) / n;  // what rounding left of it
+    const T m2 = z.subtract_and_sum(remainder, [](T value) { return value * value; });
+    return {mean + remainder, m2, T(1) / sqrt(m2 / n + eps)};
 }
 
 // Meeting: how the blocks of the group meet.
-template <typename T, typename Arguments, typename Meeting>
-struct GroupStep {
+template <typename T, typename Arguments, typename Barrier>
+struct MultiBlockStep {
     const Arguments& a;
-    const Meeting meeting;
-    const BlockMemory<T> own;
+    const Barrier barrier;
+    const MultiBlockSharedLayout<T> smem;
     const int block;  // which of its group
     const T lr;
 
-    __device__ __forceinline__ int field(int layer, Layer of) const { return a.layers[layer * LAYER_FIELDS + of]; }
+    __device__ __forceinline__ int field(int layer, Layer which) const {
+        return a.layers[layer * LAYER_FIELDS + which];
+    }
     __device__ __forceinline__ bool is_last(int layer) const { return layer + 1 == a.depth; }
     __device__ __forceinline__ const T* schedule_of(long long step) const { return a.schedule + 3 * step; }
-    __device__ __forceinline__ const T* parameters_of(int layer, Layer of) const {
-        return a.parameters + field(layer, of);
+    __device__ __forceinline__ const T* parameters_of(int layer, Layer which) const {
+        return a.parameters + field(layer, which);
     }
 
     __device__ __forceinline__ void move(long long i, T g, long long step) const {
@@ -85,25 +87,25 @@ struct GroupStep {
         for (long long first = block * a.width; first < count; first += a.blocks * a.width) work(first);
     }
 
-    __device__ __forceinline__ int* rows_of(long long step) const { return own.data + (step & 1) * pitch_of(a.batch); }
+    __device__ __forceinline__ int* rows_of(long long step) const { return smem.data + (step & 1) * pitch_of(a.batch); }
     __device__ __forceinline__ void choose_rows(long long step) const {
         for (int n = threadIdx.x; n < a.batch && step < a.steps; n += blockDim.x) rows_of(step)[n] = row_of(a, step, n);
     }
 
     // What the gradients of the mean loss are made of, by one thread of each example: of_class(k) is its k-th logit.
-    template <typename OfClass>
-    __device__ __forceinline__ void softmax_cross_entropy(long long step, int n, const OfClass& of_class) const {
+    template <typename Logit>
+    __device__ __forceinline__ void softmax_cross_entropy(long long step, int n, const Logit& logit) const {
         const int classes = field((int)a.depth - 1, OUTPUTS), label = a.labels[rows_of(step)[n]];
-        T top = of_class(0), total = T(0);
+        T top = logit(0), total = T(0);
 #pragma unroll 4
-        for (int k = 1; k < classes; ++k) top = of_class(k) > top ? of_class(k) : top;
+        for (int k = 1; k < classes; ++k) top = logit(k) > top ? logit(k) : top;
 #pragma unroll 4
-        for (int k = 0; k < classes; ++k) total += exp(of_class(k) - top);
+        for (int k = 0; k < classes; ++k) total += exp(logit(k) - top);
         const bool valid = 0 <= label && label < classes;
-        own.label[n] = label;
-        own.total[n] = total;
-        own.top[n] = valid ? top : T(nan(""));
-        own.losses[n] = valid ? log(total) - (of_class(label) - top) : T(nan(""));
+        smem.label[n] = label;
+        smem.total[n] = total;
+        smem.top[n] = valid ? top : T(nan(""));
+        smem.losses[n] = valid ? log(total) - (logit(label) - top) : T(nan(""));
     }
 
     // The weights of a layer: (inputs, outputs), by inputs transposed, (inputs, examples), and dz (examples, outputs).
@@ -113,7 +115,7 @@ struct GroupStep {
         const long long first = field(layer, WEIGHT) + column;
 #pragma unroll 1
         for (long long row = 0; row < inputs_transposed.rows; row += PRODUCT_ROWS)
-            fma_product(own.terms, inputs_transposed, dz, row, column, (int)a.width,
+            fma_product(smem.terms, inputs_transposed, dz, row, column, (int)a.width,
                         [&](int r, int c, T value) { move(first + (row + r) * dz.columns + c, value, step); });
     }
 };

@@ -9,7 +9,7 @@
 
 // What a group keeps in global memory, which the L2 cache holds. Of a layer (examples, outputs), behind the layer before.
 template <typename T>
-struct MemoryOfExamples {
+struct ExampleWorkspace {
     T* x;       // (examples, inputs), of this step and the next
     T* h;       // outputs of the layers, of the last one the logits
     T* z;       // normalised
@@ -18,7 +18,7 @@ struct MemoryOfExamples {
     T* losses;  // (examples,)
 
     template <typename Arguments>
-    __device__ __forceinline__ explicit MemoryOfExamples(const Arguments& a) {
+    __device__ __forceinline__ explicit ExampleWorkspace(const Arguments& a) {
         x = a.workspace;
         h = x + 2 * a.layers[INPUTS] * a.batch;
         z = h + a.rows * a.batch;
@@ -29,29 +29,29 @@ struct MemoryOfExamples {
 };
 
 // One step after the other; all threads of all blocks of the group call everything.
-template <typename T, typename Arguments, typename Meeting>
-struct StepOfExamples : GroupStep<T, Arguments, Meeting> {
-    using Base = GroupStep<T, Arguments, Meeting>;
-    using Base::a, Base::meeting, Base::own, Base::block, Base::field, Base::is_last, Base::move;
+template <typename T, typename Arguments, typename Barrier>
+struct StepByExample : MultiBlockStep<T, Arguments, Barrier> {
+    using Base = MultiBlockStep<T, Arguments, Barrier>;
+    using Base::a, Base::barrier, Base::smem, Base::block, Base::field, Base::is_last, Base::move;
     using Base::for_each_tile, Base::parameters_of;
-    const MemoryOfExamples<T> kept;
+    const ExampleWorkspace<T> workspace;
     const int pitch;
     T* const rstd;  // (depth, width), in shared memory
 
-    __device__ __forceinline__ StepOfExamples(const Arguments& a, const Meeting& meeting, int block, T* shared)
-        : Base{a, meeting, {a, shared + a.depth * a.width, pitch_of(a.widest)}, block, a.rates[0]},
-          kept(a),
+    __device__ __forceinline__ StepByExample(const Arguments& a, const Barrier& barrier, int block, T* shared)
+        : Base{a, barrier, {a, shared + a.depth * a.width, pitch_of(a.widest)}, block, a.rates[0]},
+          workspace(a),
           pitch(pitch_of(a.widest)),
           rstd(shared) {}
 
     __device__ __forceinline__ T* x_of(long long step) const {
-        return kept.x + (step & 1) * field(0, INPUTS) * a.batch;
+        return workspace.x + (step & 1) * field(0, INPUTS) * a.batch;
     }
     __device__ __forceinline__ T* of_layer(T* all, int layer) const { return all + field(layer, ROW) * a.batch; }
     // (inputs, examples) of a layer.
     __device__ __forceinline__ Matrix<T> inputs_of(int layer, long long step) const {
         const int inputs = field(layer, INPUTS);
-        return {layer == 0 ? x_of(step) : of_layer(kept.h, layer - 1), inputs, a.batch, 1, inputs};
+        return {layer == 0 ? x_of(step) : of_layer(workspace.h, layer - 1), inputs, a.batch, 1, inputs};
     }
 
     // What the block's examples of a step are.
@@ -73,8 +73,8 @@ struct StepOfExamples : GroupStep<T, Arguments, Meeting> {
     __device__ __forceinline__ void multiply(const Matrix<T>& left, const Right& right, long long first) const {
 #pragma unroll 1
         for (long long row = 0; row < left.rows; row += PRODUCT_ROWS)
-            fma_product(own.terms, left, right, row, first, (int)a.width,
-                        [&](int r, int c, T value) { own.tile[c * pitch + row + r] = value; });
+            fma_product(smem.terms, left, right, row, first, (int)a.width,
+                        [&](int r, int c, T value) { smem.tile[c * pitch + row + r] = value; });
     }
 
     __device__ __forceinline__ void forward(int layer, long long step, long long first) const {
@@ -84,10 +84,10 @@ struct StepOfExamples : GroupStep<T, Arguments, Meeting> {
         const Matrix<T> inputs = inputs_of(layer, step);
         multiply({parameters_of(layer, WEIGHT), outputs, inputs.rows, 1, outputs}, inputs, first);
         for_each_row((int)a.width, a.batch - first, [&](int c) {
-            const Row<T> row(own.tile + c * pitch, outputs);
+            const WarpRow<T> row(smem.tile + c * pitch, outputs);
             const long long begin = (first + c) * outputs;
             if (norm) normalise(row, layer, c);
-            T *const z = of_layer(kept.z, layer) + begin, *const h = of_layer(kept.h, layer) + begin;
+            T *const z = of_layer(workspace.z, layer) + begin, *const h = of_layer(workspace.h, layer) + begin;
 #pragma unroll 1
             for (int m = row.lane; m < row.count; m += WARP) {
                 const T u = norm ? fma(gamma[m], row.row[m], shift[m]) : row.row[m] + shift[m];
@@ -99,7 +99,7 @@ struct StepOfExamples : GroupStep<T, Arguments, Meeting> {
     }
 
     // By the warp that owns the example.
-    __device__ __forceinline__ void normalise(const Row<T>& z, int layer, int c) const {
+    __device__ __forceinline__ void normalise(const WarpRow<T>& z, int layer, int c) const {
         const T scale = centre(z, a.eps).rstd;
         z.replace([=](int, T value) { return value * scale; });
         if (z.lane == 0) rstd[layer * a.width + c] = scale;
@@ -109,37 +109,37 @@ struct StepOfExamples : GroupStep<T, Arguments, Meeting> {
     __device__ __forceinline__ void loss(long long step, long long first) const {
         const int last = (int)a.depth - 1, classes = field(last, OUTPUTS);
         const int here = (int)min((long long)a.width, a.batch - first);
-        const T* const logits = of_layer(kept.h, last) + first * classes;
+        const T* const logits = of_layer(workspace.h, last) + first * classes;
         if (threadIdx.x < here) {
             const int c = threadIdx.x, n = (int)first + c;
             Base::softmax_cross_entropy(step, n, [=](int k) { return logits[c * classes + k]; });
-            kept.losses[n] = own.losses[n];
+            workspace.losses[n] = smem.losses[n];
         }
         __syncthreads();
         const Gradients<T> made = {
-            {of_layer(kept.h, last), a.batch, classes, classes, 1}, own.top, own.total, own.label};
+            {of_layer(workspace.h, last), a.batch, classes, classes, 1}, smem.top, smem.total, smem.label};
         for (int i = threadIdx.x; i < here * classes; i += blockDim.x)
-            of_layer(kept.dz, last)[first * classes + i] = made.at((int)first + i / classes, i % classes);
+            of_layer(workspace.dz, last)[first * classes + i] = made.at((int)first + i / classes, i % classes);
         __syncthreads();
     }
 
     // From the gradients of z of the layer behind to those of this one.
     __device__ __forceinline__ void backward(int layer, long long first) const {
-        const int outputs = field(layer, OUTPUTS), behind = field(layer + 1, OUTPUTS);
-        const Matrix<T> dz_behind = {of_layer(kept.dz, layer + 1), behind, a.batch, 1, behind};
-        multiply({parameters_of(layer + 1, WEIGHT), outputs, behind, behind, 1}, dz_behind, first);
+        const int outputs = field(layer, OUTPUTS), next_outputs = field(layer + 1, OUTPUTS);
+        const Matrix<T> dz_next = {of_layer(workspace.dz, layer + 1), next_outputs, a.batch, 1, next_outputs};
+        multiply({parameters_of(layer + 1, WEIGHT), outputs, next_outputs, next_outputs, 1}, dz_next, first);
         for_each_row((int)a.width, a.batch - first,
-                     [&](int c) { differentiate(Row<T>(own.tile + c * pitch, outputs), layer, first, c); });
+                     [&](int c) { differentiate(WarpRow<T>(smem.tile + c * pitch, outputs), layer, first, c); });
         __syncthreads();
     }
 
     // By the warp that owns the example, whose row holds the gradients of its outputs.
-    __device__ __forceinline__ void differentiate(const Row<T>& row, int layer, long long first, int c) const {
+    __device__ __forceinline__ void differentiate(const WarpRow<T>& row, int layer, long long first, int c) const {
         const T *const gamma = parameters_of(layer, GAMMA), *const shift = parameters_of(layer, SHIFT);
         const bool norm = field(layer, GAMMA) >= 0;
         const long long begin = (first + c) * row.count;
-        const T *const z = of_layer(kept.z, layer) + begin, scale = norm ? rstd[layer * a.width + c] : T(1);
-        T *const g = of_layer(kept.g, layer) + begin, *const dz = of_layer(kept.dz, layer) + begin;
+        const T *const z = of_layer(workspace.z, layer) + begin, scale = norm ? rstd[layer * a.width + c] : T(1);
+        T *const g = of_layer(workspace.g, layer) + begin, *const dz = of_layer(workspace.dz, layer) + begin;
         T sum = T(0), product = T(0);
 #pragma unroll 1
         for (int m = row.lane; m < row.count; m += WARP) {
@@ -158,12 +158,13 @@ struct StepOfExamples : GroupStep<T, Arguments, Meeting> {
     // All parameters of the block's neurons of a layer.
     __device__ __forceinline__ void update_layer(int layer, long long step) const {
         const int outputs = field(layer, OUTPUTS), gamma = field(layer, GAMMA);
-        const T *const z = of_layer(kept.z, layer), *const g = of_layer(is_last(layer) ? kept.dz : kept.g, layer);
-        const Matrix<T> dz = {of_layer(kept.dz, layer), a.batch, outputs, outputs, 1};
+        const T *const z = of_layer(workspace.z, layer), *const g = of_layer(
+                                                             is_last(layer) ? workspace.dz : workspace.g, layer);
+        const Matrix<T> dz = {of_layer(workspace.dz, layer), a.batch, outputs, outputs, 1};
         for_each_tile(outputs, [&](long long column) {
             Base::update_weights(layer, step, inputs_of(layer, step), dz, column);
             for_each_row((int)a.width, outputs - column, [&](int c) {
-                const Row<T> examples(own.losses, a.batch);
+                const WarpRow<T> examples(smem.losses, a.batch);
                 const long long m = column + c;
                 const T sum_g = examples.sum([&](int n, T) { return g[n * outputs + m]; });
                 const T product =
@@ -189,14 +190,14 @@ struct StepOfExamples : GroupStep<T, Arguments, Meeting> {
             loss(step, first);
             for (int layer = (int)a.depth - 2; layer >= 0; --layer) backward(layer, first);
         });
-        meeting.wait_for(meeting.arrive());
+        barrier.wait(barrier.arrive());
         for (int layer = 0; layer < a.depth; ++layer) update_layer(layer, step);
         if (block == 0 && threadIdx.x < WARP) {
-            const T sum = Row<T>(kept.losses, a.batch).sum([](int, T value) { return value; });
+            const T sum = WarpRow<T>(workspace.losses, a.batch).sum([](int, T value) { return value; });
             if (threadIdx.x == 0) a.losses[step] = sum / T(a.batch);
         }
-        const unsigned arrivals = meeting.arrive();
+        const unsigned token = barrier.arrive();
         fetch(step + 1);
-        meeting.wait_for(arrivals);
+        barrier.wait(token);
     }
 };

@@ -9,7 +9,7 @@
 
 // What a group keeps in global memory, which the L2 cache holds.
 template <typename T>
-struct MemoryOfNeurons {
+struct NeuronWorkspace {
     T* x;  // (inputs, examples), of this step and the next
     T* h;  // (rows, examples): outputs of the layers, of the last one the logits; the first layer's of every other step
            // lie behind them, since some blocks begin a step while others still end the one before
@@ -17,7 +17,7 @@ struct MemoryOfNeurons {
     T* rstd;  // (rows,)
 
     template <typename Arguments>
-    __device__ __forceinline__ explicit MemoryOfNeurons(const Arguments& a) {
+    __device__ __forceinline__ explicit NeuronWorkspace(const Arguments& a) {
         x = a.workspace;
         h = x + 2 * a.layers[INPUTS] * a.batch;
         z = h + (a.rows + a.layers[OUTPUTS]) * a.batch;
@@ -26,32 +26,32 @@ struct MemoryOfNeurons {
 };
 
 // One step after the other; all threads of all blocks of the group call everything.
-template <typename T, typename Arguments, typename Meeting>
-struct StepOfNeurons : GroupStep<T, Arguments, Meeting> {
-    using Base = GroupStep<T, Arguments, Meeting>;
-    using Base::a, Base::meeting, Base::own, Base::block, Base::field, Base::is_last, Base::schedule_of, Base::move;
+template <typename T, typename Arguments, typename Barrier>
+struct StepByNeuron : MultiBlockStep<T, Arguments, Barrier> {
+    using Base = MultiBlockStep<T, Arguments, Barrier>;
+    using Base::a, Base::barrier, Base::smem, Base::block, Base::field, Base::is_last, Base::schedule_of, Base::move;
     using Base::for_each_tile, Base::parameters_of;
-    const MemoryOfNeurons<T> kept;
+    const NeuronWorkspace<T> workspace;
     const int pitch;
 
-    __device__ __forceinline__ StepOfNeurons(const Arguments& a, const Meeting& meeting, int block, T* shared)
-        : Base{a, meeting, {a, shared, pitch_of(a.batch)}, block, a.rates[0]}, kept(a), pitch(pitch_of(a.batch)) {}
+    __device__ __forceinline__ StepByNeuron(const Arguments& a, const Barrier& barrier, int block, T* shared)
+        : Base{a, barrier, {a, shared, pitch_of(a.batch)}, block, a.rates[0]}, workspace(a), pitch(pitch_of(a.batch)) {}
 
     __device__ __forceinline__ T* x_of(long long step) const {
-        return kept.x + (step & 1) * field(0, INPUTS) * a.batch;
+        return workspace.x + (step & 1) * field(0, INPUTS) * a.batch;
     }
     __device__ __forceinline__ T* h_of(int layer, long long step) const {
         const long long row = layer == 0 && (step & 1) ? a.rows : field(layer, ROW);
-        return kept.h + row * a.batch;
+        return workspace.h + row * a.batch;
     }
-    __device__ __forceinline__ T* z_of(int layer) const { return kept.z + field(layer, ROW) * a.batch; }
+    __device__ __forceinline__ T* z_of(int layer) const { return workspace.z + field(layer, ROW) * a.batch; }
     __device__ __forceinline__ const T* inputs_of(int layer, long long step) const {  // (inputs, examples)
         return layer == 0 ? x_of(step) : h_of(layer - 1, step);
     }
     __device__ __forceinline__ Gradients<T> gradients_of(int layer, long long step) const {
         const bool last = is_last(layer);
         const T* const data = last ? h_of(layer, step) : z_of(layer);
-        return {{data, a.batch, field(layer, OUTPUTS), 1, a.batch}, last ? own.top : nullptr, own.total, own.label};
+        return {{data, a.batch, field(layer, OUTPUTS), 1, a.batch}, last ? smem.top : nullptr, smem.total, smem.label};
     }
 
     // The block's share of the mini-batch of a step, for all.
@@ -67,19 +67,19 @@ struct StepOfNeurons : GroupStep<T, Arguments, Meeting> {
     }
 
     // By the warp that owns the neuron: subtract the mean from its z; return gamma rstd.
-    __device__ __forceinline__ T normalise(const Row<T>& z, int layer, long long neuron, long long step) const {
-        const Centred<T> of = centre(z, a.eps);
+    __device__ __forceinline__ T normalise(const WarpRow<T>& z, int layer, long long neuron, long long step) const {
+        const Centred<T> centred = centre(z, a.eps);
         if (z.lane == 0) {
-            kept.rstd[field(layer, ROW) + neuron] = of.rstd;
+            workspace.rstd[field(layer, ROW) + neuron] = centred.rstd;
             if (a.running) {
                 const T momentum = schedule_of(step)[0], keep = T(1) - momentum;
                 T* const running_mean = a.running + field(layer, MEAN) + neuron;
                 T* const running_var = a.running + field(layer, VARIANCE) + neuron;
-                *running_mean = fma(momentum, of.mean, keep * *running_mean);
-                *running_var = fma(momentum, of.m2 / (T(z.count) - a.correction), keep * *running_var);
+                *running_mean = fma(momentum, centred.mean, keep * *running_mean);
+                *running_var = fma(momentum, centred.m2 / (T(z.count) - a.correction), keep * *running_var);
             }
         }
-        return parameters_of(layer, GAMMA)[neuron] * of.rstd;
+        return parameters_of(layer, GAMMA)[neuron] * centred.rstd;
     }
 
     __device__ __forceinline__ void forward(int layer, long long step) const {
@@ -90,7 +90,7 @@ struct StepOfNeurons : GroupStep<T, Arguments, Meeting> {
         for_each_tile(outputs, [&](long long column) {
             multiply(inputs, weight, column);
             for_each_row((int)a.width, outputs - column, [&](int c) {
-                const Row<T> row(own.tile + c * pitch, a.batch);
+                const WarpRow<T> row(smem.tile + c * pitch, a.batch);
                 const T shift = parameters_of(layer, SHIFT)[column + c];
                 const T scale = norm ? normalise(row, layer, column + c, step) : T(1);
                 T* const z = z_of(layer) + (column + c) * a.batch;
@@ -110,8 +110,8 @@ struct StepOfNeurons : GroupStep<T, Arguments, Meeting> {
     __device__ __forceinline__ void multiply(const Left& left, const Matrix<T>& right, long long column) const {
 #pragma unroll 1
         for (long long row = 0; row < a.batch; row += PRODUCT_ROWS)
-            fma_product(own.terms, left, right, row, column, (int)a.width,
-                        [&](int r, int c, T value) { own.tile[c * pitch + row + r] = value; });
+            fma_product(smem.terms, left, right, row, column, (int)a.width,
+                        [&](int r, int c, T value) { smem.tile[c * pitch + row + r] = value; });
     }
 
     // By every block for itself; the mean loss by the first one.
@@ -121,27 +121,29 @@ struct StepOfNeurons : GroupStep<T, Arguments, Meeting> {
             Base::softmax_cross_entropy(step, n, [=](int k) { return logits[k * a.batch + n]; });
         __syncthreads();
         if (block != 0 || threadIdx.x >= WARP) return;
-        const T sum = Row<T>(own.losses, a.batch).sum([](int, T value) { return value; });
+        const T sum = WarpRow<T>(smem.losses, a.batch).sum([](int, T value) { return value; });
         if (threadIdx.x == 0) a.losses[step] = sum / T(a.batch);
     }
 
     // From the gradients of z of the layer behind to those of this one, and to gamma and beta, or the bias.
     __device__ __forceinline__ void backward(int layer, long long step) const {
-        const int outputs = field(layer, OUTPUTS), behind = field(layer + 1, OUTPUTS);
-        const Matrix<T> weight_transposed = {parameters_of(layer + 1, WEIGHT), behind, outputs, 1, behind};
+        const int outputs = field(layer, OUTPUTS), next_outputs = field(layer + 1, OUTPUTS);
+        const Matrix<T> weight_transposed = {parameters_of(layer + 1, WEIGHT), next_outputs, outputs, 1, next_outputs};
         for_each_tile(outputs, [&](long long column) {
             multiply(gradients_of(layer + 1, step), weight_transposed, column);
-            for_each_row((int)a.width, outputs - column,
-                         [&](int c) { differentiate(Row<T>(own.tile + c * pitch, a.batch), layer, column + c, step); });
+            for_each_row((int)a.width, outputs - column, [&](int c) {
+                differentiate(WarpRow<T>(smem.tile + c * pitch, a.batch), layer, column + c, step);
+            });
         });
     }
 
     // By the warp that owns the neuron, whose row holds the gradients of its outputs.
-    __device__ __forceinline__ void differentiate(const Row<T>& g, int layer, long long neuron, long long step) const {
+    __device__ __forceinline__ void differentiate(const WarpRow<T>& g, int layer, long long neuron,
+                                                  long long step) const {
         const int gamma = field(layer, GAMMA), shift = field(layer, SHIFT);
         const bool norm = gamma >= 0;
         T* const z = z_of(layer) + neuron * a.batch;
-        const T rstd = norm ? kept.rstd[field(layer, ROW) + neuron] : T(1), n = T(g.count);
+        const T rstd = norm ? workspace.rstd[field(layer, ROW) + neuron] : T(1), n = T(g.count);
         const T scale = norm ? a.parameters[gamma + neuron] * rstd : T(1);
         const T beta = norm ? a.parameters[shift + neuron] : T(0);
         T sum_g = T(0), product = T(0);
@@ -171,7 +173,7 @@ struct StepOfNeurons : GroupStep<T, Arguments, Meeting> {
             Base::update_weights(layer, step, inputs_transposed, dz, column);
             if (!is_last(layer)) return;
             for_each_row((int)a.width, outputs - column, [&](int c) {
-                const Row<T> examples(own.losses, a.batch);
+                const WarpRow<T> examples(smem.losses, a.batch);
                 const T sum = examples.sum([&](int n, T) { return dz.at(n, (int)column + c); });
                 if (examples.lane == 0) move(field(layer, SHIFT) + column + c, sum, step);
             });
@@ -182,7 +184,7 @@ struct StepOfNeurons : GroupStep<T, Arguments, Meeting> {
         Base::choose_rows(0);
         __syncthreads();
         fetch(0);
-        meeting.wait_for(meeting.arrive());
+        barrier.wait(barrier.arrive());
     }
 
     // A block may change the second layer's weights when no other one needs them any more for the first one's gradients;
@@ -191,18 +193,18 @@ struct StepOfNeurons : GroupStep<T, Arguments, Meeting> {
         Base::choose_rows(step + 1);
         for (int layer = 0; layer < a.depth; ++layer) {
             forward(layer, step);
-            meeting.wait_for(meeting.arrive());
+            barrier.wait(barrier.arrive());
         }
         fetch(step + 1);
         loss(step);
         for (int layer = (int)a.depth - 2; layer >= 0; --layer) {
             backward(layer, step);
-            if (layer > 0) meeting.wait_for(meeting.arrive());
+            if (layer > 0) barrier.wait(barrier.arrive());
         }
-        const unsigned arrivals = meeting.arrive();
+        const unsigned token = barrier.arrive();
         for (int layer = 0; layer < a.depth; ++layer)
             if (layer != 1) update_layer(layer, step);
-        meeting.wait_for(arrivals);
+        barrier.wait(token);
         if (a.depth > 1) update_layer(1, step);
     }
 };

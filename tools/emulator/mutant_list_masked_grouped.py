@@ -1,4 +1,4 @@
-"""The bugs that `mutants.py` plants in the general batch-norm kernels and in the merge of statistics."""
+"""The bugs that `mutants.py` plants in the masked and grouped batch-norm kernels and in the merge of statistics."""
 
 from __future__ import annotations
 
@@ -10,84 +10,92 @@ ORDER = "test_one_launch_whose_order_changes_no_bit"
 
 MUTANTS = [
     Mutant(
-        "general: the mask is not looked at",
+        "masked: the mask is not looked at",
         SHARED,
         "if (!mask || mask[rows.at(outer_stride, inner_stride)] != 0) ",
         "",
     ),
     Mutant(
-        "general: invalid rows are read",
+        "masked: invalid rows are read",
         SHARED,
         "chunk.has(i) ? A(channel[row.at(outer_stride, inner_stride)]) : A(0)",
         "A(channel[row.at(outer_stride, inner_stride)])",
     ),
     Mutant(
-        "general: parameters of 16 bits are taken for float32",
+        "masked: parameters of 16 bits are taken for float32",
         SHARED,
-        "return narrow ? A(static_cast<const T*>(parameters)[c]) : static_cast<const A*>(parameters)[c];",
+        "return params_in_storage_type ? A(static_cast<const T*>(parameters)[c]) : "
+        "static_cast<const A*>(parameters)[c];",
         "return static_cast<const A*>(parameters)[c];",
         select="parameters",
     ),
-    Mutant("general: the shift forgets d", SHARED, "shift = fma(gamma, d, ", "shift = fma(gamma, A(0), "),
+    Mutant("masked: the shift forgets d", SHARED, "shift = fma(gamma, d, ", "shift = fma(gamma, A(0), "),
     Mutant(
-        "forward general: no barrier between the groups",
+        "forward masked: no barrier between the groups",
         FORWARD,
         "    __syncthreads();  // the next group stores in the same places\n",
         "",
         select="more_groups",
     ),
     Mutant(
-        "forward general: every group is the first", FORWARD, "a.x + group * a.x_group + c", "a.x + c", select="group"
+        "forward masked: every group is the first",
+        FORWARD,
+        "a.x + group * a.x_group + c",
+        "a.x + c",
+        select="group",
     ),
     Mutant(
-        "forward general: renormalised with what was just written",
+        "forward masked: renormalised with what was just written",
         FORWARD,
-        "            if (active && a.statistic_rows > 3) before = slice.running();\n"
+        "            if (active && a.statistic_rows > 3) before = channel.running();\n"
         "            const Moments<A> all = merge_block(own);\n",
         "            const Moments<A> all = merge_block(own);\n"
-        "            if (active && a.statistic_rows > 3) before = slice.running();\n",
+        "            if (active && a.statistic_rows > 3) before = channel.running();\n",
         select="renorm",
     ),
     Mutant(
-        "forward general: d in the units of x",
+        "forward masked: d in the units of x",
         FORWARD,
         "clip(distance * before.rstd,",
         "clip(distance,",
         select="renorm",
     ),
     Mutant(
-        "forward general: r has no lower limit",
+        "forward masked: r has no lower limit",
         FORWARD,
-        "clip(before.rstd / of.rstd, A(1) / a.r_max, a.r_max)",
-        "clip(before.rstd / of.rstd, A(0), a.r_max)",
+        "clip(before.rstd / norm.rstd, A(1) / a.r_max, a.r_max)",
+        "clip(before.rstd / norm.rstd, A(0), a.r_max)",
         select="renorm",
     ),
-    Mutant("forward general: one value has a variance", FORWARD, " && divisor > A(0))", ")"),
+    Mutant("forward masked: one value has a variance", FORWARD, " && divisor > A(0))", ")"),
     Mutant(
-        "backward general: the mean over all rows, valid or not",
+        "backward masked: the mean over all rows, valid or not",
         BACKWARD,
-        "count = value(total.of[COUNT]);",
+        "count = value(total.sums[COUNT]);",
         "count = A(a.outer * a.inner);",
     ),
     Mutant(
-        "backward general: dgamma without d",
+        "backward masked: dgamma without d",
         BACKWARD,
-        "fma(slice.of.r, sum_g_xhat, slice.of.d * sum_g)",
-        "slice.of.r * sum_g_xhat",
+        "fma(channel.norm.r, sum_g_xhat, channel.norm.d * sum_g)",
+        "channel.norm.r * sum_g_xhat",
         select="renorm",
     ),
     Mutant(
-        "backward general: running statistics depend on x", BACKWARD, "frozen ? A(0) : sum_g / count", "sum_g / count"
+        "backward masked: running statistics depend on x",
+        BACKWARD,
+        "frozen ? A(0) : sum_g / count",
+        "sum_g / count",
     ),
     Mutant(
-        "backward general: the counter is left where it is",
+        "backward masked: the counter is left where it is",
         BACKWARD,
-        "            if (last) a.arrivals[blockIdx.x] = 0;  // as the next launch finds it\n",
+        "            if (last) a.finished_blocks[blockIdx.x] = 0;  // as the next launch finds it\n",
         "",
         select="group",
     ),
     Mutant(
-        "backward general: a block arrives without a fence",
+        "backward masked: a block arrives without a fence",
         BACKWARD,
         "            __threadfence();\n            const bool last",
         "            const bool last",
@@ -95,7 +103,7 @@ MUTANTS = [
         ORDER,
     ),
     Mutant(
-        "backward general: the last block reads without a fence",
+        "backward masked: the last block reads without a fence",
         BACKWARD,
         "            __threadfence();\n            if (last)",
         "            if (last)",
@@ -103,7 +111,7 @@ MUTANTS = [
         ORDER,
     ),
     Mutant(
-        "backward general: the next group's sums over those of this one",
+        "backward masked: the next group's sums over those of this one",
         BACKWARD,
         "            __syncthreads();  // the next group shares its sums in the same places\n",
         "",
