@@ -48,7 +48,7 @@ struct BatchNormBackward {
     long long dy_outer, dy_channel, dy_inner;  // strides, in elements
     long long x_outer, x_channel, x_inner;
     long long residual_outer, residual_channel, residual_inner;
-    A eps, alpha;  // eps for running statistics
+    A eps, alpha;  // eps: for running statistics
     int activation;
 };
 
@@ -73,7 +73,7 @@ __device__ __forceinline__ Normalisation<A> load_channel(const BatchNormBackward
     return channel;
 }
 
-// What the activation saw: the same, bit for bit, as the forward's.
+// The input of the activation, with the same bits as in the forward.
 template <bool MATRIX, typename T, typename A>
 __device__ __forceinline__ A before_activation(const BatchNormBackward<T, A>& a, long long c, const Rows<MATRIX>& row,
                                                const Normalisation<A>& channel, A centred) {
@@ -82,7 +82,7 @@ __device__ __forceinline__ A before_activation(const BatchNormBackward<T, A>& a,
     return z + A(a.residual[row.at(a.residual_outer, a.residual_inner) + c * a.residual_channel]);
 }
 
-// x - mean and g of the rows of a thread from `rows` on, as many as there are and fit; returns how many.
+// Loads x - mean and g of the thread's next VALUES rows, or as many as are left; returns their number.
 template <int VALUES, bool MATRIX, typename T, typename A>
 __device__ __forceinline__ int load_rows(const BatchNormBackward<T, A>& a, long long c, const Normalisation<A>& channel,
                                          const Rows<MATRIX>& rows, A (&centred)[VALUES], A (&g)[VALUES]) {
@@ -113,7 +113,7 @@ __device__ __forceinline__ int load_rows(const BatchNormBackward<T, A>& a, long 
     return count;
 }
 
-// VALUES rows a thread stay in registers; where they are not HELD they are read again for dx.
+// VALUES rows of a thread are in registers. If not HELD, the second pass reads all rows again.
 template <typename T, typename A, int VALUES, bool HELD, bool MATRIX>
 __device__ __forceinline__ void batch_norm_backward(const BatchNormBackward<T, A>& a) {
     const long long c = (long long)blockIdx.x * blockDim.x + threadIdx.x;
@@ -165,7 +165,7 @@ __device__ __forceinline__ void batch_norm_inference_backward(const BatchNormBac
     A centred[1], g[1];
     if (c < a.channels) {
         channel = load_channel(a, c);
-#pragma unroll 1  // unrolled it needs a stack on sm_120
+#pragma unroll 1  // unrolled, it needs a stack on sm_120
         for (; row.inside(); row.advance()) {
             load_rows(a, c, channel, row, centred, g);
             const long long at = row.at_output(a.channels, c);

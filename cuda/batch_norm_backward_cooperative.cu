@@ -17,7 +17,7 @@
 #include "lib/reduce/cooperative_slices.cuh"
 #include "lib/reduce/normalisation.cuh"
 
-constexpr int CHUNK = 2;  // rows that a thread has in flight, each of x and of dy
+constexpr int CHUNK = 2;  // rows of x and of dy that a thread has in flight
 
 template <typename T>
 struct BatchNormBackwardCooperative {
@@ -44,7 +44,7 @@ struct BatchNormBackwardCooperative {
     int activation;
 };
 
-// Sums over rows, of g and of g (x - mean).
+// Sums over rows: of g, and of g (x - mean).
 struct PartialSums {
     static constexpr int QUANTITIES = 2;
 
@@ -70,7 +70,7 @@ __device__ __forceinline__ void load_channels(Affine<float> (&channels)[THREAD_C
                        a.beta ? a.beta[c + i] : 0.0f};
 }
 
-// A row of the inputs.
+// The inputs of a row.
 struct Inputs {
     Vector x, dy, residual;
 };
@@ -114,7 +114,7 @@ __device__ __forceinline__ Inputs load_inputs(const BatchNormBackwardCooperative
             load_residual(a, thread_rows, row, c)};
 }
 
-// The sums of a thread's rows over its channels, c the first of them, go to its slot; keeps the first rows.
+// Sums the thread's rows of its channels c, c + 1, ... into its slot; keeps the first rows in shared memory.
 template <typename T, bool CHANNELS_LAST, int THREAD_CHANNELS>
 __device__ __forceinline__ void read_rows(const BatchNormBackwardCooperative<T>& a,
                                           const ThreadRows<T, CHANNELS_LAST>& thread_rows, long long c,
@@ -157,7 +157,7 @@ __device__ __forceinline__ void read_rows(const BatchNormBackwardCooperative<T>&
     }
 }
 
-// dx = scale (g - mean_g - (x - mean) slope); the first lane of the first block writes the parameters' gradients.
+// Coefficients of dx = scale (g - mean_g - (x - mean) slope). Worker 0 of split 0 writes the parameters' gradients.
 template <int THREAD_CHANNELS>
 struct Means {
     float g[THREAD_CHANNELS], slope[THREAD_CHANNELS];
@@ -178,7 +178,7 @@ struct Means {
     }
 };
 
-// The last rows first: those that are read again were read last.
+// Descending order: the rows that are read again were read last.
 template <typename T, bool CHANNELS_LAST, int THREAD_CHANNELS>
 __device__ __forceinline__ void write_rows(const BatchNormBackwardCooperative<T>& a,
                                            const ThreadRows<T, CHANNELS_LAST>& thread_rows, long long c,
@@ -229,7 +229,7 @@ __device__ __forceinline__ void batch_norm_backward_cooperative(const BatchNormB
             load_channels(channels, a, c);
             write_rows(a, thread_rows, c, channels, held_x, held_dy, means);
         }
-        __syncthreads();  // all have seen the merged sums
+        __syncthreads();  // all threads have read the merged sums
         odd = !odd;
     }
 }
@@ -238,7 +238,7 @@ __device__ __forceinline__ void batch_norm_backward_cooperative(const BatchNormB
     BNK_KERNEL(bnk_batch_norm_backward_##variant##_##suffix, (BatchNormBackwardCooperative<T>), threads, 2, \
                (batch_norm_backward_cooperative<T, channels>))
 
-// Eight channels a thread need more registers than 256 threads of two blocks have.
+// With eight channels a thread, two blocks of 256 threads would not have enough registers.
 BATCH_NORM_BACKWARD_COOPERATIVE(cooperative, f32, float, 256, true)
 BATCH_NORM_BACKWARD_COOPERATIVE(cooperative_inner, f32, float, 256, false)
 BATCH_NORM_BACKWARD_COOPERATIVE(cooperative, f16, Float16, 192, true)

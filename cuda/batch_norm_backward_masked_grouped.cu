@@ -55,18 +55,18 @@ struct BatchNormBackwardMaskedGrouped {
     int activation, stage, statistic_rows, params_in_storage_type;
 };
 
-// Sums over the rows of a group; those of parameters over its groups.
+// Sums over the rows of a group, and of the parameters' gradients over groups.
 enum Sum { G, G_XHAT, COUNT, SUMS };
 enum ParameterSum { DGAMMA, DBETA, PARAMETERS };
 
-// One group of a channel, as a thread sees it.
+// A channel of a group.
 template <typename T, typename A>
 struct GroupChannel {
     const BatchNormBackwardMaskedGrouped<T, A>& a;
     long long group, c;
     Renormalisation<A> norm;
 
-    // x - mean and g of the next rows, 0 where they are invalid.
+    // Loads x - mean and g of the next rows; invalid rows become 0.
     __device__ __forceinline__ Chunk load(A (&centred)[VALUES<A>], A (&g)[VALUES<A>], Rows<false>& rows) const {
         const Rows<false> first = rows;
         Chunk chunk =
@@ -94,13 +94,13 @@ struct GroupChannel {
         return chunk;
     }
 
-    // What the activation saw: the same, bit for bit, as the forward's.
+    // The input of the activation, with the same bits as in the forward.
     __device__ __forceinline__ A before_activation(A centred, A residual) const {
         const A z = norm.of_centred(centred);
         return a.residual ? z + residual : z;
     }
 
-    // Sums over the thread's rows; the last of them are left in `centred`, `g` and `chunk`.
+    // Sums over the thread's rows; leaves the last chunk in `centred`, `g` and `chunk`.
     __device__ __forceinline__ ChannelSums<A, SUMS> collect(A (&centred)[VALUES<A>], A (&g)[VALUES<A>], Chunk& chunk,
                                                             Rows<false> rows) const {
         ChannelSums<A, SUMS> own = {};
@@ -114,7 +114,8 @@ struct GroupChannel {
         return own;
     }
 
-    // dx, and g itself, which is 0 where it is invalid; through the statistics goes mean_g + slope (x - mean).
+    // Writes dx and dresidual = g of a chunk, 0 for invalid rows. mean_g + slope (x - mean) is the part through the
+    // statistics.
     __device__ __forceinline__ void write(const A (&centred)[VALUES<A>], const A (&g)[VALUES<A>], const Chunk& chunk,
                                           Rows<false>& rows, A mean_g, A slope) const {
         const long long start = group * (a.outer * a.channels * a.inner);
@@ -129,7 +130,8 @@ struct GroupChannel {
     }
 };
 
-// Into dgamma and dbeta, from the blocks that share a slice: the last to arrive adds. All threads must call.
+// Writes dgamma and dbeta, summed over the blocks that share a slice by the last of them to finish. All threads must
+// call.
 template <typename T, typename A>
 __device__ __forceinline__ void finish(const BatchNormBackwardMaskedGrouped<T, A>& a, long long c,
                                        ChannelSums<A, PARAMETERS> own) {
@@ -145,7 +147,7 @@ __device__ __forceinline__ void finish(const BatchNormBackwardMaskedGrouped<T, A
             __threadfence();
             const bool last = atomicAdd(a.finished_blocks + blockIdx.x, 1u) == gridDim.y - 1;
             __threadfence();
-            if (last) a.finished_blocks[blockIdx.x] = 0;  // as the next launch finds it
+            if (last) a.finished_blocks[blockIdx.x] = 0;  // reset for the next launch
             shared[0] = last ? A(1) : A(0);
         }
         __syncthreads();
@@ -182,7 +184,7 @@ __device__ __forceinline__ void batch_norm_backward_masked_grouped(const BatchNo
             sum_g_xhat = value(total.sums[G_XHAT]) * channel.norm.rstd;
             count = value(total.sums[COUNT]);
             parameters.add_row({fma(channel.norm.r, sum_g_xhat, channel.norm.d * sum_g), sum_g});
-            __syncthreads();  // the next group shares its sums in the same places
+            __syncthreads();  // the next group uses the same shared memory
         } else if (active) {
             sum_g = a.sums[c];
             sum_g_xhat = a.sums[a.channels + c];

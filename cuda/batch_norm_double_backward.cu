@@ -61,7 +61,7 @@ struct BatchNormDoubleBackward {
     int activation;
 };
 
-// What is summed over the rows, with v = ddx and u = s ddx + ddresidual.
+// Sums over rows, with v = ddx and u = s ddx + ddresidual.
 enum Sum { V, V_XHAT, G, G_XHAT, V_G, K, K_XHAT, K_XHAT_XHAT, U_K, U_K_XHAT, SUMS };
 
 // A thread's channel.
@@ -70,13 +70,14 @@ struct Channel : Normalisation<A> {
     A gamma;
 };
 
-// What the sums say of a channel: w = u + w0 + w1 xhat, h = gamma q + w1 g - fall v, dx = rstd (h - h0 - h1 xhat).
+// Coefficients of a channel, from its sums: w = u + w0 + w1 xhat, h = gamma q + w1 g - fall v, dx = rstd (h - h0 - h1
+// xhat).
 template <typename A>
 struct Coefficients {
     A w0, w1, fall, h0, h1, dgamma, dbeta;
 };
 
-// One position of a channel.
+// The terms of one row.
 template <typename A>
 struct RowTerms {
     A xhat, v, u, g, slope, k;  // slope = phi'(z)
@@ -93,7 +94,7 @@ __device__ __forceinline__ Channel<A> load_channel(const BatchNormDoubleBackward
     return channel;
 }
 
-// value phi'(z). A flat piece of a ReLU lets nothing through, not even what is infinite.
+// value phi'(z). Where the slope is 0, even an infinite value gives 0.
 template <typename A>
 __device__ __forceinline__ A times_derivative(A value, A slope, int activation) {
     return activation == LINEAR && slope == A(0) ? A(0) : value * slope;

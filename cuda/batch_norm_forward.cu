@@ -69,7 +69,7 @@ struct BatchNormInference {
     int activation;
 };
 
-// The next rows of a thread, as many as there are and fit; returns how many.
+// Loads the thread's next VALUES rows, or as many as are left; returns their number.
 template <typename T, typename A, int VALUES, bool MATRIX>
 __device__ __forceinline__ int load_rows(A (&values)[VALUES], const BatchNormForward<T, A>& a, long long c,
                                          Rows<MATRIX>& rows) {
@@ -105,7 +105,7 @@ __device__ __forceinline__ void write_statistics(const BatchNormForward<T, A>& a
     if (a.running_var) a.running_var[c] = fma(a.momentum, var, keep * a.running_var[c]);
 }
 
-// Activate and write the first `count` of these rows, whose distances from the mean are `values`; uses them up.
+// Normalises, activates and writes the next `count` rows, of which `values` holds x - mean; overwrites `values`.
 template <int VALUES, bool MATRIX, typename Arguments, typename A>
 __device__ __forceinline__ void write_rows(const Arguments& a, long long c, Rows<MATRIX>& rows, A (&values)[VALUES],
                                            int count, A scale, A beta) {
@@ -140,7 +140,7 @@ __device__ __forceinline__ void write_rows(const Arguments& a, long long c, Rows
 
 template <typename T, typename A, int VALUES, bool HELD, bool MATRIX>
 __device__ __forceinline__ void batch_norm_forward(const BatchNormForward<T, A>& a) {
-    BNK_DYNAMIC_SHARED(A, partial);  // [mean.high, mean.low, m2][lane][channel of the slice]
+    BNK_DYNAMIC_SHARED(A, partial);  // [mean.high, mean.low, m2][worker][channel of the slice]
     const int workers = blockDim.y, worker = threadIdx.y;
     const long long c = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     const bool active = c < a.channels;  // no early return: every thread must reach the barriers

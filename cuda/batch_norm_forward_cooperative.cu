@@ -61,7 +61,7 @@ struct PartialMoments {
     }
 };
 
-// Adds the moments of a chunk's first `count` rows to those of the rows before.
+// Merges the moments of a chunk's first `count` rows into those of the rows before.
 template <typename T, bool CHANNELS_LAST, int THREAD_CHANNELS>
 __device__ __forceinline__ void add_chunk(Moments<float> (&own)[THREAD_CHANNELS], const Vector (&chunk)[CHUNK],
                                           int count, bool first) {
@@ -78,7 +78,7 @@ __device__ __forceinline__ void add_chunk(Moments<float> (&own)[THREAD_CHANNELS]
     }
 }
 
-// The moments of a thread's rows of its channels, c the first of them; keeps the first rows.
+// Moments of the thread's rows of its channels c, c + 1, ...; keeps the first rows in shared memory.
 template <typename T, bool CHANNELS_LAST, int THREAD_CHANNELS>
 __device__ __forceinline__ void read_rows(const BatchNormForwardCooperative<T>& a,
                                           const ThreadRows<T, CHANNELS_LAST>& thread_rows, long long c,
@@ -111,7 +111,7 @@ __device__ __forceinline__ Statistics<float> merged_statistics(const BatchNormFo
     return {{slot[0], slot[reduction.plane]}, m2, 1.0f / sqrt(m2 / float(a.outer * a.inner) + a.eps)};
 }
 
-// What the first lane of the first block writes, of its channels from c on.
+// Writes the statistics of the channels c, c + 1, ...; for worker 0 of split 0.
 template <typename T, int THREAD_CHANNELS>
 __device__ __forceinline__ void write_statistics(const BatchNormForwardCooperative<T>& a, long long c,
                                                  const SliceReduction<PartialMoments>& reduction) {
@@ -157,7 +157,7 @@ __device__ __forceinline__ Vector normalise(const BatchNormForwardCooperative<T>
     return y;
 }
 
-// The last rows first: those that are read again were read last.
+// Descending order: the rows that are read again were read last.
 template <typename T, bool CHANNELS_LAST, int THREAD_CHANNELS>
 __device__ __forceinline__ void write_rows(const BatchNormForwardCooperative<T>& a,
                                            const ThreadRows<T, CHANNELS_LAST>& thread_rows, long long c,
@@ -216,7 +216,7 @@ __device__ __forceinline__ void batch_norm_forward_cooperative(const BatchNormFo
             load_channels(channels, a, c, reduction);
             write_rows(a, thread_rows, c, held, channels);
         }
-        __syncthreads();  // all have seen the merged moments
+        __syncthreads();  // all threads have read the merged moments
         odd = !odd;
     }
 }

@@ -58,13 +58,13 @@ __device__ __forceinline__ A clip(A value, A low, A high) {  // NaN stays
     return value < low ? low : value > high ? high : value;
 }
 
-// What renormalisation compares with.
+// The running statistics with which renormalisation compares.
 template <typename A>
 struct Running {
     A mean, rstd;
 };
 
-// One group of a channel, as a thread sees it.
+// A channel of a group.
 template <typename T, typename A>
 struct GroupChannel {
     const BatchNormForwardMaskedGrouped<T, A>& a;
@@ -78,7 +78,7 @@ struct GroupChannel {
         load_chunk(values, a.x + group * a.x_group + c * a.x_channel, a.x_outer, a.x_inner, rows, chunk);
     }
 
-    // The moments of the thread's rows; the last of them are left in `values` and `chunk`.
+    // Moments of the thread's rows; leaves the last chunk in `values` and `chunk`.
     __device__ __forceinline__ Moments<A> collect(A (&values)[VALUES<A>], Chunk& chunk, Rows<false> rows) const {
         Moments<A> own = {A(0), {A(0), A(0)}, {A(0), A(0)}};
 #pragma unroll 1
@@ -92,13 +92,13 @@ struct GroupChannel {
         return own;
     }
 
-    // The running statistics before this mini-batch; lane 0 replaces them behind the next barrier.
+    // The running statistics before this mini-batch; worker 0 replaces them after the next barrier.
     __device__ __forceinline__ Running<A> running() const {
         const long long at = group * a.channels + c;
         return {a.running_mean[at], A(1) / sqrt(a.running_var[at] + a.eps)};
     }
 
-    // What the merged moments say, for this pass and the next; the threads of lane 0 write it.
+    // Normalisation of the channel, from its merged moments.
     __device__ __forceinline__ Renormalisation<A> conclude(const Moments<A>& all, const Running<A>& before) const {
         const A var = value(all.m2) / all.count;
         Renormalisation<A> norm = {};
@@ -138,7 +138,7 @@ struct GroupChannel {
         a.moments[3 * a.channels + c] = value(all.m2);
     }
 
-    // Write the rows of a chunk, whose numbers are `values`; uses them up.
+    // Normalises, activates and writes the rows of a chunk, whose x are `values`; overwrites `values`.
     __device__ __forceinline__ void write(A (&values)[VALUES<A>], Chunk chunk, Rows<false>& rows,
                                           const Renormalisation<A>& norm) const {
 #pragma unroll
@@ -180,10 +180,10 @@ __device__ __forceinline__ void store_moments(A* partial, const Moments<A>& own)
     slot[3 * plane] = value(own.m2);
 }
 
-// The moments of all lanes of the block, in the same order for every thread. All threads must call.
+// Moments of a channel over the block, identical in all its threads. All threads must call.
 template <typename A>
 __device__ __forceinline__ Moments<A> merge_block(const Moments<A>& own) {
-    BNK_DYNAMIC_SHARED(A, partial);  // [count, mean.high, mean.low, m2][lane][channel of the slice]
+    BNK_DYNAMIC_SHARED(A, partial);  // [count, mean.high, mean.low, m2][worker][channel of the slice]
     const int worker = threadIdx.y, workers = blockDim.y, width = blockDim.x, plane = width * workers;
     store_moments(partial, own);
     __syncthreads();
@@ -196,7 +196,7 @@ __device__ __forceinline__ Moments<A> merge_block(const Moments<A>& own) {
         __syncthreads();
     }
     const Moments<A> all = merge_counted(partial + threadIdx.x, plane, step * width, (workers + step - 1) / step);
-    __syncthreads();  // the next group stores in the same places
+    __syncthreads();  // the next group uses the same shared memory
     return all;
 }
 

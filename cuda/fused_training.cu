@@ -42,7 +42,7 @@ __device__ __forceinline__ void fused_training(const FusedTraining<T>& all_model
     copy(smem.first, a.first, a.parameter_count);
     copy(smem.second, a.second, a.parameter_count);
     copy(smem.running, a.running, a.running_count);
-    // Where no example is there are zeros: rows are read whole.
+    // Rows of examples are read whole: the padding is 0.
     for (T* zero = smem.losses + threadIdx.x; zero < smem.z; zero += blockDim.x) *zero = T(0);
     __syncthreads();
     block_step.choose_rows(0);

@@ -17,7 +17,7 @@
 #include "lib/train/multi_block_step_by_example.cuh"
 #include "lib/train/multi_block_step_by_neuron.cuh"
 
-// Step: StepOfNeurons or StepOfExamples, and how its blocks meet.
+// Step: StepByNeuron or StepByExample, with its barrier.
 template <typename Step, typename T, typename Barrier>
 __device__ __forceinline__ void train(const FusedTraining<T>& a, const Barrier& barrier, unsigned block) {
     BNK_DYNAMIC_SHARED(T, shared);

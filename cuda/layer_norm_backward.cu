@@ -37,12 +37,12 @@ struct LayerNormBackward {
     int activation, aligned16, held;
 };
 
-// A row of this team: what is read of it, and what its statistics are.
+// A row of dy and x, with its statistics.
 template <typename T, typename A>
 struct InputRow {
     const LayerNormBackward<T, A>& a;
     const VectorRows all;
-    const ThreadVectors held;  // of a held row dy and x, by turns
+    const ThreadVectors held;  // dy and x of a held row, alternating
     long long n;
     Pair<A> mean;
     A rstd;
@@ -65,7 +65,8 @@ struct InputRow {
         });
     }
 
-    // g and d of a unit, gamma of its columns; 0, 0 and 1 beyond the end. held: the unit is the k-th of those.
+    // Loads g and d of a unit and gamma of its columns; 0, 0 and 1 beyond the end. from_shared: the unit is the
+    // thread's k-th held one.
     __device__ __forceinline__ void load(A (&g)[UNIT<T>], A (&d)[UNIT<T>], A (&gamma)[UNIT<T>], bool from_shared, int k,
                                          long long unit) const {
         const Vector dy = from_shared ? held[2 * k] : all.load(a.dy + n * a.columns, unit);
@@ -83,10 +84,10 @@ struct InputRow {
     }
 };
 
-// What a thread knows of dgamma and dbeta in the columns of its units of a chunk, in shared memory.
+// A thread's sums for dgamma and dbeta over the columns of its units of a chunk, in shared memory.
 template <typename T, typename A>
 struct ColumnSums {
-    Pair<A>* sums;  // [unit of a thread][dgamma, dbeta][number within the unit][thread]
+    Pair<A>* sums;  // [unit of a thread][dgamma, dbeta][element of the unit][thread]
     int thread, threads;
 
     __device__ __forceinline__ explicit ColumnSums(void* shared)
@@ -112,7 +113,8 @@ struct ColumnSums {
         }
     }
 
-    // Over the teams in their order, for the columns first, ... of a chunk of `units`: emit(column, quantity, sum).
+    // Merges the block's rows of threads in order, for the columns of a chunk of `units`; calls emit(column, quantity,
+    // sum).
     template <typename Emit>
     __device__ __forceinline__ void merge_rows(long long units, const Emit& emit) const {
         for (int item = thread; item < units * 2 * UNIT<T>; item += threads) {
@@ -127,7 +129,7 @@ struct ColumnSums {
     }
 };
 
-// dx of a row, and its part of the sums.
+// dx of a row, and its terms of the column sums.
 template <typename T, typename A>
 __device__ __forceinline__ void differentiate(const InputRow<T, A>& row, const ColumnSums<T, A>& sums,
                                               Pair<A>* scratch) {
@@ -156,7 +158,7 @@ __device__ __forceinline__ void differentiate(const InputRow<T, A>& row, const C
     });
 }
 
-// Its part of the sums in the units from `first` on alone.
+// The terms of a row in the column sums of a chunk other than the first.
 template <typename T, typename A>
 __device__ __forceinline__ void add_columns(const InputRow<T, A>& row, const ColumnSums<T, A>& sums, long long first) {
     const long long last = min(first + row.a.chunk, row.units());
@@ -167,7 +169,7 @@ __device__ __forceinline__ void add_columns(const InputRow<T, A>& row, const Col
     });
 }
 
-// The blocks' partial sums of all columns, each column by one block.
+// Merges the blocks' partial sums of all columns; each column by one block.
 template <typename T, typename A>
 __device__ __forceinline__ void merge_blocks(const LayerNormBackward<T, A>& a, A* shared) {
     const int blocks = gridDim.x, threads = blockDim.x * blockDim.y, thread = threadIdx.y * blockDim.x + threadIdx.x;
@@ -201,7 +203,7 @@ __device__ __forceinline__ void layer_norm_backward(const LayerNormBackward<T, A
     Pair<A>* const scratch = reinterpret_cast<Pair<A>*>(shared + 2 * a.held * threads);
     const ColumnSums<T, A> sums(scratch + (threads / 32 + 1) / 2 * 2);  // begins at a multiple of 16 bytes
     A* const partial = a.partial + (long long)blockIdx.x * 2 * a.columns;
-    // The first chunk, with which dx is written, comes last: dx may be in the place of dy.
+    // The first chunk, with which dx is written, comes last: dx may alias dy.
 #pragma unroll 1
     for (long long first = (units - 1) / a.chunk * a.chunk; first >= 0; first -= a.chunk) {
         const long long last = min(first + a.chunk, units);

@@ -42,7 +42,7 @@ struct LinearBatchNormBackward {
     int activation;
 };
 
-// By the warp that owns the neuron: dz in the place of dy, and the gradients of its parameters.
+// Replaces dy of a neuron by dz and writes the gradients of its parameters; for the warp that owns it.
 template <typename T, typename A>
 __device__ __forceinline__ void differentiate(const LinearBatchNormBackward<T, A>& a, const WarpRow<A>& g,
                                               const WarpRow<A>& z, long long m) {
@@ -71,7 +71,7 @@ __device__ __forceinline__ void linear_batch_norm_backward(const LinearBatchNorm
     BNK_DYNAMIC_SHARED(A, shared);
     const int width = (int)a.width, pitch = pitch_of(a.rows);
     const long long first = (long long)blockIdx.x * width, step = (long long)gridDim.x * width;
-    A* const tile_g = shared;  // (width, examples); products use the same memory later
+    A* const tile_g = shared;  // (width, examples); products reuse the memory
     A* const tile_z = shared + width * pitch;
     const Matrix<T> dz = {a.dz, a.rows, a.outputs, a.outputs, 1};
     const Matrix<T> x_transposed = {a.x, a.inputs, a.rows, 1, a.inputs};
@@ -103,7 +103,7 @@ __device__ __forceinline__ void linear_batch_norm_backward(const LinearBatchNorm
                     [&](int r, int c, A value) { store(a.dx[(row + r) * a.inputs + column + c], value); });
 }
 
-// How layer norm makes z[n, m] the input of the activation.
+// The map of layer norm from z[n, m] to the input of the activation.
 template <typename T, typename A>
 __device__ __forceinline__ Affine<A> affine_of_layer(const LinearBatchNormBackward<T, A>& a, long long n, long long m) {
     Affine<A> affine = load_affine(a, m);
@@ -112,7 +112,7 @@ __device__ __forceinline__ Affine<A> affine_of_layer(const LinearBatchNormBackwa
     return affine;
 }
 
-// By the warp that owns the example: dz in the place of dy.
+// Replaces dy of an example by dz; for the warp that owns it.
 template <typename T, typename A>
 __device__ __forceinline__ void differentiate_example(const LinearBatchNormBackward<T, A>& a, const WarpRow<A>& g,
                                                       const WarpRow<A>& z, long long n) {
@@ -127,7 +127,7 @@ __device__ __forceinline__ void differentiate_example(const LinearBatchNormBackw
     g.replace([&](int m, A h) { return rstd * (h - fma(subtract(z.row[m], mean), slope, mean_h)); });
 }
 
-// By the warp that owns the neuron: the gradients of its parameters.
+// Gradients of the parameters of a neuron; for the warp that owns it.
 template <typename T, typename A>
 __device__ __forceinline__ void sum_neuron(const LinearBatchNormBackward<T, A>& a, const WarpRow<A>& g,
                                            const WarpRow<A>& z, long long m) {

@@ -38,7 +38,7 @@ struct LinearBatchNormForward {
     int activation;
 };
 
-// By the warp that owns the row: its mean, sum of squares about it, and rstd, which are number i of the statistics.
+// Statistics of a row, number i of `statistics`, which it writes; for the warp that owns the row.
 template <typename T, typename A>
 __device__ __forceinline__ Statistics<A> normalise(const LinearBatchNormForward<T, A>& a, const WarpRow<A>& z,
                                                    long long i, long long rows) {
@@ -58,7 +58,7 @@ __device__ __forceinline__ Statistics<A> normalise(const LinearBatchNormForward<
     return {mean, m2, rstd};
 }
 
-// By the warp that owns the neuron: how z becomes the input of the activation.
+// The map from z of a neuron to the input of the activation; for the warp that owns it.
 template <typename T, typename A>
 __device__ __forceinline__ Affine<A> normalise_neuron(const LinearBatchNormForward<T, A>& a, const WarpRow<A>& z,
                                                       long long m) {

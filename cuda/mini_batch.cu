@@ -24,7 +24,7 @@ struct MiniBatch {
     long long batch, inputs, scalars;
 };
 
-// The row of example n of the mini-batch.
+// Row of example n of the mini-batch.
 template <typename T>
 __device__ __forceinline__ long long row_of(const MiniBatch<T>& a, long long step, long long n) {
     const long long position = step * a.batch + n;
@@ -41,7 +41,7 @@ __device__ __forceinline__ void mini_batch(const MiniBatch<T>& a) {
         a.x_out[i] = a.x[row_of(a, step, i / a.inputs) * a.inputs + i % a.inputs];
     for (long long n = thread; n < a.batch; n += threads) a.labels_out[n] = a.labels[row_of(a, step, n)];
     for (long long i = thread; i < a.scalars; i += threads) a.scalars_out[i] = a.schedule[step * a.scalars + i];
-    __syncthreads();  // all of the block have read the counter
+    __syncthreads();  // all threads of the block have read the counter
     if (threadIdx.x != 0) return;
     __threadfence();
     if (atomicAdd(a.counter + 1, 1u) != gridDim.x - 1) return;

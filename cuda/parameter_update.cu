@@ -25,10 +25,11 @@ struct ParameterUpdate {
     T* second;  // Adam's second moment
     const T* scalars;
     long long size;
-    T lr, beta1, beta2, one_minus_beta1, one_minus_beta2, eps, correction1, root_correction2;  // beta1 is the momentum
+    T lr, beta1, beta2, one_minus_beta1, one_minus_beta2, eps, correction1,
+        root_correction2;  // beta1 is also the momentum
 };
 
-// What varies from step to step.
+// The values that change from step to step.
 template <typename T>
 struct Step {
     T lr, correction1, root_correction2;

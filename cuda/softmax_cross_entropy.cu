@@ -35,12 +35,12 @@ __device__ __forceinline__ void softmax_cross_entropy(const SoftmaxCrossEntropy<
     const long long label = a.labels[row];
     const bool valid = 0 <= label && label < a.classes;
 
-    // The loops over classes stay rolled: unrolled they spill on sm_120.
-    A top = log(A(0)), at_label = A(0);  // minus infinity; each logit is read by the lane that owns it alone
+    // The loops over classes stay rolled: unrolled, they spill on sm_120.
+    A top = log(A(0)), at_label = A(0);  // minus infinity; each logit is read by one lane only
 #pragma unroll 1
     for (long long k = threadIdx.x; k < a.classes; k += WARP) {
         const A z = A(logits[k]);
-        top = z > top ? z : top;  // not of NaN, which reaches the row through the sum
+        top = z > top ? z : top;  // ignores NaN, which reaches the row through the sum
         if (k == label) at_label = z;
     }
     top = warp_max(top);

@@ -23,7 +23,7 @@ from bnkernels.ops.mini_batch import ARGUMENTS as MINI_BATCH
 from bnkernels.ops.parameter_update import ARGUMENTS as PARAMETER_UPDATE
 from bnkernels.ops.softmax_cross_entropy import ARGUMENTS as SOFTMAX_CROSS_ENTROPY
 from bnkernels.runtime import source
-from bnkernels.runtime.seam import SUFFIX
+from bnkernels.runtime.arguments import SUFFIX
 from tests.regress.calls import CALLS, make_arrays
 from tests.regress.device import record_of, recording
 

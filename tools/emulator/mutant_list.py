@@ -141,7 +141,7 @@ MUTANTS = [
     Mutant(
         "mini-batch: a block arrives before all of it have read the counter",
         MINI_BATCH,
-        "    __syncthreads();  // all of the block have read the counter\n",
+        "    __syncthreads();  // all threads of the block have read the counter\n",
         "",
         ("plain", "tsan"),
     ),

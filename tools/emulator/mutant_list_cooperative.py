@@ -67,7 +67,7 @@ MUTANTS = [
     Mutant(
         "forward cooperative: no barrier before the next slice",
         FORWARD,
-        "        __syncthreads();  // all have seen the merged moments\n",
+        "        __syncthreads();  // all threads have read the merged moments\n",
         "",
         ("plain", "tsan"),
         "test_the_order_of_blocks_and_threads_changes_no_bit and shape0",

@@ -27,7 +27,7 @@ MUTANTS = [
     Mutant(
         "row: the next sum over one that is still read",
         ROW,
-        "    __syncthreads();  // the next sum takes the same place\n",
+        "    __syncthreads();  // the next sum uses the same scratch\n",
         "",
         ("plain", "tsan"),
         "test_is_what_the_formulas_say and shape7-float32",

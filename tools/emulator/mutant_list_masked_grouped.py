@@ -33,7 +33,7 @@ MUTANTS = [
     Mutant(
         "forward masked: no barrier between the groups",
         FORWARD,
-        "    __syncthreads();  // the next group stores in the same places\n",
+        "    __syncthreads();  // the next group uses the same shared memory\n",
         "",
         select="more_groups",
     ),
@@ -90,7 +90,7 @@ MUTANTS = [
     Mutant(
         "backward masked: the counter is left where it is",
         BACKWARD,
-        "            if (last) a.finished_blocks[blockIdx.x] = 0;  // as the next launch finds it\n",
+        "            if (last) a.finished_blocks[blockIdx.x] = 0;  // reset for the next launch\n",
         "",
         select="group",
     ),
@@ -113,14 +113,14 @@ MUTANTS = [
     Mutant(
         "backward masked: the next group's sums over those of this one",
         BACKWARD,
-        "            __syncthreads();  // the next group shares its sums in the same places\n",
+        "            __syncthreads();  // the next group uses the same shared memory\n",
         "",
         select="test_every_group_is_a_mini_batch and float32",
     ),
     Mutant(
         "moments: a part without rows has a mean",
         MOMENTS,
-        "        if (slot[0] == A(0)) continue;  // whatever its mean says\n",
+        "        if (slot[0] == A(0)) continue;  // its mean is undefined\n",
         "",
         select="statistics",
     ),

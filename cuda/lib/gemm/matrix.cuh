@@ -1,14 +1,14 @@
-// What the products of one block have in common: the factors, their sizes, and how partial sums become one.
+// Operands of a matrix product by one block, the loading of their tiles, and the reduction over k splits.
 #pragma once
 
 #include "lib/gemm/subwarp.cuh"
 #include "lib/numbers/half.cuh"
 
 constexpr int PRODUCT_THREADS = 256;
-constexpr int PRODUCT_ROWS = 32 * EXAMPLES;  // of a tile, at most
-constexpr int TILE_K = 32;                   // of a product, in shared memory at a time
+constexpr int PRODUCT_ROWS = 32 * EXAMPLES;  // rows of a tile, at most
+constexpr int TILE_K = 32;                   // depth of a tile: terms of the product in shared memory at a time
 
-// A matrix with any strides; 0 beyond its end.
+// A matrix with any strides.
 template <typename T>
 struct Matrix {
     const T* data;
@@ -17,19 +17,19 @@ struct Matrix {
     __device__ __forceinline__ const T* address(long long row, long long column) const {
         return data + row * row_step + column * column_step;
     }
-    // What is at an address within, of this row and column.
+    // The element at an address, of this row and column.
     __device__ __forceinline__ T value(const T* at, int, int) const { return *at; }
 };
 
-// How the block takes tiles of a matrix to shared memory: neighbours in memory by neighbouring threads. Rows and columns of
-// a tile are powers of two, and each thread has one row of it or one column, so nothing is divided on the way.
+// Loads tiles of a matrix into shared memory; neighbouring threads read neighbouring addresses. Rows and columns of a
+// tile are powers of two, and each thread has one row or one column of it, so the loop divides nothing.
 template <typename Factor>
 struct TileLoader {
     const Factor& factor;
-    bool down;  // the thread has a column: it goes down the rows
+    bool down;  // the thread has a column and steps down its rows
     int row, column, stride, count, used;
 
-    // used: how many columns of a tile belong to it, the others are 0.
+    // used: columns of a tile that belong to it; the others are 0.
     __device__ __forceinline__ TileLoader(const Factor& factor, int rows, int columns, int used)
         : factor(factor), down(factor.row_step != 1 || factor.column_step == 1), used(used) {
         const int length = down ? columns : rows, others = down ? rows : columns, bits = __popc(length - 1);
@@ -40,8 +40,9 @@ struct TileLoader {
         count = far < others ? max((others << bits) / PRODUCT_THREADS, 1) : 0;
     }
 
-    // Takes what is the thread's of the tile from (first_row, first_column) on: to[row row_pitch + column column_pitch].
-    // GROUP numbers are on their way at once, and divide `count`. convert(number) is what is kept.
+    // Loads the thread's elements of the tile at (first_row, first_column) to to[row row_pitch + column column_pitch];
+    // 0 beyond the end of the matrix. UNROLL loads are in flight at once; it divides `count`. convert(element) is
+    // stored.
     template <int UNROLL, typename To, typename Convert>
     __device__ __forceinline__ void load(long long first_row, long long first_column, To* to, int row_pitch,
                                          int column_pitch, const Convert& convert) const {
@@ -72,7 +73,7 @@ struct TileLoader {
                     const bool has = moving < end;
                     const int r = (int)first_row + (down ? moving : row),
                               c = (int)first_column + (down ? column : moving);
-                    // Of what is not there the tile's first number is taken, and dropped: a load waits for no branch.
+                    // Beyond the end the first element of the tile is loaded and dropped: no branch before the load.
                     const To value =
                         convert(factor.value(has ? at : origin, has ? r : (int)first_row, has ? c : (int)first_column));
                     values[j] = has ? value : To(0);
@@ -86,9 +87,9 @@ struct TileLoader {
     }
 };
 
-// Adds up the slices of partial sums, in their order: shared[slice][column, of `columns`][row, `pitch` apart]. Calls
-// emit(row, column, sum) for `rows` rows and `width` columns, of which the matrix has `left`, neighbouring threads with
-// neighbouring columns. Between two barriers.
+// Adds the partial sums shared[k split][column, of `columns`][row, `pitch` apart] in order of the splits. Calls
+// emit(row, column, sum) for `rows` rows and `width` columns, `left` of which are within the matrix; neighbouring
+// threads have neighbouring columns. Begins and ends with a barrier.
 template <typename A, typename Emit>
 __device__ __forceinline__ void emit_sums(const A* shared, int k_splits, int columns, int pitch, int rows, int width,
                                           long long left, const Emit& emit) {

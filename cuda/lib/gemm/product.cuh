@@ -1,23 +1,23 @@
-// Products of matrices for the columns of one block: all rows, a few columns, and the block's threads share the terms.
-// Of 16-bit numbers by tensor cores, see tensor_product.cuh, from sm_80 on; of others, and on older GPUs, so:
+// Matrix product for a few columns of the result by one block. 16-bit matrices use tensor cores from sm_80 on, see
+// tensor_product.cuh; other types and older GPUs use fma:
 //
-// A tile is at most 256 rows by `width` columns. A thread multiplies EXAMPLES rows by COLUMNS columns in registers; 8, 16
-// or 32 neighbouring threads have a tile's rows, `width` / COLUMNS such teams its columns, and what is left of the block's
-// threads, `slices`, takes every slices-th term. The slices are added up in their order.
+// A tile is at most 256 rows by `width` columns. A thread accumulates EXAMPLES rows by COLUMNS columns in registers. A
+// subwarp of 8, 16 or 32 threads covers the rows of a tile, `width` / COLUMNS subwarps its columns. The threads left
+// over split k: each of `k_splits` takes every k_splits-th term. Partial sums are added in order of the splits.
 #pragma once
 
 #include "lib/gemm/matrix.cuh"
 #include "lib/gemm/tensor_product.cuh"
 
 template <typename A>
-constexpr int COLUMNS = 16 / sizeof(A);  // what one access loads
+constexpr int COLUMNS = 16 / sizeof(A);  // elements of a 16-byte load
 
 template <typename A>
 struct alignas(16) Across {
     A values[COLUMNS<A>];
 };
 
-// Not a generic lambda: NVRTC up to 13.0 takes one for a host function, unless CuPy's options tell it otherwise.
+// Not a generic lambda: NVRTC up to 13.0 takes one for a host function, unless CuPy's options say otherwise.
 template <typename A>
 struct ToType {
     template <typename T>
@@ -37,8 +37,8 @@ __device__ __forceinline__ void fma_product(A* shared, const Left& left, const R
     const int rows = subwarp_size * EXAMPLES, k_splits = PRODUCT_THREADS / (subwarp_size * column_tiles);
     const Subwarp<A> own(subwarp_size, rows);
     const int pitch = own.pitch, column_tile = own.index % column_tiles, k_split = own.index / column_tiles;
-    A* const lefts = shared;                    // (TERMS, rows)
-    A* const rights = shared + TILE_K * pitch;  // (TERMS, width)
+    A* const lefts = shared;                    // (TILE_K, rows)
+    A* const rights = shared + TILE_K * pitch;  // (TILE_K, width)
     A sums[COLUMNS<A>][EXAMPLES] = {};
     const TileLoader<Left> left_loader(left, rows, TILE_K, TILE_K);
     const TileLoader<Right> right_loader(right, TILE_K, width, width);
@@ -67,9 +67,10 @@ __device__ __forceinline__ void fma_product(A* shared, const Left& left, const R
               emit);
 }
 
-// left (rows, terms) times right (terms, columns): the rows from `row` on, and `width` columns from `column` on. Calls
-// emit(row within the tile, column within the tile, value), neighbouring threads with neighbouring columns, and ends with
-// a barrier. shared: room for product_numbers, see bnkernels/ops/linear_batch_norm/launch.py. All threads must call.
+// left (rows, terms) times right (terms, columns), for a tile of rows from `row` on and `width` columns from `column`
+// on. Calls emit(row in the tile, column in the tile, value), neighbouring threads with neighbouring columns, and ends
+// with a barrier. `shared` holds product_numbers numbers, see bnkernels/ops/linear_batch_norm/launch.py. All threads
+// must call.
 template <typename T, typename A, typename Emit>
 __device__ __forceinline__ void product(A* shared, const Matrix<T>& left, const Matrix<T>& right, long long row,
                                         long long column, int width, const Emit& emit) {

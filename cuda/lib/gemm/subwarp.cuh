@@ -1,7 +1,7 @@
-// Teams of neighbouring threads that own a neuron for a whole mini-batch, and the shared memory they work on.
+// Subwarps: 8, 16 or 32 neighbouring threads of a warp that own a neuron for a whole mini-batch.
 //
-// A team has 8, 16 or 32 threads, each with EXAMPLES examples in registers: what a neuron needs of its mini-batch is added
-// up by shuffles, without a barrier. In shared memory a row holds one value of every example, in their order.
+// Each thread holds EXAMPLES examples in registers; sums over the mini-batch are shuffles and need no barrier. A row in
+// shared memory holds one value of every example, in their order.
 #pragma once
 
 constexpr int EXAMPLES = 8;  // of a thread
@@ -11,13 +11,13 @@ struct alignas(16) Four {
     T values[4];
 };
 
-// The examples of a thread, and the sums of its team.
+// The examples of a thread, and sums over its subwarp.
 template <typename T>
 struct Subwarp {
-    int size, rank, index, count;  // count: teams of the block
-    int first;                     // the number of the first team of the warp
+    int size, rank, index, count;  // count: subwarps of the block
+    int first;                     // index of the warp's first subwarp
     int batch, pitch;              // pitch: from a row of examples to the next
-    bool full;                     // whether every thread has EXAMPLES of them
+    bool full;                     // every thread has EXAMPLES examples
 
     __device__ __forceinline__ Subwarp(int size, int batch)
         : size(size),
@@ -26,10 +26,10 @@ struct Subwarp {
           count(blockDim.x / size),
           first(threadIdx.x / 32 * 32 / size),
           batch(batch),
-          pitch(EXAMPLES * size + 4),  // 4 more: rows one below the other begin in different banks
+          pitch(EXAMPLES * size + 4),  // 4 more, so that consecutive rows begin in different banks
           full(batch == EXAMPLES * size) {}
 
-    // Which example the i-th of a thread is: four side by side, as one access takes them.
+    // Example number of the thread's i-th value: four neighbours, for 16-byte accesses.
     __device__ __forceinline__ int example(int i) const { return i / 4 * 4 * size + 4 * rank + i % 4; }
     __device__ __forceinline__ bool has(int i) const { return example(i) < batch; }
 
@@ -42,7 +42,7 @@ struct Subwarp {
         }
     }
 
-    // 0 where there is no example.
+    // Stores 0 where there is no example.
     __device__ __forceinline__ void store(T* row, const T (&values)[EXAMPLES]) const {
 #pragma unroll
         for (int i = 0; i < EXAMPLES; i += 4) {
@@ -53,7 +53,7 @@ struct Subwarp {
         }
     }
 
-    // Takes `less` off every value, and leaves 0 where there is no example.
+    // Subtracts `less` from every value; leaves 0 where there is no example.
     __device__ __forceinline__ void subtract(T (&values)[EXAMPLES], T less) const {
         if (full) {
 #pragma unroll
@@ -64,7 +64,7 @@ struct Subwarp {
         }
     }
 
-    // Over the threads of the team, the same in each of them. All threads of the warp must call.
+    // Sum over the subwarp, identical in all its threads. All threads of the warp must call.
     __device__ __forceinline__ T reduce(T own) const {
         if (size == 32) own += __shfl_xor_sync(0xffffffffu, own, 16);
         if (size >= 16) own += __shfl_xor_sync(0xffffffffu, own, 8);
@@ -73,7 +73,7 @@ struct Subwarp {
         return own;
     }
 
-    // Over all examples; the values are 0 where there is none.
+    // Sum over all examples; values without an example must be 0.
     __device__ __forceinline__ T sum(const T (&values)[EXAMPLES]) const {
         T total = values[0];
 #pragma unroll

@@ -1,22 +1,22 @@
-// Products of 16-bit matrices for the columns of one block, on tensor cores: the same call as in product.cuh, float sums.
+// Matrix product of 16-bit matrices on tensor cores with float sums; the interface is that of product.cuh.
 //
-// A warp owns 16 rows, or twice 16, of up to 32 columns: up to four tiles of 16 x 8 for each. Where a tile of 64 rows leaves
-// warps over, a second set of them takes every other 16 terms; the two are added up in their order. Fragments are those
-// of the PTX ISA 9.2, section 9.7.14.5.8, "Matrix Fragments for mma.m16n8k16 with floating point type".
+// A warp owns 16 or 32 rows of up to 32 columns, hence up to four MMA tiles of 16 x 8 for each 16 rows. A tile of 64
+// rows leaves four warps over: they take every other 16 terms, and the two partial sums are added in order. Fragments
+// are laid out as in the PTX ISA 9.2, section 9.7.14.5.8, "Matrix Fragments for mma.m16n8k16 with floating point type".
 //
-// Deterministic on one GPU. Products are exact; how the sum of 16 terms is rounded NVIDIA leaves open, so bits may differ
-// between architectures and from the emulator's. Measured GPUs align 8 terms and the sum so far to the largest and cut off
-// what is below its last place (Fasi, Higham, Mikaitis and Pranesh, Numerical behavior of NVIDIA tensor cores, 2021):
-// tests/ops/test_linear_batch_norm.py bounds products by that.
+// Deterministic on one GPU. Products are exact, but NVIDIA does not specify how the sum of 16 terms is rounded, so bits
+// may differ between architectures and from the emulator. Measured GPUs align 8 terms and the accumulator to the
+// largest and truncate below its last place (Fasi, Higham, Mikaitis and Pranesh, Numerical behavior of NVIDIA tensor
+// cores, 2021); tests/ops/test_linear_batch_norm.py derives its error bounds from this.
 #pragma once
 
 #include "lib/gemm/matrix.cuh"
 #include "lib/numbers/half.cuh"
 
-#ifndef BNK_TENSOR_CORES  // the tests' emulator defines it, with a twin of the function below
+#ifndef BNK_TENSOR_CORES  // the emulator defines it and bnk_mma
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
 #define BNK_TENSOR_CORES 1
-// d += a b, of 16 x 16 and 16 x 8 numbers, by all threads of a warp.
+// d += a b, of 16 x 16 and 16 x 8 elements. All threads of the warp must call.
 __device__ __forceinline__ void bnk_mma(Float16, float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
@@ -38,21 +38,21 @@ __device__ __forceinline__ void bnk_mma(BFloat16, float (&d)[4], const unsigned 
 #endif
 
 #if BNK_TENSOR_CORES
-constexpr int MMA_K = 16;  // of one instruction
+constexpr int MMA_K = 16;  // terms of one instruction
 constexpr int MMA_M = 16, MMA_N = 8;
 constexpr int MOST_COLUMN_TILES = 4;    // of a block
 constexpr int ROW_TILES = 2;            // of a warp, at most
-constexpr int HALF_PITCH = TILE_K + 8;  // from a row to the next: the 8 rows of a fragment begin in different banks
+constexpr int HALF_PITCH = TILE_K + 8;  // row pitch: the 8 rows of a fragment begin in different banks
 constexpr int WARPS = PRODUCT_THREADS / 32;
 
-// Two neighbouring terms of a row or column, and the two 8 terms behind them.
+// Pairs of neighbouring terms of a row or column, as a 32-bit register of a fragment holds them.
 struct TermPairs {
     const unsigned short* row;
 
     __device__ __forceinline__ unsigned at(int term) const { return *reinterpret_cast<const unsigned*>(row + term); }
 };
 
-// A warp's share of a product: its rows, its terms, and where its thread is in the fragments.
+// The part of a product that a warp owns: its rows, its k split, and the thread's place in the fragments.
 struct WarpTile {
     int row_tiles, k_splits, first, k_split, group_id, pair;
 
@@ -70,7 +70,7 @@ struct WarpTile {
     __device__ __forceinline__ int row(int tile) const { return (first + tile * WARPS) * MMA_M + group_id; }
 };
 
-// sums += lefts (rows, HALVES) times rights (columns, HALVES), over the TERMS in shared memory.
+// sums += lefts (rows, HALF_PITCH) times rights (columns, HALF_PITCH), over the TILE_K terms in shared memory.
 template <typename T>
 __device__ __forceinline__ void multiply_terms(float (&sums)[ROW_TILES][MOST_COLUMN_TILES][4],
                                                const unsigned short* lefts, const unsigned short* rights,
@@ -98,7 +98,7 @@ __device__ __forceinline__ void multiply_terms(float (&sums)[ROW_TILES][MOST_COL
     }
 }
 
-// See product.cuh.
+// The interface of `product` in product.cuh.
 template <typename T, typename Emit>
 __device__ __forceinline__ void tensor_product(float* shared, const Matrix<T>& left, const Matrix<T>& right,
                                                long long row, long long column, int width, const Emit& emit) {

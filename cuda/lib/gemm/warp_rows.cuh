@@ -1,5 +1,5 @@
-// What the linear layers with a norm share: a block's rows in shared memory, of all examples of a neuron or all neurons of
-// an example, and a warp on each.
+// Rows in shared memory that a warp normalises: all examples of a neuron (batch norm), or all neurons of an example
+// (layer norm).
 #pragma once
 
 #include "lib/numbers/activation.cuh"
@@ -8,10 +8,10 @@
 #include "lib/reduce/normalisation.cuh"
 #include "lib/reduce/warp.cuh"
 
-// From a row to the next: the warps' accesses to different rows begin in different banks.
+// Row pitch: rows begin in different banks.
 __device__ __forceinline__ int pitch_of(long long length) { return (int)((length + 3) / 4 * 4 + 4); }
 
-// What is normalised together. All threads of a warp must call everything.
+// A row and the warp that owns it. All threads of the warp must call every function.
 template <typename A>
 struct WarpRow {
     A* row;
@@ -20,7 +20,7 @@ struct WarpRow {
     __device__ __forceinline__ WarpRow(A* row, long long count)
         : row(row), count((int)count), lane(threadIdx.x % WARP) {}
 
-    // sum_n of(n, row[n]), the same in all threads.
+    // sum_n f(n, row[n]), identical in all threads.
     template <typename Function>
     __device__ __forceinline__ A sum(const Function& f) const {
         A total = A(0);
@@ -29,7 +29,7 @@ struct WarpRow {
         return warp_sum(total);
     }
 
-    // Takes `less` off every value and returns sum_n of(row[n]), the same in all threads.
+    // Subtracts `less` from every value and returns sum_n f(row[n]), identical in all threads.
     template <typename Function>
     __device__ __forceinline__ A subtract_and_sum(A less, const Function& f) const {
         A total = A(0);
@@ -38,7 +38,7 @@ struct WarpRow {
         return warp_sum(total);
     }
 
-    // row[n] = of(n, row[n]), in a loop that stays rolled: activations are long.
+    // row[n] = f(n, row[n]), in a rolled loop: activations are long.
     template <typename Function>
     __device__ __forceinline__ void replace(const Function& f) const {
 #pragma unroll 1
@@ -46,20 +46,20 @@ struct WarpRow {
     }
 };
 
-// Without statistics: gamma and beta of a neuron.
+// The map without statistics: gamma and beta of a neuron.
 template <typename Arguments>
 __device__ __forceinline__ auto load_affine(const Arguments& a, long long m) {
     using A = decltype(a.alpha + 0);
     return Affine<A>{{A(0), A(0)}, a.gamma ? a.gamma[m] : A(1), a.beta ? a.beta[m] : A(0)};
 }
 
-// The warps take the rows of the block in turn.
+// Calls work(c) for every row of the block; the warps take the rows in turn.
 template <typename Work>
 __device__ __forceinline__ void for_each_row(int width, long long left, const Work& work) {
     for (int c = threadIdx.x / WARP; c < width && c < left; c += blockDim.x / WARP) work(c);
 }
 
-// From the tile (width, examples) of a block to its columns of a matrix (examples, outputs), and back.
+// Copies the tile (width, examples) of a block to its columns of a matrix (examples, outputs), and back.
 template <typename T, typename A>
 __device__ __forceinline__ void store_tile(T* matrix, const A* tile, int pitch, long long examples, long long outputs,
                                            long long column, int width) {
@@ -76,7 +76,7 @@ __device__ __forceinline__ void load_tile(A* tile, const T* matrix, int pitch, l
         tile[c * pitch + n] = column + c < outputs ? A(matrix[n * outputs + column + c]) : A(0);
 }
 
-// The same of examples: from the tile (width, neurons) of a block to the rows of a matrix from `first` on, and back.
+// Copies the tile (width, neurons) of a block to the rows of a matrix from `first` on, and back.
 template <typename T, typename A>
 __device__ __forceinline__ void store_rows(T* matrix, const A* tile, int pitch, long long rows, long long outputs,
                                            long long first, int width) {

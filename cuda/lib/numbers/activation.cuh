@@ -1,21 +1,22 @@
-// Activations h = phi(z) and their first two derivatives. NaN passes through all of them.
+// Activations h = phi(z) and their first two derivatives. All of them propagate NaN.
 //
-// The codes are those of bnkernels/ops/activations.py, which passes `alpha` as well: the slope below zero of the piecewise
-// linear three (identity 1, relu 0), and elu's factor. The rest, the curved ones, are long, and kernels unroll over the
-// values of a thread: they call these in a loop that stays rolled.
+// The codes are those of bnkernels/ops/activations.py, which also passes `alpha`: the slope below zero of the piecewise
+// linear activations (1 for identity, 0 for relu), and the factor of elu. The other, curved activations are long.
+// Kernels, which unroll over the values of a thread, call them in a rolled loop.
 #pragma once
 
 enum Activation { LINEAR = 0, SIGMOID = 1, TANH = 2, ELU = 3, SILU = 4, GELU_TANH = 5, GELU = 6 };
 
-// What the curved ones are made of: gate is sigmoid(z), tanh(z), exp(z) - 1 or, where h = z gate, the gate; `density` is
-// the derivative of the gate. Infinite z: the gate's limit, and density 0.
+// The factors of the curved activations: `gate` is sigmoid(z), tanh(z), exp(z) - 1 or, for h = z gate, the gate;
+// `density` is the derivative of the gate. For infinite z they are the limit of the gate and 0.
 template <typename A>
 struct Gate {
     A gate, density;
 };
 
-// exp(x^2) (1 + 2x) erfc(x), x >= 0, is a polynomial of (x - 3.75) / (x + 3.75) to 2e-16, after Shepherd and Laframboise
-// (1981); the coefficients are our own fit. CUDA's erfc for double is a call, and a call makes kernels spill.
+// exp(x^2) (1 + 2x) erfc(x) for x >= 0 as a polynomial in (x - 3.75) / (x + 3.75), exact to 2e-16, after Shepherd and
+// Laframboise (1981) with coefficients fitted anew. CUDA's erfc for double is a function call, which makes kernels
+// spill registers.
 __device__ __forceinline__ double erfc_inline(double z) {
     constexpr double c[] = {
         1.2375126308378275,     -0.14024059858554697,   0.0035854154854790257,   0.0822767384901452,
@@ -35,7 +36,7 @@ __device__ __forceinline__ double erfc_inline(double z) {
 }
 __device__ __forceinline__ float erfc_inline(float z) { return erfc(z); }
 
-// Of gelu: the normal distribution and its density. erfc keeps the digits that 1 + erf would lose below zero.
+// The normal distribution and its density, for gelu. erfc keeps the digits that 1 + erf would lose below zero.
 template <typename A>
 __device__ __forceinline__ Gate<A> normal_gate(A z) {
     return {A(0.5) * erfc_inline(z * A(-0.70710678118654752440)), A(0.39894228040143267794) * exp(A(-0.5) * z * z)};
@@ -45,7 +46,7 @@ template <typename A>
 __device__ __forceinline__ Gate<A> gate_of(A z, int activation) {
     if (activation == GELU) return normal_gate(z);
     if (activation <= ELU && activation >= TANH) {
-        // tanh of a negative number from expm1 of its double: no cancellation and no overflow.
+        // tanh(-|z|) from expm1(-2 |z|): neither cancellation nor overflow.
         const A e = expm1(activation == TANH ? A(-2) * fabs(z) : z);
         if (activation == ELU) return {e, e + A(1)};
         const A h = copysign(e / (e + A(2)), z);
@@ -54,14 +55,16 @@ __device__ __forceinline__ Gate<A> gate_of(A z, int activation) {
     // gelu_tanh: (1 + tanh(u)) / 2 = sigmoid(2u), where 2u = z (a + b z^2).
     const A a = A(1.5957691216057308), b = A(0.07135481627260025);
     const A inner = activation == GELU_TANH ? z * fma(b, z * z, a) : z;
-    // sigmoid of either sign from what is small, so its derivative loses nothing where it is nearly 0 or 1.
+    // exp(-|u|) gives the sigmoid of either sign without losing digits of the derivative where the sigmoid is nearly 0
+    // or 1.
     const A decay = exp(-fabs(inner)), above = A(1) / (A(1) + decay), slope = decay * above * above;
-    const bool flat = slope == A(0);  // where the inner derivative may be infinite
+    const bool flat = slope == A(0);  // the inner derivative may be infinite there
     return {inner < A(0) ? decay * above : above,
             activation == GELU_TANH && !flat ? slope * fma(A(3) * b, z * z, a) : slope};
 }
 
-// Piecewise linear: what z is multiplied with, and the gradient too. 0 instead of NaN for alpha 0 and minus infinity.
+// The piecewise linear activations: z or the gradient times the slope at z. For alpha = 0, minus infinity gives 0, not
+// NaN.
 template <typename A>
 __device__ __forceinline__ A linear(A value, A z, A alpha) {
     return z <= A(0) ? (alpha == A(0) ? A(0) : alpha * value) : value;
@@ -101,7 +104,7 @@ struct Derivatives {
     A first, second;
 };
 
-// phi' as above and phi'' of the curved ones, 0 at infinity. A gate makes phi'' = 2 gate' + z gate''.
+// phi' and phi'' of the curved activations, 0 at infinity. For h = z gate, phi'' = 2 gate' + z gate''.
 template <typename A>
 __device__ __forceinline__ Derivatives<A> curved_derivatives(A z, int activation, A alpha) {
     if (activation == ELU && !(z <= A(0))) return {A(1), z == z ? A(0) : z};
@@ -119,8 +122,8 @@ __device__ __forceinline__ Derivatives<A> curved_derivatives(A z, int activation
     return {gate.gate + z * density, density * fma(z, bend, A(2))};
 }
 
-// Moves every value one place down and the first to the end: a loop that stays rolled takes them one after the other,
-// although registers have no index. So the code of the curved activations is there once.
+// Rotates the values by one place, so that a rolled loop reaches all of them through values[0]: registers cannot be
+// indexed. The code of the curved activations is then emitted once.
 template <int N, typename A>
 __device__ __forceinline__ void rotate(A (&values)[N]) {
     const A first = values[0];
@@ -144,7 +147,7 @@ __device__ __forceinline__ void activate_all(A (&z)[N], int activation, A alpha)
     }
 }
 
-// g = dy phi'(z), in the place of dy.
+// dy = dy phi'(z)
 template <int N, typename A>
 __device__ __forceinline__ void activation_backward_all(A (&dy)[N], A (&z)[N], int activation, A alpha) {
     if (activation == LINEAR) {

@@ -1,13 +1,13 @@
-// The 16-bit storage types: what lies in memory. Kernels load them into float, compute there, and round once to store.
+// The 16-bit storage types. Kernels load them into float, compute in float, and round once to store.
 //
-// Float16 is IEEE binary16, BFloat16 the upper half of a float. Both conversions round to nearest, ties to even; too
-// large becomes infinity, subnormals are kept, NaN stays NaN. On a GPU the bits of a NaN may differ from the host's. CuPy
-// compiles with -ftz=true: arithmetic that follows flushes floats below 1.2e-38. That concerns the subnormals of BFloat16
-// and none of Float16, all of whose numbers are normal floats.
+// Float16 is IEEE binary16, BFloat16 the upper half of a float. Both conversions round to nearest, ties to even;
+// overflow gives infinity, subnormals are kept, NaN stays NaN. The bits of a NaN may differ between GPU and CPU. CuPy
+// compiles with -ftz=true: later arithmetic flushes floats below 1.2e-38 to zero. This affects subnormals of BFloat16,
+// but not Float16, all of whose numbers are normal floats.
 #pragma once
 
-#ifndef BNK_HALF_CONVERSIONS  // the tests' emulator defines it, with twins of these four functions
-// The header of CUDA that wraps these instructions would be more text than all of our kernels.
+#ifndef BNK_HALF_CONVERSIONS  // the emulator defines it and these four functions
+// CUDA's header that wraps these instructions is longer than all kernels together.
 __device__ __forceinline__ float bnk_half_to_float(unsigned short bits) {
     float value;
     asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
@@ -34,8 +34,8 @@ struct Float16 {
 struct BFloat16 {
     unsigned short bits;
 
-    // Half of the last place that stays, less one if that place is even, carries into it exactly when rounding up is
-    // due. It would carry a NaN into infinity or zero.
+    // Adding half a unit in the last place kept, less one if that place is even, carries exactly when rounding up is
+    // due. NaN is handled apart: the carry would turn it into infinity or zero.
     __device__ __forceinline__ explicit BFloat16(float value) {
         const unsigned wide = bnk_bits_of(value);
         const unsigned rounded = (wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16;
@@ -45,7 +45,7 @@ struct BFloat16 {
     __device__ __forceinline__ explicit operator float() const { return bnk_float_of((unsigned)bits << 16); }
 };
 
-// Round once into memory.
+// Rounds once to the storage type.
 template <typename T, typename A>
 __device__ __forceinline__ void store(T& place, A value) {
     place = T(value);

@@ -1,4 +1,4 @@
-// 16 bytes of neighbouring numbers: what one access moves at most.
+// Vectors of 16 bytes, the widest memory access of a thread.
 #pragma once
 
 #include "lib/numbers/half.cuh"
@@ -7,8 +7,8 @@ struct alignas(16) Vector {
     unsigned words[4];
 };
 
-#ifndef BNK_VECTOR_ACCESS  // the tests' emulator defines it, with twins of these functions
-// Left to itself, the compiler takes some of these accesses apart. Volatile: in the order of the program.
+#ifndef BNK_VECTOR_ACCESS  // the emulator defines it and these functions
+// Inline PTX, since the compiler splits some of these accesses. Volatile keeps them in program order.
 __device__ __forceinline__ Vector bnk_load_vector(const void* address) {
     Vector v;
     asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -40,7 +40,7 @@ __device__ __forceinline__ Vector bnk_load_vector(const void* address) {
 __device__ __forceinline__ void bnk_store_vector(void* address, const Vector& v) { bnk_move_vector(address, v.words); }
 #endif
 
-// Number i of a vector of T, as a Number: the accumulator's type.
+// Element i of a vector of T, converted to and from the accumulator's type.
 template <typename T>
 struct Packed;
 
@@ -74,7 +74,7 @@ struct PackedHalves {
         return (unsigned short)(vector.words[i / 2] >> (16 * (i % 2)));
     }
     static __device__ __forceinline__ void set_bits(Vector& vector, int i, unsigned short bits) {
-        const unsigned other = i % 2 ? vector.words[i / 2] & 0xffffu : 0u;  // from the first half on
+        const unsigned other = i % 2 ? vector.words[i / 2] & 0xffffu : 0u;  // elements are set in ascending order
         vector.words[i / 2] = other | (unsigned)bits << (16 * (i % 2));
     }
 };
@@ -99,7 +99,7 @@ struct Packed<BFloat16> : PackedHalves {
     }
 };
 
-// The vectors that a thread keeps in shared memory: vector i of all threads of the block side by side.
+// The vectors that a thread keeps in shared memory, interleaved with those of the block's other threads.
 struct ThreadVectors {
     Vector* own;
     int threads;

@@ -1,10 +1,10 @@
-// Slices of channels that several blocks share: which rows are whose, what stays on the chip, how the blocks meet.
+// Slices of channels whose rows several blocks share: ownership of rows, and reduction over threads and blocks.
 //
-// The grid is (groups, G): the G blocks blockIdx.y of a group share the rows of a slice of channels, and the groups take
-// the slices in turn. All blocks are resident at once where G > 1 (a cooperative launch), so they may wait for each other.
-// A row is 16 bytes: COUNT neighbouring channels of an example (CHANNELS: the tensor lies channels-last), or COUNT
-// neighbouring positions of one channel. Lane y of block g is lane g * lanes + y of the group; the lanes take the rows
-// in turn, as in channel.cuh.
+// The grid is (columns, splits). The blocks of a column, `splits` of them, share the rows of a slice of channels; the
+// columns take the slices in turn. With more than one split the launch is cooperative, so that all blocks are resident
+// and may wait for each other. A row is a vector of 16 bytes: COUNT neighbouring channels of an example
+// (CHANNELS_LAST), or COUNT neighbouring positions of one channel. Worker y of split g, the threads with threadIdx.y =
+// y, is worker g * blockDim.y + y of the slice; the workers take the rows in turn, as in rows.cuh.
 #pragma once
 
 #include "lib/numbers/vector.cuh"
@@ -14,13 +14,13 @@
 
 constexpr int COOPERATIVE_FAN_IN = 8;  // partial results that one thread merges
 
-// Where a thread is in the tensor.
+// The rows of a thread, and their offsets in the tensor.
 template <typename T, bool CHANNELS_LAST>
 struct ThreadRows {
     static constexpr int COUNT = Packed<T>::COUNT;
     static constexpr int THREAD_CHANNELS = CHANNELS_LAST ? COUNT : 1;  // channels of a thread
 
-    long long outer, inner;  // of the tensor; inner in rows
+    long long outer, inner;  // of the tensor; inner in vectors
     int worker, workers;
 
     __device__ __forceinline__ ThreadRows(long long outer, long long inner)
@@ -29,10 +29,10 @@ struct ThreadRows {
           worker(blockIdx.y * blockDim.y + threadIdx.y),
           workers(gridDim.y * blockDim.y) {}
 
-    // How many rows the thread has, at least one.
+    // Number of the thread's rows, at least one.
     __device__ __forceinline__ long long count() const { return (outer * inner - worker - 1) / workers + 1; }
 
-    // The thread's rows from its row number `first` on.
+    // The thread's rows, beginning with its row number `first`.
     __device__ __forceinline__ Rows<CHANNELS_LAST> from(long long first) const {
         Rows<CHANNELS_LAST> rows(outer, inner, worker, workers);
         const long long row = worker + first * workers;
@@ -49,37 +49,38 @@ struct ThreadRows {
         return RowCounts(outer * inner, workers, CHANNELS_LAST ? 1 : COUNT);
     }
 
-    // Where a row of the channels from c on begins, in an array with these strides; the other stride is 1.
+    // Offset of a row of the channels c, c + 1, ... in an array with these strides; the remaining stride is 1.
     __device__ __forceinline__ long long at(const Rows<CHANNELS_LAST>& row, long long outer_stride,
                                             long long channel_stride, long long c) const {
         return row.outer * outer_stride + (CHANNELS_LAST ? c : c * channel_stride + row.index * COUNT);
     }
 
-    // The same in an output, which lies in C order.
+    // The same in an output, which is in C order.
     __device__ __forceinline__ long long at_output(const Rows<CHANNELS_LAST>& row, long long channels,
                                                    long long c) const {
         return CHANNELS_LAST ? at(row, channels, 1, c) : at(row, channels * inner * COUNT, inner * COUNT, c);
     }
 };
 
-// How what the lanes of a block, and the blocks of a group, know of the channels of a slice becomes one. Partial merges:
-// Partial::merge(to, slots, plane, pitch, shares, first, last, step), as merge_lanes of moments.cuh; `to` may be `slots`.
-// It has QUANTITIES numbers a channel. All threads must call.
+// Reduction of partial results of a slice over workers and splits. Partial::merge(to, to_plane, slots, plane, pitch,
+// counts, first, last, step) merges the partial results of the workers first ... last - 1, as merge_workers of
+// moments.cuh; `to` may alias `slots`. A partial result has Partial::QUANTITIES numbers a channel. All threads must
+// call.
 template <typename Partial>
 struct SliceReduction {
     static constexpr int QUANTITIES = Partial::QUANTITIES;
 
-    float* shared;  // [quantity][lane][channel of the slice]
+    float* shared;  // [quantity][worker][channel of the slice]
     const RowCounts counts;
     int width, plane;
 
     __device__ __forceinline__ SliceReduction(float* shared, const RowCounts& counts, int width)
         : shared(shared), counts(counts), width(width), plane(width * blockDim.y) {}
 
-    // Where a thread stores what its lane knows of the first of its channels.
+    // Place of the thread's partial result, for the first of its channels.
     __device__ __forceinline__ float* slot(int own) const { return shared + threadIdx.y * width + threadIdx.x * own; }
 
-    // From the slots 0, 1, ..., each of `unit` lanes from the lane `first` on, into slot 0.
+    // Merges `slots` slots, each of `unit` workers from worker `first` on, into slot 0.
     __device__ __forceinline__ void merge_slots(int slots, int first, int unit) const {
         const int thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;
         for (int step = 1; step < slots; step *= COOPERATIVE_FAN_IN) {
@@ -96,9 +97,9 @@ struct SliceReduction {
         __syncthreads();
     }
 
-    // Over the block and then over its group; the result is in slot 0 of every block. `partial` holds
-    // [2][group][block][quantity][channel of the slice]: while one half is written, a block that is behind may still read
-    // the other.
+    // Merges over the block, then over the splits; every block gets the result in slot 0. `partial` is
+    // [2][column][split][quantity][channel of the slice], used alternately: a slower block may still read the half of
+    // the previous slice.
     __device__ __forceinline__ void merge(float* partial, unsigned* barrier_counter, bool odd) const {
         const int thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;
         const int block_workers = blockDim.y, blocks = gridDim.y, size = QUANTITIES * width;

@@ -1,8 +1,8 @@
-// What the general batch-norm kernels share: groups, masks, parameters of either type, renormalisation.
+// Shared code of the masked and grouped batch-norm kernels: masks, groups, parameters of either type, renormalisation.
 //
-// The tensor is (groups, outer, C, inner), and every group has statistics of its own. Blocks blockIdx.y take the groups
-// in turn; in stages without a sum, blocks blockIdx.z share the rows. Where a mask says that a row is invalid nothing of
-// it is read, whatever lies there.
+// The tensor is (groups, outer, C, inner), and every group has its own statistics. The blocks blockIdx.y take the
+// groups in turn; in stages without a reduction, the blocks blockIdx.z share the rows. Data of rows that the mask
+// excludes are never read.
 #pragma once
 #include "lib/numbers/activation.cuh"
 #include "lib/numbers/half.cuh"
@@ -10,19 +10,19 @@
 #include "lib/reduce/normalisation.cuh"
 #include "lib/reduce/rows.cuh"
 
-// What a launch does. The numbers are those of bnkernels/ops/batch_norm/masked_grouped.py.
+// The stages of a pass; numbered as in bnkernels/ops/batch_norm/problem.py.
 enum Stage {
-    WHOLE = 0,    // all of a training pass
-    COLLECT = 1,  // what is summed over the rows, and nothing else
-    APPLY = 2,    // the rest, with the sums given
+    WHOLE = 0,    // the whole training pass
+    COLLECT = 1,  // only the reductions over rows
+    APPLY = 2,    // only the elementwise part, with given statistics or sums
     FROZEN = 3    // running statistics, which do not depend on x
 };
 
-// Rows that a thread holds.
+// Rows that a thread holds in registers.
 template <typename A>
 constexpr int VALUES = 32 / sizeof(A);
 
-// Of some rows of a thread: how many there are, and a bit for each valid one.
+// A chunk of a thread's rows: their number, and a bit for each valid one.
 struct Chunk {
     int count;
     unsigned valid;
@@ -30,7 +30,7 @@ struct Chunk {
     __device__ __forceinline__ bool has(int i) const { return (valid >> i & 1u) != 0; }
 };
 
-// Whether a thread has no more rows than that: then they stay where they were read.
+// Whether the thread has at most COUNT rows, so that they stay in registers.
 template <int COUNT>
 __device__ __forceinline__ bool fit(Rows<false> rows) {
     for (int i = 0; i < COUNT; ++i)
@@ -38,7 +38,7 @@ __device__ __forceinline__ bool fit(Rows<false> rows) {
     return !rows.inside();
 }
 
-// The next rows, as many as there are and fit. No mask: all are valid.
+// The next COUNT rows, or as many as are left. Without a mask all rows are valid.
 template <int COUNT>
 __device__ __forceinline__ Chunk chunk_of(const char* mask, long long outer_stride, long long inner_stride,
                                           Rows<false>& rows) {
@@ -53,7 +53,7 @@ __device__ __forceinline__ Chunk chunk_of(const char* mask, long long outer_stri
     return chunk;
 }
 
-// The numbers of an array in the valid rows of a chunk; 0 in the others.
+// Loads the valid rows of a chunk; the others become 0.
 template <int COUNT, typename T, typename A>
 __device__ __forceinline__ void load_chunk(A (&values)[COUNT], const T* channel, long long outer_stride,
                                            long long inner_stride, Rows<false> row, const Chunk& chunk) {
@@ -64,7 +64,7 @@ __device__ __forceinline__ void load_chunk(A (&values)[COUNT], const T* channel,
     }
 }
 
-// gamma and beta are of the accumulator's type, or `narrow`: of the data's.
+// gamma and beta are of the accumulator's type or, with params_in_storage_type, of the data's.
 template <typename T, typename A>
 __device__ __forceinline__ A load_parameter(const void* parameters, long long c, int params_in_storage_type, A absent) {
     if (!parameters) return absent;
@@ -85,7 +85,7 @@ template <typename A>
 struct Renormalisation : Normalisation<A> {
     A r, d;
 
-    // Forward and backward form these in the same way: then the activation sees the same bits.
+    // Forward and backward both use it: the activation sees the same bits.
     template <typename T, typename Arguments>
     __device__ __forceinline__ void scale_and_shift(const Arguments& a, long long c) {
         const A gamma = load_parameter<T, A>(a.gamma, c, a.params_in_storage_type, A(1));
@@ -94,7 +94,7 @@ struct Renormalisation : Normalisation<A> {
     }
 };
 
-// With the statistics of a group, or the running ones.
+// Uses the statistics of the group or, in the stage FROZEN, the running statistics.
 template <typename T, typename A, typename Arguments>
 __device__ __forceinline__ Renormalisation<A> load_normalisation(const Arguments& a, long long group, long long c) {
     Renormalisation<A> norm;

@@ -1,16 +1,16 @@
-// Means and sums of squared differences: of a few values that a thread holds, and merged over threads.
+// Moments of a channel: count, mean, and sum of squared differences from the mean (M2).
 #pragma once
 
 #include "lib/numbers/pair.cuh"
 
-// Count, mean and sum of squared differences from the mean, of some rows of one channel.
+// Moments of some rows of one channel.
 template <typename A>
 struct Moments {
     A count;
     Pair<A> mean, m2;
 };
 
-// Of the first `count` of the values that a thread holds; 1 <= count <= VALUES.
+// Moments of the first `count` values of a thread; 1 <= count <= VALUES.
 template <int VALUES, typename A>
 __device__ __forceinline__ Moments<A> moments_of(const A (&values)[VALUES], int count) {
     Pair<A> sum = {A(0), A(0)};
@@ -25,7 +25,7 @@ __device__ __forceinline__ Moments<A> moments_of(const A (&values)[VALUES], int 
     return {A(count), mean, {m2, A(0)}};
 }
 
-// The same of those values whose bit is set, which may be none.
+// Moments of the values whose bit is set in `valid`, possibly none.
 template <int VALUES, typename A>
 __device__ __forceinline__ Moments<A> moments_of_valid(const A (&values)[VALUES], unsigned valid) {
     Pair<A> sum = {A(0), A(0)};
@@ -44,7 +44,7 @@ __device__ __forceinline__ Moments<A> moments_of_valid(const A (&values)[VALUES]
     return {A(count), mean, {m2, A(0)}};
 }
 
-// Chan, Golub and LeVeque's merge of two disjoint sets of rows.
+// Merges two disjoint sets of rows, after Chan, Golub and LeVeque.
 template <typename A>
 __device__ __forceinline__ Moments<A> merge(const Moments<A>& a, const Moments<A>& b) {
     const A count = a.count + b.count;
@@ -54,16 +54,16 @@ __device__ __forceinline__ Moments<A> merge(const Moments<A>& a, const Moments<A
     return {count, mean, m2};
 }
 
-// How many values each lane has.
+// Number of rows of each worker.
 struct RowCounts {
     long long rounds;
-    int longer, workers;  // the first `longer` lanes own one row more than `rounds`
-    int values;           // of a row
+    int longer, workers;  // the first `longer` workers have one row more than `rounds`
+    int values;           // values of a row
 
     __device__ __forceinline__ RowCounts(long long rows, int workers, int values = 1)
         : rounds(rows / workers), longer((int)(rows - rounds * workers)), workers(workers), values(values) {}
 
-    // Of the lanes first ... last - 1.
+    // Number of values of the workers first ... last - 1.
     __device__ __forceinline__ long long count(int first, int last) const {
         return values * (rounds * (last - first) + (longer < first  ? 0
                                                     : longer < last ? longer - first
@@ -71,8 +71,8 @@ struct RowCounts {
     }
 };
 
-// Mean and M2 of a channel over the lanes first ... last - 1. The slot at `slots` holds mean, mean_low and M2, `plane`
-// apart, of the first `step` of these lanes, the one `pitch` behind it those of the next.
+// Merges the moments of the workers first ... last - 1. A slot holds mean, mean_low and M2, `plane` apart, of `step`
+// workers; slots are `pitch` apart.
 template <typename A>
 __device__ __forceinline__ Moments<A> merge_workers(const A* slots, long long plane, long long pitch,
                                                     const RowCounts& counts, int first, int last, int step) {
@@ -93,8 +93,8 @@ __device__ __forceinline__ Moments<A> merge_workers(const A* slots, long long pl
     return all;
 }
 
-// The same of parts that say themselves of how many rows they are, 0 allowed: the slot at `slots` holds count, mean,
-// mean_low and M2, `plane` apart, of the first part, the one `pitch` behind it those of the next.
+// Merges moments with their counts, of which some may be 0. A slot holds count, mean, mean_low and M2, `plane` apart;
+// slots are `pitch` apart.
 template <typename A>
 __device__ __forceinline__ Moments<A> merge_counted(const A* slots, long long plane, long long pitch, int parts) {
     Moments<A> all = {A(0), {A(0), A(0)}, {A(0), A(0)}};
@@ -102,7 +102,7 @@ __device__ __forceinline__ Moments<A> merge_counted(const A* slots, long long pl
     const A* slot = slots;
 #pragma unroll 1
     for (int i = 0; i < parts; ++i, slot += pitch) {
-        if (slot[0] == A(0)) continue;  // whatever its mean says
+        if (slot[0] == A(0)) continue;  // its mean is undefined
         const Pair<A> mean = {slot[plane], slot[2 * plane]};
         sum = add(sum, multiply(mean, slot[0]));
         all.count += slot[0];

@@ -1,26 +1,28 @@
-// How batch norm sees a tensor: (outer, C, inner), the axes before and behind the channels' each taken together.
+// The view of a tensor in batch norm: (outer, C, inner), where outer and inner are the axes before and behind the
+// channel axis, flattened.
 //
-// A row is one position of a channel, and there are N = outer inner of them: row = outer index * inner + inner index. A
-// matrix (N, C), and whatever lies channels-last, has inner = 1. Outputs lie in C order, inputs may have any strides.
-// A thread owns the rows lane, lane + lanes, lane + 2 lanes, ... of one channel.
+// A row is one position of a channel: row = outer index * inner + inner index, of N = outer * inner rows. A matrix (N,
+// C) and channels-last tensors have inner = 1. Outputs are in C order, inputs may have any strides. The threads of a
+// block with the same threadIdx.x share a channel. Worker y, the threads with threadIdx.y = y, takes the rows y, y +
+// workers, y + 2 workers, ...
 #pragma once
 
-// Lanes above which partial results are merged in two levels: up to here every thread merges all of them itself, which is
+// Largest number of workers whose partial results are merged in one level: every thread merges all of them, which is
 // cheaper than a second barrier.
 constexpr int SERIAL_WORKERS = 64;
-constexpr int MERGE_FAN_IN = 32;  // lanes whose partial results one thread merges at the first level
+constexpr int MERGE_FAN_IN = 32;  // partial results that one thread merges at the first of two levels
 
-// The rows of one thread, one after the other. MATRIX promises inner = 1.
+// Iterator over the rows of a thread. MATRIX asserts inner = 1.
 template <bool MATRIX>
 struct Rows {
     long long outers, inner;     // of the tensor
     long long outer, index;      // of the row
-    int outer_step, index_step;  // to the next one
+    int outer_step, index_step;  // to the next row
 
     __device__ __forceinline__ Rows(long long outers, long long inner, int worker, int workers)
         : outers(outers), inner(inner), outer(worker), index(0), outer_step(workers), index_step(0) {
         if (MATRIX) return;
-        const int width = (int)min(inner, (long long)0x7fffffff);  // more than there are lanes
+        const int width = (int)min(inner, (long long)0x7fffffff);  // more than there are workers
         outer = worker / width;
         index = worker % width;
         outer_step = workers / width;
@@ -39,12 +41,12 @@ struct Rows {
         }
     }
 
-    // Where the row is in an array with these strides, in elements from the channel's first.
+    // Offset of the row in an array with these strides, in elements from the channel's first.
     __device__ __forceinline__ long long at(long long outer_stride, long long inner_stride) const {
         return MATRIX ? outer * outer_stride : outer * outer_stride + index * inner_stride;
     }
 
-    // Where the row of channel c is in an output.
+    // Offset of the row of channel c in an output.
     __device__ __forceinline__ long long at_output(long long channels, long long c) const {
         return MATRIX ? outer * channels + c : (outer * channels + c) * inner + index;
     }

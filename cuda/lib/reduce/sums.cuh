@@ -1,7 +1,8 @@
-// Sums over the rows of a channel: every lane adds its own in pairs, then a block merges its lanes through shared memory.
+// Sums over the rows of a channel. Every worker sums its rows in pairs; a block merges the workers through shared
+// memory.
 //
-// The order is fixed, so the result is deterministic: lanes merge in their order, above SERIAL_LANES of them first in
-// groups, then the groups. Shared memory: COUNT values of A for each thread.
+// The order is fixed, so the result is deterministic: workers merge in ascending order, more than SERIAL_WORKERS of
+// them first MERGE_FAN_IN at a time. Shared memory: COUNT values of A for each thread.
 #pragma once
 #include "lib/kernel.cuh"
 #include "lib/numbers/pair.cuh"
@@ -16,7 +17,7 @@ struct ChannelSums {
         for (int i = 0; i < COUNT; ++i) sums[i] = add(sums[i], terms[i]);
     }
 
-    // Into the thread's place in shared memory, [sum][lane][channel of the slice].
+    // Stores the sums in the thread's place in shared memory, [sum][worker][channel of the slice].
     __device__ __forceinline__ void share(A* partial) const {
         A* slot = partial + threadIdx.y * blockDim.x + threadIdx.x;
 #pragma unroll
@@ -24,7 +25,7 @@ struct ChannelSums {
     }
 };
 
-// The sums over the lanes first, first + step, ... below last, from shared memory.
+// Merges the workers first, first + step, ... below last from shared memory.
 template <typename A, int COUNT>
 __device__ __forceinline__ ChannelSums<A, COUNT> merge_workers(const A* partial, int first, int last, int step) {
     const int width = blockDim.x, plane = width * blockDim.y;
@@ -38,7 +39,7 @@ __device__ __forceinline__ ChannelSums<A, COUNT> merge_workers(const A* partial,
     return total;
 }
 
-// The block's sums of one channel, in the same order for every thread of it. All threads must call.
+// Sums of one channel over the block, identical in all its threads. All threads must call.
 template <typename A, int COUNT>
 __device__ __forceinline__ ChannelSums<A, COUNT> merge_block(const ChannelSums<A, COUNT>& own) {
     BNK_DYNAMIC_SHARED(A, partial);

@@ -1,7 +1,7 @@
-// Rows of a matrix that teams of threads own: how they are read and kept, and sums over them.
+// Rows of a matrix, each shared by the threads of a block with the same threadIdx.y: access and row-wise sums.
 //
-// A team is the threads of a block with the same threadIdx.y; blockDim.x is a power of two. A unit is 16 bytes of a row: a
-// thread takes every blockDim.x-th, always the same ones. What it keeps of them no other thread reads: that takes no barrier.
+// blockDim.x is a power of two. A unit is a vector of 16 bytes of a row. A thread takes every blockDim.x-th unit,
+// always the same ones: no other thread reads the units that it keeps in shared memory, so they need no barrier.
 #pragma once
 
 #include "lib/numbers/pair.cuh"
@@ -10,7 +10,7 @@
 template <typename T>
 constexpr int UNIT = Packed<T>::COUNT;
 
-// Rows of `length` values. wide: they are whole units, and begin at multiples of 16 bytes.
+// Rows of `length` values. aligned16: a row is a whole number of units and begins at a multiple of 16 bytes.
 struct VectorRows {
     long long length;
     bool aligned16;
@@ -20,13 +20,13 @@ struct VectorRows {
         return (length + UNIT<T> - 1) / UNIT<T>;
     }
 
-    // Number i of a unit is there.
+    // Whether element i of a unit is within the row.
     template <typename T>
     __device__ __forceinline__ bool has(long long unit, int i) const {
         return aligned16 || unit * UNIT<T> + i < length;
     }
 
-    // Zeros beyond the end of the row.
+    // Loads a unit; elements beyond the end of the row are 0.
     template <typename T>
     __device__ __forceinline__ Vector load(const T* row, long long unit) const {
         if (aligned16) return bnk_load_vector(row + unit * UNIT<T>);
@@ -51,7 +51,7 @@ struct VectorRows {
             if (has<T>(unit, i)) row[unit * UNIT<T> + i] = T(values[i]);
     }
 
-    // The parameters of a unit's columns; `missing` without any, and beyond the end.
+    // Loads the parameters of a unit's columns: `missing` if there are none, and beyond the end.
     template <typename T, typename A>
     __device__ __forceinline__ void load_parameters(A (&values)[UNIT<T>], const A* parameters, long long unit,
                                                     A missing) const {
@@ -69,7 +69,7 @@ struct VectorRows {
     }
 };
 
-// Calls work(k, unit) for the units of a thread from `first` to before `last`: its k-th of them.
+// Calls work(k, unit) for the thread's units first <= unit < last, k = 0, 1, ...
 template <int UNROLL = 1, typename Work>
 __device__ __forceinline__ void for_each_unit(long long first, long long last, const Work& work) {
     int k = 0;
@@ -77,7 +77,8 @@ __device__ __forceinline__ void for_each_unit(long long first, long long last, c
     for (long long unit = first + threadIdx.x; unit < last; unit += blockDim.x) work(k++, unit);
 }
 
-// The sum over the team, the same in all its threads. `scratch`: a pair for every warp of the block. All threads must call.
+// Sum over the threads of a row, identical in all of them. `scratch` holds a pair for every warp of the block. All
+// threads must call.
 template <typename A>
 __device__ __forceinline__ Pair<A> row_sum(Pair<A> sum, Pair<A>* scratch) {
     const int width = blockDim.x, warps = width / 32;
@@ -93,6 +94,6 @@ __device__ __forceinline__ Pair<A> row_sum(Pair<A> sum, Pair<A>* scratch) {
     sum = own[0];
 #pragma unroll 1
     for (int warp = 1; warp < warps; ++warp) sum = add(sum, own[warp]);
-    __syncthreads();  // the next sum takes the same place
+    __syncthreads();  // the next sum uses the same scratch
     return sum;
 }

@@ -1,24 +1,23 @@
-// How the blocks of a cooperative launch, which are all resident at once, wait for one another.
+// Barriers between blocks that are all resident: of a cooperative launch, or of a cluster.
 #pragma once
 
-constexpr int BARRIER_PITCH = 8;  // counters of a group: a sector of memory, one of them in use
+constexpr int BARRIER_PITCH = 8;  // counters of a barrier: one sector of memory, whose first word is used
 
-constexpr unsigned BARRIER_PHASE = 0x80000000u;  // the bit of a counter that a meeting turns over
+constexpr unsigned BARRIER_PHASE = 0x80000000u;  // the bit of a counter that a barrier flips
 
-#ifndef BNK_WAIT  // the tests' emulator defines it
+#ifndef BNK_WAIT  // the emulator defines it
 #define BNK_WAIT
-// Until the counter's highest bit is another than the ticket's.
+// Spins until the phase bit of the counter differs from that of the token.
 __device__ __forceinline__ void bnk_wait(const unsigned* counter, unsigned token) {
     while ((int)(*(const volatile unsigned*)counter ^ token) >= 0) {
     }
 }
 #endif
 
-// The two halves of a meeting of the blocks of a group: what any of them wrote before it arrived, all may read after they
-// have waited, and in between each does what concerns nobody else. Together the blocks add MEETING to the counter, the
-// first one what the others leave of it. So the lower bits are zero before and after a meeting of any number of blocks:
-// groups of all sizes take turns at one counter, which was 0 once, also where a launch got fewer blocks than it was planned
-// with. All threads must call, with the number of blocks and that of their own; what the first one gets counts.
+// Split grid barrier. Writes made before `arrive` are visible to all blocks after `wait`; independent work may go in
+// between. Together the blocks add BARRIER_PHASE to the counter: 1 each, and block 0 the rest. The lower bits are thus
+// 0 before and after every barrier, whatever the number of blocks, so barriers of different sizes may use one counter
+// in turn. It must be 0 initially. All threads must call; the values that thread (0, 0) passes count.
 __device__ __forceinline__ unsigned arrive(unsigned* counter, unsigned blocks, unsigned block) {
     __syncthreads();
     if (threadIdx.x || threadIdx.y) return 0;
@@ -38,7 +37,7 @@ __device__ __forceinline__ void grid_barrier(unsigned* counter, unsigned blocks,
     wait(counter, arrive(counter, blocks, block));
 }
 
-// The meetings of a group of the blocks of a cooperative launch, or of a single block.
+// Barrier between the blocks of a cooperative launch that share a counter, or within a single block.
 struct GridBarrier {
     unsigned* counter;
     unsigned blocks, block;
@@ -56,10 +55,10 @@ struct GridBarrier {
     }
 };
 
-// Those of a cluster, whose blocks the hardware keeps together: from sm_90 on.
-constexpr int CLUSTER = 8;  // blocks, as many as every such device grants
+// Barrier between the blocks of a cluster; requires sm_90.
+constexpr int CLUSTER = 8;  // blocks; the largest size that every such device supports
 
-#ifndef BNK_CLUSTERS  // the tests' emulator defines it
+#ifndef BNK_CLUSTERS  // the emulator defines it
 #define BNK_CLUSTERS (__CUDA_ARCH__ >= 900)
 #if BNK_CLUSTERS
 __device__ __forceinline__ void bnk_arrive_in_cluster() {
@@ -78,7 +77,7 @@ struct ClusterBarrier {
     }
     __device__ __forceinline__ void wait(unsigned) const {
         bnk_wait_for_cluster();
-        __syncthreads();  // for what the block's own threads did since they arrived
+        __syncthreads();  // orders the writes of the block's own threads since they arrived
     }
 };
 #endif

@@ -1,4 +1,4 @@
-// A training step of a multilayer perceptron by one block, all of it in shared memory: what fused_training.cu repeats.
+// A training step of a multilayer perceptron by one block, entirely in shared memory, for fused_training.cu.
 #pragma once
 
 #include "lib/gemm/subwarp.cuh"
@@ -6,22 +6,22 @@
 #include "lib/reduce/warp.cuh"
 #include "lib/train/network.cuh"
 
-// What the block keeps in shared memory, in this order. Rows of examples have the team's pitch.
+// Layout of the block's shared memory, in this order. Rows of examples have the subwarp's pitch.
 template <typename T>
 struct SharedLayout {
     T* parameters;
     T* first;
     T* second;
     T* running;
-    T* rstd;      // of every row, where there is a batch norm; with layer norm, of every example in every layer
-    T* losses;    // a row: of every example
+    T* rstd;      // (rows,) with batch norm, (depth, examples) with layer norm
+    T* losses;    // (examples,)
     T* schedule;  // of this step and the next, 4 numbers each
-    int* data;    // which rows of the data the examples are, of this step and the next
+    int* data;    // row of the data of each example, of this step and the next
     T* x;         // (inputs, examples), of this step and the next
-    T* h;         // (rows, examples): outputs of the layers; of the last one the logits, then their gradients
-    T* z;         // (rows, examples): before the activation, with batch norm less the mean, with layer norm normalised;
+    T* h;         // (rows, examples): outputs of the layers; of the last layer the logits, then their gradients
+    T* z;         // (rows, examples): pre-activations, with batch norm less the mean, with layer norm normalised;
                   // then their gradients
-    T* scratch;   // (rows, examples): with layer norm, of the widest hidden layer
+    T* scratch;   // (rows of the widest hidden layer, examples), with layer norm
 
     template <typename Arguments>
     __device__ __forceinline__ SharedLayout(T* shared, const Arguments& a, int inputs, int pitch) {
@@ -31,7 +31,7 @@ struct SharedLayout {
         running = second + (a.second ? a.parameter_count : 0);
         rstd = running + a.running_count;
         const long long rstds = a.scratch_rows ? a.depth * pitch : a.rows;
-        losses = shared + (rstd - shared + rstds + 3) / 4 * 4;  // rows of examples are read by fours
+        losses = shared + (rstd - shared + rstds + 3) / 4 * 4;  // rows of examples are read four values at a time
         schedule = losses + pitch;
         data = reinterpret_cast<int*>(schedule + 8);
         x = schedule + 8 + 2 * pitch;
@@ -41,7 +41,8 @@ struct SharedLayout {
     }
 };
 
-// One step after the other; all threads of the block call everything. LAYER_NORM: that is the norm of layers with a gamma.
+// Methods of a training step; all threads of the block must call every method. With LAYER_NORM the norm of layers with
+// a gamma is layer norm, else batch norm.
 template <typename T, bool LAYER_NORM, typename Arguments>
 struct BlockStep {
     const Arguments& a;
@@ -78,7 +79,8 @@ struct BlockStep {
             rows_of(step)[n] = row_of(a, step, n);
     }
 
-    // The mini-batch of a step, whose rows are chosen, and what depends on the step alone, by the threads from `from` on.
+    // Loads the mini-batch of a step and its row of the schedule, with the threads from `from` on. Its rows must be
+    // chosen.
     __device__ __forceinline__ void fetch(long long step, int from) const {
         const int inputs = field(0, INPUTS), threads = blockDim.x - from;
         T* x = x_of(step);
@@ -99,7 +101,7 @@ struct BlockStep {
 #pragma unroll 1
         for (int first = 0; first + subwarp.first < outputs; first += subwarp.count) {
             const int neuron = first + subwarp.index;
-            const bool active = neuron < outputs;  // all threads of a warp shuffle
+            const bool active = neuron < outputs;  // all threads of a warp take part in shuffles
             const T beta = active ? smem.parameters[shift + neuron] : T(0);
             T z[EXAMPLES], scale = T(1);
 #pragma unroll
@@ -120,11 +122,11 @@ struct BlockStep {
         }
     }
 
-    // Subtract the mean; return gamma rstd. The first thread of the team keeps the statistics.
+    // Subtracts the mean and returns gamma rstd. The first thread of the subwarp stores the statistics.
     __device__ __forceinline__ T normalise(T (&z)[EXAMPLES], int layer, int neuron, bool active, long long step) const {
         const T n = T(subwarp.batch), mean = subwarp.sum(z) / n;
         subwarp.subtract(z, mean);
-        const T remainder = subwarp.sum(z) / n;  // what rounding left of it
+        const T remainder = subwarp.sum(z) / n;  // rounding error of the mean
         subwarp.subtract(z, remainder);
         const T m2 = subwarp.sum_of_products(z, z), rstd = T(1) / sqrt(m2 / n + a.eps);
         if (!active) return T(0);
@@ -141,7 +143,7 @@ struct BlockStep {
         return smem.parameters[field(layer, GAMMA) + neuron] * rstd;
     }
 
-    // sum_m of(m) over the neurons of a layer, by a warp; the same in all its threads.
+    // sum_m term(m) over the neurons of a layer by a warp, identical in all its threads.
     template <typename Term>
     __device__ __forceinline__ T sum_of_neurons(int outputs, const Term& term) const {
         T total = T(0);
@@ -149,7 +151,7 @@ struct BlockStep {
         return warp_sum(total);
     }
 
-    // Layer norm of the examples, a warp for each: its normalised values in the place of z, and its activations.
+    // Layer norm, one warp an example: z becomes its normalised values; writes the activations.
     __device__ __forceinline__ void normalise_examples(int layer) const {
         const int outputs = field(layer, OUTPUTS), pitch = subwarp.pitch;
         const T* const gamma = smem.parameters + field(layer, GAMMA);
@@ -173,7 +175,7 @@ struct BlockStep {
         }
     }
 
-    // Losses, and the gradients of the mean loss in the place of the logits: an example each.
+    // Losses, and the gradients of the mean loss in place of the logits; one thread an example.
     __device__ __forceinline__ void softmax_cross_entropy(long long step) const {
         const int classes = field(a.depth - 1, OUTPUTS), n = threadIdx.x;
         if (n >= subwarp.batch) return;
@@ -191,7 +193,7 @@ struct BlockStep {
         }
     }
 
-    // From the gradients of z of the layer behind to those of this one, and to gamma and beta, or the bias.
+    // Gradients of z from those of the next layer's z; updates gamma and beta, or the bias.
     __device__ __forceinline__ void backward(int layer, long long step) const {
         const int outputs = field(layer, OUTPUTS), next_outputs = field(layer + 1, OUTPUTS),
                   gamma = field(layer, GAMMA);
@@ -221,7 +223,7 @@ struct BlockStep {
                 rotate(z);
             }
             const T sum_g = subwarp.sum(g), sum_product = gamma < 0 ? T(0) : subwarp.sum_of_products(g, z);
-            __syncwarp();  // all of the team have read what its first thread is about to change
+            __syncwarp();  // all threads of the subwarp have read what its first thread changes next
             if (!active) continue;
             if (gamma >= 0) {
                 const T mean_g = LAYER_NORM ? T(0) : sum_g * share;
@@ -237,7 +239,7 @@ struct BlockStep {
         }
     }
 
-    // From the scaled gradients of the normalised values to those of z: through the layer norm of each example.
+    // Gradients of z from the scaled gradients of the normalised values: the backward of layer norm.
     __device__ __forceinline__ void differentiate_examples(int layer) const {
         const int outputs = field(layer, OUTPUTS), pitch = subwarp.pitch;
 #pragma unroll 1
@@ -251,7 +253,7 @@ struct BlockStep {
         }
     }
 
-    // The weights of a layer, from its inputs and the gradients of its z.
+    // Updates the weights of a layer from its inputs and the gradients of its z.
     __device__ __forceinline__ void update_weights(int layer, long long step) const {
         const int outputs = field(layer, OUTPUTS), weights = field(layer, INPUTS) * outputs;
         const T* const rows = inputs_of(layer, step);
@@ -272,7 +274,7 @@ struct BlockStep {
         }
     }
 
-    // The bias of the last layer, and the mean loss of the step.
+    // Updates the bias of the last layer; writes the mean loss of the step.
     __device__ __forceinline__ void finish(long long step) const {
         const int last = a.depth - 1, outputs = field(last, OUTPUTS);
 #pragma unroll 1
@@ -298,7 +300,8 @@ struct BlockStep {
             }
         }
         softmax_cross_entropy(step);
-        fetch(step + 1, subwarp.batch < (int)blockDim.x ? subwarp.batch : 0);  // who has no example of this step
+        fetch(step + 1,
+              subwarp.batch < (int)blockDim.x ? subwarp.batch : 0);  // threads without an example of this step
         __syncthreads();
         for (int layer = a.depth - 2; layer >= 0; --layer) {
             backward(layer, step);

@@ -1,5 +1,5 @@
-// What a training step of a multilayer perceptron by a group of blocks is made of: where the blocks of the group leave
-// things for each other and for themselves, and what they do whatever the norm.
+// The common part of a training step of a multilayer perceptron by several blocks, for either norm: shared memory,
+// softmax cross-entropy, weight updates.
 #pragma once
 
 #include "lib/gemm/product.cuh"
@@ -7,16 +7,16 @@
 #include "lib/sync/grid_barrier.cuh"
 #include "lib/train/network.cuh"
 
-// What a block keeps for itself, in shared memory.
+// Layout of a block's shared memory.
 template <typename T>
 struct MultiBlockSharedLayout {
-    T* terms;    // for products
+    T* terms;    // operands of products
     T* tile;     // (width, examples) or (width, neurons)
-    T* top;      // of every example its largest logit, NaN where the label is none
-    T* total;    // and the sum of exp(logit - top)
-    T* losses;   // and its loss
-    int* label;  // and its class
-    int* data;   // which row of the data it is, of this step and the next
+    T* top;      // largest logit of every example; NaN if its label is not a class
+    T* total;    // sum of exp(logit - top) of every example
+    T* losses;   // loss of every example
+    int* label;  // label of every example
+    int* data;   // row of the data of each example, of this step and the next
 
     template <typename Arguments>
     __device__ __forceinline__ MultiBlockSharedLayout(const Arguments& a, T* shared, int pitch) {
@@ -31,10 +31,10 @@ struct MultiBlockSharedLayout {
     }
 };
 
-// The gradients of a layer's z, (examples, neurons): as they lie, or those of the mean loss, made from the logits.
+// Gradients of a layer's z, (examples, neurons): stored, or computed from the logits for the last layer.
 template <typename T>
 struct Gradients : Matrix<T> {
-    const T *top, *total;  // of BlockMemory; null: as they lie
+    const T *top, *total;  // of MultiBlockSharedLayout; null: stored
     const int* label;
 
     __device__ __forceinline__ T value(const T* at, int n, int m) const {
@@ -49,22 +49,22 @@ struct Centred {
     T mean, m2, rstd;
 };
 
-// By the warp that owns the row: takes its mean off it.
+// Subtracts the mean of a row and returns its statistics; for the warp that owns the row.
 template <typename T>
 __device__ __forceinline__ Centred<T> centre(const WarpRow<T>& z, T eps) {
     const T n = T(z.count), mean = z.sum([](int, T value) { return value; }) / n;
-    const T remainder = z.subtract_and_sum(mean, [](T value) { return value; }) / n;  // what rounding left of it
+    const T remainder = z.subtract_and_sum(mean, [](T value) { return value; }) / n;  // rounding error of the mean
     const T m2 = z.subtract_and_sum(remainder, [](T value) { return value * value; });
     return {mean + remainder, m2, T(1) / sqrt(m2 / n + eps)};
 }
 
-// Meeting: how the blocks of the group meet.
+// Barrier: GridBarrier or ClusterBarrier.
 template <typename T, typename Arguments, typename Barrier>
 struct MultiBlockStep {
     const Arguments& a;
     const Barrier barrier;
     const MultiBlockSharedLayout<T> smem;
-    const int block;  // which of its group
+    const int block;  // index among the blocks of the model
     const T lr;
 
     __device__ __forceinline__ int field(int layer, Layer which) const {
@@ -80,7 +80,7 @@ struct MultiBlockStep {
         update(a, a.parameters, a.first, a.second, i, g, lr, schedule_of(step));
     }
 
-    // work(first) for every tile of `width` neurons or examples, of so many, that is the block's.
+    // Calls work(first) for every tile of `width` neurons or examples, of `count`, that the block owns.
     template <typename Work>
     __device__ __forceinline__ void for_each_tile(long long count, const Work& work) const {
 #pragma unroll 1
@@ -92,7 +92,7 @@ struct MultiBlockStep {
         for (int n = threadIdx.x; n < a.batch && step < a.steps; n += blockDim.x) rows_of(step)[n] = row_of(a, step, n);
     }
 
-    // What the gradients of the mean loss are made of, by one thread of each example: of_class(k) is its k-th logit.
+    // Softmax statistics and loss of example n, by one thread; logit(k) is its k-th logit.
     template <typename Logit>
     __device__ __forceinline__ void softmax_cross_entropy(long long step, int n, const Logit& logit) const {
         const int classes = field((int)a.depth - 1, OUTPUTS), label = a.labels[rows_of(step)[n]];
@@ -108,7 +108,8 @@ struct MultiBlockStep {
         smem.losses[n] = valid ? log(total) - (logit(label) - top) : T(nan(""));
     }
 
-    // The weights of a layer: (inputs, outputs), by inputs transposed, (inputs, examples), and dz (examples, outputs).
+    // Updates the weights (inputs, outputs) of a layer from its transposed inputs (inputs, examples) and dz (examples,
+    // outputs).
     template <typename Inputs, typename Outputs>
     __device__ __forceinline__ void update_weights(int layer, long long step, const Inputs& inputs_transposed,
                                                    const Outputs& dz, long long column) const {

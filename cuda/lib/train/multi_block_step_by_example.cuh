@@ -1,20 +1,21 @@
-// A training step of a group of blocks that own examples: with layer norm.
+// A training step by several blocks that own examples, for layer norm.
 //
 // A block owns `width` examples with all of their neurons, and every further (blocks * width)-th tile of them, from the
-// inputs to the gradients: nothing of that needs another block. Then it owns neurons, whose parameters it moves. What the
-// blocks tell each other lies by examples: (examples, neurons).
+// inputs to the gradients, which needs no other block. Then it owns neurons and updates their parameters. The blocks
+// exchange arrays (examples, neurons).
 #pragma once
 
 #include "lib/train/multi_block_step.cuh"
 
-// What a group keeps in global memory, which the L2 cache holds. Of a layer (examples, outputs), behind the layer before.
+// Workspace of a model in global memory, cached in L2. Arrays of layers are (examples, outputs), one layer after the
+// other.
 template <typename T>
 struct ExampleWorkspace {
     T* x;       // (examples, inputs), of this step and the next
-    T* h;       // outputs of the layers, of the last one the logits
-    T* z;       // normalised
-    T* g;       // the gradients of what enters the activations
-    T* dz;      // those of z, before the norm
+    T* h;       // outputs of the layers; of the last layer the logits
+    T* z;       // normalised values
+    T* g;       // gradients of the inputs of the activations
+    T* dz;      // gradients of z before the norm
     T* losses;  // (examples,)
 
     template <typename Arguments>
@@ -28,7 +29,7 @@ struct ExampleWorkspace {
     }
 };
 
-// One step after the other; all threads of all blocks of the group call everything.
+// Methods of a training step; all threads of all blocks of the model must call every method.
 template <typename T, typename Arguments, typename Barrier>
 struct StepByExample : MultiBlockStep<T, Arguments, Barrier> {
     using Base = MultiBlockStep<T, Arguments, Barrier>;
@@ -48,13 +49,13 @@ struct StepByExample : MultiBlockStep<T, Arguments, Barrier> {
         return workspace.x + (step & 1) * field(0, INPUTS) * a.batch;
     }
     __device__ __forceinline__ T* of_layer(T* all, int layer) const { return all + field(layer, ROW) * a.batch; }
-    // (inputs, examples) of a layer.
+    // Transposed inputs of a layer, (inputs, examples).
     __device__ __forceinline__ Matrix<T> inputs_of(int layer, long long step) const {
         const int inputs = field(layer, INPUTS);
         return {layer == 0 ? x_of(step) : of_layer(workspace.h, layer - 1), inputs, a.batch, 1, inputs};
     }
 
-    // What the block's examples of a step are.
+    // Loads the block's examples of a step.
     __device__ __forceinline__ void fetch(long long step) const {
         if (step >= a.steps) return;
         const int inputs = field(0, INPUTS);
@@ -68,7 +69,7 @@ struct StepByExample : MultiBlockStep<T, Arguments, Barrier> {
         });
     }
 
-    // Into the tile, (width, neurons): the columns from `first` on of a product.
+    // Columns of a product from `first` on, into the tile (width, neurons).
     template <typename Right>
     __device__ __forceinline__ void multiply(const Matrix<T>& left, const Right& right, long long first) const {
 #pragma unroll 1
@@ -98,14 +99,14 @@ struct StepByExample : MultiBlockStep<T, Arguments, Barrier> {
         __syncthreads();
     }
 
-    // By the warp that owns the example.
+    // Normalises an example; for the warp that owns it.
     __device__ __forceinline__ void normalise(const WarpRow<T>& z, int layer, int c) const {
         const T scale = centre(z, a.eps).rstd;
         z.replace([=](int, T value) { return value * scale; });
         if (z.lane == 0) rstd[layer * a.width + c] = scale;
     }
 
-    // The gradients of the mean loss, and the losses of the block's examples.
+    // Gradients of the mean loss, and losses, of the block's examples.
     __device__ __forceinline__ void loss(long long step, long long first) const {
         const int last = (int)a.depth - 1, classes = field(last, OUTPUTS);
         const int here = (int)min((long long)a.width, a.batch - first);
@@ -123,7 +124,7 @@ struct StepByExample : MultiBlockStep<T, Arguments, Barrier> {
         __syncthreads();
     }
 
-    // From the gradients of z of the layer behind to those of this one.
+    // Gradients of z from those of the next layer's z.
     __device__ __forceinline__ void backward(int layer, long long first) const {
         const int outputs = field(layer, OUTPUTS), next_outputs = field(layer + 1, OUTPUTS);
         const Matrix<T> dz_next = {of_layer(workspace.dz, layer + 1), next_outputs, a.batch, 1, next_outputs};
@@ -133,7 +134,7 @@ struct StepByExample : MultiBlockStep<T, Arguments, Barrier> {
         __syncthreads();
     }
 
-    // By the warp that owns the example, whose row holds the gradients of its outputs.
+    // Backward of an example, whose row holds the gradients of its outputs; for the warp that owns it.
     __device__ __forceinline__ void differentiate(const WarpRow<T>& row, int layer, long long first, int c) const {
         const T *const gamma = parameters_of(layer, GAMMA), *const shift = parameters_of(layer, SHIFT);
         const bool norm = field(layer, GAMMA) >= 0;
@@ -155,7 +156,7 @@ struct StepByExample : MultiBlockStep<T, Arguments, Barrier> {
         for (int m = row.lane; m < row.count; m += WARP) dz[m] = scale * (row.row[m] - fma(z[m], slope, mean));
     }
 
-    // All parameters of the block's neurons of a layer.
+    // Updates all parameters of the block's neurons of a layer.
     __device__ __forceinline__ void update_layer(int layer, long long step) const {
         const int outputs = field(layer, OUTPUTS), gamma = field(layer, GAMMA);
         const T *const z = of_layer(workspace.z, layer), *const g = of_layer(

@@ -1,19 +1,19 @@
-// A training step of a group of blocks that own neurons: with batch norm, or without a norm.
+// A training step by several blocks that own neurons, for batch norm or no norm.
 //
 // A block owns the same `width` neurons of every layer for the whole mini-batch, and every further (blocks * width)-th
-// tile of them: it makes their outputs, normalises them, makes their gradients, and moves their weights. What the blocks
-// tell each other are outputs and gradients, which lie by neurons: (neurons, examples).
+// tile of them: it computes and normalises their outputs, computes their gradients, and updates their weights. The
+// blocks exchange outputs and gradients, (neurons, examples).
 #pragma once
 
 #include "lib/train/multi_block_step.cuh"
 
-// What a group keeps in global memory, which the L2 cache holds.
+// Workspace of a model in global memory, cached in L2.
 template <typename T>
 struct NeuronWorkspace {
     T* x;  // (inputs, examples), of this step and the next
-    T* h;  // (rows, examples): outputs of the layers, of the last one the logits; the first layer's of every other step
-           // lie behind them, since some blocks begin a step while others still end the one before
-    T* z;  // (rows, examples): before the activation, with a norm less the mean; then their gradients
+    T* h;  // (rows, examples): outputs of the layers, of the last layer the logits. The first layer's outputs of odd steps
+           // follow: some blocks begin a step while others still finish the previous one
+    T* z;     // (rows, examples): pre-activations, with a norm less the mean; then their gradients
     T* rstd;  // (rows,)
 
     template <typename Arguments>
@@ -25,7 +25,7 @@ struct NeuronWorkspace {
     }
 };
 
-// One step after the other; all threads of all blocks of the group call everything.
+// Methods of a training step; all threads of all blocks of the model must call every method.
 template <typename T, typename Arguments, typename Barrier>
 struct StepByNeuron : MultiBlockStep<T, Arguments, Barrier> {
     using Base = MultiBlockStep<T, Arguments, Barrier>;
@@ -54,7 +54,7 @@ struct StepByNeuron : MultiBlockStep<T, Arguments, Barrier> {
         return {{data, a.batch, field(layer, OUTPUTS), 1, a.batch}, last ? smem.top : nullptr, smem.total, smem.label};
     }
 
-    // The block's share of the mini-batch of a step, for all.
+    // Loads the block's share of the mini-batch of a step, for all blocks.
     __device__ __forceinline__ void fetch(long long step) const {
         if (step >= a.steps) return;
         const int inputs = field(0, INPUTS), batch = (int)a.batch, apart = (int)a.blocks * PRODUCT_THREADS;
@@ -66,7 +66,7 @@ struct StepByNeuron : MultiBlockStep<T, Arguments, Barrier> {
         }
     }
 
-    // By the warp that owns the neuron: subtract the mean from its z; return gamma rstd.
+    // Subtracts the mean of a neuron's z and returns gamma rstd; for the warp that owns it.
     __device__ __forceinline__ T normalise(const WarpRow<T>& z, int layer, long long neuron, long long step) const {
         const Centred<T> centred = centre(z, a.eps);
         if (z.lane == 0) {
@@ -105,7 +105,7 @@ struct StepByNeuron : MultiBlockStep<T, Arguments, Barrier> {
         });
     }
 
-    // Into the tile, (width, examples): the columns from `column` on of a product.
+    // Columns of a product from `column` on, into the tile (width, examples).
     template <typename Left>
     __device__ __forceinline__ void multiply(const Left& left, const Matrix<T>& right, long long column) const {
 #pragma unroll 1
@@ -114,7 +114,7 @@ struct StepByNeuron : MultiBlockStep<T, Arguments, Barrier> {
                         [&](int r, int c, T value) { smem.tile[c * pitch + row + r] = value; });
     }
 
-    // By every block for itself; the mean loss by the first one.
+    // Softmax statistics, by every block for itself; block 0 writes the mean loss.
     __device__ __forceinline__ void loss(long long step) const {
         const T* const logits = h_of((int)a.depth - 1, step);
         for (int n = threadIdx.x; n < a.batch; n += blockDim.x)
@@ -125,7 +125,7 @@ struct StepByNeuron : MultiBlockStep<T, Arguments, Barrier> {
         if (threadIdx.x == 0) a.losses[step] = sum / T(a.batch);
     }
 
-    // From the gradients of z of the layer behind to those of this one, and to gamma and beta, or the bias.
+    // Gradients of z from those of the next layer's z; updates gamma and beta, or the bias.
     __device__ __forceinline__ void backward(int layer, long long step) const {
         const int outputs = field(layer, OUTPUTS), next_outputs = field(layer + 1, OUTPUTS);
         const Matrix<T> weight_transposed = {parameters_of(layer + 1, WEIGHT), next_outputs, outputs, 1, next_outputs};
@@ -137,7 +137,7 @@ struct StepByNeuron : MultiBlockStep<T, Arguments, Barrier> {
         });
     }
 
-    // By the warp that owns the neuron, whose row holds the gradients of its outputs.
+    // Backward of a neuron, whose row holds the gradients of its outputs; for the warp that owns it.
     __device__ __forceinline__ void differentiate(const WarpRow<T>& g, int layer, long long neuron,
                                                   long long step) const {
         const int gamma = field(layer, GAMMA), shift = field(layer, SHIFT);
@@ -158,13 +158,13 @@ struct StepByNeuron : MultiBlockStep<T, Arguments, Barrier> {
         const T mean_g = norm ? sum_g / n : T(0), slope_z = norm ? product * rstd * rstd / n : T(0);
 #pragma unroll 1
         for (int i = g.lane; i < g.count; i += WARP) z[i] = scale * (g.row[i] - fma(z[i], slope_z, mean_g));
-        __syncwarp();  // all have read what the first thread is about to change
+        __syncwarp();  // all threads have read what the first thread changes next
         if (g.lane != 0) return;
         if (norm) move(gamma + neuron, product * rstd, step);
         move(shift + neuron, sum_g, step);
     }
 
-    // The weights of a layer, and the bias of the last one.
+    // Updates the weights of a layer, and the bias of the last one.
     __device__ __forceinline__ void update_layer(int layer, long long step) const {
         const int outputs = field(layer, OUTPUTS);
         const Matrix<T> inputs_transposed = {inputs_of(layer, step), field(layer, INPUTS), a.batch, a.batch, 1};
@@ -187,8 +187,8 @@ struct StepByNeuron : MultiBlockStep<T, Arguments, Barrier> {
         barrier.wait(barrier.arrive());
     }
 
-    // A block may change the second layer's weights when no other one needs them any more for the first one's gradients;
-    // nobody is waited for before all else is done.
+    // The second layer's weights may change only when no block needs them for the first layer's gradients; all other
+    // updates come before that wait.
     __device__ __forceinline__ void run(long long step) const {
         Base::choose_rows(step + 1);
         for (int layer = 0; layer < a.depth; ++layer) {

@@ -1,15 +1,15 @@
-// The networks that the fused trainers train: what they are told of each layer, and how a parameter moves.
+// The argument of the fused training kernels, the choice of examples, and the optimiser.
 #pragma once
 
 #include "lib/sync/grid_barrier.cuh"
 
 enum Optimizer { SGD = 0, MOMENTUM = 1, ADAM = 2 };
-// Of a layer: its sizes; where in the parameters its weights, gamma (-1: no norm) and beta or bias begin; where in
-// running its mean and variance; and in which row of all activations its outputs begin.
+// Fields of a row of `layers`: sizes; offsets in the parameters of weights, gamma (-1: no norm) and beta or bias;
+// offsets in `running` of mean and variance; and the first row of the layer's outputs among those of all layers.
 enum Layer { INPUTS, OUTPUTS, WEIGHT, GAMMA, SHIFT, MEAN, VARIANCE, ROW, LAYER_FIELDS };
 
-// The text may be compiled for one network: then these members of the argument are constants. Python defines
-// BNK_CONSTANTS(a) in front, as (a.batch = 64, a.activation = 1, ...), to the values that the argument has anyway.
+// A kernel may be compiled for one network: members of the argument then become constants. Python defines
+// BNK_CONSTANTS(a), as (a.batch = 64, a.activation = 1, ...), with the values that the argument has anyway.
 template <typename Arguments>
 __device__ __forceinline__ void take_constants([[maybe_unused]] Arguments& a) {
 #ifdef BNK_CONSTANTS
@@ -17,7 +17,7 @@ __device__ __forceinline__ void take_constants([[maybe_unused]] Arguments& a) {
 #endif
 }
 
-// The argument of the kernels: of one model, or of M that lie one after the other.
+// The argument of the kernels, for one model or for M models stored one after the other.
 template <typename T>
 struct FusedTraining {
     const T* x;
@@ -36,14 +36,15 @@ struct FusedTraining {
     unsigned* barrier_counter;                                            // with several blocks a model
     long long steps, batch, depth, parameter_count, running_count, rows;  // rows: outputs of all layers
     long long index_stride, data_rows, first_step;
-    long long scratch_rows;  // with layer norm and one block a model: outputs of the widest hidden layer, else 0
-    long long workspace_count, blocks, width, widest;  // with several blocks a model; widest: outputs of that layer
+    long long scratch_rows;  // outputs of the widest hidden layer, with layer norm and one block a model; else 0
+    long long workspace_count, blocks, width,
+        widest;  // with several blocks a model; widest: outputs of the widest layer
     T beta1, beta2, one_minus_beta1, one_minus_beta2, optimizer_eps, correction, eps, alpha;
     int activation, optimizer;
     int subwarp_size;  // with one block a model
 };
 
-// The argument of one model.
+// The argument of one of the models.
 template <typename T>
 __device__ __forceinline__ FusedTraining<T> of_model(FusedTraining<T> a, long long model) {
     take_constants(a);
@@ -60,8 +61,8 @@ __device__ __forceinline__ FusedTraining<T> of_model(FusedTraining<T> a, long lo
     return a;
 }
 
-// Random numbers of 32 bits by their number: Philox-2x32-10 (Salmon, Moraes, Dror and Shaw, Parallel random numbers: as easy
-// as 1, 2, 3, 2011).
+// Philox-2x32-10: random 32-bit numbers by counter (Salmon, Moraes, Dror and Shaw, Parallel random numbers: as easy as
+// 1, 2, 3, 2011).
 __device__ __forceinline__ unsigned philox(unsigned long long counter, unsigned key) {
     unsigned low = (unsigned)counter, high = (unsigned)(counter >> 32);
 #pragma unroll
@@ -73,7 +74,7 @@ __device__ __forceinline__ unsigned philox(unsigned long long counter, unsigned 
     return low;
 }
 
-// The row of the data that is an example of a step: in their order, by an index, or drawn at random, with replacement.
+// Row of the data of an example of a step: consecutive, by index, or drawn at random with replacement.
 template <typename Arguments>
 __device__ __forceinline__ int row_of(const Arguments& a, long long step, int example) {
     const long long n = step * a.batch + example;
@@ -81,8 +82,8 @@ __device__ __forceinline__ int row_of(const Arguments& a, long long step, int ex
     return a.indices ? a.indices[n] : (int)n;
 }
 
-// Moves parameter i by its gradient, as in parameter_update.cu. step: the step's row of the schedule, of which the last two
-// are what Adam divides its first moment and the root of its second one by.
+// Updates parameter i with its gradient g, as in parameter_update.cu. `step` is the row of the schedule, whose last two
+// entries are Adam's bias corrections of the first moment and of the root of the second.
 template <typename T, typename Arguments>
 __device__ __forceinline__ void update(const Arguments& a, T* parameters, T* first, T* second, long long i, T g, T lr,
                                        const T* step) {
