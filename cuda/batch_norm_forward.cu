@@ -17,7 +17,7 @@
 //            or where w = 1 neighbouring rows. No block ever waits for another: partition by neuron.
 //            N >= l: every thread has a row.
 //            held: a thread's rows, at most VALUES of them, stay in registers. streamed: chunks of VALUES rows.
-//            held4 is for inner = 1 alone and spares the arithmetic of an inner axis.
+//            registers4 is for inner = 1 alone and spares the arithmetic of an inner axis.
 //            64 x 20: one block (20, 16, 1), 4 values a thread, one barrier; above 64 lanes two barriers.
 //            Inference: the same blocks, grid (ceil(C/w), rows in tiles, 1), no shared memory, no barrier.
 // Traffic:   held and inference N C reads and N C writes of T; streamed 2 N C reads and N C writes; N C reads more of a
@@ -29,11 +29,12 @@
 //            first in groups of 32, then the groups.
 // Reference: Ioffe and Szegedy, Batch Normalization, 2015, arXiv:1502.03167, algorithms 1 and 2.
 // Called by: bnkernels/ops/batch_norm/training.py
-#include "activation.cuh"
-#include "channel.cuh"
-#include "common.cuh"
-#include "half.cuh"
-#include "moments.cuh"
+#include "lib/kernel.cuh"
+#include "lib/numbers/activation.cuh"
+#include "lib/numbers/half.cuh"
+#include "lib/numbers/pair.cuh"
+#include "lib/reduce/moments.cuh"
+#include "lib/reduce/rows.cuh"
 
 template <typename T, typename A>
 struct BatchNormForward {
@@ -68,7 +69,7 @@ struct BatchNormInference {
     int activation;
 };
 
-// The next rows of a thread, as many as there are and fit; returns how many.
+// Loads the thread's next VALUES rows, or as many as are left; returns their number.
 template <typename T, typename A, int VALUES, bool MATRIX>
 __device__ __forceinline__ int load_rows(A (&values)[VALUES], const BatchNormForward<T, A>& a, long long c,
                                          Rows<MATRIX>& rows) {
@@ -104,7 +105,7 @@ __device__ __forceinline__ void write_statistics(const BatchNormForward<T, A>& a
     if (a.running_var) a.running_var[c] = fma(a.momentum, var, keep * a.running_var[c]);
 }
 
-// Activate and write the first `count` of these rows, whose distances from the mean are `values`; uses them up.
+// Normalises, activates and writes the next `count` rows, of which `values` holds x - mean; overwrites `values`.
 template <int VALUES, bool MATRIX, typename Arguments, typename A>
 __device__ __forceinline__ void write_rows(const Arguments& a, long long c, Rows<MATRIX>& rows, A (&values)[VALUES],
                                            int count, A scale, A beta) {
@@ -139,12 +140,12 @@ __device__ __forceinline__ void write_rows(const Arguments& a, long long c, Rows
 
 template <typename T, typename A, int VALUES, bool HELD, bool MATRIX>
 __device__ __forceinline__ void batch_norm_forward(const BatchNormForward<T, A>& a) {
-    BNK_DYNAMIC_SHARED(A, partial);  // [mean.high, mean.low, m2][lane][channel of the slice]
-    const int lanes = blockDim.y, lane = threadIdx.y;
+    BNK_DYNAMIC_SHARED(A, partial);  // [mean.high, mean.low, m2][worker][channel of the slice]
+    const int workers = blockDim.y, worker = threadIdx.y;
     const long long c = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     const bool active = c < a.channels;  // no early return: every thread must reach the barriers
-    const Rows<MATRIX> first(a.outer, a.inner, lane, lanes);
-    const Shares shares(a.outer * a.inner, lanes);
+    const Rows<MATRIX> first(a.outer, a.inner, worker, workers);
+    const RowCounts counts(a.outer * a.inner, workers);
     A values[VALUES];
     int count = 0;
 
@@ -161,20 +162,20 @@ __device__ __forceinline__ void batch_norm_forward(const BatchNormForward<T, A>&
     }
     __syncthreads();
     const A* const slots = partial + threadIdx.x;
-    const int width = blockDim.x, plane = width * lanes;
+    const int width = blockDim.x, plane = width * workers;
     int step = 1;
-    if (lanes > SERIAL_LANES) {
-        step = GROUP;
-        if (active && lane % GROUP == 0)
-            store_moments(partial,
-                          merge_lanes(slots + lane * width, plane, width, shares, lane, min(lane + GROUP, lanes), 1));
+    if (workers > SERIAL_WORKERS) {
+        step = MERGE_FAN_IN;
+        if (active && worker % MERGE_FAN_IN == 0)
+            store_moments(partial, merge_workers(slots + worker * width, plane, width, counts, worker,
+                                                 min(worker + MERGE_FAN_IN, workers), 1));
         __syncthreads();
     }
     if (!active) return;
 
-    const Moments<A> all = merge_lanes(slots, plane, step * width, shares, 0, lanes, step);
+    const Moments<A> all = merge_workers(slots, plane, step * width, counts, 0, workers, step);
     const A rstd = A(1) / sqrt(value(all.m2) / all.count + a.eps);
-    if (lane == 0) write_statistics(a, c, all, rstd);
+    if (worker == 0) write_statistics(a, c, all, rstd);
 
     const A scale = a.gamma ? a.gamma[c] * rstd : rstd, beta = a.beta ? a.beta[c] : A(0);
     Rows<MATRIX> rows = first;
@@ -202,27 +203,25 @@ __device__ __forceinline__ void batch_norm_inference(const BatchNormInference<T,
     }
 }
 
-#define BATCH_NORM_FORWARD(KERNEL, variant, suffix, T, A, threads, values, held, matrix)                 \
-    using arguments_forward_##variant##_##suffix = BatchNormForward<T, A>;                               \
-    KERNEL(bnk_batch_norm_forward_##variant##_##suffix, arguments_forward_##variant##_##suffix, threads, \
-           (batch_norm_forward<T, A, values, held, matrix>))
-#define BATCH_NORM_INFERENCE(suffix, T, A)                         \
-    using arguments_inference_##suffix = BatchNormInference<T, A>; \
-    BNK_KERNEL(bnk_batch_norm_inference_##suffix, arguments_inference_##suffix, 512, (batch_norm_inference<T, A>))
+#define BATCH_NORM_FORWARD(variant, suffix, T, A, min_blocks, values, held, matrix)                    \
+    BNK_KERNEL(bnk_batch_norm_forward_##variant##_##suffix, (BatchNormForward<T, A>), 512, min_blocks, \
+               (batch_norm_forward<T, A, values, held, matrix>))
+#define BATCH_NORM_INFERENCE(suffix, T, A) \
+    BNK_KERNEL(bnk_batch_norm_inference_##suffix, (BatchNormInference<T, A>), 512, 0, (batch_norm_inference<T, A>))
 
-BATCH_NORM_FORWARD(BNK_KERNEL, held4, f32, float, float, 512, 4, true, true)
-BATCH_NORM_FORWARD(BNK_KERNEL, held16, f32, float, float, 512, 16, true, false)
-BATCH_NORM_FORWARD(BNK_KERNEL, streamed, f32, float, float, 512, 4, false, false)
+BATCH_NORM_FORWARD(registers4, f32, float, float, 0, 4, true, true)
+BATCH_NORM_FORWARD(registers16, f32, float, float, 0, 16, true, false)
+BATCH_NORM_FORWARD(two_pass, f32, float, float, 0, 4, false, false)
 BATCH_NORM_INFERENCE(f32, float, float)
-BATCH_NORM_FORWARD(BNK_KERNEL, held4, f16, Float16, float, 512, 4, true, true)
-BATCH_NORM_FORWARD(BNK_KERNEL, held16, f16, Float16, float, 512, 16, true, false)
-BATCH_NORM_FORWARD(BNK_KERNEL, streamed, f16, Float16, float, 512, 4, false, false)
+BATCH_NORM_FORWARD(registers4, f16, Float16, float, 0, 4, true, true)
+BATCH_NORM_FORWARD(registers16, f16, Float16, float, 0, 16, true, false)
+BATCH_NORM_FORWARD(two_pass, f16, Float16, float, 0, 4, false, false)
 BATCH_NORM_INFERENCE(f16, Float16, float)
-BATCH_NORM_FORWARD(BNK_KERNEL, held4, bf16, BFloat16, float, 512, 4, true, true)
-BATCH_NORM_FORWARD(BNK_KERNEL, held16, bf16, BFloat16, float, 512, 16, true, false)
-BATCH_NORM_FORWARD(BNK_KERNEL, streamed, bf16, BFloat16, float, 512, 4, false, false)
+BATCH_NORM_FORWARD(registers4, bf16, BFloat16, float, 0, 4, true, true)
+BATCH_NORM_FORWARD(registers16, bf16, BFloat16, float, 0, 16, true, false)
+BATCH_NORM_FORWARD(two_pass, bf16, BFloat16, float, 0, 4, false, false)
 BATCH_NORM_INFERENCE(bf16, BFloat16, float)
-BATCH_NORM_FORWARD(BNK_KERNEL_ROOMY, held4, f64, double, double, 512, 4, true, true)
-BATCH_NORM_FORWARD(BNK_KERNEL_ROOMY, held8, f64, double, double, 512, 8, true, false)
-BATCH_NORM_FORWARD(BNK_KERNEL_ROOMY, streamed, f64, double, double, 512, 4, false, false)
+BATCH_NORM_FORWARD(registers4, f64, double, double, 1, 4, true, true)
+BATCH_NORM_FORWARD(registers8, f64, double, double, 1, 8, true, false)
+BATCH_NORM_FORWARD(two_pass, f64, double, double, 1, 4, false, false)
 BATCH_NORM_INFERENCE(f64, double, double)

@@ -13,8 +13,9 @@
 //            every device that merges the same parts.
 // Reference: Chan, Golub and LeVeque, Algorithms for computing the sample variance, 1983.
 // Called by: bnkernels/ops/batch_norm/in_parts.py
-#include "common.cuh"
-#include "moments.cuh"
+#include "lib/kernel.cuh"
+#include "lib/numbers/pair.cuh"
+#include "lib/reduce/moments.cuh"
 
 template <typename A>
 struct BatchNormStatistics {
@@ -43,9 +44,8 @@ __device__ __forceinline__ void batch_norm_statistics(const BatchNormStatistics<
     if (a.running_var && divisor > A(0)) a.running_var[c] = fma(a.momentum, m2 / divisor, keep * a.running_var[c]);
 }
 
-#define BATCH_NORM_STATISTICS(suffix, A)                          \
-    using arguments_statistics_##suffix = BatchNormStatistics<A>; \
-    BNK_KERNEL(bnk_batch_norm_statistics_##suffix, arguments_statistics_##suffix, 128, (batch_norm_statistics<A>))
+#define BATCH_NORM_STATISTICS(suffix, A) \
+    BNK_KERNEL(bnk_batch_norm_statistics_##suffix, (BatchNormStatistics<A>), 128, 0, (batch_norm_statistics<A>))
 
 BATCH_NORM_STATISTICS(f32, float)
 BATCH_NORM_STATISTICS(f64, double)

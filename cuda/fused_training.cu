@@ -22,44 +22,8 @@
 //            roundings of the kernels for single layers. Sums in a fixed order: deterministic.
 // Reference: Ioffe and Szegedy, Batch Normalization, 2015, arXiv:1502.03167, algorithm 1 and section 3.
 // Called by: bnkernels/ops/fused_training/op.py
-#include "fused_step.cuh"
-
-template <typename T>
-struct FusedTraining {
-    const T* x;
-    const int* labels;
-    const int* indices;
-    const unsigned* seeds;
-    const T* schedule;
-    const int* layers;
-    T* parameters;
-    T* first;
-    T* second;
-    T* running;
-    T* losses;
-    const T* rates;
-    long long steps, batch, depth, parameter_count, running_count, rows;  // rows: outputs of all layers
-    long long index_stride, data_rows, first_step;
-    long long scratch_rows;  // with layer norm outputs of the widest hidden layer, else 0
-    T beta1, beta2, rest1, rest2, optimizer_eps, correction, eps, alpha;
-    int activation, optimizer, team;
-};
-
-// The arguments of the model of this block.
-template <typename T>
-__device__ __forceinline__ FusedTraining<T> of_this_block(FusedTraining<T> a) {
-    take_constants(a);
-    const long long model = blockIdx.x;
-    a.parameters += model * a.parameter_count;
-    if (a.first) a.first += model * a.parameter_count;
-    if (a.second) a.second += model * a.parameter_count;
-    if (a.running) a.running += model * a.running_count;
-    if (a.indices) a.indices += model * a.index_stride;
-    a.losses += model * a.steps;
-    a.rates += model;
-    if (a.seeds) a.seeds += model;
-    return a;
-}
+#include "lib/kernel.cuh"
+#include "lib/train/block_step.cuh"
 
 template <typename T>
 __device__ __forceinline__ void copy(T* to, const T* from, long long count) {
@@ -68,39 +32,35 @@ __device__ __forceinline__ void copy(T* to, const T* from, long long count) {
 }
 
 template <typename T, bool LAYER_NORM>
-__device__ __forceinline__ void fused_training(const FusedTraining<T>& of_all) {
+__device__ __forceinline__ void fused_training(const FusedTraining<T>& all_models) {
     BNK_DYNAMIC_SHARED(T, shared);
-    const FusedTraining<T> a = of_this_block(of_all);
-    const Team<T> team(a.team, (int)a.batch);
-    const Kept<T> kept(shared, a, a.layers[INPUTS], team.pitch);
-    const Trainer<T, LAYER_NORM, FusedTraining<T>> trainer = {a, team, kept, a.rates[0]};
-    copy(kept.parameters, a.parameters, a.parameter_count);
-    copy(kept.first, a.first, a.parameter_count);
-    copy(kept.second, a.second, a.parameter_count);
-    copy(kept.running, a.running, a.running_count);
-    // Where no example is there are zeros: rows are read whole.
-    for (T* zero = kept.losses + threadIdx.x; zero < kept.z; zero += blockDim.x) *zero = T(0);
+    const FusedTraining<T> a = of_model(all_models, blockIdx.x);
+    const Subwarp<T> subwarp(a.subwarp_size, (int)a.batch);
+    const SharedLayout<T> smem(shared, a, a.layers[INPUTS], subwarp.pitch);
+    const BlockStep<T, LAYER_NORM, FusedTraining<T>> block_step = {a, subwarp, smem, a.rates[0]};
+    copy(smem.parameters, a.parameters, a.parameter_count);
+    copy(smem.first, a.first, a.parameter_count);
+    copy(smem.second, a.second, a.parameter_count);
+    copy(smem.running, a.running, a.running_count);
+    // Rows of examples are read whole: the padding is 0.
+    for (T* zero = smem.losses + threadIdx.x; zero < smem.z; zero += blockDim.x) *zero = T(0);
     __syncthreads();
-    trainer.choose_rows(0);
+    block_step.choose_rows(0);
     __syncthreads();
-    trainer.fetch(0, 0);
+    block_step.fetch(0, 0);
     __syncthreads();
 #pragma unroll 1
-    for (long long step = 0; step < a.steps; ++step) trainer.run(step);
-    copy(a.parameters, kept.parameters, a.parameter_count);
-    copy(a.first, kept.first, a.parameter_count);
-    copy(a.second, kept.second, a.parameter_count);
-    copy(a.running, kept.running, a.running_count);
+    for (long long step = 0; step < a.steps; ++step) block_step.run(step);
+    copy(a.parameters, smem.parameters, a.parameter_count);
+    copy(a.first, smem.first, a.parameter_count);
+    copy(a.second, smem.second, a.parameter_count);
+    copy(a.running, smem.running, a.running_count);
 }
 
-#define FUSED_TRAINING(suffix, T, threads)                                                    \
-    using arguments_fused_training_##suffix = FusedTraining<T>;                               \
-    BNK_KERNEL_ROOMY(bnk_fused_training_##suffix, arguments_fused_training_##suffix, threads, \
-                     (fused_training<T, false>))
-#define FUSED_TRAINING_LAYER_NORM(suffix, T, threads)                                                    \
-    using arguments_fused_training_##suffix = FusedTraining<T>;                                          \
-    BNK_KERNEL_ROOMY(bnk_fused_training_layer_norm_##suffix, arguments_fused_training_##suffix, threads, \
-                     (fused_training<T, true>))
+#define FUSED_TRAINING(suffix, T, threads) \
+    BNK_KERNEL(bnk_fused_training_##suffix, (FusedTraining<T>), threads, 1, (fused_training<T, false>))
+#define FUSED_TRAINING_LAYER_NORM(suffix, T, threads) \
+    BNK_KERNEL(bnk_fused_training_layer_norm_##suffix, (FusedTraining<T>), threads, 1, (fused_training<T, true>))
 
 FUSED_TRAINING(f32, float, 512)
 FUSED_TRAINING(f64, double, 256)

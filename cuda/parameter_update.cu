@@ -15,7 +15,7 @@
 //            before lr: as long as s is finite, nothing between overflows. Elementwise, so deterministic.
 // Reference: D. P. Kingma and J. Ba, Adam, 2015, arXiv:1412.6980, algorithm 1.
 // Called by: bnkernels/ops/parameter_update.py
-#include "common.cuh"
+#include "lib/kernel.cuh"
 
 template <typename T>
 struct ParameterUpdate {
@@ -25,10 +25,11 @@ struct ParameterUpdate {
     T* second;  // Adam's second moment
     const T* scalars;
     long long size;
-    T lr, beta1, beta2, rest1, rest2, eps, correction1, root_correction2;  // beta1 is the momentum; resti = 1 - betai
+    T lr, beta1, beta2, one_minus_beta1, one_minus_beta2, eps, correction1,
+        root_correction2;  // beta1 is also the momentum
 };
 
-// What varies from step to step.
+// The values that change from step to step.
 template <typename T>
 struct Step {
     T lr, correction1, root_correction2;
@@ -59,8 +60,8 @@ struct Adam {
     template <typename T>
     static __device__ __forceinline__ T move(const ParameterUpdate<T>& a, const Step<T>& step, long long i) {
         const T g = a.gradients[i];
-        const T first = fma(a.beta1, a.first[i], a.rest1 * g);
-        const T second = fma(a.beta2, a.second[i], a.rest2 * g * g);
+        const T first = fma(a.beta1, a.first[i], a.one_minus_beta1 * g);
+        const T second = fma(a.beta2, a.second[i], a.one_minus_beta2 * g * g);
         a.first[i] = first;
         a.second[i] = second;
         return step.lr * (first / (sqrt(second) / step.root_correction2 + a.eps) / step.correction1);
@@ -75,9 +76,9 @@ __device__ __forceinline__ void parameter_update(const ParameterUpdate<T>& a) {
         a.parameters[i] -= Rule::move(a, step, i);
 }
 
-BNK_KERNEL(bnk_parameter_update_sgd_f32, ParameterUpdate<float>, 256, (parameter_update<Sgd, float>))
-BNK_KERNEL(bnk_parameter_update_sgd_f64, ParameterUpdate<double>, 256, (parameter_update<Sgd, double>))
-BNK_KERNEL(bnk_parameter_update_momentum_f32, ParameterUpdate<float>, 256, (parameter_update<Momentum, float>))
-BNK_KERNEL(bnk_parameter_update_momentum_f64, ParameterUpdate<double>, 256, (parameter_update<Momentum, double>))
-BNK_KERNEL(bnk_parameter_update_adam_f32, ParameterUpdate<float>, 256, (parameter_update<Adam, float>))
-BNK_KERNEL(bnk_parameter_update_adam_f64, ParameterUpdate<double>, 256, (parameter_update<Adam, double>))
+BNK_KERNEL(bnk_parameter_update_sgd_f32, (ParameterUpdate<float>), 256, 0, (parameter_update<Sgd, float>))
+BNK_KERNEL(bnk_parameter_update_sgd_f64, (ParameterUpdate<double>), 256, 0, (parameter_update<Sgd, double>))
+BNK_KERNEL(bnk_parameter_update_momentum_f32, (ParameterUpdate<float>), 256, 0, (parameter_update<Momentum, float>))
+BNK_KERNEL(bnk_parameter_update_momentum_f64, (ParameterUpdate<double>), 256, 0, (parameter_update<Momentum, double>))
+BNK_KERNEL(bnk_parameter_update_adam_f32, (ParameterUpdate<float>), 256, 0, (parameter_update<Adam, float>))
+BNK_KERNEL(bnk_parameter_update_adam_f64, (ParameterUpdate<double>), 256, 0, (parameter_update<Adam, double>))

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "bnkernels"
 KERNELS = sorted((ROOT / "cuda").glob("*.cu"))
 PYTHON = [path for folder in ("bnkernels", "tests", "benchmarks", "tools") for path in (ROOT / folder).rglob("*.py")]
-VARIANT = r"(?<!_double)_(forward|backward)(_spread|_general)?$|_group$"
+VARIANT = r"(?<!_double)_(forward|backward)(_cooperative|_masked_grouped)?$|_multi_block$"
 OPS = sorted(
     {re.sub(VARIANT, "", path.stem) for path in KERNELS} - {"batch_norm_double_backward", "batch_norm_statistics"}
 )
@@ -97,7 +97,8 @@ def test_the_header_of_a_kernel_is_its_contract(path: Path) -> None:
 
 
 def test_only_kernel_sources_are_in_the_kernel_folder() -> None:
-    assert {path.suffix for path in (ROOT / "cuda").iterdir()} == {".cu", ".cuh"}
+    files = {path.relative_to(ROOT / "cuda") for path in (ROOT / "cuda").rglob("*") if path.is_file()}
+    assert {(path.parts[0] == "lib", path.suffix) for path in files} == {(False, ".cu"), (True, ".cuh")}
 
 
 def test_every_module_is_in_one_room() -> None:
