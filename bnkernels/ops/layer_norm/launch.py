@@ -11,13 +11,14 @@ from typing import NamedTuple
 import numpy as np
 
 from bnkernels.runtime.arguments import accumulator
+from bnkernels.runtime.occupancy import most_shared, resident
 from bnkernels.runtime.seam import Launch, Limits, ceil_div
-from bnkernels.runtime.workspace import MOST_BLOCKS, most_shared, resident
+from bnkernels.runtime.workspace import MOST_SPLITS
 
 MIN_BLOCKS = 2  # resident blocks of a multiprocessor, promised by the launch bounds of the kernels
 THREADS, WARP, VECTOR = 256, 32, 16  # of a block, of a warp; bytes of a unit, as in cuda/lib/reduce/vector_rows.cuh
 ALONE = 4  # units of a thread up to which a warp has a row for itself: no barriers
-MOST_PARTIALS = 2 * MOST_BLOCKS  # sums of a column
+MOST_PARTIALS = 2 * MOST_SPLITS  # sums of a column
 SMALL = 2**14  # elements up to which one block has the gradients sooner than several that must meet
 
 
@@ -99,7 +100,7 @@ def choose_backward(matrix: Rows, limits: Limits) -> Choice:
     if summed < 1:
         raise ValueError(f"the device gives a block {limits.shared_bytes} bytes of shared memory, {sums} are needed")
     shared = scratch + row * held + sums * summed
-    blocks = min(ceil_div(matrix.rows, teams), resident(limits, THREADS, shared, MIN_BLOCKS), MOST_BLOCKS)
+    blocks = min(ceil_div(matrix.rows, teams), resident(limits, THREADS, shared, MIN_BLOCKS), MOST_SPLITS)
     if matrix.rows * matrix.columns <= SMALL or not limits.cooperative:
         blocks = 1
     return Choice(Launch((blocks, 1, 1), (width, teams, 1), shared, cooperative=blocks > 1), held, summed * width)

@@ -20,7 +20,7 @@ from bnkernels.runtime import checks as check
 from bnkernels.runtime import overlap, registry
 from bnkernels.runtime import seam as rt
 from bnkernels.runtime.arguments import accumulator, addresses, arguments_type, empty, pack, suffix
-from bnkernels.runtime.workspace import counters
+from bnkernels.runtime.workspace import barrier_counters
 
 ARGUMENTS = {
     "forward": arguments_type("x gamma beta y statistics", "rows columns", "eps alpha", "activation aligned16 held"),
@@ -193,7 +193,7 @@ def layer_norm_backward(
     chosen = choose_backward(matrix, runtime.limits(x))
     blocks, arrivals = chosen.launch.grid[0], 0
     if blocks > 1:
-        arrivals = counters(runtime.workspace(x))
+        arrivals = barrier_counters(runtime.workspace(x))
         if workspace is None:
             workspace = empty(runtime, (2 * blocks * matrix.columns,), x, kind)
     pointers = addresses(runtime, dy, x, gamma, beta, statistics, dx, dgamma, dbeta, workspace)
