@@ -74,7 +74,7 @@ def layer_norm_plans(limits: Limits) -> Iterator[Plan]:
     """Yield one for each data type and shape."""
     columns = (1, 8, 20, 64, 256, 768, 1000, 1024, 2047, 2048, 4096, 5120, 8192, 20_000, 300_000)
     for dtype, rows, c in product(TYPES, (1, 64, 700, 5000, 100_000), columns):
-        matrix, end = layer_norm.Rows(rows, c, dtype), suffix(dtype)
+        matrix, end = layer_norm.Problem(rows, c, dtype), suffix(dtype)
         yield f"bnk_layer_norm_forward_{end}", layer_norm.choose_forward(matrix, limits).launch
         yield f"bnk_layer_norm_backward_{end}", layer_norm.choose_backward(matrix, limits).launch
 
