@@ -1,25 +1,25 @@
-// Gradients of batch normalisation and of the residual sum and the activation behind it, one launch.
+// Gradients of batch normalisation with a residual sum and an activation, in one launch.
 //
 // Formulas:  xhat[n,c]  = (x[n,c] - mean[c]) rstd[c]
-//            g[n,c]     = dy[n,c] phi'(gamma[c] xhat[n,c] + beta[c] + residual[n,c])     recomputed: nothing is kept
+//            g[n,c]     = dy[n,c] phi'(gamma[c] xhat[n,c] + beta[c] + residual[n,c])     recomputed, not stored
 //            dresidual[n,c] = g[n,c]
 //            dbeta[c]   = sum_n g[n,c]
 //            dgamma[c]  = sum_n g[n,c] xhat[n,c]
 //            dx[n,c]    = gamma[c] rstd[c] (g[n,c] - (dbeta[c] + xhat[n,c] dgamma[c]) / N)   batch statistics
-//            dx[n,c]    = gamma[c] rstd[c] g[n,c]                        running statistics: they do not depend on x
-// Arrays:    dy, x, residual (outer, C, inner), any strides, residual may be null (0); dx, dresidual C order, dresidual
-//            may be null, dx may be dy, x or residual itself; all of type T. A as in the forward.
-//            gamma, beta (C,), of type A, may be null (1, 0). dgamma, dbeta (C,), of type A, may be null.
-//            mean, mean_low, rstd (C,), of type A: the rows of the forward's statistics. With running statistics
-//            mean and rstd hold the running mean and the running variance, and mean_low is null.
-// Launch:    as the forward: block (w, l, 1), grid (ceil(C/w), 1, 1), shared memory 2 w l sizeof(A); thread (i, j)
-//            owns channel c = w blockIdx.x + i and rows j, j + l, j + 2l, ... of it.
-//            held: x - mean and g of a thread's rows, at most VALUES, stay in registers. streamed and running: one row at
-//            a time; running writes dx while it sums, since dx needs no sum. registers4: inner = 1.
-// Traffic:   held and running 2 N C reads and N C writes of T; streamed 4 N C reads and N C writes. A residual is read as
-//            often as x, and its gradient written once. One barrier, above 64 lanes two.
-// Numerics:  in A; both sums in pairs (common.cuh), so dx sums to 0 over the batch as well as rounding allows.
-//            Deterministic: lanes merge in their order, above 64 of them first in groups of 32, then the groups.
+//            dx[n,c]    = gamma[c] rstd[c] g[n,c]                                            running statistics
+// Arrays:    dy, x, residual (outer, C, inner), any strides, residual may be null (0); dx, dresidual in C order,
+//            dresidual may be null, dx may alias dy, x or residual; all of type T. A as in the forward. gamma, beta
+//            (C,), of type A, may be null (1, 0). dgamma, dbeta (C,), of type A, may be null. mean, mean_low, rstd
+//            (C,), of type A: the rows of the forward's statistics. With running statistics mean and rstd are the
+//            running mean and variance, and mean_low is null.
+// Launch:    As the forward: block (w, l, 1), grid (ceil(C/w), 1, 1), shared memory 2 w l sizeof(A); thread (i, j) owns
+//            the channel c = w blockIdx.x + i and its rows j, j + l, j + 2l, ... registers4, 8, 16: x - mean and g of a
+//            thread's rows, at most that many, stay in registers; registers4 requires inner = 1. two_pass and
+//            inference: one row at a time; inference writes dx while it sums, since dx needs no sum.
+// Traffic:   registers and inference: 2 N C reads and N C writes of T; two_pass: 4 N C reads and N C writes. A residual
+//            is read as often as x, and its gradient written once. One barrier, with more than 64 workers two.
+// Numerics:  In A; both sums in pairs (lib/numbers/pair.cuh), so dx sums to 0 over the batch as well as rounding
+//            allows. Deterministic: workers merge in ascending order, more than 64 of them first 32 at a time.
 // Reference: Ioffe and Szegedy, Batch Normalization, 2015, arXiv:1502.03167, section 3.
 // Called by: bnkernels/ops/batch_norm/training.py
 #include "lib/kernel.cuh"

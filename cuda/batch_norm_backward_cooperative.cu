@@ -1,14 +1,16 @@
-// Gradients of batch normalisation in training of a tensor that lies in rows of 16 bytes: every SM takes part.
+// Gradients of batch normalisation in training by cooperative blocks on the whole device; rows of 16 bytes.
 //
-// Formulas:  those of batch_norm_backward.cu, for batch statistics.
-// Arrays:    dy, x, residual (outer, C, inner), dx and dresidual in C order, of type T: float or 16 bits, all with strides
-//            and addresses as in batch_norm_forward_cooperative.cu; the others as in batch_norm_backward.cu, of float.
-//            partial: 2 groups G 2 w floats; arrivals: a counter for every group.
-// Launch:    as batch_norm_forward_cooperative.cu; shared memory 8 w lanes bytes and 32 threads held: x and dy.
-// Traffic:   2 N C reads and N C writes of T as long as all rows are held; the others are read twice, the second time from
-//            the last on. A residual is read twice, its gradient written once. Between blocks 16 G bytes a channel.
-// Numerics:  as batch_norm_backward.cu: both sums in pairs. Deterministic: a thread's rows, then lanes in eights, then
-//            blocks in eights, always in their order.
+// Formulas:  as in batch_norm_backward.cu, for batch statistics.
+// Arrays:    dy, x, residual (outer, C, inner), dx and dresidual in C order, of type T: float or 16 bits, all with
+//            strides and addresses as in batch_norm_forward_cooperative.cu. The other arrays as in
+//            batch_norm_backward.cu, of float. partial (2, columns, splits, 2, w) of float; barrier_counter: a counter
+//            for every column.
+// Launch:    As batch_norm_forward_cooperative.cu; shared memory 8 w workers bytes and 32 threads held, for x and dy.
+// Traffic:   2 N C reads and N C writes of T as long as all rows are held. The other rows are read twice, the second
+//            time in descending order. A residual is read twice, its gradient written once. The blocks exchange 16
+//            splits bytes a channel.
+// Numerics:  As batch_norm_backward.cu: both sums in pairs. Deterministic: a thread's rows, then workers 8 at a time,
+//            then splits 8 at a time, always in ascending order.
 // Reference: Ioffe and Szegedy, Batch Normalization, 2015, arXiv:1502.03167, section 3.
 // Called by: bnkernels/ops/batch_norm/training.py
 #include "lib/kernel.cuh"

@@ -1,23 +1,23 @@
-// Gradients of batch_norm_forward_masked_grouped.cu: of valid examples alone, in groups, renormalised, or in stages; one launch.
+// Gradients of batch_norm_forward_masked_grouped.cu, in one launch.
 //
-// Formulas:  for every group t, over its N[t] rows whose mask is true, with r and d of the forward:
+// Formulas:  For every group t, over its N[t] rows whose mask is true, with r and d of the forward:
 //            xhat[t,n,c] = (x[t,n,c] - mean[t,c]) rstd[t,c]
 //            g[t,n,c]    = dy[t,n,c] phi'(gamma[c] (xhat[t,n,c] r[t,c] + d[t,c]) + beta[c] + residual[t,n,c])
 //            dresidual   = g,  dbeta[c] = sum_t sum_n g,  dgamma[c] = sum_t (r[t,c] sum_n g xhat + d[t,c] sum_n g)
 //            dx[t,n,c]   = gamma[c] r rstd (g - (sum_n g + xhat sum_n (g xhat)) / N[t])      r and d count as constants
-//            dx[t,n,c]   = gamma[c] rstd g                               running statistics: they do not depend on x
-//            Where the mask is false, dx and dresidual are 0.
-// Arrays:    dy, x, residual (groups, outer, C, inner), any strides, residual may be null (0); dx, dresidual C order,
-//            dresidual may be null, dx may be dy, x or residual itself; of type T. mask, gamma, beta, statistics as in the
-//            forward; running_mean, running_var (groups, C) read by the stage FROZEN. dgamma, dbeta (C,), of the type of gamma
-//            and beta. sums (3, C), of type A: sum g, sum g xhat, N; written by the stage COLLECT, read by APPLY.
-//            partial: (slices, gridDim.y, 2, w) of type A, and arrivals: a counter for every slice, 0 before and after the
-//            launch; both only where gridDim.y > 1.
-// Launch:    as the forward, shared memory 3 w l sizeof(A). gridDim.y > 1 blocks share the groups of a slice; the one that
-//            is last to arrive adds up what all have found: no block waits for another.
-// Traffic:   4 N C reads and N C writes of T, 2 N C less where a thread has at most VALUES rows; a residual is read as often
-//            as x, its gradient written once; of invalid rows only the mask is read.
-// Numerics:  in A; sums in pairs, over lanes, groups and blocks in their order. Deterministic.
+//            dx[t,n,c]   = gamma[c] rstd g                                                   running statistics
+//            dx and dresidual are 0 where the mask is false.
+// Arrays:    dy, x, residual (groups, outer, C, inner), any strides, residual may be null (0); dx, dresidual in C
+//            order, dresidual may be null, dx may alias dy, x or residual; of type T. mask, gamma, beta, statistics as
+//            in the forward; running_mean, running_var (groups, C), read in the stage FROZEN. dgamma, dbeta (C,), of
+//            the type of gamma and beta. sums (3, C), of type A: sum g, sum g xhat, N; written in the stage COLLECT,
+//            read in APPLY. partial (slices, gridDim.y, 2, w) of type A, and finished_blocks (slices,), 0 before and
+//            after the launch; both only if gridDim.y > 1.
+// Launch:    As the forward; shared memory 3 w l sizeof(A). The gridDim.y blocks of a slice share its groups; the last
+//            block to finish adds the partial sums of all, so no block waits for another.
+// Traffic:   4 N C reads and N C writes of T, 2 N C reads fewer if a thread has at most VALUES rows; a residual is read
+//            as often as x, its gradient written once. Of invalid rows only the mask is read.
+// Numerics:  In A; sums in pairs over workers, groups and blocks in ascending order. Deterministic.
 // Reference: as in the forward.
 // Called by: bnkernels/ops/batch_norm/training.py
 #include "lib/kernel.cuh"

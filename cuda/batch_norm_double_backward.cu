@@ -1,28 +1,28 @@
-// Gradients of the backward of batch normalisation, for gradient penalties and products with the Hessian: one launch.
+// Gradients of the backward of batch normalisation, for gradient penalties and Hessian-vector products, in one launch.
 //
-// Formulas:  of L = <ddx, dx> + <ddgamma, dgamma> + <ddbeta, dbeta> + <ddresidual, dresidual>, where the right-hand ones
-//            are the outputs of batch_norm_backward.cu; ddy, dx, ... below are the gradients of L with respect to dy, x,
-//            ... Per channel, with s = gamma rstd and means and sums over the batch:
+// Formulas:  The function is L = <ddx, dx> + <ddgamma, dgamma> + <ddbeta, dbeta> + <ddresidual, dresidual>, where dx,
+//            dgamma, dbeta, dresidual are the outputs of batch_norm_backward.cu. Below, ddy, dx, ... are the gradients
+//            of L with respect to dy, x, ... Per channel, with s = gamma rstd and means and sums over the batch:
 //            xhat = (x - mean) rstd,  z = gamma xhat + beta + residual,  g = dy phi'(z),  k = dy phi''(z)
-//            P a  = a - mean(a) - xhat mean(a xhat)          symmetric: <a, P b> = <P a, b>; the backward is dx = s P g
-//            w    = s P ddx + ddgamma xhat + ddbeta + ddresidual         since L = <w, g>
-//            q    = w k                                                  the gradient with respect to z, through g
-//            e    = sum(ddx P g)                                         <ddx, dx> = s e
+//            P a  = a - mean(a) - xhat mean(a xhat)        symmetric: <a, P b> = <P a, b>; the backward is dx = s P g
+//            w    = s P ddx + ddgamma xhat + ddbeta + ddresidual       since L = <w, g>
+//            q    = w k                                                gradient with respect to z, through g
+//            e    = sum(ddx P g)                                       <ddx, dx> = s e
 //            h    = gamma q + ddgamma g - s (ddx mean(g xhat) + g mean(ddx xhat))    with respect to xhat
 //            ddy  = w phi'(z),  dresidual = q,  dbeta = sum(q),  dgamma = sum(q xhat) + rstd e
-//            dx   = rstd (P h - xhat s e / N)          through mean and rstd as in the backward, and through s e
-//            Sums of sums come from one pass: w = (s ddx + ddresidual) + w0 + w1 xhat, where w0 and w1 need only sums of
-//            ddx, so sum(q), sum(q xhat) and with them sum(h), sum(h xhat) are combinations of the ten sums of `Term`.
-// Arrays:    ddx, dy, x, residual, ddresidual (outer, C, inner), any strides; ddy, dx, dresidual C order; all of type T.
-//            ddx, residual, ddresidual may be null (0), dresidual too; ddy may be any of the inputs itself. A as in the
-//            forward. ddgamma, ddbeta, gamma, beta (C,), of type A, may be null (0, 0, 1, 0); dgamma, dbeta (C,).
+//            dx   = rstd (P h - xhat s e / N)        through mean and rstd as in the backward, and through s e
+//            All sums come from one pass: w = (s ddx + ddresidual) + w0 + w1 xhat, where w0 and w1 need only sums of
+//            ddx, so sum(q), sum(q xhat), sum(h) and sum(h xhat) are combinations of the ten sums of `Sum`.
+// Arrays:    ddx, dy, x, residual, ddresidual (outer, C, inner), any strides; ddy, dx, dresidual in C order; all of
+//            type T. ddx, residual, ddresidual may be null (0), dresidual too; ddy may alias any of the inputs. A as in
+//            the forward. ddgamma, ddbeta, gamma, beta (C,), of type A, may be null (0, 0, 1, 0); dgamma, dbeta (C,).
 //            statistics (3, C), of type A: mean, mean_low, rstd of the forward.
-// Launch:    as the backward: block (w, l, 1), grid (ceil(C/w), 1, 1), shared memory 10 w l sizeof(A); thread (i, j) owns
-//            channel c = w blockIdx.x + i and rows j, j + l, j + 2l, ... of it, one at a time.
-// Traffic:   every input twice, every output once. One barrier, above 64 lanes two.
-// Numerics:  in A, sums in pairs (common.cuh): dx sums to 0 over the batch as well as rounding allows. z has the bits of
-//            the forward. Deterministic (channel_sums.cuh). phi'' at a kink, where it does not exist, is 0;
-//            elu's at 0 is that from below.
+// Launch:    As the backward: block (w, l, 1), grid (ceil(C/w), 1, 1), shared memory 10 w l sizeof(A); thread (i, j)
+//            owns the channel c = w blockIdx.x + i and its rows j, j + l, j + 2l, ..., one at a time.
+// Traffic:   Every input twice, every output once. One barrier, with more than 64 workers two.
+// Numerics:  In A, sums in pairs (lib/numbers/pair.cuh): dx sums to 0 over the batch as well as rounding allows. z has
+//            the bits of the forward. Deterministic (lib/reduce/sums.cuh). phi'' at a kink, where it does not exist, is
+//            0; elu's at 0 is the limit from below.
 // Reference: Ioffe and Szegedy, Batch Normalization, 2015, arXiv:1502.03167, section 3, differentiated once more:
 //            docs/double_backward.md derives every line of the formulas.
 // Called by: bnkernels/ops/batch_norm/double_backward.py

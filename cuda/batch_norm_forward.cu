@@ -1,32 +1,31 @@
-// Batch normalisation of a tensor over all axes but the channels', then an activation: training and inference.
+// Batch normalisation over all axes but the channel axis, then an activation: training and inference.
 //
-// Formulas:  mean[c] = 1/N sum_n x[n,c]                       over the mini-batch; n numbers the N rows of a channel,
-//            var[c]  = 1/N sum_n (x[n,c] - mean[c])^2         biased                 see channel.cuh
+// Formulas:  mean[c] = 1/N sum_n x[n,c]                  over the N rows of a channel, see lib/reduce/rows.cuh
+//            var[c]  = 1/N sum_n (x[n,c] - mean[c])^2    biased
 //            rstd[c] = 1 / sqrt(var[c] + eps)
 //            y[n,c]  = phi(gamma[c] (x[n,c] - mean[c]) rstd[c] + beta[c] + residual[n,c])
 //            running_mean[c] = (1 - momentum) running_mean[c] + momentum mean[c]
-//            running_var[c]  = (1 - momentum) running_var[c] + momentum var[c] N/divisor     N or N-1
-//            Inference takes mean and var from the running statistics and changes nothing.
-// Arrays:    x (outer, C, inner), any strides; residual like x, may be null (0); y C order, may be x or residual itself;
-//            all of type T: float, double, or 16 bits (half.cuh), for which A is float; else A is T.
-//            gamma, beta, running_mean, running_var (C,), of type A; any of them may be null (1, 0, not tracked).
-//            statistics (3, C), of type A: the rows mean, mean_low, rstd. mean + mean_low is the mean to about twice
-//            the precision of A: what is lost in rounding it to one A would come back, times rstd, as an error of y.
-// Launch:    block (w, l, 1), grid (ceil(C/w), 1, 1), shared memory 3 w l sizeof(A). Thread (i, j) owns the channel
-//            c = w blockIdx.x + i and its rows j, j + l, j + 2l, ...: neighbouring threads read neighbouring channels,
-//            or where w = 1 neighbouring rows. No block ever waits for another: partition by neuron.
-//            N >= l: every thread has a row.
-//            held: a thread's rows, at most VALUES of them, stay in registers. streamed: chunks of VALUES rows.
-//            registers4 is for inner = 1 alone and spares the arithmetic of an inner axis.
-//            64 x 20: one block (20, 16, 1), 4 values a thread, one barrier; above 64 lanes two barriers.
-//            Inference: the same blocks, grid (ceil(C/w), rows in tiles, 1), no shared memory, no barrier.
-// Traffic:   held and inference N C reads and N C writes of T; streamed 2 N C reads and N C writes; N C reads more of a
-//            residual. And a few times C.
-// Numerics:  in A. A thread sums its rows in a pair (common.cuh), forms their mean, then the squares about that mean;
-//            partial results merge after Chan, Golub and LeVeque (1983). No E[x^2] - E[x]^2 anywhere. A constant
-//            channel gives exactly phi(beta). A variance beyond the range of A counts as infinite: y = phi(beta).
-//            NaN and infinity stay in their channel. Deterministic: lanes merge in their order, above 64 of them
-//            first in groups of 32, then the groups.
+//            running_var[c]  = (1 - momentum) running_var[c] + momentum var[c] N/divisor     divisor: N or N - 1
+//            Inference uses the running statistics as mean and var, and does not change them.
+// Arrays:    x (outer, C, inner), any strides; residual like x, may be null (0); y in C order, may alias x or residual;
+//            all of type T: float, double, or 16 bits (lib/numbers/half.cuh). A is float for 16-bit T, else T. gamma,
+//            beta, running_mean, running_var (C,), of type A; each may be null (1, 0, not tracked). statistics (3, C),
+//            of type A: the rows mean, mean_low, rstd. mean + mean_low is the mean to about twice the precision of A:
+//            rounding it to one A would cause an error in y of that rounding times rstd.
+// Launch:    Block (w, l, 1), grid (ceil(C/w), 1, 1), shared memory 3 w l sizeof(A). Thread (i, j) owns the channel c =
+//            w blockIdx.x + i and its rows j, j + l, j + 2l, ...: neighbouring threads read neighbouring channels, or
+//            for w = 1 neighbouring rows. Every thread has a row: N >= l. No block waits for another. registers4, 8,
+//            16: a thread's rows, at most that many, stay in registers; registers4 requires inner = 1. two_pass: chunks
+//            of VALUES rows, read twice. 64 x 20: one block (20, 16, 1), 4 values a thread, one barrier; with more than
+//            64 workers two barriers. Inference: the same blocks, grid (ceil(C/w), tiles of rows, 1), no shared memory,
+//            no barrier.
+// Traffic:   registers and inference: N C reads and N C writes of T; two_pass: 2 N C reads and N C writes. A residual
+//            adds N C reads. Parameters and statistics: a few times C.
+// Numerics:  In A. A thread sums its rows in a pair (lib/numbers/pair.cuh), forms their mean, then the squares about
+//            that mean; partial results merge after Chan, Golub and LeVeque (1983). E[x^2] - E[x]^2 is not used. A
+//            constant channel gives exactly phi(beta). A variance beyond the range of A counts as infinite: y =
+//            phi(beta). NaN and infinity stay in their channel. Deterministic: workers merge in ascending order, more
+//            than 64 of them first 32 at a time.
 // Reference: Ioffe and Szegedy, Batch Normalization, 2015, arXiv:1502.03167, algorithms 1 and 2.
 // Called by: bnkernels/ops/batch_norm/training.py
 #include "lib/kernel.cuh"

@@ -1,19 +1,21 @@
-// Batch normalisation in training of a tensor that lies in rows of 16 bytes, then an activation: every SM takes part.
+// Batch normalisation in training, then an activation, by cooperative blocks on the whole device; rows of 16 bytes.
 //
-// Formulas:  those of batch_norm_forward.cu.
-// Arrays:    x, residual (outer, C, inner), y in C order, of type T: float or 16 bits. CHANNELS: inner = 1, C, the outer
-//            strides and all addresses multiples of 16 bytes, neighbouring channels side by side. Else inner and the
-//            strides are such multiples, neighbouring inner positions side by side. The others as in
-//            batch_norm_forward.cu, of float. partial: 2 groups G 3 w floats; arrivals: a counter for every group.
-// Launch:    block (w / COUNT, lanes, 1) where CHANNELS, else (1, lanes, 1) and w = 1; COUNT numbers have 16 bytes, lanes is
-//            a multiple of 4. Grid (groups, G, 1), see spread.cuh; cooperative if G > 1, a power of two, at most 8 lanes.
-//            Every lane has a row. A block keeps `held` rows a thread in shared memory: 12 w lanes bytes and
-//            16 threads held. Neighbouring threads move neighbouring 16 bytes.
-// Traffic:   N C reads and N C writes of T as long as all rows are held; the others are read twice, the second time from
-//            the last on, whose bytes are the likeliest in the L2 cache. N C reads more of a residual. Between blocks 24 G
-//            bytes a channel.
-// Numerics:  as batch_norm_forward.cu: chunks of a thread's rows in pairs, merged after Chan, Golub and LeVeque.
-//            Deterministic: chunks, then lanes in eights, then blocks in eights, always in their order.
+// Formulas:  as in batch_norm_forward.cu.
+// Arrays:    x, residual (outer, C, inner), y in C order, of type T: float or 16 bits. CHANNELS_LAST: inner = 1; C, the
+//            outer strides and all addresses are multiples of 16 bytes, and channels are contiguous. Otherwise inner
+//            and the other strides are such multiples, and the inner axis is contiguous. The other arrays as in
+//            batch_norm_forward.cu, of float. partial (2, columns, splits, 3, w) of float; barrier_counter: a counter
+//            for every column, see lib/sync/grid_barrier.cuh.
+// Launch:    Block (w / COUNT, workers, 1) with CHANNELS_LAST, else (1, workers, 1) and w = 1; COUNT is the number of
+//            elements in 16 bytes, workers is a multiple of 4. Grid (columns, splits, 1), see
+//            lib/reduce/cooperative_slices.cuh; cooperative if splits > 1, a power of two, at most 8 workers. Every
+//            worker has a row. A block keeps `held` rows a thread in shared memory: 12 w workers bytes and 16 threads
+//            held. Neighbouring threads access neighbouring vectors.
+// Traffic:   N C reads and N C writes of T as long as all rows are held. The other rows are read twice, the second time
+//            in descending order, which is likely to hit the L2 cache. A residual adds N C reads. The blocks exchange
+//            24 splits bytes a channel.
+// Numerics:  As batch_norm_forward.cu: chunks of a thread's rows in pairs, merged after Chan, Golub and LeVeque.
+//            Deterministic: chunks, then workers 8 at a time, then splits 8 at a time, always in ascending order.
 // Reference: Ioffe and Szegedy, Batch Normalization, 2015, arXiv:1502.03167, algorithm 1.
 // Called by: bnkernels/ops/batch_norm/training.py
 #include "lib/kernel.cuh"

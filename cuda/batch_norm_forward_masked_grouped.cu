@@ -1,27 +1,28 @@
-// Batch normalisation over the valid examples alone, in groups, renormalised, or in stages: forward, one launch.
+// Batch normalisation with a mask, in groups, renormalised, or in stages: forward, in one launch.
 //
-// Formulas:  as in batch_norm_forward.cu, for every group t, over the N[t] rows whose mask is true:
-//            mean[t,c] = 1/N[t] sum_n x[t,n,c],  var[t,c] = 1/N[t] sum_n (x[t,n,c] - mean[t,c])^2,  rstd = 1/sqrt(var + eps)
+// Formulas:  As in batch_norm_forward.cu, for every group t, over the N[t] rows whose mask is true:
+//            mean[t,c] = 1/N[t] sum_n x[t,n,c]
+//            var[t,c]  = 1/N[t] sum_n (x[t,n,c] - mean[t,c])^2,  rstd = 1 / sqrt(var + eps)
 //            y[t,n,c]  = phi(gamma[c] ((x[t,n,c] - mean[t,c]) rstd[t,c] r[t,c] + d[t,c]) + beta[c] + residual[t,n,c])
 //            y[t,n,c]  = 0 where the mask is false
-//            r, d = 1, 0; renormalised: r = clip(sqrt(var + eps) / s, 1/r_max, r_max), d = clip((mean - running_mean) / s,
-//            -d_max, d_max), where s = sqrt(running_var + eps) before this mini-batch
-//            running_mean[t,c], running_var[t,c] as in batch_norm_forward.cu, divided by N[t] - correction.
-//            No valid row: y = 0, statistics 0, the running ones stay. One: y = phi(beta), and running_var stays where
-//            the divisor would be 0.
-// Arrays:    x (groups, outer, C, inner), any strides; residual like x, may be null (0); y C order, may be x or residual
-//            itself; of type T. mask (groups, outer, inner) of bytes, any strides, may be null (all true).
-//            gamma, beta (C,), of type A, or narrow: of type T; may be null (1, 0).
-//            statistics (groups, 3, C): mean, mean_low, rstd; renormalised (groups, 5, C): r, d as well. Written, or with
-//            the stage APPLY read. moments (4, C): count, mean, mean_low, sum of squares, written by the stage COLLECT.
-//            running_mean, running_var (groups, C), may be null; read by the stage FROZEN. All of type A.
-// Launch:    block (w, l, 1), grid (ceil(C/w), min(groups, 65535), tiles), shared memory 4 w l sizeof(A). Thread (i, j)
-//            owns the channel c = w blockIdx.x + i and its rows j, j + l, ...; tiles > 1 share the rows where nothing is
-//            summed (APPLY, FROZEN).
-// Traffic:   2 N C reads and N C writes of T, N C less where a thread has at most VALUES rows; the mask as often, a byte a
-//            row; of invalid rows nothing is read. A barrier more than batch_norm_forward.cu.
-// Numerics:  as batch_norm_forward.cu: the mean in a pair, squares about it, partial results merged with their counts in the
-//            order of the lanes, above 64 of them first in groups of 32. Deterministic.
+//            r, d = 1, 0; renormalised, with s = sqrt(running_var + eps) before this mini-batch:
+//            r = clip(sqrt(var + eps) / s, 1/r_max, r_max),  d = clip((mean - running_mean) / s, -d_max, d_max)
+//            running_mean[t,c], running_var[t,c] as in batch_norm_forward.cu, with the divisor N[t] - correction
+//            No valid row: y = 0, statistics 0, running statistics unchanged. One valid row: y = phi(beta); running_var
+//            is unchanged if the divisor would be 0.
+// Arrays:    x (groups, outer, C, inner), any strides; residual like x, may be null (0); y in C order, may alias x or
+//            residual; of type T. mask (groups, outer, inner) of bytes, any strides, may be null (all true). gamma,
+//            beta (C,), of type A or, with params_in_storage_type, of type T; may be null (1, 0). statistics (groups,
+//            3, C): mean, mean_low, rstd; renormalised (groups, 5, C): r, d as well. Written, or read in the stage
+//            APPLY. moments (4, C): count, mean, mean_low, M2, written in the stage COLLECT. running_mean, running_var
+//            (groups, C), may be null; read in the stage FROZEN. All of type A.
+// Launch:    Block (w, l, 1), grid (ceil(C/w), min(groups, 65535), tiles), shared memory 4 w l sizeof(A). Thread (i, j)
+//            owns the channel c = w blockIdx.x + i and its rows j, j + l, ...; with tiles > 1, in stages without a
+//            reduction (APPLY, FROZEN), the tiles share the rows.
+// Traffic:   2 N C reads and N C writes of T, N C reads fewer if a thread has at most VALUES rows; the mask as often, a
+//            byte a row. Data of invalid rows are not read. One barrier more than batch_norm_forward.cu.
+// Numerics:  As batch_norm_forward.cu: the mean in a pair, squares about it, partial results merged with their counts
+//            in ascending order of workers, more than 64 of them first 32 at a time. Deterministic.
 // Reference: Ioffe and Szegedy, Batch Normalization, 2015, arXiv:1502.03167; Ioffe, Batch Renormalization, 2017,
 //            arXiv:1702.03275; Chan, Golub and LeVeque (1983) for the merge.
 // Called by: bnkernels/ops/batch_norm/training.py

@@ -1,25 +1,25 @@
-// Many training steps of multilayer perceptrons, with batch norm, layer norm or none, in one launch: a block for each.
+// Many training steps of multilayer perceptrons with batch norm, layer norm or none, in one launch; one block a model.
 //
-// Formulas:  each step is, for its mini-batch of N examples: for every layer z = h W (+ bias), in hidden layers batch norm
-//            as in batch_norm_forward.cu, or layer norm as in layer_norm_forward.cu, and h = phi(z); softmax cross-entropy
-//            as in softmax_cross_entropy.cu; the gradients of all that; and an update of all parameters as in
+// Formulas:  Each step computes, for a mini-batch of N examples: for every layer z = h W (+ bias), in hidden layers
+//            batch norm as in batch_norm_forward.cu or layer norm as in layer_norm_forward.cu, and h = phi(z); softmax
+//            cross-entropy as in softmax_cross_entropy.cu; all gradients; and an update of all parameters as in
 //            parameter_update.cu.
-// Arrays:    x (rows, inputs), C order, of type T; labels (rows,). Example n of step s is row s N + n, or the row
-//            indices[s N + n] where indices are given, or where seeds (1,) are drawn from all data_rows at random, by the
-//            number of the example since step -first_step: see network.cuh. parameters, first, second (P,): weights (inputs, outputs), gamma
-//            and beta or bias of every layer, and the optimiser's state (second and first may be null), updated in place;
-//            running (R,): mean and variance of every batch norm, may be null. layers (depth, LAYER_FIELDS): see Layer.
-//            schedule (steps, 3): batch-norm momentum, and what Adam divides by. losses (steps,): mean losses.
-//            rates (1,): the learning rate. Of M models, parameters, state, running, losses and rates are (M, ...), and
-//            those of one lie together; so do seeds, and the indices where index_stride is not 0. The rest is common to all.
-// Launch:    grid (M, 1, 1), blocks of a multiple of 32 threads, each of which keeps everything but x in shared memory:
-//            parameters and state, two mini-batches, and of every layer the values of all examples. A neuron belongs to a
-//            team of 8, 16 or 32 neighbouring threads for the whole mini-batch, EXAMPLES of it in the registers of each.
-// Traffic:   by each model x, labels and schedule read once, losses written once, parameters and state read and written
-//            once in all. Per step 2 depth + 1 barriers, with batch norm or without: a team adds up by shuffles. With layer
-//            norm two more for every hidden layer, whose neurons are in different teams.
-// Numerics:  in T. The mean of a channel is corrected by the mean of what it leaves, then squares about it: within a few
-//            roundings of the kernels for single layers. Sums in a fixed order: deterministic.
+// Arrays:    x (rows, inputs), C order, of type T; labels (rows,). Example n of step s is row s N + n; with indices row
+//            indices[s N + n]; with seeds (1,) a row drawn at random from all data_rows, by the number of the example
+//            since step -first_step, see lib/train/network.cuh. parameters, first, second (P,): weights (inputs,
+//            outputs), gamma and beta or bias of every layer, and the optimiser's state (first and second may be null),
+//            updated in place; running (R,): mean and variance of every batch norm, may be null. layers (depth,
+//            LAYER_FIELDS): see Layer. schedule (steps, 3): batch-norm momentum and Adam's bias corrections. losses
+//            (steps,): mean losses. rates (1,): the learning rate. For M models, parameters, state, running, losses,
+//            rates and seeds are (M, ...), and indices too if index_stride is not 0; the models share the rest.
+// Launch:    Grid (M, 1, 1), blocks of a multiple of 32 threads. Shared memory holds everything but x: parameters and
+//            state, two mini-batches, and the values of all layers for all examples. A neuron belongs to a subwarp of
+//            8, 16 or 32 threads for the whole mini-batch, with EXAMPLES examples in the registers of each thread.
+// Traffic:   Each model reads x, labels and schedule once, writes losses once, and reads and writes parameters and
+//            state once in all. A step has 2 depth + 1 barriers, with batch norm or without: sums over a subwarp are
+//            shuffles. Layer norm adds two barriers for every hidden layer, whose neurons are in different subwarps.
+// Numerics:  In T. The mean of a channel is corrected by the mean of the remainders, then squares are taken about it:
+//            within a few roundings of the kernels for single layers. Sums in a fixed order: deterministic.
 // Reference: Ioffe and Szegedy, Batch Normalization, 2015, arXiv:1502.03167, algorithm 1 and section 3.
 // Called by: bnkernels/ops/fused_training/op.py
 #include "lib/kernel.cuh"

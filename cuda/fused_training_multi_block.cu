@@ -1,15 +1,16 @@
-// Many training steps of multilayer perceptrons too large for one block, in one launch: a group of blocks for each.
+// Many training steps of multilayer perceptrons too large for one block, in one launch; several blocks a model.
 //
-// Formulas:  those of fused_training.cu.
-// Arrays:    those of fused_training.cu. memory: of each model what MemoryOfNeurons says, or with layer norm
-//            MemoryOfExamples, of type T; arrivals: a counter for each model, BARRIER_PITCH apart, see meet.cuh.
-// Launch:    block (256, 1, 1); `blocks` are the group of a model. It is a cluster of 8 in a grid (8 M, 1, 1), from sm_90 on,
-//            or a column of a grid (M, blocks, 1), cooperative if it is more than one block. Dynamic shared memory for a
-//            product, (width, pitch) and seven rows of T. N at most 512.
-// Traffic:   by each model x, labels and schedule read once from global memory, losses written once. Parameters, state and
-//            what the blocks tell each other stay in the L2 cache as far as it holds them. Per step 2 depth - 1 meetings
-//            of the group, with batch norm or without (2 for a single layer); with layer norm 2.
-// Numerics:  products as in product.cuh, the rest as in fused_training.cu. Sums in a fixed order: deterministic.
+// Formulas:  as in fused_training.cu.
+// Arrays:    As in fused_training.cu. workspace: NeuronWorkspace or, with layer norm, ExampleWorkspace of every model,
+//            of type T. barrier_counter: a counter for every model, BARRIER_PITCH apart, see lib/sync/grid_barrier.cuh.
+// Launch:    Block (256, 1, 1); `blocks` blocks a model: a cluster of 8 in a grid (8 M, 1, 1), from sm_90 on, or a
+//            column of a grid (M, blocks, 1), cooperative if blocks > 1. Dynamic shared memory for a product, a tile
+//            (width, pitch) and seven rows of T. N at most 512.
+// Traffic:   Each model reads x, labels and schedule once from global memory and writes losses once. Parameters, state
+//            and workspace stay in the L2 cache as far as it holds them. A step has 2 depth - 1 grid barriers, with
+//            batch norm or without (2 for a single layer); with layer norm 2.
+// Numerics:  Products as in lib/gemm/product.cuh, the rest as in fused_training.cu. Sums in a fixed order:
+//            deterministic.
 // Reference: Ioffe and Szegedy, Batch Normalization, 2015, arXiv:1502.03167, algorithm 1 and section 3; Ba, Kiros and
 //            Hinton, Layer Normalization, 2016, arXiv:1607.06450.
 // Called by: bnkernels/ops/fused_training/op.py

@@ -1,18 +1,20 @@
-// The gradients of layer norm with its scale, shift and activation, in one launch.
+// Gradients of layer norm with its scale, shift and activation, in one launch.
 //
-// Formulas:  d = x - mean[n], z = gamma[c] rstd[n] d + beta[c], g = dy phi'(z), h = gamma g;  dbeta[c] = sum_n g,
-//            dgamma[c] = sum_n g rstd d;  over the C values of a row: dx = rstd (h - sum h / C - d rstd^2 sum (h d) / C).
-// Arrays:    dy, x, dx (N, C) of type T, C order; dx may be dy. gamma, beta (C,) of the accumulator's type A, may be null.
-//            statistics (3, N): mean, mean_low, rstd; dgamma, dbeta (C,), of type A. partial (blocks, 2, C): of each block
-//            what it knows of dgamma and dbeta, unused of a single block. arrivals: a counter, see meet.cuh.
-// Launch:    block (w, teams, 1), w a power of two and w teams a multiple of 32; any grid, cooperative if it is more
-//            than one block. Teams of w threads take the rows in turn. Dynamic shared memory: a Pair<A> for every
-//            warp; of dy and of x `held` units of 16 bytes for every thread, 0 where rows do not stay on the chip; and of
-//            `chunk` units of the columns the sums of every team. Where that is less than a row, the rows are read again for
-//            each further chunk.
-// Traffic:   dy and x read once and dx written once, where rows are held and their sums are one chunk; gamma, beta from the
-//            cache. Partial sums: 2 C words of every block, written once and read once.
-// Numerics:  in A, sums in pairs, blocks' partial sums in A; rows and blocks in a fixed order: deterministic.
+// Formulas:  d = x - mean[n], z = gamma[c] rstd[n] d + beta[c], g = dy phi'(z), h = gamma g
+//            dbeta[c] = sum_n g,  dgamma[c] = sum_n g rstd d
+//            dx = rstd (h - sum h / C - d rstd^2 sum (h d) / C)        sums over the C values of a row
+// Arrays:    dy, x, dx (N, C) of type T, C order; dx may alias dy. gamma, beta (C,) of the accumulator's type A, may be
+//            null (1, 0). statistics (3, N): mean, mean_low, rstd; dgamma, dbeta (C,), of type A. partial (blocks, 2,
+//            C): partial sums of dgamma and dbeta of every block, unused by a single block. barrier_counter: see
+//            lib/sync/grid_barrier.cuh.
+// Launch:    Block (w, r, 1), w a power of two and w r a multiple of 32; any grid, cooperative if it has more than one
+//            block. The w threads with the same threadIdx.y share a row; rows are taken in turn. Dynamic shared memory:
+//            a Pair<A> for every warp; `held` vectors of dy and of x for every thread, 0 if rows are not held; and the
+//            column sums of every row of threads for `chunk` units. If a chunk is less than a row, the rows are read
+//            again for every further chunk.
+// Traffic:   dy and x read once and dx written once, if rows are held and their sums are one chunk; gamma, beta from
+//            the cache. Partial sums: 2 C words of every block, written once and read once.
+// Numerics:  In A, sums in pairs, blocks' partial sums in A; rows and blocks in a fixed order: deterministic.
 // Reference: Ba, Kiros and Hinton, Layer Normalization, 2016, arXiv:1607.06450.
 // Called by: bnkernels/ops/layer_norm/op.py
 #include "lib/kernel.cuh"

@@ -1,14 +1,15 @@
 // Layer norm of every example over its features, scale, shift and activation, in one launch.
 //
-// Formulas:  over the C values of a row: mean[n], m2[n] = sum (x - mean)^2, var = m2 / C, rstd = 1 / sqrt(var + eps),
-//            y = phi(gamma[c] rstd (x - mean) + beta[c]).
-// Arrays:    x, y (N, C) of type T, C order; y may be x. gamma, beta (C,) of the accumulator's type A, may be null.
-//            statistics (3, N): mean, mean_low, rstd, of type A.
-// Launch:    block (w, teams, 1), w a power of two and w teams a multiple of 32, grid (ceil(N / teams), 1, 1): a team of w
-//            threads owns a row. Dynamic shared memory: a Pair<A> for every warp, and `held` units of 16 bytes for every
-//            thread, 0 where rows do not stay on the chip.
-// Traffic:   x read once (three times where rows are too long to stay), y written once, gamma and beta from the cache.
-// Numerics:  in A, sums in pairs, squares about the mean; in a fixed order: deterministic. Alignment changes no bit.
+// Formulas:  Over the C values of a row:
+//            mean[n], m2[n] = sum (x - mean)^2, var = m2 / C, rstd = 1 / sqrt(var + eps)
+//            y = phi(gamma[c] rstd (x - mean) + beta[c])
+// Arrays:    x, y (N, C) of type T, C order; y may alias x. gamma, beta (C,) of the accumulator's type A, may be null
+//            (1, 0). statistics (3, N): mean, mean_low, rstd, of type A.
+// Launch:    Block (w, r, 1), w a power of two and w r a multiple of 32, grid (ceil(N / r), 1, 1): the w threads with
+//            the same threadIdx.y share a row. Dynamic shared memory: a Pair<A> for every warp, and `held` vectors of
+//            16 bytes for every thread, 0 if rows are not held.
+// Traffic:   x read once (three times if rows are too long to be held), y written once, gamma and beta from the cache.
+// Numerics:  In A, sums in pairs, squares about the mean, in a fixed order: deterministic. Alignment changes no bit.
 // Reference: Ba, Kiros and Hinton, Layer Normalization, 2016, arXiv:1607.06450.
 // Called by: bnkernels/ops/layer_norm/op.py
 #include "lib/kernel.cuh"

@@ -1,19 +1,22 @@
-// The gradients of a linear layer with batch norm, layer norm or a bias, and an activation behind it, in one launch.
+// Gradients of a linear layer with batch norm, layer norm or a bias, and an activation, in one launch.
 //
-// Formulas:  u = scale (z - mean) + beta, scale = gamma rstd;  g = dy phi'(u);  dbeta[m] = sum_n g;
-//            norm: dgamma[m] = rstd sum_n g (z - mean),
-//            dz = scale (g - dbeta / N - (z - mean) rstd dgamma / N), rounded to T;  no norm: mean 0, scale 1, dz = g;
-//            layer norm: dgamma[m] = sum_n g rstd[n] (z - mean[n]), and over the M neurons of an example, with h = gamma g,
-//            dz = rstd (h - sum h / M - (z - mean) rstd^2 sum (h (z - mean)) / M);  dweight = x' dz,  dx = dz W'.
-// Arrays:    dy, z (N, M), x (N, K), weight (K, M), of type T. gamma, beta (M,) and statistics (3, M), of
-//            layer norm (3, N), of the accumulator's type A, each may be null. dx (N, K), may be null: then it is not wanted; dweight (K, M) and the workspace dz
-//            (N, M) of type T; dgamma (null: no norm), dbeta (M,). C order. arrivals: a counter, see meet.cuh.
-// Launch:    block (256, 1, 1), any grid; cooperative if dx is wanted, of more than one block. Dynamic shared
-//            memory for a product or two tiles (width, pitch) of A. A block owns `width` neurons at a time, N at most 512.
-//            Layer norm: cooperative if of more than one block; a block owns `width` examples at a time, then neurons.
-// Traffic:   dy, z, weight read once, dz written once, dweight and dx written once; x and dz read by every block, from the
-//            L2 cache but for the first. With batch norm as many bytes as without, and 4 M words.
-// Numerics:  products as in the forward, dz rounded before them, all sums in a fixed order: deterministic.
+// Formulas:  u = scale (z - mean) + beta, scale = gamma rstd;  g = dy phi'(u);  dbeta[m] = sum_n g
+//            batch norm: dgamma[m] = rstd sum_n g (z - mean),
+//                        dz = scale (g - dbeta / N - (z - mean) rstd dgamma / N), rounded to T
+//            layer norm: dgamma[m] = sum_n g rstd[n] (z - mean[n]); over the M neurons of an example, with h = gamma g,
+//                        dz = rstd (h - sum h / M - (z - mean) rstd^2 sum (h (z - mean)) / M), rounded to T
+//            no norm:    mean 0, scale 1, dz = g
+//            dweight = x' dz,  dx = dz W'
+// Arrays:    dy, z (N, M), x (N, K), weight (K, M), of type T. gamma, beta (M,) and statistics (3, M), with layer norm
+//            (3, N), of the accumulator's type A; each may be null. dx (N, K), null: not computed; dweight (K, M) and
+//            the workspace dz (N, M) of type T; dgamma (null: no norm), dbeta (M,), of type A. C order.
+//            barrier_counter: see lib/sync/grid_barrier.cuh.
+// Launch:    Block (256, 1, 1), any grid; cooperative if it has more than one block and computes dx, or with layer
+//            norm. Dynamic shared memory for a product or two tiles (width, pitch) of A. A block owns `width` neurons
+//            at a time, N at most 512. Layer norm: a block owns `width` examples at a time, then neurons.
+// Traffic:   dy, z, weight read once, dz written once, dweight and dx written once; x and dz read by every block, after
+//            the first from the L2 cache. Batch norm adds 4 M words.
+// Numerics:  Products as in the forward, of dz rounded to T; all sums in a fixed order: deterministic.
 // Reference: Ioffe and Szegedy, Batch Normalization, 2015, arXiv:1502.03167, section 3; Ba, Kiros and Hinton, Layer
 //            Normalization, 2016, arXiv:1607.06450.
 // Called by: bnkernels/ops/linear_batch_norm/op.py

@@ -1,20 +1,23 @@
-// A linear layer with batch norm, layer norm or a bias, and an activation behind it, in one launch.
+// Linear layer with batch norm, layer norm or a bias, and an activation, in one launch.
 //
-// Formulas:  z = x W, rounded to T;  norm: over the N examples mean[m], m2[m] = sum (z - mean)^2, var = m2 / N,
-//            rstd = 1 / sqrt(var + eps), y = phi(gamma rstd (z - mean) + beta), running statistics as in
-//            batch_norm_forward.cu;  layer norm: the same over the M neurons of each example n;  no norm: y = phi(z + beta).
-// Arrays:    x (N, K), weight (K, M), z, y (N, M), of type T. statistics (3, M), of layer norm (3, N): mean, mean_low, rstd;
-//            null: no norm.
-//            gamma, beta, running_mean, running_var (M,), of the accumulator's type A; each may be null. C order.
-// Launch:    block (256, 1, 1), grid (ceil(M / width), 1, 1), dynamic shared memory for a product and (width, pitch) of A:
-//            a block owns `width` neurons for the whole mini-batch, which is at most 512 examples. For layer norm it owns as
-//            many examples, with all of their neurons, at most 1024: grid (ceil(N / width), 1, 1).
-// Traffic:   z and y written once, weight read once, x read by every block (from the L2 cache, but for the first); with
-//            batch norm as many bytes as without, and 3 M words of statistics. No barrier more or fewer either. For layer
-//            norm x read once, weight by every block.
-// Numerics:  products as in product.cuh: 16-bit ones on tensor cores, whose sums of 16 terms NVIDIA rounds as it likes;
-//            otherwise in A with fma, terms in a fixed order. z is rounded before its statistics are taken, which are those
-//            of batch_norm_forward.cu but for roundings: the mean is corrected by the mean of what it leaves. Deterministic.
+// Formulas:  z = x W, rounded to T
+//            batch norm: over the N examples mean[m], m2[m] = sum (z - mean)^2, var = m2 / N,
+//                        rstd = 1 / sqrt(var + eps), y = phi(gamma rstd (z - mean) + beta),
+//                        running statistics as in batch_norm_forward.cu
+//            layer norm: the same over the M neurons of each example n, without running statistics
+//            no norm:    y = phi(z + beta)
+// Arrays:    x (N, K), weight (K, M), z, y (N, M), of type T. statistics (3, M), with layer norm (3, N): mean,
+//            mean_low, rstd; null: no norm. gamma, beta, running_mean, running_var (M,), of the accumulator's type A;
+//            each may be null. C order.
+// Launch:    Block (256, 1, 1), grid (ceil(M / width), 1, 1), dynamic shared memory for a product and a tile (width,
+//            pitch) of A: a block owns `width` neurons for the whole mini-batch, at most 512 examples. Layer norm: a
+//            block owns `width` examples with all of their neurons, at most 1024; grid (ceil(N / width), 1, 1).
+// Traffic:   z and y written once, weight read once, x read by every block (after the first from the L2 cache). Batch
+//            norm adds 3 M words of statistics and no barrier. Layer norm: x read once, weight by every block.
+// Numerics:  Products as in lib/gemm/product.cuh: 16-bit ones on tensor cores, whose rounding of sums of 16 terms
+//            NVIDIA does not specify; others in A with fma, terms in a fixed order. z is rounded before its statistics
+//            are taken, which equal those of batch_norm_forward.cu up to rounding: the mean is corrected by the mean of
+//            the remainders. Deterministic.
 // Reference: Ioffe and Szegedy, Batch Normalization, 2015, arXiv:1502.03167, algorithm 1; Ba, Kiros and Hinton, Layer
 //            Normalization, 2016, arXiv:1607.06450.
 // Called by: bnkernels/ops/linear_batch_norm/op.py

@@ -1,12 +1,13 @@
-// The mini-batch whose turn it is, by a counter on the device: what a captured step begins with, one launch.
+// Copies the mini-batch whose turn it is, by a counter on the device: the first launch of a captured step.
 //
-// Formulas:  s = counter[0];  x_out[n] = x[r], labels_out[n] = labels[r],  r = s N + n, or indices[s N + n];
-//            scalars_out = schedule[s];  then counter[0] = s + 1.
-// Arrays:    x (rows, K) of type T, labels (rows,), indices (steps, N) or null, schedule (steps, S) of type T;
-//            x_out (N, K), labels_out (N,), scalars_out (S,). counter (2,): the step, and how many blocks have arrived,
-//            which is 0 between launches. C order. Beyond the last step, and for rows that x does not have, undefined.
-// Launch:    block (256, 1, 1), grid (b, 1, 1), any b; no shared memory. The last block to arrive moves the counter.
-// Traffic:   N (K + 1) numbers and S read and written once, and a counter.
+// Formulas:  s = counter[0];  x_out[n] = x[r], labels_out[n] = labels[r],  r = s N + n, or indices[s N + n]
+//            scalars_out = schedule[s];  then counter[0] = s + 1
+// Arrays:    x (rows, K) of type T, labels (rows,), indices (steps, N) or null, schedule (steps, S) of type T; x_out
+//            (N, K), labels_out (N,), scalars_out (S,). counter (2,): the step, and the number of finished blocks, 0
+//            between launches. C order. The result is undefined beyond the last step, and for rows that x does not
+//            have.
+// Launch:    Block (256, 1, 1), grid (b, 1, 1), any b; no shared memory. The last block to finish increments the step.
+// Traffic:   N (K + 1) numbers and S scalars read and written once, and the counter.
 // Numerics:  none: a copy.
 // Called by: bnkernels/ops/mini_batch.py
 #include "lib/kernel.cuh"

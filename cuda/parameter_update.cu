@@ -1,4 +1,4 @@
-// One optimiser step over all parameters of a network, which lie in one flat array: SGD, momentum, Adam, one launch.
+// One optimiser step (SGD, momentum or Adam) over all parameters of a network, in one flat array, in one launch.
 //
 // Formulas:  sgd:       p -= lr g
 //            momentum:  v = momentum v + g;  p -= lr v
@@ -6,13 +6,13 @@
 //                       p -= lr m / (sqrt(s) / root_correction2 + eps) / correction1,
 //                       correction1 = 1 - beta1^step,  root_correction2 = sqrt(1 - beta2^step)
 // Arrays:    parameters, gradients and the state (velocity; first and second), each (P,), C order, of type T, all
-//            different. Parameters and state are updated in place. scalars (3,): lr, correction1 and root_correction2, for
-//            a captured launch, or null: then those of the argument.
-// Launch:    block (256, 1, 1), grid (b, 1, 1), any b: thread i owns elements i, i + 256 b, ...; no shared memory.
+//            distinct. Parameters and state are updated in place. scalars (3,): lr, correction1 and root_correction2,
+//            for a captured launch; null: those of the argument.
+// Launch:    Block (256, 1, 1), grid (b, 1, 1), any b: thread i owns the elements i, i + 256 b, ...; no shared memory.
 // Traffic:   sgd 2 P reads and P writes, momentum 3 P and 2 P, adam 4 P and 3 P. No barrier.
-// Numerics:  in T; what depends on the step alone is formed in double precision on the host (1 - beta2, 0.001, would
-//            lose four digits in float32). The root of s comes before its division, and that of m
-//            before lr: as long as s is finite, nothing between overflows. Elementwise, so deterministic.
+// Numerics:  In T; what depends on the step alone is computed in double precision on the host (1 - beta2, 0.001, would
+//            lose four digits in float32). The root of s is taken before its division, and m divided before lr
+//            multiplies it: as long as s is finite, no intermediate result overflows. Elementwise, hence deterministic.
 // Reference: D. P. Kingma and J. Ba, Adam, 2015, arXiv:1412.6980, algorithm 1.
 // Called by: bnkernels/ops/parameter_update.py
 #include "lib/kernel.cuh"

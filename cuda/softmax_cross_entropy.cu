@@ -1,19 +1,19 @@
-// Softmax cross-entropy of (N, K) logits and N labels: the loss of every example and the gradient, one launch.
+// Softmax cross-entropy of (N, K) logits and N labels: the loss of every example and the gradient, in one launch.
 //
 // Formulas:  top[n]       = max_k logits[n,k]
 //            total[n]     = sum_k exp(logits[n,k] - top[n])
 //            loss[n]      = log(total[n]) - (logits[n,label[n]] - top[n])
 //            dlogits[n,k] = (exp(logits[n,k] - top[n]) / total[n] - [k = label[n]]) / N     of the mean loss
 //            A label outside 0 ... K-1 gives NaN in its row, and reads nothing.
-// Arrays:    logits, dlogits (N, K), C order, of type T; dlogits may be logits itself. labels (N,), of type L.
-//            loss (N,), of type A.
-// Launch:    block (32, w, 1), grid (ceil(N/w), 1, 1), no shared memory: one warp per example. Lane i owns the
-//            classes i, i + 32, ...; a row is read by neighbouring lanes.
-// Traffic:   3 N K reads (the second and third from cache) and N K writes of T. No barrier.
-// Numerics:  in A, shifted by the row's maximum: neither exp nor log can overflow. Deterministic: shuffles in a fixed
+// Arrays:    logits, dlogits (N, K), C order, of type T; dlogits may alias logits. labels (N,), of type L. loss (N,),
+//            of type A.
+// Launch:    Block (32, w, 1), grid (ceil(N/w), 1, 1), no shared memory: one warp an example. Lane i owns the classes
+//            i, i + 32, ...; neighbouring lanes read neighbouring logits.
+// Traffic:   3 N K reads (the second and third from the cache) and N K writes of T. No barrier.
+// Numerics:  In A, shifted by the row's maximum: neither exp nor log can overflow. Deterministic: shuffles in a fixed
 //            order. Rows are independent of each other, bit for bit.
-// Reference: the log-sum-exp shift is folklore; P. Blanchard, D. J. Higham and N. J. Higham, Accurately computing the
-//            log-sum-exp and softmax functions, IMA J. Numer. Anal. 41, 2021, analyse it.
+// Reference: P. Blanchard, D. J. Higham and N. J. Higham, Accurately computing the log-sum-exp and softmax functions,
+//            IMA J. Numer. Anal. 41, 2021.
 // Called by: bnkernels/ops/softmax_cross_entropy.py
 #include "lib/kernel.cuh"
 #include "lib/reduce/warp.cuh"

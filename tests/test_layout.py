@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from bnkernels.runtime import source
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "bnkernels"
 KERNELS = sorted((ROOT / "cuda").glob("*.cu"))
+SOURCES = sorted((ROOT / "cuda").rglob("*.cu*"))
 PYTHON = [path for folder in ("bnkernels", "tests", "benchmarks", "tools") for path in (ROOT / folder).rglob("*.py")]
 VARIANT = r"(?<!_double)_(forward|backward)(_cooperative|_masked_grouped)?$|_multi_block$"
 OPS = sorted(
@@ -94,6 +96,14 @@ def test_the_header_of_a_kernel_is_its_contract(path: Path) -> None:
     assert tuple(found) == HEADER_FIELDS
     (wrapper,) = (line.split(":", 1)[1].strip() for line in header if line.startswith("// Called by:"))
     assert (ROOT / wrapper).is_file()
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_lines_of_kernels_have_120_columns_and_comments_begin_with_a_term(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert [number for number, line in enumerate(lines, 1) if len(line) > 120] == []
+    blocks = [line for before, line in pairwise(["", *lines]) if "//" in line and not before.lstrip().startswith("//")]
+    assert [line for line in blocks if re.search(r"// (Of|What|Who|Whose|So many|How)\b", line)] == []
 
 
 def test_only_kernel_sources_are_in_the_kernel_folder() -> None:

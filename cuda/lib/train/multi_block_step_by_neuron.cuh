@@ -10,9 +10,9 @@
 // Workspace of a model in global memory, cached in L2.
 template <typename T>
 struct NeuronWorkspace {
-    T* x;  // (inputs, examples), of this step and the next
-    T* h;  // (rows, examples): outputs of the layers, of the last layer the logits. The first layer's outputs of odd steps
-           // follow: some blocks begin a step while others still finish the previous one
+    T* x;     // (inputs, examples), of this step and the next
+    T* h;     // (rows, examples): outputs of the layers, of the last the logits. The first layer's outputs of odd steps
+              // follow: some blocks begin a step while others still finish the previous one
     T* z;     // (rows, examples): pre-activations, with a norm less the mean; then their gradients
     T* rstd;  // (rows,)
 
