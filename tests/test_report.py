@@ -148,7 +148,7 @@ def test_the_front_page_has_ours_beside_the_fastest_pytorch() -> None:
     assert text.startswith("On a CPU: not yet measured.\n\nOn a GPU, NVIDIA Made-Up, 2026-01-02:")
     assert text.endswith("A step of ours with batch norm takes 1.23 times one without.")
     steps["ratios"]["sgd"]["PyTorch with / without"] = {"median": 1.1}
-    assert front.speed({"cuda": cases}, {"cuda": steps}).endswith("; one of PyTorch's takes 1.10 times.")
+    assert front.speed({"cuda": cases}, {"cuda": steps}).endswith(", one of PyTorch's 1.10 times.")
     assert front.speed({"cuda": cases}, {"cuda": None}).count(ABSENT) == 2
 
 

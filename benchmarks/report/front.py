@@ -76,4 +76,4 @@ def cost(ratios: Mapping[str, Any]) -> str:
         return ""
     ours = f"A step of ours with batch norm takes {ratios['with / without']['median']:.2f} times one without"
     theirs = ratios.get("PyTorch with / without")
-    return ours + (f"; one of PyTorch's takes {theirs['median']:.2f} times." if theirs else ".")
+    return ours + (f", one of PyTorch's {theirs['median']:.2f} times." if theirs else ".")
