@@ -14,9 +14,9 @@ from typing import NamedTuple
 import numpy as np
 
 import bnkernels as bn
-from bnkernels.mlp import MLP
-from tests.compile import nvrtc
+from bnkernels.nn.mlp import MLP
 from tests.ptx import ARCHITECTURE, KINDS, Counts, PtxRuntime, registered
+from tools.compile import nvrtc
 
 MOST = 1.10  # times the instructions of the same without batch norm
 SPECIAL = 20  # machine instructions of a quotient or a root: a rough figure, to see whether it matters

@@ -16,13 +16,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import overhead_plot, static
-from benchmarks.harness import RESULTS, ROOT, results_folder
+from benchmarks.counts import static
+from benchmarks.harness.timing import RESULTS, ROOT, results_folder
 from benchmarks.report import accuracy, front, gpu, ops, overhead, train_step
 from benchmarks.report.text import ABSENT, PLACES, Page, missing, paragraphs, table
+from benchmarks.steps import overhead_plot
 
 README, GENERATED = ROOT / "README.md", ROOT / "docs" / "generated"
-BASELINE = ROOT / "tests" / "compile" / "baseline.json"
+BASELINE = ROOT / "tools" / "compile" / "baseline.json"
 ARCHITECTURES = ("80", "90", "120")  # of which the registers are shown: A100, H100, RTX 50
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.measure import Row
-from benchmarks.places import COPY
+from benchmarks.harness.measure import Row
+from benchmarks.harness.places import COPY
 from benchmarks.report import ops
 from benchmarks.report.text import ABSENT, PLACES, Documents, figure, paragraphs, table
 

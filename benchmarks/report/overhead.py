@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.harness import results_folder
+from benchmarks.harness.timing import results_folder
 from benchmarks.report.text import Documents, by_place, missing, paragraphs, table
 
 MEASURED = "ok"

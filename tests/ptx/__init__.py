@@ -1,11 +1,11 @@
 """Runs the PTX that NVRTC makes of the kernels, and counts its instructions; needs neither a driver nor a GPU.
 
-It is always the newest of ``tests/compile/compilers.txt``: others put the same program into other instructions.
+It is always the newest of ``tools/compile/compilers.txt``: others put the same program into other instructions.
 PTX is what ptxas makes machine code of. It has the sums, accesses and branches of the program; but a quotient is one
 instruction here and several there, addresses may cost less there, and what happens at the same time is not said at all.
 
 * `parse` takes the text apart, `run` runs a launch, with the lanes of its blocks side by side in NumPy arrays.
-* `PtxRuntime` is the seam of `bnkernels._runtime`: with its arrays the public ops run that way.
+* `PtxRuntime` is the seam of `bnkernels.runtime.seam`: with its arrays the public ops run that way.
 * `Counts` says what is counted. Lanes of a warp that have parted go on together from where the text brings them
   together; ptxas may choose another place.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from bnkernels._runtime import Launch
+from bnkernels.runtime.seam import Launch
 
 from . import floats, integers, transfers  # noqa: F401  (they bind the instructions)
 from .counts import KINDS, Counts

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.devices import H200
-from bnkernels import _runtime, _source
-from bnkernels._runtime import Launch, Limits
-from tests.compile import nvrtc
+from benchmarks.counts.devices import H200
+from bnkernels.runtime import registry, seam
+from bnkernels.runtime.seam import Launch, Limits
+from bnkernels.runtime.source import read
+from tools.compile import nvrtc
 
 from .counts import Counts
 from .machine import run
@@ -39,11 +40,11 @@ class PtxRecord:
 @cache
 def compiled(source: str, entry_point: str, constants: tuple[tuple[str, int], ...] = ()) -> Kernel:
     """Return a kernel as the newest NVRTC compiles it."""
-    return parse(nvrtc.ptx(_source.read(source, entry_point, constants), ARCHITECTURE))[entry_point]
+    return parse(nvrtc.ptx(read(source, entry_point, constants), ARCHITECTURE))[entry_point]
 
 
-class PtxRuntime(_runtime.Runtime):
-    """Runs the PTX that NVRTC makes of ``cuda/``, behind the seam of `bnkernels._runtime`.
+class PtxRuntime(seam.Runtime):
+    """Runs the PTX that NVRTC makes of ``cuda/``, behind `bnkernels.runtime.seam`.
 
     Only float32 kernels are supported: those of the other types contain instructions that are not.
 
@@ -107,7 +108,7 @@ class PtxRuntime(_runtime.Runtime):
     def workspace(self, array: PtxArray) -> int:
         """Return the address of the memory that launches share."""
         if self._workspace is None:
-            self._workspace = self.asarray(np.zeros(_runtime.WORKSPACE_BYTES, np.uint8))
+            self._workspace = self.asarray(np.zeros(seam.WORKSPACE_BYTES, np.uint8))
         return self.pointer(self._workspace)
 
     def capture(self, work: Callable[[], None], like: Any) -> Callable[[], None]:
@@ -138,5 +139,5 @@ class PtxRuntime(_runtime.Runtime):
 def registered() -> PtxRuntime:
     """Return the one runtime of this process, known to the ops."""
     runtime = PtxRuntime()
-    _runtime.register(runtime)
+    registry.register(runtime)
     return runtime

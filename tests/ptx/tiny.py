@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from bnkernels._runtime import Launch
+from bnkernels.runtime.seam import Launch
 
 from .counts import Counts
 from .machine import run
