@@ -17,7 +17,7 @@ from bnkernels.mlp import MLP
 from bnkernels.optimizers import make_optimizer
 from tests import backends
 from tests.backends import Backend
-from tests.emulator import LaunchRecord
+from tests.emulator import EmulatorRuntime, LaunchRecord
 from tests.emulator.runtime import LIMITS
 from tests.regress.refusal import refused
 from tests.test_constant_channels import test_fused_training_of_equal_examples_and_neurons as equal_examples
@@ -327,3 +327,19 @@ def test_the_engines_take_over_from_each_other(
     for other in ends[1:]:
         for entry, array in ends[0].items():
             np.testing.assert_allclose(other[entry], array, rtol=1e-7, atol=1e-9, err_msg=entry)
+
+
+@pytest.mark.emulator
+@pytest.mark.parametrize("refusal", [None, "a test wants groups"])
+def test_what_a_kernel_is_compiled_for_is_what_its_argument_says(
+    emulated: EmulatorRuntime, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, refusal: str | None
+) -> None:
+    monkeypatch.setattr(launch, "_why_no_block", lambda *_: refusal)
+    given: list = []
+    monkeypatch.setattr(emulated, "launch", lambda *call: given.append(call))
+    data = make_data(rng, (6, 9, 3), 21, "float32")
+    in_one(backends.make("emulator"), MLP((6, 9, 3), activation="tanh"), "adam", *data, 7)
+    ((_, kernel, how, argument, _),) = given
+    assert ("grid" in kernel) == bool(refusal)
+    assert len(how.constants) >= 4
+    assert all(argument[name] == value for name, value in how.constants)
