@@ -79,18 +79,20 @@ traffic: $(TEST) ## count the bytes that batch norm moves, on the emulator, agai
 sass: $(TEST) ## show the machine code of every kernel: instructions, bytes, registers, occupancy; make sass ARGS="--only 90"
 	$(RUN) -m benchmarks.sass $(ARGS)
 
-# With whichever python3 has CuPy, and without installing anything: a GPU machine has its own way of doing that.
+# Without installing anything, since a GPU machine has its own way: .venv if it has CuPy, else python3, or PYTHON=.
+GPU_RUN = $(if $(filter file,$(origin PYTHON)),$(shell $(RUN) -c "import cupy" 2>/dev/null && echo $(RUN) || echo $(PYTHON)),$(PYTHON))
+
 gpu: ## on a GPU machine: facts, tests, sanitizers, benchmarks in 9 minutes, into OUT (build/gpu)
-	$(PYTHON) -m benchmarks.gpu --out $(OUT) $(ARGS)
+	$(GPU_RUN) -m benchmarks.gpu --out $(OUT) $(ARGS)
 
 gpu-test: ## only the tests of make gpu
-	$(PYTHON) -m benchmarks.gpu --out $(OUT) --parts test $(ARGS)
+	$(GPU_RUN) -m benchmarks.gpu --out $(OUT) --parts test $(ARGS)
 
 gpu-sanitize: ## only compute-sanitizer
-	$(PYTHON) -m benchmarks.gpu --out $(OUT) --parts sanitize $(ARGS)
+	$(GPU_RUN) -m benchmarks.gpu --out $(OUT) --parts sanitize $(ARGS)
 
 gpu-bench: ## only facts and benchmarks
-	$(PYTHON) -m benchmarks.gpu --out $(OUT) --parts facts,bench $(ARGS)
+	$(GPU_RUN) -m benchmarks.gpu --out $(OUT) --parts facts,bench $(ARGS)
 
 gpu-dry-run: $(TEST) ## walk all of make gpu on a machine without a GPU, on the emulator: no figures
 	$(RUN) -m benchmarks.gpu --dry-run $(ARGS)

@@ -228,7 +228,7 @@ NO_COMPILER = r"the emulator compiles the kernels with g\+\+, and there is none 
 def test_a_command_that_needs_a_compiler_says_so_in_one_line(module: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"} | {"PATH": ""}
     run = subprocess.run(
-        [sys.executable, "-m", *command.split()], cwd=ROOT, env=environment, capture_output=True, text=True
+        [sys.executable, "-m", *module.split()], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert run.returncode in (1, 2)
     assert re.fullmatch(NO_COMPILER, run.stderr)
