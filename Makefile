@@ -3,15 +3,15 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 ARGS ?=
 
-PACKAGING := setup.py pyproject.toml tools/install.py tests/compile/compilers.txt
+PACKAGING := setup.py pyproject.toml tools/install.py tools/compile/compilers.txt
 TRAIN := .venv/installed-train
 TEST := .venv/installed-test
 BENCH := .venv/installed-bench
 OUT ?= build/gpu
 # Every kernel in every variant; the rest of the suite repeats them with other values, and ThreadSanitizer takes its time.
-OP_TESTS = tests/test_batch_norm.py tests/test_softmax_cross_entropy.py tests/test_parameter_update.py
+OP_TESTS = tests/ops/test_batch_norm.py tests/ops/test_softmax_cross_entropy.py tests/ops/test_parameter_update.py
 PARALLEL = -n auto --dist worksteal
-CXX_FILES = $(shell find cuda tests/emulator benchmarks -name "*.cu" -o -name "*.cuh" -o -name "*.h" -o -name "*.cpp")
+CXX_FILES = $(shell find cuda tools/emulator benchmarks -name "*.cu" -o -name "*.cuh" -o -name "*.h" -o -name "*.cpp")
 
 .DEFAULT_GOAL := help
 .PHONY: help train test test-fast everything check format compile emulate mutants coverage bench host-cost first-call features traffic sass
@@ -44,40 +44,40 @@ format: $(TEST) ## format Python and CUDA
 	.venv/bin/clang-format -i $(CXX_FILES)
 
 compile: $(TEST) ## compile every kernel for every architecture with the oldest and the newest NVRTC; compare with the baseline
-	$(RUN) -m tests.compile $(ARGS)
+	$(RUN) -m tools.compile $(ARGS)
 
 emulate: $(TEST) ## run the op tests on emulated kernels under AddressSanitizer + UBSan, then ThreadSanitizer
-	$(RUN) -m tests.emulator run asan -- -q $(PARALLEL) -m "emulator and not slow" $(ARGS) tests
-	$(RUN) -m tests.emulator run tsan -- -q $(PARALLEL) -m "emulator and not slow" $(OP_TESTS) tests/regress/test_tileops_1727.py \
-		tests/test_batch_norm_spread.py::test_the_order_of_blocks_and_threads_changes_no_bit tests/test_mini_batch.py \
-		tests/test_layer_norm.py::test_the_order_of_blocks_and_threads_changes_no_bit \
-		tests/test_linear_layer_norm.py::test_the_order_of_blocks_and_threads_changes_no_bit \
-		tests/test_linear_batch_norm.py::test_the_order_of_blocks_and_threads_changes_no_bit \
-		tests/test_fused_training_group.py::test_the_order_of_blocks_and_threads_changes_no_bit
+	$(RUN) -m tools.emulator run asan -- -q $(PARALLEL) -m "emulator and not slow" $(ARGS) tests
+	$(RUN) -m tools.emulator run tsan -- -q $(PARALLEL) -m "emulator and not slow" $(OP_TESTS) tests/regress/test_tileops_1727.py \
+		tests/ops/test_batch_norm_spread.py::test_the_order_of_blocks_and_threads_changes_no_bit tests/ops/test_mini_batch.py \
+		tests/ops/test_layer_norm.py::test_the_order_of_blocks_and_threads_changes_no_bit \
+		tests/ops/test_linear_layer_norm.py::test_the_order_of_blocks_and_threads_changes_no_bit \
+		tests/ops/test_linear_batch_norm.py::test_the_order_of_blocks_and_threads_changes_no_bit \
+		tests/ops/test_fused_training_group.py::test_the_order_of_blocks_and_threads_changes_no_bit
 
 mutants: $(TEST) ## plant bugs in the kernels: the tests must catch every one
-	$(RUN) -m tests.emulator mutants $(ARGS)
+	$(RUN) -m tools.emulator mutants $(ARGS)
 
 coverage: $(TEST) ## lines of cuda/ that the emulated tests execute
-	$(RUN) -m tests.emulator coverage -- $(PARALLEL) $(ARGS)
+	$(RUN) -m tools.emulator coverage -- $(PARALLEL) $(ARGS)
 
 bench: $(BENCH) ## measure everything that this machine can, beside the rivals; write the results and the tables
 	$(RUN) -m benchmarks.everything $(ARGS)
 
 host-cost: $(BENCH) ## time the Python part of a batch-norm call, beside PyTorch's call on one number
-	$(RUN) -m benchmarks.host_cost
+	$(RUN) -m benchmarks.ops.host_cost
 
 first-call: $(TEST) ## time what the first call of a new process costs: compilation, and what remains with a warm cache
-	$(RUN) -m benchmarks.first_call
+	$(RUN) -m benchmarks.steps.first_call
 
 features: $(TEST) ## what batch norm can do, and how many tests stand behind each line
 	$(RUN) -m tests.features
 
 traffic: $(TEST) ## count the bytes that batch norm moves, on the emulator, against the fewest possible
-	$(RUN) -m benchmarks.traffic
+	$(RUN) -m benchmarks.counts.traffic
 
 sass: $(TEST) ## show the machine code of every kernel: instructions, bytes, registers, occupancy; make sass ARGS="--only 90"
-	$(RUN) -m benchmarks.sass $(ARGS)
+	$(RUN) -m benchmarks.counts.sass $(ARGS)
 
 # Without installing anything, since a GPU machine has its own way: .venv if it has CuPy, else python3, or PYTHON=.
 GPU_RUN = $(if $(filter file,$(origin PYTHON)),$(shell $(RUN) -c "import cupy" 2>/dev/null && echo $(RUN) || echo $(PYTHON)),$(PYTHON))

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 
@@ -33,8 +33,8 @@ WHEELS = f"{PLATFORMS} and python_version < '3.15'"
 
 
 def version() -> str:
-    """Read ``bnkernels.__version__`` without importing the package, which would need NumPy."""
-    text = (ROOT / "bnkernels" / "__init__.py").read_text(encoding="utf-8")
+    """Read the version without importing the package, which would need NumPy."""
+    text = (ROOT / "bnkernels" / "_version.py").read_text(encoding="utf-8")
     return re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)[1]
 
 
@@ -56,7 +56,7 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     # cuda/ lies at the top of the checkout but is installed inside the package: a top-level `cuda` is NVIDIA's.
-    packages=["bnkernels", "bnkernels.cuda"],
+    packages=[*find_packages(include=["bnkernels", "bnkernels.*"]), "bnkernels.cuda"],
     package_dir={"bnkernels.cuda": "cuda"},
     package_data={"bnkernels.cuda": ["*.cu", "*.cuh"]},
     include_package_data=False,

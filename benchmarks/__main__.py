@@ -13,12 +13,12 @@ from time import monotonic
 
 from tqdm import tqdm
 
-from benchmarks import records
-from benchmarks.case import DTYPES, EPILOGUES, LAYOUTS, Case, Op, Provider
-from benchmarks.harness import facts, results_folder
-from benchmarks.measure import Row, measure, new_row
-from benchmarks.ops import OPS
-from benchmarks.places import place_of, why_absent
+from benchmarks.harness import records
+from benchmarks.harness.case import DTYPES, EPILOGUES, LAYOUTS, Case, Op, Provider
+from benchmarks.harness.measure import Row, measure, new_row
+from benchmarks.harness.ops import OPS
+from benchmarks.harness.places import place_of, why_absent
+from benchmarks.harness.timing import facts, results_folder
 
 PACKAGES = ("torch", "triton", "jax", "ml_dtypes")
 CPU_LIMIT = 2**24  # elements; larger cases of the list are left to a GPU

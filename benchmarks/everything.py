@@ -1,7 +1,8 @@
 """``make bench``: everything that this machine can measure, into ``benchmarks/results/<device>/``, then the reports.
 
 On a CPU it takes about ten minutes. Every part writes its own file, keeps what it has when it is interrupted, and does
-not stop the others. What is counted and not measured depends on the sources alone: `benchmarks.static`, on its own.
+not stop the others. What is counted and not measured depends on the sources alone: `benchmarks.counts.static`, on its
+own.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import sys
 from collections.abc import Sequence
 from time import monotonic
 
-from benchmarks.harness import ROOT, facts, results_folder
-from benchmarks.places import why_absent
+from benchmarks.harness.places import why_absent
+from benchmarks.harness.timing import ROOT, facts, results_folder
 
 OPS_SECONDS, OVERHEAD_SECONDS = 220, 150
 
@@ -34,8 +35,14 @@ def parts(place: str, seconds: tuple[float, float]) -> dict[str, list[str]]:
             "--out",
             str(folder / "ops.json"),
         ],
-        "training step": ["benchmarks.bench_train_step", "--place", place, "--json", str(folder / "train_step.json")],
-        "overhead": ["benchmarks.overhead", "--place", place, "--seconds", overhead, "--out", str(folder)],
+        "training step": [
+            "benchmarks.steps.bench_train_step",
+            "--place",
+            place,
+            "--json",
+            str(folder / "train_step.json"),
+        ],
+        "overhead": ["benchmarks.steps.overhead", "--place", place, "--seconds", overhead, "--out", str(folder)],
         "report": ["benchmarks.report"],
     }
 

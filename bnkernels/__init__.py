@@ -1,26 +1,25 @@
 """Batch normalisation for CuPy: CUDA kernels that need one launch, with NumPy twins of the same signatures."""
 
 from bnkernels import _process  # noqa: F401  first, for an interrupt while the command loads the rest
-from bnkernels.batch_norm import batch_norm_backward, batch_norm_forward
-from bnkernels.batch_norm_double_backward import batch_norm_double_backward
-from bnkernels.batch_norm_folding import batch_norm_scale_shift, fold_batch_norm
-from bnkernels.batch_norm_inference import batch_norm_inference, batch_norm_inference_backward
-from bnkernels.batch_norm_statistics import (
+from bnkernels._version import __version__  # noqa: F401
+from bnkernels.nn.mlp import MLP
+from bnkernels.ops.batch_norm.double_backward import batch_norm_double_backward
+from bnkernels.ops.batch_norm.folding import batch_norm_scale_shift, fold_batch_norm
+from bnkernels.ops.batch_norm.in_parts import (
     batch_norm_gradient_sums,
     batch_norm_input_gradient,
     batch_norm_moments,
     batch_norm_normalise,
     batch_norm_statistics,
 )
-from bnkernels.fused_training import fused_training
-from bnkernels.layer_norm import layer_norm_backward, layer_norm_forward
-from bnkernels.linear_batch_norm import linear_batch_norm_backward, linear_batch_norm_forward
-from bnkernels.mini_batch import mini_batch, random_rows
-from bnkernels.mlp import MLP
-from bnkernels.parameter_update import adam_update, momentum_update, scheduled_update, sgd_update, update_schedule
-from bnkernels.softmax_cross_entropy import softmax_cross_entropy
-
-__version__ = "0.1.0"
+from bnkernels.ops.batch_norm.inference import batch_norm_inference, batch_norm_inference_backward
+from bnkernels.ops.batch_norm.training import batch_norm_backward, batch_norm_forward
+from bnkernels.ops.fused_training.op import fused_training
+from bnkernels.ops.layer_norm.op import layer_norm_backward, layer_norm_forward
+from bnkernels.ops.linear_batch_norm.op import linear_batch_norm_backward, linear_batch_norm_forward
+from bnkernels.ops.mini_batch import mini_batch, random_rows
+from bnkernels.ops.parameter_update import adam_update, momentum_update, scheduled_update, sgd_update, update_schedule
+from bnkernels.ops.softmax_cross_entropy import softmax_cross_entropy
 
 __all__ = [
     "MLP",

@@ -17,19 +17,19 @@ from typing import Any, NoReturn
 
 import bnkernels
 from bnkernels import _process
-from bnkernels.checkpoint import CheckpointError
-from bnkernels.config import CHOICES, DEFAULT_EPOCHS, DEFAULT_LEARNING_RATES, ConfigError, TrainingConfig
-from bnkernels.data import DataError
-from bnkernels.documents import to_json
-from bnkernels.environment import report
-from bnkernels.plots import require_matplotlib
-from bnkernels.predict import predict
-from bnkernels.reproduce import SHORTENED, STEPS, Experiment, require_folder
-from bnkernels.reproduce import run as reproduce
-from bnkernels.reproduce import write as write_reproduction
-from bnkernels.runs import default_folder
-from bnkernels.tables import LABELS, answer, heading, row
-from bnkernels.trainer import Trainer, resume, train
+from bnkernels.train.checkpoint import CheckpointError
+from bnkernels.train.config import CHOICES, DEFAULT_EPOCHS, DEFAULT_LEARNING_RATES, ConfigError, TrainingConfig
+from bnkernels.train.data import DataError
+from bnkernels.train.documents import to_json
+from bnkernels.train.environment import report
+from bnkernels.train.plots import require_matplotlib
+from bnkernels.train.predict import predict
+from bnkernels.train.reproduce import SHORTENED, STEPS, Experiment, require_folder
+from bnkernels.train.reproduce import run as reproduce
+from bnkernels.train.reproduce import write as write_reproduction
+from bnkernels.train.runs import default_folder
+from bnkernels.train.tables import LABELS, answer, heading, row
+from bnkernels.train.trainer import Trainer, resume, train
 
 EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 2, 130, 141  # the latter two as a shell says them
 LONGEST = 300  # characters of an error that repeats what was typed

@@ -1,6 +1,6 @@
 // Activations h = phi(z) and their first two derivatives. NaN passes through all of them.
 //
-// The codes are those of bnkernels/activations.py, which passes `alpha` as well: the slope below zero of the piecewise
+// The codes are those of bnkernels/ops/activations.py, which passes `alpha` as well: the slope below zero of the piecewise
 // linear three (identity 1, relu 0), and elu's factor. The rest, the curved ones, are long, and kernels unroll over the
 // values of a thread: they call these in a loop that stays rolled.
 #pragma once

@@ -21,7 +21,7 @@
 // Numerics:  in A; both sums in pairs (common.cuh), so dx sums to 0 over the batch as well as rounding allows.
 //            Deterministic: lanes merge in their order, above 64 of them first in groups of 32, then the groups.
 // Reference: Ioffe and Szegedy, Batch Normalization, 2015, arXiv:1502.03167, section 3.
-// Called by: bnkernels/batch_norm.py
+// Called by: bnkernels/ops/batch_norm/training.py
 #include "activation.cuh"
 #include "channel.cuh"
 #include "common.cuh"

@@ -19,7 +19,7 @@
 //            as x, its gradient written once; of invalid rows only the mask is read.
 // Numerics:  in A; sums in pairs, over lanes, groups and blocks in their order. Deterministic.
 // Reference: as in the forward.
-// Called by: bnkernels/batch_norm.py
+// Called by: bnkernels/ops/batch_norm/training.py
 #include "activation.cuh"
 #include "channel.cuh"
 #include "channel_sums.cuh"

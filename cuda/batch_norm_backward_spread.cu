@@ -10,7 +10,7 @@
 // Numerics:  as batch_norm_backward.cu: both sums in pairs. Deterministic: a thread's rows, then lanes in eights, then
 //            blocks in eights, always in their order.
 // Reference: Ioffe and Szegedy, Batch Normalization, 2015, arXiv:1502.03167, section 3.
-// Called by: bnkernels/batch_norm.py
+// Called by: bnkernels/ops/batch_norm/training.py
 #include "activation.cuh"
 #include "common.cuh"
 #include "moments.cuh"

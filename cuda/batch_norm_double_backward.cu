@@ -25,7 +25,7 @@
 //            elu's at 0 is that from below.
 // Reference: Ioffe and Szegedy, Batch Normalization, 2015, arXiv:1502.03167, section 3, differentiated once more:
 //            docs/double_backward.md derives every line of the formulas.
-// Called by: bnkernels/batch_norm_double_backward.py
+// Called by: bnkernels/ops/batch_norm/double_backward.py
 #include "activation.cuh"
 #include "channel.cuh"
 #include "channel_sums.cuh"

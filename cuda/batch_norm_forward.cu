@@ -28,7 +28,7 @@
 //            NaN and infinity stay in their channel. Deterministic: lanes merge in their order, above 64 of them
 //            first in groups of 32, then the groups.
 // Reference: Ioffe and Szegedy, Batch Normalization, 2015, arXiv:1502.03167, algorithms 1 and 2.
-// Called by: bnkernels/batch_norm.py
+// Called by: bnkernels/ops/batch_norm/training.py
 #include "activation.cuh"
 #include "channel.cuh"
 #include "common.cuh"

@@ -24,7 +24,7 @@
 //            order of the lanes, above 64 of them first in groups of 32. Deterministic.
 // Reference: Ioffe and Szegedy, Batch Normalization, 2015, arXiv:1502.03167; Ioffe, Batch Renormalization, 2017,
 //            arXiv:1702.03275; Chan, Golub and LeVeque (1983) for the merge.
-// Called by: bnkernels/batch_norm.py
+// Called by: bnkernels/ops/batch_norm/training.py
 #include "activation.cuh"
 #include "channel.cuh"
 #include "common.cuh"

@@ -15,7 +15,7 @@
 // Numerics:  as batch_norm_forward.cu: chunks of a thread's rows in pairs, merged after Chan, Golub and LeVeque.
 //            Deterministic: chunks, then lanes in eights, then blocks in eights, always in their order.
 // Reference: Ioffe and Szegedy, Batch Normalization, 2015, arXiv:1502.03167, algorithm 1.
-// Called by: bnkernels/batch_norm.py
+// Called by: bnkernels/ops/batch_norm/training.py
 #include "activation.cuh"
 #include "common.cuh"
 #include "moments.cuh"

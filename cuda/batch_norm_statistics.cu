@@ -12,7 +12,7 @@
 // Numerics:  in A, means and sums of squares in pairs (common.cuh), parts in their order: deterministic, and the same on
 //            every device that merges the same parts.
 // Reference: Chan, Golub and LeVeque, Algorithms for computing the sample variance, 1983.
-// Called by: bnkernels/batch_norm_statistics.py
+// Called by: bnkernels/ops/batch_norm/in_parts.py
 #include "common.cuh"
 #include "moments.cuh"
 

@@ -21,7 +21,7 @@
 // Numerics:  in T. The mean of a channel is corrected by the mean of what it leaves, then squares about it: within a few
 //            roundings of the kernels for single layers. Sums in a fixed order: deterministic.
 // Reference: Ioffe and Szegedy, Batch Normalization, 2015, arXiv:1502.03167, algorithm 1 and section 3.
-// Called by: bnkernels/fused_training.py
+// Called by: bnkernels/ops/fused_training/op.py
 #include "fused_step.cuh"
 
 template <typename T>

@@ -12,7 +12,7 @@
 // Numerics:  products as in product.cuh, the rest as in fused_training.cu. Sums in a fixed order: deterministic.
 // Reference: Ioffe and Szegedy, Batch Normalization, 2015, arXiv:1502.03167, algorithm 1 and section 3; Ba, Kiros and
 //            Hinton, Layer Normalization, 2016, arXiv:1607.06450.
-// Called by: bnkernels/fused_training.py
+// Called by: bnkernels/ops/fused_training/op.py
 #include "group_step_of_examples.cuh"
 #include "group_step_of_neurons.cuh"
 

@@ -9,7 +9,7 @@
 #include "common.cuh"
 #include "half.cuh"
 
-// What a launch does. The numbers are those of bnkernels/_batch_norm_general.py.
+// What a launch does. The numbers are those of bnkernels/ops/batch_norm/masked_grouped.py.
 enum Stage {
     WHOLE = 0,    // all of a training pass
     COLLECT = 1,  // what is summed over the rows, and nothing else

@@ -14,7 +14,7 @@
 //            cache. Partial sums: 2 C words of every block, written once and read once.
 // Numerics:  in A, sums in pairs, blocks' partial sums in A; rows and blocks in a fixed order: deterministic.
 // Reference: Ba, Kiros and Hinton, Layer Normalization, 2016, arXiv:1607.06450.
-// Called by: bnkernels/layer_norm.py
+// Called by: bnkernels/ops/layer_norm/op.py
 #include "activation.cuh"
 #include "meet.cuh"
 #include "row.cuh"

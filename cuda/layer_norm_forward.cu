@@ -10,7 +10,7 @@
 // Traffic:   x read once (three times where rows are too long to stay), y written once, gamma and beta from the cache.
 // Numerics:  in A, sums in pairs, squares about the mean; in a fixed order: deterministic. Alignment changes no bit.
 // Reference: Ba, Kiros and Hinton, Layer Normalization, 2016, arXiv:1607.06450.
-// Called by: bnkernels/layer_norm.py
+// Called by: bnkernels/ops/layer_norm/op.py
 #include "activation.cuh"
 #include "row.cuh"
 

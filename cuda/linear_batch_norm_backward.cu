@@ -16,7 +16,7 @@
 // Numerics:  products as in the forward, dz rounded before them, all sums in a fixed order: deterministic.
 // Reference: Ioffe and Szegedy, Batch Normalization, 2015, arXiv:1502.03167, section 3; Ba, Kiros and Hinton, Layer
 //            Normalization, 2016, arXiv:1607.06450.
-// Called by: bnkernels/linear_batch_norm.py
+// Called by: bnkernels/ops/linear_batch_norm/op.py
 #include "linear_batch_norm.cuh"
 #include "meet.cuh"
 #include "product.cuh"

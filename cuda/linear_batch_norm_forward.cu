@@ -17,7 +17,7 @@
 //            of batch_norm_forward.cu but for roundings: the mean is corrected by the mean of what it leaves. Deterministic.
 // Reference: Ioffe and Szegedy, Batch Normalization, 2015, arXiv:1502.03167, algorithm 1; Ba, Kiros and Hinton, Layer
 //            Normalization, 2016, arXiv:1607.06450.
-// Called by: bnkernels/linear_batch_norm.py
+// Called by: bnkernels/ops/linear_batch_norm/op.py
 #include "linear_batch_norm.cuh"
 #include "product.cuh"
 

@@ -8,7 +8,7 @@
 // Launch:    block (256, 1, 1), grid (b, 1, 1), any b; no shared memory. The last block to arrive moves the counter.
 // Traffic:   N (K + 1) numbers and S read and written once, and a counter.
 // Numerics:  none: a copy.
-// Called by: bnkernels/mini_batch.py
+// Called by: bnkernels/ops/mini_batch.py
 #include "common.cuh"
 
 template <typename T>

@@ -14,7 +14,7 @@
 //            lose four digits in float32). The root of s comes before its division, and that of m
 //            before lr: as long as s is finite, nothing between overflows. Elementwise, so deterministic.
 // Reference: D. P. Kingma and J. Ba, Adam, 2015, arXiv:1412.6980, algorithm 1.
-// Called by: bnkernels/parameter_update.py
+// Called by: bnkernels/ops/parameter_update.py
 #include "common.cuh"
 
 template <typename T>

@@ -64,7 +64,7 @@ __device__ __forceinline__ void fma_product(A* shared, const Left& left, const R
 
 // left (rows, terms) times right (terms, columns): the rows from `row` on, and `width` columns from `column` on. Calls
 // emit(row within the tile, column within the tile, value), neighbouring threads with neighbouring columns, and ends with
-// a barrier. shared: room for product_numbers, see bnkernels/_linear_batch_norm_launch.py. All threads must call.
+// a barrier. shared: room for product_numbers, see bnkernels/ops/linear_batch_norm/launch.py. All threads must call.
 template <typename T, typename A, typename Emit>
 __device__ __forceinline__ void product(A* shared, const Matrix<T>& left, const Matrix<T>& right, long long row,
                                         long long column, int width, const Emit& emit) {

@@ -14,7 +14,7 @@
 //            order. Rows are independent of each other, bit for bit.
 // Reference: the log-sum-exp shift is folklore; P. Blanchard, D. J. Higham and N. J. Higham, Accurately computing the
 //            log-sum-exp and softmax functions, IMA J. Numer. Anal. 41, 2021, analyse it.
-// Called by: bnkernels/softmax_cross_entropy.py
+// Called by: bnkernels/ops/softmax_cross_entropy.py
 #include "common.cuh"
 
 template <typename T, typename L, typename A>

@@ -7,7 +7,7 @@
 // Deterministic on one GPU. Products are exact; how the sum of 16 terms is rounded NVIDIA leaves open, so bits may differ
 // between architectures and from the emulator's. Measured GPUs align 8 terms and the sum so far to the largest and cut off
 // what is below its last place (Fasi, Higham, Mikaitis and Pranesh, Numerical behavior of NVIDIA tensor cores, 2021):
-// tests/test_linear_batch_norm.py bounds products by that.
+// tests/ops/test_linear_batch_norm.py bounds products by that.
 #pragma once
 
 #include "half.cuh"

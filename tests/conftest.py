@@ -11,11 +11,11 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from bnkernels import _runtime
-from tests import backends
-from tests.compile import nvrtc
-from tests.emulator import EmulatorRuntime
-from tests.emulator.build import BUILD_VARIABLE, BUILDS
+from bnkernels.runtime import registry
+from tools import backends
+from tools.compile import nvrtc
+from tools.emulator import EmulatorRuntime
+from tools.emulator.build import BUILD_VARIABLE, BUILDS
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip a test marked `cuda` where the kernels cannot run; fail it where BNKERNELS_REQUIRE_GPU=1 says they can."""
-    if item.get_closest_marker("cuda") and (reason := _runtime.why_no_cuda()):
+    if item.get_closest_marker("cuda") and (reason := registry.why_no_cuda()):
         if os.environ.get("BNKERNELS_REQUIRE_GPU") == "1":
             pytest.fail(f"BNKERNELS_REQUIRE_GPU=1, but {reason}", pytrace=False)
         pytest.skip(f"needs a GPU: {reason}")

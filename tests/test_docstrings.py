@@ -11,13 +11,13 @@ import pytest
 from numpydoc.validate import validate
 
 import bnkernels
-from bnkernels import environment
+from bnkernels.train import environment
 
 # Not asked for: an extended summary, See Also and Examples everywhere, and a line break before the summary.
 OPTIONAL = {"ES01", "SA01", "EX01", "GL01"}
-NOT_IMPORTED = {"bnkernels._cuda", "bnkernels.__main__"}  # one needs CuPy, the other runs the command
+NOT_IMPORTED = {"bnkernels.runtime.cuda", "bnkernels.__main__"}  # one needs CuPy, the other runs the command
 MODULES = [
-    module.name for module in pkgutil.iter_modules(bnkernels.__path__, "bnkernels.") if module.name not in NOT_IMPORTED
+    module.name for module in pkgutil.walk_packages(bnkernels.__path__, "bnkernels.") if module.name not in NOT_IMPORTED
 ]
 
 
@@ -31,7 +31,7 @@ def public_names() -> list[str]:
     return names
 
 
-@pytest.mark.parametrize("name", [*public_names(), "bnkernels.environment.report"])
+@pytest.mark.parametrize("name", [*public_names(), "bnkernels.train.environment.report"])
 def test_docstring_follows_numpydoc(name: str) -> None:
     errors = [f"{code}: {text}" for code, text in validate(name)["errors"] if code not in OPTIONAL]
     assert errors == []

@@ -10,40 +10,40 @@ from pathlib import Path
 import pytest
 
 import bnkernels
-from bnkernels import _source
+from bnkernels.runtime import source
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "bnkernels"
 KERNELS = sorted((ROOT / "cuda").glob("*.cu"))
-MODULES = sorted((ROOT / "bnkernels").glob("*.py"))
 PYTHON = [path for folder in ("bnkernels", "tests", "benchmarks", "tools") for path in (ROOT / folder).rglob("*.py")]
 VARIANT = r"(?<!_double)_(forward|backward)(_spread|_general)?$|_group$"
-OPS = sorted({re.sub(VARIANT, "", path.stem) for path in KERNELS})
+OPS = sorted(
+    {re.sub(VARIANT, "", path.stem) for path in KERNELS} - {"batch_norm_double_backward", "batch_norm_statistics"}
+)
 
 HEADER_FIELDS = ("Formulas:", "Arrays:", "Launch:", "Traffic:", "Numerics:", "Called by:")
-LAYERS = [  # from the bottom; a module imports from its own layer and from those above it in this list
-    {"_process"},
-    {"_source"},
-    {"_runtime", "_cuda"},
-    {"_check", "_overlap", "activations", "_cooperative"},
-    {path.stem for path in MODULES if path.stem.lstrip("_").startswith(tuple(OPS))},
-    {"layers"},
-    {"mlp"},
-    {"optimizers"},
-    {"captured_step"},
-    {"__init__"},  # the public names; what is above may ask it for the version
-    {"files", "archive", "documents", "memory"},
-    {"data_files"},
-    {"checkpoint", "data", "plots"},
-    {"config"},
-    {"network", "runs"},
-    {"saved_run"},
-    {"ensemble"},
-    {"trainer", "predict", "environment", "reproduce"},
-    {"tables"},
+FLOORS = [  # from the bottom: a module imports from its own room, and from those on lower floors
+    {"_process", "_version"},
+    {"runtime"},
+    {"ops.activations"},
+    {"ops.batch_norm", "ops.layer_norm", "ops.mini_batch", "ops.parameter_update", "ops.softmax_cross_entropy"},
+    {"ops.linear_batch_norm"},
+    {"ops.fused_training"},
+    {"nn"},
+    {""},  # the public names
+    {"train"},
     {"cli"},
     {"__main__"},
 ]
-CUPY_IMPORTERS = {"_cuda", "environment"}
+CUPY_IMPORTERS = {"runtime.cuda", "train.environment"}
+
+
+def module_of(path: Path) -> str:
+    """Return the dotted name of a module inside the package; that of a folder for its ``__init__.py``."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+
+
+MODULES = {module_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -55,24 +55,34 @@ def imports(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def rank(stem: str) -> int:
-    """Return how far up a module is; it must be in exactly one layer."""
-    (found,) = (i for i, layer in enumerate(LAYERS) if stem in layer)
+def own_imports(path: Path) -> Iterator[str]:
+    """Yield the modules of ours that a module imports."""
+    for name in imports(path):
+        package, _, rest = name.partition(".")
+        if package == "bnkernels":
+            while rest not in MODULES:
+                rest = rest.rpartition(".")[0]
+            yield rest
+
+
+def room(module: str) -> str:
+    """Return the room of the floors that a module is in."""
+    (found,) = {
+        room for floor in FLOORS for room in floor if module == room or (room and module.startswith(f"{room}."))
+    }
     return found
 
 
-def own_imports(path: Path) -> Iterator[str]:
-    """Yield the stems of the modules of ours that a module imports."""
-    stems = {module.stem for module in MODULES}
-    for name in imports(path):
-        package, *rest = name.split(".")
-        if package == "bnkernels":
-            yield rest[0] if rest and rest[0] in stems else "__init__"
+def floor(module: str) -> int:
+    """Return how far up a module is."""
+    (found,) = (number for number, rooms in enumerate(FLOORS) if room(module) in rooms)
+    return found
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_one_word_finds_everything(op: str) -> None:
-    for mirror in (f"bnkernels/{op}.py", f"tests/test_{op}.py", f"benchmarks/bench_{op}.py"):
+    assert f"ops.{op}" in MODULES, f"cuda/{op}*.cu needs bnkernels/ops/{op}"
+    for mirror in (f"tests/ops/test_{op}.py", f"benchmarks/ops/bench_{op}.py"):
         assert (ROOT / mirror).is_file(), f"cuda/{op}*.cu needs {mirror}"
 
 
@@ -90,26 +100,41 @@ def test_only_kernel_sources_are_in_the_kernel_folder() -> None:
     assert {path.suffix for path in (ROOT / "cuda").iterdir()} == {".cu", ".cuh"}
 
 
-def test_every_module_has_its_layer() -> None:
-    assert sorted(path.stem for path in MODULES) == sorted(stem for layer in LAYERS for stem in layer)
+def test_every_module_is_in_one_room() -> None:
+    assert {room(module) for module in MODULES if module != "ops"} == {room for floor in FLOORS for room in floor}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
-def test_imports_point_down(path: Path) -> None:
-    for imported in own_imports(path):
-        assert rank(imported) <= rank(path.stem), f"{path.stem} is below {imported} and must not import it"
+@pytest.mark.parametrize("module", sorted(MODULES.keys() - {"ops"}))
+def test_imports_point_down(module: str) -> None:
+    for imported in own_imports(MODULES[module]):
+        below = floor(imported) < floor(module)
+        assert below or room(imported) == room(module), f"{module} is not above {imported} and must not import it"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
-def test_only_the_runtime_imports_cupy_and_nothing_imports_tests(path: Path) -> None:
-    packages = {name.partition(".")[0] for name in imports(path)}
-    assert "cupy" not in packages or path.stem in CUPY_IMPORTERS
-    assert not packages & {"tests", "benchmarks", "torch", "jax"}
+def test_no_imports_go_in_circles() -> None:
+    arrows = {module: set(own_imports(path)) - {module} for module, path in MODULES.items()}
+    while free := {module for module, others in arrows.items() if not others & arrows.keys()}:
+        for module in free:
+            del arrows[module]
+    assert not arrows, "these import one another"
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_only_the_runtime_imports_cupy_and_nothing_imports_tests(module: str) -> None:
+    packages = {name.partition(".")[0] for name in imports(MODULES[module])}
+    assert "cupy" not in packages or module in CUPY_IMPORTERS
+    assert not packages & {"tests", "tools", "benchmarks", "torch", "jax"}
+    assert "typing.TYPE_CHECKING" not in imports(MODULES[module]), "it would hide an arrow"
+
+
+@pytest.mark.parametrize("path", [path for path in PYTHON if "tests" not in path.parts], ids=lambda path: path.stem)
+def test_nothing_imports_the_tests(path: Path) -> None:
+    assert not any(name.partition(".")[0] == "tests" for name in imports(path))
 
 
 def test_the_compiler_options_are_in_one_place() -> None:
-    flag = _source.OPTIONS[1]
-    assert [path.stem for path in PYTHON if f'"{flag}"' in path.read_text(encoding="utf-8")] == ["_source"]
+    flag = source.OPTIONS[1]
+    assert [path.stem for path in PYTHON if f'"{flag}"' in path.read_text(encoding="utf-8")] == ["source"]
 
 
 def test_public_names_are_sorted_and_there() -> None:

@@ -16,14 +16,14 @@ from pathlib import Path
 
 import pytest
 
-from bnkernels import _source
+from bnkernels.runtime import source
 
 ROOT = Path(__file__).parents[1]
 PIP = ("-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--ignore-installed")
 READ_SOURCES = """
 import json
-from bnkernels import _source
-print(json.dumps([_source.__file__, {stem: _source.read(stem) for stem in _source.stems()}]))
+from bnkernels.runtime import source
+print(json.dumps([source.__file__, {stem: source.read(stem) for stem in source.stems()}]))
 """
 
 
@@ -71,7 +71,7 @@ def assert_finds_its_sources(python: Path, inside: Path, cwd: Path, **environmen
     """Check that bnkernels is imported from `inside` and reads the same sources as here."""
     module, sources = json.loads(run([python, "-c", READ_SOURCES], cwd=cwd, **environment))
     assert Path(module).is_relative_to(inside)
-    assert sources == {stem: _source.read(stem) for stem in _source.stems()}
+    assert sources == {stem: source.read(stem) for stem in source.stems()}
 
 
 def test_installed_wheel(wheel: Path, python: Path, tmp_path: Path) -> None:

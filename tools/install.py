@@ -15,7 +15,7 @@ from pathlib import Path
 OLDEST = (3, 10)
 ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / ".venv"
-COMPILERS = ROOT / "tests" / "compile" / "compilers.txt"
+COMPILERS = ROOT / "tools" / "compile" / "compilers.txt"
 
 
 def driver_version(load=ctypes.CDLL):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 import bnkernels as bn
-from bnkernels import _runtime
+from bnkernels.runtime.arguments import accumulator
 
 ROWS, CHANNELS = (10, 100, 300), 33  # every variant of the batch norms, and a slice of one channel
 IMAGES = (5, 49)  # values of an image: neighbouring threads read neighbouring channels, and neighbouring values
@@ -75,7 +75,7 @@ def group_calls(dtype: np.dtype) -> list[tuple[Op, list[np.ndarray]]]:
 
 def vectors(rng: np.random.Generator, dtype: np.dtype, channels: int = CHANNELS) -> list[np.ndarray]:
     """Return parameters and running statistics, in the type of the kernels' sums."""
-    return [rng.uniform(0.5, 1.5, channels).astype(_runtime.accumulator(dtype)) for _ in range(4)]
+    return [rng.uniform(0.5, 1.5, channels).astype(accumulator(dtype)) for _ in range(4)]
 
 
 def batch_norm(x: Any, dy: Any, gamma: Any, beta: Any, mean: Any, var: Any, residual: Any = None) -> Sequence[Any]:

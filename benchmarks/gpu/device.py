@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.graph_nodes import count_nodes
-from benchmarks.harness import quantiles
+from benchmarks.counts.graph_nodes import count_nodes
+from benchmarks.harness.timing import quantiles
 
 SOURCES = Path(__file__).parent / "cuda"
 ROUNDS = 15

@@ -22,23 +22,24 @@ import numpy as np
 
 from benchmarks.gpu.facts import CLUSTERS
 from benchmarks.gpu.launch_facts import ARGUMENTS
-from benchmarks.harness import write_json
-from bnkernels._runtime import Launch
-from bnkernels.trainer import TrainingConfig
+from benchmarks.harness.timing import write_json
+from bnkernels.runtime.seam import Launch
+from bnkernels.train.trainer import TrainingConfig
 
 DEVICE = "emulator"
 SHORTER: dict[str, dict[str, Any]] = {  # what a module's names become, because the emulator is slow
-    "benchmarks.bench_train_step": {"SEEDS": 1, "TrainingConfig": functools.partial(TrainingConfig, epochs=1)}
+    "benchmarks.steps.bench_train_step": {"SEEDS": 1, "TrainingConfig": functools.partial(TrainingConfig, epochs=1)}
 }
 
 
 def stand_in() -> types.ModuleType:
     """Put the stand-in for CuPy in CuPy's place, for this process; return it."""
-    from tests import backends, fake_cupy_streams
+    from tools import backends
+    from tools.fake_cupy import streams
 
     if importlib.util.find_spec("torch"):
         importlib.import_module("torch")  # imports the bindings of the driver, and must not get the stand-in below
-    cupy = fake_cupy_streams.make(backends.emulated_runtime())
+    cupy = streams.make(backends.emulated_runtime())
     cupy.driver.twins.update(TWINS)
     sys.modules |= {
         "cupy": cupy,

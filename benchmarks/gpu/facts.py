@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks.gpu.device import Gpu, UnavailableError, expect
 from benchmarks.gpu.launch_facts import Arguments, launches, raw_kernel_struct
-from benchmarks.harness import facts, write_json
+from benchmarks.harness.timing import facts, write_json
 
 NODES = 200  # of the graph of empty kernels
 BARRIERS = (200, 1200)  # rounds of a short and of a long row: their difference is that of barriers alone

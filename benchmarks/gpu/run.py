@@ -21,8 +21,8 @@ from typing import Any
 
 from benchmarks.gpu.processes import run_limited
 from benchmarks.gpu.steps import PARTS, STEPS, Step
-from benchmarks.harness import facts, write_json
-from bnkernels import _runtime
+from benchmarks.harness.timing import facts, write_json
+from bnkernels.runtime import registry
 
 SECONDS = 525.0  # under nine minutes
 PATIENCE = 4  # times as long may everything take in a dry run, whose machine is small and may be busy
@@ -195,7 +195,7 @@ def about_this_machine(dry_run: bool) -> dict[str, Any]:
         from benchmarks.gpu.dry_run import stand_in
 
         stand_in()
-    if reason := _runtime.why_no_cuda():
+    if reason := registry.why_no_cuda():
         return {"absent": reason}
     about = {"dry_run": dry_run, **facts(place="cuda")}
     about["versions"] |= {name: version_of(name) for name in PACKAGES}

@@ -22,20 +22,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.case import DTYPES, EPS, native_dtype
 from benchmarks.gpu.calls import calls, group_calls
 from benchmarks.gpu.device import SOURCES
 from benchmarks.gpu.processes import run_limited
-from benchmarks.harness import write_json
-from benchmarks.measure import STORED, SUMMED
-from bnkernels import _runtime, _source
+from benchmarks.harness.case import DTYPES, EPS, native_dtype
+from benchmarks.harness.measure import STORED, SUMMED
+from benchmarks.harness.timing import write_json
+from bnkernels.runtime import registry, source
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 EXIT = 66
 NUMBERS = 63  # of the planted kernels' arrays, for 64 threads
 COMPLETE = "all ran and computed what NumPy computes"
 SUMMARY = re.compile(r"(?:ERROR SUMMARY|RACECHECK SUMMARY): (\d+)")
-EMULATED = {  # a build of the emulator for each tool, and a bug of tests/emulator/planted.cu
+EMULATED = {  # a build of the emulator for each tool, and a bug of tools/emulator/planted.cu
     "memcheck": ("asan", "read_past_the_end", "heap-buffer-overflow"),
     "racecheck": ("tsan", "missing_barrier", "data race"),
     "synccheck": ("plain", "divergent_barrier", "divergent __syncthreads"),
@@ -51,7 +51,7 @@ def run_clean(asarray: Callable[[np.ndarray], Any], asnumpy: Callable[[Any], np.
     With `some` only every fourth call of float32, for a dry run: the tests have the others on the emulator.
     """
     like = asarray(np.zeros(1))
-    runtime = _runtime.runtime_of(type(like))
+    runtime = registry.runtime_of(type(like))
     launched, launch = set(), runtime.launch
 
     def recording(source: str, entry_point: str, *rest: Any) -> None:
@@ -69,7 +69,7 @@ def run_clean(asarray: Callable[[np.ndarray], Any], asnumpy: Callable[[Any], np.
                     compare(asnumpy(output), exact, f"call {number} in {name}")
     finally:
         runtime.launch = launch
-    wanted = set() if some else {name for stem in _source.stems() for name in _source.entry_points(stem)}
+    wanted = set() if some else {name for stem in source.stems() for name in source.entry_points(stem)}
     if not runtime.limits(like).clusters:
         wanted = {name for name in wanted if "_cluster" not in name}
     if missing := wanted - launched:
@@ -105,7 +105,7 @@ def run_planted(tool: str) -> None:
 def inside(what: str, emulated: bool) -> int:
     """Run what a tool watches."""
     if emulated:
-        from tests import backends
+        from tools import backends
 
         runtime = backends.emulated_runtime()
         run_clean(runtime.asarray, lambda array: np.array(array, subok=False), some=True)
@@ -170,10 +170,10 @@ def nvidia_tool(sanitizer: str, name: str) -> Tool:
 def emulator_tool(name: str) -> Tool:
     """Return the emulator's counterpart of a tool."""
     build, bug, report = EMULATED[name]
-    run = [sys.executable, "-m", "tests.emulator", "run", build, "--module"]
+    run = [sys.executable, "-m", "tools.emulator", "run", build, "--module"]
     return Tool(
         name,
-        [*run, "tests.emulator.planted", "--", bug],
+        [*run, "tools.emulator.planted", "--", bug],
         [*run, "benchmarks.gpu.sanitize", "--", "--run", "clean", "--emulated"],
         lambda out: bool(out.status and report in out.text),
         lambda out: out.status == 0 and COMPLETE in out.text,

@@ -79,12 +79,18 @@ def measuring(module: str, dry_run: bool) -> list[str]:
 def train_step_quick(folder: Path, seconds: float, dry_run: bool) -> list[str]:
     """Return the command for the training step with SGD alone."""
     only = ["--only", EXPRESSION] if dry_run else []
-    return [*measuring("benchmarks.bench_train_step", dry_run), "--quick", *only, "--json", f"{folder}/train_step.json"]
+    return [
+        *measuring("benchmarks.steps.bench_train_step", dry_run),
+        "--quick",
+        *only,
+        "--json",
+        f"{folder}/train_step.json",
+    ]
 
 
 def train_step(folder: Path, seconds: float, dry_run: bool) -> list[str]:
     """Return the command for the training step with all optimisers."""
-    return [*measuring("benchmarks.bench_train_step", dry_run), "--json", f"{folder}/train_step.json"]
+    return [*measuring("benchmarks.steps.bench_train_step", dry_run), "--json", f"{folder}/train_step.json"]
 
 
 def ops(folder: Path, seconds: float, dry_run: bool) -> list[str]:
@@ -106,7 +112,7 @@ def overhead(folder: Path, seconds: float, dry_run: bool) -> list[str]:
     """Return the command for the overhead of normalisation over units and batch sizes."""
     own = ["--seconds", f"{max(seconds - MARGIN, 1):.0f}", "--out", str(folder)]
     quick = ["--quick", "--only", EXPRESSION] if dry_run else []
-    return [*measuring("benchmarks.overhead", dry_run), *own, *quick]
+    return [*measuring("benchmarks.steps.overhead", dry_run), *own, *quick]
 
 
 # ---- figures --------------------------------------------------------------------------------------------------------

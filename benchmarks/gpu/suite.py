@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from benchmarks.gpu.processes import run_limited
-from benchmarks.harness import ROOT, write_json
+from benchmarks.harness.timing import ROOT, write_json
 
 COUNTS, ALLOWED = "BNKERNELS_SUITE_COUNTS", "BNKERNELS_SUITE_ALLOWED_SKIPS"
 CUDA_SECONDS = 150
@@ -176,7 +176,7 @@ def parallel() -> list[str]:
 def plans(seconds: float, dry_run: bool) -> list[Run]:
     """Return the runs: on a GPU those that need it, then all others; without one a few on the emulator."""
     if dry_run:
-        few = ["-m", "emulator", "tests/test_parameter_update.py", "-k", "sgd and not torch"]
+        few = ["-m", "emulator", "tests/ops/test_parameter_update.py", "-k", "sgd and not torch"]
         return [Run("emulator", few, NOTHING, seconds)]
     cuda = min(CUDA_SECONDS, 0.7 * seconds)
     return [

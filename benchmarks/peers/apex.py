@@ -11,7 +11,7 @@ from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
-from benchmarks.case import Arrays, Call, Case, NotSupportedError, Provider
+from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Provider
 from benchmarks.peers import EPSILON, MOMENTUM
 from benchmarks.peers.pytorch import absent as absent_pytorch
 from benchmarks.peers.pytorch import load, tensor_of

@@ -13,10 +13,10 @@ from functools import cache, partial
 from types import ModuleType
 from typing import Any
 
-from benchmarks.case import Arrays, Call, Case, NotSupportedError, Provider
+from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Provider
+from benchmarks.harness.places import why_absent
 from benchmarks.peers import EPSILON, MOMENTUM
 from benchmarks.peers.expression import axes_of
-from benchmarks.places import why_absent
 
 
 def _cupy() -> ModuleType:

@@ -6,9 +6,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from benchmarks.case import EPS, Arrays, Call, Case, Provider
+from benchmarks.harness.case import EPS, Arrays, Call, Case, Provider
+from benchmarks.harness.places import why_absent
 from benchmarks.peers import EPSILON, MOMENTUM
-from benchmarks.places import why_absent
 
 # Closer to 0, rounding may decide on which side of a ReLU an element is, the more so where frameworks round in between.
 KINK = {"float16": 16 * EPS["float16"], "bfloat16": 16 * EPS["bfloat16"], "float32": 1e-4, "float64": 1e-9}

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.case import Arrays, Call, Case, NotSupportedError, Provider
+from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Provider
 from benchmarks.peers import EPSILON, MOMENTUM
 
 ENVIRONMENT = {  # read when JAX first looks for devices

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.case import Arrays, Call, Case, NotSupportedError, Provider
+from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Provider
 from benchmarks.peers import EPSILON, MOMENTUM
 
 NATIVE, CUDNN = "native", "cudnn"
@@ -96,7 +96,7 @@ def prepare(case: Case, arrays: Arrays, backend: str = NATIVE) -> Call:
     Parameters
     ----------
     case, arrays
-        See `benchmarks.case.Provider`.
+        See `benchmarks.harness.case.Provider`.
     backend : {"native", "cudnn"}
         Whose kernels compute. PyTorch's own can do every case; cuDNN's only where PyTorch would choose them.
 

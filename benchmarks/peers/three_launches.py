@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.case import Arrays, Call, Case, NotSupportedError, Provider
+from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Provider
+from benchmarks.harness.places import why_absent
 from benchmarks.peers import EPSILON, MOMENTUM
-from benchmarks.places import why_absent
-from bnkernels import _source
-from bnkernels._runtime import Launch, address_of, arguments_type, ceil_div, pack
+from bnkernels.runtime.arguments import address_of, arguments_type, pack
+from bnkernels.runtime.seam import Launch, ceil_div
+from bnkernels.runtime.source import OPTIONS, folder
 
 SOURCE = Path(__file__).with_suffix(".cu")
 SIZES = "rows channels rows_of_block blocks"
@@ -29,7 +30,7 @@ GRADIENTS = ("dx", "dgamma", "dbeta")
 
 def source() -> str:
     """Return the kernels' text with the project's header in place of its ``#include`` line, for CuPy's cache."""
-    header = (_source.folder() / "common.cuh").read_text(encoding="utf-8").replace("#pragma once", "")
+    header = (folder() / "common.cuh").read_text(encoding="utf-8").replace("#pragma once", "")
     text = SOURCE.read_text(encoding="utf-8")
     before, _, after = text.partition('#include "common.cuh"\n')
     number = before.count("\n") + 2
@@ -41,7 +42,7 @@ def kernels(direction: str) -> tuple[Any, ...]:
     """Return the kernels of the three phases; CuPy compiles them at the first launch on a device."""
     import cupy
 
-    module = cupy.RawModule(code=source(), options=_source.OPTIONS)
+    module = cupy.RawModule(code=source(), options=OPTIONS)
     return tuple(module.get_function(f"three_launches_{direction}_{phase}") for phase in PHASES)
 
 

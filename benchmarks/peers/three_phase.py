@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.case import Arrays, Call, Case, NotSupportedError, Provider
-from benchmarks.harness import ROOT
+from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Provider
+from benchmarks.harness.timing import ROOT
 from benchmarks.peers import EPSILON, MOMENTUM
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -86,7 +86,7 @@ def prepare(case: Case, arrays: Arrays, by_example: bool, threads: int | None) -
     Parameters
     ----------
     case, arrays
-        See `benchmarks.case.Provider`.
+        See `benchmarks.harness.case.Provider`.
     by_example : bool
         Three phases, instead of by neuron.
     threads : int or None

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from types import FunctionType
 from typing import Any
 
-from benchmarks.case import Arrays, Call, Case, Provider
+from benchmarks.harness.case import Arrays, Call, Case, Provider
 from benchmarks.peers import EPSILON, MOMENTUM
 from benchmarks.peers.pytorch import NEEDED, activate, in_memory_order, load, normalise_and_save, tensors_of
 from benchmarks.peers.pytorch import absent as absent_pytorch

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from benchmarks.case import Arrays, Call, Case, NotSupportedError, Provider
+from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Provider
 from benchmarks.peers.pytorch import absent as absent_pytorch
 from benchmarks.peers.pytorch import load, tensor_of
 
@@ -122,7 +122,7 @@ def prepare(case: Case, arrays: Arrays, plan: Plan | None = None) -> Call:
     Parameters
     ----------
     case, arrays
-        See `benchmarks.case.Provider`.
+        See `benchmarks.harness.case.Provider`.
     plan : Plan, optional
         By default what `plan_of` chooses for the GPU.
     """

@@ -13,7 +13,7 @@ Row = Mapping[str, Any]
 
 
 def tables(results: Mapping[str, Any] | None) -> str:
-    """Return the errors of `benchmarks.accuracy`, those beyond what is promised in bold, and whose are all within."""
+    """Return the errors of `benchmarks.accuracy.contract`, bold beyond what is promised, and whose are all within."""
     if results is None:
         return f"Errors of our results and of PyTorch's: {ABSENT}."
     parts = [verdict(results["errors"])]

@@ -15,14 +15,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import overhead_plot, static
-from benchmarks.harness import RESULTS, ROOT, results_folder
+from benchmarks.counts import static
+from benchmarks.harness.timing import RESULTS, ROOT, results_folder
 from benchmarks.report import accuracy, gpu, ops, overhead, train_step
 from benchmarks.report.text import ABSENT, table
+from benchmarks.steps import overhead_plot
 
 DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("accuracy", "benchmarks", "numerics")))
 PLACES = ("cpu", "cuda")
-BASELINE = ROOT / "tests" / "compile" / "baseline.json"
+BASELINE = ROOT / "tools" / "compile" / "baseline.json"
 ARCHITECTURES = ("80", "90", "120")  # of which the registers are shown: A100, H100, RTX 50
 
 
@@ -72,7 +73,7 @@ def extent(sizes: Sequence[int]) -> str:
 
 
 def numerics(results: Mapping[str, Any] | None) -> str:
-    """Return the errors of `benchmarks.numerics`: a row for every method, a column for every input."""
+    """Return the errors of `benchmarks.accuracy.variance`: a row for every method, a column for every input."""
     if results is None:
         return f"Errors of the methods: {ABSENT}."
     names = list(results["errors"])

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.harness import results_folder
-from benchmarks.measure import OK, Row
+from benchmarks.harness.measure import OK, Row
+from benchmarks.harness.timing import results_folder
 from benchmarks.report import ops as report_ops
 from benchmarks.report.text import ABSENT, origin, table
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from benchmarks.measure import OK, Row
-from benchmarks.places import COPY, COPY_MEMCPY, EMPTY
-from benchmarks.records import key_of
+from benchmarks.harness.measure import OK, Row
+from benchmarks.harness.places import COPY, COPY_MEMCPY, EMPTY
+from benchmarks.harness.records import key_of
 from benchmarks.report.text import ABSENT, origin, spread, table
 
 OURS = "bnkernels"

@@ -1,11 +1,11 @@
-"""What a normalisation costs a training step: pictures and table, from the files of `benchmarks.overhead`."""
+"""What a normalisation costs a training step: pictures and table, from the files of `benchmarks.steps.overhead`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.harness import results_folder
+from benchmarks.harness.timing import results_folder
 from benchmarks.report.text import ABSENT, origin, table
 
 OURS, MEASURED = "bnkernels", "ok"

@@ -1,4 +1,4 @@
-"""The training step of the question in the documents, from the files of `benchmarks.bench_train_step`."""
+"""The training step of the question in the documents, from the files of `benchmarks.steps.bench_train_step`."""
 
 from __future__ import annotations
 

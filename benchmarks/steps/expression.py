@@ -8,7 +8,7 @@ import numpy as np
 
 from benchmarks.peers import EPSILON, MOMENTUM
 from benchmarks.steps.step import ArrayStep, Maker, State, linears, norm_of
-from bnkernels._runtime import why_no_cuda
+from bnkernels.runtime.registry import why_no_cuda
 
 
 class ExpressionStep(ArrayStep):

@@ -10,9 +10,9 @@ import numpy as np
 
 from benchmarks.steps.step import ArrayStep, Batches, Maker, State, norm_of, sizes_of
 from bnkernels import MLP, fused_training, softmax_cross_entropy
-from bnkernels._runtime import why_no_cuda
-from bnkernels.captured_step import CapturedStep
-from bnkernels.optimizers import OPTIMIZERS, make_optimizer
+from bnkernels.nn.optimizers import OPTIMIZERS, make_optimizer
+from bnkernels.runtime.registry import why_no_cuda
+from bnkernels.train.captured_step import CapturedStep
 
 
 class OurStep(ArrayStep):

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.case import WrongResultError
+from benchmarks.harness.case import WrongResultError
 from bnkernels import MLP
 
 State = dict[str, np.ndarray]

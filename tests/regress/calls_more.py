@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 import bnkernels as bn
-from bnkernels.fused_training import Layer, Network
+from bnkernels.ops.fused_training.op import Layer, Network
 from tests.regress import calls
 from tests.regress.calls import Call, _take
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bnkernels import _runtime
-from bnkernels._runtime import Launch
+from bnkernels.runtime import registry, seam
+from bnkernels.runtime.seam import Launch
 
 
 class RecordedArray:
@@ -38,7 +38,7 @@ class Recorded(NamedTuple):
     like: RecordedArray
 
 
-class RecordingRuntime(_runtime.Runtime):
+class RecordingRuntime(seam.Runtime):
     """Allocates addresses and launches nothing, and remembers both."""
 
     array_type = RecordedArray
@@ -81,7 +81,7 @@ class CuPyLikeRuntime(RecordingRuntime):
     """A recording runtime that reads facts as the CUDA runtime does."""
 
     array_type = CuPyLikeArray
-    reader = _runtime.cupy_reader
+    reader = seam.cupy_reader
 
 
 _runtime_of_records = RecordingRuntime()  # one for ever: the ops' cached plans hold on to it
@@ -90,13 +90,13 @@ _runtime_of_records = RecordingRuntime()  # one for ever: the ops' cached plans 
 @contextmanager
 def recording() -> Iterator[RecordingRuntime]:
     """Let recorded arrays run on a recording runtime without records."""
-    _runtime.register(_runtime_of_records)
+    registry.register(_runtime_of_records)
     _runtime_of_records.launches.clear()
     _runtime_of_records.allocations.clear()
     try:
         yield _runtime_of_records
     finally:
-        del _runtime.runtimes[RecordedArray]
+        del registry.runtimes[RecordedArray]
 
 
 def record_of(arrays: dict[str, np.ndarray]) -> dict[str, RecordedArray]:

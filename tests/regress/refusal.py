@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests import backends
-from tests.backends import Backend
+from tools import backends
+from tools.backends import Backend
 
 
 @contextmanager

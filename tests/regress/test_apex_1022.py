@@ -1,6 +1,6 @@
 """Kernels on a device that was not the current one: zeros, or an illegal access.
 
-tests/test_cuda_runtime.py sees to it that the runtime makes the arrays' device the current one.
+tests/runtime/test_cuda_runtime.py sees to it that the runtime makes the arrays' device the current one.
 """
 
 from __future__ import annotations

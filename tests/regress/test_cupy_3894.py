@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import bnkernels as bn
-from bnkernels import _fused_training_launch, _layer_norm_launch
-from bnkernels.mlp import MLP
-from tests.emulator import EmulatorError, EmulatorRuntime
+from bnkernels.nn.mlp import MLP
+from bnkernels.ops.fused_training import launch as fused_training_launch
+from bnkernels.ops.layer_norm import launch as layer_norm_launch
+from tools.emulator import EmulatorError, EmulatorRuntime
 
 pytestmark = pytest.mark.emulator
 
@@ -103,7 +104,7 @@ def test_cupy_3894_a_grid_of_two_dimensions_is_refused(
     emulated: EmulatorRuntime, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So blocks that share a slice of channels, or a network, never get fewer than they were planned with."""
-    monkeypatch.setattr(_fused_training_launch, "_why_no_block", lambda *_: "a test wants groups")
+    monkeypatch.setattr(fused_training_launch, "_why_no_block", lambda *_: "a test wants groups")
     x = emulated.asarray(rng.standard_normal((20_000, 8)).astype("f4"))
     model, labels = MLP((8, 16, 3)), emulated.asarray(np.zeros(len(x), np.int32))
     parameters, running = emulated.asarray(model.parameters), emulated.asarray(model.running)
@@ -120,7 +121,7 @@ def test_cupy_3894_the_emulator_cuts_nothing_unasked(
     emulated: EmulatorRuntime, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A plan of more blocks than are resident is an error, and says so."""
-    monkeypatch.setattr(_layer_norm_launch, "resident", lambda *_: 10**6)
+    monkeypatch.setattr(layer_norm_launch, "resident", lambda *_: 10**6)
     x = emulated.asarray(rng.standard_normal((4001, 8)).astype("f4"))
     _, statistics = bn.layer_norm_forward(x)
     with pytest.raises(EmulatorError, match=r"wait for one another, and of 32 this device holds 8 at once"):

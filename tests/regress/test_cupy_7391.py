@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-SAY = "from bnkernels import _source; print(_source.OPTIONS, *map(_source.read, _source.stems()), sep='\\0')"
+SAY = "from bnkernels.runtime import source; print(source.OPTIONS, *map(source.read, source.stems()), sep='\\0')"
 
 
 def test_cupy_7391_every_process_compiles_the_same_text() -> None:

@@ -11,19 +11,19 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from bnkernels import _batch_norm_general as general
-from bnkernels import _batch_norm_plan as plan
-from bnkernels import _source
-from bnkernels._batch_norm_spread import ARGUMENTS as SPREAD
-from bnkernels._runtime import SUFFIX
-from bnkernels.batch_norm_double_backward import ARGUMENTS as DOUBLE_BACKWARD
-from bnkernels.batch_norm_statistics import ARGUMENTS as STATISTICS
-from bnkernels.fused_training import ARGUMENTS as FUSED_TRAINING
-from bnkernels.layer_norm import ARGUMENTS as LAYER_NORM
-from bnkernels.linear_batch_norm import ARGUMENTS as LINEAR_BATCH_NORM
-from bnkernels.mini_batch import ARGUMENTS as MINI_BATCH
-from bnkernels.parameter_update import ARGUMENTS as PARAMETER_UPDATE
-from bnkernels.softmax_cross_entropy import ARGUMENTS as SOFTMAX_CROSS_ENTROPY
+from bnkernels.ops.batch_norm import call as plan
+from bnkernels.ops.batch_norm import masked_grouped as general
+from bnkernels.ops.batch_norm.cooperative import ARGUMENTS as SPREAD
+from bnkernels.ops.batch_norm.double_backward import ARGUMENTS as DOUBLE_BACKWARD
+from bnkernels.ops.batch_norm.in_parts import ARGUMENTS as STATISTICS
+from bnkernels.ops.fused_training.op import ARGUMENTS as FUSED_TRAINING
+from bnkernels.ops.layer_norm.op import ARGUMENTS as LAYER_NORM
+from bnkernels.ops.linear_batch_norm.op import ARGUMENTS as LINEAR_BATCH_NORM
+from bnkernels.ops.mini_batch import ARGUMENTS as MINI_BATCH
+from bnkernels.ops.parameter_update import ARGUMENTS as PARAMETER_UPDATE
+from bnkernels.ops.softmax_cross_entropy import ARGUMENTS as SOFTMAX_CROSS_ENTROPY
+from bnkernels.runtime import source
+from bnkernels.runtime.arguments import SUFFIX
 from tests.regress.calls import CALLS, make_arrays
 from tests.regress.device import record_of, recording
 
@@ -52,8 +52,8 @@ LAYOUTS = {
 def argument_structs() -> dict[str, list[tuple[str, str]]]:
     """Return the structs of cuda/ that hold pointers, which only kernel arguments do: (member, type) in order."""
     structs = {}
-    for stem in _source.stems():
-        text = re.sub(r"//.*", "", (_source.folder() / f"{stem}.cu").read_text(encoding="utf-8"))
+    for stem in source.stems():
+        text = re.sub(r"//.*", "", (source.folder() / f"{stem}.cu").read_text(encoding="utf-8"))
         for name, body in re.findall(r"^struct (\w+) \{\n(.*?)^\};", text, re.MULTILINE | re.DOTALL):
             if not re.search(r"^    (const )?\w+\* ", body, re.MULTILINE):
                 continue

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import bnkernels as bn
-from tests.backends import Backend
+from tests.ops.test_batch_norm_exact_data import OPTIONS, assert_bits, make_case
 from tests.regress.calls import CALLS, EVERY_ARRAY, make_arrays
-from tests.test_batch_norm_exact_data import OPTIONS, assert_bits, make_case
+from tools.backends import Backend
 
 
 def misaligned(backend: Backend, array: np.ndarray, offset: int) -> Any:

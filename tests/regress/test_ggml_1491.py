@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import bnkernels as bn
-from tests.backends import Backend
 from tests.regress.calls import CALLS, SHAPES, make_arrays
 from tests.regress.refusal import refused
+from tools.backends import Backend
 
 IN_PLACE = [
     ("forward", "y", "x"),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import bnkernels as bn
-from tests.backends import Backend
+from tools.backends import Backend
 
 
 @pytest.mark.parametrize("activation", ["identity", "sigmoid"])

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import bnkernels as bn
-from bnkernels.activations import ACTIVATIONS
-from tests.backends import Backend
+from bnkernels.ops.activations import ACTIVATIONS
+from tools.backends import Backend
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

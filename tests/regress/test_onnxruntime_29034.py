@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import bnkernels as bn
-from tests import oracle
-from tests.backends import Backend
+from tools import oracle
+from tools.backends import Backend
 
 
 @pytest.mark.parametrize("shape", [(64, 20), (300, 3), (64, 1280), (1024, 64)])

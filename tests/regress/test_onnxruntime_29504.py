@@ -15,15 +15,15 @@ ROOT = Path(__file__).parents[2]
 # Somewhat below what is there: adding a test never fails here, losing a parametrisation does.
 FLOORS = {
     "tests/regress/": 3800,
-    "tests/test_batch_norm.py": 300,
-    "tests/test_batch_norm_errors.py": 900,
-    "tests/test_batch_norm_exact_data.py": 100,
-    "tests/test_batch_norm_launch.py": 70,
-    "tests/test_batch_norm_properties.py": 15,
-    "tests/test_batch_norm_relations.py": 110,
-    "tests/test_parameter_update.py": 250,
-    "tests/test_softmax_cross_entropy.py": 170,
-    "tests/test_traffic.py": 50,
+    "tests/ops/test_batch_norm.py": 300,
+    "tests/ops/test_batch_norm_errors.py": 900,
+    "tests/ops/test_batch_norm_exact_data.py": 100,
+    "tests/ops/test_batch_norm_launch.py": 70,
+    "tests/ops/test_batch_norm_properties.py": 15,
+    "tests/ops/test_batch_norm_relations.py": 110,
+    "tests/ops/test_parameter_update.py": 250,
+    "tests/ops/test_softmax_cross_entropy.py": 170,
+    "tests/benchmarks/test_traffic.py": 50,
 }
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bnkernels.layers import BatchNorm
-from tests.backends import Backend
+from bnkernels.nn.layers import BatchNorm
+from tools.backends import Backend
 
 
 @pytest.mark.parametrize("momentum", [0.25, None])

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import bnkernels as bn
-from bnkernels._runtime import accumulator
-from tests import backends
-from tests.backends import Backend
+from bnkernels.runtime.arguments import accumulator
+from tools import backends
+from tools.backends import Backend
 
 EMPTY = [(0, 5), (4, 0), (0, 0), (0, 5, 9), (4, 2, 0, 3), (1, 0)]
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import bnkernels as bn
-from tests.backends import Backend
 from tests.regress.refusal import refused
+from tools.backends import Backend
 
 
 @pytest.mark.parametrize("shape", [(1, 3), (1, 3, 1, 1)])

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import bnkernels as bn
-from tests.backends import Backend
-from tests.test_batch_norm_exact_data import dtype_named
+from tests.ops.test_batch_norm_exact_data import dtype_named
+from tools.backends import Backend
 
 
 @pytest.mark.parametrize(("dtype", "big"), [("float32", 1e30), ("float64", 1e200)])

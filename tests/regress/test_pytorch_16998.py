@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import bnkernels as bn
-from tests import oracle
-from tests.backends import Backend, emulated_runtime
+from tools import oracle
+from tools.backends import Backend, emulated_runtime
 
 
 def check(backend: Backend, rng: np.random.Generator, rows: int, channels: int) -> None:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import bnkernels as bn
-from tests import backends
-from tests.backends import Backend
-from tests.emulator import EmulatorRuntime
+from tools import backends
+from tools.backends import Backend
+from tools.emulator import EmulatorRuntime
 
 FAR = 2**30  # elements between neighbours, so that the third value is at 2^31
 

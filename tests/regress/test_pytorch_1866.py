@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import bnkernels as bn
-from tests import oracle
-from tests.backends import Backend
+from tools import oracle
+from tools.backends import Backend
 
 LAYOUTS = {
     "rows apart": lambda a: np.repeat(a, 2, 0)[::2],

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.backends import Backend
 from tests.regress.calls import CALLS, EVERY_ARRAY, make_arrays
 from tests.regress.refusal import refused
+from tools.backends import Backend
 
 SPOILERS = {
     "short": lambda array: array[:-1],

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import bnkernels as bn
-from bnkernels.layers import BatchNorm
-from tests import oracle
-from tests.backends import Backend
+from bnkernels.nn.layers import BatchNorm
+from tools import oracle
+from tools.backends import Backend
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import bnkernels as bn
-from bnkernels._runtime import accumulator
-from tests import oracle
-from tests.backends import Backend
+from bnkernels.runtime.arguments import accumulator
+from tools import oracle
+from tools.backends import Backend
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])

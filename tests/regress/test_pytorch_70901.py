@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import bnkernels as bn
-from bnkernels._runtime import accumulator
-from tests import oracle
-from tests.backends import Backend
-from tests.test_batch_norm_layouts import as_rows
+from bnkernels.runtime.arguments import accumulator
+from tests.ops.test_batch_norm_layouts import as_rows
+from tools import oracle
+from tools.backends import Backend
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])

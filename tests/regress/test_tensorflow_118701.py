@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import bnkernels as bn
-from tests import oracle
-from tests.backends import Backend
-from tests.test_batch_norm_layouts import as_rows
+from tests.ops.test_batch_norm_layouts import as_rows
+from tools import oracle
+from tools.backends import Backend
 
 
 def check_against_oracle(

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import bnkernels as bn
-from tests.emulator import EmulatorRuntime
+from tests.ops.test_batch_norm import make_case
 from tests.regress.calls import CALLS, make_arrays
-from tests.test_batch_norm import make_case
+from tools.emulator import EmulatorRuntime
 
 pytestmark = pytest.mark.emulator
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import bnkernels as bn
-from tests.backends import Backend
+from tools.backends import Backend
 
 # What the variance is about. CuPy compiles float32 kernels so that they flush subnormal numbers: there, a normal one.
 VARIANCES = {"float32": 5e-39, "float64": 1e-308}

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import bnkernels as bn
-from tests import oracle
-from tests.backends import Backend
-from tests.test_batch_norm_exact_data import dtype_named
-from tests.test_batch_norm_layouts import as_rows
+from tests.ops.test_batch_norm_exact_data import dtype_named
+from tests.ops.test_batch_norm_layouts import as_rows
+from tools import oracle
+from tools.backends import Backend
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])

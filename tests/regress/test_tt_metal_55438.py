@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import bnkernels as bn
-from tests.backends import Backend
+from tools.backends import Backend
 
 ONE_TO_FOUR = np.array([[1.0], [2.0], [3.0], [4.0]])  # mean 2.5, biased variance 1.25, unbiased 1.6667
 

@@ -1,0 +1,1 @@
+"""What is counted without a GPU: launches, bytes, registers, predicted limits."""

@@ -1,0 +1,1 @@
+"""What all benchmarks share: cases, places, clocks, the protocol, records."""

@@ -1,0 +1,1 @@
+"""Benchmarks of the ops: `bench_X` declares op X."""

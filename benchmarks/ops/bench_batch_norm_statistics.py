@@ -1,0 +1,87 @@
+"""Mean and sum of squares of every channel: what a part of a synchronised mini-batch is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import bnkernels as bn
+from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Op, Provider
+from benchmarks.harness.places import why_absent
+from benchmarks.peers import expression, pytorch
+
+SHAPES = [((64, 20), "NC"), ((256, 1024), "NC"), ((8192, 1024), "NC"), ((32, 64, 56, 56), "NCHW")]
+
+
+def inputs(case: Case, random: Callable[..., Any]) -> Arrays:
+    """Return x.
+
+    Raises
+    ------
+    NotSupportedError
+        For an epilogue: nothing follows.
+    """
+    if case.epilogue:
+        raise NotSupportedError(f"{case.op} is for no epilogue")
+    return {"x": random(case.memory_shape)}
+
+
+def ours(case: Case, arrays: Arrays) -> Call:
+    """Prepare our op."""
+    x, axis = arrays["x"], case.channel_axis
+    moments = bn.batch_norm_moments(x, axis=axis)
+
+    def call() -> tuple:
+        bn.batch_norm_moments(x, axis=axis, out=moments)
+        return moments[1], moments[3]
+
+    return call
+
+
+def formulas(case: Case, arrays: Arrays) -> Call:
+    """Prepare what a user would write. The sums of 16-bit data are computed in float32."""
+    axes, _ = expression.axes_of(case)
+    x = arrays["x"].astype(case.accumulator if arrays["x"].dtype.itemsize < 8 else "float64", copy=False)
+    count = case.size // case.shape[1]
+    return lambda: (x.mean(axis=axes), x.var(axis=axes) * count)
+
+
+def var_mean(case: Case, arrays: Arrays) -> Call:
+    """Prepare PyTorch's reduction of both."""
+    axes, _ = expression.axes_of(case)
+    x = pytorch.tensor_of(arrays["x"])
+    torch, count = pytorch.load(), case.size // case.shape[1]
+
+    def call() -> tuple:
+        var, mean = torch.var_mean(x, axes, correction=0)
+        return mean, var * count
+
+    return call
+
+
+def reference(case: Case, arrays: Arrays, xp: Any) -> tuple:
+    """Return the right outputs from float64 arrays."""
+    return formulas(case, arrays)()
+
+
+def bytes_moved(case: Case) -> int:
+    """Return the bytes of the data and of what is returned."""
+    return case.size * case.itemsize + 2 * case.shape[1] * (8 if case.dtype == "float64" else 4)
+
+
+OP = Op(
+    name="batch_norm_statistics",
+    cases=[Case("batch_norm_statistics", "moments", shape, "float32", layout) for shape, layout in SHAPES],
+    inputs=inputs,
+    reference=reference,
+    bytes_moved=bytes_moved,
+    providers=(
+        Provider("bnkernels", "cpu", ours),
+        Provider("bnkernels", "cuda", ours, engine="cupy"),
+        Provider("NumPy expression", "cpu", formulas),
+        Provider("CuPy expression", "cuda", formulas, partial(why_absent, "cuda"), engine="cupy"),
+        Provider("PyTorch eager", "cpu", var_mean, partial(pytorch.absent, "cpu")),
+        Provider("PyTorch eager", "cuda", var_mean, partial(pytorch.absent, "cuda"), engine="torch"),
+    ),
+)

@@ -1,0 +1,140 @@
+"""Layer norm and silu: of every example over its features. A case's shape is (examples, features)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+import bnkernels as bn
+from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Op, Provider
+from benchmarks.harness.places import why_absent
+from benchmarks.peers import EPSILON, pytorch, torch_compile
+
+SHAPES = [(64, 20), (256, 1024), (8192, 1024), (4096, 8192)]
+ACTIVATION = {"activation": "silu"}
+
+
+def inputs(case: Case, random: Callable[..., Any]) -> Arrays:
+    """Return x, gamma, beta, and in a backward dy.
+
+    Raises
+    ------
+    NotSupportedError
+        For an epilogue, and for other shapes than (examples, features).
+    """
+    if case.epilogue or len(case.shape) != 2:
+        raise NotSupportedError(f"{case.op} is for (examples, features) and no epilogue")
+    vectors = {"gamma": abs(random(case.shape[1:])) + 0.5, "beta": random(case.shape[1:])}
+    return {"x": random(case.shape)} | ({"dy": random(case.shape)} if case.direction == "backward" else {}) | vectors
+
+
+def ours(case: Case, arrays: Arrays) -> Call:
+    """Prepare our op."""
+    given = arrays["x"], arrays["gamma"], arrays["beta"]
+    out = bn.layer_norm_forward(*given, eps=EPSILON, **ACTIVATION)
+    if case.direction == "forward":
+        return lambda: bn.layer_norm_forward(*given, eps=EPSILON, **ACTIVATION, out=out)[:1]
+    behind = arrays["dy"], *given, out[1]
+    grads = bn.layer_norm_backward(*behind, **ACTIVATION)
+    return lambda: bn.layer_norm_backward(*behind, **ACTIVATION, out=grads)
+
+
+def formulas(case: Case, arrays: Arrays, xp: Any = np) -> Call:
+    """Prepare what a user would write. 16-bit data are computed in float32."""
+    gamma, beta, dtype = arrays["gamma"], arrays["beta"], arrays["x"].dtype
+    x = arrays["x"].astype(beta.dtype, copy=False)
+
+    def forward() -> tuple:
+        d = x - x.mean(1, keepdims=True)
+        rstd = (xp.square(d).mean(1, keepdims=True) + EPSILON) ** -0.5
+        xhat = d * rstd
+        z = gamma * xhat + beta
+        return z, 1 / (1 + xp.exp(-z)), xhat, rstd
+
+    def output() -> tuple:
+        z, gate, *_ = forward()
+        return ((z * gate).astype(dtype, copy=False),)
+
+    if case.direction == "forward":
+        return output
+    z, gate, xhat, rstd = forward()
+    dy = arrays["dy"].astype(beta.dtype, copy=False)
+
+    def backward() -> tuple:
+        g = dy * gate * (1 + z * (1 - gate))
+        h = gamma * g
+        dx = rstd * (h - h.mean(1, keepdims=True) - xhat * (h * xhat).mean(1, keepdims=True))
+        return dx.astype(dtype, copy=False), (g * xhat).sum(0), g.sum(0)
+
+    return backward
+
+
+def torch_eager(case: Case, arrays: Arrays) -> Call:
+    """Prepare the layer of PyTorch, whose autograd makes the backward."""
+    return _torch(case, arrays, lambda layer: layer)
+
+
+def torch_compiled(case: Case, arrays: Arrays) -> Call:
+    """Prepare the same compiled."""
+    return _torch(case, arrays, partial(pytorch.load().compile, fullgraph=True, dynamic=False))
+
+
+def _torch(case: Case, arrays: Arrays, compiled: Callable[[Callable], Callable]) -> Call:
+    torch = pytorch.load()
+    tensors = {name: pytorch.tensor_of(array) for name, array in arrays.items()}
+
+    def layer(x: Any, gamma: Any, beta: Any) -> Any:
+        vectors = gamma.to(x.dtype), beta.to(x.dtype)
+        return torch.nn.functional.silu(torch.nn.functional.layer_norm(x, x.shape[1:], *vectors, EPSILON))
+
+    function, given = compiled(layer), [tensors[name] for name in ("x", "gamma", "beta")]
+    if case.direction == "forward":
+        return lambda: (function(*given),)
+    wanted = [tensor.requires_grad_() for tensor in given]
+    y = function(*given)
+    return lambda: torch.autograd.grad(y, wanted, tensors["dy"], retain_graph=True)
+
+
+def reference(case: Case, arrays: Arrays, xp: Any) -> tuple:
+    """Return the right outputs from float64 arrays."""
+    return formulas(case, arrays, xp)()
+
+
+def bytes_moved(case: Case) -> int:
+    """Return the bytes of x, y and the vectors, or of dy, x, dx and both pairs of vectors."""
+    matrices, pairs = (2, 1) if case.direction == "forward" else (3, 2)
+    vectors = 2 * pairs * case.shape[1] * (8 if case.dtype == "float64" else 4)
+    return matrices * case.size * case.itemsize + vectors
+
+
+def on_cupy(case: Case, arrays: Arrays) -> Call:
+    """Prepare on a GPU what a user would write."""
+    import cupy
+
+    return formulas(case, arrays, cupy)
+
+
+OP = Op(
+    name="layer_norm",
+    cases=[
+        Case("layer_norm", direction, shape, dtype)
+        for dtype in ("float32", "bfloat16")
+        for shape in SHAPES
+        for direction in ("forward", "backward")
+    ],
+    inputs=inputs,
+    reference=reference,
+    bytes_moved=bytes_moved,
+    providers=(
+        Provider("bnkernels", "cpu", ours),
+        Provider("bnkernels", "cuda", ours, engine="cupy"),
+        Provider("NumPy expression", "cpu", formulas),
+        Provider("CuPy expression", "cuda", on_cupy, partial(why_absent, "cuda"), engine="cupy"),
+        Provider("PyTorch eager", "cpu", torch_eager, partial(pytorch.absent, "cpu")),
+        Provider("PyTorch eager", "cuda", torch_eager, partial(pytorch.absent, "cuda"), engine="torch"),
+        Provider("torch.compile", "cuda", torch_compiled, torch_compile.absent, engine="torch", slow_start=True),
+    ),
+)

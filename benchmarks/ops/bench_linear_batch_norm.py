@@ -1,0 +1,204 @@
+"""A linear layer, batch norm or a bias, and tanh: as one op, and as everybody else has it, as three or four.
+
+A case's shape is (mini-batch, neurons). There are as many inputs as neurons, but for the question's layer: 64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+import bnkernels as bn
+from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Op, Provider
+from benchmarks.harness.places import why_absent
+from benchmarks.peers import EPSILON, pytorch, torch_compile
+
+SHAPES = [(64, 20), (64, 100), (64, 512), (256, 256), (512, 1024)]
+INPUTS = {20: 64}
+NORMS = {"forward": "batch", "forward without norm": None, "backward": "batch", "backward without norm": None}
+
+
+def inputs(case: Case, random: Callable[..., Any]) -> Arrays:
+    """Return x, weight, beta, with batch norm gamma, and in a backward dy.
+
+    Raises
+    ------
+    NotSupportedError
+        For an epilogue, and for other shapes than (mini-batch, neurons).
+    """
+    if case.epilogue or len(case.shape) != 2:
+        raise NotSupportedError(f"{case.op} is for (mini-batch, neurons) and no epilogue")
+    rows, outputs = case.shape
+    terms = INPUTS.get(outputs, outputs)
+    arrays = {"x": random((rows, terms)), "weight": random((terms, outputs)) * terms**-0.5}
+    if is_backward(case):
+        arrays["dy"] = random(case.shape)
+    if NORMS[case.direction]:
+        arrays["gamma"] = abs(random((outputs,))) + 0.5
+    return arrays | {"beta": random((outputs,))}
+
+
+def is_backward(case: Case) -> bool:
+    """Tell whether the case is a backward."""
+    return case.direction.startswith("backward")
+
+
+def ours(case: Case, arrays: Arrays) -> Call:
+    """Prepare our op."""
+    x, weight, beta = (arrays[name] for name in ("x", "weight", "beta"))
+    norm = NORMS[case.direction]
+    given, options = (x, weight, arrays.get("gamma"), beta), {"activation": "tanh"}
+    y, z, statistics = bn.linear_batch_norm_forward(*given, norm=norm, eps=EPSILON, **options)
+    if is_backward(case):
+        behind = arrays["dy"], *given, z, statistics
+        grads = bn.linear_batch_norm_backward(*behind, **options)
+        return lambda: present(bn.linear_batch_norm_backward(*behind, **options, out=grads))
+    out = (y, z, statistics) if norm else (y, z)
+    return lambda: bn.linear_batch_norm_forward(*given, norm=norm, eps=EPSILON, **options, out=out)[:1]
+
+
+def present(gradients: tuple) -> tuple:
+    """Return dx, dweight, dgamma where there is one, and dbeta."""
+    return tuple(array for array in gradients if array is not None)
+
+
+def separate(case: Case, arrays: Arrays, xp: Any = np) -> Call:
+    """Prepare products and our batch norm.
+
+    Raises
+    ------
+    NotSupportedError
+        Without a norm, and for 16-bit data.
+    """
+    if NORMS[case.direction] is None or case.itemsize == 2:
+        raise NotSupportedError("products and a batch norm, in float32 or float64")
+    x, weight, gamma, beta = (arrays[name] for name in ("x", "weight", "gamma", "beta"))
+    z, options = xp.matmul(x, weight), {"activation": "tanh"}
+    out = bn.batch_norm_forward(z, gamma, beta, eps=EPSILON, **options)
+    if not is_backward(case):
+
+        def forward() -> tuple:
+            xp.matmul(x, weight, out=z)
+            return bn.batch_norm_forward(z, gamma, beta, eps=EPSILON, **options, out=out)[:1]
+
+        return forward
+    behind = arrays["dy"], z, gamma, beta, out[1]
+    grads = bn.batch_norm_backward(*behind, **options)
+    dx, dweight = xp.empty_like(x), xp.empty_like(weight)
+
+    def backward() -> tuple:
+        dz, dgamma, dbeta = bn.batch_norm_backward(*behind, **options, out=grads)
+        return xp.matmul(dz, weight.T, out=dx), xp.matmul(x.T, dz, out=dweight), dgamma, dbeta
+
+    return backward
+
+
+def formulas(case: Case, arrays: Arrays, xp: Any = np) -> Call:
+    """Prepare what a user would write. 16-bit data are computed in float32."""
+    gamma, beta, dtype = arrays.get("gamma"), arrays["beta"], arrays["x"].dtype
+    x, weight = (arrays[name].astype(beta.dtype, copy=False) for name in ("x", "weight"))
+    norm, rows = NORMS[case.direction], case.shape[0]
+
+    def forward() -> tuple:
+        z = x @ weight
+        if norm is None:
+            return xp.tanh(z + beta), z, 1
+        centred = z - z.mean(0)
+        rstd = ((centred * centred).mean(0) + EPSILON) ** -0.5
+        return xp.tanh(gamma * rstd * centred + beta), centred * rstd, rstd
+
+    if not is_backward(case):
+        return lambda: (forward()[0].astype(dtype, copy=False),)
+    y, xhat, rstd = forward()
+    dy = arrays["dy"].astype(beta.dtype, copy=False)
+
+    def backward() -> tuple:
+        g = dy * (1 - y * y)
+        dbeta = g.sum(0)
+        if norm is None:
+            return (g @ weight.T).astype(dtype, copy=False), (x.T @ g).astype(dtype, copy=False), dbeta
+        dgamma = (g * xhat).sum(0)
+        dz = gamma * rstd * (g - (dbeta + xhat * dgamma) / rows)
+        return (dz @ weight.T).astype(dtype, copy=False), (x.T @ dz).astype(dtype, copy=False), dgamma, dbeta
+
+    return backward
+
+
+def torch_eager(case: Case, arrays: Arrays) -> Call:
+    """Prepare the layer of PyTorch, whose autograd makes the backward."""
+    return _torch(case, arrays, lambda layer: layer)
+
+
+def torch_compiled(case: Case, arrays: Arrays) -> Call:
+    """Prepare the same compiled."""
+    return _torch(case, arrays, partial(pytorch.load().compile, fullgraph=True, dynamic=False))
+
+
+def _torch(case: Case, arrays: Arrays, compiled: Callable[[Callable], Callable]) -> Call:
+    torch = pytorch.load()
+    tensors = {name: pytorch.tensor_of(array) for name, array in arrays.items()}
+    norm = NORMS[case.direction]
+
+    def layer(x: Any, weight: Any, gamma: Any, beta: Any) -> Any:
+        if norm is None:
+            return torch.tanh(x @ weight + beta.to(x.dtype))
+        return torch.tanh(torch.nn.functional.batch_norm(x @ weight, None, None, gamma, beta, True, 0.1, EPSILON))
+
+    function = compiled(layer)
+    given = [tensors.get(name) for name in ("x", "weight", "gamma", "beta")]
+    if not is_backward(case):
+        return lambda: (function(*given),)
+    wanted = [tensor.requires_grad_() for tensor in given if tensor is not None]
+    y = function(*given)
+    return lambda: torch.autograd.grad(y, wanted, tensors["dy"], retain_graph=True)
+
+
+def reference(case: Case, arrays: Arrays, xp: Any) -> tuple:
+    """Return the right outputs from float64 arrays."""
+    return formulas(case, arrays, xp)()
+
+
+def bytes_moved(case: Case) -> int:
+    """Return the bytes of factors, parameters and outputs; without those of the product, which is kept in between."""
+    rows, outputs = case.shape
+    terms = INPUTS.get(outputs, outputs)
+    matrices = (rows * terms + terms * outputs + rows * outputs) * case.itemsize
+    vectors = outputs * (2 if NORMS[case.direction] else 1) * (8 if case.dtype == "float64" else 4)
+    return 2 * (matrices + vectors) if is_backward(case) else matrices + vectors
+
+
+def on_cupy(prepare: Callable[..., Call], case: Case, arrays: Arrays) -> Call:
+    """Prepare on a GPU."""
+    import cupy
+
+    return prepare(case, arrays, cupy)
+
+
+OP = Op(
+    name="linear_batch_norm",
+    cases=[
+        Case("linear_batch_norm", direction, shape, dtype)
+        for dtype in ("float32", "bfloat16")
+        for shape in SHAPES
+        for direction in NORMS
+    ],
+    inputs=inputs,
+    reference=reference,
+    bytes_moved=bytes_moved,
+    providers=(
+        Provider("bnkernels", "cpu", ours),
+        Provider("bnkernels", "cuda", ours, engine="cupy"),
+        Provider("bnkernels, separate ops", "cpu", separate),
+        Provider(
+            "bnkernels, separate ops", "cuda", partial(on_cupy, separate), partial(why_absent, "cuda"), engine="cupy"
+        ),
+        Provider("NumPy expression", "cpu", formulas),
+        Provider("CuPy expression", "cuda", partial(on_cupy, formulas), partial(why_absent, "cuda"), engine="cupy"),
+        Provider("PyTorch eager", "cpu", torch_eager, partial(pytorch.absent, "cpu")),
+        Provider("PyTorch eager", "cuda", torch_eager, partial(pytorch.absent, "cuda"), engine="torch"),
+        Provider("torch.compile", "cuda", torch_compiled, torch_compile.absent, engine="torch", slow_start=True),
+    ),
+)

@@ -1,0 +1,84 @@
+"""The next mini-batch, by indices in an order that a counter on the device goes through: against indexing.
+
+Whoever indexes knows on the host which step it is; only ours can be replayed in a graph and go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import bnkernels as bn
+from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Op, Provider
+from benchmarks.peers import pytorch
+
+SHAPES = [(64, 64), (60, 784), (512, 1024)]  # mini-batch, inputs
+EXAMPLES = 4096
+
+
+def inputs(case: Case, random: Callable[..., Any]) -> Arrays:
+    """Return all examples, their labels, and which rows are the mini-batch.
+
+    Raises
+    ------
+    NotSupportedError
+        For 16-bit data, and for what belongs to other ops.
+    """
+    if case.dtype not in ("float32", "float64") or case.layout != "NC" or case.epilogue:
+        raise NotSupportedError("mini_batch is for (N, K) in float32 or float64")
+    labels, indices = ((abs(random(shape)) * 1e6).astype("int32") for shape in ((EXAMPLES,), (1, case.shape[0])))
+    return {"x": random((EXAMPLES, case.shape[1])), "labels": labels % 10, "indices": indices % EXAMPLES}
+
+
+def ours(case: Case, arrays: Arrays) -> Call:
+    """Prepare ours; the counter is put back, since there is one mini-batch."""
+    x, labels, indices = (arrays[name] for name in ("x", "labels", "indices"))
+    schedule, counter = x[:1, :1].copy(), (labels[:2] * 0).astype("uint32")
+    zero = counter.copy()
+    out = x[: case.shape[0]].copy(), labels[: case.shape[0]].copy(), schedule[0].copy()
+
+    def call() -> tuple:
+        counter[...] = zero
+        return bn.mini_batch(x, labels, schedule, counter, indices=indices, out=out)[:2]
+
+    return call
+
+
+def expression(case: Case, arrays: Arrays) -> Call:
+    """Prepare what a user would write."""
+    x, labels, indices = (arrays[name] for name in ("x", "labels", "indices"))
+    return lambda: (x[indices[0]], labels[indices[0]])
+
+
+def eager(case: Case, arrays: Arrays) -> Call:
+    """Prepare PyTorch's indexing."""
+    x, labels, indices = (pytorch.tensor_of(arrays[name]) for name in ("x", "labels", "indices"))
+    rows = indices[0].long()  # what PyTorch asks for
+    return lambda: (x[rows], labels[rows])
+
+
+def reference(case: Case, arrays: Arrays, xp: Any) -> tuple:
+    """Return the mini-batch of float64 examples."""
+    return expression(case, arrays)()
+
+
+def bytes_moved(case: Case) -> int:
+    """Return the bytes of the mini-batch, its labels and indices; the first two are read and written."""
+    return 2 * case.size * case.itemsize + case.shape[0] * 12
+
+
+OP = Op(
+    name="mini_batch",
+    cases=[Case("mini_batch", "forward", shape) for shape in SHAPES],
+    inputs=inputs,
+    reference=reference,
+    bytes_moved=bytes_moved,
+    providers=(
+        Provider("bnkernels", "cpu", ours),
+        Provider("bnkernels", "cuda", ours, engine="cupy"),
+        Provider("NumPy expression", "cpu", expression),
+        Provider("CuPy expression", "cuda", expression, engine="cupy"),
+        Provider("PyTorch eager", "cpu", eager, lambda: pytorch.absent("cpu")),
+        Provider("PyTorch eager", "cuda", eager, lambda: pytorch.absent("cuda"), engine="torch"),
+    ),
+)

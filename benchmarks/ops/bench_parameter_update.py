@@ -1,0 +1,145 @@
+"""One optimiser step over all parameters of a network: SGD, momentum, Adam. In place, step after step.
+
+A CUDA graph replays the step that was captured: Adam's corrections, numbers that the host computes, are then those of
+that step, which costs the same time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from itertools import count
+from typing import Any
+
+import numpy as np
+
+import bnkernels as bn
+from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Op, Provider
+from benchmarks.peers import pytorch
+
+SIZES = [1568, 1_000_000]  # of 64-20-10 with batch norm, padding included; and beyond a core's own caches
+LR = 0.01
+STATES = {"sgd": (), "momentum": ("first",), "adam": ("first", "second")}
+
+
+def inputs(case: Case, random: Callable[..., Any], rule: str) -> Arrays:
+    """Return parameters, gradients and fresh state arrays.
+
+    Raises
+    ------
+    NotSupportedError
+        For 16-bit parameters, and for what belongs to other ops: more axes and epilogues.
+    """
+    if case.dtype not in ("float32", "float64") or len(case.shape) != 1 or case.epilogue:
+        raise NotSupportedError(f"{case.op} is for (size,) in float32 or float64")
+    arrays = {name: random(case.shape) for name in ("parameters", "gradients")}
+    return arrays | {name: np.zeros_like(arrays["parameters"]) for name in STATES[rule]}
+
+
+def ours(case: Case, arrays: Arrays, rule: str) -> Call:
+    """Prepare our update."""
+    update = getattr(bn, f"{rule}_update")
+    given = [arrays[name] for name in ("parameters", "gradients", *STATES[rule])]
+    steps = count(1)
+
+    def call() -> tuple:
+        update(*given, lr=LR, **({"step": next(steps)} if rule == "adam" else {}))
+        return (given[0],)
+
+    return call
+
+
+def sgd(p: Any, g: Any, step: int) -> None:
+    """Make a step as a user would write it."""
+    p -= LR * g
+
+
+def momentum(p: Any, g: Any, velocity: Any, step: int) -> None:
+    """Make a step as a user would write it."""
+    velocity *= 0.9
+    velocity += g
+    p -= LR * velocity
+
+
+def adam(p: Any, g: Any, first: Any, second: Any, step: int) -> None:
+    """Make a step as a user would write it."""
+    first *= 0.9
+    first += 0.1 * g
+    second *= 0.999
+    second += 0.001 * g * g
+    p -= LR * (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)) ** 0.5 + 1e-8)
+
+
+RULES = {"sgd": sgd, "momentum": momentum, "adam": adam}
+
+
+def expression(case: Case, arrays: Arrays, rule: str) -> Call:
+    """Prepare the update that a user would write."""
+    given = [arrays[name] for name in ("parameters", "gradients", *STATES[rule])]
+    steps = count(1)
+
+    def call() -> tuple:
+        RULES[rule](*given, step=next(steps))
+        return (given[0],)
+
+    return call
+
+
+def eager(case: Case, arrays: Arrays, rule: str, fused: bool = False) -> Call:
+    """Prepare PyTorch's optimiser, with its fused kernel or as it comes."""
+    torch = pytorch.load()
+    parameters = pytorch.tensor_of(arrays["parameters"]).requires_grad_()
+    parameters.grad = pytorch.tensor_of(arrays["gradients"])
+    options: dict[str, Any] = {"fused": True} if fused else {}
+    if rule == "adam":
+        # On a GPU it counts its steps there, as nothing else can be captured.
+        optimizer = torch.optim.Adam([parameters], lr=LR, capturable=parameters.is_cuda, **options)
+    else:
+        optimizer = torch.optim.SGD([parameters], lr=LR, momentum=0.9 if rule == "momentum" else 0, **options)
+
+    def call() -> tuple:
+        optimizer.step()
+        return (parameters.detach(),)
+
+    return call
+
+
+def reference(case: Case, arrays: Arrays, xp: Any, rule: str) -> tuple:
+    """Return the parameters after the first step, from float64 arrays, which are overwritten."""
+    return expression(case, arrays, rule)()
+
+
+def bytes_moved(case: Case, rule: str) -> int:
+    """Return the bytes of parameters in and out, gradients in, state in and out."""
+    return (3 + 2 * len(STATES[rule])) * case.size * case.itemsize
+
+
+def op_of(rule: str) -> Op:
+    """Return one rule with its cases and providers."""
+    name = f"{rule}_update"
+
+    def provider(title: str, place: str, prepare: Any, engine: str = "host", absent: Any = None, **options: Any) -> Any:
+        call = partial(prepare, rule=rule, **options)
+        return Provider(title, place, call, absent or (lambda: None), engine=engine)
+
+    cpu, cuda = (partial(pytorch.absent, place) for place in ("cpu", "cuda"))
+    return Op(
+        name=name,
+        cases=[Case(name, "step", (size,)) for size in SIZES],
+        inputs=partial(inputs, rule=rule),
+        reference=partial(reference, rule=rule),
+        bytes_moved=partial(bytes_moved, rule=rule),
+        providers=(
+            provider("bnkernels", "cpu", ours),
+            provider("bnkernels", "cuda", ours, "cupy"),
+            provider("NumPy expression", "cpu", expression),
+            provider("CuPy expression", "cuda", expression, "cupy"),
+            provider("PyTorch eager", "cpu", eager, "host", cpu),
+            provider("PyTorch eager", "cuda", eager, "torch", cuda),
+            provider("PyTorch eager, fused", "cpu", eager, "host", cpu, fused=True),
+            provider("PyTorch eager, fused", "cuda", eager, "torch", cuda, fused=True),
+        ),
+    )
+
+
+OPS = {rule: op_of(rule) for rule in STATES}

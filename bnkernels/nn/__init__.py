@@ -1,0 +1,1 @@
+"""Layers, networks and optimisers: they own arrays and call the ops."""

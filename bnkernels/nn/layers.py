@@ -1,0 +1,209 @@
+"""Layers of a network: each has a forward, a backward, and views of its parameters and their gradients.
+
+A layer keeps what its backward needs from its last forward in training. Parameters and gradients are views of the
+network's two flat arrays, so that an optimiser updates all of them at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from bnkernels.ops.activations import activation_named
+from bnkernels.ops.batch_norm.call import (
+    Plan,
+    plan_backward,
+    plan_forward,
+    plan_inference,
+    run_backward,
+    run_forward,
+    run_inference,
+)
+from bnkernels.ops.layer_norm.op import layer_norm_backward, layer_norm_forward
+from bnkernels.runtime import checks as check
+from bnkernels.runtime import overlap
+from bnkernels.runtime.registry import runtime_of
+
+
+class Linear:
+    """``y = x @ weight + bias``.
+
+    Parameters
+    ----------
+    parameters, gradients : dict of str to array
+        `weight`, shape (inputs, outputs), and where there is one `bias`, shape (outputs,); each with its gradient.
+    xp : module
+        numpy or cupy.
+    first : bool
+        Whether nothing stands before this layer, so that nobody needs the gradient of its input.
+    """
+
+    def __init__(self, parameters: dict[str, Any], gradients: dict[str, Any], xp: Any, *, first: bool = False) -> None:
+        self.parameters, self.gradients = parameters, gradients
+        self.xp, self.first = xp, first
+
+    def forward(self, x: Any, *, training: bool) -> Any:
+        """Return the output, shape (N, outputs), for `x`, shape (N, inputs)."""
+        if training:
+            self.x = x
+        y = self.xp.matmul(x, self.parameters["weight"])
+        if "bias" in self.parameters:
+            y += self.parameters["bias"]
+        return y
+
+    def backward(self, dy: Any) -> Any:
+        """Write the gradients of the parameters; return that of the input (None for the first layer)."""
+        self.xp.matmul(self.x.T, dy, out=self.gradients["weight"])
+        if "bias" in self.gradients:
+            dy.sum(axis=0, out=self.gradients["bias"])
+        return None if self.first else self.xp.matmul(dy, self.parameters["weight"].T)
+
+
+class BatchNorm:
+    """Batch normalisation with the activation behind it.
+
+    Parameters
+    ----------
+    parameters, gradients : dict of str to array
+        `gamma` and `beta`, shape (C,); each with its gradient.
+    running_mean, running_var : array, shape (C,), or both None
+        Running statistics, updated in place by every forward in training. None: not tracked; then every forward, also
+        outside training, normalises with the statistics of its mini-batch.
+    momentum : float or None
+        Weight of the new statistics; None gives the plain average of all mini-batches.
+    unbiased : bool
+        Whether `running_var` takes the variance over N - 1; else over N.
+    eps : float
+        Added to the variance, in the units of ``x**2``.
+    activation : str
+        What follows the normalisation.
+    """
+
+    def __init__(
+        self,
+        parameters: dict[str, Any],
+        gradients: dict[str, Any],
+        running_mean: Any = None,
+        running_var: Any = None,
+        *,
+        momentum: float | None = 0.1,
+        unbiased: bool = True,
+        eps: float = 1e-5,
+        activation: str = "identity",
+    ) -> None:
+        if (running_mean is None) != (running_var is None):
+            missing = "running_mean" if running_mean is None else "running_var"
+            raise ValueError(f"{missing} is None and its companion is not; pass both, or neither to track nothing")
+        if momentum is not None:
+            momentum = check.number("momentum", momentum, 0, 1)
+        self.parameters, self.gradients = parameters, gradients
+        self.running_mean, self.running_var = running_mean, running_var
+        self.momentum, self.unbiased = momentum, check.boolean("unbiased", unbiased)
+        self.eps, self.activation = check.epsilon(eps, parameters["gamma"]), activation
+        self.batches = 0  # on the host: a counter on the device would cost a launch per step
+        self._phi = activation_named(activation)
+        self._plans: dict[Callable, tuple[list, Plan]] = {}  # the last of each kind
+        if runtime_of(type(parameters["gamma"])) is None:
+            written = {"running_mean": running_mean, "running_var": running_var}
+            for name, array in (written | {f"gradient of {key}": array for key, array in gradients.items()}).items():
+                if array is not None:
+                    overlap.writable(name, array)
+
+    def forward(self, x: Any, *, training: bool) -> Any:
+        """Return the output, of the shape of `x`, (N, C)."""
+        vectors = self.parameters["gamma"], self.parameters["beta"]
+        running = self.running_mean, self.running_var
+        if not training and self.running_mean is not None:
+            arrays = (None, x, None, *vectors, *running)
+            return run_inference(self._plan(plan_inference, arrays, (1,)), arrays, self.eps, self._phi)
+        arrays = (None, None, *running, x, None, *vectors)
+        plan = self._plan(plan_forward, arrays, (4,))
+        momentum = 1 / (self.batches + 1) if self.momentum is None else self.momentum
+        y, statistics, kept = run_forward(plan, arrays, momentum, self.eps, self._phi, self.unbiased)
+        if training:
+            self.x, self.statistics, self._kept = x, statistics, kept
+            self.batches += 1
+        return y
+
+    def backward(self, dy: Any) -> Any:
+        """Write the gradients of the parameters; return that of the input, in the place of `dy`, which is C-ordered."""
+        vectors = self.parameters["gamma"], self.parameters["beta"]
+        outputs = dy, self.gradients["gamma"], self.gradients["beta"]
+        arrays = (*outputs, None, dy, self.x, None, *vectors, self.statistics, None, None)
+        plan = self._plan(plan_backward, arrays, (4, 5))
+        if plan.runtime is None:
+            overlap.writable("dy", dy)
+        return run_backward(plan, arrays, self.eps, self._phi, self._kept)[0]
+
+    def _plan(self, plan: Callable[..., Plan], arrays: tuple, varying: tuple[int, ...]) -> Plan:
+        """Return the plan for these arrays, of which only the `varying` ones differ between calls."""
+        signatures = [check.signature(arrays[i]) for i in varying]
+        known, found = self._plans.get(plan, (None, None))
+        if signatures != known:
+            found = plan(1, *check.signatures(arrays))
+            self._plans[plan] = signatures, found
+        return found
+
+
+class LayerNorm:
+    """Layer normalisation of every example, with the activation behind it.
+
+    Parameters
+    ----------
+    parameters, gradients : dict of str to array
+        `gamma` and `beta`, shape (C,); each with its gradient.
+    eps : float
+        Added to the variance, in the units of ``x**2``.
+    activation : str
+        What follows the normalisation.
+    """
+
+    def __init__(
+        self, parameters: dict[str, Any], gradients: dict[str, Any], *, eps: float = 1e-5, activation: str = "identity"
+    ) -> None:
+        self.parameters, self.gradients = parameters, gradients
+        self.eps, self.activation = check.epsilon(eps, parameters["gamma"]), activation
+        activation_named(activation)
+
+    def forward(self, x: Any, *, training: bool) -> Any:
+        """Return the output, of the shape of `x`, (N, C)."""
+        vectors = self.parameters["gamma"], self.parameters["beta"]
+        y, statistics = layer_norm_forward(x, *vectors, eps=self.eps, activation=self.activation)
+        if training:
+            self.x, self.statistics = x, statistics
+        return y
+
+    def backward(self, dy: Any) -> Any:
+        """Write the gradients of the parameters; return that of the input, in the place of `dy`, which is C-ordered."""
+        vectors = self.parameters["gamma"], self.parameters["beta"]
+        out = dy, self.gradients["gamma"], self.gradients["beta"]
+        given = dy, self.x, *vectors, self.statistics
+        return layer_norm_backward(*given, activation=self.activation, out=out)[0]
+
+
+class Activation:
+    """An activation on its own, for networks without a norm.
+
+    Parameters
+    ----------
+    name : str
+        One of `bnkernels.ops.activations.ACTIVATIONS`.
+    xp : module
+        numpy or cupy.
+    """
+
+    def __init__(self, name: str, xp: Any) -> None:
+        self.parameters: dict[str, Any] = {}
+        self.gradients: dict[str, Any] = {}
+        self.phi, self.xp = activation_named(name), xp
+
+    def forward(self, z: Any, *, training: bool) -> Any:
+        """Return the activations, in the place of `z` where the backward does not need that."""
+        h = self.phi.forward(self.xp, z)
+        if training:
+            self.kept = h if self.phi.from_output else z
+        return h
+
+    def backward(self, dh: Any) -> Any:
+        """Return the gradient of the input."""
+        return self.phi.backward(self.xp, dh, self.kept)

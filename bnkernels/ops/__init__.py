@@ -1,0 +1,1 @@
+"""Ops: arrays in, arrays out. Each checks its arguments, plans the launch, and launches."""

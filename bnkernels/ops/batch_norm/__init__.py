@@ -1,0 +1,1 @@
+"""Batch normalisation: training, inference, in parts, double backward, folding."""

@@ -1,0 +1,342 @@
+"""Batch norm in pieces, for a mini-batch that lies on several devices or comes in several parts.
+
+Each part is summed where it is (`batch_norm_moments`), the small sums are exchanged, merged (`batch_norm_statistics`),
+and applied where the data are (`batch_norm_normalise`); the backward goes the same way (`batch_norm_gradient_sums`,
+`batch_norm_input_gradient`). How to exchange is the caller's choice: NCCL, MPI, or a loop. T, A, P and C are those of
+``batch_norm.py``. The kernels are the general ones, and for the merge ``cuda/batch_norm_statistics.cu``.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bnkernels.ops.activations import activation_named
+from bnkernels.ops.batch_norm.masked_grouped import Options, Stage, run
+from bnkernels.ops.batch_norm.reference import merge_host
+from bnkernels.runtime import checks as check
+from bnkernels.runtime import overlap, registry
+from bnkernels.runtime import seam as rt
+from bnkernels.runtime.arguments import SUFFIX, addresses, arguments_type, empty, pack, suffix
+
+NAMES = ("statistics", "merged", "running_mean", "running_var", "moments")
+ARGUMENTS = arguments_type(
+    "moments merged statistics running_mean running_var", "parts channels", "momentum correction eps", ""
+)
+THREADS = 128
+IDENTITY = activation_named("identity")
+
+
+def batch_norm_moments(x: Any, *, axis: int = 1, mask: Any = None, out: Any = None) -> Any:
+    """Return count, mean and sum of squares of every channel.
+
+    Parameters
+    ----------
+    x : array, type T
+        A part of a mini-batch, of any number of examples. Never written.
+    axis : int
+        The axis of the channels.
+    mask : array of bool, optional
+        As in `batch_norm_forward`.
+    out : array, shape (4, C), type A, optional
+        Where to write the result; C order.
+
+    Returns
+    -------
+    array, shape (4, C), type A
+        Its rows are the count of values, their mean in two parts, and the sum of their squared distances from it, in
+        the units of ``x**2``.
+
+    Raises
+    ------
+    TypeError
+        If an argument is not an array of the right kind or data type, or arrays of NumPy and CuPy are mixed.
+    ValueError
+        If a shape, layout or value is wrong, or arrays overlap.
+
+    See Also
+    --------
+    batch_norm_statistics : Merges several of these.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> batch_norm_moments(np.array([[1.0], [3.0]]))[:, 0]
+    array([2., 2., 0., 2.])
+    """
+    arrays = {"moments": out, "x": x, "mask": mask}
+    return run(Stage.COLLECT, arrays, ("moments",), Options(IDENTITY), check.integer("axis", axis))[0]
+
+
+def batch_norm_statistics(
+    moments: Any,
+    running_mean: Any = None,
+    running_var: Any = None,
+    *,
+    momentum: float = 0.1,
+    unbiased: bool = True,
+    eps: float = 1e-5,
+    out: tuple[Any, Any] | None = None,
+) -> tuple[Any, Any]:
+    """Merge the moments of several parts into the statistics of the whole mini-batch.
+
+    Parameters
+    ----------
+    moments : array, shape (K, 4, C), float32 or float64
+        What `batch_norm_moments` returned for K parts; a part may be empty. Never written.
+    running_mean, running_var : array, shape (C,), optional
+        Running statistics, updated in place.
+    momentum, unbiased, eps : float, bool, float
+        As in `batch_norm_forward`.
+    out : tuple of two arrays, optional
+        Where to write what is returned; C order.
+
+    Returns
+    -------
+    statistics : array, shape (3, C)
+        Its rows are `mean`, `mean_low` and `rstd`, for the other ops.
+    merged : array, shape (4, C)
+        The moments of all parts together, for a merge in several steps.
+
+    Raises
+    ------
+    TypeError
+        If an argument is not an array of the right kind or data type, or arrays of NumPy and CuPy are mixed.
+    ValueError
+        If a shape, layout or value is wrong, or arrays overlap.
+
+    Notes
+    -----
+    The parts are merged in their order: devices that merge the same array get the same bits.
+
+    References
+    ----------
+    .. [1] T. F. Chan, G. H. Golub and R. J. LeVeque, "Algorithms for computing the sample variance", 1983.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> parts = [batch_norm_moments(np.array(part)) for part in ([[1.0], [3.0]], [[8.0]])]
+    >>> statistics, merged = batch_norm_statistics(np.stack(parts))
+    >>> merged[:, 0]
+    array([ 3.,  4.,  0., 26.])
+    """
+    statistics, merged = check.pack_outputs(out, ("statistics", "merged"))
+    options = check.number("momentum", momentum, 0, 1), check.boolean("unbiased", unbiased), check.epsilon(eps, moments)
+    arrays = (statistics, merged, running_mean, running_var, moments)
+    plan = _plan(*check.signatures(arrays))
+    if any(array is not None for array in arrays[:4]):
+        overlap.check_outputs(plan.runtime, NAMES, arrays, written=4)
+    if statistics is None:
+        statistics, merged = (empty(plan.runtime, (rows, plan.channels), moments) for rows in (3, 4))
+    written = statistics, merged, running_mean, running_var
+    if plan.channels == 0:
+        return statistics, merged
+    if plan.runtime is None:
+        merge_host(moments, *written, *options)
+    else:
+        check.one_device(plan.runtime, NAMES, (*written, moments))
+        pointers = addresses(plan.runtime, moments, merged, statistics, running_mean, running_var)
+        sizes = moments.shape[0], plan.channels
+        arguments = pack(ARGUMENTS[moments.dtype], *pointers, *sizes, options[0], float(options[1]), options[2])
+        kernel = f"bnk_batch_norm_statistics_{suffix(moments.dtype)}"
+        plan.runtime.launch("batch_norm_statistics", kernel, plan.launch, arguments, moments)
+    return statistics, merged
+
+
+class _Plan(NamedTuple):
+    runtime: rt.Runtime | None
+    channels: int
+    launch: rt.Launch | None
+
+
+@lru_cache(maxsize=1024)
+def _plan(*signatures: check.Signature | None) -> _Plan:
+    """Check the signatures of the arrays NAMES."""
+    args = check.arguments(dict(zip(NAMES, signatures, strict=True)), NAMES[:-1], written=4)
+    moments = args["moments"]
+    if moments.dtype not in SUFFIX:
+        raise TypeError(f"moments must be float32 or float64, as batch_norm_moments returns them, got {moments.dtype}")
+    if len(moments.shape) != 3 or moments.shape[1] != 4:
+        raise ValueError(f"moments must have the shape (K, 4, C), of K parts, got {moments.shape}; stack the parts")
+    parts, _, channels = moments.shape
+    if parts > np.iinfo(np.int32).max:
+        raise ValueError(f"moments must be of fewer than 2**31 parts, got {parts}; merge them in several steps")
+    shapes = {"moments": moments.shape, "statistics": (3, channels), "merged": (4, channels)}
+    for name, argument in args.items():
+        check.contiguous(argument, shapes.get(name, (channels,)), moments.dtype)
+    runtime = registry.runtime_of(moments.kind)
+    launch = rt.Launch((max(1, rt.ceil_div(channels, THREADS)), 1, 1), (min(max(channels, 1), THREADS), 1, 1))
+    return _Plan(runtime, channels, launch)
+
+
+def batch_norm_normalise(
+    x: Any,
+    gamma: Any,
+    beta: Any,
+    statistics: Any,
+    *,
+    axis: int = 1,
+    residual: Any = None,
+    activation: str = "identity",
+    alpha: float | None = None,
+    mask: Any = None,
+    out: Any = None,
+) -> Any:
+    """Normalise with given statistics, scale, shift and activate.
+
+    Parameters
+    ----------
+    x : array, type T
+        Any number of examples. Never written.
+    gamma, beta : array, shape (C,), type P, or None
+        Scale and shift; None means 1 and 0.
+    statistics : array, shape (3, C) or (5, C), type A
+        From `batch_norm_statistics` or `batch_norm_forward`.
+    axis, residual, activation, alpha, mask : int, array, str, float, array
+        As in `batch_norm_forward`.
+    out : array, shape and type of `x`, optional
+        Where to write the output; C order; may be `x` or `residual` itself.
+
+    Returns
+    -------
+    array, shape and type of `x`, C order
+        The output.
+
+    Raises
+    ------
+    TypeError
+        If an argument is not an array of the right kind or data type, or arrays of NumPy and CuPy are mixed.
+    ValueError
+        If a shape, layout or value is wrong, or arrays overlap.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x = np.array([[1.0], [3.0], [8.0]])
+    >>> statistics, _ = batch_norm_statistics(batch_norm_moments(x)[None])
+    >>> bool(abs(batch_norm_normalise(x, None, None, statistics).sum()) < 1e-15)
+    True
+    """
+    axis, phi = check.integer("axis", axis), activation_named(activation, alpha)
+    arrays = {"out": out, "x": x, "residual": residual, "mask": mask, "gamma": gamma, "beta": beta}
+    return run(Stage.APPLY, arrays | {"statistics": statistics}, ("out",), Options(phi), axis)[0]
+
+
+def batch_norm_gradient_sums(
+    dy: Any,
+    x: Any,
+    gamma: Any,
+    beta: Any,
+    statistics: Any,
+    *,
+    axis: int = 1,
+    residual: Any = None,
+    activation: str = "identity",
+    alpha: float | None = None,
+    mask: Any = None,
+    out: Any = None,
+) -> Any:
+    """Return what the gradient of every input depends on: sums over this part of the mini-batch.
+
+    Parameters
+    ----------
+    dy : array, shape and type of `x`
+        Gradient with respect to the output of this part. Never written.
+    x, gamma, beta, statistics : array, array or None, array or None, array
+        As in `batch_norm_normalise`; the statistics are those of the whole mini-batch.
+    axis, residual, activation, alpha, mask : int, array, str, float, array
+        As in `batch_norm_forward`.
+    out : array, shape (3, C), type A, optional
+        Where to write the result; C order.
+
+    Returns
+    -------
+    array, shape (3, C), type A
+        Its rows are the sum of ``g``, the gradient before the activation, which is this part of `dbeta`; the sum of
+        ``g xhat``, without renormalisation this part of `dgamma`; and the count. All three add up over parts.
+
+    Raises
+    ------
+    TypeError
+        If an argument is not an array of the right kind or data type, or arrays of NumPy and CuPy are mixed.
+    ValueError
+        If a shape, layout or value is wrong, or arrays overlap.
+
+    See Also
+    --------
+    batch_norm_input_gradient : Takes the total of these.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x, dy = np.array([[1.0], [3.0]]), np.array([[1.0], [2.0]])
+    >>> statistics, _ = batch_norm_statistics(batch_norm_moments(x)[None])
+    >>> batch_norm_gradient_sums(dy, x, None, None, statistics)[:, 0].round(3)
+    array([3., 1., 2.])
+    """
+    axis, phi = check.integer("axis", axis), activation_named(activation, alpha)
+    arrays = {"sums": out, "dy": dy, "x": x, "residual": residual, "mask": mask, "gamma": gamma, "beta": beta}
+    return run(Stage.COLLECT, arrays | {"statistics": statistics}, ("sums",), Options(phi), axis)[0]
+
+
+def batch_norm_input_gradient(
+    dy: Any,
+    x: Any,
+    gamma: Any,
+    beta: Any,
+    statistics: Any,
+    sums: Any,
+    *,
+    axis: int = 1,
+    residual: Any = None,
+    activation: str = "identity",
+    alpha: float | None = None,
+    mask: Any = None,
+    out: tuple[Any, ...] | None = None,
+) -> tuple[Any, ...]:
+    """Return the gradient of the input of a part, from the sums over the whole mini-batch.
+
+    Parameters
+    ----------
+    dy, x, gamma, beta, statistics : array, array, array or None, array or None, array
+        As in `batch_norm_gradient_sums`.
+    sums : array, shape (3, C), type A
+        The total of what `batch_norm_gradient_sums` returned for all parts.
+    axis, residual, activation, alpha, mask : int, array, str, float, array
+        As in `batch_norm_forward`.
+    out : tuple of arrays, optional
+        Where to write what is returned; C order. `dx` may be `dy`, `x` or `residual` itself.
+
+    Returns
+    -------
+    dx : array, shape and type of `x`
+        Gradient with respect to `x`, also through the statistics.
+    dresidual : array, shape and type of `x`
+        Gradient with respect to `residual`; only where that is given.
+
+    Raises
+    ------
+    TypeError
+        If an argument is not an array of the right kind or data type, or arrays of NumPy and CuPy are mixed.
+    ValueError
+        If a shape, layout or value is wrong, or arrays overlap.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x, dy = np.array([[1.0], [3.0], [8.0]]), np.array([[1.0], [2.0], [0.0]])
+    >>> statistics, _ = batch_norm_statistics(batch_norm_moments(x)[None])
+    >>> sums = batch_norm_gradient_sums(dy, x, None, None, statistics)
+    >>> (dx,) = batch_norm_input_gradient(dy, x, None, None, statistics, sums)
+    >>> bool(abs(dx.sum()) < 1e-15)
+    True
+    """
+    returned = ("dx",) if residual is None else ("dx", "dresidual")
+    dx, dresidual = (*check.pack_outputs(out, returned), None)[:2]
+    axis, phi = check.integer("axis", axis), activation_named(activation, alpha)
+    arrays = {"dx": dx, "dresidual": dresidual, "dy": dy, "x": x, "residual": residual, "mask": mask}
+    arrays |= {"gamma": gamma, "beta": beta, "statistics": statistics, "sums": sums}
+    return run(Stage.APPLY, arrays, returned, Options(phi), axis)

@@ -1,0 +1,265 @@
+"""The NumPy twins of the general batch-norm kernels: their formulas, in float64, on arrays (groups, rows, C)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bnkernels.ops.activations import Activation
+from bnkernels.ops.batch_norm.problem import Options, Plan
+from bnkernels.runtime.arguments import accumulator
+
+WHOLE, COLLECT, APPLY, FROZEN = range(4)  # stages of a pass
+DOUBLE = np.dtype(np.float64)
+
+
+class _Normalisation(NamedTuple):
+    """How channels are normalised, each array (groups, 1, C): ``scale * (x - mean - mean_low) + shift``."""
+
+    mean: np.ndarray
+    mean_low: np.ndarray
+    rstd: np.ndarray
+    r: np.ndarray
+    d: np.ndarray
+    scale: np.ndarray
+    shift: np.ndarray
+
+
+class _Moments(NamedTuple):
+    """Of the valid rows, each array (groups, 1, C) in float64; with the mean in two parts."""
+
+    count: np.ndarray
+    mean: np.ndarray
+    mean_low: np.ndarray
+    m2: np.ndarray
+
+
+def _moved(plan: Plan, array: np.ndarray) -> np.ndarray:
+    """Return a view with the groups first, though there be one, and the channels last."""
+    return np.moveaxis(array if plan.grouped else array[None], plan.layout.axis + 1, -1)
+
+
+def _rows(plan: Plan, array: np.ndarray | None, valid: np.ndarray | None) -> np.ndarray | None:
+    """Return an input as (groups, rows, C) in the accumulator's type, 0 where it is invalid."""
+    if array is None:
+        return None
+    rows = _moved(plan, array).reshape(plan.groups, plan.layout.rows, plan.layout.channels)
+    rows = rows.astype(accumulator(array.dtype), copy=False)
+    return rows if valid is None else np.where(valid, rows, rows.dtype.type(0))
+
+
+def _bring_back(plan: Plan, rows: np.ndarray, valid: np.ndarray | None, out: np.ndarray | None) -> None:
+    """Write an output, 0 where it is invalid."""
+    if out is None:
+        return
+    moved = _moved(plan, out)
+    moved[...] = (rows if valid is None else np.where(valid, rows, rows.dtype.type(0))).reshape(moved.shape)
+
+
+def _valid(plan: Plan, mask: np.ndarray | None) -> np.ndarray | None:
+    """Return the mask as (groups, rows, 1)."""
+    if mask is None:
+        return None
+    positions = _moved(plan, np.broadcast_to(False, plan.shapes["x"])).shape[:-1]
+    mask = mask if plan.grouped else mask[None]
+    mask = mask.reshape(mask.shape + (1,) * (len(positions) - mask.ndim))
+    return np.broadcast_to(mask, positions).reshape(plan.groups, plan.layout.rows, 1)
+
+
+def _count(plan: Plan, valid: np.ndarray | None) -> np.ndarray:
+    """Return how many rows are valid, (groups, 1, 1)."""
+    if valid is None:
+        return np.full((plan.groups, 1, 1), float(plan.layout.rows))
+    return valid.sum(1, keepdims=True, dtype=DOUBLE)
+
+
+def _sum(rows: np.ndarray) -> np.ndarray:
+    """Return the sums over the rows, (groups, 1, C): a product with ones is faster than a sum."""
+    return np.ones((1, rows.shape[1]), rows.dtype) @ rows
+
+
+def _by_group(plan: Plan, array: np.ndarray | None, absent: float = 0.0) -> np.ndarray:
+    """Return gamma, beta or running statistics as (groups or 1, 1, C) in the accumulator's type."""
+    wide = accumulator(plan.dtypes["x"])
+    if array is None:
+        return np.full((1, 1, plan.layout.channels), absent, wide)
+    return array.reshape(-1, 1, plan.layout.channels).astype(wide)
+
+
+def _moments(plan: Plan, x: np.ndarray, valid: np.ndarray | None) -> _Moments:
+    """Return the moments of the valid rows.
+
+    A constant channel has exactly its number as mean, and no squares: float64 is first shifted by its first valid row,
+    and what rounding leaves of the mean is taken in a second pass. Float32 is summed exactly as it is.
+    """
+    count = _count(plan, valid)
+    divisor, first = np.maximum(count, 1), np.zeros((1, 1, 1))
+    if x.dtype == DOUBLE:
+        at = 0 if valid is None else valid.argmax(1)[:, None]
+        first = x[:, :1] if valid is None else np.take_along_axis(x, np.broadcast_to(at, (len(x), 1, x.shape[2])), 1)
+    centred, shift = x.astype(DOUBLE), np.zeros((1, 1, 1))
+    weight = 1.0 if valid is None else valid.astype(DOUBLE)
+    centred -= first
+    for _ in range(2 if x.dtype == DOUBLE else 1):
+        if valid is not None:
+            centred *= weight
+        rest = _sum(centred) / divisor
+        centred -= rest
+        shift = shift + rest
+    if valid is not None:
+        centred *= weight
+    mean = (first + shift).astype(x.dtype)
+    low = (first - mean) + shift
+    centred *= centred
+    return _Moments(np.broadcast_to(count, mean.shape), mean.astype(DOUBLE), low, _sum(centred))
+
+
+def _normalise(plan: Plan, arrays: dict[str, Any], mean: Any, low: Any, rstd: Any, r: Any, d: Any) -> _Normalisation:
+    """Form scale and shift as the kernels do, in the accumulator's type."""
+    gamma, beta = _by_group(plan, arrays["gamma"], 1.0), _by_group(plan, arrays["beta"])
+    return _Normalisation(mean, low, rstd, r, d, gamma * rstd * r, gamma * d + beta)
+
+
+def _given(plan: Plan, stage: int, arrays: dict[str, Any], options: Options) -> _Normalisation:
+    """Return the normalisation with given statistics, or running ones."""
+    wide = accumulator(plan.dtypes["x"])
+    one, zero = np.ones((), wide), np.zeros((), wide)
+    if stage == FROZEN:
+        mean, var = (_by_group(plan, arrays[name]) for name in ("running_mean", "running_var"))
+        return _normalise(plan, arrays, mean, zero, 1 / np.sqrt(var + wide.type(options.eps)), one, zero)
+    rows = arrays["statistics"].reshape(plan.groups, plan.statistic_rows, 1, plan.layout.channels)
+    parts = [rows[:, i] for i in range(plan.statistic_rows)]
+    return _normalise(plan, arrays, *(parts if len(parts) == 5 else [*parts, one, zero]))
+
+
+def _concluded(plan: Plan, arrays: dict[str, Any], options: Options, moments: _Moments) -> _Normalisation:
+    """Return the normalisation that moments make, renormalised or not; write statistics and running statistics."""
+    wide = accumulator(plan.dtypes["x"])
+    some = moments.count > 0
+    var = (moments.m2 / np.maximum(moments.count, 1)).astype(wide)
+    rstd = np.where(some, 1 / np.sqrt(var + wide.type(options.eps)), 0).astype(wide)
+    r, d = np.ones_like(rstd), np.zeros_like(rstd)
+    if options.renorm is not None:
+        r_max, d_max = options.renorm
+        running = 1 / np.sqrt(_by_group(plan, arrays["running_var"]) + wide.type(options.eps))
+        distance = moments.mean - _by_group(plan, arrays["running_mean"]) + moments.mean_low
+        r = np.where(some, np.clip(running / rstd, 1 / r_max, r_max), 1).astype(wide)
+        d = np.where(some, np.clip(distance * running, -d_max, d_max), 0).astype(wide)
+    rows = (moments.mean, moments.mean_low, rstd, r, d)[: plan.statistic_rows]
+    arrays["statistics"][...] = np.concatenate(rows, 1).reshape(plan.shapes["statistics"])
+    _update(arrays["running_mean"], options.momentum, moments.mean, some)
+    divisor = moments.count - options.unbiased
+    unbiased = moments.m2 / np.maximum(divisor, 1)
+    _update(arrays["running_var"], options.momentum, unbiased, some & (divisor > 0))
+    mean, low = moments.mean.astype(wide), moments.mean_low.astype(wide)
+    return _normalise(plan, arrays, mean, low, rstd, r, d)
+
+
+def _update(running: np.ndarray | None, momentum: float, new: np.ndarray, where: np.ndarray) -> None:
+    """Move a running statistic where there is something new."""
+    if running is not None:
+        moved = (1 - momentum) * running.astype(DOUBLE) + momentum * new.reshape(running.shape)
+        running[...] = np.where(where.reshape(running.shape), moved, running)
+
+
+def _centred(x: np.ndarray, of: _Normalisation, valid: np.ndarray | None) -> np.ndarray:
+    centred = x.astype(DOUBLE)
+    centred -= of.mean
+    centred -= of.mean_low
+    if valid is not None:
+        centred *= valid
+    return centred
+
+
+def _before_activation(centred: np.ndarray, of: _Normalisation, residual: np.ndarray | None) -> np.ndarray:
+    """Return what the activation sees; the same in both passes."""
+    z = np.multiply(centred, of.scale, out=np.empty(centred.shape, of.scale.dtype), casting="same_kind")
+    z += of.shift
+    if residual is not None:
+        z += residual
+    return z
+
+
+@np.errstate(all="ignore")  # as kernels do, which have no warnings
+def forward_host(plan: Plan, stage: int, arrays: dict[str, Any], options: Options) -> None:
+    """Write what the stage of the forward writes."""
+    valid = _valid(plan, arrays.get("mask"))
+    x = _rows(plan, arrays["x"], valid)
+    if stage in (WHOLE, COLLECT):
+        moments = _moments(plan, x, valid)
+        if stage == COLLECT:
+            arrays["moments"][...] = np.concatenate(moments, 1)[0]
+            return
+        of = _concluded(plan, arrays, options, moments)
+    else:
+        of = _given(plan, stage, arrays, options)
+    # In the whole pass too as the backward forms it: from the statistics as they are kept.
+    z = _before_activation(_centred(x, of, valid), of, _rows(plan, arrays["residual"], valid))
+    _bring_back(plan, options.phi.forward(np, z), valid, arrays["y" if "y" in arrays else "out"])
+
+
+def _gradient(phi: Activation, dy: np.ndarray, centred: np.ndarray, of: _Normalisation, residual: Any) -> np.ndarray:
+    """Return the gradient before the activation, in float64."""
+    if phi.is_identity:
+        return dy.astype(DOUBLE)
+    z = _before_activation(centred, of, residual)
+    return phi.backward(np, dy, phi.forward(np, z) if phi.from_output else z).astype(DOUBLE)
+
+
+@np.errstate(all="ignore")  # as kernels do, which have no warnings
+def backward_host(plan: Plan, stage: int, arrays: dict[str, Any], options: Options) -> None:
+    """Write what the stage of the backward writes."""
+    valid = _valid(plan, arrays["mask"])
+    dy, x, residual = (_rows(plan, arrays[name], valid) for name in ("dy", "x", "residual"))
+    of = _given(plan, stage, arrays, options)
+    centred = _centred(x, of, valid)
+    g = _gradient(options.phi, dy, centred, of, residual)  # 0 where dy is
+    if stage == APPLY:
+        sum_g, sum_g_xhat, count = arrays["sums"].astype(DOUBLE)
+    else:
+        sum_g, sum_g_xhat, count = _sum(g), _sum(g * centred) * of.rstd, _count(plan, valid)
+    if stage == COLLECT:
+        arrays["sums"][...] = np.concatenate((sum_g, sum_g_xhat, np.broadcast_to(count, sum_g.shape)), 1)[0]
+        return
+    if stage in (WHOLE, FROZEN):
+        arrays["dgamma"][...] = (of.r * sum_g_xhat + of.d * sum_g).sum((0, 1))
+        arrays["dbeta"][...] = sum_g.sum((0, 1))
+    _bring_back(plan, g, valid, arrays.get("dresidual"))
+    if stage != FROZEN:
+        count = np.maximum(count, 1)
+        centred *= sum_g_xhat * of.rstd / count
+        g -= centred
+        g -= sum_g / count
+    g *= of.scale
+    _bring_back(plan, g, valid, arrays["dx"])
+
+
+@np.errstate(all="ignore")  # as kernels do, which have no warnings
+def merge_host(
+    moments: np.ndarray,
+    statistics: np.ndarray,
+    merged: np.ndarray,
+    running_mean: np.ndarray | None,
+    running_var: np.ndarray | None,
+    momentum: float,
+    unbiased: bool,
+    eps: float,
+) -> None:
+    """Write the statistics and the moments of all parts together, and update the running statistics."""
+    dtype = moments.dtype
+    given = np.where(moments[:, :1] > 0, moments, 0).astype(DOUBLE)  # of an empty part nothing but the count counts
+    counts, highs, lows, m2s = given[:, 0], given[:, 1], given[:, 2], given[:, 3]
+    count = counts.sum(0)
+    divisor, some = np.maximum(count, 1), count > 0
+    first = highs[(counts > 0).argmax(0), np.arange(len(count))]  # all means are taken from here: equal ones stay exact
+    shift = (counts * ((highs - first) + lows)).sum(0) / divisor
+    mean = (first + shift).astype(dtype)
+    low = (first - mean) + shift
+    distances = ((highs - mean) + lows) - low
+    m2 = (m2s + np.where(counts > 0, counts * distances**2, 0)).sum(0)
+    rstd = np.where(some, 1 / np.sqrt((m2 / divisor).astype(dtype) + dtype.type(eps)), 0)
+    merged[...] = count, mean, low, m2
+    statistics[...] = mean, low, rstd
+    _update(running_mean, momentum, mean.astype(DOUBLE), some)
+    _update(running_var, momentum, m2 / np.maximum(count - unbiased, 1), some & (count - unbiased > 0))

@@ -1,0 +1,263 @@
+"""Many training steps of multilayer perceptrons in one launch: weights, statistics and optimiser stay on the chip.
+
+CuPy arrays run ``cuda/fused_training.cu``, one block for each network, or ``cuda/fused_training_group.cu``, several for
+each larger one; NumPy arrays run the same steps op by op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from bnkernels.ops.activations import activation_named
+from bnkernels.ops.fused_training.launch import MOST_EXAMPLES, OPTIMIZERS, Choice, Sizes, choose, why_not
+from bnkernels.ops.fused_training.network import Layer, Network, check_network, check_places, check_rows
+from bnkernels.ops.fused_training.reference import train_host
+from bnkernels.ops.mini_batch import check_seed, random_rows
+from bnkernels.ops.parameter_update import ADAM_EPS, BETA1, BETA2, state_names, update_schedule
+from bnkernels.runtime import checks as check
+from bnkernels.runtime import overlap, registry
+from bnkernels.runtime import seam as rt
+from bnkernels.runtime.arguments import addresses, arguments_type, empty, pack, suffix
+from bnkernels.runtime.workspace import counters
+
+POINTERS = "x labels indices seeds schedule layers parameters first second running losses rates"
+SIZES = "steps batch depth parameter_count running_count rows index_stride data_rows first_step"
+SCALARS = "beta1 beta2 rest1 rest2 optimizer_eps correction eps alpha"
+ARGUMENTS = {
+    "fused_training": arguments_type(POINTERS, f"{SIZES} scratch_rows", SCALARS, "activation optimizer team"),
+    "fused_training_group": arguments_type(
+        f"{POINTERS} memory arrivals", f"{SIZES} memory_count blocks width widest", SCALARS, "activation optimizer"
+    ),
+}
+__all__ = ["Layer", "Network", "fused_training"]
+NAMES = ("losses", "parameters", "first", "second", "running", "x", "labels", "indices")
+
+
+def fused_training(
+    network: Network,
+    parameters: Any,
+    state: tuple[Any, ...],
+    running: Any,
+    x: Any,
+    labels: Any,
+    *,
+    batch: int,
+    indices: Any = None,
+    seed: Any = None,
+    steps: int | None = None,
+    optimizer: str = "sgd",
+    lr: Any,
+    steps_before: int = 0,
+    batches_before: int = 0,
+    out: Any = None,
+) -> Any:
+    """Train a network, or several independent ones at once, for many steps.
+
+    Parameters
+    ----------
+    network : Network
+        What is trained.
+    parameters : array, shape (P,) or (M, P), float32 or float64
+        All parameters, of one model or of M; updated in place. Layers begin at multiples of 4.
+    state : tuple of arrays, shape of `parameters`
+        Of the optimiser: none, (velocity,) or (first, second); updated in place.
+    running : array, shape (R,) or (M, R), or None
+        All running statistics, updated in place. None: not tracked.
+    x : array, shape (rows, inputs), dtype of `parameters`
+        Examples; C order. Never written.
+    labels : array, shape (rows,), int32
+        Their classes. On a GPU one outside the classes makes the loss and the parameters NaN: to look would wait for
+        the device.
+    batch : int
+        Examples of a mini-batch, from 2 to 512.
+    indices : array, shape (steps, batch) or (M, steps, batch), int32, optional
+        Which rows are the mini-batches, of all models or of each. On a GPU they are not checked: to look would
+        wait for the device. Without them the mini-batches are the rows in their order; what is left over is not used.
+    seed : int or sequence of M ints, optional
+        Of all models or of each: draw the mini-batches at random, with replacement, as `random_rows` says.
+    steps : int, optional
+        How many, where there is a seed.
+    optimizer : {"sgd", "momentum", "adam"}
+        With the constants of `sgd_update`, `momentum_update` (0.9) and `adam_update`.
+    lr : float or sequence of M floats
+        Learning rate, of all models or of each.
+    steps_before, batches_before : int
+        Steps that were made before, for Adam and for drawing; mini-batches that the running statistics have seen
+        before, for a momentum of None.
+    out : array, shape (steps,) or (M, steps), dtype of `parameters`, optional
+        Where to write the losses.
+
+    Returns
+    -------
+    array, shape (steps,) or (M, steps), dtype of `parameters`
+        The mean cross-entropy of every step, in nats, before its update.
+
+    Raises
+    ------
+    TypeError
+        If an argument is not an array of the right kind or data type, or arrays of NumPy and CuPy are mixed.
+    ValueError
+        If a shape, layout or value is wrong, arrays or layers overlap, the network does not fit, or, for NumPy arrays,
+        a label or an index is out of range; nothing is changed then.
+
+    Notes
+    -----
+    One launch, whatever the number of steps; nothing synchronises. The results are those of single ops but for the
+    order of sums: a few roundings a step. Source: ``cuda/fused_training.cu``.
+
+    References
+    ----------
+    .. [1] S. Ioffe and C. Szegedy, "Batch Normalization", 2015, arXiv:1502.03167.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> layers = (Layer(2, 4, 0, 8, 12), Layer(4, 2, 16, -1, 24))
+    >>> weights = np.linspace(-1, 1, 8)
+    >>> parameters = np.concatenate([weights, np.ones(4), np.zeros(4), -weights, np.zeros(4)])
+    >>> x = np.array([[0.0, 0], [1, 1], [0, 1], [1, 0]] * 25)
+    >>> labels = np.array([0, 0, 1, 1] * 25, np.int32)
+    >>> losses = fused_training(Network(layers), parameters, (), None, x, labels, batch=4, lr=0.5)
+    >>> losses.shape, bool(losses[-1] < losses[0])
+    ((25,), True)
+    """
+    check_network(network, parameters)
+    batch = check.integer("batch", batch)
+    counts = {"steps_before": steps_before, "batches_before": batches_before}
+    before = tuple(check.integer(name, count, 0, check.MOST_COUNTED) for name, count in counts.items())
+    state_names(optimizer, state)
+    first, second = (*state, None, None)[:2]
+    arrays = (out, parameters, first, second, running, x, labels, indices)
+    if (seed is None) != (steps is None) or (seed is not None and indices is not None):
+        raise ValueError("seed and steps go together, and without indices: they draw the mini-batches")
+    runtime, models, steps = _checked(network, batch, arrays, steps)
+    rates = np.array([check.number("lr", rate, 0) for rate in _of_each("lr", lr, models)])
+    seeds = None if seed is None else np.array([check_seed(one) for one in _of_each("seed", seed, models)], np.uint32)
+    overlap.check_outputs(runtime, NAMES, arrays, written=5)
+    losses = empty(runtime, (*parameters.shape[:-1], steps), parameters) if out is None else out
+    schedule = _schedule(network, optimizer, steps, *before)
+    if steps == 0:
+        return losses
+    if runtime is None:
+        check_rows(network, labels, indices, steps, batch, seeds is not None)
+        _train_each(network, batch, optimizer, arrays[1:], losses, rates, seeds, before)
+        return losses
+    check.one_device(runtime, NAMES, arrays)
+    count = 0 if running is None else running.shape[-1]
+    sizes = Sizes(network, batch, optimizer, parameters.dtype, parameters.shape[-1], count, models)
+    choice = choose(sizes, runtime.limits(x))
+    if choice is None:
+        raise ValueError(
+            f"the network does not fit: {why_not(sizes, runtime.limits(x))}; train it layer by layer, or as a graph"
+        )
+    _launch(runtime, sizes, choice, arrays[1:], losses, (_table(network), schedule, rates, seeds), before[0])
+    return losses
+
+
+def _train_each(
+    network: Network, batch: int, optimizer: str, arrays: tuple, losses: Any, rates: Any, seeds: Any, before: tuple
+) -> None:
+    """Train one model after the other, on NumPy arrays: those of `NAMES` without the losses."""
+    (*updated, x, labels, indices), one_model = arrays, losses.ndim == 1
+    for model, rate in enumerate(rates.tolist()):
+        mine = (array if array is None or one_model else array[model] for array in (*updated, losses))
+        parameters, first, second, running, own_losses = mine
+        rows = indices[model] if indices is not None and indices.ndim == 3 else indices
+        if seeds is not None:
+            drawn = random_rows(int(seeds[model]), own_losses.size * batch, len(x), start=before[0] * batch)
+            rows = drawn.reshape(-1, batch)
+        state = tuple(moment for moment in (first, second) if moment is not None)
+        train_host(network, parameters, state, running, x, labels, rows, batch, optimizer, rate, before, own_losses)
+
+
+def _launch(
+    runtime: rt.Runtime, sizes: Sizes, choice: Choice, arrays: tuple, losses: Any, host: tuple, steps_before: int
+) -> None:
+    """Enqueue the one launch. `arrays` are those of `NAMES` without the losses; `host` is what comes from there."""
+    network, dtype, (*updated, x, labels, indices) = sizes.network, sizes.dtype, arrays
+    table, schedule, rates, seeds = (
+        None if array is None else runtime.on_device(array if array.dtype.kind in "iu" else array.astype(dtype), x)
+        for array in host
+    )
+    given = [x, labels, indices, seeds, schedule, table, *updated, losses, rates]
+    index_stride = indices[0].size if indices is not None and len(indices.shape) == 3 else 0
+    counts = sizes.parameters, sizes.running, sizes.rows, index_stride, x.shape[0], steps_before
+    numbers = schedule.shape[0], sizes.batch, len(network.layers), *counts
+    phi = activation_named(network.activation)
+    scalars = BETA1, BETA2, 1 - BETA1, 1 - BETA2, ADAM_EPS, float(network.unbiased), network.eps, phi.alpha
+    codes = phi.code, OPTIMIZERS[sizes.optimizer]
+    if choice.width:
+        source = "fused_training_group"
+        memory = empty(runtime, (sizes.models, sizes.memory), x)  # of this stream, so it may go when all is enqueued
+        pointers = *addresses(runtime, *given, memory), counters(runtime.workspace(x))
+        more = *numbers, sizes.memory, choice.blocks, choice.width, sizes.widest
+    else:
+        source, pointers = "fused_training", addresses(runtime, *given)
+        more, codes = (*numbers, network.scratch_rows), (*codes, sizes.team)
+    record = pack(ARGUMENTS[source][dtype], *pointers, *more, *scalars, *codes)
+    runtime.launch(source, f"bnk_{choice.kernel}_{suffix(dtype)}", choice.launch, record, x)
+
+
+def _table(network: Network) -> np.ndarray:
+    """Return the layers as the kernel takes them, each with the row in which its outputs begin."""
+    rows, table = 0, []
+    for layer in network.layers:
+        table.append((*layer, rows))
+        rows += layer.outputs
+    return np.array(table, np.int32)
+
+
+def _schedule(network: Network, optimizer: str, steps: int, steps_before: int, batches_before: int) -> np.ndarray:
+    """Return of every step, in double precision, the batch-norm momentum and Adam's two corrections."""
+    number = np.arange(1, steps + 1, dtype=np.float64)
+    momentum = 1 / (number + batches_before) if network.momentum is None else np.full(steps, network.momentum)
+    schedule = update_schedule(optimizer, 0.0, steps, before=steps_before)
+    schedule[:, 0] = momentum
+    return schedule
+
+
+def _of_each(name: str, given: Any, models: int) -> list[Any]:
+    """Return what was given for all models, or for each, as one for each."""
+    if not (isinstance(given, Sequence) or getattr(given, "ndim", 0) == 1) or isinstance(given, (str, bytes)):
+        return [given] * models
+    if len(given) != models:
+        raise ValueError(f"{name} must be a number or {models} of them, one for each model, got {check.shown(given)}")
+    return list(given)
+
+
+def _checked(network: Network, batch: int, arrays: tuple, drawn: int | None) -> tuple[rt.Runtime | None, int, int]:
+    """Check all arrays; return who runs the networks, how many there are, and the number of steps, `drawn` if given."""
+    signatures = dict(zip(NAMES, check.signatures(arrays), strict=True))
+    args = check.arguments(signatures, ("losses", "first", "second", "running", "indices"), written=5)
+    parameters, x = args["parameters"], args["x"]
+    check.wide(parameters)
+    if not 2 <= batch <= MOST_EXAMPLES:
+        wanted = f"batch must be from 2 to {MOST_EXAMPLES}"
+        raise ValueError(f"{wanted}, got {check.shown(batch)}; train larger mini-batches layer by layer")
+    inputs = network.layers[0].inputs
+    if len(x.shape) != 2 or x.shape[1] != inputs or x.shape[0] >= 2**31:
+        raise ValueError(f"x must have the shape (rows, {inputs}), of less than 2**31 rows, got {x.shape}")
+    if len(parameters.shape) not in (1, 2) or 0 in parameters.shape[:-1]:
+        raise ValueError(f"parameters must have the shape (P,), or (M, P) with M of at least 1, got {parameters.shape}")
+    *of_models, count = parameters.shape
+    check_places(network, count, None if args["running"] is None else (0, *args["running"].shape)[-1])
+    steps, indices = x.shape[0] // batch, args["indices"]
+    if drawn is not None:
+        steps = check.integer("steps", drawn, 0)
+        if x.shape[0] == 0:
+            raise ValueError("x must have rows to draw from, got none; or pass neither seed nor steps")
+    if indices is not None:
+        own = of_models if len(indices.shape) == 3 else []
+        steps = (*indices.shape, 0)[len(own)]
+        check.contiguous(indices, (*own, steps, batch), np.dtype(np.int32))
+    check.contiguous(x, x.shape, parameters.dtype)
+    check.contiguous(args["labels"], x.shape[:1], np.dtype(np.int32))
+    for name in ("parameters", "first", "second"):
+        check.contiguous(args[name], parameters.shape, parameters.dtype)
+    if args["running"] is not None:
+        check.contiguous(args["running"], (*of_models, *args["running"].shape[-1:]), parameters.dtype)
+    check.contiguous(args["losses"], (*of_models, steps), parameters.dtype)
+    return registry.runtime_of(parameters.kind), of_models[0] if of_models else 1, steps

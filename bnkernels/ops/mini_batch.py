@@ -1,0 +1,203 @@
+"""The next mini-batch, by a counter on the device: what a captured training step begins with, in one launch."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from bnkernels.runtime import checks as check
+from bnkernels.runtime import overlap, registry
+from bnkernels.runtime import seam as rt
+from bnkernels.runtime.arguments import SUFFIX, addresses, arguments_type, pack
+
+NAMES = ("x_out", "labels_out", "scalars", "counter", "x", "labels", "schedule", "indices")
+ARGUMENTS = arguments_type(
+    "x labels indices schedule x_out labels_out scalars_out counter", "batch inputs scalars", "", ""
+)
+THREADS = 256
+NUMBERS = 4  # that a thread copies
+MAX_BLOCKS = 256
+HALF, LOW = 32, 2**32 - 1  # of a random number's counter
+
+
+def mini_batch(
+    x: Any, labels: Any, schedule: Any, counter: Any, *, indices: Any = None, out: tuple[Any, Any, Any]
+) -> tuple[Any, Any, Any]:
+    """Copy the mini-batch that a counter names, and move the counter to the next.
+
+    Parameters
+    ----------
+    x : array, shape (rows, K), float32 or float64
+        All examples; C order. Never written.
+    labels : array, shape (rows,), int32
+        Their labels.
+    schedule : array, shape (steps, S), dtype of `x`
+        What depends on the step alone, such as a learning rate.
+    counter : array, shape (2,), uint32
+        The number of the step, from 0, and a 0; the first is one more afterwards.
+    indices : array, shape (steps, N), int32, optional
+        Which rows are the mini-batches. They are not checked: reading them would synchronise. Without them the
+        mini-batches are the rows in their order.
+    out : tuple of three arrays
+        Where to write the examples (N, K), their labels (N,), and the row of the schedule (S,); C order.
+
+    Returns
+    -------
+    tuple of three arrays
+        `out`.
+
+    Raises
+    ------
+    TypeError
+        If an argument is not an array of the right kind or data type, or arrays of NumPy and CuPy are mixed.
+    ValueError
+        If a shape or layout is wrong, or arrays overlap.
+    IndexError
+        For NumPy arrays, if there is no such step.
+
+    Notes
+    -----
+    On a GPU nothing looks whether the step is beyond the last one: whoever launches knows how often. All that varies
+    from step to step is read from device memory, so the launch can be captured and replayed. Source:
+    ``cuda/mini_batch.cu``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x, labels = np.arange(6.0).reshape(6, 1), np.arange(6, dtype=np.int32)
+    >>> rates, counter = np.array([[0.1], [0.05]]), np.array([1, 0], np.uint32)
+    >>> out = np.empty((3, 1)), np.empty(3, np.int32), np.empty(1)
+    >>> _, batch_labels, rate = mini_batch(x, labels, rates, counter, out=out)
+    >>> batch_labels, rate, counter
+    (array([3, 4, 5], dtype=int32), array([0.05]), array([2, 0], dtype=uint32))
+    """
+    x_out, labels_out, scalars = check.pack_outputs(out, NAMES[:3])
+    arrays = (x_out, labels_out, scalars, counter, x, labels, schedule, indices)
+    runtime = _checked(*check.signatures(arrays))
+    overlap.check_outputs(runtime, NAMES, arrays, written=4)
+    if runtime is None:
+        _numpy(x, labels, schedule, counter, indices, x_out, labels_out, scalars)
+        return out
+    check.one_device(runtime, NAMES, arrays)
+    pointers = addresses(runtime, x, labels, indices, schedule, x_out, labels_out, scalars, counter)
+    record = pack(ARGUMENTS[x.dtype], *pointers, *x_out.shape, scalars.size)
+    launch = mini_batch_launch(x_out.size)
+    runtime.launch("mini_batch", f"bnk_mini_batch_{SUFFIX[x.dtype]}", launch, record, x)
+    return out
+
+
+def mini_batch_launch(size: int) -> rt.Launch:
+    """Return the launch for a mini-batch of so many numbers.
+
+    Examples
+    --------
+    >>> mini_batch_launch(64 * 64)
+    Launch(grid=(4, 1, 1), block=(256, 1, 1), shared_bytes=0, cooperative=False)
+    """
+    blocks = min(MAX_BLOCKS, max(1, rt.ceil_div(size, THREADS * NUMBERS)))
+    return rt.Launch((blocks, 1, 1), (THREADS, 1, 1))
+
+
+def _numpy(
+    x: np.ndarray,
+    labels: np.ndarray,
+    schedule: np.ndarray,
+    counter: np.ndarray,
+    indices: np.ndarray | None,
+    x_out: np.ndarray,
+    labels_out: np.ndarray,
+    scalars: np.ndarray,
+) -> None:
+    step, batch = int(counter[0]), len(x_out)
+    steps = len(schedule) if indices is None else min(len(schedule), len(indices))
+    if step >= steps or (indices is None and (step + 1) * batch > len(x)):
+        raise IndexError(f"counter is at step {step}, and there is no such mini-batch of {batch}")
+    rows = slice(step * batch, (step + 1) * batch) if indices is None else indices[step]
+    x_out[...], labels_out[...], scalars[...] = x[rows], labels[rows], schedule[step]
+    counter[0] += 1
+
+
+@lru_cache(maxsize=1024)
+def _checked(*signatures: check.Signature | None) -> rt.Runtime | None:
+    args = check.arguments(dict(zip(NAMES, signatures, strict=True)), ("indices",), written=4)
+    x, x_out, schedule = args["x"], args["x_out"], args["schedule"]
+    check.wide(x)
+    if len(x.shape) != 2 or len(schedule.shape) != 2:
+        raise ValueError(f"x and schedule must have two dimensions, got the shapes {x.shape} and {schedule.shape}")
+    batch = x_out.shape[0] if x_out.shape else 0
+    check.contiguous(x, x.shape, x.dtype)
+    check.contiguous(args["labels"], x.shape[:1], np.dtype(np.int32))
+    check.contiguous(schedule, schedule.shape, x.dtype)
+    check.contiguous(x_out, (batch, x.shape[1]), x.dtype)
+    check.contiguous(args["labels_out"], (batch,), np.dtype(np.int32))
+    check.contiguous(args["scalars"], schedule.shape[1:], x.dtype)
+    check.contiguous(args["counter"], (2,), np.dtype(np.uint32))
+    if args["indices"] is not None:
+        check.contiguous(args["indices"], (*args["indices"].shape[:1], batch), np.dtype(np.int32))
+    return registry.runtime_of(x.kind)
+
+
+def random_rows(seed: int, count: int, rows: int, start: int = 0) -> np.ndarray:
+    """Return which rows of the data `fused_training` draws for its examples, with replacement.
+
+    Parameters
+    ----------
+    seed : int
+        From 0 to 2**32 - 1.
+    count : int
+        How many examples.
+    rows : int
+        Of the data, from 1 to 2**31 - 1.
+    start : int
+        The number of the first of the examples: of the mini-batch of a step its size times the steps before.
+
+    Returns
+    -------
+    array, shape (count,), int32
+        On the host, whoever draws the same.
+
+    Raises
+    ------
+    TypeError
+        If an argument is not an integer.
+    ValueError
+        If one is out of range.
+
+    Notes
+    -----
+    Every number is made of its place alone, by Philox-2x32-10 [1]_, and 2**32 numbers are divided among the rows: the
+    probabilities of two rows differ by at most 2**-32.
+
+    References
+    ----------
+    .. [1] J. Salmon, M. Moraes, R. Dror and D. Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+
+    Examples
+    --------
+    >>> random_rows(7, 3, 1000).tolist() == random_rows(7, 5, 1000)[:3].tolist()
+    True
+    >>> random_rows(7, 2, 1000, start=1).tolist() == random_rows(7, 3, 1000)[1:].tolist()
+    True
+    """
+    seed, count, start = check_seed(seed), check.integer("count", count, 0), check.integer("start", start, 0)
+    if start + count > 2**64:
+        raise ValueError(f"start + count must be at most 2**64, got {check.shown(start)} and {check.shown(count)}")
+    if not 0 < check.integer("rows", rows) < 2**31:
+        raise ValueError(f"rows must be from 1 to 2**31 - 1, got {check.shown(rows)}")
+    counter = np.arange(count, dtype=np.uint64) + np.uint64(start)
+    half = np.uint64(HALF)
+    low, high = counter & np.uint64(LOW), counter >> half
+    for turn in range(10):
+        product = low * np.uint64(0xD256D193)
+        low = (product >> half) ^ np.uint64((seed + turn * 0x9E3779B9) & LOW) ^ high
+        high = product & np.uint64(LOW)
+    return (low * np.uint64(rows) >> half).astype(np.int32)
+
+
+def check_seed(seed: int) -> int:
+    """Return the seed of `random_rows`, if it is one."""
+    if not 0 <= check.integer("seed", seed) <= LOW:
+        raise ValueError(f"seed must be from 0 to 2**32 - 1, got {check.shown(seed)}")
+    return int(seed)

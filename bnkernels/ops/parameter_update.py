@@ -1,0 +1,345 @@
+"""One optimiser step over all parameters of a network at once: SGD, momentum, Adam. In place, one launch."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from bnkernels.runtime import checks as check
+from bnkernels.runtime import overlap, registry
+from bnkernels.runtime import seam as rt
+from bnkernels.runtime.arguments import SUFFIX, addresses, arguments_type, pack
+
+ARGUMENTS = arguments_type(
+    "parameters gradients first second scalars",
+    "size",
+    "lr beta1 beta2 rest1 rest2 eps correction1 root_correction2",
+    "",
+)
+THREADS = 256
+MAX_BLOCKS = 1024  # several per multiprocessor of the largest GPU; threads stride over the rest
+MOMENTUM, BETA1, BETA2, ADAM_EPS = 0.9, 0.9, 0.999, 1e-8  # the usual ones
+STATES = {"sgd": (), "momentum": ("velocity",), "adam": ("first", "second")}
+CONSTANTS = {  # of the argument: beta1 to eps
+    "sgd": (0, 0, 0, 0, 0),
+    "momentum": (MOMENTUM, 0, 0, 0, 0),
+    "adam": (BETA1, BETA2, 1 - BETA1, 1 - BETA2, ADAM_EPS),
+}
+
+
+def sgd_update(parameters: Any, gradients: Any, *, lr: float) -> None:
+    """Subtract `lr` times the gradients from the parameters, in place.
+
+    Parameters
+    ----------
+    parameters : array, shape (P,), float32 or float64
+        Updated in place; contiguous.
+    gradients : array, shape (P,), dtype of `parameters`
+        Contiguous. Never written.
+    lr : float
+        Learning rate, per step.
+
+    Raises
+    ------
+    TypeError
+        If an argument is not an array of the right kind or data type, or arrays of NumPy and CuPy are mixed.
+    ValueError
+        If a shape, layout or value is wrong, or arrays overlap.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> p = np.array([1.0, 2.0])
+    >>> sgd_update(p, np.array([1.0, -1.0]), lr=0.5)
+    >>> p
+    array([0.5, 2.5])
+    """
+    lr = check.number("lr", lr, 0)
+    runtime = _checked(parameters=parameters, gradients=gradients)
+    if runtime is not None:
+        _launch(runtime, "sgd", (parameters, gradients, None, None, None), (lr, *CONSTANTS["sgd"], 1, 1))
+    else:
+        _sgd(parameters, gradients, lr)
+
+
+def momentum_update(parameters: Any, gradients: Any, velocity: Any, *, lr: float, momentum: float = MOMENTUM) -> None:
+    """Add the gradients to the decayed velocity and subtract `lr` times it from the parameters, in place.
+
+    Parameters
+    ----------
+    parameters : array, shape (P,), float32 or float64
+        Updated in place; contiguous.
+    gradients : array, shape (P,), dtype of `parameters`
+        Contiguous. Never written.
+    velocity : array, shape (P,), dtype of `parameters`
+        Updated in place; starts at 0.
+    lr : float
+        Learning rate, per step.
+    momentum : float
+        What is left of the velocity after a step, between 0 and 1.
+
+    Raises
+    ------
+    TypeError
+        If an argument is not an array of the right kind or data type, or arrays of NumPy and CuPy are mixed.
+    ValueError
+        If a shape, layout or value is wrong, or arrays overlap.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> p, v = np.array([1.0]), np.array([2.0])
+    >>> momentum_update(p, np.array([1.0]), v, lr=0.5, momentum=0.5)
+    >>> p, v
+    (array([0.]), array([2.]))
+    """
+    lr, momentum = check.number("lr", lr, 0), check.number("momentum", momentum, 0, 1)
+    runtime = _checked(parameters=parameters, velocity=velocity, gradients=gradients)
+    if runtime is not None:
+        _launch(runtime, "momentum", (parameters, gradients, velocity, None, None), (lr, momentum, 0, 0, 0, 0, 1, 1))
+    else:
+        _momentum(parameters, gradients, velocity, lr, momentum)
+
+
+def adam_update(
+    parameters: Any,
+    gradients: Any,
+    first: Any,
+    second: Any,
+    *,
+    step: int,
+    lr: float,
+    beta1: float = BETA1,
+    beta2: float = BETA2,
+    eps: float = ADAM_EPS,
+) -> None:
+    """Make one Adam step, in place.
+
+    Parameters
+    ----------
+    parameters : array, shape (P,), float32 or float64
+        Updated in place; contiguous.
+    gradients : array, shape (P,), dtype of `parameters`
+        Contiguous. Never written.
+    first, second : array, shape (P,), dtype of `parameters`
+        Decayed means of the gradients and of their squares, updated in place; both start at 0.
+    step : int
+        The number of this step, from 1.
+    lr : float
+        Learning rate, per step.
+    beta1, beta2 : float
+        What is left of `first` and `second` after a step, at least 0 and less than 1.
+    eps : float
+        Added to the root of `second`, in the units of the gradients. With 0, a parameter whose gradients have all been
+        0 becomes NaN.
+
+    Raises
+    ------
+    TypeError
+        If an argument is not an array of the right kind or data type, or arrays of NumPy and CuPy are mixed.
+    ValueError
+        If a shape, layout or value is wrong, or arrays overlap.
+
+    Notes
+    -----
+    As PyTorch's, this computes ``sqrt(second) / sqrt(1 - beta2**step)``, which is within the range of the data type
+    wherever `second` is. That becomes infinite, and stays so, when ``(1 - beta2) * gradients**2`` is out of range: in
+    float32 from a gradient of 5.8e20 on. The parameter then moves no more.
+
+    References
+    ----------
+    .. [1] D. P. Kingma and J. Ba, "Adam", 2015, arXiv:1412.6980, algorithm 1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> p, first, second = np.array([1.0]), np.zeros(1), np.zeros(1)
+    >>> adam_update(p, np.array([5.0]), first, second, step=1, lr=0.25)
+    >>> p.round(6)
+    array([0.75])
+    """
+    lr, eps = check.number("lr", lr, 0), check.number("eps", eps, 0)
+    below_one = float(np.nextafter(1, 0))
+    beta1, beta2 = check.number("beta1", beta1, 0, below_one), check.number("beta2", beta2, 0, below_one)
+    step = check.integer("step", step, 1, 2**63 - 1)
+    runtime = _checked(parameters=parameters, first=first, second=second, gradients=gradients)
+    corrections = 1 - beta1**step, math.sqrt(1 - beta2**step)
+    if runtime is not None:
+        scalars = (lr, beta1, beta2, 1 - beta1, 1 - beta2, eps, *corrections)
+        _launch(runtime, "adam", (parameters, gradients, first, second, None), scalars)
+    else:
+        _adam(parameters, gradients, first, second, lr, beta1, beta2, eps, *corrections)
+
+
+def scheduled_update(optimizer: str, parameters: Any, gradients: Any, state: tuple[Any, ...], scalars: Any) -> None:
+    """Make one optimiser step whose numbers are in an array, in place: a launch that can be captured and replayed.
+
+    Parameters
+    ----------
+    optimizer : {"sgd", "momentum", "adam"}
+        With the usual constants of `sgd_update`, `momentum_update` and `adam_update`.
+    parameters, gradients : array, shape (P,), float32 or float64
+        As in these.
+    state : tuple of arrays, shape (P,)
+        None, (velocity,) or (first, second); updated in place.
+    scalars : array, shape (3,), dtype of `parameters`
+        A row of `update_schedule`.
+
+    Raises
+    ------
+    TypeError
+        If an argument is not an array of the right kind or data type, or arrays of NumPy and CuPy are mixed.
+    ValueError
+        If a name, shape or layout is wrong, or arrays overlap.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> p = np.array([1.0, 2.0])
+    >>> scheduled_update("sgd", p, np.array([1.0, -1.0]), (), update_schedule("sgd", 0.5, 1)[0])
+    >>> p
+    array([0.5, 2.5])
+    """
+    names = state_names(optimizer, state)
+    arrays = {"parameters": parameters, **dict(zip(names, state, strict=True)), "gradients": gradients}
+    runtime = _checked(**arrays, scalars=scalars)
+    if runtime is not None:
+        given = parameters, gradients, *(*state, None, None)[:2], scalars
+        _launch(runtime, optimizer, given, (1, *CONSTANTS[optimizer], 1, 1))
+        return
+    lr, *corrections = scalars.tolist()
+    if optimizer == "sgd":
+        _sgd(parameters, gradients, lr)
+    elif optimizer == "momentum":
+        _momentum(parameters, gradients, *state, lr, MOMENTUM)
+    else:
+        _adam(parameters, gradients, *state, lr, BETA1, BETA2, ADAM_EPS, *corrections)
+
+
+def state_names(optimizer: Any, state: Any) -> tuple[str, ...]:
+    """Check the name of an optimiser, and for a tuple of as many arrays as it has; return their names."""
+    check.one_of("optimizer", optimizer, STATES)
+    names = STATES[optimizer]
+    if not isinstance(state, (tuple, list)):
+        raise TypeError(f"state must be a tuple of arrays, for {optimizer} {len(names)}, got {check.shown(state)}")
+    if len(state) != len(names):
+        raise ValueError(f"state of {optimizer} must be {len(names)} arrays ({', '.join(names)}), got {len(state)}")
+    return names
+
+
+def update_schedule(optimizer: str, lr: float, steps: int, *, before: int = 0) -> np.ndarray:
+    """Return what depends on the step alone, of several steps.
+
+    Parameters
+    ----------
+    optimizer : {"sgd", "momentum", "adam"}
+        Only Adam has corrections.
+    lr : float
+        Learning rate, per step.
+    steps, before : int
+        Of so many steps, after so many.
+
+    Returns
+    -------
+    numpy.ndarray, shape (steps, 3), float64
+        The learning rate, and what Adam divides its first moment and the root of its second one by:
+        ``1 - beta1**step`` and ``sqrt(1 - beta2**step)``.
+
+    Raises
+    ------
+    TypeError
+        If an option is not of the right kind.
+    ValueError
+        If a name is unknown, or a number out of range.
+    """
+    check.one_of("optimizer", optimizer, STATES)
+    steps, before = check.integer("steps", steps, 0), check.integer("before", before, 0, check.MOST_COUNTED)
+    schedule = np.ones((steps, 3))
+    schedule[:, 0] = check.number("lr", lr, 0)
+    if optimizer == "adam":
+        number = np.arange(before + 1, before + steps + 1, dtype=np.float64)
+        schedule[:, 1], schedule[:, 2] = 1 - BETA1**number, np.sqrt(1 - BETA2**number)
+    return schedule
+
+
+def parameter_update_launch(size: int) -> rt.Launch:
+    """Return the launch for at least one parameter.
+
+    Examples
+    --------
+    >>> parameter_update_launch(1530)
+    Launch(grid=(6, 1, 1), block=(256, 1, 1), shared_bytes=0, cooperative=False)
+    """
+    return rt.Launch((min(rt.ceil_div(size, THREADS), MAX_BLOCKS), 1, 1), (THREADS, 1, 1))
+
+
+@np.errstate(all="ignore")  # as kernels do, which have no warnings
+def _sgd(parameters: np.ndarray, gradients: np.ndarray, lr: float) -> None:
+    parameters -= lr * gradients
+
+
+@np.errstate(all="ignore")  # as kernels do, which have no warnings
+def _momentum(parameters: np.ndarray, gradients: np.ndarray, velocity: np.ndarray, lr: float, momentum: float) -> None:
+    velocity *= momentum
+    velocity += gradients
+    parameters -= lr * velocity
+
+
+@np.errstate(all="ignore")  # as kernels do, which have no warnings
+def _adam(
+    parameters: np.ndarray,
+    gradients: np.ndarray,
+    first: np.ndarray,
+    second: np.ndarray,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    correction1: float,
+    root_correction2: float,
+) -> None:
+    first *= beta1
+    first += (1 - beta1) * gradients
+    second *= beta2
+    second += (1 - beta2) * gradients * gradients
+    root = np.sqrt(second)
+    root /= root_correction2
+    root += eps
+    np.divide(first, root, out=root)  # before lr multiplies: finite / infinite is 0
+    root *= lr / correction1
+    parameters -= root
+
+
+def _checked(**arrays: Any) -> rt.Runtime | None:
+    """Check the arrays, of which those before the gradients are written."""
+    names, values = tuple(arrays), tuple(arrays.values())
+    written = names.index("gradients")
+    runtime = _check_signatures(names, written, *check.signatures(values))
+    if runtime is not None:
+        check.one_device(runtime, names, values)
+    overlap.check_outputs(runtime, names, values, written)
+    return runtime
+
+
+@lru_cache(maxsize=1024)
+def _check_signatures(names: tuple[str, ...], written: int, *signatures: check.Signature | None) -> rt.Runtime | None:
+    args = check.arguments(dict(zip(names, signatures, strict=True)), written=written)
+    parameters = args["parameters"]
+    check.wide(parameters)
+    if len(parameters.shape) != 1:
+        raise ValueError(f"parameters must be one flat array, got the shape {parameters.shape}; pass a flat view")
+    for name, argument in args.items():
+        check.contiguous(argument, (3,) if name == "scalars" else parameters.shape, parameters.dtype)
+    return registry.runtime_of(parameters.kind)
+
+
+def _launch(runtime: rt.Runtime, rule: str, arrays: tuple, scalars: tuple[float, ...]) -> None:
+    parameters = arrays[0]
+    if parameters.size == 0:
+        return
+    arguments = pack(ARGUMENTS[parameters.dtype], *addresses(runtime, *arrays), parameters.size, *scalars)
+    name = f"bnk_parameter_update_{rule}_{SUFFIX[parameters.dtype]}"
+    runtime.launch("parameter_update", name, parameter_update_launch(parameters.size), arguments, parameters)

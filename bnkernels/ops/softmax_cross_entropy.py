@@ -1,0 +1,128 @@
+"""Softmax cross-entropy: the loss of every example and the gradient of their mean, in one launch."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from bnkernels.runtime import checks as check
+from bnkernels.runtime import overlap, registry
+from bnkernels.runtime import seam as rt
+from bnkernels.runtime.arguments import SUFFIX, addresses, arguments_type, empty, pack
+
+ARGUMENTS = arguments_type("logits labels loss dlogits", "rows classes", "", "")
+LABELS = {np.dtype(np.int32): "i32", np.dtype(np.int64): "i64"}
+WARPS = 8  # examples of a block: enough warps to hide the latency of exp, few enough to spread 64 examples
+
+
+def softmax_cross_entropy(logits: Any, labels: Any, *, out: tuple[Any, Any] | None = None) -> tuple[Any, Any]:
+    """Return the loss of every example and the gradient of the mean loss.
+
+    Parameters
+    ----------
+    logits : array, shape (N, K), float32 or float64
+        Unnormalised log-probabilities of K classes; C order. Never written.
+    labels : array, shape (N,), int32 or int64
+        The right classes, from 0 to K - 1; contiguous.
+    out : tuple of two arrays, optional
+        Where to write `loss` and `dlogits` (which may be `logits` itself); C order.
+
+    Returns
+    -------
+    loss : array, shape (N,), dtype of `logits`
+        ``-log(softmax(logits))`` of the right class, in nats.
+    dlogits : array, shape (N, K), dtype of `logits`
+        Gradient of ``loss.mean()``.
+
+    Raises
+    ------
+    TypeError
+        If an argument is not an array of the right kind or data type, or arrays of NumPy and CuPy are mixed.
+    ValueError
+        If a shape or layout is wrong, arrays overlap, or, for NumPy arrays, a label is out of range.
+
+    Notes
+    -----
+    On a GPU a label out of range gives NaN in its row: to look at labels before the launch would wait for the device.
+    Source: ``cuda/softmax_cross_entropy.cu``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> loss, dlogits = softmax_cross_entropy(np.zeros((1, 2)), np.array([1]))
+    >>> loss, dlogits
+    (array([0.69314718]), array([[ 0.5, -0.5]]))
+    """
+    loss, dlogits = check.pack_outputs(out, ("loss", "dlogits"))
+    arrays = (dlogits, loss, logits, labels)
+    runtime, shape = _checked(*check.signatures(arrays))
+    if runtime is not None:
+        check.one_device(runtime, _NAMES, arrays)
+    if out is None:
+        loss, dlogits = empty(runtime, shape[:1], logits), empty(runtime, shape, logits)
+    else:
+        overlap.check_outputs(runtime, _NAMES, arrays, written=2, in_place=("logits",))
+
+    if shape[0] == 0:
+        return loss, dlogits
+    if runtime is None:
+        _numpy(logits, labels, loss, dlogits)
+    else:
+        arguments = pack(ARGUMENTS[logits.dtype], *addresses(runtime, logits, labels, loss, dlogits), *shape)
+        name = f"bnk_softmax_cross_entropy_{LABELS[labels.dtype]}_{SUFFIX[logits.dtype]}"
+        runtime.launch("softmax_cross_entropy", name, softmax_cross_entropy_launch(shape[0]), arguments, logits)
+    return loss, dlogits
+
+
+_NAMES = ("dlogits", "loss", "logits", "labels")  # those that are written first
+
+
+@lru_cache(maxsize=1024)
+def _checked(*signatures: check.Signature | None) -> tuple[rt.Runtime | None, tuple[int, int]]:
+    """Check signatures; return who runs them, and the shape of the logits."""
+    args = check.arguments(dict(zip(_NAMES, signatures, strict=True)), optional=("loss", "dlogits"), written=2)
+    logits, labels = args["logits"], args["labels"]
+    check.wide(logits)
+    if len(logits.shape) != 2:
+        raise ValueError(f"logits must have the shape (N, K), got {logits.shape}; reshape it to two dimensions")
+    rows, classes = logits.shape
+    check.contiguous(logits, (rows, classes), logits.dtype)
+    if labels.dtype not in LABELS:
+        raise TypeError(f"labels must be int32 or int64, got {labels.dtype}; convert them with labels.astype('int64')")
+    check.contiguous(labels, (rows,), labels.dtype)
+    if rows and not classes:
+        raise ValueError(f"logits has the shape {logits.shape}: there is no class to be right")
+    check.contiguous(args["loss"], (rows,), logits.dtype)
+    check.contiguous(args["dlogits"], (rows, classes), logits.dtype)
+    return registry.runtime_of(logits.kind), (rows, classes)
+
+
+def softmax_cross_entropy_launch(rows: int) -> rt.Launch:
+    """Return the launch for at least one row: one warp per example.
+
+    Examples
+    --------
+    >>> softmax_cross_entropy_launch(64)
+    Launch(grid=(8, 1, 1), block=(32, 8, 1), shared_bytes=0, cooperative=False)
+    """
+    return rt.Launch((rt.ceil_div(rows, WARPS), 1, 1), (32, WARPS, 1))
+
+
+@np.errstate(all="ignore")  # as kernels do, which have no warnings
+def _numpy(logits: np.ndarray, labels: np.ndarray, loss: np.ndarray, dlogits: np.ndarray) -> None:
+    rows, classes = logits.shape
+    if labels.min() < 0 or labels.max() >= classes:
+        wrong = labels[(labels < 0) | (labels >= classes)][0]
+        raise ValueError(f"labels must be from 0 to {classes - 1}, the classes of logits; got {wrong}")
+    of_label = np.arange(0, rows * classes, classes) + labels  # flat indices
+    np.subtract(logits, logits.max(axis=1, keepdims=True), out=dlogits)
+    flat = dlogits.reshape(-1)
+    at_label = flat[of_label]
+    np.exp(dlogits, out=dlogits)
+    total = dlogits.sum(axis=1, keepdims=True)
+    np.subtract(np.log(total[:, 0]), at_label, out=loss)
+    total *= rows
+    dlogits /= total
+    flat[of_label] -= 1 / rows

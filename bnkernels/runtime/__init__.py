@@ -1,0 +1,1 @@
+"""How a kernel gets launched; knows no op."""

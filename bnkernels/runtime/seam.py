@@ -1,0 +1,170 @@
+"""The one seam between the ops and whatever runs the kernels: CUDA through CuPy, or the tests' CPU emulator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+MAX_THREADS = 1024
+MAX_GRID = (2**31 - 1, 65535, 65535)
+MAX_SHARED_BYTES = 227 * 1024  # the most that any device grants a block
+WORKSPACE_BYTES = 2**20  # of a stream
+SHARED_BYTES = 48 * 1024  # what every supported device grants a block without opting in
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Grid, block (in threads) and dynamic shared memory (in bytes) of one kernel launch.
+
+    The blocks of a cooperative launch are all resident at once, so they may wait for one another. `constants` are
+    members of the kernel's argument, by name, that are known when it is compiled: a hint, the argument has them too.
+    """
+
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared_bytes: int = 0
+    cooperative: bool = False
+    constants: tuple[tuple[str, int], ...] = field(default=(), repr=False)
+
+    @property
+    def blocks(self) -> int:
+        """The blocks of the grid."""
+        return self.grid[0] * self.grid[1] * self.grid[2]
+
+    @property
+    def threads(self) -> int:
+        """The threads of a block."""
+        return self.block[0] * self.block[1] * self.block[2]
+
+    def __post_init__(self) -> None:
+        """Refuse what no device accepts, so that a wrong plan fails where it was made."""
+        if min(self.grid) < 1 or min(self.block) < 1:
+            raise ValueError(
+                f"a launch needs at least one block and one thread, got grid {self.grid}, block {self.block}"
+            )
+        if self.threads > MAX_THREADS:
+            raise ValueError(f"a block holds at most {MAX_THREADS} threads, got {self.block} = {self.threads}")
+        if any(got > most for got, most in zip(self.grid, MAX_GRID, strict=True)):
+            raise ValueError(f"a grid is at most {MAX_GRID}, got {self.grid}")
+        if not 0 <= self.shared_bytes <= MAX_SHARED_BYTES:
+            raise ValueError(f"a block gets at most {MAX_SHARED_BYTES} bytes of shared memory, got {self.shared_bytes}")
+
+
+class Limits(NamedTuple):
+    """What launch choices ask of a device. What need not be given is what every supported device grants."""
+
+    sms: int
+    shared_bytes: int  # of a block, at most, which asks for it where it is more than `SHARED_BYTES`
+    shared_bytes_of_sm: int
+    cooperative: bool  # whether the blocks of a launch may wait for one another
+    clusters: bool = False  # whether blocks may be launched in clusters
+    threads_of_sm: int = 1024
+    blocks_of_sm: int = 16
+    reserved_bytes: int = 1024  # of shared memory that a block costs beside its own
+
+
+# Reads what decides a launch: of every array address, device, data type, shape and strides, one after the other. Gives
+# None if the arrays are not of exactly the runtime's type, and None, where that is expected.
+Reader = Callable[[tuple], list | None]
+
+
+class Runtime(Protocol):
+    """What an op needs of a device: memory, addresses, and a way to launch."""
+
+    array_type: type
+    xp: Any  # the array module (`cupy`, or `numpy` for the emulator)
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype, like: Any) -> Any:
+        """Return a new C-contiguous array on the device of the array `like`."""
+
+    def contiguous(self, array: Any) -> Any:
+        """Return a C-contiguous copy on the device of the array."""
+
+    def on_device(self, array: np.ndarray, like: Any) -> Any:
+        """Return a copy of a host array on the device of the array `like`."""
+
+    def pointer(self, array: Any) -> int:
+        """Return the address of the array's first element."""
+
+    def device(self, array: Any) -> int:
+        """Return the number of the device that holds the array."""
+
+    def reader(self, given: tuple[bool, ...]) -> Reader:
+        """Return what reads the facts of so many arrays, None where not `given`; the same object every time."""
+        return _reader(self, given)
+
+    def limits(self, array: Any) -> Limits:
+        """Return the limits of the device that holds the array."""
+
+    def workspace(self, array: Any) -> int:
+        """Return the address of `WORKSPACE_BYTES` on the device of the array, for its current stream's next launch.
+
+        They were zeros once; what a launch leaves there the next one finds. After a launch that failed they are zeros
+        again.
+        """
+
+    def capture(self, work: Callable[[], None], like: Any) -> Callable[[], None]:
+        """Return what repeats the launches that `work` makes, on the current stream; nothing runs yet.
+
+        `work` has run before, so that all kernels are compiled. It must neither allocate nor synchronise, and every
+        repetition gets the same addresses and scalars. A repetition goes to the device of `like`, whatever the current
+        one is.
+        """
+
+    def launch(self, source: str, entry_point: str, launch: Launch, arguments: np.ndarray, like: Any) -> None:
+        """Enqueue `entry_point` of ``cuda/<source>.cu`` on the current stream of the device of `like`.
+
+        `arguments` is what `pack` made: a structured array laid out as the kernel's one argument, a struct by value.
+        It is read before this returns.
+        """
+
+
+@lru_cache(maxsize=256)
+def _reader(runtime: Runtime, given: tuple[bool, ...]) -> Reader:
+    def read(arrays: tuple) -> list | None:
+        expected = tuple(runtime.array_type if here else type(None) for here in given)
+        if tuple(map(type, arrays)) != expected:
+            return None
+        found = [array for array in arrays if array is not None]
+        return [
+            fact
+            for array in found
+            for fact in (runtime.pointer(array), runtime.device(array), array.dtype, array.shape, array.strides)
+        ]
+
+    return read
+
+
+@lru_cache(maxsize=256)
+def cupy_reader(runtime: Runtime, given: tuple[bool, ...]) -> Reader:
+    """Return `Runtime.reader` for arrays with the attributes of CuPy's.
+
+    Reading is most of what a repeated call of an op costs, see ``benchmarks/ops/host_cost.py``, and a loop would cost a
+    third as much again. So the reading of every array is written out.
+    """
+    names = [f"array{i}" for i in range(len(given))]
+    arrays = list(zip(names, given, strict=True))
+    wrong = " or ".join(f"type({name}) is not kind" if here else f"{name} is not None" for name, here in arrays)
+    facts = "(data := {0}.data).ptr, data.device_id, {0}.dtype, {0}.shape, {0}.strides"
+    source = f"""
+def read(arrays, kind=kind, type=type):
+    try:
+        {", ".join(names)}, = arrays
+    except ValueError:  # another number of them
+        return None
+    if {wrong}:
+        return None
+    return [{", ".join(facts.format(name) for name, here in arrays if here)}]
+"""
+    namespace: dict[str, Any] = {"kind": runtime.array_type}
+    exec(source, namespace)
+    return namespace["read"]
+
+
+def ceil_div(a: int, b: int) -> int:
+    """Return a / b, rounded up."""
+    return -(-a // b)

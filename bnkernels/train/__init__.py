@@ -1,0 +1,1 @@
+"""Training from the command line: configuration, data, engines, runs, checkpoints, plots."""

@@ -1,0 +1,166 @@
+"""A training step as a CUDA graph: captured once, then repeated with one call and no work on the host.
+
+CuPy does not let a library's matrix product be captured, so every layer is a `linear_batch_norm`. All buffers are there
+before the capture; what varies from step to step (the mini-batch, Adam's corrections) is read from device memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from bnkernels.nn.mlp import MLP, Stage
+from bnkernels.ops.linear_batch_norm.launch import MOST_NEURONS, MOST_ROWS, Sizes, choose
+from bnkernels.ops.linear_batch_norm.op import linear_batch_norm_backward, linear_batch_norm_forward
+from bnkernels.ops.mini_batch import mini_batch
+from bnkernels.ops.parameter_update import scheduled_update, update_schedule
+from bnkernels.ops.softmax_cross_entropy import softmax_cross_entropy
+from bnkernels.runtime.registry import runtime_of
+
+
+def why_not_captured(model: MLP, batch: int) -> str | None:
+    """Return why the steps of a model, on mini-batches of so many examples, cannot be captured, or None."""
+    runtime = runtime_of(type(model.parameters))
+    if runtime is None:
+        return "it needs a GPU"
+    if model.norm == "batch" and model.fused.momentum is None:
+        return "its running statistics are plain averages, whose weights change from step to step"
+    limits = runtime.limits(model.parameters)
+    for (inputs, outputs), stage in zip(pairwise(model.sizes), model.stages, strict=True):
+        sizes = Sizes(batch, inputs, outputs, np.dtype(model.dtype))
+        norm = model.norm if "gamma" in stage.parameters else None
+        if any(choose(way, sizes, limits, norm=norm) is None for way in ("forward", "backward")):
+            return (
+                f"a layer of {inputs} inputs and {outputs} outputs on {batch} examples needs a library's product, "
+                f"which CuPy does not capture; at most {MOST_ROWS} examples and {MOST_NEURONS} inputs or outputs do not"
+            )
+    return None
+
+
+class CapturedStep:
+    """The training step of a network on a GPU.
+
+    Parameters
+    ----------
+    model : MLP
+        The network.
+    optimizer : {"sgd", "momentum", "adam"}
+        With the usual constants.
+    state : tuple of arrays
+        Of the optimiser.
+    batch : int
+        Examples of a mini-batch.
+
+    Attributes
+    ----------
+    losses : array, shape (batch,)
+        Of the examples of the last step, before its update, in nats.
+
+    Raises
+    ------
+    ValueError
+        If the step cannot be captured.
+    """
+
+    def __init__(self, model: MLP, optimizer: str, state: tuple[Any, ...], batch: int) -> None:
+        reason = why_not_captured(model, batch)
+        if reason:
+            raise ValueError(f"the step cannot be captured: {reason}")
+        self.model, self.optimizer, self.batch = model, optimizer, batch
+        self._runtime = runtime_of(type(model.parameters))
+        self._replay: Callable[[], None] | None = None
+        self._shape: tuple[int, ...] | None = None
+        self.losses = self._empty(batch)
+        self._counter = model.xp.zeros(2, "uint32")
+        self._mini_batch = self._empty(batch, model.sizes[0]), model.xp.zeros(batch, "int32"), self._empty(3)
+        h, labels, scalars = self._mini_batch
+        backward: list[tuple[tuple, dict[str, Any]]] = []  # arrays and options of every layer's
+        self._calls: list[Callable[[], Any]] = []
+        for i, stage in enumerate(model.stages):
+            h = self._add_layer(stage, h, backward, first=i == 0, last=i == len(model.sizes) - 2)
+        dy = self._empty(*h.shape)
+        self._calls.append(partial(softmax_cross_entropy, h, labels, out=(self.losses, dy)))
+        for arrays, options in reversed(backward):
+            self._calls.append(partial(linear_batch_norm_backward, dy, *arrays, **options))
+            dy = options["out"][0]
+        update = scheduled_update, optimizer, model.parameters, model.gradients, state, scalars
+        self._calls.append(partial(*update))
+
+    def _empty(self, *shape: int) -> Any:
+        return self.model.xp.empty(shape, self.model.dtype)
+
+    def _add_layer(self, stage: Stage, x: Any, backward: list, *, first: bool, last: bool) -> Any:
+        """Add the forward of a layer to the calls, what its backward takes but for `dy` to those; return its output."""
+        given, gradients, options = stage.parameters, stage.gradients, self.model.fused
+        shape = len(x), given["weight"].shape[1]
+        y, z, workspace = (self._empty(*shape) for _ in range(3))
+        kind = self.model.norm if "gamma" in given else None
+        statistics = self._empty(3, shape[0] if kind == "layer" else shape[1]) if kind else None
+        vectors = given.get("gamma"), given.get("beta", given.get("bias"))
+        phi = {"activation": "identity" if last else self.model.activation}
+        norm: dict[str, Any] = {"norm": kind, "eps": options.eps, "out": (y, z, statistics) if kind else (y, z)}
+        if kind == "batch":
+            norm |= {"momentum": options.momentum, "unbiased": options.unbiased}
+        running = stage.running.values()
+        self._calls.append(partial(linear_batch_norm_forward, x, given["weight"], *vectors, *running, **phi, **norm))
+        out = (
+            None if first else self._empty(*x.shape),
+            gradients["weight"],
+            gradients.get("gamma"),
+            gradients.get("beta", gradients.get("bias")),
+        )
+        behind = x, given["weight"], *vectors, z, statistics
+        more = {"norm": kind, "input_gradient": not first, "workspace": workspace, "out": out, **phi}
+        backward.append((behind, more))
+        return y
+
+    def run(self, x: Any, labels: Any, *, lr: float, before: int, start: int = 0) -> Iterator[None]:
+        """Make a step every time the iterator is asked, to the last whole mini-batch.
+
+        Parameters
+        ----------
+        x : array, shape (rows, inputs), type of the model
+            Examples, in the order of the mini-batches.
+        labels : array, shape (rows,), int32
+            Their classes.
+        lr : float
+            Learning rate, per step.
+        before : int
+            Steps that the optimiser has made before the first mini-batch of `x`.
+        start : int
+            With which mini-batch to begin.
+
+        Yields
+        ------
+        None
+            After every step.
+        """
+        steps = len(x) // self.batch
+        self._take(x, labels, update_schedule(self.optimizer, lr, steps, before=before), start)
+        for _ in range(start, steps):
+            if self._replay is None:
+                self._step()  # compiles what is not compiled yet, which a capture could not
+                self._replay = self._runtime.capture(self._step, self.model.parameters)
+            else:
+                self._replay()
+            yield
+
+    def _take(self, x: Any, labels: Any, schedule: np.ndarray, start: int) -> None:
+        """Copy the data to where a captured step looks for them."""
+        xp = self.model.xp
+        if self._shape != x.shape:
+            self._shape, self._replay = x.shape, None
+            self._data = self._empty(*x.shape), xp.zeros(len(x), "int32"), self._empty(*schedule.shape)
+        scalars = xp.asarray(schedule.astype(self.model.dtype))
+        for kept, new in zip(self._data, (x, labels, scalars), strict=True):
+            kept[...] = new
+        self._counter[...] = xp.asarray(np.array([start, 0], np.uint32))
+
+    def _step(self) -> None:
+        mini_batch(*self._data, self._counter, out=self._mini_batch)
+        for call in self._calls:
+            call()

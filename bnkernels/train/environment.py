@@ -1,0 +1,105 @@
+"""The environment report of ``bnkernels info``, for bug reports. A part that is absent is a fact, not an error."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+from bnkernels._version import __version__
+from bnkernels.runtime import registry, source
+
+_BLAS_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+_CACHE = Path("~/.cupy/kernel_cache")
+
+
+def report() -> str:
+    """Describe this machine and installation.
+
+    Returns
+    -------
+    str
+        Lines ``name: fact``; memory in GiB. A part that is absent or does not answer has the reason as its fact.
+
+    Examples
+    --------
+    >>> report().splitlines()[0].partition(":")[0]
+    'bnkernels'
+    """
+    facts = {
+        "bnkernels": lambda: __version__,
+        "Python": lambda: f"{platform.python_implementation()} {platform.python_version()}",
+        "NumPy": lambda: np.__version__,
+        "system": platform.platform,
+        "CPU": _cpu,
+        "BLAS": _blas,
+        "CuPy": lambda: _cupy().__version__,
+        "CUDA kernels": lambda: registry.why_no_cuda() or "can run",
+        "CUDA driver": lambda: _release(_cupy().cuda.runtime.driverGetVersion()),
+        "CUDA runtime": lambda: _release(_cupy().cuda.runtime.runtimeGetVersion()),
+        "NVRTC": lambda: ".".join(map(str, _cupy().cuda.nvrtc.getVersion())),
+        "GPUs": _gpus,
+        "kernel sources": lambda: f"{source.folder()} (SHA-256 {_digest()})",
+        "kernel cache": lambda: str(Path(os.environ.get("CUPY_CACHE_DIR", _CACHE)).expanduser()),
+    }
+    return "\n".join(f"{name}: {_answer(fact)}" for name, fact in facts.items())
+
+
+def _answer(fact: Callable[[], str]) -> str:
+    """Return the fact, or why there is none: the report is for machines where anything at all may be broken."""
+    try:
+        return fact()
+    except ModuleNotFoundError as error:
+        return f"{error.name} is not installed"
+    except Exception as error:
+        return f"no answer ({type(error).__name__}: {' '.join(str(error).split())})"
+
+
+def _cpu() -> str:
+    """Return the processor's name, which the platform module knows on some systems only, and the cores."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        lines = (line.partition(":") for line in info.read_text(encoding="utf-8").splitlines())
+        name = next((value.strip() for key, _, value in lines if key.strip() == "model name"), name)
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def _blas() -> str:
+    """Return the library behind NumPy's matrix products, and how many threads it was told to take."""
+    blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
+    told = [f"{name}={os.environ[name]}" for name in _BLAS_THREADS if name in os.environ]
+    return f"{blas['name']} {blas['version']}, threads: {' '.join(told) or 'as it likes'}"
+
+
+def _cupy() -> ModuleType:
+    return importlib.import_module("cupy")
+
+
+def _release(version: int) -> str:
+    """Return a CUDA version as people write it: 13010 is 13.1."""
+    return f"{version // 1000}.{version % 1000 // 10}" if version else "no driver answers"
+
+
+def _gpus() -> str:
+    """Return name, compute capability and memory of every GPU."""
+    cuda = _cupy().cuda
+    if not cuda.is_available():
+        return "no driver answers"
+    gpus = map(cuda.runtime.getDeviceProperties, range(cuda.runtime.getDeviceCount()))
+    return "; ".join(
+        f"{gpu['name'].decode()}, sm_{gpu['major']}{gpu['minor']}, {gpu['totalGlobalMem'] / 2**30:.1f} GiB"
+        for gpu in gpus
+    )
+
+
+def _digest() -> str:
+    """Return the start of a hash over the kernel sources as they are compiled."""
+    text = "".join(map(source.read, source.stems()))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

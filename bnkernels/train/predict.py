@@ -1,0 +1,74 @@
+"""Evaluate the networks of a checkpoint."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bnkernels.train.data import DataError, load_dataset, load_examples
+from bnkernels.train.ensemble import make_network
+from bnkernels.train.learner import array_module, load_networks
+from bnkernels.train.runs import RunFolder
+from bnkernels.train.saved_run import load_run
+
+
+def predict(path: str | Path, *, data: str | Path | None = None, device: str = "auto") -> dict[str, Any]:
+    """Evaluate the networks of a checkpoint on the test set, or on other data.
+
+    Parameters
+    ----------
+    path : path
+        A run's folder, or its checkpoint.
+    data : path, optional
+        Other data of the same kind, with labels: their test set, where they have one, or else all of them. By default
+        what the run held out of its own data, and of those very data in another place too.
+    device : {"auto", "cpu", "cuda"}
+        Where to compute.
+
+    Returns
+    -------
+    dict
+        ``checkpoint``, ``dataset``, ``test_examples``, and under ``networks`` for each ``step``, ``test_loss`` (nats;
+        None if not finite) and ``test_accuracy`` (0 to 1).
+
+    Raises
+    ------
+    CheckpointError
+        If there is no checkpoint or it cannot be read.
+    ConfigError, DataError, ImportError
+        If the data are missing or do not fit the networks, or the device is not usable.
+    """
+    path = RunFolder.find_checkpoint(path)
+    config, meta, arrays = load_run(path)
+    config = replace(config, device=device)
+    sizes = tuple(meta["sizes"])
+    if data is None:
+        dataset = load_dataset(config.dataset, config.data, config.dtype)
+        x, y = dataset.x_test, dataset.y_test
+    else:
+        config = replace(config, data=data)
+        x, y = load_examples(config.dataset, config.data, config.dtype, sizes[-1], meta["data_digest"])
+    if x.shape[1] != sizes[0] or y.max() >= sizes[-1]:
+        raise DataError(
+            f"the networks take {sizes[0]} features and tell {sizes[-1]} classes apart, but the data have "
+            f"{x.shape[1]} and {y.max() + 1}: give data of the kind they were trained on"
+        )
+    xp, _ = array_module(config.device)
+    networks = {norm: make_network(norm, config, sizes, xp) for norm in config.norms}
+    load_networks(networks, meta, arrays)
+    x, y, results = xp.asarray(x), xp.asarray(y), {}
+    for norm, network in networks.items():
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # it shows as None
+            loss, accuracy = network.evaluate(x, y)
+        loss = loss if math.isfinite(loss) else None
+        results[norm] = {"step": network.step, "test_loss": loss, "test_accuracy": accuracy}
+    return {
+        "checkpoint": str(path),
+        "dataset": config.data or config.dataset,
+        "test_examples": len(x),
+        "networks": results,
+    }

@@ -1,0 +1,272 @@
+"""``bnkernels reproduce ioffe2015``: the MNIST experiment of the batch-norm paper, section 4.1 and figure 1.
+
+Binary images of 28 x 28 pixels, three hidden layers of 100 sigmoids, 10 classes, mini-batches of 60, with and without
+batch norm: the same weights to begin with, the same mini-batches. What is watched over the steps is the test accuracy,
+and the 15th, 50th and 85th percentiles, over the test examples, of the input of a typical sigmoid of the last hidden
+layer.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from time import strftime
+from typing import Any
+
+import numpy as np
+
+from bnkernels._version import __version__
+from bnkernels.nn.mlp import MLP
+from bnkernels.ops.batch_norm.inference import batch_norm_inference
+from bnkernels.train.checkpoint import write_atomically
+from bnkernels.train.config import ConfigError, TrainingConfig, as_path
+from bnkernels.train.data import Dataset, load_dataset
+from bnkernels.train.data_files import DataError, read_mnist
+from bnkernels.train.documents import to_json
+from bnkernels.train.learner import Network, array_module, blas_threads
+from bnkernels.train.plots import draw_accuracy, draw_percentiles
+
+HIDDEN, BATCH, STEPS = (100, 100, 100), 60, 50_000  # the paper's
+SHORTENED = 10_000  # steps on a CPU
+LR = 0.5  # the paper does not say
+EVALUATIONS = 100
+AT_ONCE = 1000  # steps, at most, whose examples are gathered together
+PERCENTILES = (15, 50, 85)
+SIDE = 28
+FILES = {"document": "ioffe2015.json", "accuracy": "accuracy.png", "percentiles": "percentiles.png"}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What is run.
+
+    Attributes
+    ----------
+    mnist : str, optional
+        The folder of MNIST's IDX files; None takes the digits of scikit-learn.
+    steps : int, optional
+        None: 50,000 on a GPU, 10,000 on a CPU.
+    lr : float
+        Learning rate of plain gradient descent, per step.
+    seed : int
+        Of weights and mini-batches.
+    device, engine : str
+        As in `TrainingConfig`.
+    """
+
+    mnist: str | None = None
+    steps: int | None = None
+    lr: float = LR
+    seed: int = 0
+    device: str = "auto"
+    engine: str = "auto"
+
+
+def binary_images(mnist: str | None = None) -> Dataset:
+    """Return images of 28 x 28 pixels that are 0 or 1: those above half of the largest value are 1.
+
+    Parameters
+    ----------
+    mnist : str, optional
+        The folder of MNIST's IDX files. Without it the digits of scikit-learn are taken, each of whose 8 x 8 pixels
+        becomes 3 x 3, with a margin of 2.
+
+    Returns
+    -------
+    Dataset
+        Training and test examples, as `load_dataset` splits them; inputs are float32.
+
+    Raises
+    ------
+    DataError
+        If the files are missing or damaged, or their images are not 28 x 28.
+    """
+    if mnist is None:
+        digits = load_dataset("digits")
+        x_train, x_test = (_enlarged(x > 0.5) for x in (digits.x_train, digits.x_test))
+        return Dataset(digits.name, x_train, digits.y_train, x_test, digits.y_test, digits.n_classes)
+    x_train, y_train, x_test, y_test = read_mnist(Path(mnist), "float32")
+    for images in (x_train, x_test):
+        if images.shape[1:] != (SIDE, SIDE):
+            found = " x ".join(map(str, images.shape[1:]))
+            raise DataError(f"the experiment takes images of {SIDE} x {SIDE} pixels, and those in {mnist} are {found}")
+    return Dataset("mnist", x_train > 127, y_train, x_test > 127, y_test, 10)
+
+
+def _enlarged(pixels: np.ndarray) -> np.ndarray:
+    """Return the digits' 8 x 8 pixels as 3 x 3 each, with a margin."""
+    images = pixels.reshape(-1, 8, 8).repeat(3, axis=1).repeat(3, axis=2)
+    return np.pad(images, ((0, 0), (2, 2), (2, 2))).reshape(len(images), -1)
+
+
+def mini_batches(examples: int, steps: int, seed: int) -> Iterator[np.ndarray]:
+    """Yield the rows of every mini-batch; an epoch is a permutation, less what whole mini-batches leave over."""
+    generator = np.random.default_rng(seed)
+    of_epoch = examples // BATCH
+    if of_epoch == 0:
+        raise ConfigError(f"a mini-batch takes {BATCH} training examples, and there are {examples}")
+    for step in range(steps):
+        if step % of_epoch == 0:
+            order = generator.permutation(examples)
+        yield order[step % of_epoch * BATCH :][:BATCH]
+
+
+def last_hidden_inputs(model: MLP, x: Any) -> Any:
+    """Return the inputs of the sigmoids of the last hidden layer, shape (N, 100), with running statistics."""
+    for stage in model.stages[:-1]:
+        of = stage.parameters
+        u = model.xp.matmul(x, of["weight"])
+        if "gamma" in of:
+            u = batch_norm_inference(u, of["gamma"], of["beta"], *stage.running.values(), eps=model.fused.eps)
+        else:
+            u += of["bias"]
+        x = 1 / (1 + model.xp.exp(-u))
+    return u
+
+
+def run(experiment: Experiment, say: Callable[[str], None] = print, dataset: Dataset | None = None) -> dict[str, Any]:
+    """Run the experiment; return its document.
+
+    Parameters
+    ----------
+    experiment : Experiment
+        What to run.
+    say : callable
+        Takes lines about the progress.
+    dataset : Dataset, optional
+        Other images, by default `binary_images`.
+
+    Returns
+    -------
+    dict
+        What JSON can say: settings, environment, and for each network the curves.
+
+    Raises
+    ------
+    ConfigError, DataError, ImportError
+        If the options do not fit the machine, or the data are unusable.
+    """
+    xp, device = array_module(experiment.device)
+    images = dataset or binary_images(experiment.mnist)
+    steps = (SHORTENED if xp is np else STEPS) if experiment.steps is None else experiment.steps
+    config = TrainingConfig(
+        hidden=HIDDEN,
+        batch_size=BATCH,
+        activation="sigmoid",
+        lr=experiment.lr,
+        steps=steps,
+        seed=experiment.seed,
+        device=experiment.device,
+        engine=experiment.engine,
+    )
+    sizes = (images.n_features, *HIDDEN, images.n_classes)
+    networks = {norm: Network(norm, config, sizes, xp) for norm in config.norms}
+    shortened = f", shortened from the paper's {STEPS:,} (--steps {STEPS})" if steps < STEPS else ""
+    say(f"{steps:,} steps{shortened} on {device}; {len(images.x_train):,} training examples of {images.name}")
+    # Overflow is no accident to warn about line by line: it shows in the document as null.
+    with blas_threads(sizes, BATCH), np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        curves = _train(networks, images, config.steps, config.seed, xp, say)
+    return {
+        "experiment": "Ioffe and Szegedy 2015, arXiv:1502.03167, section 4.1, figure 1",
+        "data": {
+            "name": images.name,
+            "training_examples": len(images.x_train),
+            "test_examples": len(images.x_test),
+            "inputs": f"{images.n_features} binary",
+        },
+        "settings": {"sizes": sizes, "batch": BATCH, "steps": config.steps, "lr": config.lr, "seed": config.seed}
+        | {"weights": "normal, variance 1 / inputs", "engine": {n: network.engine for n, network in networks.items()}},
+        "environment": {
+            "bnkernels": __version__,
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "platform": platform.platform(),
+            "device": device,
+            "date": strftime("%Y-%m-%d"),
+        },
+        "networks": {norm: _curve(curve) for norm, curve in curves.items()},
+    }
+
+
+def _train(
+    networks: dict[str, Network], images: Dataset, steps: int, seed: int, xp: Any, say: Callable[[str], None]
+) -> dict[str, list[tuple[int, float, np.ndarray]]]:
+    """Train all networks on the same mini-batches; return of each step, accuracy and percentiles, as they went."""
+    x_train, y_train, x_test, y_test = map(xp.asarray, (images.x_train, images.y_train, images.x_test, images.y_test))
+    curves: dict[str, list[tuple[int, float, np.ndarray]]] = {norm: [] for norm in networks}
+    rows = mini_batches(len(images.x_train), steps, seed)
+    stops = sorted({steps * i // EVALUATIONS for i in range(EVALUATIONS + 1)})
+    for first, last in zip([0, *stops], stops, strict=False):
+        for begin in range(first, last, AT_ONCE):
+            end = min(begin + AT_ONCE, last)
+            order = xp.asarray(np.concatenate([next(rows) for _ in range(begin, end)]))
+            x, y = x_train[order], y_train[order]
+            for network in networks.values():
+                network.train(x, y, begin, end, lambda: False)
+        for norm, network in networks.items():
+            _, accuracy = network.evaluate(x_test, y_test)
+            inputs = last_hidden_inputs(network.model, x_test)
+            host = getattr(xp, "asnumpy", np.asarray)(inputs)
+            curves[norm].append((last, accuracy, np.percentile(host, PERCENTILES, axis=0)))
+        if 10 * last // steps > 10 * first // steps:
+            reached = ", ".join(f"{curve[-1][1]:.1%} {NAMES[norm]}" for norm, curve in curves.items())
+            say(f"step {last:>6,}: test accuracy {reached}")
+    return curves
+
+
+NAMES = {"batch": "with batch norm", "none": "without"}
+
+
+def _curve(curve: list[tuple[int, float, np.ndarray]]) -> dict[str, Any]:
+    """Return the curves of a network: of all sigmoids, the one whose spread at the end is the layer's median."""
+    percentiles = np.array([entry[2] for entry in curve])  # (evaluations, percentiles, sigmoids)
+    spread = percentiles[-1, -1] - percentiles[-1, 0]
+    typical = int(np.argsort(spread, kind="stable")[len(spread) // 2])
+    return {
+        "steps": [entry[0] for entry in curve],
+        "test_accuracy": [round(entry[1], 6) for entry in curve],
+        "typical_sigmoid": typical,
+        "input_percentiles": {
+            str(percentile): [round(float(value), 5) for value in percentiles[:, i, typical]]
+            for i, percentile in enumerate(PERCENTILES)
+        },
+    }
+
+
+def require_folder(folder: str | Path) -> None:
+    """Refuse a folder that `write` could not write to, before anything is computed.
+
+    Raises
+    ------
+    ConfigError
+        If the folder has an experiment already, or cannot be made or written.
+    """
+    folder = Path(as_path("out", folder))
+    for path in (folder / file for file in FILES.values()):
+        if path.exists():
+            raise ConfigError(f"{path} exists already: choose another place")
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ConfigError(f"cannot make the folder {folder}: {there} is a file: choose another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"cannot write in the folder {there}: choose another")
+
+
+def write(document: dict[str, Any], folder: str | Path) -> dict[str, Path]:
+    """Write the document and the pictures; return the files.
+
+    Raises
+    ------
+    ImportError
+        If Matplotlib is not installed.
+    """
+    files = {name: Path(folder, file) for name, file in FILES.items()}
+    accuracy, percentiles = draw_accuracy(document), draw_percentiles(document)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    write_atomically(files["accuracy"], accuracy)
+    write_atomically(files["percentiles"], percentiles)
+    write_atomically(files["document"], f"{to_json(document)}\n".encode())
+    return files

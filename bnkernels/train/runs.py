@@ -1,0 +1,253 @@
+"""What a run leaves behind: its result, and the folder with ``metrics.json``, ``curves.png`` and the checkpoint."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import strftime
+from typing import Any
+
+import numpy as np
+
+from bnkernels._version import __version__
+from bnkernels.train.checkpoint import CheckpointError, save_checkpoint
+from bnkernels.train.config import ConfigError, TrainingConfig
+from bnkernels.train.documents import to_json
+from bnkernels.train.files import FULL, check_replaceable, locked, write_atomically
+from bnkernels.train.plots import draw_curves
+
+TARGET_ACCURACY = 0.95  # "steps to 95 %"
+CHECKPOINT_NAME = "checkpoint.npz"
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingResult:
+    """What came out of a run.
+
+    Attributes
+    ----------
+    status : {"finished", "stopped", "already finished"}
+        ``stopped``: asked to before the end; ``already finished``: the resumed run had nothing left to do.
+    config : TrainingConfig
+        What was trained.
+    data : dict
+        Number of ``training_examples``, ``test_examples``, ``features`` and ``classes``.
+    device : str
+        Where, in words.
+    models : dict of str to MLP or list of MLP
+        The networks, ``"batch"`` and ``"none"`` (or the one of them that was asked for); of an ensemble lists.
+    history : dict of str to list of dict
+        For each network its evaluations, one per epoch: ``epoch``, ``step``, ``loss`` (mean cross-entropy over the
+        training set, in nats; None if not finite), ``accuracy`` (on the test set, 0 to 1), ``us_per_step``
+        (microseconds per training step of that epoch). Of an ensemble, means; with ``loss_spread`` and
+        ``accuracy_spread``, sample standard deviations, and under ``models`` the same of each.
+    files : dict of str to pathlib.Path
+        The files of the run: ``checkpoint``, ``metrics``, ``curves``. Empty if it wrote none.
+    """
+
+    status: str
+    config: TrainingConfig
+    data: dict[str, int]
+    device: str
+    models: dict[str, Any]
+    history: dict[str, list[dict[str, Any]]]
+    files: dict[str, Path]
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The answer: what each network reached and cost, and the ratio of the costs (None without both)."""
+        networks = {norm: summarise(entries) for norm, entries in self.history.items() if entries}
+        both = {"batch", "none"} <= networks.keys()
+        ratio = networks["batch"]["us_per_step"] / networks["none"]["us_per_step"] if both else None
+        return {"networks": networks, "step_time_ratio": ratio}
+
+    @property
+    def continuation(self) -> str:
+        """The command that continues the run; a run whose checkpoint lies elsewhere is told its folder."""
+        folder, checkpoint = self.files["metrics"].parent, self.files["checkpoint"]
+        out = [] if checkpoint.parent == folder else ["--out", str(folder)]
+        return shlex.join(["bnkernels", "train", "--resume", str(checkpoint), *out])
+
+    def document(self) -> dict[str, Any]:
+        """Return everything that JSON can say: the content of ``metrics.json``."""
+        return {
+            "status": self.status,
+            "config": asdict(self.config),
+            "data": self.data,
+            "environment": {
+                "bnkernels": __version__,
+                "python": platform.python_version(),
+                "numpy": np.__version__,
+                "platform": platform.platform(),
+                "device": self.device,
+            },
+            "summary": self.summary,
+            "history": self.history,
+            "files": {name: str(path) for name, path in self.files.items()},
+        }
+
+
+def summarise(history: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what one network reached and cost.
+
+    Parameters
+    ----------
+    history : list of dict
+        At least one evaluation, as in `TrainingResult`.
+
+    Returns
+    -------
+    dict
+        ``test_accuracy`` (0 to 1) and ``training_loss`` (nats) at the end, ``steps_to_95_percent`` (of the first
+        evaluation at or above; None if there is none), ``us_per_step`` (microseconds; the median over the epochs, the
+        first left out as a warm-up where there are more). Of an ensemble also ``test_accuracy_spread`` (sample standard
+        deviation) and under ``models`` loss and accuracy of each.
+    """
+    times = [entry["us_per_step"] for entry in history]
+    last, spread = history[-1], {}
+    if "models" in last:
+        spread = {"test_accuracy_spread": last["accuracy_spread"], "models": last["models"]}
+    return spread | {
+        "test_accuracy": history[-1]["accuracy"],
+        "training_loss": history[-1]["loss"],
+        "steps_to_95_percent": next((e["step"] for e in history if e["accuracy"] >= TARGET_ACCURACY), None),
+        "us_per_step": statistics.median(times[1:] or times),
+    }
+
+
+def default_folder(dataset: str) -> Path:
+    """Make the folder of a run that was given none, named after the data set and the time, and return it.
+
+    However many runs begin in one second, each gets a folder of its own: the first to make one has it.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot be made.
+    """
+    name, repeat = f"{dataset}-{strftime('%Y%m%d-%H%M%S')}", 1
+    folder = Path("runs", name)
+    _make(folder.parent)
+    while True:
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            repeat += 1
+            folder = Path("runs", f"{name}-{repeat}")
+        except OSError as error:
+            raise _cannot_make(error) from error
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_make(error) from error
+
+
+def _cannot_make(error: OSError) -> ConfigError:
+    reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror
+    return ConfigError(f"cannot make the folder {error.filename}: {reason}: choose another")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The places of a run: its folder, and its checkpoint, which may lie elsewhere."""
+
+    folder: Path
+    checkpoint: Path
+
+    @classmethod
+    @contextmanager
+    def create(
+        cls, folder: str | Path | Callable[[], Path], checkpoint: str | Path | None = None
+    ) -> Iterator[RunFolder]:
+        """Make the folders of a new run, and keep other runs out of them until the end of the context.
+
+        Parameters
+        ----------
+        folder : path or callable
+            Where ``metrics.json`` and ``curves.png`` go; created if absent. A callable makes it and says where.
+        checkpoint : path, optional
+            The checkpoint; by default ``checkpoint.npz`` in the folder.
+
+        Raises
+        ------
+        ConfigError
+            If a run is there already, or a folder cannot be made.
+        OSError
+            If another run is at work there.
+        """
+        folder = Path(folder() if callable(folder) else folder)
+        run = cls(folder, Path(checkpoint) if checkpoint is not None else folder / CHECKPOINT_NAME)
+        if len({os.path.realpath(path) for path in run.files.values()}) < len(run.files):
+            raise ConfigError(f"the checkpoint {run.checkpoint} would be another file of the run: choose another name")
+        if not run._there():
+            _make(run.folder)
+            _make(run.checkpoint.parent)
+        with run.lock_folder(), locked(run.checkpoint):
+            for path in run._there():
+                raise ConfigError(f"{path} exists already: continue that run with --resume, or choose another place")
+            yield run
+
+    def _there(self) -> list[Path]:
+        """Return which of the files are there; a link is, wherever it points."""
+        return [path for path in self.files.values() if os.path.lexists(path)]
+
+    def lock_folder(self) -> AbstractContextManager[None]:
+        """Keep other runs out of the folder; see `locked`."""
+        return locked(self.files["metrics"])
+
+    def check_writable(self) -> None:
+        """Raise the OSError now that writing a file of the run would raise after an epoch's work."""
+        for path in self.files.values():
+            check_replaceable(path)
+
+    @classmethod
+    def find_checkpoint(cls, path: str | Path) -> Path:
+        """Return the checkpoint that a path means: the file itself, or the one in a run's folder; no link to it.
+
+        Raises
+        ------
+        CheckpointError
+            If there is none.
+        """
+        found = Path(path, CHECKPOINT_NAME) if Path(path).is_dir() else Path(path)
+        if not found.is_file():
+            raise CheckpointError(f"there is no checkpoint {found}: give a run's folder or its checkpoint file")
+        return found.resolve() if found.is_symlink() else found  # the run is where the file is, not where the link is
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """The run's three files by what they are."""
+        return {
+            "checkpoint": self.checkpoint,
+            "metrics": self.folder / "metrics.json",
+            "curves": self.folder / "curves.png",
+        }
+
+    def save(self, meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+        """Write the checkpoint, which remembers where the folder is, seen from itself."""
+        folder = os.path.relpath(self.folder, self.checkpoint.parent)
+        try:
+            save_checkpoint(self.checkpoint, {**meta, "folder": folder}, arrays)
+        except OSError as error:
+            if error.errno in FULL and self.checkpoint.exists():
+                error.strerror = f"{error.strerror}, and --resume continues from it"
+            raise
+
+    def write(self, result: TrainingResult) -> None:
+        """Write the curves and the metrics, each whole or not at all."""
+        sizes = "-".join(str(size) for size in (result.data["features"], *result.config.hidden, result.data["classes"]))
+        title = f"{result.config.dataset}, network {sizes}, mini-batches of {result.config.batch_size}"
+        title += f", {result.config.models} models" if result.config.models > 1 else ""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.files["curves"], draw_curves(result.history, title))
+        write_atomically(self.files["metrics"], to_json(result.document()).encode())

@@ -1,0 +1,213 @@
+"""A run read back from its checkpoint: everything is checked before anything is built from it or written for it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import fields
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bnkernels.train.checkpoint import CheckpointError, load_checkpoint
+from bnkernels.train.config import TrainingConfig
+from bnkernels.train.runs import RunFolder
+
+LARGEST = 2**53  # of an integer that a float can still say
+MEASURED = ("epoch", "step", "accuracy", "us_per_step")  # numbers of every entry of a history; its loss may be None
+
+
+def load_run(path: Path) -> tuple[TrainingConfig, dict[str, Any], dict[str, np.ndarray]]:
+    """Read the checkpoint of a run and check all that continuing or evaluating it relies on.
+
+    A digest says that a file is whole, not who wrote it: one with a right digest may still ask for terabytes.
+
+    Parameters
+    ----------
+    path : path
+        The checkpoint.
+
+    Returns
+    -------
+    config : TrainingConfig
+        What was trained. The networks it describes take about as much memory as the arrays.
+    meta : dict
+        Everything else that is not an array, as `Trainer.state` returned it.
+    arrays : dict of str to numpy.ndarray
+        The arrays by name; `load_networks` checks them against the networks.
+
+    Raises
+    ------
+    CheckpointError
+        If it cannot be read, or is of no run that this version could continue; the message says which part.
+    OSError
+        If the file cannot be read.
+    """
+    meta, arrays = load_checkpoint(path)
+    config = _config(path, meta.get("config"))
+    networks = meta.get("networks")
+    wanted = {
+        "sizes": _sizes_fit(meta.get("sizes"), config),
+        "data_digest": type(meta.get("data_digest")) is str,
+        "epoch": _natural(meta.get("epoch")),
+        "generator": _generator_fits(meta.get("generator")),
+        "folder": _is_path(meta.get("folder", ".")),
+        "networks": type(networks) is dict
+        and networks.keys() == set(config.norms)
+        and all(_network_fits(network, config.models, meta.get("epoch")) for network in networks.values()),
+    }
+    for what, fits in wanted.items():
+        if not fits:
+            raise _unusable(path, f"its {what} are missing or not what a run saves")
+    _check_weights(path, config, meta["sizes"], arrays)
+    return config, meta, arrays
+
+
+def run_folder(path: Path, meta: Mapping[str, Any], given: str | Path | None) -> RunFolder:
+    """Return the places of a saved run. A checkpoint cannot send its run to a folder that has nothing to do with it.
+
+    Its folder is the checkpoint's own, or the one that the caller names too, or one that holds the ``metrics.json`` of
+    the very same run: its history is the beginning of the saved one.
+
+    Raises
+    ------
+    CheckpointError
+        If the checkpoint names another folder.
+    """
+    folder = Path(os.path.normpath(path.parent / meta.get("folder", ".")))
+    own = folder == Path(os.path.normpath(path.parent))
+    if own or (given is not None and Path(given).resolve() == folder.resolve()) or _holds(folder, meta["networks"]):
+        return RunFolder(folder, path)
+    shown = str(folder) if len(str(folder)) <= 300 else f"...{str(folder)[-300:]}"
+    shown = shown if shown.isprintable() else ascii(shown)
+    raise CheckpointError(
+        f"{path} says that the folder of its run is {shown}, which holds nothing of that run yet: "
+        "if it is right, give it as --out (folder=)"
+    )
+
+
+def _holds(folder: Path, networks: Mapping[str, Any]) -> bool:
+    """Whether a folder has the metrics of the run: of every network the first entries of its history."""
+    metrics = folder / "metrics.json"
+    try:
+        # To open a pipe would wait for its writer.
+        histories = json.loads(metrics.read_bytes())["history"] if metrics.is_file() else {}
+        found = [(network["history"], histories[norm]) for norm, network in networks.items()]
+        return all(0 < len(known) <= len(saved) and saved[: len(known)] == known for saved, known in found)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return False
+
+
+def _unusable(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(f"{path} is not the checkpoint of a run that this version can continue: {why}")
+
+
+def _config(path: Path, saved: Any) -> TrainingConfig:
+    """Return the configuration, each field of its own type."""
+    if type(saved) is not dict:
+        raise _unusable(path, "its config is missing")
+    defaults = {field.name: field.default for field in fields(TrainingConfig)}
+    for name, value in saved.items():
+        if name not in defaults:
+            raise _unusable(path, f"its config has the unknown field {name[:40]!r}: upgrade bnkernels")
+        if not _field_fits(name, value, defaults[name]):
+            raise _unusable(path, f"{name} of its config is not what a run saves")
+    try:
+        return TrainingConfig(**saved)
+    except (TypeError, ValueError) as error:
+        raise _unusable(path, str(error)[:300]) from error
+
+
+def _field_fits(name: str, value: Any, default: Any) -> bool:
+    """Whether a value is of the type of its field, which JSON leaves open."""
+    if name == "hidden":
+        return type(value) is list and all(_natural(width) for width in value)
+    if name == "lr":
+        return _number(value)
+    if name == "seed":
+        return type(value) is int
+    if name in ("epochs", "steps"):
+        return value is None or _natural(value)
+    if name == "data":
+        return value is None or _is_path(value)
+    return type(value) is type(default) and (type(value) is str or _natural(value))
+
+
+def _is_path(value: Any) -> bool:
+    """Whether the file system could have such a name."""
+    if type(value) is not str or not value or "\0" in value:
+        return False
+    try:
+        return bool(os.fsencode(value))
+    except UnicodeEncodeError:
+        return False
+
+
+def _natural(value: Any) -> bool:
+    return type(value) is int and 0 <= value < LARGEST
+
+
+def _number(value: Any) -> bool:
+    return (type(value) is float and math.isfinite(value)) or (type(value) is int and abs(value) < LARGEST)
+
+
+def _sizes_fit(sizes: Any, config: TrainingConfig) -> bool:
+    if type(sizes) is not list or not all(_natural(size) and size > 0 for size in sizes):
+        return False
+    return len(sizes) == len(config.hidden) + 2 and tuple(sizes[1:-1]) == config.hidden
+
+
+def _generator_fits(state: Any) -> bool:
+    """Whether it is the state of a generator such as the trainer's."""
+    try:
+        np.random.default_rng(0).bit_generator.state = state
+    except (TypeError, ValueError, KeyError, OverflowError, AttributeError):
+        return False
+    return True
+
+
+def _network_fits(network: Any, models: int, epoch: Any) -> bool:
+    """Whether steps and history of a network, or an ensemble of so many models, are what a run saves in that epoch."""
+    if type(network) is not dict or not _natural(network.get("step")) or type(network.get("history")) is not list:
+        return False
+    history = network["history"]
+    if (
+        not _natural(epoch)
+        or len(history) < epoch
+        or not all(_entry_fits(entry, MEASURED, models) for entry in history)
+    ):
+        return False
+    steps = [0, *(entry["step"] for entry in history)]
+    return all(_natural(step) for step in steps) and steps == sorted(set(steps)) and steps[-1] <= network["step"]
+
+
+def _entry_fits(entry: Any, measured: tuple[str, ...], models: int) -> bool:
+    """Whether an entry of a history has all its numbers, for each model too where there are several."""
+    if type(entry) is not dict or not all(_number(entry.get(name)) for name in measured):
+        return False
+    lost = ("loss", "loss_spread") if models > 1 else ("loss",)
+    if not all(name in entry and (entry[name] is None or _number(entry[name])) for name in lost):
+        return False
+    if models == 1:
+        return True
+    each = entry.get("models")
+    if not _number(entry.get("accuracy_spread")) or type(each) is not list or len(each) != models:
+        return False
+    return all(_entry_fits(model, ("accuracy",), 1) for model in each)
+
+
+def _check_weights(path: Path, config: TrainingConfig, sizes: list[int], arrays: Mapping[str, np.ndarray]) -> None:
+    """Refuse a configuration whose networks are larger than the weights that the file brings."""
+    if config.models * len(config.norms) > len(arrays):
+        raise _unusable(path, "its arrays are fewer than its models")
+    models = [""] if config.models == 1 else [f"{number}/" for number in range(config.models)]
+    for norm in config.norms:
+        for model in models:
+            for i, shape in enumerate(pairwise(sizes)):
+                name = f"{norm}/{model}model/{i}.weight"
+                if name not in arrays or arrays[name].shape != shape:
+                    raise _unusable(path, f"the array {name} is missing or not of the shape {shape}")

@@ -1,0 +1,79 @@
+"""What the command line prints of a run: a heading, a row for every epoch, and the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from bnkernels.train.runs import TrainingResult
+from bnkernels.train.trainer import Trainer
+
+LABELS = {"batch": "with batch norm", "layer": "with layer norm", "none": "without batch norm"}
+
+
+def heading(trainer: Trainer) -> str:
+    """Return what is trained, and the table's head."""
+    config, data = trainer.config, trainer.dataset
+    sizes = "-".join(str(size) for size in trainer.sizes)
+    columns = "".join(f" | {LABELS[norm]:^28}" for norm in trainer.networks)
+    units = " |   loss   accuracy    us/step" * len(trainer.networks)
+    return (
+        f"{data.name}: {len(data.x_train)} training and {len(data.x_test)} test examples\n"
+        f"network {sizes}, {config.activation}, {config.dtype}\n"
+        f"{trainer.total_steps} steps of {config.batch_size} examples, {config.optimizer} at {config.lr:g}, "
+        f"seed {config.seed}{of_several(config.models)}\n"
+        f"device {trainer.device}; {engines(trainer)}\n\n"
+        f"{'':13}{columns}\n{'epoch':>5}{'step':>8}{units}"
+    )
+
+
+def of_several(models: int) -> str:
+    """Return what is to be said of an ensemble."""
+    return f" and the next {models - 1}: figures are means over {models} models" if models > 1 else ""
+
+
+def engines(trainer: Trainer) -> str:
+    """Return the engine of the networks, with its reason, or each of them where they differ."""
+    chosen = {norm: f"engine {network.engine}" for norm, network in trainer.networks.items()}
+    if len(set(chosen.values())) == 1:
+        return next(iter(chosen.values()))
+    return ", ".join(f"{LABELS[norm]} {engine}" for norm, engine in chosen.items())
+
+
+def row(trainer: Trainer) -> str:
+    """Return the table's row of the last epoch."""
+    cells = []
+    for network in trainer.networks.values():
+        last = network.history[-1]
+        loss = "diverged" if last["loss"] is None else f"{last['loss']:8.4f}"
+        cells.append(f" | {loss:>8} {last['accuracy']:>8.2%} {last['us_per_step']:>9.1f}")
+    return f"{last['epoch']:5.4g}{last['step']:8d}{''.join(cells)}"
+
+
+def answer(result: TrainingResult) -> str:
+    """Return what each network reached and cost, the ratio, and the files."""
+    summary = result.summary
+    networks = summary["networks"]
+    lines = [f"\n{'':24}" + "".join(f"{LABELS[norm]:>20}" for norm in networks)]
+    if result.status == "already finished":
+        lines.insert(0, "This run had finished already; nothing was changed. Extend it with --epochs or --steps.")
+
+    def line(label: str, key: str, form: Callable[[Any], str]) -> str:
+        return f"{label:24}" + "".join(f"{form(network[key]):>20}" for network in networks.values())
+
+    lines += [
+        line("test accuracy", "test_accuracy", "{:.2%}".format),
+        *([line("± standard deviation", "test_accuracy_spread", "{:.2%}".format)] if result.config.models > 1 else []),
+        line("steps to 95 %", "steps_to_95_percent", lambda steps: "not reached" if steps is None else str(steps)),
+        line("microseconds per step", "us_per_step", "{:.1f}".format),
+        "",
+    ]
+    if summary["step_time_ratio"] is not None:
+        lines.append(
+            f"A step with batch norm takes {summary['step_time_ratio']:.2f} times a step without. "
+            "Accepted wisdom: 3 to 5 times."
+        )
+    for norm, network in networks.items():
+        if network["training_loss"] is None:
+            lines.append(f"The loss {LABELS[norm]} is not finite: take a smaller --lr.")
+    return "\n".join([*lines, "Files: " + ", ".join(str(path) for path in result.files.values())])

@@ -1,0 +1,344 @@
+"""The trainer: the same network with and without batch norm, on the same batches, timed, saved and resumable."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from bnkernels.train.checkpoint import CheckpointError
+from bnkernels.train.config import ConfigError, TrainingConfig, as_path, require_memory
+from bnkernels.train.data import DataError, Dataset, load_dataset
+from bnkernels.train.ensemble import Ensemble, make_network
+from bnkernels.train.files import locked
+from bnkernels.train.learner import EVALUATION_ROWS, Network, array_module, blas_threads, load_networks
+from bnkernels.train.plots import require_matplotlib
+from bnkernels.train.runs import RunFolder, TrainingResult
+from bnkernels.train.saved_run import load_run, run_folder
+
+__all__ = ["ConfigError", "Trainer", "TrainingConfig", "TrainingResult", "resume", "train"]
+
+CHANGEABLE_ON_RESUME = ("data", "device", "engine", "epochs", "steps")
+
+
+def never() -> bool:
+    """Tell a run to go on to its end."""
+    return False
+
+
+class Trainer:
+    """All the state of a run: the networks, the order of the examples, and how far it is.
+
+    Parameters
+    ----------
+    config : TrainingConfig
+        What to train.
+    dataset : Dataset, optional
+        The data; by default what the configuration names is loaded.
+
+    Raises
+    ------
+    ConfigError, DataError, ImportError
+        If the configuration does not fit the data or the machine, or the data are unusable.
+    """
+
+    def __init__(self, config: TrainingConfig, dataset: Dataset | None = None) -> None:
+        self.config = config
+        self.dataset = (dataset or load_dataset(config.dataset, config.data, config.dtype)).astype(config.dtype)
+        self.steps_per_epoch = len(self.dataset.x_train) // config.batch_size
+        if self.steps_per_epoch == 0:
+            raise ConfigError(
+                f"batch size must be at most the {len(self.dataset.x_train)} training examples, got {config.batch_size}"
+            )
+        self.total_steps = config.steps or config.epochs * self.steps_per_epoch
+        self.xp, self.device = array_module(config.device)
+        self.sizes = (self.dataset.n_features, *config.hidden, self.dataset.n_classes)
+        require_memory(config, self.sizes, min(EVALUATION_ROWS, len(self.dataset.x_train)))
+        self.networks = {norm: make_network(norm, config, self.sizes, self.xp) for norm in config.norms}
+        self.epoch = 0  # complete ones
+        self._generator = np.random.default_rng(config.seed)  # as it was at the start of the current epoch
+        self._train = self._to_device(self.dataset.x_train, self.dataset.y_train)
+        self._test = self._to_device(self.dataset.x_test, self.dataset.y_test)
+
+    @property
+    def finished(self) -> bool:
+        """Whether every network has done all its steps."""
+        return all(network.step >= self.total_steps for network in self.networks.values())
+
+    def run_epoch(self, should_stop: Callable[[], bool] = never) -> bool:
+        """Train each network to the end of the current epoch (or of the run) and evaluate it.
+
+        Parameters
+        ----------
+        should_stop : callable
+            Asked before every step; when it says True, the epoch is left as it is and can be taken up again.
+
+        Returns
+        -------
+        bool
+            Whether the end was reached.
+        """
+        first = self.epoch * self.steps_per_epoch
+        last = min(first + self.steps_per_epoch, self.total_steps)
+        generator = copy.deepcopy(self._generator)
+        order = self.xp.asarray(generator.permutation(len(self.dataset.x_train)))
+        x, y = (array[order] for array in self._train)  # shuffled once: batches are views, the same for every network
+        for network in self.networks.values():
+            if network.step < last:
+                self._train_and_evaluate(network, x, y, first, last, should_stop)
+        if any(network.step < last for network in self.networks.values()):
+            return False
+        if last == first + self.steps_per_epoch:
+            self.epoch, self._generator = self.epoch + 1, generator
+        return True
+
+    def _train_and_evaluate(
+        self, network: Network | Ensemble, x: Any, y: Any, first: int, last: int, should_stop: Callable[[], bool]
+    ) -> None:
+        """Train one network to step `last`, timing the steps alone, and append to its history if it gets there."""
+        # Overflow is no accident to warn about line by line: it shows in the history as a loss of None.
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            self._synchronize()
+            before, started = network.step, perf_counter()
+            network.train(x, y, first, last, should_stop)
+            self._synchronize()
+            seconds = perf_counter() - started
+            if network.step < last:
+                return
+            found = network.assess(self._train, self._test)
+        network.history.append(
+            {
+                "epoch": last / self.steps_per_epoch,
+                "step": last,
+                **found,
+                "us_per_step": 1e6 * seconds / (last - before),
+            }
+        )
+
+    def _to_device(self, x: np.ndarray, y: np.ndarray) -> tuple[Any, Any]:
+        return self.xp.asarray(x), self.xp.asarray(y)
+
+    def _synchronize(self) -> None:
+        """Wait for the GPU, where there is one: launches return before the work is done."""
+        if self.xp is not np:
+            self.xp.cuda.get_current_stream().synchronize()
+
+    def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Return everything that a checkpoint holds: what JSON can say, and the arrays by name."""
+        meta = {
+            "config": asdict(self.config),
+            "sizes": self.sizes,
+            "data_digest": self.dataset.digest,
+            "epoch": self.epoch,
+            "generator": self._generator.bit_generator.state,
+            "networks": {
+                norm: {"step": network.step, "history": network.history} for norm, network in self.networks.items()
+            },
+        }
+        arrays = {
+            f"{norm}/{name}": array
+            for norm, network in self.networks.items()
+            for name, array in network.arrays().items()
+        }
+        return meta, arrays
+
+    def load_state(self, meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+        """Continue from what `state` returned.
+
+        Raises
+        ------
+        CheckpointError
+            If parts of the state do not belong together, or are not of these networks; nothing is changed then.
+        DataError
+            If the data are not those the state comes from.
+        ConfigError
+            If the run is meant to end before the point the state has reached.
+        """
+        if meta["data_digest"] != self.dataset.digest:
+            raise DataError("the data are not those the checkpoint was trained on: restore them, or start a new run")
+        steps = [network["step"] for network in meta["networks"].values()]
+        first, last = (epoch * self.steps_per_epoch for epoch in (meta["epoch"], meta["epoch"] + 1))
+        if tuple(meta["sizes"]) != self.sizes or not first <= min(steps) < last or not max(steps) <= last:
+            raise CheckpointError(
+                f"the checkpoint's sizes {tuple(meta['sizes'])}, steps {steps} and {meta['epoch']} complete epochs do "
+                "not belong together: take another checkpoint, or start a new run"
+            )
+        if max(steps) > self.total_steps:
+            raise ConfigError(
+                f"the run has already done {max(steps)} steps, more than the {self.total_steps} asked for: give more"
+            )
+        load_networks(self.networks, meta, arrays)
+        self.epoch = meta["epoch"]
+        self._generator.bit_generator.state = meta["generator"]
+
+
+def train(
+    config: TrainingConfig | None = None,
+    *,
+    folder: str | Path | Callable[[], Path] | None = None,
+    checkpoint: str | Path | None = None,
+    dataset: Dataset | None = None,
+    on_epoch: Callable[[Trainer], None] = lambda trainer: None,
+    should_stop: Callable[[], bool] = never,
+) -> TrainingResult:
+    """Train the networks of a configuration from the beginning.
+
+    Parameters
+    ----------
+    config : TrainingConfig, optional
+        What to train; by default 64-20-10 on the digits, with batch norm and without.
+    folder : path or callable, optional
+        Where to write the checkpoint after every epoch, and ``metrics.json`` and ``curves.png`` at the end. By default
+        nothing is written. A callable makes the folder and returns it, once all else is known to be right.
+    checkpoint : path, optional
+        Another place for the checkpoint; needs a `folder`.
+    dataset : Dataset, optional
+        The data, where they are already loaded.
+    on_epoch : callable
+        Called with the trainer before the first epoch and after each one.
+    should_stop : callable
+        Asked before every step whether to save and stop.
+
+    Returns
+    -------
+    TrainingResult
+        The networks, their history and the summary.
+
+    Raises
+    ------
+    ConfigError, DataError, ImportError
+        If the configuration, the data or the machine do not allow it; nothing has been written then.
+    OSError
+        If the folder cannot be written, or another run is at work there: it is locked to the end of this one.
+
+    Examples
+    --------
+    >>> result = train(TrainingConfig(epochs=10, norm="batch"))
+    >>> result.summary["networks"]["batch"]["test_accuracy"] > 0.9
+    True
+    """
+    if folder is None and checkpoint is not None:
+        raise ConfigError(f"the checkpoint {checkpoint} needs a folder for the rest of the run: give one")
+    if folder is not None:
+        require_matplotlib()
+        folder = folder if callable(folder) else as_path("folder", folder)
+    if checkpoint is not None:
+        checkpoint = as_path("checkpoint", checkpoint)
+    trainer = Trainer(config or TrainingConfig(), dataset)
+    if folder is None:
+        return _run(trainer, None, on_epoch, should_stop)
+    with RunFolder.create(folder, checkpoint) as run:
+        run.save(*trainer.state())  # from here on a killed run can be resumed
+        return _run(trainer, run, on_epoch, should_stop)
+
+
+def resume(
+    path: str | Path,
+    *,
+    folder: str | Path | None = None,
+    checkpoint: str | Path | None = None,
+    on_epoch: Callable[[Trainer], None] = lambda trainer: None,
+    should_stop: Callable[[], bool] = never,
+    **options: Any,
+) -> TrainingResult:
+    """Continue a run from its checkpoint, to the same bits as if it had never been interrupted (on the same device).
+
+    Parameters
+    ----------
+    path : path
+        The run's folder, or its checkpoint.
+    folder, checkpoint : path, optional
+        Where the run is, as it was told `train`: it stays there, so another place is an error. The folder must be given
+        where the checkpoint lies outside it and nothing in it says yet that it is the run's: before the run's end.
+    on_epoch, should_stop : callable
+        As in `train`.
+    **options : any
+        Fields of `TrainingConfig`. ``epochs`` or ``steps`` extend the run, ``device`` moves it, ``engine`` goes on in
+        another way, ``data`` says where the same data are now; any other must be what the run was started with.
+
+    Returns
+    -------
+    TrainingResult
+        As from `train`; its history begins with the run's.
+
+    Raises
+    ------
+    CheckpointError
+        If there is no checkpoint, it cannot be read, or it names a folder that does not know the run.
+    ConfigError, DataError, ImportError
+        If an option contradicts the run, or the data are missing or others.
+    OSError
+        If the folder cannot be written, or another run is at work there: it is locked to the end of this one.
+    """
+    require_matplotlib()
+    path = RunFolder.find_checkpoint(path)
+    with ExitStack() as locks:
+        locks.enter_context(locked(path))
+        config, meta, arrays = load_run(path)
+        run = run_folder(path, meta, folder)
+        for name, given, place in (("folder", folder, run.folder), ("checkpoint", checkpoint, run.checkpoint)):
+            if given is not None and Path(given).resolve() != place.resolve():
+                raise ConfigError(f"the {name} of the run is {place}, not {given}: drop it or start a new run")
+        locks.enter_context(run.lock_folder())
+        trainer = Trainer(_merged(config, options))
+        trainer.load_state(meta, arrays)
+        if trainer.finished and all(file.exists() for file in run.files.values()):
+            return _result("already finished", trainer, run)
+        run.check_writable()
+        return _run(trainer, run, on_epoch, should_stop)
+
+
+def _merged(config: TrainingConfig, options: Mapping[str, Any]) -> TrainingConfig:
+    """Return a run's configuration with the options that may change, after checking that the others do not."""
+    saved = asdict(config)
+    for name, value in options.items():
+        if name not in saved:
+            raise ConfigError(f"there is no option {name}: a run has {', '.join(saved)}")
+        if name not in CHANGEABLE_ON_RESUME and saved[name] != getattr(replace(config, **{name: value}), name):
+            raise ConfigError(f"the run was started with {name} {saved[name]}, not {value}: drop it or start a new run")
+    changes = {name: options[name] for name in CHANGEABLE_ON_RESUME if name in options}
+    if "epochs" in changes or "steps" in changes:
+        changes = {"epochs": None, "steps": None, **changes}
+    return replace(config, **changes)
+
+
+def _run(
+    trainer: Trainer, run: RunFolder | None, on_epoch: Callable[[Trainer], None], should_stop: Callable[[], bool]
+) -> TrainingResult:
+    """Train to the end or until asked to stop, saving after every epoch."""
+    on_epoch(trainer)
+    with blas_threads(trainer.sizes, trainer.config.batch_size):
+        while not trainer.finished and not should_stop():
+            complete = trainer.run_epoch(should_stop)
+            if run is not None:
+                run.save(*trainer.state())
+            if complete:
+                on_epoch(trainer)
+    result = _result("finished" if trainer.finished else "stopped", trainer, run)
+    if run is not None and trainer.finished:
+        run.write(result)
+    return result
+
+
+def _result(status: str, trainer: Trainer, run: RunFolder | None) -> TrainingResult:
+    data = trainer.dataset
+    return TrainingResult(
+        status=status,
+        config=trainer.config,
+        data={
+            "training_examples": len(data.x_train),
+            "test_examples": len(data.x_test),
+            "features": data.n_features,
+            "classes": data.n_classes,
+        },
+        device=trainer.device,
+        models={norm: getattr(network, "models", None) or network.model for norm, network in trainer.networks.items()},
+        history={norm: network.history for norm, network in trainer.networks.items()},
+        files=run.files if run is not None else {},
+    )

@@ -1,0 +1,131 @@
+"""Loss, optimisers and further batch norms as benchmarks: every provider that is installed computes the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.harness.case import Arrays, Case, NotSupportedError, Op, Provider
+from benchmarks.harness.clocks import HostClock
+from benchmarks.harness.measure import error_of
+from benchmarks.harness.places import cast, to_float64
+from benchmarks.ops import (
+    bench_batch_norm_masked,
+    bench_batch_norm_statistics,
+    bench_layer_norm,
+    bench_linear_batch_norm,
+    bench_parameter_update,
+    bench_softmax_cross_entropy,
+)
+
+OPS = [
+    bench_softmax_cross_entropy.OP,
+    *bench_parameter_update.OPS.values(),
+    bench_batch_norm_masked.OP,
+    bench_batch_norm_statistics.OP,
+    bench_linear_batch_norm.OP,
+    bench_layer_norm.OP,
+]
+SMALL = {1: (100,), 2: (6, 5)}
+PAIRS = [(op, provider) for op in OPS for provider in op.providers if provider.place == "cpu"]
+IDS = [f"{op.name}, {provider.name}" for op, provider in PAIRS]
+
+
+def small(op: Op, dtype: str) -> Case:
+    """Return a small case of an op."""
+    return Case(op.name, op.cases[0].direction, SMALL[len(op.cases[0].shape)], dtype)
+
+
+def arrays_of(op: Op, case: Case) -> Arrays:
+    """Return the arrays of a case, as the harness makes them."""
+    return cast(case, op.inputs(case, partial(np.random.default_rng(0).standard_normal, dtype=np.float32)))
+
+
+def prepared(op: Op, provider: Provider, case: Case) -> Callable[[], tuple]:
+    """Return a provider's call on arrays of its own, or skip."""
+    if reason := provider.absent():
+        pytest.skip(reason)
+    return provider.prepare(case, arrays_of(op, case))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(("op", "provider"), PAIRS, ids=IDS)
+def test_the_first_call_is_the_reference(op: Op, provider: Provider, dtype: str) -> None:
+    case = small(op, dtype)
+    outputs = prepared(op, provider, case)()
+    exact = op.reference(case, to_float64(arrays_of(op, case)), np)
+    assert error_of(case, map(HostClock().to_float64, outputs), exact) < 1e-6
+
+
+@pytest.mark.parametrize("provider", bench_parameter_update.OPS["adam"].providers[::2], ids=lambda p: p.name)
+@pytest.mark.parametrize("rule", bench_parameter_update.OPS)
+def test_every_call_is_the_next_step(rule: str, provider: Provider) -> None:
+    """Only the first call is checked in a run, but what is timed are those after it."""
+    op = bench_parameter_update.OPS[rule]
+    case = small(op, "float64")
+    call = prepared(op, next(p for p in op.providers if (p.name, p.place) == (provider.name, "cpu")), case)
+    expected = bench_parameter_update.expression(case, arrays_of(op, case), rule)
+    for _ in range(3):
+        (found,), (right,) = call(), expected()
+        np.testing.assert_allclose(HostClock().to_float64(found), right, rtol=1e-12)
+
+
+def test_steps_by_hand() -> None:
+    p, g, m, s = (np.array([value]) for value in (1.0, 2.0, 0.5, 0.25))
+    bench_parameter_update.sgd(p, g, step=1)
+    assert p == pytest.approx(0.98)
+    bench_parameter_update.momentum(p, g, m, step=1)
+    assert (m[0], p[0]) == pytest.approx((2.45, 0.9555))
+    bench_parameter_update.adam(p, g, m, s, step=2)
+    assert (m[0], s[0]) == pytest.approx((2.405, 0.25375))
+    assert p == pytest.approx(0.9555 - 0.01 * (2.405 / 0.19) / ((0.25375 / 0.001999) ** 0.5 + 1e-8))
+
+
+def test_loss_and_gradient_by_hand() -> None:
+    op = bench_softmax_cross_entropy.OP
+    arrays = {"logits": np.log([[1.0, 3.0], [1.0, 1.0]]), "labels": np.array([1, 0], np.int32)}
+    losses, dlogits = op.reference(small(op, "float64"), arrays, np)
+    np.testing.assert_allclose(losses, np.log([4 / 3, 2]))
+    np.testing.assert_allclose(dlogits, [[0.125, -0.125], [-0.25, 0.25]])
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_bytes_are_those_of_the_arrays_that_have_to_move(op: Op) -> None:
+    case = small(op, "float32")
+    arrays = arrays_of(op, case)
+    written = [*op.reference(case, to_float64(arrays), np)]
+    states = [arrays[name] for name in ("first", "second") if name in arrays]
+    read = sum(array.nbytes for array in arrays.values())
+    assert op.bytes_moved(case) == read + sum(4 * output.size for output in (*written, *states))
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_labels_and_states_fit_the_case(op: Op) -> None:
+    arrays = arrays_of(op, op.cases[0])
+    if "labels" in arrays:
+        assert arrays["labels"].dtype == np.int32
+        assert set(arrays["labels"]) <= set(range(op.cases[0].shape[1]))
+        assert len(set(arrays["labels"])) > 2
+    assert all(not arrays[name].any() for name in ("first", "second") if name in arrays)
+
+
+@pytest.mark.parametrize(
+    ("op", "given"), [(op, {"epilogue": "relu"}) for op in OPS] + [(op, {"dtype": "float16"}) for op in OPS[:-4]]
+)
+def test_what_belongs_to_other_ops_is_refused(op: Op, given: dict[str, Any]) -> None:
+    case = Case(op.name, op.cases[0].direction, op.cases[0].shape, **given)
+    with pytest.raises(NotSupportedError, match=f"{op.name} is for"):
+        op.inputs(case, np.random.default_rng(0).standard_normal)
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_names_are_one_per_place(op: Op) -> None:
+    names = [(provider.place, provider.name) for provider in op.providers]
+    assert len(set(names)) == len(names)
+    assert names[:2] == [("cpu", "bnkernels"), ("cuda", "bnkernels")]
+    ours = {name for place, name in names if place == "cpu"} ^ {name for place, name in names if place == "cuda"}
+    assert ours - {"torch.compile"} == {"NumPy expression", "CuPy expression"}

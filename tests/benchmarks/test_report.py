@@ -1,0 +1,233 @@
+"""The documents hold what runs produced: regenerating them changes nothing, and without a run there is no figure."""
+
+from __future__ import annotations
+
+import doctest
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks.counts import kernels
+from benchmarks.report import documents, gpu, ops, overhead, train_step
+from benchmarks.report.text import ABSENT
+from tools.emulator import EmulatorRuntime
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("path", documents.DOCUMENTS, ids=lambda path: path.name)
+def test_the_documents_are_what_the_report_writes(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert documents.render(text, documents.sections()) == text, "run python -m benchmarks.report"
+
+
+def test_every_section_has_its_place() -> None:
+    text = "".join(path.read_text(encoding="utf-8") for path in documents.DOCUMENTS)
+    assert sorted(re.findall(r"^<!-- (\w+) -->$", text, re.M)) == sorted(documents.sections())
+
+
+@pytest.mark.emulator
+def test_the_counts_of_the_kernels_are_those_of_these_kernels(emulated: EmulatorRuntime) -> None:
+    committed = json.loads((documents.RESULTS / "kernels.json").read_text(encoding="utf-8"))
+    if emulated.build != "plain":
+        pytest.skip(f"the build {emulated.build!r} does not count accesses")
+    assert kernels.count() == committed["kernels"], "run python -m benchmarks.counts.kernels"
+
+
+def test_without_results_nothing_is_claimed(tmp_path: Path) -> None:
+    for name, text in documents.sections(tmp_path, tmp_path / "baseline.json").items():
+        assert ABSENT in text, name
+        figures = re.sub(r"\| batch norm [^|]*", "", text)  # the targets themselves
+        assert not re.search(r"\d", figures), name
+
+
+def results() -> dict:
+    """Return a run of SGD on a machine without PyTorch, as `bench_train_step` writes it."""
+    spread = {"median": 100.4, "p20": 90.0, "p80": 120.0}
+    rows = [{"maker": "bnkernels", "norm": norm, "optimizer": "sgd", "us": spread} for norm in ("batch", "none")]
+    reached = {"mean": 0.9712, "seeds": [0.97, 0.9724], "steps_to_95": [66, None]}
+    return {
+        "place": "cpu",
+        "device": "a CPU",
+        "versions": {"NumPy": "2.0", "torch": None},
+        "threads": 1,
+        "commit": "0123abc",
+        "date": "2026-01-02",
+        "protocol": {"rounds": 7, "steps_per_round": 20},
+        "rows": rows,
+        "absent": {"PyTorch": "not installed"},
+        "ratios": {"sgd": {"with / without": {"median": 1.234, "p20": 1.0, "p80": 2.0}}},
+        "accuracy": {"batch": reached, "none": reached},
+        "targets": [
+            {"target": "a <= 1", "found": 2.0, "met": False},
+            {"target": "b <= 1", "found": 0.5, "met": True},
+            {"target": "c <= 1", "found": None, "met": None},
+        ],
+    }
+
+
+def test_the_training_step_shows_the_run_and_says_what_is_missing() -> None:
+    text = train_step.figures({"cpu": results(), "cuda": None})
+    assert "On a CPU, a CPU, 1 thread; NumPy 2.0; commit 0123abc, 2026-01-02." in text
+    assert "| bnkernels, no norm | 100 (90 to 120) |" in text
+    assert "| PyTorch | not installed |" in text
+    assert "| ours: batch norm / no norm | 1.23 |" in text
+    assert "| batch norm | 0.9712 | 0.9700, 0.9724 | 66, never |" in text
+    assert "| a <= 1 | 2 | **not met** |" in text
+    assert "| b <= 1 | 0.5 | met |" in text
+    assert "| c <= 1 | not yet measured | not yet measured |" in text
+    assert text.endswith("On a GPU: not yet measured.")
+
+
+def test_the_answer_claims_nothing_about_an_absent_peer() -> None:
+    run = results()
+    assert "1.23 times one without (64-20-10" in train_step.answer({"cpu": run})
+    assert "On a GPU: not yet measured." in train_step.answer({"cpu": run})
+    run["ratios"]["sgd"]["ours / PyTorch, batch norm"] = {"median": 0.456}
+    assert "and 0.46 times PyTorch's" in train_step.answer({"cpu": run})
+
+
+def op_row(provider: str, status: str = "ok", us: float | None = None, kind: str = "cold", **more: object) -> dict:
+    """Return a row of the question's own forward, as `python -m benchmarks` writes it."""
+    case = {"op": "batch_norm", "direction": "forward", "shape": "64x20", "dtype": "float32", "layout": "NC"}
+    row = case | {"epilogue": "", "place": "cuda", "provider": provider, "status": status} | more
+    if us is not None:
+        row |= {f"{kind}_us_{quantile}": us for quantile in ("median", "p20", "p80")}
+    return row
+
+
+def ops_run(*rows: dict) -> dict:
+    """Return a run on a GPU."""
+    return {name: results()[name] for name in ("versions", "commit", "date")} | {
+        "device": "NVIDIA Made-Up",
+        "place": "cuda",
+        "rows": list(rows),
+    }
+
+
+def test_the_best_rival_is_no_limit_and_was_right() -> None:
+    run = ops_run(
+        op_row("bnkernels", us=2.0, percent_of_copy=50.0, kernels=1.0),
+        op_row("PyTorch", us=5.0, kernels=4.0),
+        op_row("JAX", us=4.0),
+        op_row("copy", us=1.0),
+        op_row("wrong", status="wrong result: no"),
+        op_row("gone", status="absent: it is not installed"),
+    )
+    text = ops.summary(run)
+    assert "| batch norm forward, 64 x 20 float32 | 2 (2 to 2) | 50 | JAX | 4 (4 to 4) | 0.50 |" in text
+    text = ops.rivals({"cuda": run})
+    assert [line.split(" | ")[0] for line in text.splitlines() if "(" in line and line.startswith("|")] == [
+        "| copy",
+        "| **bnkernels**",
+        "| JAX",
+        "| PyTorch",
+    ]
+    assert "| PyTorch | 5 (5 to 5) | 4 |" in text
+    assert "Absent on that machine: gone (it is not installed)." in text
+    assert "On a CPU: not yet measured." in text
+
+
+def test_a_case_that_nobody_measured_is_counted_and_not_shown() -> None:
+    run = ops_run(op_row("bnkernels", us=2.0), op_row("bnkernels", status="not measured: out of time", shape="9x9"))
+    text = ops.summary(run)
+    assert "9 x 9" not in text
+    assert "1 more cases" in text
+
+
+@pytest.mark.parametrize(("times_empty", "outcome"), [(1.4, "1.4 | met |"), (1.6, "1.6 | **not met** |")])
+def test_the_targets_on_a_gpu(tmp_path: Path, times_empty: float, outcome: str) -> None:
+    text = gpu.page(tmp_path, ops_run(op_row("bnkernels", us=2.0, times_empty=times_empty)))
+    first, *others = [line for line in text.splitlines() if "times an empty kernel" in line]
+    assert first.endswith(f"<= 1.5 times an empty kernel | {outcome}")
+    assert all(line.endswith("| not yet measured |  |") for line in others)
+
+
+def test_the_best_of_pytorch_is_the_fastest_of_its_ways() -> None:
+    big = {"shape": "100000x32"}
+    rows = [op_row("bnkernels", us=2.0, **big), op_row("PyTorch eager, native", us=12.0, **big)]
+    target = next(t for t in gpu.TARGETS if t.shape == "100000x32" and t.measure == "faster")
+    assert gpu.found(target, rows) == 6.0
+    assert gpu.found(target, [*rows, op_row("torch.compile", us=8.0, **big)]) == 4.0
+    assert gpu.found(target, rows[1:]) is None
+
+
+def overhead_run() -> dict:
+    """Return a run of the overhead figure."""
+    row = {"axis": "units", "value": 32, "framework": "bnkernels", "norm": "batch", "status": "ok", "ratio_median": 1.5}
+    waiting = row | {"norm": "layer", "status": "not supported yet: layer norm"}
+    waiting.pop("ratio_median")
+    return results() | {"rows": [row, row | {"value": 64, "ratio_median": 1.25}, waiting]}
+
+
+def test_the_overhead_is_a_row_per_framework_and_norm() -> None:
+    text = overhead.tables({"cpu": overhead_run()})
+    assert "| units of each layer | 32 | 64 |" in text
+    assert "| bnkernels, batch norm | 1.50 | 1.25 |" in text
+    assert "bnkernels, layer norm: not supported yet: layer norm." in text
+    assert "](results/a-cpu/overhead_units.png)" in overhead.pictures({"cpu": overhead_run()}, "results")
+
+
+def test_the_newest_run_of_a_place_counts(tmp_path: Path) -> None:
+    for folder, place, date in (("a", "cpu", "2026-01-01"), ("b", "cpu", "2026-02-01"), ("c", "cuda", "2026-03-01")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "ops.json").write_text(json.dumps({"place": place, "date": date}))
+    assert documents.latest(tmp_path, "ops.json", "cpu")["date"] == "2026-02-01"
+    assert documents.latest(tmp_path, "ops.json", "cuda")["date"] == "2026-03-01"
+    assert documents.latest(tmp_path, "train_step.json", "cpu") is None
+
+
+def test_results_are_taken_to_their_device(tmp_path: Path) -> None:
+    run, results_folder = tmp_path / "run", tmp_path / "results"
+    run.mkdir()
+    (run / "ops.json").write_text(json.dumps(ops_run()))
+    (run / "ops.csv").write_text("op\n")
+    taken = documents.take(run, results_folder)
+    assert sorted(path.relative_to(results_folder).as_posix() for path in taken) == [
+        "nvidia-made-up/ops.csv",
+        "nvidia-made-up/ops.json",
+    ]
+
+
+@pytest.mark.parametrize("content", [None, {"dry_run": True, "device": "emulator"}])
+def test_a_dry_run_or_nothing_is_not_taken(tmp_path: Path, content: dict | None) -> None:
+    if content:
+        (tmp_path / "ops.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="dry run" if content else "holds no results"):
+        documents.take(tmp_path, tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+
+
+def test_what_was_between_the_comments_is_replaced() -> None:
+    text = "a\n<!-- x -->\nold 1\n\nold 2\n<!-- /x -->\nb\n<!-- y -->\n<!-- /y -->\n"
+    once = documents.render(text, {"x": r"new \1", "y": "new", "z": "unused"})
+    assert once == "a\n<!-- x -->\n\nnew \\1\n\n<!-- /x -->\nb\n<!-- y -->\n\nnew\n\n<!-- /y -->\n"
+    assert documents.render(once, {"x": r"new \1", "y": "new"}) == once
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<!-- x -->\n",
+        "<!-- /x -->\n",
+        "<!-- unknown -->\n<!-- /unknown -->\n",
+        "<!-- x -->\n<!-- /x -->\n<!-- x -->\n<!-- /x -->\n",
+    ],
+)
+def test_broken_places_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="expected pairs of comments of x"):
+        documents.render(text, {"x": "new"})
+
+
+def test_the_lines_of_the_readme_run() -> None:
+    outcome = doctest.testfile(str(ROOT / "README.md"), module_relative=False)
+    assert outcome.attempted >= 9
+    assert outcome.failed == 0
+
+
+@pytest.mark.parametrize("path", [*documents.DOCUMENTS, ROOT / "docs" / "emulator.md"], ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
+        assert target.startswith("https://") or (path.parent / target).exists(), target

@@ -1,0 +1,184 @@
+"""The launch choice is arithmetic on shapes: every row and channel is covered, and the kernels' limits are kept."""
+
+from __future__ import annotations
+
+import re
+from itertools import product
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from bnkernels.ops.batch_norm import launch as chosen
+from bnkernels.ops.batch_norm.launch import (
+    backward_launch,
+    forward_launch,
+    inference_backward_launch,
+    inference_launch,
+)
+from bnkernels.runtime import source
+from bnkernels.runtime.arguments import accumulator, suffix
+from bnkernels.runtime.seam import MAX_GRID, MAX_SHARED_BYTES, MAX_THREADS, Launch
+
+ml_dtypes = pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed: there is no bfloat16")
+
+# One below, at and above the rows that 1, 12, 16, 64 or 512 lanes of 4, 8 or 16 values hold, and slices of 32 channels.
+ROWS = [1, 2, 3, 4, 5, 15, 16, 17, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1023, 1024, 1025, 4097, 8192, 8193, 20000]
+CHANNELS = [1, 2, 3, 5, 8, 13, 19, 20, 21, 31, 32, 33, 63, 64, 65, 100, 1000, 5000]
+INNER = [1, 2, 7, 8, 15, 16, 49, 1000]
+SHAPES = [(rows, channels, 1) for rows, channels in product(ROWS, CHANNELS)]
+SHAPES += list(product([1, 2, 3, 64, 1000], [1, 3, 20, 33, 1000], INNER))
+DTYPES = [np.dtype(dtype) for dtype in ("float16", ml_dtypes.bfloat16, "float32", "float64")]
+
+
+class Facts(NamedTuple):
+    """What ``cuda/`` says of a kernel: the most threads of a block, the values a thread holds, inner = 1 alone."""
+
+    threads: int
+    values: int | None
+    matrix: bool
+
+
+def kernel_facts() -> dict[str, Facts]:
+    """Return the facts of each batch-norm kernel, by its name after ``bnk_batch_norm_``."""
+    facts: dict[str, Facts] = {}
+    for which in ("forward", "backward"):
+        text = (source.folder() / f"batch_norm_{which}.cu").read_text(encoding="utf-8")
+        training = rf"^BATCH_NORM_{which.upper()}\(\w+, (\w+), (\w+), \w+, \w+, (\d+), (\d+), (\w+), (\w+)\)"
+        for variant, end, threads, values, held, matrix in re.findall(training, text, re.MULTILINE):
+            holds = int(values) if held == "true" else None
+            facts[f"{which}_{variant}_{end}"] = Facts(int(threads), holds, matrix == "true")
+        name = "inference" if which == "forward" else "inference_backward"
+        inference = name.upper()
+        (threads,) = re.findall(rf"BNK_KERNEL\(bnk_batch_norm_{name}_##suffix, \w+##suffix, (\d+)", text)
+        for end in re.findall(rf"^BATCH_NORM_{inference}\((\w+),", text, re.MULTILINE):
+            facts[f"{name}_{end}"] = Facts(int(threads), None, False)
+    return facts
+
+
+FACTS = kernel_facts()
+# The launch function of each pass, its shared values per thread (the Launch field of the headers), and its kernel.
+TRAINING = {"forward": (forward_launch, 3, "forward_"), "backward": (backward_launch, 2, "")}
+
+
+def constant(name: str) -> int:
+    """Return a constant of ``cuda/channel.cuh``."""
+    text = (source.folder() / "channel.cuh").read_text(encoding="utf-8")
+    return int(re.search(rf"^constexpr int {name} = (\d+);", text, re.MULTILINE)[1])
+
+
+def assert_covers_channels(launch: Launch, channels: int) -> None:
+    """Check that every channel belongs to one column of threads, and that no block has none."""
+    width, blocks = launch.block[0], launch.grid[0]
+    assert width * (blocks - 1) < channels <= width * blocks
+
+
+def assert_within_limits(launch: Launch, threads: int) -> None:
+    """Check that a device grants grid, block and shared memory, and that the kernel was compiled for the block."""
+    block_threads = launch.block[0] * launch.block[1]
+    assert launch.block[2] == 1
+    assert block_threads <= min(threads, MAX_THREADS)
+    assert all(1 <= got <= most for got, most in zip(launch.grid, MAX_GRID, strict=True))
+    assert launch.shared_bytes <= MAX_SHARED_BYTES
+
+
+def test_the_sources_tell_of_every_kernel() -> None:
+    """Four data types times three forwards, three backwards and two for inference: no line escaped the search."""
+    assert len(FACTS) == 4 * (3 + 3 + 2)
+    assert FACTS["forward_held16_bf16"] == (512, 16, False)
+    assert FACTS["forward_held4_f64"] == (512, 4, True)
+    assert FACTS["backward_streamed_f32"] == (512, None, False)
+
+
+def test_python_and_the_kernels_agree_when_lanes_merge_in_groups() -> None:
+    assert constant("SERIAL_LANES") == chosen.SERIAL_LANES
+    assert constant("SERIAL_LANES") % constant("GROUP") == 0
+
+
+def test_64_by_20_is_one_block_with_four_values_a_thread() -> None:
+    variant, launch = forward_launch(64, 20, np.dtype("float32"))
+    assert (variant, launch) == ("held4", Launch((1, 1, 1), (20, 16, 1), 3 * 20 * 16 * 4))
+    variant, launch = backward_launch(64, 20, np.dtype("float32"))
+    assert (variant, launch) == ("backward_held4", Launch((1, 1, 1), (20, 16, 1), 2 * 20 * 16 * 4))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("which", TRAINING)
+def test_training_plans_cover_everything_within_limits(which: str, dtype: np.dtype) -> None:
+    plan, planes, prefix = TRAINING[which]
+    for outer, channels, inner in SHAPES:
+        variant, launch = plan(outer, channels, dtype, inner)
+        facts = FACTS[f"{prefix}{variant}_{suffix(dtype)}"]
+        width, lanes, _ = launch.block
+        assert_covers_channels(launch, channels)
+        assert_within_limits(launch, facts.threads)
+        assert launch.grid[1:] == (1, 1)  # a block owns its channels alone
+        assert launch.shared_bytes == planes * width * lanes * accumulator(dtype).itemsize
+        assert lanes <= outer * inner  # no lane without a row
+        assert lanes <= chosen.SERIAL_LANES or lanes & (lanes - 1) == 0
+        assert inner == 1 or not facts.matrix
+        if facts.values is not None:
+            assert facts.values * lanes >= outer * inner
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("which", TRAINING)
+def test_rows_are_streamed_only_where_no_block_could_hold_them(which: str, dtype: np.dtype) -> None:
+    plan, _, prefix = TRAINING[which]
+    most = max(facts.values or 0 for name, facts in FACTS.items() if name.endswith(f"_{suffix(dtype)}"))
+    for outer, channels, inner in SHAPES:
+        variant, launch = plan(outer, channels, dtype, inner)
+        values = FACTS[f"{prefix}{variant}_{suffix(dtype)}"].values
+        lanes = 512 // launch.block[0]
+        lanes = lanes if lanes <= chosen.SERIAL_LANES else 1 << (lanes.bit_length() - 1)
+        assert (values is None) == (outer * inner > most * lanes), (outer, channels, inner)
+        assert (values == 4) == (inner == 1 and outer <= 4 * launch.block[1]), (outer, channels, inner)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_neighbouring_threads_read_neighbouring_addresses(dtype: np.dtype) -> None:
+    """Rows of one channel where a sector of 32 bytes or more of them lies together, else channels."""
+    for channels, inner in product(CHANNELS, INNER):
+        width = chosen.slice_width(channels, inner, dtype)
+        assert width == (1 if inner * dtype.itemsize >= 32 else min(channels, 32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_inference_backward_plans_cover_everything_within_limits(dtype: np.dtype) -> None:
+    for outer, channels, inner in SHAPES:
+        variant, launch = inference_backward_launch(outer, channels, dtype, inner)
+        assert variant == "inference_backward"
+        assert_covers_channels(launch, channels)
+        assert_within_limits(launch, FACTS[f"inference_backward_{suffix(dtype)}"].threads)
+        assert launch.grid[1:] == (1, 1)
+        assert launch.shared_bytes == 2 * launch.block[0] * launch.block[1] * accumulator(dtype).itemsize
+        assert launch.block[1] <= outer * inner
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("outer", [*ROWS, 10**6, 10**9, 2**40])
+def test_inference_plans_cover_everything_within_limits(outer: int, dtype: np.dtype) -> None:
+    for channels, inner in product(CHANNELS, INNER):
+        launch, rows = inference_launch(outer, channels, dtype, inner), outer * inner
+        assert_covers_channels(launch, channels)
+        assert_within_limits(launch, FACTS[f"inference_{suffix(dtype)}"].threads)
+        lanes, tiles = launch.block[1], launch.grid[1]
+        assert launch.shared_bytes == 0
+        assert lanes * (tiles - 1) < rows  # no block without a row
+        assert tiles == MAX_GRID[1] or lanes * tiles * 8 >= rows  # a thread strides, but not far
+        assert lanes * tiles < 2**31  # the kernel counts its lanes in 32 bits
+
+
+@pytest.mark.parametrize(
+    ("outer", "channels", "inner"), [(1, 1, 1), (2, 33, 1), (64, 20, 1), (37, 5, 3), (300, 32, 1), (11, 3, 100)]
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_each_element_has_one_owner(outer: int, channels: int, inner: int, dtype: np.dtype) -> None:
+    """Thread (i, j) of block b owns channel w b + i and rows j, j + l, ...: together all, and none twice."""
+    for _, launch in (plan(outer, channels, dtype, inner) for plan, _, _ in TRAINING.values()):
+        owners = np.zeros((outer * inner, channels), int)
+        width, lanes, _ = launch.block
+        for block, i, j in product(range(launch.grid[0]), range(width), range(lanes)):
+            if (channel := width * block + i) < channels:
+                owners[j::lanes, channel] += 1
+        np.testing.assert_array_equal(owners, 1)

@@ -1,0 +1,321 @@
+"""The kernels that spread over the device: right, each byte read once, whatever the blocks' order and the device."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import prod
+from typing import Any
+
+import numpy as np
+import pytest
+
+import bnkernels as bn
+from bnkernels.ops.batch_norm import cooperative as spread
+from bnkernels.ops.batch_norm.cooperative import Tensor, choose_spread
+from bnkernels.runtime.seam import Limits
+from tests.ops.test_batch_norm import make_case
+from tools import backends, oracle
+from tools.backends import Backend
+from tools.emulator import EmulatorError, EmulatorRuntime
+
+ml_dtypes = pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed: there is no bfloat16")
+
+KIB = 1024
+TINY = Limits(2, 64 * KIB, 66 * KIB, cooperative=True)  # four blocks that hold 32 KiB each: all is large for it
+DTYPES = [np.dtype("float32"), np.dtype("float16"), np.dtype(ml_dtypes.bfloat16)]
+# Of (outer, C, inner): one block a slice, all blocks on one slice, groups that take several slices in turn, a last
+# slice that is not whole, a last chunk that is not, rows that do not fit and are read twice; then the same along inner.
+SHAPES = [(600, 64, 1), (1111, 16, 1), (257, 200, 1), (700, 104, 1), (5000, 8, 1)]
+SHAPES += [(5, 6, 1024), (3, 4, 2504), (2, 2, 17000), (300, 3, 40)]
+
+
+def tensor_of(shape: tuple[int, int, int], dtype: Any, *strides: tuple[int, int, int]) -> Tensor:
+    """Return a tensor whose inputs lie in C order, or so."""
+    _, channels, inner = shape
+    return Tensor(*shape, np.dtype(dtype), strides or ((channels * inner, inner, 1),))
+
+
+@contextmanager
+def tiny(runtime: EmulatorRuntime, seed: int = 0) -> Iterator[None]:
+    """Run on the tiny device, in the order of a seed."""
+    with runtime.device_limits(TINY), runtime.schedule(seed):
+        yield
+
+
+def case_of(rng: np.random.Generator, shape: tuple[int, int, int], dtype: np.dtype) -> tuple[np.ndarray, ...]:
+    """Return x, gamma, beta, dy, residual; those of the data as (outer, C, inner)."""
+    outer, channels, inner = shape
+    x, gamma, beta, dy = make_case(rng, (outer * inner, channels), "float32")
+    residual = rng.standard_normal(x.shape)
+    x, dy, residual = (
+        np.ascontiguousarray(np.moveaxis(array.astype(dtype).reshape(outer, inner, channels), 2, 1))
+        for array in (x, dy, residual)
+    )
+    return x, gamma, beta, dy, residual
+
+
+def as_matrix(array: np.ndarray) -> np.ndarray:
+    """Return (outer, C, inner) as (outer inner, C)."""
+    return np.moveaxis(array, 1, 2).reshape(-1, array.shape[1])
+
+
+def kernels(runtime: EmulatorRuntime) -> list[str]:
+    return [record.entry_point for record in runtime.launches]
+
+
+@pytest.fixture
+def emulated_backend(emulated: EmulatorRuntime) -> Backend:
+    """Return the emulator as a backend."""
+    return backends.make("emulator")
+
+
+# ---- values ---------------------------------------------------------------------------------------------------------
+
+
+def check_against_oracle(
+    backend: Backend, rng: np.random.Generator, shape: tuple[int, int, int], dtype: np.dtype, activation: str, add: bool
+) -> None:
+    """Run forward and backward and compare everything with extended precision."""
+    x, gamma, beta, dy, residual = case_of(rng, shape, dtype)
+    added = as_matrix(residual) if add else None
+    exact = oracle.forward(as_matrix(x), gamma, beta, 1e-5, activation, residual=added)
+    exact_backward = oracle.backward(as_matrix(dy), as_matrix(x), gamma, beta, 1e-5, activation, residual=added)
+    channels, rows = shape[1], shape[0] * shape[2]
+    on = backend.arrays(x, gamma, beta, np.full(channels, 0.5, "f4"), np.full(channels, 2.0, "f4"))
+    given = {"activation": activation, "residual": backend.asarray(residual) if add else None}
+    y, statistics = bn.batch_norm_forward(*on, momentum=0.25, **given)
+    grads = bn.batch_norm_backward(backend.asarray(dy), *on[:3], statistics, **given)
+
+    u = oracle.unit_roundoff(np.dtype("float32"))
+    oracle.assert_within(as_matrix(backend.asnumpy(y)), exact.y, exact.z_bound, "y")
+    mean, mean_low, rstd = backend.asnumpy(statistics)
+    mean_bound = 4 * u * np.sqrt(exact.var) + 8 * rows * u * u * np.abs(as_matrix(x).astype("f8")).max(0)
+    assert (np.abs(mean.astype(oracle.Wide) + mean_low - exact.mean) <= mean_bound).all()
+    oracle.assert_within(rstd, exact.rstd, oracle.SLACK * u * exact.rstd, "rstd")
+    new_mean, new_var = 0.375 + 0.25 * exact.mean, 1.5 + 0.25 * exact.var * rows / (rows - 1)
+    oracle.assert_within(backend.asnumpy(on[3]), new_mean, 4 * u * (1 + np.abs(exact.mean)), "running_mean")
+    oracle.assert_within(backend.asnumpy(on[4]), new_var, oracle.SLACK * u * new_var, "running_var")
+    for name, got in zip(("dx", "dgamma", "dbeta", "dresidual"), grads, strict=False):
+        got = as_matrix(backend.asnumpy(got)) if got.ndim > 1 else backend.asnumpy(got)
+        oracle.assert_within(got, getattr(exact_backward, name), getattr(exact_backward, f"{name}_bound"), name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1024, 64, 1), (16, 6, 2048)], ids=str)
+def test_all_backends_match_extended_precision(
+    backend: Backend, rng: np.random.Generator, shape: tuple[int, int, int], dtype: np.dtype
+) -> None:
+    check_against_oracle(backend, rng, shape, dtype, "relu", True)
+
+
+@pytest.mark.emulator
+@pytest.mark.parametrize(
+    ("shape", "dtype", "activation", "add"),
+    [
+        *((shape, DTYPES[i % 3], "gelu", True) for i, shape in enumerate(SHAPES)),
+        *((shape, dtype, "identity", False) for shape in SHAPES for dtype in DTYPES),
+    ],
+    ids=str,
+)
+def test_a_small_device_matches_extended_precision(
+    emulated_backend: Backend,
+    emulated: EmulatorRuntime,
+    rng: np.random.Generator,
+    shape: tuple[int, int, int],
+    dtype: np.dtype,
+    activation: str,
+    add: bool,
+) -> None:
+    with tiny(emulated, seed=1):
+        check_against_oracle(emulated_backend, rng, shape, dtype, activation, add)
+    large = prod(shape) * dtype.itemsize > spread.SMALL
+    assert ["spread" in name for name in kernels(emulated)] == [large, large]
+
+
+@pytest.mark.emulator
+@pytest.mark.parametrize("shape", [(700, 104, 1), (5000, 8, 1), (2, 2, 17000)])
+def test_the_order_of_blocks_and_threads_changes_no_bit(
+    emulated: EmulatorRuntime, rng: np.random.Generator, shape: tuple[int, int, int]
+) -> None:
+    """And the counters, which the launches before have left behind, do not either."""
+    x, gamma, beta, dy, _ = case_of(rng, shape, DTYPES[0])
+    found = []
+    for seed in range(3):
+        on = [emulated.asarray(array) for array in (x, gamma, beta)]
+        with tiny(emulated, seed):
+            y, statistics = bn.batch_norm_forward(*on)
+            found.append([y, statistics, *bn.batch_norm_backward(emulated.asarray(dy), *on, statistics)])
+    assert all(record.launch.cooperative for record in emulated.launches)
+    for other in found[1:]:
+        for got, want in zip(other, found[0], strict=True):
+            np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.emulator
+@pytest.mark.parametrize("shape", [(1111, 16, 1), (3, 4, 2504)], ids=str)
+def test_a_constant_channel_gives_beta_and_nan_stays_in_its_channel(
+    emulated: EmulatorRuntime, rng: np.random.Generator, shape: tuple[int, int, int]
+) -> None:
+    x, gamma, beta, _, _ = case_of(rng, shape, DTYPES[0])
+    x[:, 1], x[0, 3, 0] = 16777215.0, np.nan
+    with tiny(emulated):
+        y, _ = bn.batch_norm_forward(*map(emulated.asarray, (x, gamma, beta)))
+    np.testing.assert_array_equal(y[:, 1], beta[1])
+    assert np.isnan(y).all((0, 2)).tolist() == [c == 3 for c in range(shape[1])]
+    assert np.isfinite(np.delete(y, 3, 1)).all()
+
+
+@pytest.mark.emulator
+@pytest.mark.parametrize("shape", [(700, 104, 1), (5000, 8, 1), (3, 4, 2504), (2, 2, 17000)], ids=str)
+def test_results_may_replace_what_they_are_made_of(
+    emulated: EmulatorRuntime, rng: np.random.Generator, shape: tuple[int, int, int]
+) -> None:
+    """Also where rows are read twice: a thread reads its row before it writes it."""
+    x, gamma, beta, dy, _ = case_of(rng, shape, DTYPES[0])
+    statistics_out = emulated.asarray(np.empty((3, shape[1]), "f4"))
+    with tiny(emulated):
+        on = [emulated.asarray(array) for array in (x, gamma, beta)]
+        y, statistics = bn.batch_norm_forward(*on, activation="relu")
+        dx, *_ = bn.batch_norm_backward(emulated.asarray(dy), *on, statistics, activation="relu")
+        vectors = [emulated.asarray(np.empty(shape[1], "f4")) for _ in range(2)]
+        for source in ("dy", "x"):
+            sources = {"dy": emulated.asarray(dy), "x": emulated.asarray(x)}
+            given = (*sources.values(), *on[1:], statistics)
+            bn.batch_norm_backward(*given, activation="relu", out=(sources[source], *vectors))
+            np.testing.assert_array_equal(sources[source], dx)
+        bn.batch_norm_forward(*on, activation="relu", out=(on[0], statistics_out))
+    np.testing.assert_array_equal(on[0], y)
+
+
+@pytest.mark.emulator
+def test_a_meeting_turns_over_one_bit_of_a_counter(emulated: EmulatorRuntime, rng: np.random.Generator) -> None:
+    """Whatever the number of blocks: the next launch may have another."""
+    x = emulated.asarray(rng.standard_normal((5000, 8)).astype("f4"))
+    with tiny(emulated):
+        y, _ = bn.batch_norm_forward(x)
+        (launch,) = (record.launch for record in emulated.launches)
+        counters = emulated.workspace_array.view(np.uint32)[: spread.PARTIALS // 4]
+        for _ in range(2):
+            before = counters.copy()
+            again, _ = bn.batch_norm_forward(x)
+            used = counters != before
+            assert used.sum() == launch.grid[0], "one of every group"
+            assert set((counters ^ before)[used].tolist()) == {2**31}
+            np.testing.assert_array_equal(again, y)
+    assert set(counters.tolist()) <= {0, 2**31}
+
+
+# ---- what is moved --------------------------------------------------------------------------------------------------
+
+
+def on_device(runtime: EmulatorRuntime, limits: Limits, shape: tuple[int, ...], dtype: str, axis: int = 1) -> list:
+    """Run forward and backward on a device with these limits; return the launches and the bytes of the data."""
+    x, dy = (runtime.asarray(np.ones(shape, dtype)) for _ in range(2))
+    runtime.reset()
+    with runtime.device_limits(limits):
+        _, statistics = bn.batch_norm_forward(x, axis=axis)
+        bn.batch_norm_backward(dy, x, None, None, statistics, axis=axis)
+    return list(runtime.launches)
+
+
+@pytest.mark.emulator
+@pytest.mark.parametrize(
+    ("shape", "dtype", "axis"),
+    [
+        ((256, 1024), "float32", 1),
+        ((8000, 64), "float32", 1),
+        ((8000, 64), "float16", 1),
+        ((20, 2, 16384), "float16", 1),
+        ((2, 16, 64, 64), "float32", 1),
+        ((8, 32, 32, 32), "float16", -1),
+    ],
+    ids=str,
+)
+def test_every_byte_is_moved_once_16_at_a_time(
+    counting_emulator: EmulatorRuntime, shape: tuple[int, ...], dtype: str, axis: int
+) -> None:
+    limits = Limits(8, 227 * KIB, 228 * KIB, cooperative=True)
+    forward, backward = on_device(counting_emulator, limits, shape, dtype, axis)
+    data = prod(shape) * np.dtype(dtype).itemsize
+    for record, reads in ((forward, 1), (backward, 2)):
+        assert "_spread" in record.entry_point
+        large = [traffic for block, traffic in record.counts.arrays.items() if len(block) == data]
+        assert [t.bytes_read for t in large if t.reads] == [data] * reads
+        assert [t.bytes_written for t in large if t.writes] == [data]
+        assert sum(t.vector_accesses for t in large) * 16 == (reads + 1) * data
+
+
+@pytest.mark.emulator
+def test_rows_beyond_the_chip_are_read_twice_and_no_others(counting_emulator: EmulatorRuntime) -> None:
+    forward, backward = on_device(counting_emulator, TINY, (20000, 8), "float32")
+    data = 20000 * 8 * 4
+    for record, arrays, direction in ((forward, 1, "forward"), (backward, 2, "backward")):
+        choice = choose_spread(direction, tensor_of((20000, 8, 1), "float32"), TINY)
+        on_chip = choice.held * prod(choice.launch.block) * prod(choice.launch.grid) * spread.VECTOR
+        assert 0 < on_chip < data
+        read = [t.bytes_read for block, t in record.counts.arrays.items() if len(block) == data and t.reads]
+        assert read == [2 * data - on_chip] * arrays
+
+
+@pytest.mark.emulator
+@pytest.mark.parametrize("what", ["x", "dy", "residual", "out"])
+def test_arrays_that_no_vector_starts_at_take_the_other_kernels(
+    emulated: EmulatorRuntime, rng: np.random.Generator, what: str
+) -> None:
+    arrays = {name: rng.standard_normal((1024, 64)).astype("f4") for name in ("x", "dy", "residual", "out")}
+    on = {name: emulated.asarray(array, offset_elements=name == what) for name, array in arrays.items()}
+    aligned = [emulated.asarray(arrays[name]) for name in ("dy", "x", "residual")]
+    vectors = [emulated.asarray(np.empty(64, "f4")) for _ in range(2)]
+    _, statistics = bn.batch_norm_forward(aligned[1], residual=aligned[2])
+    want = bn.batch_norm_backward(*aligned[:2], None, None, statistics, residual=aligned[2])
+    emulated.reset()
+    out = (on["out"], *vectors, emulated.asarray(arrays["x"]))
+    got = bn.batch_norm_backward(on["dy"], on["x"], None, None, statistics, residual=on["residual"], out=out)
+    assert kernels(emulated) == ["bnk_batch_norm_backward_streamed_f32"]
+    np.testing.assert_allclose(got[0], want[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.emulator
+def test_strided_rows_are_read_where_they_lie(emulated: EmulatorRuntime, rng: np.random.Generator) -> None:
+    wide = rng.standard_normal((1024, 96)).astype("f4")
+    x = emulated.like(wide)[:, 16:80]
+    y, _ = bn.batch_norm_forward(x)
+    assert kernels(emulated) == ["bnk_batch_norm_forward_spread_f32"]
+    np.testing.assert_array_equal(y, bn.batch_norm_forward(emulated.asarray(wide[:, 16:80]))[0])
+
+
+@pytest.mark.emulator
+def test_blocks_that_are_not_resident_together_are_a_deadlock(
+    emulated: EmulatorRuntime, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What happens to a launch that is not cooperative: seen here, and not as a GPU that hangs."""
+    launch = emulated.launch
+
+    def alone(source: str, entry_point: str, given: Any, *rest: Any) -> None:
+        launch(source, entry_point, dataclasses.replace(given, cooperative=False), *rest)
+
+    monkeypatch.setattr(emulated, "launch", alone)
+    x = emulated.asarray(rng.standard_normal((20000, 8)).astype("f4"))
+    waiting = r"deadlock in block .* wait for a counter \(thread \(0, 0, 0\) at .*meet.cuh"
+    try:
+        with emulated.device_limits(TINY), emulated.schedule(resident=2), pytest.raises(EmulatorError, match=waiting):
+            bn.batch_norm_forward(x)
+    finally:
+        emulated.workspace_array[:] = 0  # whoever meets next counts on it
+
+
+@pytest.mark.emulator
+def test_a_launch_on_the_workspace_of_a_stream_is_not_kept(
+    emulated: EmulatorRuntime, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next call may come on another stream."""
+    asked, workspace = [], emulated.workspace
+    monkeypatch.setattr(emulated, "workspace", lambda array: asked.append(1) or workspace(array))
+    x = emulated.asarray(rng.standard_normal((20_000, 8)).astype("f4"))
+    out = bn.batch_norm_forward(x)
+    for _ in range(3):
+        bn.batch_norm_forward(x, out=out)
+    assert len(asked) == 4
+    assert all(record.launch.cooperative for record in emulated.launches)

@@ -1,0 +1,346 @@
+"""Networks that several blocks train: the steps of the layers again, by a cooperative grid and by clusters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+import bnkernels as bn
+from bnkernels.nn.mlp import MLP
+from bnkernels.nn.optimizers import make_optimizer
+from bnkernels.ops.fused_training import launch
+from bnkernels.ops.fused_training.op import Layer, Network
+from bnkernels.runtime.registry import runtime_of
+from bnkernels.runtime.seam import MAX_SHARED_BYTES, WORKSPACE_BYTES, Limits
+from tests.ops.test_constant_channels import test_fused_training_of_equal_examples_and_neurons as equal_examples
+from tests.ops.test_constant_channels import test_the_running_mean_of_equal_examples as running_mean
+from tests.ops.test_fused_training import RATES, by_layers, in_one, make_data, network_on
+from tests.ops.test_fused_training import test_adams_first_step_does_not_overflow as of_one_block
+from tests.regress.refusal import refused
+from tools import backends
+from tools.backends import Backend
+from tools.emulator import EmulatorRuntime, LaunchRecord
+from tools.emulator.runtime import LIMITS
+
+H200 = Limits(132, 227 * 1024, 228 * 1024, cooperative=True, clusters=True)
+# Fewer neurons than blocks, more than all own at a time; widths that nothing divides; more examples than a block takes.
+ARCHITECTURES = [
+    ((7, 20, 10), 64),
+    ((5, 3), 6),
+    ((6, 33, 17, 5), 30),
+    ((3, 9, 8, 7, 6, 5, 4), 65),
+    ((2, 130, 3), 13),
+    ((300, 6, 3), 7),
+    ((5, 12, 3), 300),
+]
+NORMED = [(name, norm) for name in ("sgd", "adam") for norm in ("batch", "layer", "none")] + [("momentum", "batch")]
+
+
+@pytest.fixture(params=["grid", "cluster"])
+def group(request: pytest.FixtureRequest, backend: Backend, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Let groups train what one block could, and say what they are."""
+    if backend.name == "numpy":
+        pytest.skip("needs a device")
+    monkeypatch.setattr(launch, "_why_no_block", lambda *_: "a test wants groups")
+    monkeypatch.setattr(launch, "CLUSTER", launch.CLUSTER if request.param == "cluster" else 0)
+    if backend.name == "emulator":
+        with backends.emulated_runtime().device_limits(LIMITS._replace(clusters=True)):
+            yield request.param
+        return
+    like = backend.empty((1,), "float32")
+    if request.param == "cluster" and not runtime_of(type(like)).limits(like).clusters:
+        pytest.skip("this device has no clusters")
+    yield request.param
+
+
+@pytest.mark.parametrize(("name", "norm"), NORMED)
+@pytest.mark.parametrize(("sizes", "batch"), ARCHITECTURES)
+def test_steps_are_those_of_the_layers(
+    backend: Backend, group: str, rng: np.random.Generator, sizes: tuple[int, ...], batch: int, name: str, norm: str
+) -> None:
+    if backend.name == "emulator" and (group, name) in {("cluster", "adam"), ("grid", "sgd")} and batch != 30:
+        pytest.skip("the other kind of group makes these steps; a GPU makes them all")
+    x, y = make_data(rng, sizes, 4 * batch, "float64")
+    model = MLP(sizes, norm=norm, activation="tanh", dtype="float64", seed=3, momentum=None, unbiased=False)
+    found = in_one(backend, model, name, x, y, batch)
+    optimizer = make_optimizer(name, model, RATES[name])
+    losses = by_layers(model, optimizer, x, y, batch)
+    np.testing.assert_allclose(found[0], losses, rtol=1e-11)
+    for got, want in zip(found[1:], (model.parameters, model.running, *optimizer.arrays.values()), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer", "none"])
+def test_two_hundred_steps_in_float32_learn_what_the_layers_learn(
+    backend: Backend, group: str, rng: np.random.Generator, norm: str
+) -> None:
+    if backend.name == "emulator" and (group == "cluster" or norm == "none"):
+        pytest.skip("the same steps as of a grid with batch norm; a GPU makes them")
+    sizes, batch = (6, 12, 4), 16
+    x, y = make_data(rng, sizes, 200 * batch, "float32")
+    model = MLP(sizes, norm=norm, activation="relu", seed=1)
+    losses, parameters, *_ = in_one(backend, model, "momentum", x, y, batch)
+    wanted = by_layers(model, make_optimizer("momentum", model, RATES["momentum"]), x, y, batch)
+    np.testing.assert_allclose(losses[:10], wanted[:10], rtol=1e-4)
+    assert losses[-20:].mean() == pytest.approx(np.mean(wanted[-20:]), rel=0.1, abs=0.02)
+    assert losses[-20:].mean() < 0.5 * losses[:5].mean()
+    assert np.isfinite(parameters).all()
+
+
+def test_adams_first_step_does_not_overflow(backend: Backend, group: str) -> None:
+    of_one_block(backend)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+def test_constant_channels_give_phi_of_beta(backend: Backend, group: str, norm: str, dtype: str) -> None:
+    equal_examples(backend, norm, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("batch", [11, 77, 300])
+def test_the_running_mean_of_equal_examples(backend: Backend, group: str, batch: int, dtype: str) -> None:
+    running_mean(backend, batch, dtype)
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+def test_far_from_0_costs_no_digits(backend: Backend, group: str, norm: str, rng: np.random.Generator) -> None:
+    """In float32 a sum of 64 numbers of 2^20 is a multiple of 8, and the mean made of it up to 1/16 off."""
+    model, exact = (MLP((1, 4, 3), norm=norm, dtype=dtype, activation="tanh") for dtype in ("float32", "float64"))
+    weight = np.array([[1, 0.5, 2, -1]]) if norm == "batch" else 8192 + np.arange(4.0)[None] ** 2
+    x = 2.0**20 + rng.integers(0, 12, (64, 1)) if norm == "batch" else np.full((64, 1), 3.0)
+    state = model.state() | {"0.weight": weight}
+    for one in (model, exact):
+        kinds = {name: one.parameters.dtype if array.ndim else array.dtype for name, array in state.items()}
+        one.load_state({name: array.astype(kinds[name]) for name, array in state.items()})
+    y = (np.arange(64) % 3).astype(np.int32)
+    losses, *_ = in_one(backend, model, "sgd", x.astype("float32"), y, 64)
+    right, *_ = in_one(backends.make("numpy"), exact, "sgd", x, y, 64)
+    np.testing.assert_allclose(losses, right, rtol=1e-6)
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+def test_two_calls_are_one_and_indices_name_the_rows(
+    backend: Backend, group: str, rng: np.random.Generator, norm: str
+) -> None:
+    sizes, batch = (5, 9, 3), 10
+    x, y = make_data(rng, sizes, 50, "float32")
+    indices = rng.integers(0, 50, (5, batch)).astype(np.int32)
+    model = MLP(sizes, norm=norm, momentum=None)
+    at_once = in_one(backend, model, "adam", x[indices.ravel()], y[indices.ravel()], batch)
+    parameters, running, on_x, on_y = backend.arrays(model.parameters, model.running, x, y)
+    state = tuple(backend.asarray(np.zeros_like(model.parameters)) for _ in range(2))
+    losses = []
+    for first, last in ((0, 2), (2, 5)):
+        done = {"steps_before": first, "batches_before": first, "indices": backend.asarray(indices[first:last])}
+        given = (model.fused, parameters, state, running if running.size else None, on_x, on_y)
+        part = bn.fused_training(*given, batch=batch, optimizer="adam", lr=RATES["adam"], **done)
+        losses.append(backend.asnumpy(part))
+    found = (np.concatenate(losses), *map(backend.asnumpy, (parameters, running, *state)))
+    for one, two in zip(at_once, found, strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+def test_a_wrong_label_makes_the_loss_nan(backend: Backend, group: str, rng: np.random.Generator, norm: str) -> None:
+    x, y = make_data(rng, (5, 9, 3), 20, "float32")
+    y[3] = -1
+    losses, *_ = in_one(backend, MLP((5, 9, 3), norm=norm), "sgd", x, y, 10)
+    assert np.isnan(losses).all()
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+def test_many_models_are_trained_in_one_launch(
+    backend: Backend, group: str, rng: np.random.Generator, norm: str
+) -> None:
+    sizes, batch, count = (5, 9, 3), 10, 3
+    x, y = make_data(rng, sizes, 3 * batch, "float64")
+    models = [MLP(sizes, norm=norm, dtype="float64", activation="tanh", seed=seed) for seed in range(count)]
+    alone = [in_one(backend, model, "sgd", x, y, batch) for model in models]
+    parameters, running = (
+        backend.asarray(np.stack([getattr(model, name) for model in models])) for name in ("parameters", "running")
+    )
+    given = (models[0].fused, parameters, (), running if running.size else None, *backend.arrays(x, y))
+    losses = bn.fused_training(*given, batch=batch, lr=RATES["sgd"])
+    for found, own in zip((losses, parameters, running), zip(*alone, strict=True), strict=True):
+        # Of a grid each model has fewer blocks than alone, and sums in another order.
+        np.testing.assert_allclose(backend.asnumpy(found), np.stack(own), rtol=0 if group == "cluster" else 1e-9)
+
+
+def counts_of_a_step(norm: str, rng: np.random.Generator) -> tuple[LaunchRecord, dict[str, int]]:
+    """Return the launch of three steps, and what it does more than that of two."""
+    emulated, sizes, batch = backends.emulated_runtime(), (6, 9, 8, 3), 20
+    found = []
+    for steps in (2, 3):
+        x, y = make_data(rng, sizes, steps * batch, "float32")
+        emulated.launches.clear()
+        in_one(backends.make("emulator"), MLP(sizes, norm=norm), "sgd", x, y, batch)
+        (record,) = emulated.launches
+        counts = record.counts
+        counters = sum(of.writes for at, of in counts.arrays.items() if len(at) == WORKSPACE_BYTES)
+        read = sum(of.bytes_read for at, of in counts.arrays.items() if len(at) == x.nbytes)
+        found.append(
+            {
+                "barriers": counts.barriers,
+                "arrivals": counters,
+                "x": read,
+                "bytes": counts.total.bytes_read + counts.total.bytes_written,
+            }
+        )
+    return record, {name: found[1][name] - found[0][name] for name in found[0]}
+
+
+@pytest.mark.emulator
+def test_one_launch_that_costs_no_barrier_more_with_batch_norm(
+    backend: Backend, group: str, rng: np.random.Generator
+) -> None:
+    (record, batch), (_, none) = (counts_of_a_step(norm, rng) for norm in ("batch", "none"))
+    assert record.launch.grid == ((8, 1, 1) if group == "cluster" else (1, 4, 1))
+    assert batch["barriers"] == none["barriers"] > 0
+    if backends.emulated_runtime().build == "plain":  # unoptimised, the numbers read in place of missing ones count too
+        assert batch["x"] == 6 * 20 * 4, "every example is read once"
+        # gamma and rstd, running statistics, and what the mean and variance of a neuron are made of: no example.
+        assert batch["bytes"] - none["bytes"] <= 6 * (9 + 8) * 32 * 4, "six words of a neuron, for 32 threads"
+
+
+@pytest.mark.emulator
+@pytest.mark.parametrize(("norm", "meetings"), [("batch", 5), ("none", 5), ("layer", 2)])
+def test_a_step_is_so_many_meetings(
+    backend: Backend, group: str, rng: np.random.Generator, norm: str, meetings: int
+) -> None:
+    if group == "cluster" or backends.emulated_runtime().build not in ("plain", "coverage"):
+        pytest.skip("counted by what is written to the counter")
+    record, counts = counts_of_a_step(norm, rng)
+    assert counts["arrivals"] == meetings * record.launch.blocks
+
+
+@pytest.mark.emulator
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+def test_the_order_of_blocks_and_threads_changes_no_bit(
+    backend: Backend, group: str, rng: np.random.Generator, norm: str
+) -> None:
+    emulated, sizes, batch = backends.emulated_runtime(), (6, 9, 8, 3), 20
+    x, y = make_data(rng, sizes, 3 * batch, "float32")
+    found = []
+    for seed in range(3):
+        with emulated.schedule(seed):
+            found.append(in_one(backends.make("emulator"), MLP(sizes, norm=norm), "adam", x, y, batch))
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            np.testing.assert_array_equal(one, two)
+
+
+def network(*sizes: int, norm: str = "batch") -> Network:
+    """Return what `choose` looks at, wherever the parameters lie."""
+    hidden = len(sizes) - 2
+    pairs = pairwise(sizes)
+    return Network(tuple(Layer(i, o, 0, -(n == hidden), 0) for n, (i, o) in enumerate(pairs)), norm=norm)
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+@pytest.mark.parametrize("models", [1, 3, 64, 200])
+@pytest.mark.parametrize("sizes", [(784, 100, 100, 100, 10), (64, 1024, 10), (1000, 9, 2), (8, 300, 1000)])
+@pytest.mark.parametrize("batch", [2, 64, 512])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_every_launch_is_one_that_the_device_grants(
+    dtype: str, batch: int, sizes: tuple[int, ...], models: int, norm: str
+) -> None:
+    given = launch.Sizes(network(*sizes, norm=norm), batch, "adam", np.dtype(dtype), 300_000, 4000, models)
+    for limits in (H200, H200._replace(clusters=False)):
+        choice = launch.choose(given, limits)
+        assert choice.launch.blocks == models * choice.blocks
+        assert choice.launch.shared_bytes <= min(limits.shared_bytes, MAX_SHARED_BYTES)
+        if "cluster" in choice.kernel:
+            assert (limits.clusters, choice.blocks, choice.launch.cooperative) == (True, 8, False)
+        else:
+            assert choice.launch.cooperative == (choice.blocks > 1)
+            assert choice.blocks == 1 or models * choice.blocks <= limits.sms, "all are resident at once"
+        assert ("layer_norm" in choice.kernel) == (norm == "layer")
+
+
+def test_a_network_has_as_many_blocks_as_leave_each_the_fewest_neurons() -> None:
+    def chosen(*sizes: int, models: int = 1, limits: Limits = H200) -> tuple[str, int, int]:
+        given = launch.Sizes(network(*sizes), 64, "sgd", np.dtype("float32"), 300_000, 4000, models)
+        choice = launch.choose(given, limits)
+        return choice.kernel.removeprefix("fused_training_"), choice.blocks, choice.width
+
+    assert chosen(784, 100, 10) == ("grid", 32, 4)
+    assert chosen(784, 600, 10) == ("grid", 128, 8)
+    assert chosen(784, 100, 10, models=16) == ("cluster", 8, 16)
+    assert chosen(784, 100, 10, models=16, limits=H200._replace(clusters=False)) == ("grid", 8, 16)
+    assert chosen(784, 30, 10) == ("cluster", 8, 4)
+    assert chosen(784, 100, 10, models=1000, limits=H200._replace(clusters=False)) == ("grid", 1, 32)
+
+
+@pytest.mark.parametrize(
+    ("batch", "sizes", "limits", "message"),
+    [
+        (600, (64, 20, 10), H200, "one block takes mini-batches of at most 256, got 600; several take .* 512, got 600"),
+        (60, (64, 2000, 10), H200, r"one block needs [\d,]+ bytes .*; several take layers of at most 1024, got 2000"),
+        (60, (784, 500, 10), H200._replace(cooperative=False, clusters=False), "several would have to wait for each"),
+        (60, (784, 500, 10), H200._replace(shared_bytes=32 * 1024), r"several need [\d,]+ bytes .* have 32,768"),
+    ],
+)
+def test_why_a_network_cannot_be_trained_in_one_launch(
+    batch: int, sizes: tuple[int, ...], limits: Limits, message: str
+) -> None:
+    given = launch.Sizes(network(*sizes), batch, "sgd", np.dtype("float32"), 300_000, 4000)
+    assert launch.choose(given, limits) is None
+    assert re.search(message, launch.why_not(given, limits))
+    small = launch.Sizes(network(64, 20, 10), 64, "sgd", np.dtype("float32"), 1600, 40)
+    assert launch.why_not(small, H200) is None
+
+
+def test_what_does_not_fit_names_the_limits_and_the_way_out(backend: Backend, rng: np.random.Generator) -> None:
+    sizes = (20, 1100, 3)
+    x, y = make_data(rng, sizes, 60, "float32")
+    if backend.name == "numpy":
+        assert in_one(backend, MLP(sizes), "sgd", x, y, 60)[0].shape == (1,)
+        return
+    message = (
+        "the network does not fit: one block needs .*; several take layers of at most 1024, got 1100; train it layer"
+    )
+    with refused(backend, ValueError, message):
+        in_one(backend, MLP(sizes), "sgd", x, y, 60)
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+def test_the_engines_take_over_from_each_other(
+    backend: Backend, group: str, rng: np.random.Generator, norm: str
+) -> None:
+    """What groups leave in a checkpoint the layers go on with, and the other way round."""
+    x, y = backend.arrays(*make_data(rng, (6, 8, 3), 6 * 16, "float64"))
+    options = {"optimizer": "adam", "dtype": "float64", "activation": "tanh", "lr": 0.01}
+    ends = []
+    for engines in (("layers", "layers"), ("fused", "layers"), ("layers", "fused")):
+        before = network_on(backend, norm, engine=engines[0], **options)
+        before.train(x, y, 0, 3, lambda: False)
+        after = network_on(backend, norm, engine=engines[1], **options)
+        assert after.engine == "layers" or re.fullmatch(r"fused \(\d+ blocks\)", after.engine)
+        after.load_arrays(before.arrays())
+        after.step = before.step
+        after.train(x, y, 0, 6, lambda: False)
+        ends.append(after.arrays())
+    for other in ends[1:]:
+        for entry, array in ends[0].items():
+            np.testing.assert_allclose(other[entry], array, rtol=1e-7, atol=1e-9, err_msg=entry)
+
+
+@pytest.mark.emulator
+@pytest.mark.parametrize("refusal", [None, "a test wants groups"])
+def test_what_a_kernel_is_compiled_for_is_what_its_argument_says(
+    emulated: EmulatorRuntime, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, refusal: str | None
+) -> None:
+    monkeypatch.setattr(launch, "_why_no_block", lambda *_: refusal)
+    given: list = []
+    monkeypatch.setattr(emulated, "launch", lambda *call: given.append(call))
+    data = make_data(rng, (6, 9, 3), 21, "float32")
+    in_one(backends.make("emulator"), MLP((6, 9, 3), activation="tanh"), "adam", *data, 7)
+    ((_, kernel, how, argument, _),) = given
+    assert ("grid" in kernel) == bool(refusal)
+    assert len(how.constants) >= 4
+    assert all(argument[name] == value for name, value in how.constants)

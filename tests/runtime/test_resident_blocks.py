@@ -1,0 +1,214 @@
+"""Blocks that wait for one another are resident at once: every plan of every op, on every device of a table.
+
+What is resident follows from the registers that the compiler reports, not from what a planner believes of them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from functools import cache
+from itertools import pairwise, product
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.counts.devices import DEVICES, SM_75, Device
+from benchmarks.counts.limits import occupancy
+from bnkernels.ops.batch_norm.cooperative import Tensor, choose_spread
+from bnkernels.ops.fused_training import launch as fused
+from bnkernels.ops.fused_training.op import Layer, Network
+from bnkernels.ops.layer_norm import launch as layer_norm
+from bnkernels.ops.linear_batch_norm import launch as linear
+from bnkernels.runtime import workspace as cooperative
+from bnkernels.runtime.arguments import suffix
+from bnkernels.runtime.seam import Launch, Limits
+
+ROOT = Path(__file__).parents[2]
+TYPES = [np.dtype(name) for name in ("float32", "float64", "float16")]
+try:
+    from ml_dtypes import bfloat16
+
+    TYPES.append(np.dtype(bfloat16))
+except ImportError:
+    pass
+DIRECTIONS = "forward", "backward"
+NORMS = "batch", "layer", None
+Plan = tuple[str, Launch]  # a kernel, and how it is launched
+
+
+@cache
+def registers_of(kernel: str, architecture: str) -> int:
+    """Return the registers of a thread, with the compiler that takes most of those in the committed baseline."""
+    files = (ROOT / "tools/compile").glob("baseline*.json")
+    rows = [json.loads(file.read_text(encoding="utf-8"))["registers"].get(kernel, {}) for file in files]
+    return max(row[architecture] for row in rows if architecture in row)
+
+
+def limits_of(device: Device) -> Limits:
+    """Return the limits of a device, with clusters where it has them."""
+    return device.choice._replace(clusters=int(device.architecture.name) >= 90)
+
+
+# ---- every plan -----------------------------------------------------------------------------------------------------
+
+
+def batch_norm_plans(limits: Limits) -> Iterator[Plan]:
+    """Yield those of the spread kernels; what does not spread does not wait either."""
+    examples, channels = (4000, 70_000, 10**6), (16, 64, 1000, 4096)
+    shapes = [(n, c, 1) for n, c in product(examples, channels)]
+    shapes += [(n, c, inner) for n, c, inner in product((1, 8, 256), (1, 3, 64, 256), (3136, 50_176, 10**6))]
+    for dtype, direction, shape in product(TYPES, DIRECTIONS, shapes):
+        strides = shape[1] * shape[2], shape[2], 1 if shape[2] > 1 else 0
+        tensor = Tensor(*shape, dtype, (strides,) * (1 if direction == "forward" else 2))
+        choice = choose_spread(direction, tensor, limits) if tensor.may_spread else None
+        if choice is not None:
+            yield f"bnk_batch_norm_{choice.variant}_{suffix(dtype)}", choice.launch
+
+
+def layer_norm_plans(limits: Limits) -> Iterator[Plan]:
+    """Yield one for each data type and shape."""
+    columns = (1, 8, 20, 64, 256, 768, 1000, 1024, 2047, 2048, 4096, 5120, 8192, 20_000, 300_000)
+    for dtype, rows, c in product(TYPES, (1, 64, 700, 5000, 100_000), columns):
+        matrix, end = layer_norm.Rows(rows, c, dtype), suffix(dtype)
+        yield f"bnk_layer_norm_forward_{end}", layer_norm.choose_forward(matrix, limits).launch
+        yield f"bnk_layer_norm_backward_{end}", layer_norm.choose_backward(matrix, limits).launch
+
+
+def linear_plans(limits: Limits) -> Iterator[Plan]:
+    """Yield those of the kernels; where there is none, a library multiplies."""
+    sizes = product((2, 64, 100, 512), (1, 64, 784, 1024), (1, 20, 100, 1000, 1024), TYPES)
+    for size, norm, direction, dx in product(sizes, NORMS, DIRECTIONS, (True, False)):
+        chosen = linear.choose(direction, linear.Sizes(*size), limits, dx, norm)
+        if chosen is not None:
+            yield f"bnk_linear_{norm or 'batch'}_norm_{direction}_{suffix(size[3])}", chosen[0]
+
+
+def networks() -> Iterator[fused.Sizes]:
+    """Yield what may be trained in one launch."""
+    hidden = (64, 20, 10), (64, 300, 10), (784, 100, 100, 100, 10), (64, 1024, 10), (1000, 9, 2), (8, 300, 1000)
+    given = product(hidden, ("batch", "layer"), (2, 64, 512), TYPES[:2], ("sgd", "adam"), (1, 3, 30, 200))
+    for sizes, norm, batch, dtype, optimizer, models in given:
+        pairs = list(pairwise(sizes))
+        layers = tuple(Layer(i, o, 0, -(n + 1 == len(pairs)), 0) for n, (i, o) in enumerate(pairs))
+        parameters = sum((i + 2) * o for i, o in pairs)
+        network = Network(layers, norm=norm)
+        yield fused.Sizes(network, batch, optimizer, dtype, parameters, 2 * sum(sizes[1:-1]), models)
+
+
+def fused_training_plans(limits: Limits) -> Iterator[Plan]:
+    """Yield those of the networks that the device takes, with clusters and without."""
+    for given, clusters in product(networks(), {False, limits.clusters}):
+        choice = fused.choose(given, limits._replace(clusters=clusters))
+        if choice is not None:
+            yield f"bnk_{choice.kernel}_{suffix(given.dtype)}", choice.launch
+
+
+OPS = {
+    "batch_norm": batch_norm_plans,
+    "layer_norm": layer_norm_plans,
+    "linear_batch_norm": linear_plans,
+    "fused_training": fused_training_plans,
+}
+
+
+@cache
+def plans_of(op: str, device: Device) -> frozenset[Plan]:
+    """Return all plans of an op for a device."""
+    return frozenset(OPS[op](limits_of(device)))
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
+def test_blocks_that_wait_are_resident_and_others_fit(device: Device, op: str) -> None:
+    architecture, cooperatives = device.architecture, 0
+    for kernel, launch in plans_of(op, device):
+        registers = registers_of(kernel, architecture.name)
+        blocks = occupancy(architecture, launch.threads, registers, launch.shared_bytes).blocks
+        assert blocks >= 1, f"{kernel}: not one block of {launch} fits"
+        if launch.cooperative:
+            cooperatives += 1
+            assert launch.blocks <= blocks * device.sms, f"{kernel}: {launch}, {blocks} fit on each of {device.sms}"
+    assert cooperatives > 0, "a table without such a plan would show nothing"
+
+
+# ---- what a planner believes ----------------------------------------------------------------------------------------
+
+
+PROMISED = {"ROOMY": cooperative.ROOMY, "PAIRED": cooperative.PAIRED, "CLUSTER": cooperative.ROOMY}  # by macro
+NAMES = {"suffix": "(?:f16|bf16|f32|f64)", "variant": "(?:spread|spread_inner)"}  # parameters of macros
+
+
+@cache
+def promise_of(kernel: str) -> int:
+    """Return how many blocks on a multiprocessor the macro that makes a kernel promises."""
+    text = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "cuda").glob("*.cu"))
+    made = re.findall(r"BNK_KERNEL_(\w+)\((bnk_[\w#]+),", text)
+    patterns = [(macro, "".join(NAMES.get(part, part) for part in name.split("##"))) for macro, name in made]
+    (macro,) = (macro for macro, pattern in patterns if re.fullmatch(pattern, kernel))
+    return PROMISED[macro]
+
+
+@pytest.mark.parametrize(
+    ("header", "definition"),
+    [
+        ("cuda/common.cuh", r"(?s)#define BNK_KERNEL_(\w+)\(.*?__launch_bounds__\(threads, (\d)\)"),
+        (
+            "tools/emulator/cuda_on_cpu.h",
+            r"#define BNK_KERNEL_(\w+)\(.*\) BNK_ENTRY\(name, Arguments, threads, (\d),",
+        ),
+    ],
+)
+def test_launch_bounds_promise_what_planners_count_on(header: str, definition: str) -> None:
+    text = (ROOT / header).read_text(encoding="utf-8")
+    found = {macro: int(blocks) for macro, blocks in re.findall(definition, text)}
+    assert found == PROMISED
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_no_grid_is_larger_than_its_launch_bounds_allow(op: str) -> None:
+    """One block more would be resident with today's compiler alone."""
+    for device in DEVICES:
+        limits = limits_of(device)
+        for kernel, launch in plans_of(op, device):
+            if launch.cooperative:
+                held = cooperative.resident(limits, launch.threads, launch.shared_bytes, promise_of(kernel))
+                assert launch.blocks <= held, f"{kernel} on {device.name}: {launch}, {held} are promised"
+
+
+# ---- what a device is refused ---------------------------------------------------------------------------------------
+
+
+def test_a_network_is_refused_for_its_shared_memory_alone() -> None:
+    """All other ops take on every device what they take on one: `OPS` has run them, or a library does."""
+    most = max((limits_of(device) for device in DEVICES), key=lambda limits: (limits.shared_bytes, limits.sms))
+    taken = [given for given in networks() if fused.why_not(given, most) is None]
+    assert len(taken) > 100
+    for device, given in product(DEVICES, taken):
+        reason = fused.why_not(given, limits_of(device))
+        assert reason is None or re.search(r"several need [\d,]+ bytes of shared memory each and have", reason), reason
+
+
+def test_a_device_without_cooperative_launches_has_clusters_or_none_wait() -> None:
+    for device in DEVICES:
+        limits = limits_of(device)._replace(cooperative=False)
+        for plans in OPS.values():
+            assert not any(launch.cooperative for _, launch in plans(limits))
+
+
+@pytest.mark.parametrize("blocks", [cooperative.ROOMY, cooperative.PAIRED])
+def test_the_most_shared_memory_of_a_block_leaves_room_for_the_others(blocks: int) -> None:
+    for limits in map(limits_of, DEVICES):
+        most = cooperative.most_shared(limits, blocks)
+        assert cooperative.resident(limits, 256, most, blocks) == blocks * limits.sms
+        assert cooperative.resident(limits, 256, most + 1, blocks) < blocks * limits.sms
+
+
+def test_blocks_too_large_for_the_device_are_not_resident() -> None:
+    limits = limits_of(DEVICES[0])
+    assert DEVICES[0].architecture is SM_75
+    assert cooperative.resident(limits, 1024, 0, cooperative.PAIRED) == limits.sms
+    assert cooperative.resident(limits, 256, limits.shared_bytes + 1, cooperative.PAIRED) == 0
+    assert cooperative.resident(limits._replace(blocks_of_sm=1), 32, 0, cooperative.PAIRED) == limits.sms

@@ -1,0 +1,279 @@
+"""The kernels as NVRTC compiles them: arguments, arithmetic; and that ``make compile`` reports what is wrong."""
+
+from __future__ import annotations
+
+import json
+import locale
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bnkernels.ops import parameter_update
+from bnkernels.ops.batch_norm import masked_grouped as general
+from bnkernels.ops.batch_norm.call import BACKWARD, FORWARD, INFERENCE
+from bnkernels.ops.batch_norm.cooperative import ARGUMENTS as SPREAD
+from bnkernels.ops.batch_norm.double_backward import ARGUMENTS as DOUBLE_BACKWARD
+from bnkernels.ops.batch_norm.in_parts import ARGUMENTS as STATISTICS
+from bnkernels.ops.fused_training.op import ARGUMENTS as FUSED_TRAINING
+from bnkernels.ops.layer_norm.op import ARGUMENTS as LAYER_NORM
+from bnkernels.ops.linear_batch_norm.op import ARGUMENTS as LINEAR_BATCH_NORM
+from bnkernels.ops.mini_batch import ARGUMENTS as MINI_BATCH
+from bnkernels.ops.softmax_cross_entropy import ARGUMENTS as SOFTMAX_CROSS_ENTROPY
+from bnkernels.runtime import source
+from tools.compile import __main__ as command
+from tools.compile import nvrtc, ptx, sass
+
+ARCHITECTURE = 90
+LAYOUTS = {
+    "bnk_batch_norm_forward": FORWARD,
+    "bnk_batch_norm_inference": INFERENCE,
+    "bnk_batch_norm_inference_backward": BACKWARD,
+    "bnk_batch_norm_backward": BACKWARD,
+    "bnk_batch_norm_double_backward": DOUBLE_BACKWARD,
+    **{f"bnk_batch_norm_{direction}_spread": {np.dtype("f4"): argument} for direction, argument in SPREAD.items()},
+    "bnk_batch_norm_forward_general": general.FORWARD,
+    "bnk_batch_norm_backward_general": general.BACKWARD,
+    "bnk_batch_norm_statistics": STATISTICS,
+    "bnk_fused_training": FUSED_TRAINING["fused_training"],
+    "bnk_fused_training_layer_norm": FUSED_TRAINING["fused_training"],
+    "bnk_fused_training_grid": FUSED_TRAINING["fused_training_group"],
+    "bnk_fused_training_grid_layer_norm": FUSED_TRAINING["fused_training_group"],
+    **{f"bnk_layer_norm_{direction}": layout for direction, layout in LAYER_NORM.items()},
+    **{f"bnk_linear_{norm}_norm_{way}": of for norm in ("batch", "layer") for way, of in LINEAR_BATCH_NORM.items()},
+    "bnk_mini_batch": MINI_BATCH,
+    "bnk_parameter_update": parameter_update.ARGUMENTS,
+    "bnk_softmax_cross_entropy": SOFTMAX_CROSS_ENTROPY,
+}
+# By the end of a kernel's name, the type that it computes in.
+DTYPES = {"f16": np.dtype(np.float32), "bf16": np.dtype(np.float32)}
+DTYPES |= {"f32": np.dtype(np.float32), "f64": np.dtype(np.float64)}
+
+
+pytestmark = pytest.mark.usefixtures("nvrtc")
+
+
+def test_the_baseline_holds_the_compilers_that_are_installed_and_all_their_architectures() -> None:
+    pinned = Path(nvrtc.__file__).with_name("compilers.txt").read_text(encoding="utf-8")
+    for file in command.FOLDER.glob("baseline*.json"):
+        version = json.loads(file.read_text(encoding="utf-8"))["nvrtc"]
+        assert command.baseline_file(version) == file
+        assert f"=={version}" in pinned
+    for version in nvrtc.VERSIONS:
+        baseline = command.baseline(version)
+        compiled = {int(architecture) for row in baseline["registers"].values() for architecture in row}
+        assert compiled == set(nvrtc.architectures(version))
+    registers, instructions = (command.baseline(nvrtc.NEWEST)[figure] for figure in command.FIGURES)
+    for kernel, row in registers.items():
+        assert list(instructions[kernel]) == [str(one) for one in sass.ARCHITECTURES if str(one) in row]
+
+
+@pytest.mark.parametrize("stem", source.stems())
+@pytest.mark.parametrize("version", nvrtc.VERSIONS)
+def test_ptx_takes_what_python_packs_and_rounds_as_the_source_says(
+    version: str, stem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the oldest compiler with our options alone: no kernel leans on those that CuPy adds."""
+    if version == nvrtc.OLDEST:
+        monkeypatch.setattr(nvrtc, "OPTIONS", source.OPTIONS)
+    assembly = nvrtc.ptx(source.read(stem), nvrtc.OLDEST_ARCHITECTURE, version)
+    for kernel, size in ptx.parameter_bytes(assembly).items():
+        layout = max((layout for layout in LAYOUTS if kernel.startswith(layout + "_")), key=len)
+        assert LAYOUTS[layout][DTYPES[kernel.rpartition("_")[2]]].itemsize == size, kernel
+    assert ptx.float_atomics(assembly) == []
+    assert ".rn" in assembly or stem == "mini_batch", "only a copy computes nothing"
+    assert ptx.contractible(assembly) == [], "a product and a sum are contracted by fma only"
+
+
+def test_data_move_16_bytes_at_a_time_where_they_lie_in_vectors() -> None:
+    """In the spread kernels all data; what is left in single words are vectors of channels and partial results."""
+    for stem, loads, stores in (("batch_norm_forward_spread", 2, 1), ("batch_norm_backward_spread", 3, 2)):
+        entries = nvrtc.ptx(source.read(stem), nvrtc.OLDEST_ARCHITECTURE).split(".visible .entry")[1:]
+        assert len(entries) == 6
+        for entry in entries:
+            assert entry.count("ld.global.v4.u32") >= loads
+            assert entry.count("st.global.v4.u32") >= stores
+            assert not re.search(r"(ld|st)\.global(\.\w+)*\.[bu](16|8)\b", entry), "no number of 16 bits on its own"
+
+
+def test_16_bit_products_are_those_of_tensor_cores_from_sm_80_on() -> None:
+    for direction in ("forward", "backward"):
+        text = source.read(f"linear_batch_norm_{direction}")
+        for architecture, there in ((75, False), (80, True), (90, True)):
+            for entry in nvrtc.ptx(text, architecture).split(".visible .entry bnk_")[1:]:
+                suffix = entry.partition("(")[0].rpartition("_")[2]
+                found = set(re.findall(r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(b?f16)", entry))
+                assert found == ({suffix} if there and suffix in ("f16", "bf16") else set()), (architecture, suffix)
+
+
+def test_the_ptx_checks_see_what_they_look_for() -> None:
+    assembly = nvrtc.ptx('extern "C" __global__ void k(float* a, int n) { atomicAdd(a, float(n)); }', 75)
+    assert len(ptx.float_atomics(assembly)) == 1
+    with pytest.raises(ValueError, match="k must have one parameter, a struct by value; it has 2"):
+        ptx.parameter_bytes(assembly)
+    assert ptx.float_atomics("atom.global.add.u32 %r1, [%rd1], 1;") == []
+    assert ptx.contractible("mul.ftz.f32 %f1, %f2, %f3;\nadd.f64 %d1, %d2, %d3;\nadd.s32 %r1, %r2, %r3;") == [
+        *("mul.ftz.f32", "add.f64"),
+    ]
+    assert ptx.contractible("mul.rn.ftz.f32 %f1, %f2, %f3;\nfma.rn.f64 %d1, %d2, %d3, %d4;") == []
+
+
+def test_a_syntax_error_is_reported_at_its_file_and_line() -> None:
+    stem = source.stems()[0]
+    lines = source.read(stem).splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("BNK_KERNEL") or line.startswith("#define BATCH"))
+    path = source.folder() / f"{stem}.cu"
+    number = path.read_text(encoding="utf-8").splitlines().index(lines[at]) + 1
+    lines[at] = "int syntax error;"
+    with pytest.raises(nvrtc.CompileError, match=rf"cuda/{stem}\.cu\({number}\): error"):
+        nvrtc.resources("\n".join(lines), ARCHITECTURE)
+
+
+def test_an_error_in_a_header_is_reported_in_the_header() -> None:
+    text = source.read(source.stems()[0]).replace("struct Pair {", "struct Pair { int syntax error;")
+    header = (source.folder() / "common.cuh").read_text(encoding="utf-8").splitlines()
+    number = header.index("struct Pair {") + 1
+    with pytest.raises(nvrtc.CompileError, match=rf"cuda/common\.cuh\({number}\): error"):
+        nvrtc.resources(text, ARCHITECTURE)
+
+
+def test_a_spill_is_seen() -> None:
+    text = """
+        extern "C" __global__ void __launch_bounds__(1024) k(double* a) {
+            double v[64];
+        #pragma unroll
+            for (int i = 0; i < 64; ++i) v[i] = a[threadIdx.x + i];
+            __syncthreads();
+        #pragma unroll
+            for (int i = 0; i < 64; ++i) a[threadIdx.x * 64 + i] = v[i] * v[63 - i];
+        }"""
+    found = nvrtc.resources(text, ARCHITECTURE)
+    assert found["k"].spill_stores > 0
+    assert command.excesses({"k": {"90": found["k"]}})[0].startswith("k on sm_90: ")
+
+
+@pytest.mark.parametrize("version", nvrtc.VERSIONS)
+def test_a_compiler_leaves_the_locale_as_it_was(version: str) -> None:
+    """NVRTC 12.0 does not, and what a later test decoded was ASCII."""
+    before = locale.getpreferredencoding(False)
+    nvrtc.ptx('extern "C" __global__ void k() {}', ARCHITECTURE, version)
+    assert locale.getpreferredencoding(False) == before
+
+
+def test_static_shared_memory_is_seen() -> None:
+    text = 'extern "C" __global__ void k(int* a) { __shared__ int s[8]; s[a[0]] = 1; __syncthreads(); a[1] = s[a[2]]; }'
+    assert nvrtc.resources(text, ARCHITECTURE)["k"].static_shared == 32
+
+
+def test_every_difference_from_the_baseline_is_told() -> None:
+    baseline = {
+        "registers": {"kept": {"75": 30, "90": 32}, "gone": {"90": 20}},
+        "instructions": {"kept": {"90": 100}, "gone": {"90": 9}},
+    }
+    assert command.differences(baseline, baseline) == []
+    found = {
+        "registers": {"kept": {"75": 30, "90": 40, "100": 8}, "new": {"90": 20}},
+        "instructions": {"kept": {"90": 101}, "new": {"90": 9}},
+    }
+    assert command.differences(found, baseline) == [
+        "new: not in the baseline",
+        "gone: in the baseline, but gone",
+        "kept: registers sm_90 32 -> 40, sm_100 no -> 8",
+        "kept: instructions sm_90 100 -> 101",
+    ]
+
+
+def test_a_kernel_of_newer_architectures_is_not_missed_on_an_older_one() -> None:
+    baseline = {"registers": {"kept": {"75": 30, "90": 32}, "of_clusters": {"90": 40}}, "instructions": {}}
+    assert command.differences({"registers": {"kept": {"75": 30}}, "instructions": {}}, baseline) == []
+    assert command.differences({"registers": {"kept": {"90": 32}}, "instructions": {}}, baseline) == [
+        "of_clusters: in the baseline, but gone"
+    ]
+
+
+@pytest.fixture
+def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Let compilers find in one kernel, which they need not compile, these registers; and the baseline be a copy."""
+    registers = dict.fromkeys(nvrtc.VERSIONS, 30)
+
+    def measure(version: str, architectures: list[int], stems: Sequence[str]) -> command.Table:
+        return {"k": {str(one): nvrtc.Resources(registers[version], 0, 0, 0, 0) for one in architectures}}
+
+    monkeypatch.setattr(command, "measure", measure)
+    monkeypatch.setattr(command, "FOLDER", tmp_path)
+    assert command.main(["--update"]) == 0
+    return registers
+
+
+@pytest.mark.parametrize("version", nvrtc.VERSIONS)
+def test_the_command_fails_on_a_difference_of_either_compiler(
+    version: str, measured: dict[str, int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main([]) == 0
+    measured[version] = 31
+    capsys.readouterr()
+    assert command.main(["--only", "90"]) == 1
+    printed = capsys.readouterr()
+    assert printed.err.count("k: registers sm_90 30 -> 31") == 1
+    assert f"1 kernels for 1 architectures with NVRTC {version}: 0 failures, 1 differences" in printed.out
+    assert command.main(["--update"]) == 0
+    assert command.main([]) == 0
+
+
+def test_one_file_is_compared_and_updated_on_its_own(
+    measured: dict[str, int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept, gone = source.entry_points("mini_batch")[0], "bnk_which_no_file_makes_any_more"
+    rows = {kernel: {"90": 1} for kernel in (kept, gone)}
+    command.update_baseline(nvrtc.NEWEST, {"registers": rows, "instructions": rows})
+    one = ["--nvrtc", nvrtc.NEWEST, "--kernel", "mini_batch"]
+    assert command.main(["--update", *one]) == 0
+    assert command.main(one) == 0
+    known = command.baseline(nvrtc.NEWEST)
+    assert [sorted(known[figure]) for figure in command.FIGURES] == [[kept, "k"], [kept]]
+    measured[nvrtc.NEWEST] += 1
+    assert command.main(one) == 1
+    assert "k: registers sm_75 30 -> 31" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("measured")
+def test_the_command_says_what_it_does_not_compare(capsys: pytest.CaptureFixture[str]) -> None:
+    command.baseline_file(nvrtc.NEWEST).unlink()
+    assert command.main(["--nvrtc", nvrtc.NEWEST, "--only", "90"]) == 0
+    assert f"with NVRTC {nvrtc.NEWEST}: 0 failures, which the baseline lacks" in capsys.readouterr().out
+    newer = set(nvrtc.architectures()) - set(nvrtc.architectures(nvrtc.OLDEST))
+    if newer:
+        assert command.main(["--only", str(max(newer))]) == 0
+        assert f"NVRTC {nvrtc.OLDEST} knows none of these architectures" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [(["--only", "12"], "not for [12]"), (["--only", "90", "--update"], "leave out --only")]
+)
+def test_the_command_refuses(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_spills_and_errors_of_a_compiler_fail_the_command(
+    measured: dict[str, int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measure(version: str, architectures: list[int], stems: Sequence[str]) -> command.Table:
+        if version == nvrtc.NEWEST:
+            return {"k": {"90": nvrtc.Resources(30, 0, 4, 0, 0)}}
+        raise nvrtc.CompileError("cuda/x.cu(1): error")
+
+    monkeypatch.setattr(command, "measure", measure)
+    assert command.main([]) == 1
+    printed = capsys.readouterr().err
+    assert "k on sm_90: 4 bytes of spill loads, must be 0" in printed
+    if nvrtc.OLDEST != nvrtc.NEWEST:
+        assert printed.startswith(f"NVRTC {nvrtc.OLDEST}\ncuda/x.cu(1): error\n")
+
+
+def test_a_compiler_that_is_not_there_is_named_with_the_way_out() -> None:
+    with pytest.raises(FileNotFoundError, match=r"one libnvrtc.so of NVRTC 1\.0 in .*; python3 tools/install\.py test"):
+        nvrtc.architectures("1.0")

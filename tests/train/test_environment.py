@@ -1,0 +1,89 @@
+"""The environment report names every part, and answers on machines where parts are absent or broken."""
+
+from __future__ import annotations
+
+import platform
+import re
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import bnkernels
+from bnkernels.runtime import registry, source
+from bnkernels.train import environment
+
+
+def facts() -> dict[str, str]:
+    return dict(line.split(": ", 1) for line in environment.report().splitlines())
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Put a CuPy with two GPUs in place of whatever is installed; return its module `cuda`."""
+    gpu = {"major": 9, "minor": 0, "totalGlobalMem": 3 * 2**29}
+    runtime = SimpleNamespace(
+        driverGetVersion=lambda: 13010,
+        runtimeGetVersion=lambda: 12090,
+        getDeviceCount=lambda: 2,
+        getDeviceProperties=lambda device: gpu | {"name": b"GPU %d" % device},
+    )
+    nvrtc = SimpleNamespace(getVersion=lambda: (13, 5))
+    cuda = SimpleNamespace(runtime=runtime, nvrtc=nvrtc, is_available=lambda: True)
+    monkeypatch.setattr(environment, "_cupy", lambda: SimpleNamespace(__version__="14.2.0", cuda=cuda))
+    return cuda
+
+
+def test_the_installation_is_described() -> None:
+    found = facts()
+    assert found["bnkernels"] == bnkernels.__version__
+    assert found["NumPy"] == np.__version__
+    assert platform.python_version() in found["Python"]
+    assert re.fullmatch(r".+, \d+ cores", found["CPU"])
+    assert re.fullmatch(re.escape(str(source.folder())) + r" \(SHA-256 [0-9a-f]{16}\)", found["kernel sources"])
+
+
+def test_an_absent_cupy_is_a_fact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", None)  # import raises ModuleNotFoundError
+    found = facts()
+    for name in ("CuPy", "CUDA driver", "CUDA runtime", "NVRTC", "GPUs"):
+        assert found[name] == "cupy is not installed"
+
+
+def test_gpus_and_versions_are_described(cuda: SimpleNamespace) -> None:
+    found = facts()
+    assert found["CuPy"] == "14.2.0"
+    assert found["CUDA driver"] == "13.1"
+    assert found["CUDA runtime"] == "12.9"
+    assert found["NVRTC"] == "13.5"
+    assert found["GPUs"] == "GPU 0, sm_90, 1.5 GiB; GPU 1, sm_90, 1.5 GiB"
+
+
+def test_a_driver_that_does_not_answer_is_a_fact(cuda: SimpleNamespace) -> None:
+    cuda.is_available = lambda: False
+    cuda.runtime.driverGetVersion = lambda: 0
+    found = facts()
+    assert found["GPUs"] == found["CUDA driver"] == "no driver answers"
+
+
+def test_whether_the_kernels_can_run_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "why_no_cuda", lambda: "the reason")
+    assert facts()["CUDA kernels"] == "the reason"
+    monkeypatch.setattr(registry, "why_no_cuda", lambda: None)
+    assert facts()["CUDA kernels"] == "can run"
+
+
+def test_a_broken_part_leaves_the_others(cuda: SimpleNamespace) -> None:
+    def fail() -> int:
+        raise RuntimeError("two\nlines")
+
+    cuda.runtime.driverGetVersion = fail
+    found = facts()
+    assert found["CUDA driver"] == "no answer (RuntimeError: two lines)"
+    assert found["CUDA runtime"] == "12.9"
+
+
+def test_the_cache_folder_follows_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUPY_CACHE_DIR", "/elsewhere")
+    assert facts()["kernel cache"] == "/elsewhere"

@@ -1,0 +1,1 @@
+"""Tools that tests and benchmarks share: the emulator, the compilers, the stand-in for CuPy, the oracles."""

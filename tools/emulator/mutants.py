@@ -1,0 +1,158 @@
+"""Plants bugs in the kernels, one at a time: the tests of the ops must notice every one of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from .build import CUDA, CUDA_VARIABLE, ROOT, EmulatorError, read_sources
+
+BATCH_NORM = ("tests/ops/test_batch_norm.py", "tests/ops/test_batch_norm_layouts.py", "tests/regress")
+SPREAD, DOUBLE = ("tests/ops/test_batch_norm_spread.py",), ("tests/ops/test_batch_norm_double_backward.py",)
+GENERAL = (
+    *("tests/ops/test_batch_norm_masked.py", "tests/ops/test_batch_renorm.py", "tests/ops/test_batch_norm_groups.py"),
+    *("tests/ops/test_batch_norm_statistics.py", "tests/ops/test_batch_norm_parameters.py"),
+)
+TESTS = {  # the quickest first: the first failure ends a run
+    "half.cuh": ("tests/ops/test_batch_norm_half.py",),
+    "activation.cuh": ("tests/ops/test_batch_norm_activations.py", *DOUBLE),
+    **dict.fromkeys(("common.cuh", "channel.cuh", "batch_norm_backward.cu"), BATCH_NORM),
+    "moments.cuh": (*BATCH_NORM, "tests/ops/test_batch_norm_statistics.py"),
+    "batch_norm_forward.cu": (*BATCH_NORM, "tests/ops/test_running_statistics.py"),
+    "meet.cuh": (*SPREAD, "tests/ops/test_fused_training_group.py"),
+    **dict.fromkeys(
+        ("spread.cuh", "vector.cuh", "batch_norm_forward_spread.cu", "batch_norm_backward_spread.cu"),
+        SPREAD,
+    ),
+    **dict.fromkeys(("general.cuh", "batch_norm_forward_general.cu", "batch_norm_backward_general.cu"), GENERAL),
+    **dict.fromkeys(
+        ("fused_training.cu", "fused_step.cuh", "team.cuh"),
+        (
+            *(
+                "tests/ops/test_fused_training_drawn.py",
+                "tests/ops/test_fused_training.py",
+                "tests/train/test_ensemble.py",
+            ),
+            "tests/ops/test_constant_channels.py",
+        ),
+    ),
+    **dict.fromkeys(
+        (
+            "fused_training_group.cu",
+            "group_step.cuh",
+            "group_step_of_neurons.cuh",
+            "group_step_of_examples.cuh",
+            "network.cuh",
+        ),
+        ("tests/ops/test_fused_training_drawn.py", "tests/ops/test_fused_training_group.py"),
+    ),
+    **dict.fromkeys(
+        (
+            "product.cuh",
+            "matrix.cuh",
+            "linear_batch_norm.cuh",
+            "linear_batch_norm_forward.cu",
+            "linear_batch_norm_backward.cu",
+        ),
+        (
+            "tests/ops/test_linear_batch_norm.py",
+            "tests/ops/test_linear_layer_norm.py",
+            "tests/ops/test_constant_channels.py",
+        ),
+    ),
+    "tensor_product.cuh": ("tests/ops/test_tensor_product.py", "tests/ops/test_linear_batch_norm.py"),
+    **dict.fromkeys(("row.cuh", "layer_norm_forward.cu", "layer_norm_backward.cu"), ("tests/ops/test_layer_norm.py",)),
+    "batch_norm_statistics.cu": ("tests/ops/test_batch_norm_statistics.py",),
+    **dict.fromkeys(("channel_sums.cuh", "batch_norm_double_backward.cu"), DOUBLE),
+    "softmax_cross_entropy.cu": ("tests/ops/test_softmax_cross_entropy.py", "tests/regress"),
+    "mini_batch.cu": ("tests/ops/test_mini_batch.py",),
+    "parameter_update.cu": ("tests/ops/test_parameter_update.py", "tests/regress"),
+}
+TIME_LIMIT = 120  # seconds; a mutant that hangs is noticed too
+AT_ONCE = 2
+# Exit statuses of pytest and of `python -m tools.emulator run`.
+PASSED, FAILED, REPORTED = 0, 1, 66
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One bug: in `file`, the text `original`, which occurs there exactly once, becomes `mutated`.
+
+    It is tried on `builds` in turn until the tests notice. `select` narrows the tests down, as pytest's ``-k`` does.
+    """
+
+    name: str
+    file: str
+    original: str
+    mutated: str
+    builds: tuple[str, ...] = ("plain",)
+    select: str = ""
+
+    def sources(self, originals: dict[str, str]) -> dict[str, str]:
+        """Return all sources with the bug in them."""
+        count = originals.get(self.file, "").count(self.original)
+        if count != 1:
+            raise EmulatorError(f"{self.name}: expected once in cuda/{self.file}, found {count} times: {self.original}")
+        return originals | {self.file: originals[self.file].replace(self.original, self.mutated)}
+
+
+def check(mutants: list[Mutant]) -> int:
+    """Run the tests on the unchanged kernels, then on every mutant; return 0 if all were caught."""
+    originals = read_sources(CUDA)
+    mutated = [mutant.sources(originals) for mutant in mutants]
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        needed = sorted({(build, TESTS[m.file], m.select) for m in mutants for build in m.builds})
+        for run, outcome in zip(needed, pool.map(lambda run: _run(originals, *run), needed), strict=True):
+            if outcome.status != PASSED:
+                print(f"the kernels as they are fail {run}:\n{outcome.text}")
+                return 1
+        caught = sum(pool.map(_is_caught, mutants, mutated))
+    print(f"{caught} of {len(mutants)} caught")
+    return 0 if caught == len(mutants) else 1
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    status: int
+    text: str
+
+
+def _is_caught(mutant: Mutant, sources: dict[str, str]) -> bool:
+    """Try one mutant and print a line about it."""
+    for build in mutant.builds:
+        outcome = _run(sources, build, TESTS[mutant.file], mutant.select)
+        if outcome.status not in (PASSED, FAILED, REPORTED) or "g++ does not compile" in outcome.text:
+            print(f"NOT A VERDICT  {mutant.name} ({build}):\n{outcome.text}", flush=True)
+            return False
+        if outcome.status != PASSED:
+            print(f"caught  {mutant.name} ({build})", flush=True)
+            return True
+    print(f"MISSED  {mutant.name} ({', '.join(mutant.builds)})", flush=True)
+    return False
+
+
+def _run(sources: dict[str, str], build: str, tests: tuple[str, ...], select: str) -> _Outcome:
+    """Run the fast tests of an op on one build of `sources`, up to the first failure."""
+    marked = "emulator" if build == "plain" else "emulator and not slow"
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-m", marked]
+    command = [sys.executable, "-m", "tools.emulator", "run", build, "--", *options, "-k", select, *tests]
+    with tempfile.TemporaryDirectory() as folder:
+        for file, text in sources.items():
+            (Path(folder) / file).write_text(text)
+        try:
+            run = subprocess.run(
+                command,
+                cwd=ROOT,
+                env=os.environ | {CUDA_VARIABLE: folder},
+                capture_output=True,
+                text=True,
+                timeout=TIME_LIMIT,
+            )
+        except subprocess.TimeoutExpired:
+            return _Outcome(FAILED, f"no end after {TIME_LIMIT} seconds")
+    return _Outcome(run.returncode, run.stdout + run.stderr)
