@@ -9,6 +9,11 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 URL = os.environ.get("BNKERNELS_URL", "").rstrip("/")  # public address of the repository, given by whoever publishes
 
+# Of NVIDIA's packages and of CuPy.
+PLATFORMS = (
+    "(sys_platform == 'linux' and (platform_machine == 'x86_64' or platform_machine == 'aarch64') "
+    "or sys_platform == 'win32' and platform_machine == 'AMD64')"
+)
 TRAIN = ["scikit-learn>=1.5", "threadpoolctl>=3.1", "tqdm>=4.66", "matplotlib>=3.8"]
 NOTEBOOKS = [*TRAIN, "nbmake>=1.5", "ipykernel>=6.29"]
 TEST = [
@@ -21,14 +26,12 @@ TEST = [
     "ruff>=0.12",
     "clang-format>=20",
     "ml_dtypes>=0.5",  # bfloat16 for NumPy
+    f"nvidia-cuda-nvdisasm>=13.5; {PLATFORMS}",  # reads what the newest NVRTC makes
     "setuptools>=77",  # tests/test_packaging.py builds without the network
 ]
 CUPY = ">=14.0,<15"
 # Without a driver CuPy computes nothing, but can be imported: the tests' stand-in is compared with it.
-WHEELS = (
-    "(sys_platform == 'linux' and (platform_machine == 'x86_64' or platform_machine == 'aarch64') "
-    "or sys_platform == 'win32' and platform_machine == 'AMD64') and python_version < '3.15'"
-)
+WHEELS = f"{PLATFORMS} and python_version < '3.15'"
 
 
 def version() -> str:
