@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bnkernels.runtime import registry, seam
-from bnkernels.runtime.seam import Launch
+from bnkernels.runtime.seam import Launch, Limits
 
 
 class RecordedArray:
@@ -52,7 +52,7 @@ class RecordingRuntime(seam.Runtime):
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype, like: RecordedArray) -> RecordedArray:
         """Return an array beside `like`."""
-        array = RecordedArray(shape, dtype, 2**40 + 2**20 * len(self.allocations), like.device_number)
+        array = self.array_type(shape, dtype, 2**40 + 2**20 * len(self.allocations), like.device_number)
         self.allocations.append(array)
         return array
 
@@ -67,6 +67,10 @@ class RecordingRuntime(seam.Runtime):
     def device(self, array: RecordedArray) -> int:
         """Return the number of the array's device."""
         return array.device_number
+
+    def limits(self, array: RecordedArray) -> Limits:
+        """Return those of a device whose blocks cannot wait for one another, so that there is no workspace."""
+        return Limits(132, 227 * 1024, 228 * 1024, False)
 
     def launch(self, source: str, entry_point: str, launch: Launch, arguments: np.ndarray, like: RecordedArray) -> None:
         """Remember the launch."""
