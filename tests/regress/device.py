@@ -12,6 +12,7 @@ import numpy as np
 
 from bnkernels.runtime import registry, seam
 from bnkernels.runtime.seam import Launch, Limits
+from tests.regress.calls_more import make_every
 
 
 class RecordedArray:
@@ -75,6 +76,20 @@ class RecordingRuntime(seam.Runtime):
     def launch(self, source: str, entry_point: str, launch: Launch, arguments: np.ndarray, like: RecordedArray) -> None:
         """Remember the launch."""
         self.launches.append(Recorded(source, entry_point, launch, arguments, like))
+
+
+class Device:
+    """A runtime, its arrays, and the number of calls that took the long way."""
+
+    def __init__(self, runtime: RecordingRuntime) -> None:
+        self.runtime, self.checked = runtime, 0
+
+    def arrays(self, op: str, dtype: str = "float32") -> dict[str, RecordedArray]:
+        """Return the arrays of a call, far apart from one another."""
+        return {
+            name: self.runtime.array_type(array.shape, array.dtype, 2**20 * (position + 1))
+            for position, (name, array) in enumerate(make_every(op, dtype).items())
+        }
 
 
 _runtime_of_records = RecordingRuntime()  # one for ever: the ops' cached plans hold on to it
