@@ -31,7 +31,7 @@ class Call:
     Attributes
     ----------
     replayed : bool
-        Whether the launch has been made, so that nothing is left to do.
+        True if the launch has been made, so that nothing is left to do.
     """
 
     __slots__ = ("_cache", "_key", "replayed")
