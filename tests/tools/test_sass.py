@@ -56,7 +56,7 @@ def test_a_load_that_may_miss_what_the_launch_writes_is_seen(architecture: int) 
 
 
 def test_a_kernel_compiled_for_one_network_is_shorter() -> None:
-    constants = ("activation", 0), ("optimizer", 0), ("batch", 64), ("team", 8)
+    constants = ("activation", 0), ("optimizer", 0), ("batch", 64), ("subwarp_size", 8)
     texts = (source.read("fused_training", "bnk_fused_training_f32", given) for given in ((), constants))
     general, ours = (nvrtc.resources(text, 90, disassemble=True) for text in texts)
     assert ours["bnk_fused_training_f32"].code.instructions < 0.8 * general["bnk_fused_training_f32"].code.instructions
