@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 import bnkernels
 from bnkernels import _process
+from bnkernels.runtime.registry import DeviceError
 from bnkernels.train.checkpoint import CheckpointError
 from bnkernels.train.config import CHOICES, DEFAULT_EPOCHS, DEFAULT_LEARNING_RATES, ConfigError, TrainingConfig
 from bnkernels.train.data import DataError
@@ -61,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         reason = error.strerror or str(error)
         return _fail(f"{reason}: {error.filename}" if error.filename else reason)
-    except (CheckpointError, ConfigError, DataError, ImportError) as error:
+    except (CheckpointError, ConfigError, DataError, DeviceError, ImportError) as error:
         return _fail(str(error))
     except MemoryError as error:
         return _fail(f"not enough memory: {error}" if str(error) else "not enough memory")

@@ -181,7 +181,7 @@ class LayerNorm:
         return layer_norm_backward(*given, activation=self.activation, out=out)[0]
 
 
-class Activation:
+class ActivationLayer:
     """An activation on its own, for networks without a norm.
 
     Parameters

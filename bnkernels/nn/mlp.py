@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bnkernels.nn.layers import Activation, BatchNorm, LayerNorm, Linear
+from bnkernels.nn.layers import ActivationLayer, BatchNorm, LayerNorm, Linear
 from bnkernels.ops.activations import activation_named
 from bnkernels.ops.fused_training.op import Layer, Network
 from bnkernels.runtime import checks as check
@@ -19,7 +19,7 @@ RECTIFIERS = ("relu", "leaky_relu", "gelu", "gelu_tanh", "silu", "elu")  # which
 ALIGNMENT = 64  # bytes: every parameter starts where vectorised loads of any library are happy
 
 
-class Stage(NamedTuple):
+class LayerArrays(NamedTuple):
     """Arrays of a linear layer and of the norm behind it, by name.
 
     Attributes
@@ -156,7 +156,7 @@ class MLP:
         shapes = {f"{i}.running_{what}": (self.sizes[i + 1],) for i in norms for what in ("mean", "var")}
         self._running_starts, self.running, self._running = self._flat(shapes)
         self._norms: dict[str, BatchNorm] = {}
-        for i, (mine, grads, _) in enumerate(self.stages):
+        for i, (mine, grads, _) in enumerate(self.layer_arrays):
             linear = [name for name in mine if name in ("weight", "bias")]
             self.layers.append(
                 Linear({n: mine[n] for n in linear}, {n: grads[n] for n in linear}, self.xp, first=i == 0)
@@ -172,7 +172,7 @@ class MLP:
                     self._norms[f"{i}.batches"] = norm
                 self.layers.append(norm)
             elif i < len(self.sizes) - 2 and self.activation != "identity":
-                self.layers.append(Activation(self.activation, self.xp))
+                self.layers.append(ActivationLayer(self.activation, self.xp))
 
     @np.errstate(all="ignore")  # as kernels do, which have no warnings
     def forward(self, x: Any, *, training: bool) -> Any:
@@ -250,10 +250,10 @@ class MLP:
         return Network(tuple(layers), self.activation, **self._options, norm=norm)
 
     @property
-    def stages(self) -> list[Stage]:
-        """The linear layers, each with what follows it, for who runs them himself."""
+    def layer_arrays(self) -> list[LayerArrays]:
+        """The arrays of each linear layer and its norm, for other engines."""
         return [
-            Stage(*(self._of(i, views) for views in (self._parameters, self._gradients, self._running)))
+            LayerArrays(*(self._of(i, views) for views in (self._parameters, self._gradients, self._running)))
             for i in range(len(self.sizes) - 1)
         ]
 

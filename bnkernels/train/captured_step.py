@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from bnkernels.nn.mlp import MLP, Stage
+from bnkernels.nn.mlp import MLP, LayerArrays
 from bnkernels.ops.linear_batch_norm.launch import MOST_NEURONS, MOST_ROWS, Sizes, choose
 from bnkernels.ops.linear_batch_norm.op import linear_batch_norm_backward, linear_batch_norm_forward
 from bnkernels.ops.mini_batch import mini_batch
@@ -30,9 +30,9 @@ def why_not_captured(model: MLP, batch: int) -> str | None:
     if model.norm == "batch" and model.fused.momentum is None:
         return "its running statistics are plain averages, whose weights change from step to step"
     limits = runtime.limits(model.parameters)
-    for (inputs, outputs), stage in zip(pairwise(model.sizes), model.stages, strict=True):
+    for (inputs, outputs), arrays in zip(pairwise(model.sizes), model.layer_arrays, strict=True):
         sizes = Sizes(batch, inputs, outputs, np.dtype(model.dtype))
-        norm = model.norm if "gamma" in stage.parameters else None
+        norm = model.norm if "gamma" in arrays.parameters else None
         if any(choose(way, sizes, limits, norm=norm) is None for way in ("forward", "backward")):
             return (
                 f"a layer of {inputs} inputs and {outputs} outputs on {batch} examples needs a library's product, "
@@ -80,8 +80,8 @@ class CapturedStep:
         h, labels, scalars = self._mini_batch
         backward: list[tuple[tuple, dict[str, Any]]] = []  # arrays and options of every layer's
         self._calls: list[Callable[[], Any]] = []
-        for i, stage in enumerate(model.stages):
-            h = self._add_layer(stage, h, backward, first=i == 0, last=i == len(model.sizes) - 2)
+        for i, arrays in enumerate(model.layer_arrays):
+            h = self._add_layer(arrays, h, backward, first=i == 0, last=i == len(model.sizes) - 2)
         dy = self._empty(*h.shape)
         self._calls.append(partial(softmax_cross_entropy, h, labels, out=(self.losses, dy)))
         for arrays, options in reversed(backward):
@@ -93,9 +93,9 @@ class CapturedStep:
     def _empty(self, *shape: int) -> Any:
         return self.model.xp.empty(shape, self.model.dtype)
 
-    def _add_layer(self, stage: Stage, x: Any, backward: list, *, first: bool, last: bool) -> Any:
+    def _add_layer(self, arrays: LayerArrays, x: Any, backward: list, *, first: bool, last: bool) -> Any:
         """Add the forward of a layer to the calls, what its backward takes but for `dy` to those; return its output."""
-        given, gradients, options = stage.parameters, stage.gradients, self.model.fused
+        given, gradients, options = arrays.parameters, arrays.gradients, self.model.fused
         shape = len(x), given["weight"].shape[1]
         y, z, workspace = (self._empty(*shape) for _ in range(3))
         kind = self.model.norm if "gamma" in given else None
@@ -105,7 +105,7 @@ class CapturedStep:
         norm: dict[str, Any] = {"norm": kind, "eps": options.eps, "out": (y, z, statistics) if kind else (y, z)}
         if kind == "batch":
             norm |= {"momentum": options.momentum, "unbiased": options.unbiased}
-        running = stage.running.values()
+        running = arrays.running.values()
         self._calls.append(partial(linear_batch_norm_forward, x, given["weight"], *vectors, *running, **phi, **norm))
         out = (
             None if first else self._empty(*x.shape),

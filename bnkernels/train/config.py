@@ -13,7 +13,7 @@ import numpy as np
 
 from bnkernels.ops.activations import ACTIVATIONS
 from bnkernels.train.data import DATASETS
-from bnkernels.train.memory import total_memory
+from bnkernels.train.environment import total_memory
 
 DEFAULT_EPOCHS = 50
 # Chosen on a fifth of the digits' training set held out for it, never on the test set: for each optimiser the one rate,

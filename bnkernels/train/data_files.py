@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from bnkernels.train.archive import ArchiveError, declared_arrays, read_arrays
-from bnkernels.train.memory import total_memory
+from bnkernels.train.environment import total_memory
 
 IDX_UINT8_IMAGES, IDX_UINT8_LABELS = 0x0803, 0x0801  # first four bytes: unsigned bytes, three axes or one
 IN_FILE = ("x", "y", "x_test", "y_test")  # what the arrays are called in an .npz, and in messages about a file

@@ -16,6 +16,7 @@ import numpy as np
 from bnkernels.train.checkpoint import CheckpointError, load_checkpoint
 from bnkernels.train.config import TrainingConfig
 from bnkernels.train.runs import RunFolder
+from bnkernels.train.step_time import MOST_ROUNDS
 
 LARGEST = 2**53  # of an integer that a float can still say
 MEASURED = ("epoch", "step", "accuracy", "us_per_step")  # numbers of every entry of a history; its loss may be None
@@ -38,7 +39,7 @@ def load_run(path: Path) -> tuple[TrainingConfig, dict[str, Any], dict[str, np.n
     meta : dict
         Everything else that is not an array, as `Trainer.state` returned it.
     arrays : dict of str to numpy.ndarray
-        The arrays by name; `load_networks` checks them against the networks.
+        The arrays by name; `load_learners` checks them against the networks.
 
     Raises
     ------
@@ -56,6 +57,7 @@ def load_run(path: Path) -> tuple[TrainingConfig, dict[str, Any], dict[str, np.n
         "epoch": _natural(meta.get("epoch")),
         "generator": _generator_fits(meta.get("generator")),
         "folder": _is_path(meta.get("folder", ".")),
+        "rounds": _rounds_fit(meta.get("rounds")),
         "networks": type(networks) is dict
         and networks.keys() == set(config.norms)
         and all(_network_fits(network, config.models, meta.get("epoch")) for network in networks.values()),
@@ -168,6 +170,16 @@ def _generator_fits(state: Any) -> bool:
     except (TypeError, ValueError, KeyError, OverflowError, AttributeError):
         return False
     return True
+
+
+def _rounds_fit(rounds: Any) -> bool:
+    """Whether it is the state of `Rounds`, which the runs of earlier versions lack."""
+    if rounds is None:
+        return True
+    if type(rounds) is not dict or type(rounds.get("place")) is not str or not _natural(rounds.get("steps")):
+        return False
+    ratios = rounds.get("ratios")
+    return type(ratios) is list and len(ratios) <= MOST_ROUNDS and all(_number(ratio) for ratio in ratios)
 
 
 def _network_fits(network: Any, models: int, epoch: Any) -> bool:

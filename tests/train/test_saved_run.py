@@ -146,10 +146,10 @@ def why_not(path: Path, dataset: Dataset) -> Exception | None:
     except (CheckpointError, ConfigError, DataError) as error:
         return error
     assert options.hidden == (8,)
-    networks = trainer.networks.items()
-    history = {norm: network.history for norm, network in networks}
-    result = TrainingResult("finished", options, {}, "cpu", dict(networks), history, {})
-    assert result.summary["networks"].keys() == set(trainer.networks)
+    history = {norm: learner.history for norm, learner in trainer.learners.items()}
+    ratio = trainer.rounds.ratio()
+    result = TrainingResult("finished", options, {}, "cpu", trainer.learners, history, ratio, {})
+    assert result.summary["networks"].keys() == set(trainer.learners)
     json.dumps(result.document(), allow_nan=False)
     return None
 
