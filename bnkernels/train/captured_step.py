@@ -23,7 +23,7 @@ from bnkernels.runtime.registry import runtime_of
 
 
 def why_not_captured(model: MLP, batch: int) -> str | None:
-    """Return why the steps of a model, on mini-batches of so many examples, cannot be captured, or None."""
+    """Return why the steps of a model, on mini-batches of `batch` examples, cannot be captured, or None."""
     runtime = runtime_of(type(model.parameters))
     if runtime is None:
         return "it needs a GPU"
@@ -42,23 +42,23 @@ def why_not_captured(model: MLP, batch: int) -> str | None:
 
 
 class CapturedStep:
-    """The training step of a network on a GPU.
+    """Training step of a network, captured as a CUDA graph.
 
     Parameters
     ----------
     model : MLP
         The network.
     optimizer : {"sgd", "momentum", "adam"}
-        With the usual constants.
+        Name of the optimiser, which has its usual constants.
     state : tuple of arrays
-        Of the optimiser.
+        State of the optimiser.
     batch : int
-        Examples of a mini-batch.
+        Number of examples of a mini-batch.
 
     Attributes
     ----------
     losses : array, shape (batch,)
-        Of the examples of the last step, before its update, in nats.
+        Losses of the examples of the last step, before its update, in nats.
 
     Raises
     ------
@@ -119,20 +119,20 @@ class CapturedStep:
         return y
 
     def run(self, x: Any, labels: Any, *, lr: float, before: int, start: int = 0) -> Iterator[None]:
-        """Make a step every time the iterator is asked, to the last whole mini-batch.
+        """Make a step for every `next` of the iterator, to the last whole mini-batch.
 
         Parameters
         ----------
         x : array, shape (rows, inputs), type of the model
             Examples, in the order of the mini-batches.
         labels : array, shape (rows,), int32
-            Their classes.
+            Classes of the examples.
         lr : float
             Learning rate, per step.
         before : int
-            Steps that the optimiser has made before the first mini-batch of `x`.
+            Number of steps that the optimiser has made before the first mini-batch of `x`.
         start : int
-            With which mini-batch to begin.
+            Number of the mini-batch to begin with.
 
         Yields
         ------

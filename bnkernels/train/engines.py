@@ -16,8 +16,8 @@ from bnkernels.runtime.registry import runtime_of
 from bnkernels.train.captured_step import CapturedStep, why_not_captured
 from bnkernels.train.config import ConfigError, TrainingConfig
 
-STEPS_IN_TURN = 10  # of one of several models, before the next one's turn
-STEPS_PER_LAUNCH = 1000  # a few milliseconds
+STEPS_IN_TURN = 10  # steps of one of several models before it is the next one's turn
+STEPS_PER_LAUNCH = 1000  # a few milliseconds, after which training can be interrupted
 
 
 class Engine(ABC):
@@ -144,7 +144,7 @@ class GraphEngine(Engine):
                 model.batches += 1
         self._at = start + steps, before
         if start + steps == len(x) // self.config.batch_size:
-            self._data, self._runs = None, ()  # which would keep the examples alive
+            self._data, self._runs = None, ()  # they would keep the examples alive
 
 
 class FusedEngine(Engine):
@@ -197,7 +197,7 @@ class FusedEngine(Engine):
 
 
 def _sizes(model: MLP, config: TrainingConfig) -> Sizes:
-    """Return what the launch of fused training depends on."""
+    """Return the sizes that the launch of fused training depends on."""
     counts = model.parameters.dtype, model.parameters.size, model.running.size
     return Sizes(model.fused, config.batch_size, config.optimizer, *counts)
 

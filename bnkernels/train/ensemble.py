@@ -34,7 +34,7 @@ class Ensemble:
     members : list of Learner
         The learners.
     engine : Engine
-        What makes their steps: ``fused`` trains all in one launch, the others train them in turn.
+        Engine of all of them: ``fused`` trains all in one launch, the others train them in turn.
     history : list of dict
         Evaluations, as in `TrainingResult`.
     """

@@ -20,7 +20,7 @@ from bnkernels.runtime import registry, source
 
 _BLAS_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _CACHE = Path("~/.cupy/kernel_cache")
-# Where a container is told its limit: control groups of version 2, and of version 1.
+# Files with the limit of a container: control groups of version 2, and of version 1.
 _MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 SMALL_PRODUCT = 2**20  # multiplications of a matrix product below which threads wait longer than they compute
 
@@ -58,7 +58,7 @@ def report() -> str:
 
 
 def versions(device: str) -> dict[str, str]:
-    """Return what the documents of a run say of its environment.
+    """Return the environment of a run, for its documents.
 
     Parameters
     ----------
@@ -140,7 +140,7 @@ def _cpu() -> str:
 
 
 def _blas() -> str:
-    """Return the library behind NumPy's matrix products, and how many threads it was told to take."""
+    """Return the library behind NumPy's matrix products, and the thread counts that are set for it."""
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
     told = [f"{name}={os.environ[name]}" for name in _BLAS_THREADS if name in os.environ]
     return f"{blas['name']} {blas['version']}, threads: {' '.join(told) or 'not set'}"

@@ -35,11 +35,11 @@ class Learner:
     Attributes
     ----------
     model : MLP
-        The model.
+        Network that is trained.
     optimizer : Optimizer
-        Its optimiser.
+        Optimiser of the model.
     engine : Engine
-        What makes its steps.
+        Engine that makes its steps.
     history : list of dict
         Evaluations, as in `TrainingResult`.
 

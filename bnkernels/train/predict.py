@@ -23,12 +23,12 @@ def predict(path: str | Path, *, data: str | Path | None = None, device: str = "
     Parameters
     ----------
     path : path
-        A run's folder, or its checkpoint.
+        Folder of a run, or its checkpoint.
     data : path, optional
-        Other data of the same kind, with labels: their test set, where they have one, or else all of them. By default
-        what the run held out of its own data, and of those very data in another place too.
+        Other data of the same kind, with labels: their test set if they have one, else all of them. By default the test
+        set of the run's own data; also where these very data are given from another place.
     device : {"auto", "cpu", "cuda"}
-        Where to compute.
+        Device that computes.
 
     Returns
     -------

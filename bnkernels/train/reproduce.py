@@ -20,7 +20,7 @@ import numpy as np
 from bnkernels.nn.mlp import MLP
 from bnkernels.ops.batch_norm.inference import batch_norm_inference
 from bnkernels.runtime.registry import choose_device
-from bnkernels.train.config import ConfigError, TrainingConfig, as_path
+from bnkernels.train.config import LABELS, ConfigError, TrainingConfig, as_path
 from bnkernels.train.data import Dataset, load_dataset
 from bnkernels.train.data_files import DataError, read_mnist
 from bnkernels.train.documents import to_json
@@ -41,20 +41,20 @@ FILES = {"document": "ioffe2015.json", "accuracy": "accuracy.png", "percentiles"
 
 @dataclass(frozen=True)
 class Experiment:
-    """What is run.
+    """Options of the experiment.
 
     Attributes
     ----------
     mnist : str, optional
-        The folder of MNIST's IDX files; None takes the digits of scikit-learn.
+        Folder of MNIST's IDX files; None takes the digits of scikit-learn.
     steps : int, optional
-        None: 50,000 on a GPU, 10,000 on a CPU.
+        Number of steps; None takes 50,000 on a GPU, 10,000 on a CPU.
     lr : float
         Learning rate of plain gradient descent, per step.
     seed : int
-        Of weights and mini-batches.
+        Seed of weights and mini-batches.
     device, engine : str
-        As in `TrainingConfig`.
+        Options of `TrainingConfig`.
     """
 
     mnist: str | None = None
@@ -133,16 +133,16 @@ def run(experiment: Experiment, say: Callable[[str], None] = print, dataset: Dat
     Parameters
     ----------
     experiment : Experiment
-        What to run.
+        Options of the experiment.
     say : callable
-        Takes lines about the progress.
+        Receiver of lines about the progress.
     dataset : Dataset, optional
         Other images, by default `binary_images`.
 
     Returns
     -------
     dict
-        What JSON can say: settings, environment, and for each network the curves.
+        Settings, environment, and the curves of each network, as JSON can hold them.
 
     Raises
     ------
@@ -208,12 +208,9 @@ def _train(
             host = getattr(xp, "asnumpy", np.asarray)(inputs)
             curves[norm].append((last, accuracy, np.percentile(host, PERCENTILES, axis=0)))
         if 10 * last // steps > 10 * first // steps:
-            reached = ", ".join(f"{curve[-1][1]:.1%} {NAMES[norm]}" for norm, curve in curves.items())
+            reached = ", ".join(f"{curve[-1][1]:.1%} {LABELS[norm]}" for norm, curve in curves.items())
             say(f"step {last:>6,}: test accuracy {reached}")
     return curves
-
-
-NAMES = {"batch": "with batch norm", "none": "without"}
 
 
 def _curve(curve: list[tuple[int, float, np.ndarray]]) -> dict[str, Any]:

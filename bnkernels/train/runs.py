@@ -1,4 +1,4 @@
-"""What a run leaves behind: its result, and the folder with ``metrics.json``, ``curves.png`` and the checkpoint."""
+"""The result of a run, and its folder with ``metrics.json``, ``curves.png`` and the checkpoint."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from bnkernels.train.files import FULL, check_replaceable, locked, write_atomica
 from bnkernels.train.plots import draw_curves
 from bnkernels.train.step_time import StepTimeRatio
 
-TARGET_ACCURACY = 0.95  # "steps to 95 %"
+TARGET_ACCURACY = 0.95  # of "steps to 95 %"
 CHECKPOINT_NAME = "checkpoint.npz"
 
 
 @dataclass(frozen=True, eq=False)
 class TrainingResult:
-    """What came out of a run.
+    """Result of a run.
 
     Attributes
     ----------
     status : {"finished", "stopped", "already finished"}
         ``stopped``: asked to before the end; ``already finished``: the resumed run had nothing left to do.
     config : TrainingConfig
-        What was trained.
+        Options of the run.
     data : dict
         Number of ``training_examples``, ``test_examples``, ``features`` and ``classes``.
     device : str
@@ -64,7 +64,7 @@ class TrainingResult:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """The answer: what each network reached and cost, and the ratio of the costs (None without both)."""
+        """Results and cost of each network, and the ratio of the costs (None without both)."""
         networks = {norm: summarise(entries) for norm, entries in self.history.items() if entries}
         ratio = self.step_time_ratio and self.step_time_ratio._asdict()
         return {"networks": networks, "step_time_ratio": ratio}
@@ -77,7 +77,7 @@ class TrainingResult:
         return shlex.join(["bnkernels", "train", "--resume", str(checkpoint), *out])
 
     def document(self) -> dict[str, Any]:
-        """Return everything that JSON can say: the content of ``metrics.json``."""
+        """Return the content of ``metrics.json``."""
         return {
             "status": self.status,
             "config": asdict(self.config),
@@ -90,7 +90,7 @@ class TrainingResult:
 
 
 def summarise(history: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return what one network reached and cost.
+    """Return the results and the cost of one network.
 
     Parameters
     ----------
@@ -170,7 +170,7 @@ class RunFolder:
         Parameters
         ----------
         folder : path or callable
-            Where ``metrics.json`` and ``curves.png`` go; created if absent. A callable makes it and says where.
+            Folder of ``metrics.json`` and ``curves.png``; created if absent. A callable makes and returns it.
         checkpoint : path, optional
             The checkpoint; by default ``checkpoint.npz`` in the folder.
 

@@ -18,7 +18,7 @@ from bnkernels.train.config import TrainingConfig
 from bnkernels.train.runs import RunFolder
 from bnkernels.train.step_time import MOST_ROUNDS
 
-LARGEST = 2**53  # of an integer that a float can still say
+LARGEST = 2**53  # the largest integer up to which a float holds all
 MEASURED = ("epoch", "step", "accuracy", "us_per_step")  # numbers of every entry of a history; its loss may be None
 
 
@@ -35,7 +35,7 @@ def load_run(path: Path) -> tuple[TrainingConfig, dict[str, Any], dict[str, np.n
     Returns
     -------
     config : TrainingConfig
-        What was trained. The networks it describes take about as much memory as the arrays.
+        Options of the run. The networks it describes take about as much memory as the arrays.
     meta : dict
         Everything else that is not an array, as `Trainer.state` returned it.
     arrays : dict of str to numpy.ndarray
@@ -93,7 +93,7 @@ def run_folder(path: Path, meta: Mapping[str, Any], given: str | Path | None) ->
 
 
 def _holds(folder: Path, networks: Mapping[str, Any]) -> bool:
-    """Whether a folder has the metrics of the run: of every network the first entries of its history."""
+    """Whether a folder has the metrics of the run: the first entries of every network's history."""
     metrics = folder / "metrics.json"
     try:
         # To open a pipe would wait for its writer.
@@ -183,7 +183,7 @@ def _rounds_fit(rounds: Any) -> bool:
 
 
 def _network_fits(network: Any, models: int, epoch: Any) -> bool:
-    """Whether steps and history of a network, or an ensemble of so many models, are what a run saves in that epoch."""
+    """Whether steps and history of a network, or of an ensemble of `models`, are those of a run in that epoch."""
     if type(network) is not dict or not _natural(network.get("step")) or type(network.get("history")) is not list:
         return False
     history = network["history"]

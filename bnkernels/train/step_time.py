@@ -13,11 +13,11 @@ from bnkernels.runtime.registry import Device
 from bnkernels.train.ensemble import Ensemble
 from bnkernels.train.learner import Learner
 
-STEPS_PER_TURN = 1  # as short as can be, so that load and clock are the same for all networks
-STEPS_PER_TURN_OF_GPU = 25  # so that launching and waiting for the end take little of it
-FEWEST_STEPS = 200  # of each network, below which there is no verdict
-LARGEST_SPREAD = 0.15  # of the quartiles from the median, as a part of it, above which there is no verdict
-MOST_ROUNDS = 2000  # kept: more would change the median no more, and every checkpoint holds them
+STEPS_PER_TURN = 1  # the shortest turn: load and clock are the same for all networks
+STEPS_PER_TURN_OF_GPU = 25  # launching, and waiting for the end, take little of such a turn
+FEWEST_STEPS = 200  # steps of each network, below which there is no verdict
+LARGEST_SPREAD = 0.15  # distance of a quartile from the median, relative to it, above which there is no verdict
+MOST_ROUNDS = 2000  # rounds that are kept: more would hardly move the median, and every checkpoint holds them
 
 
 class StepTimeRatio(NamedTuple):
@@ -143,7 +143,7 @@ class Rounds:
         self._warm = True  # the first round of a process compiles and allocates
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint holds of the rounds."""
+        """Return the rounds as a checkpoint holds them."""
         return {"place": self._place, "steps": self._steps, "ratios": list(self._ratios)}
 
     def load_state(self, state: Mapping[str, Any] | None) -> None:

@@ -1,18 +1,17 @@
-"""What the command line prints of a run: a heading, a row for every epoch, and the answer."""
+"""The tables that the command line prints of a run: a heading, a row for every epoch, and the answer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+from bnkernels.train.config import LABELS
 from bnkernels.train.runs import TrainingResult
 from bnkernels.train.trainer import Trainer
 
-LABELS = {"batch": "with batch norm", "layer": "with layer norm", "none": "without batch norm"}
-
 
 def heading(trainer: Trainer) -> str:
-    """Return what is trained, and the table's head."""
+    """Return a description of the run, and the head of its table."""
     config, data = trainer.config, trainer.dataset
     sizes = "-".join(str(size) for size in trainer.sizes)
     columns = "".join(f" | {LABELS[norm]:^28}" for norm in trainer.learners)
@@ -28,7 +27,7 @@ def heading(trainer: Trainer) -> str:
 
 
 def of_several(models: int) -> str:
-    """Return what is to be said of an ensemble."""
+    """Return the remark on an ensemble, empty for a single model."""
     return f" and the next {models - 1}: figures are means over {models} models" if models > 1 else ""
 
 
@@ -51,7 +50,7 @@ def row(trainer: Trainer) -> str:
 
 
 def answer(result: TrainingResult) -> str:
-    """Return what each network reached and cost, the ratio, and the files."""
+    """Return the results and the cost of each network, their ratio, and the files."""
     summary = result.summary
     networks = summary["networks"]
     lines = [f"\n{'':24}" + "".join(f"{LABELS[norm]:>20}" for norm in networks)]

@@ -41,9 +41,9 @@ class Trainer:
     Parameters
     ----------
     config : TrainingConfig
-        What to train.
+        Options of the run.
     dataset : Dataset, optional
-        The data; by default what the configuration names is loaded.
+        Data set; by default the one that the configuration names is loaded.
 
     Raises
     ------
@@ -67,7 +67,7 @@ class Trainer:
         self.learners = {norm: make_learner(norm, config, self.sizes, self.xp) for norm in config.norms}
         self.rounds = Rounds(device, [str(learner.engine) for learner in self.learners.values()])
         self.epoch = 0  # complete ones
-        self._generator = np.random.default_rng(config.seed)  # as it was at the start of the current epoch
+        self._generator = np.random.default_rng(config.seed)  # its state is that at the start of the current epoch
         self._train = self._to_device(self.dataset.x_train, self.dataset.y_train)
         self._test = self._to_device(self.dataset.x_test, self.dataset.y_test)
 
@@ -82,7 +82,7 @@ class Trainer:
         Parameters
         ----------
         should_stop : callable
-            Asked before every step; when it says True, the epoch is left as it is and can be taken up again.
+            Question asked before every step; after the answer True the epoch stays as it is and can be resumed.
 
         Returns
         -------
@@ -113,7 +113,7 @@ class Trainer:
         return self.xp.asarray(x), self.xp.asarray(y)
 
     def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """Return everything that a checkpoint holds: what JSON can say, and the arrays by name."""
+        """Return everything that a checkpoint holds: meta data for JSON, and the arrays by name."""
         meta = {
             "config": asdict(self.config),
             "sizes": self.sizes,
@@ -177,18 +177,18 @@ def train(
     Parameters
     ----------
     config : TrainingConfig, optional
-        What to train; by default 64-20-10 on the digits, with batch norm and without.
+        Options of the run; by default 64-20-10 on the digits, with batch norm and without.
     folder : path or callable, optional
-        Where to write the checkpoint after every epoch, and ``metrics.json`` and ``curves.png`` at the end. By default
-        nothing is written. A callable makes the folder and returns it, once all else is known to be right.
+        Folder of the checkpoint, written after every epoch, and of ``metrics.json`` and ``curves.png``, written at the
+        end. By default nothing is written. A callable makes and returns the folder, once all else is known to be right.
     checkpoint : path, optional
-        Another place for the checkpoint; needs a `folder`.
+        Place of the checkpoint outside the folder; needs a `folder`.
     dataset : Dataset, optional
-        The data, where they are already loaded.
+        Data set, if it is already loaded.
     on_epoch : callable
-        Called with the trainer before the first epoch and after each one.
+        Function called with the trainer before the first epoch and after each one.
     should_stop : callable
-        Asked before every step whether to save and stop.
+        Question asked before every step: whether to save and stop.
 
     Returns
     -------
@@ -237,12 +237,12 @@ def resume(
     Parameters
     ----------
     path : path
-        The run's folder, or its checkpoint.
+        Folder of the run, or its checkpoint.
     folder, checkpoint : path, optional
-        Where the run is, as it was told `train`: it stays there, so another place is an error. The folder must be given
-        where the checkpoint lies outside it and nothing in it says yet that it is the run's: before the run's end.
+        Places of the run, as they were given to `train`: other places are an error. The folder must be given if the
+        checkpoint lies outside it and nothing in it says yet that it is the run's: before the run's end.
     on_epoch, should_stop : callable
-        As in `train`.
+        Arguments of `train`.
     **options : any
         Fields of `TrainingConfig`. ``epochs`` or ``steps`` extend the run, ``device`` moves it, ``engine`` goes on in
         another way, ``data`` says where the same data are now; any other must be what the run was started with.
@@ -250,7 +250,7 @@ def resume(
     Returns
     -------
     TrainingResult
-        As from `train`; its history begins with the run's.
+        Result, as of `train`; its history begins with that of the saved run.
 
     Raises
     ------

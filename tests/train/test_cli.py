@@ -260,7 +260,7 @@ def test_a_second_run_in_the_same_folder_is_refused(capsys):
 
 
 def test_without_any_package_one_hint_is_the_whole_of_it(capsys, monkeypatch):
-    """What it says to install is all that is missing; there is no second hint behind the first one's other way."""
+    """The hint names everything to install: following it leads to no second hint."""
     for module in ("tqdm", "matplotlib.figure", "sklearn.datasets"):
         monkeypatch.setitem(sys.modules, module, None)
     code, _, err = run(capsys, "train", "--epochs", "1")

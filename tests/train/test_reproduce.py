@@ -165,7 +165,7 @@ def test_the_command_writes_document_and_pictures(
 
 
 def test_a_network_that_diverged_is_a_document_and_pictures_too(tmp_path: Path, rng: np.random.Generator) -> None:
-    """Of NumPy's own numbers, JSON without NaN, and no warning on the way."""
+    """The JSON has no NaN, and nothing warns on the way."""
     pytest.importorskip("matplotlib")
     experiment = reproduce.Experiment(steps=np.int64(60), lr=np.float64(1e38), seed=np.int32(1), device="cpu")
     document = reproduce.run(experiment, lambda line: None, small_images(rng))

@@ -1,4 +1,4 @@
-"""What a run leaves behind: the summary and its folder, which is its own while it runs."""
+"""The result of a run: the summary and its folder, which no other run enters meanwhile."""
 
 import errno
 import os
