@@ -146,7 +146,7 @@ def _add_training_options(command: Parser) -> None:
         group.add_argument(f"--{name.replace('_', '-')}", help=text, **options)
 
     group = command.add_argument_group("data")
-    add(group, "dataset", f"what to train on (default: {default.dataset})")
+    add(group, "dataset", f"data set to train on (default: {default.dataset})")
     add(
         group,
         "data",
@@ -162,7 +162,7 @@ def _add_training_options(command: Parser) -> None:
         action="extend",
         metavar="N[,N...]",
     )
-    add(group, "norm", f"which networks to train (default: {default.norm})")
+    add(group, "norm", f"networks to train (default: {default.norm})")
     add(group, "activation", f"activation of the hidden layers (default: {default.activation})")
     add(group, "dtype", f"type of data and parameters (default: {default.dtype})")
     group = command.add_argument_group("training")

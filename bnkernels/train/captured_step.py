@@ -78,14 +78,14 @@ class CapturedStep:
         self._counter = model.xp.zeros(2, "uint32")
         self._mini_batch = self._empty(batch, model.sizes[0]), model.xp.zeros(batch, "int32"), self._empty(3)
         h, labels, scalars = self._mini_batch
-        backward: list[tuple[tuple, dict[str, Any]]] = []  # arrays and options of every layer's
+        backward: list[tuple[tuple, dict[str, Any]]] = []  # arrays and options of every layer's backward
         self._calls: list[Callable[[], Any]] = []
         for i, arrays in enumerate(model.layer_arrays):
             h = self._add_layer(arrays, h, backward, first=i == 0, last=i == len(model.sizes) - 2)
         dy = self._empty(*h.shape)
         self._calls.append(partial(softmax_cross_entropy, h, labels, out=(self.losses, dy)))
-        for arrays, options in reversed(backward):
-            self._calls.append(partial(linear_batch_norm_backward, dy, *arrays, **options))
+        for given, options in reversed(backward):
+            self._calls.append(partial(linear_batch_norm_backward, dy, *given, **options))
             dy = options["out"][0]
         update = scheduled_update, optimizer, model.parameters, model.gradients, state, scalars
         self._calls.append(partial(*update))
@@ -94,7 +94,7 @@ class CapturedStep:
         return self.model.xp.empty(shape, self.model.dtype)
 
     def _add_layer(self, arrays: LayerArrays, x: Any, backward: list, *, first: bool, last: bool) -> Any:
-        """Add the forward of a layer to the calls, what its backward takes but for `dy` to those; return its output."""
+        """Add a layer's forward to the calls, the arguments of its backward to `backward`; return its output."""
         given, gradients, options = arrays.parameters, arrays.gradients, self.model.fused
         shape = len(x), given["weight"].shape[1]
         y, z, workspace = (self._empty(*shape) for _ in range(3))
