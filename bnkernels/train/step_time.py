@@ -168,6 +168,6 @@ class Rounds:
         if max(median - low, high - median) > LARGEST_SPREAD * median:
             return (
                 f"half of {len(self._ratios)} rounds lie between {low:.2f} and {high:.2f}, more than "
-                f"{LARGEST_SPREAD:.0%} from the median, {median:.2f}; repeat it on a machine that does nothing else"
+                f"{100 * LARGEST_SPREAD:.0f} % from the median, {median:.2f}; repeat it on a machine that does nothing else"
             )
         return None

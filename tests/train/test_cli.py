@@ -56,7 +56,7 @@ def test_the_main_job_answers_the_question(capsys):
     assert re.search(r"^steps to 95 % +\d+ +\d+$", out, re.MULTILINE)
     assert re.search(r"^µs per step +[\d.]+ +[\d.]+$", out, re.MULTILINE)
     verdict = r"takes [\d.]+ times a step without \(quartiles [\d.]+ and [\d.]+ of 1099 rounds\). Accepted wisdom: 3 to"
-    busy = r"No verdict .*: half of 1099 rounds lie between [\d.]+ and [\d.]+, more than 15% from the median, "
+    busy = r"No verdict .*: half of 1099 rounds lie between [\d.]+ and [\d.]+, more than 15 % from the median, "
     assert re.search(f"{verdict}|{busy}", out)
     (files,) = re.findall(r"^Files: (.*)$", out, re.MULTILINE)
     names = [re.fullmatch(r"runs/digits-\d{8}-\d{6}/(.*)", file)[1] for file in files.split(", ")]

@@ -59,7 +59,7 @@ def test_the_quartiles_of_a_verdict_are_within_15_percent(low: float, high: floa
     assert (found.median, *found.quartiles) == (2.0, low, high)
     assert (found.why_no_verdict is None) is verdict
     if not verdict:
-        assert f"between {low:.2f} and {high:.2f}, more than 15% from the median, 2.00" in str(found)
+        assert f"between {low:.2f} and {high:.2f}, more than 15 % from the median, 2.00" in str(found)
 
 
 def test_rounds_need_both_networks_and_end_at_some_time() -> None:
