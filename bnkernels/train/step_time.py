@@ -167,7 +167,8 @@ class Rounds:
             return f"{self._steps} steps of each were timed, and {FEWEST_STEPS} are needed"
         if max(median - low, high - median) > LARGEST_SPREAD * median:
             return (
-                f"half of {len(self._ratios)} rounds lie between {low:.2f} and {high:.2f}, more than {100 * LARGEST_SPREAD:.0f} % "
-                f"from the median, {median:.2f}; repeat it on a machine that does nothing else"
+                f"half of {len(self._ratios)} rounds lie between {low:.2f} and {high:.2f}, more than "
+                f"{100 * LARGEST_SPREAD:.0f} % from the median, {median:.2f}; "
+                "repeat it on a machine that does nothing else"
             )
         return None
