@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from bnkernels.ops.batch_norm import call as plans
 from bnkernels.ops.linear_batch_norm.launch import Sizes
 from bnkernels.runtime import checks as check
 from bnkernels.runtime import registry
@@ -36,8 +35,8 @@ def pack_gradients(out: Any, wanted: tuple[bool, ...]) -> tuple[Any, ...]:
 @lru_cache(maxsize=1024)
 def checked_forward(
     norm: str | None, *signatures: check.Signature | None
-) -> tuple[rt.Runtime | None, Sizes, plans.Plan | None]:
-    """Check the arrays of `FORWARD_NAMES`; return who runs them, the sizes, and the plan of a batch norm behind."""
+) -> tuple[rt.Runtime | None, Sizes]:
+    """Check the arrays of `FORWARD_NAMES`; return their runtime and the sizes."""
     given = dict(zip(FORWARD_NAMES, signatures, strict=True))
     args = check.arguments(given, ("y", "z", "statistics", "running_mean", "running_var", "gamma", "beta"), 5)
     sizes = _checked_inputs(args)
@@ -53,15 +52,14 @@ def checked_forward(
     for name in ("y", "z"):
         check.contiguous(args[name], (sizes.rows, sizes.outputs), sizes.dtype)
     check.contiguous(args["statistics"], statistics_shape(norm, sizes), accumulator(sizes.dtype))
-    plan = plans.plan_forward(1, *_behind(plans.FORWARD_NAMES, given, sizes)) if norm == "batch" else None
-    return registry.runtime_of(args["x"].kind), sizes, plan
+    return registry.runtime_of(args["x"].kind), sizes
 
 
 @lru_cache(maxsize=1024)
 def checked_backward(
     norm: str | None, *signatures: check.Signature | None
-) -> tuple[rt.Runtime | None, Sizes, plans.Plan | None]:
-    """Check the arrays of `BACKWARD_NAMES`; return who runs them, the sizes, and the plan of a batch norm behind."""
+) -> tuple[rt.Runtime | None, Sizes]:
+    """Check the arrays of `BACKWARD_NAMES`; return their runtime and the sizes."""
     given = dict(zip(BACKWARD_NAMES, signatures, strict=True))
     args = check.arguments(given, (*BACKWARD_NAMES[:5], "gamma", "beta", "statistics"), 5)
     sizes = _checked_inputs(args)
@@ -76,15 +74,7 @@ def checked_backward(
     check.contiguous(args["dweight"], (sizes.inputs, sizes.outputs), sizes.dtype)
     for name in ("dgamma", "dbeta"):
         check.contiguous(args[name], (sizes.outputs,), accumulator(sizes.dtype))
-    plan = plans.plan_backward(1, *_behind(plans.BACKWARD_NAMES, given, sizes)) if norm == "batch" else None
-    return registry.runtime_of(args["x"].kind), sizes, plan
-
-
-def _behind(names: tuple[str, ...], given: dict[str, check.Signature | None], sizes: Sizes) -> list:
-    """Return the signatures of the batch norm behind the product: its `x` is our `z`, its `dx` our workspace."""
-    kind, size = given["x"][0], sizes.dtype.itemsize
-    z = (kind, sizes.dtype, (sizes.rows, sizes.outputs), (sizes.outputs * size, size))
-    return [z if name == "x" else given.get("workspace" if name == "dx" else name) for name in names]
+    return registry.runtime_of(args["x"].kind), sizes
 
 
 def statistics_shape(norm: str | None, sizes: Sizes) -> tuple[int, int]:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from bnkernels.ops.activations import Activation, activation_named
-from bnkernels.ops.batch_norm import call as plans
 from bnkernels.ops.batch_norm.inference import batch_norm_inference, batch_norm_inference_backward
+from bnkernels.ops.batch_norm.training import batch_norm_backward, batch_norm_forward
 from bnkernels.ops.layer_norm.op import layer_norm_backward, layer_norm_forward
 from bnkernels.ops.linear_batch_norm.check import (
     BACKWARD_NAMES,
@@ -132,7 +132,7 @@ def linear_batch_norm_forward(
     check_norm(norm)
     y, z, statistics = (*check.pack_outputs(out, ("y", "z", "statistics")[: 3 if norm else 2]), None)[:3]
     arrays = (y, z, statistics, running_mean, running_var, x, weight, gamma, beta)
-    runtime, sizes, plan = checked_forward(norm, *check.signatures(arrays))
+    runtime, sizes = checked_forward(norm, *check.signatures(arrays))
     overlap.check_outputs(runtime, FORWARD_NAMES, arrays, written=5)
     y, z = (empty(runtime, (sizes.rows, sizes.outputs), x) if array is None else array for array in (y, z))
     if norm and statistics is None:
@@ -145,8 +145,9 @@ def linear_batch_norm_forward(
         _multiply(runtime, x, weight, z)
         options = {"activation": activation, "alpha": alpha}
         if norm == "batch":
-            behind = (y, statistics, running_mean, running_var, z, None, gamma, beta)
-            plans.run_forward(plan, behind, momentum, eps, phi, unbiased)
+            numbers = {"momentum": momentum, "unbiased": unbiased, "eps": eps}
+            vectors = gamma, beta, running_mean, running_var
+            batch_norm_forward(z, *vectors, **numbers, **options, out=(y, statistics))
         elif norm == "layer":
             layer_norm_forward(z, gamma, beta, eps=eps, out=(y, statistics), **options)
         else:
@@ -233,7 +234,7 @@ def linear_batch_norm_backward(
     wanted = (check.boolean("input_gradient", input_gradient), True, norm is not None, True)
     outputs = pack_gradients(out, wanted)
     arrays = (*outputs, workspace, dy, x, weight, gamma, beta, z, statistics)
-    runtime, sizes, plan = checked_backward(norm, *check.signatures(arrays))
+    runtime, sizes = checked_backward(norm, *check.signatures(arrays))
     overlap.check_outputs(runtime, BACKWARD_NAMES, arrays, written=5)
     shapes = (x.shape, weight.shape, weight.shape[1:], weight.shape[1:])
     types = (x.dtype, x.dtype, *[accumulator(x.dtype)] * 2)
@@ -249,8 +250,7 @@ def linear_batch_norm_backward(
     if chosen is None:
         options = {"activation": activation, "alpha": alpha}
         if norm == "batch":
-            behind = (dz, dgamma, dbeta, None, dy, z, None, gamma, beta, statistics, None, None)
-            plans.run_backward(plan, behind, 0.0, phi)
+            batch_norm_backward(dy, z, gamma, beta, statistics, **options, out=(dz, dgamma, dbeta))
         elif norm == "layer":
             layer_norm_backward(dy, z, gamma, beta, statistics, out=(dz, dgamma, dbeta), **options)
         else:
