@@ -11,11 +11,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from bnkernels.ops.batch_norm import call as plan
-from bnkernels.ops.batch_norm import masked_grouped as general
-from bnkernels.ops.batch_norm.cooperative import ARGUMENTS as SPREAD
-from bnkernels.ops.batch_norm.double_backward import ARGUMENTS as DOUBLE_BACKWARD
 from bnkernels.ops.batch_norm.in_parts import ARGUMENTS as STATISTICS
+from bnkernels.ops.batch_norm.launch import ARGUMENTS as BATCH_NORM
 from bnkernels.ops.fused_training.op import ARGUMENTS as FUSED_TRAINING
 from bnkernels.ops.layer_norm.op import ARGUMENTS as LAYER_NORM
 from bnkernels.ops.linear_batch_norm.op import ARGUMENTS as LINEAR_BATCH_NORM
@@ -28,14 +25,14 @@ from tests.regress.calls import CALLS, make_arrays
 from tests.regress.device import record_of, recording
 
 LAYOUTS = {
-    "BatchNormForward": plan.FORWARD,
-    "BatchNormInference": plan.INFERENCE,
-    "BatchNormBackward": plan.BACKWARD,
-    "BatchNormDoubleBackward": DOUBLE_BACKWARD,
-    "BatchNormForwardSpread": dict.fromkeys(SUFFIX, SPREAD["forward"]),  # of float, whatever the data
-    "BatchNormBackwardSpread": dict.fromkeys(SUFFIX, SPREAD["backward"]),
-    "BatchNormForwardGeneral": general.FORWARD,
-    "BatchNormBackwardGeneral": general.BACKWARD,
+    "BatchNormForward": BATCH_NORM["forward"],
+    "BatchNormInference": BATCH_NORM["inference"],
+    "BatchNormBackward": BATCH_NORM["backward"],
+    "BatchNormDoubleBackward": BATCH_NORM["double_backward"],
+    "BatchNormForwardSpread": dict.fromkeys(SUFFIX, BATCH_NORM["forward_cooperative"][np.dtype("f4")]),  # no float64
+    "BatchNormBackwardSpread": dict.fromkeys(SUFFIX, BATCH_NORM["backward_cooperative"][np.dtype("f4")]),
+    "BatchNormForwardGeneral": BATCH_NORM["forward_masked_grouped"],
+    "BatchNormBackwardGeneral": BATCH_NORM["backward_masked_grouped"],
     "BatchNormStatistics": STATISTICS,
     "FusedTraining": FUSED_TRAINING["fused_training"],
     "FusedTrainingGroup": FUSED_TRAINING["fused_training_group"],

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import bnkernels as bn
-from bnkernels.ops.batch_norm import call as plans
-from bnkernels.ops.batch_norm import cooperative
+from bnkernels.ops.batch_norm import call as batch_norm
+from bnkernels.ops.batch_norm.problem import BACKWARD, FORWARD, INFERENCE, INFERENCE_BACKWARD
 from bnkernels.runtime import arguments, registry, replay
 from tests.regress.calls import CALLS, make_arrays
 from tests.regress.device import RecordedArray, RecordingRuntime
@@ -21,12 +21,6 @@ from tools import backends
 
 OPS = ("forward", "backward", "inference", "inference_backward")
 ARRAYS = [(op, name) for op in OPS for name in CALLS[op].names]
-
-
-def forget_plans() -> None:
-    """Plans hold on to their runtime."""
-    for plan in (plans.plan_forward, plans.plan_inference, plans.plan_backward, plans.plan_inference_backward):
-        plan.cache_clear()
 
 
 class Device:
@@ -49,18 +43,17 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     found = Device(RecordingRuntime())
     monkeypatch.setattr(registry, "runtimes", dict(registry.runtimes))
     registry.register(found.runtime)
-    for name in ("FORWARD", "INFERENCE", "BACKWARD", "INFERENCE_BACKWARD"):
-        monkeypatch.setattr(plans, f"{name}_CALLS", replay.ReplayCache())
-    forget_plans()
+    for kind in (FORWARD, INFERENCE, BACKWARD, INFERENCE_BACKWARD):
+        monkeypatch.setitem(vars(kind), "calls", replay.ReplayCache())
+    batch_norm._planned.cache_clear()  # plans hold on to their runtime
 
     def counted(*given: Any) -> np.ndarray:
         found.packed += 1
         return arguments.pack(*given)
 
-    for module in (plans, cooperative):
-        monkeypatch.setattr(module, "pack", counted)
+    monkeypatch.setattr(batch_norm, "pack", counted)
     yield found
-    forget_plans()
+    batch_norm._planned.cache_clear()
 
 
 # ---- the same call --------------------------------------------------------------------------------------------------
@@ -305,7 +298,7 @@ def test_what_is_kept_is_bounded(device: Device, monkeypatch: pytest.MonkeyPatch
         on["y"].address = 2**30 + 2**20 * place
         for eps in (0.1, 0.2, 0.3):
             forward(on, eps=eps)
-        launches = plans.FORWARD_CALLS._entries
+        launches = FORWARD.calls._entries
         assert 1 <= len(launches) <= 4
         assert all(len(entries) <= 2 for entries in launches.values())
     before = device.packed

@@ -17,7 +17,8 @@ import pytest
 
 from benchmarks.counts.devices import DEVICES, SM_75, Device
 from benchmarks.counts.limits import occupancy
-from bnkernels.ops.batch_norm.cooperative import Tensor, choose_spread
+from bnkernels.ops.batch_norm import launch as batch_norm
+from bnkernels.ops.batch_norm.problem import BACKWARD, FORWARD, Problem
 from bnkernels.ops.fused_training import launch as fused
 from bnkernels.ops.fused_training.op import Layer, Network
 from bnkernels.ops.layer_norm import launch as layer_norm
@@ -60,12 +61,12 @@ def batch_norm_plans(limits: Limits) -> Iterator[Plan]:
     examples, channels = (4000, 70_000, 10**6), (16, 64, 1000, 4096)
     shapes = [(n, c, 1) for n, c in product(examples, channels)]
     shapes += [(n, c, inner) for n, c, inner in product((1, 8, 256), (1, 3, 64, 256), (3136, 50_176, 10**6))]
-    for dtype, direction, shape in product(TYPES, DIRECTIONS, shapes):
+    for dtype, kind, shape in product(TYPES, (FORWARD, BACKWARD), shapes):
         strides = shape[1] * shape[2], shape[2], 1 if shape[2] > 1 else 0
-        tensor = Tensor(*shape, dtype, (strides,) * (1 if direction == "forward" else 2))
-        choice = choose_spread(direction, tensor, limits) if tensor.may_spread else None
+        problem = Problem(1, *shape, dtype, (strides,) * (1 if kind is FORWARD else 2))
+        choice = batch_norm.cooperative(kind, problem, limits) if batch_norm.in_vectors(kind, problem) else None
         if choice is not None:
-            yield f"bnk_batch_norm_{choice.variant}_{suffix(dtype)}", choice.launch
+            yield choice.kernel, choice.launch
 
 
 def layer_norm_plans(limits: Limits) -> Iterator[Plan]:

@@ -14,6 +14,7 @@ import numpy as np
 from bnkernels.ops.batch_norm import cpu, reference
 from bnkernels.ops.batch_norm.launch import VECTOR, LaunchPlan, choose
 from bnkernels.ops.batch_norm.problem import (
+    DOUBLE_BACKWARD,
     FORWARD,
     PARAMETERS,
     TENSORS,
@@ -55,9 +56,10 @@ def _planned(kind: Pass, axis: int, grouped: bool, renormalised: bool, *signatur
     x = args["x"]
     check.floating(x)
     problem, axis = view(x, axis, grouped)
-    in_storage_type = kind.direction != "double_backward" and _in_storage_type(args)
-    rows = 5 if renormalised or (kind.reads_statistics and args["statistics"].shape[-2:-1] == (5,)) else 3
-    rows = 3 if kind.direction == "double_backward" else rows
+    in_storage_type, rows = False, 3
+    if kind is not DOUBLE_BACKWARD:  # it knows no options
+        in_storage_type = _in_storage_type(args)
+        rows = 5 if renormalised or ("statistics" in kind.inputs and args["statistics"].shape[-2:-1] == (5,)) else 3
     outputs = _check_arrays(args, kind, axis, x.shape[:grouped], rows, in_storage_type)
     masked = args.get("mask") is not None
     if kind is FORWARD and problem.rows == 1 and not masked:
@@ -68,7 +70,7 @@ def _planned(kind: Pass, axis: int, grouped: bool, renormalised: bool, *signatur
     by_stage = kind.stage in (Stage.COLLECT, Stage.APPLY)
     more = masked or grouped or rows == 5 or in_storage_type or by_stage
     problem = problem._replace(masked_grouped=more)
-    matrix = not more and len(x.shape) == 2 and axis == 1 and x.dtype.itemsize > 2
+    matrix = kind is not DOUBLE_BACKWARD and not more and len(x.shape) == 2 and axis == 1 and x.dtype.itemsize > 2
     front = axis + grouped
     positions = x.shape[:front] + x.shape[front + 1 :]
     members = {"groups": problem.groups, "outer": problem.outer, "channels": problem.channels, "inner": problem.inner}

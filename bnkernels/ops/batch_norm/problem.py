@@ -67,11 +67,6 @@ class Pass:
         """The inputs of the shape of `x`, which may have any strides."""
         return tuple(name for name in self.inputs if name in TENSORS)
 
-    @property
-    def reads_statistics(self) -> bool:
-        """Whether the statistics are given."""
-        return "statistics" in self.inputs
-
 
 FORWARD = Pass(
     *("forward", Stage.WHOLE, ("y", "statistics")),

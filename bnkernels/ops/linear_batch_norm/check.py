@@ -33,9 +33,7 @@ def pack_gradients(out: Any, wanted: tuple[bool, ...]) -> tuple[Any, ...]:
 
 
 @lru_cache(maxsize=1024)
-def checked_forward(
-    norm: str | None, *signatures: check.Signature | None
-) -> tuple[rt.Runtime | None, Sizes]:
+def checked_forward(norm: str | None, *signatures: check.Signature | None) -> tuple[rt.Runtime | None, Sizes]:
     """Check the arrays of `FORWARD_NAMES`; return their runtime and the sizes."""
     given = dict(zip(FORWARD_NAMES, signatures, strict=True))
     args = check.arguments(given, ("y", "z", "statistics", "running_mean", "running_var", "gamma", "beta"), 5)
@@ -56,9 +54,7 @@ def checked_forward(
 
 
 @lru_cache(maxsize=1024)
-def checked_backward(
-    norm: str | None, *signatures: check.Signature | None
-) -> tuple[rt.Runtime | None, Sizes]:
+def checked_backward(norm: str | None, *signatures: check.Signature | None) -> tuple[rt.Runtime | None, Sizes]:
     """Check the arrays of `BACKWARD_NAMES`; return their runtime and the sizes."""
     given = dict(zip(BACKWARD_NAMES, signatures, strict=True))
     args = check.arguments(given, (*BACKWARD_NAMES[:5], "gamma", "beta", "statistics"), 5)
