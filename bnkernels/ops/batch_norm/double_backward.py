@@ -51,10 +51,12 @@ def batch_norm_double_backward(
         As in the forward.
     statistics : array, shape (3, C), float32, or float64 for float64 `x`
         Statistics that the forward returned.
-    axis, residual, activation, alpha : int, array, str, float
+    axis, residual : int, array
         As in the forward.
     ddresidual : array, shape and dtype of `x`, optional
         Gradient with respect to the backward's `dresidual`, where there is a `residual`.
+    activation, alpha : str, float
+        As in the forward.
     out : tuple of arrays, optional
         Arrays to write what is returned to; C order. `ddy` may be any input of the shape of `x` itself.
 
