@@ -55,7 +55,7 @@ setup(
     # cuda/ lies at the top of the checkout but is installed inside the package: a top-level `cuda` is NVIDIA's.
     packages=[*find_packages(include=["bnkernels", "bnkernels.*"]), "bnkernels.cuda"],
     package_dir={"bnkernels.cuda": "cuda"},
-    package_data={"bnkernels.cuda": ["*.cu", "*.cuh"]},
+    package_data={"bnkernels.cuda": ["*.cu", "lib/*.cuh", "lib/*/*.cuh"]},
     include_package_data=False,
     python_requires=">=3.10",
     install_requires=["numpy>=2,<2.6"],

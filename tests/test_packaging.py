@@ -110,7 +110,7 @@ def test_a_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         f"{'-'.join(wheel.stem.split('-')[:2])}.dist-info",
     }
     expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "bnkernels").rglob("*.py")}
-    expected |= {f"bnkernels/cuda/{path.name}" for path in (ROOT / "cuda").iterdir()}
+    expected |= {f"bnkernels/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "cuda").rglob("*.cu*")}
     assert {name for name in names if name.startswith("bnkernels/")} == expected
     assert any(name.endswith("LICENSE") for name in names)
 

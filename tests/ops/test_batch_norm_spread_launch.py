@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bnkernels.ops.batch_norm.launch import FAN_IN, SMALL, cooperative, in_vectors
+from bnkernels.ops.batch_norm.launch import FAN_IN, MIN_BLOCKS, SMALL, cooperative, in_vectors
 from bnkernels.ops.batch_norm.problem import BACKWARD, FORWARD, Pass
 from bnkernels.runtime.seam import MAX_SHARED_BYTES, SHARED_BYTES, WORKSPACE_BYTES, Limits
-from bnkernels.runtime.workspace import MOST_GROUPS, PAIRED, PARTIALS, resident
+from bnkernels.runtime.workspace import MOST_GROUPS, PARTIALS, resident
 from tests.ops.test_batch_norm_spread import DTYPES, KIB, TINY, problem_of
 
 H200 = Limits(132, 227 * KIB, 228 * KIB, cooperative=True)
@@ -41,7 +41,7 @@ def test_a_choice_covers_all_rows_and_keeps_all_limits(
         return
     (groups, together, _), (columns, lanes, _) = choice.launch.grid, choice.launch.block
     rows = outer * inner // (1 if inner == 1 else count)
-    assert choice.kernel.startswith(f"bnk_batch_norm_{direction}_spread_" + ("inner_" if inner > 1 else ""))
+    assert choice.kernel.startswith(f"bnk_batch_norm_{direction}_cooperative_" + ("inner_" if inner > 1 else ""))
     assert choice.splits == together
     assert columns * lanes <= (192 if direction == "backward" and inner == 1 and count == 8 else 256)
     assert lanes * together <= rows, "every lane has a row"
@@ -51,7 +51,7 @@ def test_a_choice_covers_all_rows_and_keeps_all_limits(
     assert choice.launch.cooperative == (together > 1)
     if together > 1:
         assert limits.cooperative
-        held = resident(limits, columns * lanes, choice.launch.shared_bytes, PAIRED)
+        held = resident(limits, columns * lanes, choice.launch.shared_bytes, MIN_BLOCKS)
         assert groups * together <= held == 2 * limits.sms, "all blocks are resident"
         assert groups <= MOST_GROUPS
     assert 2 * (choice.launch.shared_bytes + limits.reserved_bytes) <= limits.shared_bytes_of_sm

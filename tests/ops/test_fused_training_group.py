@@ -186,7 +186,7 @@ def counts_of_a_step(norm: str, rng: np.random.Generator) -> tuple[LaunchRecord,
         found.append(
             {
                 "barriers": counts.barriers,
-                "arrivals": counters,
+                "barrier_counter": counters,
                 "x": read,
                 "bytes": counts.total.bytes_read + counts.total.bytes_written,
             }
@@ -215,7 +215,7 @@ def test_a_step_is_so_many_meetings(
     if group == "cluster" or backends.emulated_runtime().build not in ("plain", "coverage"):
         pytest.skip("counted by what is written to the counter")
     record, counts = counts_of_a_step(norm, rng)
-    assert counts["arrivals"] == meetings * record.launch.blocks
+    assert counts["barrier_counter"] == meetings * record.launch.blocks
 
 
 @pytest.mark.emulator

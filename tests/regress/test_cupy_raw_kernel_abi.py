@@ -29,13 +29,12 @@ LAYOUTS = {
     "BatchNormInference": BATCH_NORM["inference"],
     "BatchNormBackward": BATCH_NORM["backward"],
     "BatchNormDoubleBackward": BATCH_NORM["double_backward"],
-    "BatchNormForwardSpread": dict.fromkeys(SUFFIX, BATCH_NORM["forward_cooperative"][np.dtype("f4")]),  # no float64
-    "BatchNormBackwardSpread": dict.fromkeys(SUFFIX, BATCH_NORM["backward_cooperative"][np.dtype("f4")]),
-    "BatchNormForwardGeneral": BATCH_NORM["forward_masked_grouped"],
-    "BatchNormBackwardGeneral": BATCH_NORM["backward_masked_grouped"],
+    "BatchNormForwardCooperative": dict.fromkeys(SUFFIX, BATCH_NORM["forward_cooperative"][np.dtype("f4")]),
+    "BatchNormBackwardCooperative": dict.fromkeys(SUFFIX, BATCH_NORM["backward_cooperative"][np.dtype("f4")]),
+    "BatchNormForwardMaskedGrouped": BATCH_NORM["forward_masked_grouped"],
+    "BatchNormBackwardMaskedGrouped": BATCH_NORM["backward_masked_grouped"],
     "BatchNormStatistics": STATISTICS,
-    "FusedTraining": FUSED_TRAINING["fused_training"],
-    "FusedTrainingGroup": FUSED_TRAINING["fused_training_group"],
+    "FusedTraining": FUSED_TRAINING,
     "LayerNormForward": LAYER_NORM["forward"],
     "LayerNormBackward": LAYER_NORM["backward"],
     "LinearBatchNormForward": LINEAR_BATCH_NORM["forward"],
@@ -49,8 +48,8 @@ LAYOUTS = {
 def argument_structs() -> dict[str, list[tuple[str, str]]]:
     """Return the structs of cuda/ that hold pointers, which only kernel arguments do: (member, type) in order."""
     structs = {}
-    for stem in source.stems():
-        text = re.sub(r"//.*", "", (source.folder() / f"{stem}.cu").read_text(encoding="utf-8"))
+    for file in [*(f"{stem}.cu" for stem in source.stems()), "lib/train/network.cuh"]:
+        text = re.sub(r"//.*", "", (source.folder() / file).read_text(encoding="utf-8"))
         for name, body in re.findall(r"^struct (\w+) \{\n(.*?)^\};", text, re.MULTILINE | re.DOTALL):
             if not re.search(r"^    (const )?\w+\* ", body, re.MULTILINE):
                 continue

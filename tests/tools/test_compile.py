@@ -27,10 +27,10 @@ LAYOUTS = {
     **{f"bnk_batch_norm_{kernel}": layout for kernel, layout in BATCH_NORM.items()},
     "bnk_batch_norm_inference_backward": BATCH_NORM["backward"],
     "bnk_batch_norm_statistics": STATISTICS,
-    "bnk_fused_training": FUSED_TRAINING["fused_training"],
-    "bnk_fused_training_layer_norm": FUSED_TRAINING["fused_training"],
-    "bnk_fused_training_grid": FUSED_TRAINING["fused_training_group"],
-    "bnk_fused_training_grid_layer_norm": FUSED_TRAINING["fused_training_group"],
+    "bnk_fused_training": FUSED_TRAINING,
+    "bnk_fused_training_layer_norm": FUSED_TRAINING,
+    "bnk_fused_training_grid": FUSED_TRAINING,
+    "bnk_fused_training_grid_layer_norm": FUSED_TRAINING,
     **{f"bnk_layer_norm_{direction}": layout for direction, layout in LAYER_NORM.items()},
     **{f"bnk_linear_{norm}_norm_{way}": of for norm in ("batch", "layer") for way, of in LINEAR_BATCH_NORM.items()},
     "bnk_mini_batch": MINI_BATCH,
@@ -75,7 +75,7 @@ def test_ptx_takes_what_python_packs_and_rounds_as_the_source_says(
 
 def test_data_move_16_bytes_at_a_time_where_they_lie_in_vectors() -> None:
     """In the spread kernels all data; what is left in single words are vectors of channels and partial results."""
-    for stem, loads, stores in (("batch_norm_forward_spread", 2, 1), ("batch_norm_backward_spread", 3, 2)):
+    for stem, loads, stores in (("batch_norm_forward_cooperative", 2, 1), ("batch_norm_backward_cooperative", 3, 2)):
         entries = nvrtc.ptx(source.read(stem), nvrtc.OLDEST_ARCHITECTURE).split(".visible .entry")[1:]
         assert len(entries) == 6
         for entry in entries:
@@ -119,9 +119,9 @@ def test_a_syntax_error_is_reported_at_its_file_and_line() -> None:
 
 def test_an_error_in_a_header_is_reported_in_the_header() -> None:
     text = source.read(source.stems()[0]).replace("struct Pair {", "struct Pair { int syntax error;")
-    header = (source.folder() / "common.cuh").read_text(encoding="utf-8").splitlines()
+    header = (source.folder() / "lib/numbers/pair.cuh").read_text(encoding="utf-8").splitlines()
     number = header.index("struct Pair {") + 1
-    with pytest.raises(nvrtc.CompileError, match=rf"cuda/common\.cuh\({number}\): error"):
+    with pytest.raises(nvrtc.CompileError, match=rf"cuda/lib/numbers/pair\.cuh\({number}\): error"):
         nvrtc.resources(text, ARCHITECTURE)
 
 

@@ -95,11 +95,18 @@ def cache_folder() -> Path:
 
 
 def read_sources(folder: Path = CUDA) -> dict[str, str]:
-    """Return the text of every file of `folder` that belongs to a kernel, by name."""
-    sources = {path.name: path.read_text() for path in sorted(folder.glob("*.cu*"))}
+    """Return the text of every file of `folder` that belongs to a kernel, by its path in there."""
+    sources = {path.relative_to(folder).as_posix(): path.read_text() for path in sorted(folder.rglob("*.cu*"))}
     if not sources:
         raise EmulatorError(f"expected CUDA sources in {folder}, found no *.cu")
     return sources
+
+
+def write_sources(sources: Mapping[str, str], folder: Path) -> None:
+    """Write what `read_sources` returns."""
+    for file, text in sources.items():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text(text)
 
 
 def engine_library(name: str) -> Path:
@@ -124,7 +131,7 @@ def kernel_library(name: str, source: str, sources: Mapping[str, str]) -> Path:
     source : str
         The stem of one of the files.
     sources : Mapping of str to str
-        The text of every file of ``cuda/``, by name.
+        The text of every file of ``cuda/``, by its path in there.
     """
     if f"{source}.cu" not in sources:
         raise EmulatorError(f"expected one of {sorted(sources)}, got {source}.cu")
@@ -146,12 +153,9 @@ def _kernel_unit(source: str, flags: Sequence[str], used: Mapping[str, str]) -> 
     with _folder(source, *flags, *headers, *chain.from_iterable(sorted(used.items()))) as folder:
         unit = folder / f"{source}.o"
         if not unit.exists():
-            texts = folder / "cuda"
-            texts.mkdir(exist_ok=True)
-            for file, text in used.items():
-                (texts / file).write_text(text)
+            write_sources(used, folder / "cuda")
             # Compiled from within the folder, so that reports name cuda/<file> wherever the cache is.
-            names = ["-include", str(HEADERS[0]), f"-ffile-prefix-map={folder}=.", "-x", "c++"]
+            names = ["-include", str(HEADERS[0]), f"-ffile-prefix-map={folder}=.", "-I", "cuda", "-x", "c++"]
             _compile([*flags, *names, "-c", f"cuda/{source}.cu"], unit)
     return unit
 

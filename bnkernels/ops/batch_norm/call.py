@@ -74,7 +74,7 @@ def _planned(kind: Pass, axis: int, grouped: bool, renormalised: bool, *signatur
     front = axis + grouped
     positions = x.shape[:front] + x.shape[front + 1 :]
     members = {"groups": problem.groups, "outer": problem.outer, "channels": problem.channels, "inner": problem.inner}
-    members |= {"stage": int(kind.stage), "statistic_rows": rows, "narrow": int(in_storage_type)}
+    members |= {"stage": int(kind.stage), "statistic_rows": rows, "params_in_storage_type": int(in_storage_type)}
     runtime, acc_dtype = registry.runtime_of(x.kind), accumulator(x.dtype)
     found = Plan(kind, runtime, problem, axis, grouped, acc_dtype, outputs, positions, rows, matrix, members)
     return found if runtime is None or found.empty else _with_strides(found, args)
@@ -201,7 +201,7 @@ def _launch(found: Plan, given: dict[str, Any], options: Options, call: Call) ->
         members |= {"mean": start, "mean_low": start + row, "rstd": start + 2 * row}
     if chosen.splits > 1:
         start = runtime.workspace(x)  # it begins with counters of blocks that never wait
-        members |= {"partial": start + PARTIALS, "arrivals": counters(start) if chosen.launch.cooperative else start}
+        members |= {"partial": start + PARTIALS, "barrier_counter": counters(start), "finished_blocks": start}
     phi, (r_max, d_max) = options.phi, options.renorm or (1.0, 0.0)
     members |= {"held": chosen.held, "momentum": options.momentum, "eps": options.eps, "alpha": phi.alpha}
     members |= {"divisor": found.problem.rows - options.unbiased, "correction": options.unbiased}

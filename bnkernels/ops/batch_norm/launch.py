@@ -4,7 +4,7 @@
 side by side, one per channel, times `lanes` threads that share the channel's rows; no block waits for another. Plain
 ones keep their rows in registers, or read them twice (two_pass); a masked_grouped one knows every option. A cooperative
 kernel moves 16 bytes at a time and keeps what it read in shared memory, so that every byte is read once: up to `splits`
-blocks share a slice and wait for one another, see ``cuda/spread.cuh``. The thresholds follow from sizes of the
+blocks share a slice and wait for one another, see ``cooperative_slices.cuh``. The thresholds follow from sizes of the
 hardware; none has been tuned.
 """
 
@@ -19,17 +19,18 @@ from bnkernels.ops.batch_norm.problem import Pass, Problem, Stage
 from bnkernels.runtime import seam as rt
 from bnkernels.runtime.arguments import accumulator, arguments_type, suffix
 from bnkernels.runtime.seam import MAX_GRID, Launch, Limits, ceil_div
-from bnkernels.runtime.workspace import MOST_BLOCKS, MOST_GROUPS, PAIRED, PARTIALS, most_shared, resident
+from bnkernels.runtime.workspace import MOST_BLOCKS, MOST_GROUPS, PARTIALS, most_shared, resident
 
 WIDTH = 32  # channels of a slice: 128 bytes of float32, four whole memory sectors per row
 SECTOR = 32  # bytes that memory moves at once
 THREADS = 512  # of a block, at most: what the kernels' launch bounds say
-SERIAL_LANES = 64  # that every thread merges itself, as in cuda/channel.cuh
+SERIAL_LANES = 64  # that every thread merges itself, as in cuda/lib/reduce/rows.cuh
 REGISTERS = 4  # rows that each thread should have: enough to keep its loads in flight, and few in a row to add up
 FEW_BLOCKS = 132  # fewer leave multiprocessors of a large device without work
 INFERENCE_ROWS = 8  # rows per thread of the inference kernel, which has no reason to keep blocks few
-VECTOR = 16  # bytes that one access moves, as in cuda/vector.cuh
-FAN_IN = 8  # partial results that one thread merges, as in cuda/spread.cuh
+MIN_BLOCKS = 2  # cooperative blocks that are resident on a multiprocessor, as their launch bounds promise
+VECTOR = 16  # bytes that one access moves, as in cuda/lib/numbers/vector.cuh
+FAN_IN = 8  # partial results that one thread merges, as in cuda/lib/reduce/cooperative_slices.cuh
 WIDTHS = (128, 64, 32)  # bytes of a row that a cooperative block owns: from a cache line down to a sector of memory
 SMALL = 64 * 1024  # bytes of data up to which one launch of few blocks takes no longer
 EXCHANGED = 1 / 4  # bytes that a block may read of the others, for a byte of data; they come from the L2 cache
@@ -42,7 +43,7 @@ def _strides(names: str, axes: str) -> str:
 
 
 SIZES, AXES = "outer channels inner", "outer channel inner"
-CODES = "activation stage statistic_rows narrow"
+CODES = "activation stage statistic_rows params_in_storage_type"
 DOUBLE = "ddx dy x residual ddresidual"
 ARGUMENTS = {
     "forward": arguments_type(
@@ -77,19 +78,19 @@ ARGUMENTS = {
     ),
     "backward_masked_grouped": arguments_type(
         "dy x residual mask gamma beta statistics running_mean running_var dx dgamma dbeta dresidual sums "
-        "partial arrivals",
+        "partial finished_blocks",
         f"groups {SIZES} {_strides('dy x residual', f'group {AXES}')} mask_group mask_outer mask_inner",
         "eps alpha",
         CODES,
     ),
     "forward_cooperative": arguments_type(
-        "x residual gamma beta y statistics running_mean running_var partial arrivals",
+        "x residual gamma beta y statistics running_mean running_var partial barrier_counter",
         f"{SIZES} {_strides('x residual', 'outer channel')} held",
         "momentum divisor eps alpha",
         "activation",
     ),
     "backward_cooperative": arguments_type(
-        "dy x residual gamma beta mean mean_low rstd dx dgamma dbeta dresidual partial arrivals",
+        "dy x residual gamma beta mean mean_low rstd dx dgamma dbeta dresidual partial barrier_counter",
         f"{SIZES} {_strides('dy x residual', 'outer channel')} held",
         "alpha",
         "activation",
@@ -126,12 +127,12 @@ def choose(kind: Pass, problem: Problem, limits: Limits | None) -> LaunchPlan:
     >>> from bnkernels.ops.batch_norm.problem import FORWARD
     >>> plan = choose(FORWARD, Problem(1, 64, 20, 1, np.dtype("float32")), None)
     >>> plan.kernel, plan.launch.block
-    ('bnk_batch_norm_forward_held4_f32', (20, 16, 1))
+    ('bnk_batch_norm_forward_registers4_f32', (20, 16, 1))
     """
     if problem.masked_grouped:
         return masked_grouped(kind, problem)
     plain = one_block(kind, problem)
-    if limits is None or not in_vectors(kind, problem) or f"_held{REGISTERS}_" in plain.kernel:
+    if limits is None or not in_vectors(kind, problem) or f"_registers{REGISTERS}_" in plain.kernel:
         return plain
     return cooperative(kind, problem, limits) or plain
 
@@ -139,7 +140,6 @@ def choose(kind: Pass, problem: Problem, limits: Limits | None) -> LaunchPlan:
 def _plan(variant: str, struct: str, problem: Problem, launch: Launch, **more: int) -> LaunchPlan:
     source = f"batch_norm_{'forward' if struct == 'inference' else struct}"
     kernel = f"bnk_batch_norm_{variant}_{suffix(problem.dtype)}"
-    source, kernel = (n.replace("cooperative", "spread").replace("masked_grouped", "general") for n in (source, kernel))
     return LaunchPlan(source, kernel, launch, ARGUMENTS[struct][accumulator(problem.dtype)], **more)
 
 
@@ -171,8 +171,8 @@ def variant_of(problem: Problem, lanes: int) -> str:
     """Return the first training kernel whose threads can keep all rows in registers, or that reads them twice."""
     most = 8 if problem.dtype.itemsize == 8 else 16  # in the same registers
     if problem.inner == 1 and problem.rows <= REGISTERS * lanes:
-        return f"held{REGISTERS}"
-    return f"held{most}" if problem.rows <= most * lanes else "streamed"
+        return f"registers{REGISTERS}"
+    return f"registers{most}" if problem.rows <= most * lanes else "two_pass"
 
 
 def one_block(kind: Pass, problem: Problem) -> LaunchPlan:
@@ -285,8 +285,8 @@ class _Block:
         self.slices = ceil_div(problem.channels, self.channels)
         self.partial = QUANTITIES[direction] * self.channels * self.lanes * 4
         self.row = PLANES[direction] * self.columns * self.lanes * VECTOR  # bytes of a row of all threads
-        most = most_shared(limits, PAIRED)  # while one waits for its data or for other blocks, the other works
-        self.resident = resident(limits, self.columns * self.lanes, most, PAIRED)
+        most = most_shared(limits, MIN_BLOCKS)  # while one waits for its data or for other blocks, the other works
+        self.resident = resident(limits, self.columns * self.lanes, most, MIN_BLOCKS)
         self.most_held = (most - self.partial) // self.row
 
     def rows_of_thread(self, splits: int) -> int:

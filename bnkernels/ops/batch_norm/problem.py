@@ -2,7 +2,7 @@
 
 The axes in front of the channels' are taken together as `outer`, those behind as `inner`. A row is one position of a
 channel; there are ``outer * inner`` of them. A matrix (N, C) has ``inner = 1``, as has whatever lies channels-last;
-NCHW has ``outer = N`` and ``inner = H W``. See ``cuda/channel.cuh``.
+NCHW has ``outer = N`` and ``inner = H W``. See ``cuda/lib/reduce/rows.cuh``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TENSORS = ("y", "out", "dx", "dresidual", "ddy", "x", "dy", "residual", "ddx", "
 
 
 class Stage(IntEnum):
-    """Part of a pass that a launch does, as in ``cuda/general.cuh``."""
+    """Part of a pass that a launch does, as in ``cuda/lib/reduce/masked_rows.cuh``."""
 
     WHOLE = 0
     COLLECT = 1  # sums over the rows
