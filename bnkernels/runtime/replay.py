@@ -63,7 +63,7 @@ NEW, REPLAYED = Call(), Call(replayed=True)
 
 
 class ReplayCache:
-    """The launches of one op that may be replayed, by the address of the first array.
+    """The launches of one op that may be replayed, by the address of the first array that it writes.
 
     Every op has its own: two in one cache would be taken for each other.
     """
@@ -79,7 +79,7 @@ class ReplayCache:
         out : tuple of arrays or None
             Arrays that the op writes; without them the call is neither replayed nor recorded.
         given : tuple
-            All other arrays, None where absent.
+            All other arrays, None where absent; the first is always there.
         *options
             All options. Equal values of different types differ: 1.0 is no axis, though it equals one.
 
@@ -88,10 +88,9 @@ class ReplayCache:
         Call
             The call, `replayed` or not.
         """
-        if type(out) is not tuple or not out:
+        if type(out) is not tuple:
             return NEW
-        arrays = out + given
-        kind = type(arrays[0])
+        arrays, kind = out + given, type(given[0])
         runtime = registry.runtimes.get(kind)
         if runtime is None:
             return NEW
@@ -109,7 +108,7 @@ class ReplayCache:
         key += options
         for known, source, entry_point, launch, arguments in self._entries.get(key[0], ()):
             if known == key:
-                runtime.launch(source, entry_point, launch, arguments, arrays[0])
+                runtime.launch(source, entry_point, launch, arguments, given[0])
                 return REPLAYED
         return Call(self, key) if IMMUTABLE.issuperset(map(type, options)) else NEW
 

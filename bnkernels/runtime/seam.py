@@ -53,6 +53,39 @@ class Launch:
             raise ValueError(f"a block gets at most {MAX_SHARED_BYTES} bytes of shared memory, got {self.shared_bytes}")
 
 
+class LaunchPlan(NamedTuple):
+    """Kernel, launch, layout of the argument, and the members of the argument that the choice of the launch decides.
+
+    Attributes
+    ----------
+    source : str
+        Name of the file in ``cuda/``, without its suffix.
+    kernel : str
+        Name of the entry point.
+    launch : Launch
+        Launch of the kernel.
+    arguments : numpy.dtype
+        Layout of its argument.
+    splits : int
+        Number of blocks that share a slice, a matrix or a network, and wait for one another.
+    width : int
+        Number of columns of a matrix product that a block owns at a time.
+    held : int
+        Number of 16-byte vectors that a thread keeps on the chip, of every array.
+    chunk : int
+        Number of 16-byte vectors of a row whose columns are summed at a time.
+    """
+
+    source: str
+    kernel: str
+    launch: Launch
+    arguments: np.dtype
+    splits: int = 1
+    width: int = 0
+    held: int = 0
+    chunk: int = 0
+
+
 class Limits(NamedTuple):
     """What launch choices ask of a device. What need not be given is what every supported device grants."""
 

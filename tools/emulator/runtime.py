@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bnkernels.runtime import registry, seam
-from bnkernels.runtime import workspace as cooperative
+from bnkernels.runtime import occupancy, registry, seam
 from bnkernels.runtime.seam import Launch, Limits
 
 from .binding import Binding, Counts, Schedule
@@ -266,7 +265,7 @@ class EmulatorRuntime(seam.Runtime):
             warnings.warn(f"cooperative grid {launch.grid} cut to {self._cut_to} blocks", stacklevel=3)
             return replace(launch, grid=(self._cut_to, 1, 1))
         promised = self._binding.promised(source, entry_point)
-        held = cooperative.resident(self._limits, launch.threads, launch.shared_bytes, promised)
+        held = occupancy.resident(self._limits, launch.threads, launch.shared_bytes, promised)
         if launch.blocks > held * self._limits.cooperative:
             raise EmulatorError(
                 f"{source}.cu, {entry_point}: the blocks of a cooperative grid wait for one another, and of "

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from bnkernels.ops.batch_norm import cpu, reference
-from bnkernels.ops.batch_norm.launch import VECTOR, LaunchPlan, choose
+from bnkernels.ops.batch_norm.launch import VECTOR, choose
 from bnkernels.ops.batch_norm.problem import (
     DOUBLE_BACKWARD,
     FORWARD,
@@ -30,7 +30,8 @@ from bnkernels.runtime import checks as check
 from bnkernels.runtime import overlap, registry
 from bnkernels.runtime.arguments import accumulator, empty, pack
 from bnkernels.runtime.replay import NEW, Call
-from bnkernels.runtime.workspace import PARTIALS, counters
+from bnkernels.runtime.seam import LaunchPlan
+from bnkernels.runtime.workspace import PARTIALS, barrier_counters
 
 AXES = "group", "outer", "channel", "inner"
 
@@ -201,7 +202,7 @@ def _launch(found: Plan, given: dict[str, Any], options: Options, call: Call) ->
         members |= {"mean": start, "mean_low": start + row, "rstd": start + 2 * row}
     if chosen.splits > 1:
         start = runtime.workspace(x)  # it begins with counters of blocks that never wait
-        members |= {"partial": start + PARTIALS, "barrier_counter": counters(start), "finished_blocks": start}
+        members |= {"partial": start + PARTIALS, "barrier_counter": barrier_counters(start), "finished_blocks": start}
     phi, (r_max, d_max) = options.phi, options.renorm or (1.0, 0.0)
     members |= {"held": chosen.held, "momentum": options.momentum, "eps": options.eps, "alpha": phi.alpha}
     members |= {"divisor": found.problem.rows - options.unbiased, "correction": options.unbiased}

@@ -103,7 +103,7 @@ def batch_norm_double_backward(
     >>> bool(np.allclose((ddy * dy).sum(), (dx**2).sum())), bool(np.allclose(of_gamma, (dx**2).sum()))
     (True, True)
     """
-    given = ddx, dy, x, residual, ddresidual, ddgamma, ddbeta, gamma, beta, statistics
+    given = dy, ddx, x, residual, ddresidual, ddgamma, ddbeta, gamma, beta, statistics
     call = DOUBLE_BACKWARD.calls.replay(out, given, axis, activation, alpha)
     if call.replayed:
         return out

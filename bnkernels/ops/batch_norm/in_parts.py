@@ -129,13 +129,13 @@ def batch_norm_statistics(
     >>> merged[:, 0]
     array([ 3.,  4.,  0., 26.])
     """
-    given = running_mean, running_var, moments
-    call = CALLS.replay(out, given, momentum, unbiased, eps)
+    running = running_mean, running_var
+    call = CALLS.replay(out, (moments, *running), momentum, unbiased, eps)
     if call.replayed:
         return out
     options = check.number("momentum", momentum, 0, 1), check.boolean("unbiased", unbiased), check.epsilon(eps, moments)
     statistics, merged = check.pack_outputs(out, NAMES[:2])
-    arrays = (statistics, merged, *given)
+    arrays = (statistics, merged, *running, moments)
     runtime, channels, launch = _planned(*check.signatures(arrays))
     if any(array is not None for array in arrays[:4]):
         overlap.check_outputs(runtime, NAMES, arrays, written=4)

@@ -11,15 +11,15 @@ hardware; none has been tuned.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 
 from bnkernels.ops.batch_norm.problem import Pass, Problem, Stage
 from bnkernels.runtime import seam as rt
 from bnkernels.runtime.arguments import accumulator, arguments_type, suffix
-from bnkernels.runtime.seam import MAX_GRID, Launch, Limits, ceil_div
-from bnkernels.runtime.workspace import MOST_BLOCKS, MOST_GROUPS, PARTIALS, most_shared, resident
+from bnkernels.runtime.occupancy import most_shared, resident
+from bnkernels.runtime.seam import MAX_GRID, Launch, LaunchPlan, Limits, ceil_div
+from bnkernels.runtime.workspace import MOST_BARRIERS, MOST_SPLITS, PARTIALS
 
 WIDTH = 32  # channels of a slice: 128 bytes of float32, four whole memory sectors per row
 SECTOR = 32  # bytes that memory moves at once
@@ -96,17 +96,6 @@ ARGUMENTS = {
         "activation",
     ),
 }
-
-
-class LaunchPlan(NamedTuple):
-    """Kernel, launch, and layout of the argument."""
-
-    source: str
-    kernel: str
-    launch: Launch
-    arguments: np.dtype
-    splits: int = 1  # blocks that add up a slice, with counters and partial results in the workspace
-    held: int = 0  # rows of 16 bytes that a thread of a cooperative kernel keeps in shared memory
 
 
 @lru_cache(maxsize=1024)
@@ -267,7 +256,7 @@ def cooperative(kind: Pass, problem: Problem, limits: Limits) -> LaunchPlan | No
         splits = block.splits()
         if block.keeps_all(splits) and block.exchanged(splits) <= EXCHANGED * block.read(splits):
             break
-    return block.plan(splits, min(block.slices, block.resident // splits, MOST_GROUPS))
+    return block.plan(splits, min(block.slices, block.resident // splits, MOST_BARRIERS))
 
 
 class _Block:
@@ -299,7 +288,7 @@ class _Block:
 
     def splits(self) -> int:
         """Return how many blocks share a slice: enough to keep it on the chip, and to have work for all."""
-        most = min(self.resident, MOST_BLOCKS, FAN_IN * self.lanes, self.rows // self.lanes)
+        most = min(self.resident, MOST_SPLITS, FAN_IN * self.lanes, self.rows // self.lanes)
         splits = 1
         while 2 * splits <= most and (2 * splits * self.slices <= self.resident or not self.keeps_all(splits)):
             splits *= 2

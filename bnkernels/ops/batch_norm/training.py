@@ -116,8 +116,8 @@ def batch_norm_forward(
     >>> mean
     array([2., 0.])
     """
-    given = running_mean, running_var, x, residual, mask, gamma, beta
-    call = FORWARD.calls.replay(out, given, momentum, unbiased, eps, axis, activation, alpha, grouped, renorm)
+    running, given = (running_mean, running_var), (x, residual, mask, gamma, beta)
+    call = FORWARD.calls.replay(out, given + running, momentum, unbiased, eps, axis, activation, alpha, grouped, renorm)
     if call.replayed:
         return out
     options = Options(
@@ -127,7 +127,7 @@ def batch_norm_forward(
         unbiased=check.boolean("unbiased", unbiased),
         renorm=check.renorm_limits(renorm),
     )
-    arrays = (*check.pack_outputs(out, FORWARD.outputs), *given)
+    arrays = (*check.pack_outputs(out, FORWARD.outputs), *running, *given)
     return run(plan(FORWARD, arrays, axis, grouped, renorm), arrays, options, call)
 
 

@@ -13,8 +13,9 @@ import numpy as np
 from bnkernels.ops.activations import activation_named
 from bnkernels.ops.fused_training.network import Network
 from bnkernels.ops.linear_batch_norm import launch as linear
+from bnkernels.runtime.occupancy import most_shared, resident
 from bnkernels.runtime.seam import Launch, Limits, ceil_div
-from bnkernels.runtime.workspace import MOST_GROUPS, most_shared, resident
+from bnkernels.runtime.workspace import MOST_BARRIERS
 
 EXAMPLES = 8  # of a thread, as in cuda/lib/gemm/subwarp.cuh
 TEAMS = (8, 16, 32)  # threads that share a neuron
@@ -177,7 +178,7 @@ def _why_no_group(sizes: Sizes, limits: Limits) -> str | None:
 def _by_groups(sizes: Sizes, limits: Limits) -> Choice:
     blocks, width, shared = _group(sizes, limits)
     cluster = limits.clusters and blocks == CLUSTER
-    assert cluster or blocks == 1 or sizes.models <= MOST_GROUPS, "no device has so many multiprocessors"
+    assert cluster or blocks == 1 or sizes.models <= MOST_BARRIERS, "no device has so many multiprocessors"
     # Of two dimensions, so that nobody cuts it where fewer blocks are resident than were planned.
     grid = (sizes.models * blocks, 1, 1) if cluster else (sizes.models, blocks, 1)
     constants = (*sizes.constants, ("blocks", blocks), ("width", width))

@@ -21,7 +21,7 @@ from bnkernels.runtime import checks as check
 from bnkernels.runtime import overlap, registry
 from bnkernels.runtime import seam as rt
 from bnkernels.runtime.arguments import addresses, arguments_type, empty, pack, suffix
-from bnkernels.runtime.workspace import counters
+from bnkernels.runtime.workspace import barrier_counters
 
 POINTERS = (
     "x labels indices seeds schedule layers parameters first second running losses rates workspace barrier_counter"
@@ -193,7 +193,7 @@ def _launch(
     if choice.width:
         source, of_several = "fused_training_multi_block", (sizes.memory, choice.blocks, choice.width, sizes.widest)
         workspace = empty(runtime, (sizes.models, sizes.memory), x)  # of this stream: free when all is enqueued
-        counter = counters(runtime.workspace(x))
+        counter = barrier_counters(runtime.workspace(x))
     pointers = *addresses(runtime, *given, workspace), counter
     numbers = *numbers, network.scratch_rows, *of_several
     record = pack(ARGUMENTS[dtype], *pointers, *numbers, *scalars, *codes, sizes.team)

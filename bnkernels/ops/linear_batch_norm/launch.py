@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from bnkernels.runtime.arguments import accumulator
+from bnkernels.runtime.occupancy import most_shared, resident
 from bnkernels.runtime.seam import Launch, Limits, ceil_div
-from bnkernels.runtime.workspace import most_shared, resident
 
 MIN_BLOCKS = 1  # resident blocks of a multiprocessor, promised by the launch bounds of the kernels
 THREADS, TILE_K = 256, 32  # PRODUCT_THREADS and TILE_K of cuda/lib/gemm/matrix.cuh

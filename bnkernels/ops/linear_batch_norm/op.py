@@ -30,7 +30,7 @@ from bnkernels.runtime import checks as check
 from bnkernels.runtime import overlap
 from bnkernels.runtime import seam as rt
 from bnkernels.runtime.arguments import accumulator, addresses, arguments_type, empty, pack, suffix
-from bnkernels.runtime.workspace import counters
+from bnkernels.runtime.workspace import barrier_counters
 
 NOTHING = 1e-30  # an eps that a variance of 1 does not notice
 SIZES = "rows inputs outputs width"
@@ -260,7 +260,7 @@ def linear_batch_norm_backward(
         if input_gradient:
             _multiply(runtime, dz, weight.T, dx)
         return outputs
-    arrivals = counters(runtime.workspace(x)) if chosen[0].cooperative else 0
+    arrivals = barrier_counters(runtime.workspace(x)) if chosen[0].cooperative else 0
     pointers = addresses(runtime, dy, x, weight, gamma, beta, z, statistics, *outputs, dz)
     _launch(runtime, "backward", norm, sizes, chosen, (*pointers, arrivals), (), phi, x)
     return outputs
