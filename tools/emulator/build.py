@@ -63,20 +63,19 @@ BUILDS: Mapping[str, Build] = {
 }
 
 
-def compiler() -> str | None:
-    """Return the path of g++, or None where there is none."""
-    return shutil.which("g++")
-
-
 @cache
 def _compiler_version() -> str:
-    return subprocess.run([_need_compiler(), "--version"], capture_output=True, text=True, check=True).stdout
+    return subprocess.run([compiler(), "--version"], capture_output=True, text=True, check=True).stdout
 
 
-def _need_compiler() -> str:
-    found = compiler()
+def compiler() -> str:
+    """Return the path of g++; raise `EmulatorError` where there is none."""
+    found = shutil.which("g++")
     if found is None:
-        raise EmulatorError("the emulator compiles the kernels with g++, and there is none on the PATH: install g++")
+        raise EmulatorError(
+            "the emulator compiles the kernels with g++, and there is none on the PATH: install it "
+            "(on Debian and Ubuntu: apt-get install g++)"
+        )
     return found
 
 
@@ -174,7 +173,7 @@ def _folder(name: str, *key: str) -> Iterator[Path]:
 def _compile(arguments: list[str], output: Path) -> None:
     """Run g++; the output appears under its name only when it is whole."""
     partial = output.with_suffix(f".partial{output.suffix}")
-    command = [_need_compiler(), *arguments, "-o", str(partial)]
+    command = [compiler(), *arguments, "-o", str(partial)]
     run = subprocess.run(command, cwd=output.parent, capture_output=True, text=True)
     if run.returncode != 0:
         raise EmulatorError(f"g++ does not compile {output.stem}:\n{run.stderr}")
