@@ -2,87 +2,23 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from bnkernels.runtime import checks as check
-from bnkernels.runtime import overlap, registry
 from bnkernels.runtime import seam as rt
 from bnkernels.runtime.arguments import SUFFIX, addresses, arguments_type, empty, pack
+from bnkernels.runtime.operands import Operands
+from bnkernels.runtime.replay import ReplayCache
 
 ARGUMENTS = arguments_type("logits labels loss dlogits", "rows classes", "", "")
 LABELS = {np.dtype(np.int32): "i32", np.dtype(np.int64): "i64"}
 WARPS = 8  # examples of a block: enough warps to hide the latency of exp, few enough to spread 64 examples
 
 
-def softmax_cross_entropy(logits: Any, labels: Any, *, out: tuple[Any, Any] | None = None) -> tuple[Any, Any]:
-    """Return the loss of every example and the gradient of the mean loss.
-
-    Parameters
-    ----------
-    logits : array, shape (N, K), float32 or float64
-        Unnormalised log-probabilities of K classes; C order. Never written.
-    labels : array, shape (N,), int32 or int64
-        The right classes, from 0 to K - 1; contiguous.
-    out : tuple of two arrays, optional
-        Where to write `loss` and `dlogits` (which may be `logits` itself); C order.
-
-    Returns
-    -------
-    loss : array, shape (N,), dtype of `logits`
-        ``-log(softmax(logits))`` of the right class, in nats.
-    dlogits : array, shape (N, K), dtype of `logits`
-        Gradient of ``loss.mean()``.
-
-    Raises
-    ------
-    TypeError
-        If an argument is not an array of the right kind or data type, or arrays of NumPy and CuPy are mixed.
-    ValueError
-        If a shape or layout is wrong, arrays overlap, or, for NumPy arrays, a label is out of range.
-
-    Notes
-    -----
-    On a GPU a label out of range gives NaN in its row: to look at labels before the launch would wait for the device.
-    Source: ``cuda/softmax_cross_entropy.cu``.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> loss, dlogits = softmax_cross_entropy(np.zeros((1, 2)), np.array([1]))
-    >>> loss, dlogits
-    (array([0.69314718]), array([[ 0.5, -0.5]]))
-    """
-    loss, dlogits = check.pack_outputs(out, ("loss", "dlogits"))
-    arrays = (dlogits, loss, logits, labels)
-    runtime, shape = _checked(*check.signatures(arrays))
-    if runtime is not None:
-        check.one_device(runtime, _NAMES, arrays)
-    if out is None:
-        loss, dlogits = empty(runtime, shape[:1], logits), empty(runtime, shape, logits)
-    else:
-        overlap.check_outputs(runtime, _NAMES, arrays, written=2, in_place=("logits",))
-
-    if shape[0] == 0:
-        return loss, dlogits
-    if runtime is None:
-        _numpy(logits, labels, loss, dlogits)
-    else:
-        arguments = pack(ARGUMENTS[logits.dtype], *addresses(runtime, logits, labels, loss, dlogits), *shape)
-        name = f"bnk_softmax_cross_entropy_{LABELS[labels.dtype]}_{SUFFIX[logits.dtype]}"
-        runtime.launch("softmax_cross_entropy", name, softmax_cross_entropy_launch(shape[0]), arguments, logits)
-    return loss, dlogits
-
-
-_NAMES = ("dlogits", "loss", "logits", "labels")  # those that are written first
-
-
-@lru_cache(maxsize=1024)
-def _checked(*signatures: check.Signature | None) -> tuple[rt.Runtime | None, tuple[int, int]]:
-    """Check signatures; return who runs them, and the shape of the logits."""
-    args = check.arguments(dict(zip(_NAMES, signatures, strict=True)), optional=("loss", "dlogits"), written=2)
+def _shape(args: dict[str, check.Argument | None]) -> tuple[int, int]:
+    """Check all arrays; return the shape of the logits."""
     logits, labels = args["logits"], args["labels"]
     check.wide(logits)
     if len(logits.shape) != 2:
@@ -96,7 +32,66 @@ def _checked(*signatures: check.Signature | None) -> tuple[rt.Runtime | None, tu
         raise ValueError(f"logits has the shape {logits.shape}: there is no class to be right")
     check.contiguous(args["loss"], (rows,), logits.dtype)
     check.contiguous(args["dlogits"], (rows, classes), logits.dtype)
-    return registry.runtime_of(logits.kind), (rows, classes)
+    return rows, classes
+
+
+CALLS = ReplayCache()
+OPERANDS = Operands("dlogits loss", "logits labels", _shape, optional="dlogits loss", in_place="logits")
+
+
+def softmax_cross_entropy(logits: Any, labels: Any, *, out: tuple[Any, Any] | None = None) -> tuple[Any, Any]:
+    """Return the loss of every example and the gradient of the mean loss.
+
+    Parameters
+    ----------
+    logits : array, shape (N, K), float32 or float64
+        Unnormalised log-probabilities of K classes; C order. Never written.
+    labels : array, shape (N,), int32 or int64
+        Classes of the examples, from 0 to K - 1; contiguous.
+    out : tuple of two arrays, optional
+        Arrays for `loss` and `dlogits` (which may be `logits` itself); C order.
+
+    Returns
+    -------
+    loss : array, shape (N,), dtype of `logits`
+        ``-log(softmax(logits))`` of the right class, in nats.
+    dlogits : array, shape (N, K), dtype of `logits`
+        Gradient of ``loss.mean()``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is wrong, or, for NumPy arrays, a label is out of range; nothing is written then.
+
+    Notes
+    -----
+    On a GPU a label out of range gives NaN in its row: to look at labels before the launch would wait for the device.
+    Source: ``cuda/softmax_cross_entropy.cu``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> loss, dlogits = softmax_cross_entropy(np.zeros((1, 2)), np.array([1]))
+    >>> loss, dlogits
+    (array([0.69314718]), array([[ 0.5, -0.5]]))
+    """
+    call = CALLS.replay(out, (logits, labels))
+    if call.replayed:
+        return out
+    loss, dlogits = check.pack_outputs(out, ("loss", "dlogits"))
+    runtime, shape = OPERANDS.check(dlogits, loss, logits, labels)
+    if out is None:
+        loss, dlogits = empty(runtime, shape[:1], logits), empty(runtime, shape, logits)
+    if shape[0] == 0:
+        return loss, dlogits
+    if runtime is None:
+        _reference(logits, labels, loss, dlogits)
+        return loss, dlogits
+    arguments = pack(ARGUMENTS[logits.dtype], *addresses(runtime, logits, labels, loss, dlogits), *shape)
+    kernel = f"bnk_softmax_cross_entropy_{LABELS[labels.dtype]}_{SUFFIX[logits.dtype]}"
+    launch = softmax_cross_entropy_launch(shape[0])
+    call.launch(runtime, "softmax_cross_entropy", kernel, launch, arguments, logits)
+    return loss, dlogits
 
 
 def softmax_cross_entropy_launch(rows: int) -> rt.Launch:
@@ -110,8 +105,8 @@ def softmax_cross_entropy_launch(rows: int) -> rt.Launch:
     return rt.Launch((rt.ceil_div(rows, WARPS), 1, 1), (32, WARPS, 1))
 
 
-@np.errstate(all="ignore")  # as kernels do, which have no warnings
-def _numpy(logits: np.ndarray, labels: np.ndarray, loss: np.ndarray, dlogits: np.ndarray) -> None:
+@np.errstate(all="ignore")  # kernels have no warnings either
+def _reference(logits: np.ndarray, labels: np.ndarray, loss: np.ndarray, dlogits: np.ndarray) -> None:
     rows, classes = logits.shape
     if labels.min() < 0 or labels.max() >= classes:
         wrong = labels[(labels < 0) | (labels >= classes)][0]

@@ -21,7 +21,8 @@ class Operands:
         it reads is always given.
     problem : callable
         ``problem(arguments, *options)``: checks data types, shapes and layouts of a dict of `checks.Argument` by name,
-        and returns what the launch depends on. Its results are cached by the signatures of the arrays.
+        and returns what the launch depends on. Its results are cached by the signatures of the arrays. By default it
+        returns the dict.
     optional : str
         Names of the arrays that may be None.
     in_place : str
@@ -29,7 +30,7 @@ class Operands:
     """
 
     def __init__(
-        self, writes: str, reads: str, problem: Callable[..., Any], *, optional: str = "", in_place: str = ""
+        self, writes: str, reads: str, problem: Callable[..., Any] = dict, *, optional: str = "", in_place: str = ""
     ) -> None:
         self.written, self.names = len(writes.split()), (*writes.split(), *reads.split())
         self._optional, self._in_place = tuple(optional.split()), tuple(in_place.split())

@@ -13,7 +13,7 @@ import numpy as np
 
 from bnkernels.nn.mlp import MLP
 from bnkernels.nn.optimizers import make_optimizer
-from bnkernels.ops.fused_training.launch import Sizes, choose, why_not
+from bnkernels.ops.fused_training.launch import Problem, choose, why_not
 from bnkernels.ops.fused_training.op import fused_training
 from bnkernels.ops.softmax_cross_entropy import softmax_cross_entropy
 from bnkernels.runtime.registry import runtime_of, why_no_cuda
@@ -150,15 +150,15 @@ class Network:
         return None if runtime is None else runtime.limits(self.model.parameters)
 
     @property
-    def _sizes(self) -> Sizes:
+    def _sizes(self) -> Problem:
         model = self.model
         counts = model.parameters.dtype, model.parameters.size, model.running.size
-        return Sizes(model.fused, self._batch_size, self._config.optimizer, *counts)
+        return Problem(model.fused, self._batch_size, self._config.optimizer, *counts)
 
     @property
     def _blocks(self) -> int:
         """The blocks that train the network together."""
-        return choose(self._sizes, self._limits).blocks
+        return choose(self._sizes, self._limits).splits
 
     def evaluate(self, x: Any, y: Any) -> tuple[float, float]:
         """Return the mean cross-entropy (nats) and the accuracy on these examples, with running statistics."""

@@ -18,12 +18,14 @@ import pytest
 
 from benchmarks.counts.devices import DEVICES, SM_75, Device
 from benchmarks.counts.limits import occupancy
+from bnkernels.ops import gemm
 from bnkernels.ops.batch_norm import launch as batch_norm
-from bnkernels.ops.batch_norm.problem import BACKWARD, FORWARD, Problem
+from bnkernels.ops.batch_norm import problem as batch_norm_problem
 from bnkernels.ops.fused_training import launch as fused
-from bnkernels.ops.fused_training.op import Layer, Network
+from bnkernels.ops.fused_training.spec import LayerSpec, NetworkSpec
 from bnkernels.ops.layer_norm import launch as layer_norm
 from bnkernels.ops.linear_batch_norm import launch as linear
+from bnkernels.ops.linear_batch_norm.problem import Problem
 from bnkernels.runtime.arguments import suffix
 from bnkernels.runtime.occupancy import most_shared, resident
 from bnkernels.runtime.seam import Launch, Limits
@@ -62,9 +64,10 @@ def batch_norm_plans(limits: Limits) -> Iterator[Plan]:
     examples, channels = (4000, 70_000, 10**6), (16, 64, 1000, 4096)
     shapes = [(n, c, 1) for n, c in product(examples, channels)]
     shapes += [(n, c, inner) for n, c, inner in product((1, 8, 256), (1, 3, 64, 256), (3136, 50_176, 10**6))]
-    for dtype, kind, shape in product(TYPES, (FORWARD, BACKWARD), shapes):
+    for dtype, kind, shape in product(TYPES, (batch_norm_problem.FORWARD, batch_norm_problem.BACKWARD), shapes):
         strides = shape[1] * shape[2], shape[2], 1 if shape[2] > 1 else 0
-        problem = Problem(1, *shape, dtype, (strides,) * (1 if kind is FORWARD else 2))
+        inputs = batch_norm.PLANES[kind.direction]
+        problem = batch_norm_problem.Problem(1, *shape, dtype, (strides,) * inputs)
         choice = batch_norm.cooperative(kind, problem, limits) if batch_norm.in_vectors(kind, problem) else None
         if choice is not None:
             yield choice.kernel, choice.launch
@@ -74,30 +77,30 @@ def layer_norm_plans(limits: Limits) -> Iterator[Plan]:
     """Yield one for each data type and shape."""
     columns = (1, 8, 20, 64, 256, 768, 1000, 1024, 2047, 2048, 4096, 5120, 8192, 20_000, 300_000)
     for dtype, rows, c in product(TYPES, (1, 64, 700, 5000, 100_000), columns):
-        matrix, end = layer_norm.Problem(rows, c, dtype), suffix(dtype)
-        yield f"bnk_layer_norm_forward_{end}", layer_norm.choose_forward(matrix, limits).launch
-        yield f"bnk_layer_norm_backward_{end}", layer_norm.choose_backward(matrix, limits).launch
+        for choose in (layer_norm.choose_forward, layer_norm.choose_backward):
+            chosen = choose(layer_norm.Problem(rows, c, dtype), limits)
+            yield chosen.kernel, chosen.launch
 
 
 def linear_plans(limits: Limits) -> Iterator[Plan]:
     """Yield those of the kernels; where there is none, a library multiplies."""
     sizes = product((2, 64, 100, 512), (1, 64, 784, 1024), (1, 20, 100, 1000, 1024), TYPES)
     for size, norm, direction, dx in product(sizes, NORMS, DIRECTIONS, (True, False)):
-        chosen = linear.choose(direction, linear.Sizes(*size), limits, dx, norm)
+        chosen = linear.choose(direction, Problem(*size), limits, dx, norm)
         if chosen is not None:
-            yield f"bnk_linear_{norm or 'batch'}_norm_{direction}_{suffix(size[3])}", chosen[0]
+            yield chosen.kernel, chosen.launch
 
 
-def networks() -> Iterator[fused.Sizes]:
+def networks() -> Iterator[fused.Problem]:
     """Yield what may be trained in one launch."""
     hidden = (64, 20, 10), (64, 300, 10), (784, 100, 100, 100, 10), (64, 1024, 10), (1000, 9, 2), (8, 300, 1000)
     given = product(hidden, ("batch", "layer"), (2, 64, 512), TYPES[:2], ("sgd", "adam"), (1, 3, 30, 200))
     for sizes, norm, batch, dtype, optimizer, models in given:
         pairs = list(pairwise(sizes))
-        layers = tuple(Layer(i, o, 0, -(n + 1 == len(pairs)), 0) for n, (i, o) in enumerate(pairs))
+        layers = tuple(LayerSpec(i, o, 0, -(n + 1 == len(pairs)), 0) for n, (i, o) in enumerate(pairs))
         parameters = sum((i + 2) * o for i, o in pairs)
-        network = Network(layers, norm=norm)
-        yield fused.Sizes(network, batch, optimizer, dtype, parameters, 2 * sum(sizes[1:-1]), models)
+        network = NetworkSpec(layers, norm=norm)
+        yield fused.Problem(network, batch, optimizer, dtype, parameters, 2 * sum(sizes[1:-1]), models)
 
 
 def fused_training_plans(limits: Limits) -> Iterator[Plan]:
@@ -105,7 +108,7 @@ def fused_training_plans(limits: Limits) -> Iterator[Plan]:
     for given, clusters in product(networks(), {False, limits.clusters}):
         choice = fused.choose(given, limits._replace(clusters=clusters))
         if choice is not None:
-            yield f"bnk_{choice.kernel}_{suffix(given.dtype)}", choice.launch
+            yield choice.kernel, choice.launch
 
 
 OPS = {
@@ -154,7 +157,7 @@ def promise_of(kernel: str) -> int:
 
 @pytest.mark.parametrize(
     ("op", "planner"),
-    [("batch_norm", batch_norm), ("layer_norm", layer_norm), ("linear_batch_norm", linear), ("fused_training", linear)],
+    [("batch_norm", batch_norm), ("layer_norm", layer_norm), ("linear_batch_norm", gemm), ("fused_training", gemm)],
 )
 def test_launch_bounds_promise_what_planners_count_on(op: str, planner: ModuleType) -> None:
     kernels = {kernel for device in DEVICES for kernel, launch in plans_of(op, device) if launch.cooperative}
