@@ -26,7 +26,6 @@ from bnkernels.ops.fused_training.spec import LayerSpec, NetworkSpec
 from bnkernels.ops.layer_norm import launch as layer_norm
 from bnkernels.ops.linear_batch_norm import launch as linear
 from bnkernels.ops.linear_batch_norm.problem import Problem
-from bnkernels.runtime.arguments import suffix
 from bnkernels.runtime.occupancy import most_shared, resident
 from bnkernels.runtime.seam import Launch, Limits
 

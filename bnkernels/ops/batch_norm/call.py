@@ -30,7 +30,6 @@ from bnkernels.runtime import checks as check
 from bnkernels.runtime import overlap, registry
 from bnkernels.runtime.arguments import accumulator, empty, pack
 from bnkernels.runtime.replay import NEW, Call
-from bnkernels.runtime.seam import LaunchPlan
 from bnkernels.runtime.workspace import PARTIALS, barrier_counters
 
 AXES = "group", "outer", "channel", "inner"
@@ -59,7 +58,8 @@ def _planned(kind: Pass, axis: int, grouped: bool, renormalised: bool, *signatur
     problem, axis = view(x, axis, grouped)
     in_storage_type, rows = False, 3
     if kind is not DOUBLE_BACKWARD:  # it knows no options
-        in_storage_type = _in_storage_type(args)
+        given_types = [args[name].dtype for name in ("gamma", "beta") if args.get(name)]
+        in_storage_type = x.dtype.itemsize == 2 and x.dtype in given_types
         rows = 5 if renormalised or ("statistics" in kind.inputs and args["statistics"].shape[-2:-1] == (5,)) else 3
     outputs = _check_arrays(args, kind, axis, x.shape[:grouped], rows, in_storage_type)
     masked = args.get("mask") is not None
@@ -81,12 +81,6 @@ def _planned(kind: Pass, axis: int, grouped: bool, renormalised: bool, *signatur
     return found if runtime is None or found.empty else _with_strides(found, args)
 
 
-def _in_storage_type(args: dict[str, check.Argument | None]) -> bool:
-    """Return whether the parameters have the 16 bits of the data."""
-    dtype = args["x"].dtype
-    return dtype.itemsize == 2 and dtype in [args[name].dtype for name in ("gamma", "beta") if args.get(name)]
-
-
 def _check_arrays(
     args: dict[str, check.Argument | None],
     kind: Pass,
@@ -103,7 +97,8 @@ def _check_arrays(
     outputs = {}
     for name, argument in args.items():
         if name == "mask":
-            _check_mask(argument, x.shape[:front] + x.shape[front + 1 :])
+            if argument is not None:
+                _check_mask(argument, x.shape[:front] + x.shape[front + 1 :])
             continue
         shape, dtype = shapes.get(name, (channels,)), acc_dtype
         if name in TENSORS:
@@ -116,10 +111,8 @@ def _check_arrays(
     return outputs
 
 
-def _check_mask(mask: check.Argument | None, positions: tuple[int, ...]) -> None:
+def _check_mask(mask: check.Argument, positions: tuple[int, ...]) -> None:
     """Check for a boolean mask over the positions of a channel, or over the first axes of these."""
-    if mask is None:
-        return
     if mask.dtype != np.bool_:
         raise TypeError(f"mask must be bool, True where valid, got {mask.dtype}; convert it with mask.astype(bool)")
     if not mask.shape or mask.shape != positions[: len(mask.shape)]:
@@ -191,7 +184,8 @@ def _launch(found: Plan, given: dict[str, Any], options: Options, call: Call) ->
     for name in found.copied:
         given[name] = _copy(found, name, given[name])
     members = {name: runtime.pointer(array) for name, array in given.items() if array is not None}
-    chosen = _choose(found, members, x)
+    aligned = not any(members.get(name, 0) % VECTOR for name in TENSORS)
+    chosen = choose(found.kind, found.problem, runtime.limits(x) if aligned else None)
     members |= found.members
     if "out" in members:
         members["y"] = members["out"]
@@ -210,15 +204,6 @@ def _launch(found: Plan, given: dict[str, Any], options: Options, call: Call) ->
     arguments = pack(chosen.arguments, *[members.get(name, 0) for name in chosen.arguments.names])
     replayable = not found.copied and chosen.splits == 1  # copies are of this call, the workspace is of the stream
     call.launch(runtime, chosen.source, chosen.kernel, chosen.launch, arguments, x, replayable)
-
-
-def _choose(found: Plan, addresses: dict[str, int], x: Any) -> LaunchPlan:
-    """Return the kernel and its launch: cooperative ones need a device that can, and data that begin at a vector."""
-    limits = None
-    if not found.problem.masked_grouped:
-        aligned = all(not address % VECTOR for name, address in addresses.items() if name in TENSORS)
-        limits = found.runtime.limits(x) if aligned else None
-    return choose(found.kind, found.problem, limits)
 
 
 def _copy(found: Plan, name: str, array: Any) -> Any:

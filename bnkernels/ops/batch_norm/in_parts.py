@@ -2,8 +2,7 @@
 
 Each part is summed where it is (`batch_norm_moments`), the small sums are exchanged, merged (`batch_norm_statistics`),
 and applied where the data are (`batch_norm_normalise`); the backward goes the same way (`batch_norm_gradient_sums`,
-`batch_norm_input_gradient`). How to exchange is the caller's choice: NCCL, MPI, or a loop. C is the number of
-channels. The kernels are the masked_grouped ones, and for the merge ``cuda/batch_norm_statistics.cu``.
+`batch_norm_input_gradient`). How to exchange is the caller's choice: NCCL, MPI, or a loop. C is the number of channels.
 """
 
 from __future__ import annotations
@@ -69,10 +68,9 @@ def batch_norm_moments(x: Any, *, axis: int = 1, mask: Any = None, out: Any = No
     >>> batch_norm_moments(np.array([[1.0], [3.0]]))[:, 0]
     array([2., 2., 0., 2.])
     """
-    call = MOMENTS.calls.replay((out,), (x, mask), axis)
+    call, arrays = MOMENTS.calls.replay((out,), (x, mask), axis), (out, x, mask)
     if call.replayed:
         return out
-    arrays = out, x, mask
     return run(plan(MOMENTS, arrays, axis), arrays, Options(IDENTITY), call)[0]
 
 

@@ -121,7 +121,7 @@ def choose(kind: Pass, problem: Problem, limits: Limits | None) -> LaunchPlan:
     if problem.masked_grouped:
         return masked_grouped(kind, problem)
     plain = one_block(kind, problem)
-    if limits is None or not in_vectors(kind, problem) or f"_registers{REGISTERS}_" in plain.kernel:
+    if limits is None or f"_registers{REGISTERS}_" in plain.kernel or not in_vectors(kind, problem):
         return plain
     return cooperative(kind, problem, limits) or plain
 

@@ -14,7 +14,7 @@ from bnkernels.ops.batch_norm.problem import BACKWARD, FORWARD, Pass
 from bnkernels.runtime.occupancy import resident
 from bnkernels.runtime.seam import MAX_SHARED_BYTES, SHARED_BYTES, WORKSPACE_BYTES, Limits
 from bnkernels.runtime.workspace import MOST_BARRIERS, PARTIALS
-from tests.ops.test_batch_norm_spread import DTYPES, KIB, TINY, problem_of
+from tests.ops.test_batch_norm_cooperative import DTYPES, KIB, TINY, problem_of
 
 H200 = Limits(132, 227 * KIB, 228 * KIB, cooperative=True)
 A100 = Limits(108, 163 * KIB, 164 * KIB, cooperative=True)
