@@ -212,6 +212,11 @@ def test_a_call_without_out_is_never_kept(device: Device) -> None:
         y, _ = bn.batch_norm_forward(on["x"])
         assert device.runtime.launches[-1].arguments["y"] == y.address
     assert device.packed == 3
+    inference = on["x"], None, None, on["running_mean"], on["running_var"]
+    for _ in range(2):
+        y = bn.batch_norm_inference(*inference)
+        assert device.runtime.launches[-1].arguments["y"] == y.address
+    assert device.packed == 5
 
 
 @pytest.mark.parametrize("wrong", ["list", "too few", "too many", "a None", "empty"])

@@ -103,13 +103,13 @@ def batch_norm_double_backward(
     >>> bool(np.allclose((ddy * dy).sum(), (dx**2).sum())), bool(np.allclose(of_gamma, (dx**2).sum()))
     (True, True)
     """
-    given = dy, ddx, x, residual, ddresidual, ddgamma, ddbeta, gamma, beta, statistics
-    call = DOUBLE_BACKWARD.calls.replay(out, given, axis, activation, alpha)
+    given = dy, x, residual, ddresidual, ddgamma, ddbeta, gamma, beta, statistics
+    call = DOUBLE_BACKWARD.calls.replay(out, (*given, ddx), axis, activation, alpha)
     if call.replayed:
         return out
     if ddresidual is not None and residual is None:
         raise ValueError("ddresidual belongs to a residual, and residual is None; pass residual, or no ddresidual")
     options = Options(activation_named(activation, alpha))
     outputs = check.pack_outputs(out, DOUBLE_BACKWARD.outputs[: 4 if residual is None else 5])
-    arrays = (*outputs, None, *given) if residual is None else (*outputs, *given)
+    arrays = (*outputs, None, ddx, *given) if residual is None else (*outputs, ddx, *given)
     return run(plan(DOUBLE_BACKWARD, arrays, axis), arrays, options, call)

@@ -68,7 +68,7 @@ def batch_norm_moments(x: Any, *, axis: int = 1, mask: Any = None, out: Any = No
     >>> batch_norm_moments(np.array([[1.0], [3.0]]))[:, 0]
     array([2., 2., 0., 2.])
     """
-    call, arrays = MOMENTS.calls.replay((out,), (x, mask), axis), (out, x, mask)
+    call, arrays = MOMENTS.calls.replay(None if out is None else (out,), (x, mask), axis), (out, x, mask)
     if call.replayed:
         return out
     return run(plan(MOMENTS, arrays, axis), arrays, Options(IDENTITY), call)[0]
@@ -221,7 +221,7 @@ def batch_norm_normalise(
     True
     """
     given = x, residual, mask, gamma, beta, statistics
-    call = NORMALISE.calls.replay((out,), given, axis, activation, alpha)
+    call = NORMALISE.calls.replay(None if out is None else (out,), given, axis, activation, alpha)
     if call.replayed:
         return out
     options, arrays = Options(activation_named(activation, alpha)), (out, *given)
@@ -281,7 +281,7 @@ def batch_norm_gradient_sums(
     array([3., 1., 2.])
     """
     given = dy, x, residual, mask, gamma, beta, statistics
-    call = GRADIENT_SUMS.calls.replay((out,), given, axis, activation, alpha)
+    call = GRADIENT_SUMS.calls.replay(None if out is None else (out,), given, axis, activation, alpha)
     if call.replayed:
         return out
     options, arrays = Options(activation_named(activation, alpha)), (out, *given)

@@ -75,7 +75,7 @@ def batch_norm_inference(
     array([[1.]])
     """
     given = x, residual, mask, gamma, beta, running_mean, running_var
-    call = INFERENCE.calls.replay((out,), given, eps, axis, activation, alpha, grouped)
+    call = INFERENCE.calls.replay(None if out is None else (out,), given, eps, axis, activation, alpha, grouped)
     if call.replayed:
         return out
     options = Options(activation_named(activation, alpha), check.epsilon(eps, x))

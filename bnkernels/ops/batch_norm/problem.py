@@ -108,7 +108,7 @@ INPUT_GRADIENT = Pass(
 )
 DOUBLE_BACKWARD = Pass(
     *("double_backward", Stage.WHOLE, ("ddy", "dx", "dgamma", "dbeta", "dresidual")),
-    inputs=("dy", "ddx", "x", "residual", "ddresidual", "ddgamma", "ddbeta", "gamma", "beta", "statistics"),
+    inputs=("ddx", "dy", "x", "residual", "ddresidual", "ddgamma", "ddbeta", "gamma", "beta", "statistics"),
     required=("dy", "x", "statistics"),
 )
 

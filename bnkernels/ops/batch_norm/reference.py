@@ -244,7 +244,7 @@ def _double_backward(plan: Plan, arrays: dict[str, Any], options: Options) -> No
     The kernel takes apart the sums that depend on sums; here they are written as they stand.
     """
     phi, rows = options.phi, plan.problem.rows
-    dy, ddx, x, residual, ddresidual = (_rows(plan, arrays[name], None) for name in plan.kind.strided)
+    ddx, dy, x, residual, ddresidual = (_rows(plan, arrays[name], None) for name in plan.kind.strided)
     of = _given(plan, arrays, options)
     centred = _centred(x, of, None)
     # Rounded as the forward rounds it: on the same side of a kink.
