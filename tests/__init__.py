@@ -1,0 +1,1 @@
+"""Tests, in the same wings as what they test."""

@@ -37,6 +37,7 @@ FLOORS = [  # from the bottom: a module imports from its own room, and from thos
     {"cli"},
     {"__main__"},
 ]
+MOST_LINES = 350  # of a file that does not say why it has more
 CUPY_IMPORTERS = {"runtime.cuda", "train.environment"}
 
 
@@ -153,9 +154,13 @@ def test_public_names_are_sorted_and_there() -> None:
     assert all(hasattr(bnkernels, name) for name in bnkernels.__all__)
 
 
-@pytest.mark.parametrize("path", [*KERNELS, *PYTHON], ids=lambda path: path.name)
-def test_a_file_is_one_thing(path: Path) -> None:
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 350
+@pytest.mark.parametrize("path", PYTHON, ids=lambda path: path.name)
+def test_a_file_is_one_sentence(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    docstring = ast.get_docstring(ast.parse(text)) or ""
+    sentence = docstring.partition("\n\n")[0]
+    assert sentence.endswith((".", ":")), "the docstring begins with one sentence that says what the file is"
+    assert len(text.splitlines()) <= MOST_LINES or "Long because" in docstring
 
 
 @pytest.mark.parametrize("path", PYTHON, ids=lambda path: path.name)

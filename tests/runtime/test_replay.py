@@ -1,4 +1,7 @@
-"""A repeated call is launched again without checks; nothing but the very same call may pass for one."""
+"""A repeated call is launched again without checks; nothing but the very same call may pass for one.
+
+Long because every way in which two calls can differ is one test.
+"""
 
 from __future__ import annotations
 
@@ -216,6 +219,11 @@ def test_a_call_without_out_is_never_kept(device: Device) -> None:
         y, _ = bn.batch_norm_forward(on["x"])
         assert device.runtime.launches[-1].arguments["y"] == y.address
     assert device.checked == 3
+    inference = on["x"], None, None, on["running_mean"], on["running_var"]
+    for _ in range(2):
+        y = bn.batch_norm_inference(*inference)
+        assert device.runtime.launches[-1].arguments["y"] == y.address
+    assert device.checked == 5
 
 
 @pytest.mark.parametrize("wrong", ["list", "too few", "too many", "a None", "empty"])

@@ -39,6 +39,7 @@ def choose_forward(problem: Problem, limits: Limits) -> LaunchPlan:
 
     Examples
     --------
+    >>> import numpy as np
     >>> h200 = Limits(132, 227 * 1024, 228 * 1024, True)
     >>> choose_forward(Problem(64, 20, np.dtype("float32")), h200).launch
     Launch(grid=(2, 1, 1), block=(8, 32, 1), shared_bytes=4160, cooperative=False)
@@ -65,6 +66,7 @@ def choose_backward(problem: Problem, limits: Limits) -> LaunchPlan:
 
     Examples
     --------
+    >>> import numpy as np
     >>> h200 = Limits(132, 227 * 1024, 228 * 1024, True)
     >>> choose_backward(Problem(8192, 1024, np.dtype("float32")), h200).launch
     Launch(grid=(256, 1, 1), block=(256, 1, 1), shared_bytes=24640, cooperative=True)

@@ -39,6 +39,7 @@ def choose(
 
     Examples
     --------
+    >>> import numpy as np
     >>> h200 = Limits(132, 227 * 1024, 228 * 1024, True)
     >>> plan = choose("forward", Problem(64, 64, 20, np.dtype("float32")), h200)
     >>> plan.launch, plan.width
