@@ -1,4 +1,4 @@
-"""The three places an op runs in: the NumPy twin, the emulated kernels, a GPU. One body of every test serves all."""
+"""The three backends of an op: NumPy, emulated kernels, a GPU. One body of every test serves all."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PARAMETERS = [
 
 
 class Backend(NamedTuple):
-    """How arrays get in and out."""
+    """Transfers of arrays to and from a backend."""
 
     name: str
     asarray: Callable[[Any], Any]  # a C-contiguous copy

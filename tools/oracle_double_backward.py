@@ -1,6 +1,6 @@
 """The double backward of batch norm in extended precision, by its formulas, with the bounds of `tools.oracle`.
 
-The kernel and the twin take the sums apart in different ways. So a bound must hold for every order of evaluation:
+The kernel and the NumPy path take the sums apart in different ways. So a bound must hold for every order of evaluation:
 beside each value goes its size, the same formula of absolute values, and the bound is a few roundings of that.
 """
 

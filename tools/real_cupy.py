@@ -1,4 +1,4 @@
-"""What the real CuPy says of itself without a GPU: classes, members, signatures, keys of a device's attributes."""
+"""The real CuPy, as far as it can be read without a GPU: classes, members, signatures, keys of device attributes."""
 
 from __future__ import annotations
 

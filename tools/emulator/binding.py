@@ -63,7 +63,7 @@ class _Traffic(ctypes.Structure):  # engine/memory.h: Traffic
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a launch did to global memory, in one array or in all.
+    """Global-memory traffic of a launch, in one array or in all.
 
     `reads` and `writes` count accesses, `vector_accesses` those of 16 bytes among them. A byte that is read twice
     counts twice in `bytes_read` and once in `unique_bytes_read`: where both are equal, everything was read once.
@@ -84,7 +84,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Counts:
-    """What a launch did: traffic by the address range of each array, shared memory, barriers.
+    """Counts of a launch: traffic by the address range of each array, shared memory, barriers.
 
     Only the builds ``plain`` and ``coverage`` see accesses. `barriers` is the most that one block passed.
     """

@@ -35,7 +35,7 @@ class EmulatorError(Exception):
 
 @dataclass(frozen=True)
 class Build:
-    """How one build differs from the others."""
+    """Options of one build of the emulator."""
 
     engine: tuple[str, ...]  # flags for the engine, which is never instrumented
     kernel: tuple[str, ...]  # flags for the kernels

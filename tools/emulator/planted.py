@@ -20,7 +20,7 @@ ARGUMENTS = np.dtype(
 )
 
 
-# What differs from one block of a warp, with 32 elements of x, y and shared memory.
+# Differences from one block of a warp, with 32 elements of x, y and shared memory.
 SETTINGS: dict[str, dict] = {
     "copy_vectors": {"x_size": 128, "y_size": 128},
     "absent_lane": {"block": (24, 1, 1)},
@@ -36,7 +36,7 @@ SETTINGS: dict[str, dict] = {
 
 @dataclass(frozen=True)
 class Result:
-    """What a kernel was given, and what it left."""
+    """Arrays of a planted kernel, before and after its launch."""
 
     x: EmulatedArray
     y: EmulatedArray

@@ -69,9 +69,9 @@ class EmulatorRuntime(seam.Runtime):
     Attributes
     ----------
     launches : list of LaunchRecord
-        What ran since the last `reset`.
+        Launches since the last `reset`.
     workspace_array : EmulatedArray or None
-        What `workspace` returns the address of, once it was asked for.
+        The workspace, once `workspace` was called.
     """
 
     array_type = EmulatedArray
@@ -178,9 +178,9 @@ class EmulatorRuntime(seam.Runtime):
         Parameters
         ----------
         array : array_like
-            What to copy.
+            Values to copy.
         offset_elements : int
-            How many elements the copy starts behind an aligned address.
+            Distance of the copy's start from an aligned address, in elements.
         read_only : bool
             Make a write to it, by a kernel or by NumPy, an error.
         """

@@ -37,7 +37,7 @@ def run(build: str, module: str, arguments: Sequence[str]) -> int:
 
 
 class Reports:
-    """What the sanitizer of this process reports, as it comes."""
+    """Reports of the sanitizer of this process, as they come."""
 
     def __init__(self) -> None:
         log = os.environ.get(LOG_VARIABLE)

@@ -29,7 +29,7 @@ from tools.emulator import LIMITS, EmulatedArray, EmulatorRuntime
 from tools.fake_cupy import kernels as fake_cupy_kernels
 from tools.fake_cupy.graphs import Stream
 
-MOST_BLOCKS, MOST_THREADS = 32, 2048  # of a multiprocessor
+MOST_BLOCKS, MOST_THREADS = 32, 2048  # per multiprocessor
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class Driver:
     Attributes
     ----------
     compiled : Counter
-        How often each ``(device, code, options)`` was compiled.
+        Compilations by ``(device, code, options)``.
     functions : Counter
-        How often each ``(device, entry_point)`` was looked up in a module.
+        Lookups in a module by ``(device, entry_point)``.
     launches : list of LaunchRecord
         In order.
     replays : list of tuple of int
@@ -64,13 +64,14 @@ class Driver:
     of_sm : int or None
         Blocks of any kernel that a multiprocessor holds, in place of what shared memory and threads allow.
     asked : int
-        How often the driver was asked for that, not counting the times that CuPy asks by itself.
+        Number of times the driver was asked for that, not counting CuPy's own.
     dead : bool
         Every later call of the device fails, as after an illegal address.
     captures : dict of int to list of callable
         The work of every stream under capture.
     twins : dict of str to callable
-        What stands for the kernels that the emulator cannot compile, by name: see `tools.fake_cupy.streams`.
+        Python functions for the kernels that the emulator cannot compile, by name: see
+        `tools.fake_cupy.streams`.
     """
 
     def __init__(self, emulator: EmulatorRuntime, devices: int) -> None:
@@ -118,7 +119,7 @@ class Driver:
 
     @property
     def capture(self) -> list[Callable[[], None]] | None:
-        """What the current stream of the current device has captured, or None while it captures nothing."""
+        """Launches captured by the current stream of the current device; None while it captures nothing."""
         return self.captures.get(self.streams[self.device].ptr)
 
     def enqueue(self, work: Callable[[], None]) -> None:

@@ -49,7 +49,7 @@ def converted(driver: Any, value: Any) -> Any:
 class Function:
     """``cupy.cuda.Function``: a kernel of one device, which runs there on the current stream."""
 
-    _kernel: ClassVar[RawKernel | None] = None  # of a function that is none
+    _kernel: ClassVar[RawKernel | None] = None  # None for a function that is no kernel
 
     def __init__(self, kernel: RawKernel) -> None:
         self._kernel, self.ptr = kernel, next(kernel.driver.handles)
