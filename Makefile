@@ -49,7 +49,7 @@ compile: $(TEST) ## compile every kernel for every architecture with the oldest 
 emulate: $(TEST) ## run the op tests on emulated kernels under AddressSanitizer + UBSan, then ThreadSanitizer
 	$(RUN) -m tools.emulator run asan -- -q $(PARALLEL) -m "emulator and not slow" $(ARGS) tests
 	$(RUN) -m tools.emulator run tsan -- -q $(PARALLEL) -m "emulator and not slow" $(OP_TESTS) tests/regress/test_tileops_1727.py \
-		tests/ops/test_batch_norm_spread.py::test_the_order_of_blocks_and_threads_changes_no_bit tests/ops/test_mini_batch.py \
+		tests/ops/test_batch_norm_cooperative.py::test_the_order_of_blocks_and_threads_changes_no_bit tests/ops/test_mini_batch.py \
 		tests/ops/test_layer_norm.py::test_the_order_of_blocks_and_threads_changes_no_bit \
 		tests/ops/test_linear_layer_norm.py::test_the_order_of_blocks_and_threads_changes_no_bit \
 		tests/ops/test_linear_batch_norm.py::test_the_order_of_blocks_and_threads_changes_no_bit \

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from benchmarks.counts.counting import DEVICE, Count, counted, extent, fewest_bytes
 from benchmarks.harness.case import Case
-from bnkernels.ops.batch_norm.cooperative import PLANES, VECTOR
+from bnkernels.ops.batch_norm.launch import PLANES, VECTOR
 
 SIZES = [
     ((64, 20), "float32", "NC"),

@@ -6,19 +6,11 @@ network's two flat arrays, so that an optimiser updates all of them at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from bnkernels.ops.activations import activation_named
-from bnkernels.ops.batch_norm.call import (
-    Plan,
-    plan_backward,
-    plan_forward,
-    plan_inference,
-    run_backward,
-    run_forward,
-    run_inference,
-)
+from bnkernels.ops.batch_norm.inference import batch_norm_inference
+from bnkernels.ops.batch_norm.training import batch_norm_backward, batch_norm_forward
 from bnkernels.ops.layer_norm.op import layer_norm_backward, layer_norm_forward
 from bnkernels.runtime import checks as check
 from bnkernels.runtime import overlap
@@ -101,8 +93,7 @@ class BatchNorm:
         self.momentum, self.unbiased = momentum, check.boolean("unbiased", unbiased)
         self.eps, self.activation = check.epsilon(eps, parameters["gamma"]), activation
         self.batches = 0  # on the host: a counter on the device would cost a launch per step
-        self._phi = activation_named(activation)
-        self._plans: dict[Callable, tuple[list, Plan]] = {}  # the last of each kind
+        activation_named(activation)
         if runtime_of(type(parameters["gamma"])) is None:
             written = {"running_mean": running_mean, "running_var": running_var}
             for name, array in (written | {f"gradient of {key}": array for key, array in gradients.items()}).items():
@@ -111,38 +102,22 @@ class BatchNorm:
 
     def forward(self, x: Any, *, training: bool) -> Any:
         """Return the output, of the shape of `x`, (N, C)."""
-        vectors = self.parameters["gamma"], self.parameters["beta"]
-        running = self.running_mean, self.running_var
+        vectors = self.parameters["gamma"], self.parameters["beta"], self.running_mean, self.running_var
+        options = {"eps": self.eps, "activation": self.activation}
         if not training and self.running_mean is not None:
-            arrays = (None, x, None, *vectors, *running)
-            return run_inference(self._plan(plan_inference, arrays, (1,)), arrays, self.eps, self._phi)
-        arrays = (None, None, *running, x, None, *vectors)
-        plan = self._plan(plan_forward, arrays, (4,))
+            return batch_norm_inference(x, *vectors, **options)
         momentum = 1 / (self.batches + 1) if self.momentum is None else self.momentum
-        y, statistics, kept = run_forward(plan, arrays, momentum, self.eps, self._phi, self.unbiased)
+        y, statistics = batch_norm_forward(x, *vectors, momentum=momentum, unbiased=self.unbiased, **options)
         if training:
-            self.x, self.statistics, self._kept = x, statistics, kept
+            self.x, self.statistics = x, statistics
             self.batches += 1
         return y
 
     def backward(self, dy: Any) -> Any:
         """Write the gradients of the parameters; return that of the input, in the place of `dy`, which is C-ordered."""
         vectors = self.parameters["gamma"], self.parameters["beta"]
-        outputs = dy, self.gradients["gamma"], self.gradients["beta"]
-        arrays = (*outputs, None, dy, self.x, None, *vectors, self.statistics, None, None)
-        plan = self._plan(plan_backward, arrays, (4, 5))
-        if plan.runtime is None:
-            overlap.writable("dy", dy)
-        return run_backward(plan, arrays, self.eps, self._phi, self._kept)[0]
-
-    def _plan(self, plan: Callable[..., Plan], arrays: tuple, varying: tuple[int, ...]) -> Plan:
-        """Return the plan for these arrays, of which only the `varying` ones differ between calls."""
-        signatures = [check.signature(arrays[i]) for i in varying]
-        known, found = self._plans.get(plan, (None, None))
-        if signatures != known:
-            found = plan(1, *check.signatures(arrays))
-            self._plans[plan] = signatures, found
-        return found
+        out = dy, self.gradients["gamma"], self.gradients["beta"]
+        return batch_norm_backward(dy, self.x, *vectors, self.statistics, activation=self.activation, out=out)[0]
 
 
 class LayerNorm:

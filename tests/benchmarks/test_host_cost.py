@@ -13,8 +13,8 @@ import pytest
 
 from benchmarks.ops import host_cost
 from bnkernels import runtime
-from bnkernels.ops.batch_norm import call as plans
-from bnkernels.ops.batch_norm.call import FORWARD
+from bnkernels.ops.batch_norm.launch import ARGUMENTS
+from bnkernels.ops.batch_norm.problem import BACKWARD, FORWARD, INFERENCE
 from bnkernels.runtime import registry
 from bnkernels.runtime.arguments import pack
 from bnkernels.runtime.replay import ReplayCache
@@ -143,7 +143,8 @@ def test_a_structured_array_as_the_argument_would_be_seen(monkeypatch: pytest.Mo
     monkeypatch.setattr(host_cost, "ROUNDS", 20)
     (address,) = host_cost.argument_row().values()
     module = host_cost.cuda_runtime()
-    record = pack(FORWARD[np.dtype(np.float32)], *range(len(FORWARD[np.dtype(np.float32)])))
+    layout = ARGUMENTS["forward"][np.dtype(np.float32)]
+    record = pack(layout, *range(len(layout)))
     monkeypatch.setattr(module, "CPointer", lambda address: record)
     (described,) = host_cost.argument_row().values()
     assert described.min() > 10 * address.min()
@@ -168,8 +169,8 @@ def test_what_is_measured_is_the_repeated_call(monkeypatch: pytest.MonkeyPatch) 
         kept.append(entry_point)
         record(self, key, source, entry_point, *rest)
 
-    for name in ("FORWARD", "INFERENCE", "BACKWARD"):
-        monkeypatch.setattr(plans, f"{name}_CALLS", ReplayCache())
+    for kind in (FORWARD, INFERENCE, BACKWARD):
+        monkeypatch.setitem(vars(kind), "calls", ReplayCache())
     monkeypatch.setattr(ReplayCache, "record", counted)
     calls = host_cost.our_calls(host_cost.standins().asarray)
     repeated = {name: call for name, call in calls.items() if name != host_cost.ELSEWHERE}

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import bnkernels as bn
-from bnkernels.ops.batch_norm.launch import general_launch
+from bnkernels.ops.batch_norm.launch import masked_grouped
+from bnkernels.ops.batch_norm.problem import BACKWARD, FORWARD, INFERENCE, INPUT_GRADIENT, Problem
 from tests.ops.test_batch_norm_layouts import as_rows, make_tensors
 from tests.ops.test_batch_norm_masked import dtype_named, make_mask
 from tools import oracle
@@ -150,16 +151,16 @@ def test_a_launch_covers_groups_and_rows_and_keeps_all_limits() -> None:
         sizes = [int(2 ** rng.uniform(0, top)) for top in (12, 14, 12, 10)]
         for name in ("float16", "float32", "float64"):
             dtype = np.dtype(name)
-            for backward in (False, True):
-                for reduces in (False, True):
-                    launch = general_launch(*sizes, dtype, backward, reduces)
-                    width, lanes, _ = launch.block
-                    assert launch.grid[0] * width >= sizes[2] > (launch.grid[0] - 1) * width
-                    assert launch.grid[2] == 1 or not reduces
-                    assert lanes & (lanes - 1) == 0 or lanes <= 64
-                    if backward and reduces and launch.grid[1] > 1:  # counters and partial results fit the workspace
-                        assert launch.grid[0] <= 2048
-                        assert launch.grid[0] * launch.grid[1] * 2 * width * 8 <= 2**19
+            for kind in (FORWARD, INFERENCE, BACKWARD, INPUT_GRADIENT):
+                chosen = masked_grouped(kind, Problem(*sizes, dtype))
+                launch, (width, lanes, _) = chosen.launch, chosen.launch.block
+                assert launch.grid[0] * width >= sizes[2] > (launch.grid[0] - 1) * width
+                assert launch.grid[2] == 1 or kind in (INFERENCE, INPUT_GRADIENT)
+                assert lanes & (lanes - 1) == 0 or lanes <= 64
+                assert chosen.splits == (launch.grid[1] if kind is BACKWARD else 1)
+                if chosen.splits > 1:  # counters and partial results fit the workspace
+                    assert launch.grid[0] <= 2048
+                    assert launch.grid[0] * launch.grid[1] * 2 * width * 8 <= 2**19
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from bnkernels.ops.batch_norm import launch as chosen
-from bnkernels.ops.batch_norm.launch import (
-    backward_launch,
-    forward_launch,
-    inference_backward_launch,
-    inference_launch,
-)
+from bnkernels.ops.batch_norm.launch import SERIAL_LANES, one_block, slice_width
+from bnkernels.ops.batch_norm.problem import BACKWARD, FORWARD, INFERENCE, INFERENCE_BACKWARD, Pass, Problem
 from bnkernels.runtime import source
 from bnkernels.runtime.arguments import accumulator, suffix
 from bnkernels.runtime.seam import MAX_GRID, MAX_SHARED_BYTES, MAX_THREADS, Launch
@@ -58,8 +53,14 @@ def kernel_facts() -> dict[str, Facts]:
 
 
 FACTS = kernel_facts()
-# The launch function of each pass, its shared values per thread (the Launch field of the headers), and its kernel.
-TRAINING = {"forward": (forward_launch, 3, "forward_"), "backward": (backward_launch, 2, "")}
+# The shared values per thread of each pass: the Launch field of the headers.
+TRAINING = {FORWARD: 3, BACKWARD: 2}
+
+
+def plan(kind: Pass, outer: int, channels: int, dtype: np.dtype, inner: int = 1) -> tuple[str, Launch]:
+    """Return the kernel that is chosen, by its name after ``bnk_batch_norm_``, and its launch."""
+    found = one_block(kind, Problem(1, outer, channels, inner, dtype))
+    return found.kernel.removeprefix("bnk_batch_norm_"), found.launch
 
 
 def constant(name: str) -> int:
@@ -92,46 +93,44 @@ def test_the_sources_tell_of_every_kernel() -> None:
 
 
 def test_python_and_the_kernels_agree_when_lanes_merge_in_groups() -> None:
-    assert constant("SERIAL_WORKERS") == chosen.SERIAL_LANES
+    assert constant("SERIAL_WORKERS") == SERIAL_LANES
     assert constant("SERIAL_WORKERS") % constant("MERGE_FAN_IN") == 0
 
 
 def test_64_by_20_is_one_block_with_four_values_a_thread() -> None:
-    variant, launch = forward_launch(64, 20, np.dtype("float32"))
-    assert (variant, launch) == ("registers4", Launch((1, 1, 1), (20, 16, 1), 3 * 20 * 16 * 4))
-    variant, launch = backward_launch(64, 20, np.dtype("float32"))
-    assert (variant, launch) == ("backward_registers4", Launch((1, 1, 1), (20, 16, 1), 2 * 20 * 16 * 4))
+    kernel, launch = plan(FORWARD, 64, 20, np.dtype("float32"))
+    assert (kernel, launch) == ("forward_registers4_f32", Launch((1, 1, 1), (20, 16, 1), 3 * 20 * 16 * 4))
+    kernel, launch = plan(BACKWARD, 64, 20, np.dtype("float32"))
+    assert (kernel, launch) == ("backward_registers4_f32", Launch((1, 1, 1), (20, 16, 1), 2 * 20 * 16 * 4))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("which", TRAINING)
-def test_training_plans_cover_everything_within_limits(which: str, dtype: np.dtype) -> None:
-    plan, planes, prefix = TRAINING[which]
+@pytest.mark.parametrize("kind", TRAINING, ids=["forward", "backward"])
+def test_training_plans_cover_everything_within_limits(kind: Pass, dtype: np.dtype) -> None:
     for outer, channels, inner in SHAPES:
-        variant, launch = plan(outer, channels, dtype, inner)
-        facts = FACTS[f"{prefix}{variant}_{suffix(dtype)}"]
+        kernel, launch = plan(kind, outer, channels, dtype, inner)
+        facts = FACTS[kernel]
         width, lanes, _ = launch.block
         assert_covers_channels(launch, channels)
         assert_within_limits(launch, facts.threads)
         assert launch.grid[1:] == (1, 1)  # a block owns its channels alone
-        assert launch.shared_bytes == planes * width * lanes * accumulator(dtype).itemsize
+        assert launch.shared_bytes == TRAINING[kind] * width * lanes * accumulator(dtype).itemsize
         assert lanes <= outer * inner  # no lane without a row
-        assert lanes <= chosen.SERIAL_LANES or lanes & (lanes - 1) == 0
+        assert lanes <= SERIAL_LANES or lanes & (lanes - 1) == 0
         assert inner == 1 or not facts.matrix
         if facts.values is not None:
             assert facts.values * lanes >= outer * inner
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("which", TRAINING)
-def test_rows_are_two_pass_only_where_no_block_could_hold_them(which: str, dtype: np.dtype) -> None:
-    plan, _, prefix = TRAINING[which]
+@pytest.mark.parametrize("kind", TRAINING, ids=["forward", "backward"])
+def test_rows_are_two_pass_only_where_no_block_could_hold_them(kind: Pass, dtype: np.dtype) -> None:
     most = max(facts.values or 0 for name, facts in FACTS.items() if name.endswith(f"_{suffix(dtype)}"))
     for outer, channels, inner in SHAPES:
-        variant, launch = plan(outer, channels, dtype, inner)
-        values = FACTS[f"{prefix}{variant}_{suffix(dtype)}"].values
+        kernel, launch = plan(kind, outer, channels, dtype, inner)
+        values = FACTS[kernel].values
         lanes = 512 // launch.block[0]
-        lanes = lanes if lanes <= chosen.SERIAL_LANES else 1 << (lanes.bit_length() - 1)
+        lanes = lanes if lanes <= SERIAL_LANES else 1 << (lanes.bit_length() - 1)
         assert (values is None) == (outer * inner > most * lanes), (outer, channels, inner)
         assert (values == 4) == (inner == 1 and outer <= 4 * launch.block[1]), (outer, channels, inner)
 
@@ -140,17 +139,17 @@ def test_rows_are_two_pass_only_where_no_block_could_hold_them(which: str, dtype
 def test_neighbouring_threads_read_neighbouring_addresses(dtype: np.dtype) -> None:
     """Rows of one channel where a sector of 32 bytes or more of them lies together, else channels."""
     for channels, inner in product(CHANNELS, INNER):
-        width = chosen.slice_width(channels, inner, dtype)
+        width = slice_width(channels, inner, dtype)
         assert width == (1 if inner * dtype.itemsize >= 32 else min(channels, 32))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_inference_backward_plans_cover_everything_within_limits(dtype: np.dtype) -> None:
     for outer, channels, inner in SHAPES:
-        variant, launch = inference_backward_launch(outer, channels, dtype, inner)
-        assert variant == "inference_backward"
+        kernel, launch = plan(INFERENCE_BACKWARD, outer, channels, dtype, inner)
+        assert kernel == f"inference_backward_{suffix(dtype)}"
         assert_covers_channels(launch, channels)
-        assert_within_limits(launch, FACTS[f"inference_backward_{suffix(dtype)}"].threads)
+        assert_within_limits(launch, FACTS[kernel].threads)
         assert launch.grid[1:] == (1, 1)
         assert launch.shared_bytes == 2 * launch.block[0] * launch.block[1] * accumulator(dtype).itemsize
         assert launch.block[1] <= outer * inner
@@ -160,9 +159,9 @@ def test_inference_backward_plans_cover_everything_within_limits(dtype: np.dtype
 @pytest.mark.parametrize("outer", [*ROWS, 10**6, 10**9, 2**40])
 def test_inference_plans_cover_everything_within_limits(outer: int, dtype: np.dtype) -> None:
     for channels, inner in product(CHANNELS, INNER):
-        launch, rows = inference_launch(outer, channels, dtype, inner), outer * inner
+        (kernel, launch), rows = plan(INFERENCE, outer, channels, dtype, inner), outer * inner
         assert_covers_channels(launch, channels)
-        assert_within_limits(launch, FACTS[f"inference_{suffix(dtype)}"].threads)
+        assert_within_limits(launch, FACTS[kernel].threads)
         lanes, tiles = launch.block[1], launch.grid[1]
         assert launch.shared_bytes == 0
         assert lanes * (tiles - 1) < rows  # no block without a row
@@ -176,7 +175,7 @@ def test_inference_plans_cover_everything_within_limits(outer: int, dtype: np.dt
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_each_element_has_one_owner(outer: int, channels: int, inner: int, dtype: np.dtype) -> None:
     """Thread (i, j) of block b owns channel w b + i and rows j, j + l, ...: together all, and none twice."""
-    for _, launch in (plan(outer, channels, dtype, inner) for plan, _, _ in TRAINING.values()):
+    for _, launch in (plan(kind, outer, channels, dtype, inner) for kind in TRAINING):
         owners = np.zeros((outer * inner, channels), int)
         width, lanes, _ = launch.block
         for block, i, j in product(range(launch.grid[0]), range(width), range(lanes)):

@@ -14,7 +14,7 @@ import pytest
 import bnkernels as bn
 from bnkernels.nn import layers
 from bnkernels.nn.optimizers import make_optimizer
-from bnkernels.ops.batch_norm import call as plans
+from bnkernels.ops.batch_norm import problem
 from tests.regress.calls_more import EVERY, EVERY_ARRAY, EVERY_OUTPUT, MORE, make_every, named, run
 from tests.regress.device import record_of, recording
 from tests.regress.refusal import refused
@@ -175,8 +175,8 @@ def test_no_op_launches_what_another_one_remembers() -> None:
 
     One output less and one input more, so that there are as many in all, and an eps that the other one does not have.
     """
-    tables = [table for name, table in vars(plans).items() if name.endswith("_CALLS")]
-    assert len({id(table) for table in tables}) == len(tables) == 4
+    caches = [kind.calls for kind in vars(problem).values() if isinstance(kind, problem.Pass)]
+    assert len({id(cache) for cache in caches}) == len(caches) == 9
     arrays = make_every("residual_backward")
     with recording() as runtime:
         on = record_of(arrays)

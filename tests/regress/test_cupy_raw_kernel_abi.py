@@ -11,11 +11,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from bnkernels.ops.batch_norm import call as plan
-from bnkernels.ops.batch_norm import masked_grouped as general
-from bnkernels.ops.batch_norm.cooperative import ARGUMENTS as SPREAD
-from bnkernels.ops.batch_norm.double_backward import ARGUMENTS as DOUBLE_BACKWARD
 from bnkernels.ops.batch_norm.in_parts import ARGUMENTS as STATISTICS
+from bnkernels.ops.batch_norm.launch import ARGUMENTS as BATCH_NORM
 from bnkernels.ops.fused_training.launch import ARGUMENTS as FUSED_TRAINING
 from bnkernels.ops.layer_norm.launch import ARGUMENTS as LAYER_NORM
 from bnkernels.ops.linear_batch_norm.launch import ARGUMENTS as LINEAR_BATCH_NORM
@@ -28,14 +25,14 @@ from tests.regress.calls import CALLS, make_arrays
 from tests.regress.device import record_of, recording
 
 LAYOUTS = {
-    "BatchNormForward": plan.FORWARD,
-    "BatchNormInference": plan.INFERENCE,
-    "BatchNormBackward": plan.BACKWARD,
-    "BatchNormDoubleBackward": DOUBLE_BACKWARD,
-    "BatchNormForwardCooperative": dict.fromkeys(SUFFIX, SPREAD["forward"]),  # of float, whatever the data
-    "BatchNormBackwardCooperative": dict.fromkeys(SUFFIX, SPREAD["backward"]),
-    "BatchNormForwardMaskedGrouped": general.FORWARD,
-    "BatchNormBackwardMaskedGrouped": general.BACKWARD,
+    "BatchNormForward": BATCH_NORM["forward"],
+    "BatchNormInference": BATCH_NORM["inference"],
+    "BatchNormBackward": BATCH_NORM["backward"],
+    "BatchNormDoubleBackward": BATCH_NORM["double_backward"],
+    "BatchNormForwardCooperative": dict.fromkeys(SUFFIX, BATCH_NORM["forward_cooperative"][np.dtype("f4")]),
+    "BatchNormBackwardCooperative": dict.fromkeys(SUFFIX, BATCH_NORM["backward_cooperative"][np.dtype("f4")]),
+    "BatchNormForwardMaskedGrouped": BATCH_NORM["forward_masked_grouped"],
+    "BatchNormBackwardMaskedGrouped": BATCH_NORM["backward_masked_grouped"],
     "BatchNormStatistics": STATISTICS,
     "FusedTraining": FUSED_TRAINING,
     "LayerNormForward": LAYER_NORM["forward"],

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 import bnkernels as bn
-from bnkernels.ops.batch_norm.launch import backward_launch, forward_launch
+from bnkernels.ops.batch_norm.launch import one_block
+from bnkernels.ops.batch_norm.problem import BACKWARD, FORWARD, Problem
 from bnkernels.runtime import registry, source
 from tools import fake_cupy
 from tools.emulator import EmulatorRuntime
@@ -86,7 +87,7 @@ def test_grid_block_and_shared_memory_are_those_of_the_plan(cupy: types.ModuleTy
     x, gamma, beta, dy = map(cupy.asarray, batch(rng))
     _, statistics = bn.batch_norm_forward(x, gamma, beta)
     bn.batch_norm_backward(dy, x, gamma, beta, statistics)
-    plans = [forward_launch(64, 20, x.dtype)[1], backward_launch(64, 20, x.dtype)[1]]
+    plans = [one_block(kind, Problem(1, 64, 20, 1, x.dtype)).launch for kind in (FORWARD, BACKWARD)]
     assert [record.launch for record in cupy.driver.launches] == plans
     assert all(plan.shared_bytes > 0 for plan in plans)
 

@@ -19,14 +19,13 @@ import pytest
 from benchmarks.counts.devices import DEVICES, SM_75, Device
 from benchmarks.counts.limits import occupancy
 from bnkernels.ops import gemm
-from bnkernels.ops.batch_norm import cooperative as spread
-from bnkernels.ops.batch_norm.cooperative import Tensor, choose_spread
+from bnkernels.ops.batch_norm import launch as batch_norm
+from bnkernels.ops.batch_norm import problem as batch_norm_problem
 from bnkernels.ops.fused_training import launch as fused
 from bnkernels.ops.fused_training.spec import LayerSpec, NetworkSpec
 from bnkernels.ops.layer_norm import launch as layer_norm
 from bnkernels.ops.linear_batch_norm import launch as linear
 from bnkernels.ops.linear_batch_norm.problem import Problem
-from bnkernels.runtime.arguments import suffix
 from bnkernels.runtime.occupancy import most_shared, resident
 from bnkernels.runtime.seam import Launch, Limits
 
@@ -64,12 +63,13 @@ def batch_norm_plans(limits: Limits) -> Iterator[Plan]:
     examples, channels = (4000, 70_000, 10**6), (16, 64, 1000, 4096)
     shapes = [(n, c, 1) for n, c in product(examples, channels)]
     shapes += [(n, c, inner) for n, c, inner in product((1, 8, 256), (1, 3, 64, 256), (3136, 50_176, 10**6))]
-    for dtype, direction, shape in product(TYPES, DIRECTIONS, shapes):
+    for dtype, kind, shape in product(TYPES, (batch_norm_problem.FORWARD, batch_norm_problem.BACKWARD), shapes):
         strides = shape[1] * shape[2], shape[2], 1 if shape[2] > 1 else 0
-        tensor = Tensor(*shape, dtype, (strides,) * (1 if direction == "forward" else 2))
-        choice = choose_spread(direction, tensor, limits) if tensor.may_spread else None
+        inputs = batch_norm.PLANES[kind.direction]
+        problem = batch_norm_problem.Problem(1, *shape, dtype, (strides,) * inputs)
+        choice = batch_norm.cooperative(kind, problem, limits) if batch_norm.in_vectors(kind, problem) else None
         if choice is not None:
-            yield f"bnk_batch_norm_{choice.variant}_{suffix(dtype)}", choice.launch
+            yield choice.kernel, choice.launch
 
 
 def layer_norm_plans(limits: Limits) -> Iterator[Plan]:
@@ -156,7 +156,7 @@ def promise_of(kernel: str) -> int:
 
 @pytest.mark.parametrize(
     ("op", "planner"),
-    [("batch_norm", spread), ("layer_norm", layer_norm), ("linear_batch_norm", gemm), ("fused_training", gemm)],
+    [("batch_norm", batch_norm), ("layer_norm", layer_norm), ("linear_batch_norm", gemm), ("fused_training", gemm)],
 )
 def test_launch_bounds_promise_what_planners_count_on(op: str, planner: ModuleType) -> None:
     kernels = {kernel for device in DEVICES for kernel, launch in plans_of(op, device) if launch.cooperative}

@@ -12,11 +12,8 @@ import numpy as np
 import pytest
 
 from bnkernels.ops import parameter_update
-from bnkernels.ops.batch_norm import masked_grouped as general
-from bnkernels.ops.batch_norm.call import BACKWARD, FORWARD, INFERENCE
-from bnkernels.ops.batch_norm.cooperative import ARGUMENTS as SPREAD
-from bnkernels.ops.batch_norm.double_backward import ARGUMENTS as DOUBLE_BACKWARD
 from bnkernels.ops.batch_norm.in_parts import ARGUMENTS as STATISTICS
+from bnkernels.ops.batch_norm.launch import ARGUMENTS as BATCH_NORM
 from bnkernels.ops.fused_training.launch import ARGUMENTS as FUSED_TRAINING
 from bnkernels.ops.layer_norm.launch import ARGUMENTS as LAYER_NORM
 from bnkernels.ops.linear_batch_norm.launch import ARGUMENTS as LINEAR_BATCH_NORM
@@ -28,14 +25,8 @@ from tools.compile import nvrtc, ptx, sass
 
 ARCHITECTURE = 90
 LAYOUTS = {
-    "bnk_batch_norm_forward": FORWARD,
-    "bnk_batch_norm_inference": INFERENCE,
-    "bnk_batch_norm_inference_backward": BACKWARD,
-    "bnk_batch_norm_backward": BACKWARD,
-    "bnk_batch_norm_double_backward": DOUBLE_BACKWARD,
-    **{f"bnk_batch_norm_{direction}_cooperative": {np.dtype("f4"): argument} for direction, argument in SPREAD.items()},
-    "bnk_batch_norm_forward_masked_grouped": general.FORWARD,
-    "bnk_batch_norm_backward_masked_grouped": general.BACKWARD,
+    **{f"bnk_batch_norm_{kernel}": layout for kernel, layout in BATCH_NORM.items()},
+    "bnk_batch_norm_inference_backward": BATCH_NORM["backward"],
     "bnk_batch_norm_statistics": STATISTICS,
     "bnk_fused_training": FUSED_TRAINING,
     "bnk_fused_training_layer_norm": FUSED_TRAINING,

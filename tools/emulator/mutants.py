@@ -13,7 +13,7 @@ from pathlib import Path
 from .build import CUDA, CUDA_VARIABLE, ROOT, EmulatorError, read_sources, write_sources
 
 BATCH_NORM = ("tests/ops/test_batch_norm.py", "tests/ops/test_batch_norm_layouts.py", "tests/regress")
-COOPERATIVE, DOUBLE = ("tests/ops/test_batch_norm_spread.py",), ("tests/ops/test_batch_norm_double_backward.py",)
+COOPERATIVE, DOUBLE = ("tests/ops/test_batch_norm_cooperative.py",), ("tests/ops/test_batch_norm_double_backward.py",)
 MASKED_GROUPED = (
     *("tests/ops/test_batch_norm_masked.py", "tests/ops/test_batch_renorm.py", "tests/ops/test_batch_norm_groups.py"),
     *("tests/ops/test_batch_norm_statistics.py", "tests/ops/test_batch_norm_parameters.py"),

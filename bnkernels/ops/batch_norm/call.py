@@ -1,294 +1,214 @@
-"""What a call of a batch-norm op needs: its checks and its plan, both cached by signature, and the running of it.
+"""A call of a batch-norm op: `plan` checks its arrays, `run` launches the kernel or computes with NumPy.
 
-The ops plan and run on every call. A layer, whose own arrays never change, plans once for every signature of its input.
+What depends on the signatures of the arrays alone is cached: their checks, and the plan. Masks, groups,
+renormalisation and parameters of 16 bits are options of one plan, see `Pass` and `Problem`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from bnkernels.ops.activations import Activation
-from bnkernels.ops.batch_norm.cooperative import VECTOR, Spread, Tensor, choose_spread, spread_arguments
-from bnkernels.ops.batch_norm.cpu import Kept, backward_numpy, forward_numpy
-from bnkernels.ops.batch_norm.launch import (
-    HELD,
-    backward_launch,
-    forward_launch,
-    inference_backward_launch,
-    inference_launch,
+from bnkernels.ops.batch_norm import cpu, reference
+from bnkernels.ops.batch_norm.launch import VECTOR, choose
+from bnkernels.ops.batch_norm.problem import (
+    DOUBLE_BACKWARD,
+    FORWARD,
+    PARAMETERS,
+    TENSORS,
+    Options,
+    Pass,
+    Plan,
+    Stage,
+    element_strides,
+    mask_strides,
+    view,
 )
-from bnkernels.ops.batch_norm.matrices import backward_host, forward_host, inference_host
-from bnkernels.ops.batch_norm.problem import Layout, element_strides, layout_of
 from bnkernels.runtime import checks as check
-from bnkernels.runtime import registry
-from bnkernels.runtime import seam as rt
-from bnkernels.runtime.arguments import accumulator, addresses, arguments_type, empty, pack, suffix
-from bnkernels.runtime.replay import NEW, Call, ReplayCache
+from bnkernels.runtime import overlap, registry
+from bnkernels.runtime.arguments import accumulator, empty, pack
+from bnkernels.runtime.replay import NEW, Call
+from bnkernels.runtime.workspace import PARTIALS, barrier_counters
 
-SIZES = "outer channels inner"
-X_STRIDES = "x_outer x_channel x_inner residual_outer residual_channel residual_inner"
-FORWARD = arguments_type(
-    "x residual gamma beta y statistics running_mean running_var",
-    f"{SIZES} {X_STRIDES}",
-    "momentum divisor eps alpha",
-    "activation",
-)
-INFERENCE = arguments_type(
-    "x residual gamma beta y running_mean running_var", f"{SIZES} {X_STRIDES}", "eps alpha", "activation"
-)
-BACKWARD = arguments_type(
-    "dy x residual gamma beta mean mean_low rstd dx dgamma dbeta dresidual",
-    f"{SIZES} dy_outer dy_channel dy_inner {X_STRIDES}",
-    "eps alpha",
-    "activation",
-)
+AXES = "group", "outer", "channel", "inner"
 
 
-class Plan(NamedTuple):
-    """What a call's signatures decide: who runs it, and for a device which kernel, how, and with which sizes."""
-
-    runtime: rt.Runtime | None
-    layout: Layout
-    shape: tuple[int, ...]
-    wide: np.dtype  # the type of parameters and statistics
-    empty: bool  # whether there is nothing to compute
-    twin: bool  # whether the NumPy twins take the arrays as they are
-    kernel: str | None = None
-    launch: rt.Launch | None = None
-    sizes: tuple[int, ...] = ()
-    copied: tuple[str, ...] = ()  # inputs that no three strides describe
-    tensor: Tensor | None = None  # for the choice of a spread kernel, which the device decides as well
+def plan(kind: Pass, arrays: tuple, axis: Any, grouped: Any = False, renorm: Any = None) -> Plan:
+    """Check the arrays ``kind.names`` and how they share memory; return the plan of the call."""
+    found = _planned(
+        *(kind, check.integer("axis", axis), check.boolean("grouped", grouped), renorm is not None),
+        *check.signatures(arrays),
+    )
+    if any(array is not None for array in arrays[: kind.written]):
+        overlap.check_outputs(found.runtime, kind.names, arrays, kind.written, kind.in_place)
+    return found
 
 
-FORWARD_CALLS, INFERENCE_CALLS = ReplayCache(), ReplayCache()
-BACKWARD_CALLS, INFERENCE_BACKWARD_CALLS = ReplayCache(), ReplayCache()
-# The arrays of each op, those that it writes first.
-FORWARD_NAMES = ("y", "statistics", "running_mean", "running_var", "x", "residual", "gamma", "beta")
-INFERENCE_NAMES = ("out", "x", "residual", "gamma", "beta", "running_mean", "running_var")
-BACKWARD_NAMES = (
-    *("dx", "dgamma", "dbeta", "dresidual", "dy", "x", "residual", "gamma", "beta"),
-    *("statistics", "running_mean", "running_var"),
-)
-OPTIONAL = ("gamma", "beta", "residual")
-GRADIENTS = ("dx", "dgamma", "dbeta", "dresidual")
-
-
-def _checked(
-    names: tuple[str, ...], written: int, signatures: tuple, axis: Any, optional: tuple[str, ...]
-) -> tuple[dict, Layout]:
-    """Check all arrays of an op, of which the first are `written`, against `x`; return them and the layout."""
-    args = check.arguments(dict(zip(names, signatures, strict=True)), (*OPTIONAL, *optional), written)
+@lru_cache(maxsize=1024)
+def _planned(kind: Pass, axis: int, grouped: bool, renormalised: bool, *signatures: check.Signature | None) -> Plan:
+    """Check the signatures of the arrays ``kind.names``; return the plan."""
+    given = dict(zip(kind.names, signatures, strict=True))
+    running = ("running_mean", "running_var") if renormalised else ()
+    optional = tuple(name for name in kind.names if name not in kind.required and name not in running)
+    args = check.arguments(given, optional, kind.written)
     x = args["x"]
     check.floating(x)
-    layout = layout_of(x, axis)
-    wide, channels = accumulator(x.dtype), layout.channels
-    for name, argument in args.items():
-        if name in ("dy", "residual", "ddx", "ddresidual"):
-            check.like(argument, x.shape, x.dtype)
-        elif name in ("y", "out", "dx", "dresidual", "ddy"):
-            check.contiguous(argument, x.shape, x.dtype)
-        elif name != "x":
-            check.contiguous(argument, (3, channels) if name == "statistics" else (channels,), wide)
-    return args, layout
-
-
-def _planned(args: dict, layout: Layout, inputs: tuple[str, ...], choose: Callable[..., tuple[str, rt.Launch]]) -> Plan:
-    """Return the plan of a call whose arrays have been checked."""
-    x = args["x"]
-    runtime = registry.runtime_of(x.kind)
-    twin = runtime is None and layout == (*x.shape, 1, 1) and x.dtype.itemsize > 2
-    plan = Plan(runtime, layout, x.shape, accumulator(x.dtype), 0 in x.shape, twin)
-    if runtime is None or plan.empty:
-        return plan
-    sizes, copied, given = [layout.outer, layout.channels, layout.inner], [], []
-    for name in inputs:
-        strides = (0, 0, 0) if args[name] is None else element_strides(args[name], layout.axis)
-        if strides is None:
-            copied.append(name)
-            strides = layout.channels * layout.inner, layout.inner, 1
-        sizes += strides
-        if args[name] is not None:
-            given.append(strides)
-    variant, launch = choose(layout.outer, layout.channels, x.dtype, layout.inner)
-    kernel = f"bnk_batch_norm_{variant}_{suffix(x.dtype)}"
-    tensor = Tensor(layout.outer, layout.channels, layout.inner, x.dtype, tuple(given))
-    if variant.endswith(f"registers{HELD}") or "inference" in variant or not tensor.may_spread:
-        tensor = None
-    return plan._replace(kernel=kernel, launch=launch, sizes=tuple(sizes), copied=tuple(copied), tensor=tensor)
-
-
-@lru_cache(maxsize=1024)
-def plan_forward(axis: Any, *signatures: check.Signature | None) -> Plan:
-    """Check the signatures of the arrays FORWARD_NAMES; plan the training forward."""
-    optional = ("running_mean", "running_var", "y", "statistics")
-    args, layout = _checked(FORWARD_NAMES, 4, signatures, axis, optional)
-    if layout.rows == 1:
+    problem, axis = view(x, axis, grouped)
+    in_storage_type, rows = False, 3
+    if kind is not DOUBLE_BACKWARD:  # it knows no options
+        given_types = [args[name].dtype for name in ("gamma", "beta") if args.get(name)]
+        in_storage_type = x.dtype.itemsize == 2 and x.dtype in given_types
+        rows = 5 if renormalised or ("statistics" in kind.inputs and args["statistics"].shape[-2:-1] == (5,)) else 3
+    outputs = _check_arrays(args, kind, axis, x.shape[:grouped], rows, in_storage_type)
+    masked = args.get("mask") is not None
+    if kind is FORWARD and problem.rows == 1 and not masked:
         raise ValueError(
-            f"x has the shape {args['x'].shape}: one value per channel has no variance; train on at least two "
-            "examples, or use batch_norm_inference"
+            f"x has the shape {x.shape}: one value per channel has no variance; train on at least two examples, or "
+            "use batch_norm_inference"
+        )
+    by_stage = kind.stage in (Stage.COLLECT, Stage.APPLY)
+    more = masked or grouped or rows == 5 or in_storage_type or by_stage
+    problem = problem._replace(masked_grouped=more)
+    matrix = kind is not DOUBLE_BACKWARD and not more and len(x.shape) == 2 and axis == 1 and x.dtype.itemsize > 2
+    front = axis + grouped
+    positions = x.shape[:front] + x.shape[front + 1 :]
+    members = {"groups": problem.groups, "outer": problem.outer, "channels": problem.channels, "inner": problem.inner}
+    members |= {"stage": int(kind.stage), "statistic_rows": rows, "params_in_storage_type": int(in_storage_type)}
+    runtime, acc_dtype = registry.runtime_of(x.kind), accumulator(x.dtype)
+    found = Plan(kind, runtime, problem, axis, grouped, acc_dtype, outputs, positions, rows, matrix, members)
+    return found if runtime is None or found.empty else _with_strides(found, args)
+
+
+def _check_arrays(
+    args: dict[str, check.Argument | None],
+    kind: Pass,
+    axis: int,
+    group: tuple[int, ...],
+    rows: int,
+    in_storage_type: bool,
+) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Check shape, data type and layout of every array; return shape and data type of those that the op returns."""
+    x, front = args["x"], axis + len(group)
+    channels, acc_dtype = x.shape[front], accumulator(x.dtype)
+    shapes = {"moments": (4, channels), "sums": (3, channels), "statistics": (*group, rows, channels)}
+    shapes |= {name: (*group, channels) for name in ("running_mean", "running_var")}
+    outputs = {}
+    for name, argument in args.items():
+        if name == "mask":
+            if argument is not None:
+                _check_mask(argument, x.shape[:front] + x.shape[front + 1 :])
+            continue
+        shape, dtype = shapes.get(name, (channels,)), acc_dtype
+        if name in TENSORS:
+            shape, dtype = x.shape, x.dtype
+        elif name in PARAMETERS and in_storage_type:
+            dtype = x.dtype
+        (check.like if name in kind.strided else check.contiguous)(argument, shape, dtype)
+        if name in kind.outputs and (name != "dresidual" or args["residual"] is not None):
+            outputs[name] = shape, dtype
+    return outputs
+
+
+def _check_mask(mask: check.Argument, positions: tuple[int, ...]) -> None:
+    """Check for a boolean mask over the positions of a channel, or over the first axes of these."""
+    if mask.dtype != np.bool_:
+        raise TypeError(f"mask must be bool, True where valid, got {mask.dtype}; convert it with mask.astype(bool)")
+    if not mask.shape or mask.shape != positions[: len(mask.shape)]:
+        raise ValueError(
+            f"mask must have the shape {positions}, that of x without its channels, or of the first axes of that, got "
+            f"{mask.shape}"
         )
 
-    def choose(*sizes: Any) -> tuple[str, rt.Launch]:
-        variant, launch = forward_launch(*sizes)
-        return f"forward_{variant}", launch
 
-    return _planned(args, layout, ("x", "residual"), choose)
-
-
-@lru_cache(maxsize=1024)
-def plan_inference(axis: Any, *signatures: check.Signature | None) -> Plan:
-    """Check the signatures of the arrays INFERENCE_NAMES; plan the inference forward."""
-    args, layout = _checked(INFERENCE_NAMES, 1, signatures, axis, ("out",))
-    return _planned(args, layout, ("x", "residual"), lambda *sizes: ("inference", inference_launch(*sizes)))
-
-
-@lru_cache(maxsize=1024)
-def plan_backward(axis: Any, *signatures: check.Signature | None) -> Plan:
-    """Check the signatures of the arrays BACKWARD_NAMES; plan the backward of training."""
-    args, layout = _checked(BACKWARD_NAMES, 4, signatures, axis, (*GRADIENTS, "running_mean", "running_var"))
-    return _planned(args, layout, ("dy", "x", "residual"), backward_launch)
-
-
-@lru_cache(maxsize=1024)
-def plan_inference_backward(axis: Any, *signatures: check.Signature | None) -> Plan:
-    """Check the signatures of the arrays BACKWARD_NAMES; plan the backward of inference, without `statistics`."""
-    args, layout = _checked(BACKWARD_NAMES, 4, signatures, axis, (*GRADIENTS, "statistics"))
-    return _planned(args, layout, ("dy", "x", "residual"), inference_backward_launch)
+def _with_strides(found: Plan, args: dict[str, check.Argument | None]) -> Plan:
+    """Return the plan with the strides of the inputs, for a kernel."""
+    problem, members, copied, given = found.problem, found.members, [], []
+    for name in found.kind.strided:
+        if args[name] is None:
+            continue
+        strides = element_strides(args[name], found.axis, found.grouped)
+        if strides is None:
+            copied.append(name)
+            strides = problem.rows * problem.channels, problem.channels * problem.inner, problem.inner, 1
+        members |= {f"{name}_{axis}": stride for axis, stride in zip(AXES, strides, strict=True)}
+        given.append(strides[1:])
+    if args.get("mask") is not None:
+        strides = mask_strides(args["mask"], found.positions, found.axis, found.grouped)
+        if strides is None:
+            copied.append("mask")
+            strides = problem.rows, problem.inner, 1
+        members |= dict(zip(("mask_group", "mask_outer", "mask_inner"), strides, strict=True))
+    return found._replace(problem=problem._replace(strides=tuple(given)), members=members, copied=tuple(copied))
 
 
-def _sources(plan: Plan, **inputs: Any) -> tuple[Any, ...]:
-    """Return the inputs, those that the kernels cannot walk through copied."""
-    if not plan.copied:
-        return tuple(inputs.values())
-    return tuple(plan.runtime.contiguous(array) if name in plan.copied else array for name, array in inputs.items())
+def run(found: Plan, arrays: tuple, options: Options, call: Call = NEW) -> tuple[Any, ...]:
+    """Run a call on its arrays; return its outputs, made new where they are None.
 
+    Parameters
+    ----------
+    found : Plan
+        What `plan` returned.
+    arrays : tuple
+        Arrays ``found.kind.names``.
+    options : Options
+        Numbers of the call.
+    call : Call
+        What ``found.kind.calls.replay`` returned.
 
-def _spread(plan: Plan, direction: str, x: Any, data: int) -> Spread | None:
-    """Return how a spread kernel would run, or None; `data` are the addresses of all data, or-ed."""
-    if plan.tensor is None or data % VECTOR:
-        return None
-    return choose_spread(direction, plan.tensor, plan.runtime.limits(x))
-
-
-def _spread_launch(
-    plan: Plan, spread: Spread, pointers: tuple[int, ...], scalars: tuple[float, ...], code: int, x: Any
-) -> tuple[str, str, rt.Launch, np.ndarray]:
-    """Return source, kernel, launch and argument of a spread kernel."""
-    workspace = plan.runtime.workspace(x) if spread.launch.cooperative else 0
-    arguments = spread_arguments(spread, plan.tensor, pointers, workspace, scalars, code)
-    kernel = f"bnk_batch_norm_{spread.variant}_{suffix(plan.tensor.dtype)}"
-    return f"batch_norm_{spread.direction}_cooperative", kernel, spread.launch, arguments
-
-
-def run_forward(
-    plan: Plan,
-    arrays: tuple,
-    momentum: float,
-    eps: float,
-    phi: Activation,
-    unbiased: bool = True,
-    call: Call = NEW,
-) -> tuple[Any, Any, Kept | None]:
-    """Run the training forward on the arrays FORWARD_NAMES.
-
-    Returns `y`, `statistics`, and from NumPy what its backward may otherwise compute again. `call` is
-    what `ReplayCache.replay` returned.
+    Returns
+    -------
+    tuple of arrays
+        Those of ``found.outputs``.
     """
-    y, statistics, running_mean, running_var, x, residual, gamma, beta = arrays
-    runtime, layout, kept = plan.runtime, plan.layout, None
-    divisor = float(layout.rows - unbiased)  # of the squares, for the running variance
-    if y is None:
-        y, statistics = empty(runtime, plan.shape, x), empty(runtime, (3, layout.channels), x, plan.wide)
-    if plan.empty:
-        statistics[...] = 0
-    elif plan.twin:
-        vectors = gamma, beta, running_mean, running_var
-        kept = forward_numpy(x, residual, *vectors, momentum, divisor, eps, phi, y, statistics)
-    elif runtime is None:
-        vectors = gamma, beta, running_mean, running_var
-        kept = forward_host(layout, x, residual, vectors, momentum, divisor, eps, phi, y, statistics)
+    given = dict(zip(found.kind.names, arrays, strict=True))
+    for name, (shape, dtype) in found.outputs.items():
+        if given[name] is None:
+            given[name] = empty(found.runtime, shape, given["x"], dtype)
+    outputs = tuple([given[name] for name in found.outputs])
+    if found.empty:
+        for array in outputs:
+            array[...] = 0
+    elif found.runtime is None:
+        (cpu if found.matrix else reference).run(found, given, options)
     else:
-        check.one_device(runtime, FORWARD_NAMES, arrays)
-        sources = _sources(plan, x=x, residual=residual)
-        pointers = addresses(runtime, *sources, gamma, beta, y, statistics, running_mean, running_var)
-        spread = _spread(plan, "forward", x, pointers[0] | pointers[1] | pointers[4])
-        if spread is not None:
-            made = _spread_launch(plan, spread, pointers, (momentum, divisor, eps, phi.alpha), phi.code, x)
-        else:
-            arguments = pack(FORWARD[plan.wide], *pointers, *plan.sizes, momentum, divisor, eps, phi.alpha, phi.code)
-            made = "batch_norm_forward", plan.kernel, plan.launch, arguments
-        call.launch(runtime, *made, x, replayable=not plan.copied)
-    return y, statistics, kept
+        check.one_device(found.runtime, found.kind.names, arrays)
+        _launch(found, given, options, call)
+    return outputs
 
 
-def run_inference(plan: Plan, arrays: tuple, eps: float, phi: Activation, call: Call = NEW) -> Any:
-    """Run the inference forward on the arrays INFERENCE_NAMES; return the output."""
-    out, x, residual, gamma, beta, running_mean, running_var = arrays
-    runtime = plan.runtime
-    if out is None:
-        out = empty(runtime, plan.shape, x)
-    if plan.empty:
-        return out
-    if runtime is None:
-        inference_host(plan.layout, x, residual, (gamma, beta, running_mean, running_var), eps, phi, out)
-    else:
-        check.one_device(runtime, INFERENCE_NAMES, arrays)
-        sources = _sources(plan, x=x, residual=residual)
-        pointers = addresses(runtime, *sources, gamma, beta, out, running_mean, running_var)
-        arguments = pack(INFERENCE[plan.wide], *pointers, *plan.sizes, eps, phi.alpha, phi.code)
-        made = "batch_norm_forward", plan.kernel, plan.launch, arguments
-        call.launch(runtime, *made, x, replayable=not plan.copied)
-    return out
+def _launch(found: Plan, given: dict[str, Any], options: Options, call: Call) -> None:
+    """Launch the kernel, its argument packed by the names of its members."""
+    runtime, x = found.runtime, given["x"]
+    for name in found.copied:
+        given[name] = _copy(found, name, given[name])
+    members = {name: runtime.pointer(array) for name, array in given.items() if array is not None}
+    aligned = not any(members.get(name, 0) % VECTOR for name in TENSORS)
+    chosen = choose(found.kind, found.problem, runtime.limits(x) if aligned else None)
+    members |= found.members
+    if "out" in members:
+        members["y"] = members["out"]
+    if found.kind.stage == Stage.FROZEN:
+        members |= {"mean": members["running_mean"], "rstd": members["running_var"]}
+    elif "statistics" in members:
+        start, row = members["statistics"], found.problem.channels * found.acc_dtype.itemsize
+        members |= {"mean": start, "mean_low": start + row, "rstd": start + 2 * row}
+    if chosen.splits > 1:
+        start = runtime.workspace(x)  # it begins with counters of blocks that never wait
+        members |= {"partial": start + PARTIALS, "barrier_counter": barrier_counters(start), "finished_blocks": start}
+    phi, (r_max, d_max) = options.phi, options.renorm or (1.0, 0.0)
+    members |= {"held": chosen.held, "momentum": options.momentum, "eps": options.eps, "alpha": phi.alpha}
+    members |= {"divisor": found.problem.rows - options.unbiased, "correction": options.unbiased}
+    members |= {"r_max": r_max, "d_max": d_max, "activation": phi.code}
+    arguments = pack(chosen.arguments, *[members.get(name, 0) for name in chosen.arguments.names])
+    replayable = not found.copied and chosen.splits == 1  # copies are of this call, the workspace is of the stream
+    call.launch(runtime, chosen.source, chosen.kernel, chosen.launch, arguments, x, replayable)
 
 
-def run_backward(
-    plan: Plan,
-    arrays: tuple,
-    eps: float,
-    phi: Activation,
-    kept: Kept | None = None,
-    call: Call = NEW,
-) -> tuple[Any, ...]:
-    """Run either backward on the arrays BACKWARD_NAMES; return the gradients, the residual's too where there is one."""
-    dx, dgamma, dbeta, dresidual, dy, x, residual, gamma, beta, statistics, running_mean, running_var = arrays
-    # In the places of mean and rstd, both ways take running statistics.
-    rows = (running_mean, None, running_var)
-    runtime, wide = plan.runtime, plan.wide
-    if statistics is not None and runtime is None:
-        rows = (statistics[0], statistics[1], statistics[2])
-    if dx is None:
-        vector = (plan.layout.channels,)
-        dx = empty(runtime, plan.shape, x)
-        dgamma, dbeta = empty(runtime, vector, x, wide), empty(runtime, vector, x, wide)
-        dresidual = None if residual is None else empty(runtime, plan.shape, x)
-    if plan.empty:
-        dgamma[...] = 0
-        dbeta[...] = 0
-    elif plan.twin:
-        backward_numpy(dy, x, residual, gamma, beta, *rows, eps, phi, kept, dx, dgamma, dbeta, dresidual)
-    elif runtime is None:
-        outputs = dx, dgamma, dbeta, dresidual
-        backward_host(plan.layout, (dy, x, residual), (gamma, beta, *rows), eps, phi, kept, outputs)
-    else:
-        check.one_device(runtime, BACKWARD_NAMES, arrays)
-        sources = _sources(plan, dy=dy, x=x, residual=residual)
-        before = addresses(runtime, *sources, gamma, beta)
-        after = addresses(runtime, dx, dgamma, dbeta, dresidual)
-        if statistics is None:
-            rows = addresses(runtime, *rows)
-        else:  # to slice an array costs more than all of this
-            mean, row = runtime.pointer(statistics), plan.layout.channels * wide.itemsize
-            rows = mean, mean + row, mean + 2 * row
-        pointers = (*before, *rows, *after)
-        spread = _spread(plan, "backward", x, before[0] | before[1] | before[2] | after[0] | after[3])
-        if spread is not None:
-            made = _spread_launch(plan, spread, pointers, (phi.alpha,), phi.code, x)
-        else:
-            arguments = pack(BACKWARD[wide], *pointers, *plan.sizes, eps, phi.alpha, phi.code)
-            made = "batch_norm_backward", plan.kernel, plan.launch, arguments
-        call.launch(runtime, *made, x, replayable=not plan.copied)
-    return (dx, dgamma, dbeta) if residual is None else (dx, dgamma, dbeta, dresidual)
+def _copy(found: Plan, name: str, array: Any) -> Any:
+    """Return an input in C order: the mask over all positions of a channel."""
+    if name == "mask":
+        array = array.reshape(array.shape + (1,) * (len(found.positions) - len(array.shape)))
+        array = found.runtime.xp.broadcast_to(array, found.positions)
+    return found.runtime.contiguous(array)

@@ -1,29 +1,39 @@
-"""The NumPy twins of the batch-norm kernels, on matrices: all in float64, rounded to the data's type at the end.
+"""Fast path of batch norm on NumPy: matrices of float32 or float64, in training and inference, without a mask.
 
-At 64 x 20 the time is that of the NumPy calls, one to three microseconds each. So: in place wherever it can be, and
-never two data types in one call over the whole matrix, which NumPy would convert piece by piece. A larger matrix goes
-through the cache in blocks of rows, once for each sum and once for the result.
+All is computed in float64 and rounded to the data's type at the end. At 64 x 20 the time is that of the NumPy calls,
+one to three microseconds each. So: in place wherever it can be, and never two data types in one call over the whole
+matrix, which NumPy would convert piece by piece. The forward of a larger matrix goes through the cache in blocks of
+rows, once for each sum and once for the result. Everything else is computed by ``reference.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 
 from bnkernels.ops.activations import Activation
+from bnkernels.ops.batch_norm import reference
+from bnkernels.ops.batch_norm.problem import Options, Plan, Stage
 
 SINGLE, DOUBLE = np.dtype(np.float32), np.dtype(np.float64)
 BLOCK = 2**14  # elements worked on at a time beyond this size: their float64 stays in the cache
 
 
-class Kept(NamedTuple):
-    """What the forward knows and the backward would compute again: the output and ``x - mean`` in float64."""
-
-    y: np.ndarray
-    centred: np.ndarray
+@np.errstate(all="ignore")  # as kernels do, which have no warnings
+def run(plan: Plan, arrays: dict[str, Any], options: Options) -> None:
+    """Write what a pass over matrices writes."""
+    if plan.kind.direction == "backward":
+        if plan.kind.stage == Stage.FROZEN or arrays["x"].size > BLOCK:
+            reference.run(plan, arrays, options)
+        else:
+            _backward(arrays, options.phi)
+    elif plan.kind.stage == Stage.FROZEN:
+        _inference(arrays, options)
+    else:
+        _forward(arrays, options)
 
 
 class _Sums:
@@ -57,7 +67,7 @@ def _scalars(rows: int, momentum: float, divisor: float, eps: float, double: boo
 def _moments(x: np.ndarray, statistics: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Write mean and mean_low; return the variance in the type of `x`, and ``x - mean`` in float64.
 
-    Float32 is summed exactly in float64. Float64 has nothing wider: its channels are first shifted by their first
+    Float32 is summed exactly in float64. Float64 has no wider type: its channels are first shifted by their first
     value, so that the mean of a constant channel is that value, and a second pass about the mean finds what is left of
     it. Not about the first value: that may be an outlier, next to which all others lose their digits.
     """
@@ -65,10 +75,10 @@ def _moments(x: np.ndarray, statistics: np.ndarray) -> tuple[np.ndarray, np.ndar
     mean, low = statistics[0], statistics[1]
     if x.dtype == SINGLE:
         centred = x.astype(DOUBLE)
-        wide = over_batch.mean(centred)
-        centred -= wide
-        mean[...] = wide
-        low[...] = wide - mean
+        exact = over_batch.mean(centred)
+        centred -= exact
+        mean[...] = exact
+        low[...] = exact - mean
     else:
         centred = x - x[0]
         np.add(x[0], over_batch.mean(centred), out=mean)
@@ -89,9 +99,9 @@ def _moments_in_blocks(x: np.ndarray, statistics: np.ndarray) -> np.ndarray:
     """Write mean and mean_low of a large matrix; return the variance. Float64 is shifted as in `_moments`."""
     mean, low = statistics[0], statistics[1]
     if x.dtype == SINGLE:
-        wide = _mean_of_blocks(x, lambda rows: x[rows].astype(DOUBLE))
-        mean[...] = wide
-        low[...] = wide - mean
+        exact = _mean_of_blocks(x, lambda rows: x[rows].astype(DOUBLE))
+        mean[...] = exact
+        low[...] = exact - mean
     else:
         np.add(x[0], _mean_of_blocks(x, lambda rows: x[rows] - x[0]), out=mean)
         low[...] = _mean_of_blocks(x, lambda rows: x[rows] - mean)
@@ -108,11 +118,11 @@ def _centred(x: np.ndarray, mean: np.ndarray, low: np.ndarray | None) -> np.ndar
     """Return ``x - (mean + low)`` in float64."""
     if x.dtype == DOUBLE:
         return x - mean if low is None else (x - mean) - low
-    wide = mean.astype(DOUBLE)
+    exact = mean.astype(DOUBLE)
     if low is not None:
-        wide += low
+        exact += low
     centred = x.astype(DOUBLE)
-    centred -= wide
+    centred -= exact
     return centred
 
 
@@ -137,10 +147,6 @@ def _affine(
     return out if residual is None else np.add(z, residual, out=out)
 
 
-def _rows(array: np.ndarray | None, rows: slice) -> np.ndarray | None:
-    return None if array is None else array[rows]
-
-
 def _scale(gamma: np.ndarray | None, rstd: np.ndarray) -> np.ndarray:
     return rstd if gamma is None else gamma * rstd
 
@@ -151,26 +157,15 @@ def _activate(phi: Activation, z: np.ndarray) -> None:
         z[...] = h
 
 
-@np.errstate(all="ignore")  # as kernels do, which have no warnings
-def forward_numpy(
-    x: np.ndarray,
-    residual: np.ndarray | None,
-    gamma: np.ndarray | None,
-    beta: np.ndarray | None,
-    running_mean: np.ndarray | None,
-    running_var: np.ndarray | None,
-    momentum: float,
-    divisor: float,
-    eps: float,
-    phi: Activation,
-    y: np.ndarray,
-    statistics: np.ndarray,
-) -> Kept | None:
-    """Write `y`, `statistics` and the running statistics of the training forward."""
+def _forward(arrays: dict[str, Any], options: Options) -> None:
+    """Write the output, the statistics and the running statistics."""
+    x, statistics, residual, beta, phi = *(arrays[n] for n in ("x", "statistics", "residual", "beta")), options.phi
     large = x.size > BLOCK
     var, centred = (_moments_in_blocks(x, statistics), None) if large else _moments(x, statistics)
-    small, keep, take, take_var = _scalars(len(x), momentum, divisor, eps, x.dtype == DOUBLE)
+    divisor = float(len(x) - options.unbiased)
+    small, keep, take, take_var = _scalars(len(x), options.momentum, divisor, options.eps, x.dtype == DOUBLE)
     statistics[2] = rstd = _rstd(var, small)
+    running_mean, running_var = arrays["running_mean"], arrays["running_var"]
     if running_mean is not None:
         running_mean *= keep
         running_mean += take * statistics[0]
@@ -178,137 +173,56 @@ def forward_numpy(
         running_var *= keep
         var *= take_var
         running_var += var
-    scale = _scale(gamma, rstd)
+    scale = _scale(arrays["gamma"], rstd)
     if large:
-        for rows in _blocks(x):
-            centred = _centred(x[rows], statistics[0], statistics[1])
-            _activate(phi, _affine(centred, scale, beta, _rows(residual, rows), y[rows]))
-        return None
-    _activate(phi, _affine(centred, scale, beta, residual, y))
-    return Kept(y, centred)
+        _write_blocks(x, residual, (statistics[0], statistics[1]), scale, beta, phi, arrays["y"])
+    else:
+        _activate(phi, _affine(centred, scale, beta, residual, arrays["y"]))
 
 
-@np.errstate(all="ignore")  # as kernels do, which have no warnings
-def inference_numpy(
+def _inference(arrays: dict[str, Any], options: Options) -> None:
+    """Write the output."""
+    x = arrays["x"]
+    scale = _scale(arrays["gamma"], _rstd(arrays["running_var"], x.dtype.type(options.eps)))
+    mean = arrays["running_mean"], None
+    _write_blocks(x, arrays["residual"], mean, scale, arrays["beta"], options.phi, arrays["out"])
+
+
+def _write_blocks(
     x: np.ndarray,
     residual: np.ndarray | None,
-    gamma: np.ndarray | None,
+    mean: tuple[np.ndarray, np.ndarray | None],
+    scale: np.ndarray,
     beta: np.ndarray | None,
-    running_mean: np.ndarray,
-    running_var: np.ndarray,
-    eps: float,
     phi: Activation,
-    y: np.ndarray,
+    out: np.ndarray,
 ) -> None:
-    """Write `y` of the inference forward."""
-    scale = _scale(gamma, _rstd(running_var, x.dtype.type(eps)))
+    """Write the output, block by block."""
     for rows in _blocks(x):
-        centred = _centred(x[rows], running_mean, None)
-        _activate(phi, _affine(centred, scale, beta, _rows(residual, rows), y[rows]))
+        added = None if residual is None else residual[rows]
+        _activate(phi, _affine(_centred(x[rows], *mean), scale, beta, added, out[rows]))
 
 
-def _before_activation(
-    dy: np.ndarray,
-    x: np.ndarray,
-    residual: np.ndarray | None,
-    mean: np.ndarray,
-    mean_low: np.ndarray | None,
-    scale: np.ndarray,
-    beta: np.ndarray | None,
-    phi: Activation,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the gradient before the activation, whose input is computed again, and ``x - mean``, in float64."""
+def _backward(arrays: dict[str, Any], phi: Activation) -> None:
+    """Write the gradients of a small matrix."""
+    dy, x, dresidual, (mean, mean_low, rstd) = (arrays[name] for name in ("dy", "x", "dresidual", "statistics"))
+    over_batch, scale = _sums(len(x)), _scale(arrays["gamma"], rstd)
     centred = _centred(x, mean, mean_low)
-    return _gradient(phi, dy, centred, scale, beta, residual), centred
-
-
-def _gradient(
-    phi: Activation,
-    dy: np.ndarray,
-    centred: np.ndarray,
-    scale: np.ndarray,
-    beta: np.ndarray | None,
-    residual: np.ndarray | None,
-) -> np.ndarray:
-    """Return the gradient before the activation in float64."""
     if phi.is_identity:
-        return dy.astype(DOUBLE)
-    z = _affine(centred, scale, beta, residual, np.empty_like(dy))
-    return phi.backward(np, dy, phi.forward(np, z) if phi.from_output else z).astype(DOUBLE)
-
-
-@np.errstate(all="ignore")  # as kernels do, which have no warnings
-def backward_numpy(
-    dy: np.ndarray,
-    x: np.ndarray,
-    residual: np.ndarray | None,
-    gamma: np.ndarray | None,
-    beta: np.ndarray | None,
-    mean: np.ndarray,
-    mean_low: np.ndarray | None,
-    rstd: np.ndarray,
-    eps: float,
-    phi: Activation,
-    kept: Kept | None,
-    dx: np.ndarray,
-    dgamma: np.ndarray,
-    dbeta: np.ndarray,
-    dresidual: np.ndarray | None,
-) -> None:
-    """Write the gradients; where `mean_low` is None, `mean` and `rstd` are the running mean and variance."""
-    frozen = mean_low is None
-    if frozen:
-        rstd = _rstd(rstd, x.dtype.type(eps))
-    scale, large = _scale(gamma, rstd), x.size > BLOCK
-    if large:
-        count = len(x)
-        known = (mean, mean_low, scale, beta, phi)
-        blocks = _blocks(x)
-        sum_g = sum_g_xhat = np.zeros(x.shape[1])
-        for rows in blocks:
-            g, centred = _before_activation(dy[rows], x[rows], _rows(residual, rows), *known)
-            of_block = _sums(len(g))
-            sum_g, sum_g_xhat = sum_g + of_block.sum(g), sum_g_xhat + of_block.sum(g * centred)
+        g = dy.astype(DOUBLE)
     else:
-        over_batch = _sums(len(x))
-        count = over_batch.rows
-        if kept is None:
-            g, centred = _before_activation(dy, x, residual, mean, mean_low, scale, beta, phi)
-        elif phi.from_output:
-            g, centred = phi.backward(np, dy, kept.y).astype(DOUBLE), kept.centred
-        else:
-            g, centred = _gradient(phi, dy, kept.centred, scale, beta, residual), kept.centred
-        sum_g, sum_g_xhat = over_batch.sum(g), over_batch.sum(g * centred)
+        z = _affine(centred, scale, arrays["beta"], arrays["residual"], np.empty_like(dy))
+        g = phi.backward(np, dy, phi.forward(np, z) if phi.from_output else z).astype(DOUBLE)
+    sum_g, sum_g_xhat = over_batch.sum(g), over_batch.sum(g * centred)
     sum_g_xhat *= rstd
-    dbeta[...] = sum_g
-    dgamma[...] = sum_g_xhat
-    if frozen:
-        sum_g = sum_g_xhat = None  # the statistics do not depend on x
-    else:
-        sum_g_xhat *= rstd
-        sum_g_xhat /= count
-        sum_g /= count
-    if large:
-        for rows in blocks:
-            g, centred = _before_activation(dy[rows], x[rows], _rows(residual, rows), *known)
-            _write_dx(g, centred, sum_g, sum_g_xhat, scale, dx[rows], _rows(dresidual, rows))
-    else:
-        _write_dx(g, centred, sum_g, sum_g_xhat, scale, dx, dresidual)
-
-
-def _write_dx(
-    g: np.ndarray,
-    centred: np.ndarray,
-    mean_g: np.ndarray | None,
-    slope: np.ndarray | None,
-    scale: np.ndarray,
-    dx: np.ndarray,
-    dresidual: np.ndarray | None,
-) -> None:
-    """Write ``scale * (g - mean_g - slope * centred)``, without what is None, and `g`, which is used up."""
+    arrays["dbeta"][...] = sum_g
+    arrays["dgamma"][...] = sum_g_xhat
     if dresidual is not None:
         dresidual[...] = g
-    if mean_g is not None:
-        g -= centred * slope
-        g -= mean_g
-    np.multiply(g, scale, out=dx, casting="same_kind")
+    sum_g_xhat *= rstd
+    sum_g_xhat /= over_batch.rows
+    sum_g /= over_batch.rows
+    centred *= sum_g_xhat
+    g -= centred
+    g -= sum_g
+    np.multiply(g, scale, out=arrays["dx"], casting="same_kind")

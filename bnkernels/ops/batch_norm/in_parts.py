@@ -2,30 +2,32 @@
 
 Each part is summed where it is (`batch_norm_moments`), the small sums are exchanged, merged (`batch_norm_statistics`),
 and applied where the data are (`batch_norm_normalise`); the backward goes the same way (`batch_norm_gradient_sums`,
-`batch_norm_input_gradient`). How to exchange is the caller's choice: NCCL, MPI, or a loop. T, A, P and C are those of
-``batch_norm.py``. The kernels are the general ones, and for the merge ``cuda/batch_norm_statistics.cu``.
+`batch_norm_input_gradient`). How to exchange is the caller's choice: NCCL, MPI, or a loop. C is the number of channels.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from bnkernels.ops.activations import activation_named
-from bnkernels.ops.batch_norm.masked_grouped import Options, Stage, run
-from bnkernels.ops.batch_norm.reference import merge_host
+from bnkernels.ops.batch_norm import reference
+from bnkernels.ops.batch_norm.call import plan, run
+from bnkernels.ops.batch_norm.problem import GRADIENT_SUMS, INPUT_GRADIENT, MOMENTS, NORMALISE, Options
 from bnkernels.runtime import checks as check
 from bnkernels.runtime import overlap, registry
 from bnkernels.runtime import seam as rt
 from bnkernels.runtime.arguments import SUFFIX, addresses, arguments_type, empty, pack, suffix
+from bnkernels.runtime.replay import ReplayCache
 
 NAMES = ("statistics", "merged", "running_mean", "running_var", "moments")
 ARGUMENTS = arguments_type(
     "moments merged statistics running_mean running_var", "parts channels", "momentum correction eps", ""
 )
 THREADS = 128
+CALLS = ReplayCache()
 IDENTITY = activation_named("identity")
 
 
@@ -34,25 +36,25 @@ def batch_norm_moments(x: Any, *, axis: int = 1, mask: Any = None, out: Any = No
 
     Parameters
     ----------
-    x : array, type T
-        A part of a mini-batch, of any number of examples. Never written.
+    x : array, float16, bfloat16, float32 or float64
+        Part of a mini-batch, of any number of examples. Never written.
     axis : int
-        The axis of the channels.
+        Axis of the channels.
     mask : array of bool, optional
         As in `batch_norm_forward`.
-    out : array, shape (4, C), type A, optional
-        Where to write the result; C order.
+    out : array, shape (4, C), float32, or float64 for float64 `x`, optional
+        Array to write the result to; C order.
 
     Returns
     -------
-    array, shape (4, C), type A
+    array, shape (4, C), float32, or float64 for float64 `x`
         Its rows are the count of values, their mean in two parts, and the sum of their squared distances from it, in
         the units of ``x**2``.
 
     Raises
     ------
     TypeError
-        If an argument is not an array of the right kind or data type, or arrays of NumPy and CuPy are mixed.
+        If a container or data type is wrong, or NumPy and CuPy arrays are mixed.
     ValueError
         If a shape, layout or value is wrong, or arrays overlap.
 
@@ -66,8 +68,10 @@ def batch_norm_moments(x: Any, *, axis: int = 1, mask: Any = None, out: Any = No
     >>> batch_norm_moments(np.array([[1.0], [3.0]]))[:, 0]
     array([2., 2., 0., 2.])
     """
-    arrays = {"moments": out, "x": x, "mask": mask}
-    return run(Stage.COLLECT, arrays, ("moments",), Options(IDENTITY), check.integer("axis", axis))[0]
+    call, arrays = MOMENTS.calls.replay(None if out is None else (out,), (x, mask), axis), (out, x, mask)
+    if call.replayed:
+        return out
+    return run(plan(MOMENTS, arrays, axis), arrays, Options(IDENTITY), call)[0]
 
 
 def batch_norm_statistics(
@@ -85,13 +89,13 @@ def batch_norm_statistics(
     Parameters
     ----------
     moments : array, shape (K, 4, C), float32 or float64
-        What `batch_norm_moments` returned for K parts; a part may be empty. Never written.
+        Moments of K parts, as `batch_norm_moments` returned them; a part may be empty. Never written.
     running_mean, running_var : array, shape (C,), optional
         Running statistics, updated in place.
     momentum, unbiased, eps : float, bool, float
         As in `batch_norm_forward`.
     out : tuple of two arrays, optional
-        Where to write what is returned; C order.
+        Arrays to write what is returned to; C order.
 
     Returns
     -------
@@ -103,7 +107,7 @@ def batch_norm_statistics(
     Raises
     ------
     TypeError
-        If an argument is not an array of the right kind or data type, or arrays of NumPy and CuPy are mixed.
+        If a container or data type is wrong, or NumPy and CuPy arrays are mixed.
     ValueError
         If a shape, layout or value is wrong, or arrays overlap.
 
@@ -123,38 +127,35 @@ def batch_norm_statistics(
     >>> merged[:, 0]
     array([ 3.,  4.,  0., 26.])
     """
-    statistics, merged = check.pack_outputs(out, ("statistics", "merged"))
+    running = running_mean, running_var
+    call = CALLS.replay(out, (moments, *running), momentum, unbiased, eps)
+    if call.replayed:
+        return out
     options = check.number("momentum", momentum, 0, 1), check.boolean("unbiased", unbiased), check.epsilon(eps, moments)
-    arrays = (statistics, merged, running_mean, running_var, moments)
-    plan = _plan(*check.signatures(arrays))
+    statistics, merged = check.pack_outputs(out, NAMES[:2])
+    arrays = (statistics, merged, *running, moments)
+    runtime, channels, launch = _planned(*check.signatures(arrays))
     if any(array is not None for array in arrays[:4]):
-        overlap.check_outputs(plan.runtime, NAMES, arrays, written=4)
+        overlap.check_outputs(runtime, NAMES, arrays, written=4)
     if statistics is None:
-        statistics, merged = (empty(plan.runtime, (rows, plan.channels), moments) for rows in (3, 4))
-    written = statistics, merged, running_mean, running_var
-    if plan.channels == 0:
+        statistics, merged = (empty(runtime, (rows, channels), moments) for rows in (3, 4))
+    if channels == 0:
         return statistics, merged
-    if plan.runtime is None:
-        merge_host(moments, *written, *options)
-    else:
-        check.one_device(plan.runtime, NAMES, (*written, moments))
-        pointers = addresses(plan.runtime, moments, merged, statistics, running_mean, running_var)
-        sizes = moments.shape[0], plan.channels
-        arguments = pack(ARGUMENTS[moments.dtype], *pointers, *sizes, options[0], float(options[1]), options[2])
-        kernel = f"bnk_batch_norm_statistics_{suffix(moments.dtype)}"
-        plan.runtime.launch("batch_norm_statistics", kernel, plan.launch, arguments, moments)
+    if runtime is None:
+        reference.merge(moments, statistics, merged, running_mean, running_var, *options)
+        return statistics, merged
+    check.one_device(runtime, NAMES, arrays)
+    pointers = addresses(runtime, moments, merged, statistics, running_mean, running_var)
+    numbers = moments.shape[0], channels, options[0], float(options[1]), options[2]
+    arguments = pack(ARGUMENTS[moments.dtype], *pointers, *numbers)
+    kernel = f"bnk_batch_norm_statistics_{suffix(moments.dtype)}"
+    call.launch(runtime, "batch_norm_statistics", kernel, launch, arguments, moments)
     return statistics, merged
 
 
-class _Plan(NamedTuple):
-    runtime: rt.Runtime | None
-    channels: int
-    launch: rt.Launch | None
-
-
 @lru_cache(maxsize=1024)
-def _plan(*signatures: check.Signature | None) -> _Plan:
-    """Check the signatures of the arrays NAMES."""
+def _planned(*signatures: check.Signature | None) -> tuple[rt.Runtime | None, int, rt.Launch]:
+    """Check the signatures of the arrays NAMES; return runtime, number of channels, and launch."""
     args = check.arguments(dict(zip(NAMES, signatures, strict=True)), NAMES[:-1], written=4)
     moments = args["moments"]
     if moments.dtype not in SUFFIX:
@@ -167,9 +168,8 @@ def _plan(*signatures: check.Signature | None) -> _Plan:
     shapes = {"moments": moments.shape, "statistics": (3, channels), "merged": (4, channels)}
     for name, argument in args.items():
         check.contiguous(argument, shapes.get(name, (channels,)), moments.dtype)
-    runtime = registry.runtime_of(moments.kind)
     launch = rt.Launch((max(1, rt.ceil_div(channels, THREADS)), 1, 1), (min(max(channels, 1), THREADS), 1, 1))
-    return _Plan(runtime, channels, launch)
+    return registry.runtime_of(moments.kind), channels, launch
 
 
 def batch_norm_normalise(
@@ -189,26 +189,26 @@ def batch_norm_normalise(
 
     Parameters
     ----------
-    x : array, type T
-        Any number of examples. Never written.
-    gamma, beta : array, shape (C,), type P, or None
+    x : array, float16, bfloat16, float32 or float64
+        Part of a mini-batch, of any number of examples. Never written.
+    gamma, beta : array, shape (C,), float32, or float64 for float64 `x`, or dtype of `x`; or None
         Scale and shift; None means 1 and 0.
-    statistics : array, shape (3, C) or (5, C), type A
-        From `batch_norm_statistics` or `batch_norm_forward`.
+    statistics : array, shape (3, C) or (5, C), float32, or float64 for float64 `x`
+        Statistics from `batch_norm_statistics` or `batch_norm_forward`.
     axis, residual, activation, alpha, mask : int, array, str, float, array
         As in `batch_norm_forward`.
-    out : array, shape and type of `x`, optional
-        Where to write the output; C order; may be `x` or `residual` itself.
+    out : array, shape and dtype of `x`, optional
+        Array to write the output to; C order; may be `x` or `residual` itself.
 
     Returns
     -------
-    array, shape and type of `x`, C order
+    array, shape and dtype of `x`, C order
         The output.
 
     Raises
     ------
     TypeError
-        If an argument is not an array of the right kind or data type, or arrays of NumPy and CuPy are mixed.
+        If a container or data type is wrong, or NumPy and CuPy arrays are mixed.
     ValueError
         If a shape, layout or value is wrong, or arrays overlap.
 
@@ -220,9 +220,12 @@ def batch_norm_normalise(
     >>> bool(abs(batch_norm_normalise(x, None, None, statistics).sum()) < 1e-15)
     True
     """
-    axis, phi = check.integer("axis", axis), activation_named(activation, alpha)
-    arrays = {"out": out, "x": x, "residual": residual, "mask": mask, "gamma": gamma, "beta": beta}
-    return run(Stage.APPLY, arrays | {"statistics": statistics}, ("out",), Options(phi), axis)[0]
+    given = x, residual, mask, gamma, beta, statistics
+    call = NORMALISE.calls.replay(None if out is None else (out,), given, axis, activation, alpha)
+    if call.replayed:
+        return out
+    options, arrays = Options(activation_named(activation, alpha)), (out, *given)
+    return run(plan(NORMALISE, arrays, axis), arrays, options, call)[0]
 
 
 def batch_norm_gradient_sums(
@@ -243,25 +246,25 @@ def batch_norm_gradient_sums(
 
     Parameters
     ----------
-    dy : array, shape and type of `x`
+    dy : array, shape and dtype of `x`
         Gradient with respect to the output of this part. Never written.
     x, gamma, beta, statistics : array, array or None, array or None, array
         As in `batch_norm_normalise`; the statistics are those of the whole mini-batch.
     axis, residual, activation, alpha, mask : int, array, str, float, array
         As in `batch_norm_forward`.
-    out : array, shape (3, C), type A, optional
-        Where to write the result; C order.
+    out : array, shape (3, C), float32, or float64 for float64 `x`, optional
+        Array to write the result to; C order.
 
     Returns
     -------
-    array, shape (3, C), type A
+    array, shape (3, C), float32, or float64 for float64 `x`
         Its rows are the sum of ``g``, the gradient before the activation, which is this part of `dbeta`; the sum of
         ``g xhat``, without renormalisation this part of `dgamma`; and the count. All three add up over parts.
 
     Raises
     ------
     TypeError
-        If an argument is not an array of the right kind or data type, or arrays of NumPy and CuPy are mixed.
+        If a container or data type is wrong, or NumPy and CuPy arrays are mixed.
     ValueError
         If a shape, layout or value is wrong, or arrays overlap.
 
@@ -277,9 +280,12 @@ def batch_norm_gradient_sums(
     >>> batch_norm_gradient_sums(dy, x, None, None, statistics)[:, 0].round(3)
     array([3., 1., 2.])
     """
-    axis, phi = check.integer("axis", axis), activation_named(activation, alpha)
-    arrays = {"sums": out, "dy": dy, "x": x, "residual": residual, "mask": mask, "gamma": gamma, "beta": beta}
-    return run(Stage.COLLECT, arrays | {"statistics": statistics}, ("sums",), Options(phi), axis)[0]
+    given = dy, x, residual, mask, gamma, beta, statistics
+    call = GRADIENT_SUMS.calls.replay(None if out is None else (out,), given, axis, activation, alpha)
+    if call.replayed:
+        return out
+    options, arrays = Options(activation_named(activation, alpha)), (out, *given)
+    return run(plan(GRADIENT_SUMS, arrays, axis), arrays, options, call)[0]
 
 
 def batch_norm_input_gradient(
@@ -303,24 +309,24 @@ def batch_norm_input_gradient(
     ----------
     dy, x, gamma, beta, statistics : array, array, array or None, array or None, array
         As in `batch_norm_gradient_sums`.
-    sums : array, shape (3, C), type A
-        The total of what `batch_norm_gradient_sums` returned for all parts.
+    sums : array, shape (3, C), float32, or float64 for float64 `x`
+        Total of what `batch_norm_gradient_sums` returned for all parts.
     axis, residual, activation, alpha, mask : int, array, str, float, array
         As in `batch_norm_forward`.
     out : tuple of arrays, optional
-        Where to write what is returned; C order. `dx` may be `dy`, `x` or `residual` itself.
+        Arrays to write what is returned to; C order. `dx` may be `dy`, `x` or `residual` itself.
 
     Returns
     -------
-    dx : array, shape and type of `x`
+    dx : array, shape and dtype of `x`
         Gradient with respect to `x`, also through the statistics.
-    dresidual : array, shape and type of `x`
+    dresidual : array, shape and dtype of `x`
         Gradient with respect to `residual`; only where that is given.
 
     Raises
     ------
     TypeError
-        If an argument is not an array of the right kind or data type, or arrays of NumPy and CuPy are mixed.
+        If a container or data type is wrong, or NumPy and CuPy arrays are mixed.
     ValueError
         If a shape, layout or value is wrong, or arrays overlap.
 
@@ -334,9 +340,11 @@ def batch_norm_input_gradient(
     >>> bool(abs(dx.sum()) < 1e-15)
     True
     """
-    returned = ("dx",) if residual is None else ("dx", "dresidual")
-    dx, dresidual = (*check.pack_outputs(out, returned), None)[:2]
-    axis, phi = check.integer("axis", axis), activation_named(activation, alpha)
-    arrays = {"dx": dx, "dresidual": dresidual, "dy": dy, "x": x, "residual": residual, "mask": mask}
-    arrays |= {"gamma": gamma, "beta": beta, "statistics": statistics, "sums": sums}
-    return run(Stage.APPLY, arrays, returned, Options(phi), axis)
+    given = dy, x, residual, mask, gamma, beta, statistics, sums
+    call = INPUT_GRADIENT.calls.replay(out, given, axis, activation, alpha)
+    if call.replayed:
+        return out
+    options = Options(activation_named(activation, alpha))
+    outputs = check.pack_outputs(out, INPUT_GRADIENT.outputs[: 1 if residual is None else 2])
+    arrays = (*outputs, None, *given) if residual is None else (*outputs, *given)
+    return run(plan(INPUT_GRADIENT, arrays, axis), arrays, options, call)

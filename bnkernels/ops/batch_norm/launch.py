@@ -1,28 +1,138 @@
-"""Launch choice of the batch-norm kernels: pure functions of shape and data type.
+"""Launch choice of batch norm: which kernel, with which grid and argument, as a pure function of pass and problem.
 
-A block owns a slice of neighbouring channels for the whole mini-batch: `width` threads side by side, one per channel,
-times `lanes` threads that share the channel's rows. So no block waits for another.
+`choose` answers. A one-block kernel owns a slice of neighbouring channels for the whole mini-batch: `width` threads
+side by side, one per channel, times `lanes` threads that share the channel's rows; no block waits for another. Plain
+ones keep their rows in registers, or read them twice (two_pass); a masked_grouped one knows every option. A cooperative
+kernel moves 16 bytes at a time and keeps what it read in shared memory, so that every byte is read once: up to `splits`
+blocks share a slice and wait for one another, see ``cooperative_slices.cuh``. The thresholds follow from sizes of the
+hardware; none has been tuned.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 
-from bnkernels.runtime.arguments import accumulator
-from bnkernels.runtime.seam import MAX_GRID, Launch, ceil_div
+from bnkernels.ops.batch_norm.problem import Pass, Problem, Stage
+from bnkernels.runtime import seam as rt
+from bnkernels.runtime.arguments import accumulator, arguments_type, suffix
+from bnkernels.runtime.occupancy import most_shared, resident
+from bnkernels.runtime.seam import MAX_GRID, Launch, LaunchPlan, Limits, ceil_div
+from bnkernels.runtime.workspace import MOST_BARRIERS, MOST_SPLITS, PARTIALS
 
 WIDTH = 32  # channels of a slice: 128 bytes of float32, four whole memory sectors per row
 SECTOR = 32  # bytes that memory moves at once
 THREADS = 512  # of a block, at most: what the kernels' launch bounds say
 SERIAL_LANES = 64  # that every thread merges itself, as in cuda/lib/reduce/rows.cuh
-HELD = 4  # rows that each thread should have: enough to keep its loads in flight, and few in a row to add up
+REGISTERS = 4  # rows that each thread should have: enough to keep its loads in flight, and few in a row to add up
 FEW_BLOCKS = 132  # fewer leave multiprocessors of a large device without work
 INFERENCE_ROWS = 8  # rows per thread of the inference kernel, which has no reason to keep blocks few
+MIN_BLOCKS = 2  # cooperative blocks that are resident on a multiprocessor, as their launch bounds promise
+VECTOR = 16  # bytes that one access moves, as in cuda/lib/numbers/vector.cuh
+FAN_IN = 8  # partial results that one thread merges, as in cuda/lib/reduce/cooperative_slices.cuh
+WIDTHS = (128, 64, 32)  # bytes of a row that a cooperative block owns: from a cache line down to a sector of memory
+SMALL = 64 * 1024  # bytes of data up to which one launch of few blocks takes no longer
+EXCHANGED = 1 / 4  # bytes that a block may read of the others, for a byte of data; they come from the L2 cache
+QUANTITIES = {"forward": 3, "backward": 2}  # partial results of a channel
+PLANES = {"forward": 1, "backward": 2}  # arrays that a cooperative kernel keeps in shared memory
 
 
-def _held_more(dtype: np.dtype) -> int:
-    """Return the rows that a thread can hold in the same registers: 16, or 8 of float64."""
-    return 8 if dtype.itemsize == 8 else 16
+def _strides(names: str, axes: str) -> str:
+    return " ".join(f"{name}_{axis}" for name in names.split() for axis in axes.split())
+
+
+SIZES, AXES = "outer channels inner", "outer channel inner"
+CODES = "activation stage statistic_rows params_in_storage_type"
+DOUBLE = "ddx dy x residual ddresidual"
+ARGUMENTS = {
+    "forward": arguments_type(
+        "x residual gamma beta y statistics running_mean running_var",
+        f"{SIZES} {_strides('x residual', AXES)}",
+        "momentum divisor eps alpha",
+        "activation",
+    ),
+    "inference": arguments_type(
+        "x residual gamma beta y running_mean running_var",
+        f"{SIZES} {_strides('x residual', AXES)}",
+        "eps alpha",
+        "activation",
+    ),
+    "backward": arguments_type(
+        "dy x residual gamma beta mean mean_low rstd dx dgamma dbeta dresidual",
+        f"{SIZES} {_strides('dy x residual', AXES)}",
+        "eps alpha",
+        "activation",
+    ),
+    "double_backward": arguments_type(
+        f"{DOUBLE} ddgamma ddbeta gamma beta statistics ddy dx dgamma dbeta dresidual",
+        f"{SIZES} {_strides(DOUBLE, AXES)}",
+        "alpha",
+        "activation",
+    ),
+    "forward_masked_grouped": arguments_type(
+        "x residual mask gamma beta y statistics moments running_mean running_var",
+        f"groups {SIZES} {_strides('x residual', f'group {AXES}')} mask_group mask_outer mask_inner",
+        "momentum correction eps alpha r_max d_max",
+        CODES,
+    ),
+    "backward_masked_grouped": arguments_type(
+        "dy x residual mask gamma beta statistics running_mean running_var dx dgamma dbeta dresidual sums "
+        "partial finished_blocks",
+        f"groups {SIZES} {_strides('dy x residual', f'group {AXES}')} mask_group mask_outer mask_inner",
+        "eps alpha",
+        CODES,
+    ),
+    "forward_cooperative": arguments_type(
+        "x residual gamma beta y statistics running_mean running_var partial barrier_counter",
+        f"{SIZES} {_strides('x residual', 'outer channel')} held",
+        "momentum divisor eps alpha",
+        "activation",
+    ),
+    "backward_cooperative": arguments_type(
+        "dy x residual gamma beta mean mean_low rstd dx dgamma dbeta dresidual partial barrier_counter",
+        f"{SIZES} {_strides('dy x residual', 'outer channel')} held",
+        "alpha",
+        "activation",
+    ),
+}
+
+
+@lru_cache(maxsize=1024)
+def choose(kind: Pass, problem: Problem, limits: Limits | None) -> LaunchPlan:
+    """Return the kernel of a pass and its launch.
+
+    Parameters
+    ----------
+    kind : Pass
+        The pass.
+    problem : Problem
+        A tensor with at least one row and one channel.
+    limits : Limits or None
+        Limits of the device where all data begin at a multiple of 16 bytes; else None: no cooperative kernel.
+
+    Examples
+    --------
+    >>> from bnkernels.ops.batch_norm.problem import FORWARD
+    >>> plan = choose(FORWARD, Problem(1, 64, 20, 1, np.dtype("float32")), None)
+    >>> plan.kernel, plan.launch.block
+    ('bnk_batch_norm_forward_registers4_f32', (20, 16, 1))
+    """
+    if problem.masked_grouped:
+        return masked_grouped(kind, problem)
+    plain = one_block(kind, problem)
+    if limits is None or f"_registers{REGISTERS}_" in plain.kernel or not in_vectors(kind, problem):
+        return plain
+    return cooperative(kind, problem, limits) or plain
+
+
+def _plan(variant: str, struct: str, problem: Problem, launch: Launch, **more: int) -> LaunchPlan:
+    source = f"batch_norm_{'forward' if struct == 'inference' else struct}"
+    kernel = f"bnk_batch_norm_{variant}_{suffix(problem.dtype)}"
+    return LaunchPlan(source, kernel, launch, ARGUMENTS[struct][accumulator(problem.dtype)], **more)
+
+
+# ---- one block a slice ----------------------------------------------------------------------------------------------
 
 
 def slice_width(channels: int, inner: int, dtype: np.dtype) -> int:
@@ -41,99 +151,165 @@ def slice_width(channels: int, inner: int, dtype: np.dtype) -> int:
 
 
 def _lanes(wanted: int, width: int) -> int:
-    """Return how many lanes a block has: as many as wanted and possible, above 64 a power of two, for equal groups."""
+    """Return the lanes of a block: as many as wanted and possible, above 64 a power of two, for equal groups."""
     lanes = min(wanted, THREADS // width)
     return lanes if lanes <= SERIAL_LANES else 1 << (lanes.bit_length() - 1)
 
 
-def _choose(outer: int, channels: int, inner: int, dtype: np.dtype, planes: int) -> tuple[str, Launch]:
-    """Return the first variant whose threads can hold all rows, with `planes` shared values per thread."""
-    rows, width = outer * inner, slice_width(channels, inner, dtype)
-    lanes = _lanes(ceil_div(rows, HELD), width)
-    more = _held_more(dtype)
-    if inner == 1 and HELD * lanes >= rows:
-        variant = f"registers{HELD}"
-    else:
-        variant = f"registers{more}" if more * lanes >= rows else "two_pass"
-    shared = planes * width * lanes * accumulator(dtype).itemsize
-    return variant, Launch((ceil_div(channels, width), 1, 1), (width, lanes, 1), shared)
+def variant_of(problem: Problem, lanes: int) -> str:
+    """Return the first training kernel whose threads can keep all rows in registers, or that reads them twice."""
+    most = 8 if problem.dtype.itemsize == 8 else 16  # in the same registers
+    if problem.inner == 1 and problem.rows <= REGISTERS * lanes:
+        return f"registers{REGISTERS}"
+    return f"registers{most}" if problem.rows <= most * lanes else "two_pass"
 
 
-def forward_launch(outer: int, channels: int, dtype: np.dtype, inner: int = 1) -> tuple[str, Launch]:
-    """Return variant and launch of the training forward for at least one row and one channel.
-
-    Examples
-    --------
-    >>> forward_launch(64, 20, np.dtype("float32"))
-    ('registers4', Launch(grid=(1, 1, 1), block=(20, 16, 1), shared_bytes=3840, cooperative=False))
-    """
-    return _choose(outer, channels, inner, dtype, planes=3)
-
-
-def backward_launch(outer: int, channels: int, dtype: np.dtype, inner: int = 1) -> tuple[str, Launch]:
-    """Return variant and launch of the training backward for at least one row and one channel.
-
-    Examples
-    --------
-    >>> backward_launch(64, 20, np.dtype("float32"))
-    ('backward_registers4', Launch(grid=(1, 1, 1), block=(20, 16, 1), shared_bytes=2560, cooperative=False))
-    """
-    variant, launch = _choose(outer, channels, inner, dtype, planes=2)
-    return f"backward_{variant}", launch
+def one_block(kind: Pass, problem: Problem) -> LaunchPlan:
+    """Return the plain kernel of a pass, whose blocks own their channels alone, or in inference share rows freely."""
+    rows, width = problem.rows, slice_width(problem.channels, problem.inner, problem.dtype)
+    slices, frozen = ceil_div(problem.channels, width), kind.stage == Stage.FROZEN
+    if frozen and kind.direction == "forward":
+        lanes = min(ceil_div(rows, INFERENCE_ROWS), THREADS // width)
+        tiles = min(ceil_div(rows, lanes * INFERENCE_ROWS), MAX_GRID[1])
+        return _plan("inference", "inference", problem, Launch((slices, tiles, 1), (width, lanes, 1)))
+    lanes = _lanes(rows if frozen else ceil_div(rows, REGISTERS), width)
+    variant, planes = kind.direction, 10  # shared values of a thread
+    if frozen:
+        variant, planes = "inference_backward", 2
+    elif variant != "double_backward":
+        variant, planes = f"{variant}_{variant_of(problem, lanes)}", QUANTITIES[variant]
+    shared = planes * width * lanes * accumulator(problem.dtype).itemsize
+    return _plan(variant, kind.direction, problem, Launch((slices, 1, 1), (width, lanes, 1), shared))
 
 
-def inference_backward_launch(outer: int, channels: int, dtype: np.dtype, inner: int = 1) -> tuple[str, Launch]:
-    """Return variant and launch of the backward for running statistics."""
-    width = slice_width(channels, inner, dtype)
-    lanes = _lanes(outer * inner, width)
-    shared = 2 * width * lanes * accumulator(dtype).itemsize
-    return "inference_backward", Launch((ceil_div(channels, width), 1, 1), (width, lanes, 1), shared)
-
-
-def double_backward_launch(outer: int, channels: int, dtype: np.dtype, inner: int = 1) -> tuple[str, Launch]:
-    """Return variant and launch of the double backward, whose rows are streamed at any length.
-
-    Examples
-    --------
-    >>> variant, launch = double_backward_launch(64, 20, np.dtype("float32"))
-    >>> launch.block, launch.shared_bytes
-    ((20, 16, 1), 12800)
-    """
-    width = slice_width(channels, inner, dtype)
-    lanes = _lanes(ceil_div(outer * inner, HELD), width)
-    shared = 10 * width * lanes * accumulator(dtype).itemsize
-    return "double_backward", Launch((ceil_div(channels, width), 1, 1), (width, lanes, 1), shared)
-
-
-def general_launch(
-    groups: int, outer: int, channels: int, inner: int, dtype: np.dtype, backward: bool, reduces: bool
-) -> Launch:
-    """Return the launch of a general kernel, which `reduces` the rows of a channel or leaves them to any block.
+def masked_grouped(kind: Pass, problem: Problem) -> LaunchPlan:
+    """Return the kernel that knows every option. It reduces the rows of a channel, or leaves them to any block.
 
     A block owns fewer channels where there are few: down to a sector, so that no byte that memory moves is wasted.
 
     Examples
     --------
-    >>> general_launch(100, 64, 512, 1, np.dtype("float32"), backward=True, reduces=True).grid  # 17 for 100 groups
+    >>> from bnkernels.ops.batch_norm.problem import BACKWARD
+    >>> masked_grouped(BACKWARD, Problem(100, 64, 512, 1, np.dtype("float32"))).launch.grid  # 17 for 100 groups
     (16, 17, 1)
     """
-    width, rows = slice_width(channels, inner, dtype), outer * inner
-    while width * dtype.itemsize > SECTOR and ceil_div(channels, width) * groups < FEW_BLOCKS:
+    dtype, rows, groups = problem.dtype, problem.rows, problem.groups
+    backward, width = kind.direction == "backward", slice_width(problem.channels, problem.inner, dtype)
+    while width * dtype.itemsize > SECTOR and ceil_div(problem.channels, width) * groups < FEW_BLOCKS:
         width //= 2
-    slices, lanes = ceil_div(channels, width), _lanes(ceil_div(rows, HELD), width)
-    planes = 3 if backward else 4
-    together, tiles = min(groups, MAX_GRID[1]), 1
-    if backward and reduces:  # these blocks add up what they found, and few are added faster
-        together = min(groups, max(1, ceil_div(2 * FEW_BLOCKS, slices)))
-    if not reduces:
+    slices, lanes = ceil_div(problem.channels, width), _lanes(ceil_div(rows, REGISTERS), width)
+    together, tiles, splits = min(groups, MAX_GRID[1]), 1, 1
+    if kind.stage == Stage.APPLY or (kind.stage == Stage.FROZEN and not backward):
         tiles = min(ceil_div(rows, lanes * INFERENCE_ROWS), MAX_GRID[2])
-    shared = planes * width * lanes * accumulator(dtype).itemsize
-    return Launch((slices, together, tiles), (width, lanes, 1), shared)
+    elif backward:  # these blocks add up what they found, and few are added faster
+        together = splits = min(groups, max(1, ceil_div(2 * FEW_BLOCKS, slices)))
+    shared = (3 if backward else 4) * width * lanes * accumulator(dtype).itemsize
+    launch, name = Launch((slices, together, tiles), (width, lanes, 1), shared), f"{kind.direction}_masked_grouped"
+    return _plan(name, name, problem, launch, splits=splits)
 
 
-def inference_launch(outer: int, channels: int, dtype: np.dtype, inner: int = 1) -> Launch:
-    """Return the launch of the inference forward, whose blocks share the rows freely."""
-    rows, width = outer * inner, slice_width(channels, inner, dtype)
-    lanes = min(ceil_div(rows, INFERENCE_ROWS), THREADS // width)
-    tiles = min(ceil_div(rows, lanes * INFERENCE_ROWS), 65535)
-    return Launch((ceil_div(channels, width), tiles, 1), (width, lanes, 1))
+# ---- several blocks a slice -----------------------------------------------------------------------------------------
+
+
+def in_vectors(kind: Pass, problem: Problem) -> bool:
+    """Return whether the tensor is large enough, and all rows are whole vectors if the arrays begin at one."""
+    size, count = problem.rows * problem.channels * problem.dtype.itemsize, VECTOR // problem.dtype.itemsize
+    if kind.stage != Stage.WHOLE or kind.direction not in PLANES or problem.dtype.itemsize > 4 or size <= SMALL:
+        return False
+    shape = problem.outer, problem.channels, problem.inner
+    along = 1 if problem.inner == 1 else 2  # the axis whose neighbours lie side by side
+    if shape[along] % count:
+        return False
+    for strides in problem.strides:
+        for axis, (extent, stride) in enumerate(zip(shape, strides, strict=True)):
+            if extent > 1 and (stride != 1 if axis == along else stride % count):
+                return False
+    return True
+
+
+def cooperative(kind: Pass, problem: Problem, limits: Limits) -> LaunchPlan | None:
+    """Return the cooperative kernel for what lies in vectors, or None where the plain ones are to be taken.
+
+    They are taken where threads would have less than a row each, and for a device whose shared memory holds no row.
+
+    Examples
+    --------
+    >>> from bnkernels.ops.batch_norm.problem import FORWARD
+    >>> h200 = Limits(132, 227 * 1024, 228 * 1024, True)
+    >>> matrix = Problem(1, 8192, 1024, 1, np.dtype("float32"), ((1024, 1, 1),))
+    >>> cooperative(FORWARD, matrix, h200).launch.grid  # 16 groups of 16 blocks take the 32 slices in turn
+    (16, 16, 1)
+    """
+    size = problem.dtype.itemsize
+    widths = [size] if problem.inner > 1 else [min(width, problem.channels * size) for width in WIDTHS]
+    blocks = [_Block(kind.direction, problem, width, limits) for width in widths]
+    blocks = [block for block in blocks if block.most_held > 0 and block.rows >= block.lanes]
+    if not blocks:
+        return None
+    alone = [block for block in blocks if block.keeps_all(1)]
+    for block in alone:  # the widest that keeps half of the device busy
+        if 2 * block.slices >= limits.sms or block is alone[-1]:
+            return block.plan(1, block.slices)
+    if not limits.cooperative:
+        return None
+    for block in blocks:  # the widest that exchanges little
+        splits = block.splits()
+        if block.keeps_all(splits) and block.exchanged(splits) <= EXCHANGED * block.read(splits):
+            break
+    return block.plan(splits, min(block.slices, block.resident // splits, MOST_BARRIERS))
+
+
+class _Block:
+    """Block of a cooperative kernel that owns `width` bytes of channels."""
+
+    def __init__(self, direction: str, problem: Problem, width: int, limits: Limits) -> None:
+        self.direction, self.problem = direction, problem
+        inner, size = problem.inner > 1, problem.dtype.itemsize
+        count = VECTOR // size
+        self.channels = width // size
+        self.columns = max(1, self.channels // count)
+        # Eight channels a thread take more registers in the backward: launch bounds of its kernels.
+        self.lanes = (192 if direction == "backward" and not inner and count == 8 else 256) // self.columns
+        self.rows = problem.rows // (count if inner else 1)
+        self.slices = ceil_div(problem.channels, self.channels)
+        self.partial = QUANTITIES[direction] * self.channels * self.lanes * 4
+        self.row = PLANES[direction] * self.columns * self.lanes * VECTOR  # bytes of a row of all threads
+        most = most_shared(limits, MIN_BLOCKS)  # while one waits for its data or for other blocks, the other works
+        self.resident = resident(limits, self.columns * self.lanes, most, MIN_BLOCKS)
+        self.most_held = (most - self.partial) // self.row
+
+    def rows_of_thread(self, splits: int) -> int:
+        """Return the rows of a thread, at most, with so many blocks a slice."""
+        return ceil_div(self.rows, splits * self.lanes)
+
+    def keeps_all(self, splits: int) -> bool:
+        """Return whether all rows stay on the chip."""
+        return self.rows_of_thread(splits) <= self.most_held
+
+    def splits(self) -> int:
+        """Return how many blocks share a slice: enough to keep it on the chip, and to have work for all."""
+        most = min(self.resident, MOST_SPLITS, FAN_IN * self.lanes, self.rows // self.lanes)
+        splits = 1
+        while 2 * splits <= most and (2 * splits * self.slices <= self.resident or not self.keeps_all(splits)):
+            splits *= 2
+        return splits
+
+    def exchanged(self, splits: int) -> int:
+        """Return the bytes that a block reads of the others: all their partial results."""
+        return splits * QUANTITIES[self.direction] * self.channels * 4
+
+    def read(self, splits: int) -> int:
+        """Return the bytes of the data that a block reads."""
+        return self.rows_of_thread(splits) * self.row
+
+    def plan(self, splits: int, groups: int) -> LaunchPlan:
+        """Return the choice with so many blocks a slice, and so many groups of them."""
+        held = min(self.rows_of_thread(splits), self.most_held)
+        block = (self.columns, self.lanes, 1)
+        launch = Launch((groups, splits, 1), block, self.partial + held * self.row, cooperative=splits > 1)
+        needed = PARTIALS + 2 * groups * self.exchanged(splits)
+        if needed > rt.WORKSPACE_BYTES:
+            raise RuntimeError(f"the workspace has {rt.WORKSPACE_BYTES} bytes, {needed} are needed: {launch}")
+        name = f"{self.direction}_cooperative"
+        variant = f"{name}_inner" if self.problem.inner > 1 else name
+        return _plan(variant, name, self.problem, launch, splits=splits, held=held)

@@ -1,13 +1,16 @@
-"""How batch norm sees a tensor: as (outer, C, inner), the axes before and behind the channels' each taken together.
+"""Batch norm as data: the passes, their arrays and options, and the view of a tensor as (group, outer, C, inner).
 
-A row is one position of a channel; there are ``outer * inner`` of them. A matrix (N, C) has ``inner = 1``, as has
-whatever lies channels-last; NCHW has ``outer = N`` and ``inner = H W``. See ``cuda/lib/reduce/rows.cuh``.
+The axes in front of the channels' are taken together as `outer`, those behind as `inner`. A row is one position of a
+channel; there are ``outer * inner`` of them. A matrix (N, C) has ``inner = 1``, as has whatever lies channels-last;
+NCHW has ``outer = N`` and ``inner = H W``. See ``cuda/lib/reduce/rows.cuh``.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -15,33 +18,103 @@ import numpy as np
 from bnkernels.ops.activations import Activation
 from bnkernels.runtime import seam as rt
 from bnkernels.runtime.checks import Argument, shown
+from bnkernels.runtime.replay import ReplayCache
 
-
-class Layout(NamedTuple):
-    """The sizes of a tensor, and which of its axes holds the channels, counted from the front."""
-
-    outer: int
-    channels: int
-    inner: int
-    axis: int
-
-    @property
-    def rows(self) -> int:
-        """The number of values of a channel."""
-        return self.outer * self.inner
+GRADIENTS = ("dx", "dgamma", "dbeta", "dresidual")
+PARAMETERS = ("gamma", "beta", "dgamma", "dbeta")
+TENSORS = ("y", "out", "dx", "dresidual", "ddy", "x", "dy", "residual", "ddx", "ddresidual")  # of the shape of x
 
 
 class Stage(IntEnum):
-    """What a launch does, as in ``cuda/lib/reduce/masked_rows.cuh``."""
+    """Part of a pass that a launch does, as in ``cuda/lib/reduce/masked_rows.cuh``."""
 
     WHOLE = 0
-    COLLECT = 1
-    APPLY = 2
-    FROZEN = 3
+    COLLECT = 1  # sums over the rows
+    APPLY = 2  # what follows from sums that are given
+    FROZEN = 3  # with running statistics
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """Signature of an op: the names of its arrays, those that it writes first."""
+
+    direction: str  # forward, backward or double_backward
+    stage: Stage
+    outputs: tuple[str, ...]
+    inputs: tuple[str, ...]
+    required: tuple[str, ...]  # inputs that must not be None
+    updated: tuple[str, ...] = ()
+    # One for each op: calls of two ops with the same arrays would be taken for each other.
+    calls: ReplayCache = field(default_factory=ReplayCache)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The names of all arrays."""
+        return self.outputs + self.updated + self.inputs
+
+    @cached_property
+    def written(self) -> int:
+        """The number of arrays that are written."""
+        return len(self.outputs + self.updated)
+
+    @cached_property
+    def in_place(self) -> tuple[str, ...]:
+        """The inputs that the first output may be."""
+        return tuple(name for name in self.inputs if name in TENSORS) if self.outputs[0] in TENSORS else ()
+
+    @cached_property
+    def strided(self) -> tuple[str, ...]:
+        """The inputs of the shape of `x`, which may have any strides."""
+        return tuple(name for name in self.inputs if name in TENSORS)
+
+
+FORWARD = Pass(
+    *("forward", Stage.WHOLE, ("y", "statistics")),
+    inputs=("x", "residual", "mask", "gamma", "beta"),
+    required=("x",),
+    updated=("running_mean", "running_var"),
+)
+INFERENCE = Pass(
+    *("forward", Stage.FROZEN, ("out",)),
+    inputs=("x", "residual", "mask", "gamma", "beta", "running_mean", "running_var"),
+    required=("x", "running_mean", "running_var"),
+)
+MOMENTS = Pass("forward", Stage.COLLECT, ("moments",), inputs=("x", "mask"), required=("x",))
+NORMALISE = Pass(
+    *("forward", Stage.APPLY, ("out",)),
+    inputs=("x", "residual", "mask", "gamma", "beta", "statistics"),
+    required=("x", "statistics"),
+)
+BACKWARD_INPUTS = ("dy", "x", "residual", "mask", "gamma", "beta")
+BACKWARD = Pass(
+    *("backward", Stage.WHOLE, GRADIENTS),
+    inputs=(*BACKWARD_INPUTS, "statistics"),
+    required=("dy", "x", "statistics"),
+)
+INFERENCE_BACKWARD = Pass(
+    *("backward", Stage.FROZEN, GRADIENTS),
+    inputs=(*BACKWARD_INPUTS, "running_mean", "running_var"),
+    required=("dy", "x", "running_mean", "running_var"),
+)
+GRADIENT_SUMS = Pass(
+    *("backward", Stage.COLLECT, ("sums",)),
+    inputs=(*BACKWARD_INPUTS, "statistics"),
+    required=("dy", "x", "statistics"),
+)
+INPUT_GRADIENT = Pass(
+    *("backward", Stage.APPLY, ("dx", "dresidual")),
+    inputs=(*BACKWARD_INPUTS, "statistics", "sums"),
+    required=("dy", "x", "statistics", "sums"),
+)
+DOUBLE_BACKWARD = Pass(
+    *("double_backward", Stage.WHOLE, ("ddy", "dx", "dgamma", "dbeta", "dresidual")),
+    inputs=("ddx", "dy", "x", "residual", "ddresidual", "ddgamma", "ddbeta", "gamma", "beta", "statistics"),
+    required=("dy", "x", "statistics"),
+)
 
 
 class Options(NamedTuple):
-    """The numbers of a call; a stage takes no notice of those that are not its own."""
+    """Numbers of a call. A pass takes no notice of those that are not its own."""
 
     phi: Activation
     eps: float = 0.0
@@ -50,65 +123,90 @@ class Options(NamedTuple):
     renorm: tuple[float, float] | None = None
 
 
-class Plan(NamedTuple):
-    """What a call's signatures decide."""
+class Problem(NamedTuple):
+    """View of a tensor as (group, outer, C, inner), and what else a launch depends on."""
 
-    runtime: rt.Runtime | None
-    grouped: bool
     groups: int
-    layout: Layout  # of one group
-    shapes: dict[str, tuple[int, ...]]  # of the arrays that are like x, of parameters, of what goes by channel
-    dtypes: dict[str, np.dtype]
-    empty: bool
+    outer: int
+    channels: int
+    inner: int
+    dtype: np.dtype
+    strides: tuple[tuple[int, int, int], ...] = ()  # outer, channel and inner, in elements, of each tensor given
+    masked_grouped: bool = False  # whether the plain kernels do not know of an option
+
+    @property
+    def rows(self) -> int:
+        """The number of values of a channel in a group."""
+        return self.outer * self.inner
+
+
+class Plan(NamedTuple):
+    """What the signatures of a call decide."""
+
+    kind: Pass
+    runtime: rt.Runtime | None  # None: NumPy
+    problem: Problem
+    axis: int  # of the channels, counted from the front of a group
+    grouped: bool
+    acc_dtype: np.dtype
+    outputs: dict[str, tuple[tuple[int, ...], np.dtype]]  # shape and data type of what is returned
+    positions: tuple[int, ...]  # the shape of x without its channels: that of a whole mask
     statistic_rows: int
-    narrow: bool  # whether gamma and beta are of the data's 16 bits
-    launch: rt.Launch | None = None
-    strides: tuple[int, ...] = ()
-    copied: tuple[str, ...] = ()  # inputs that no four strides describe
+    matrix: bool  # whether x is a matrix in the accumulator's type, and no option is set that needs more
+    members: dict[str, int]  # sizes, strides and codes of the kernel's argument
+    copied: tuple[str, ...] = ()  # inputs that no such strides describe
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to compute."""
+        return 0 in self.positions or not self.problem.channels
 
 
-def layout_of(x: Argument, axis: int) -> Layout:
-    """Return the layout of `x` with the channels in `axis`; check both.
+def view(x: Argument, axis: int, grouped: bool) -> tuple[Problem, int]:
+    """Return the view of `x` with the channels in `axis` of each group, and that axis counted from the front.
 
     Raises
     ------
     ValueError
         If `x` has fewer than two dimensions, or none of this number.
     """
-    dimensions = len(x.shape)
+    if grouped and len(x.shape) < 3:
+        raise ValueError(f"x must have the shape (T, N, C, ...), of T groups, got {x.shape}; or pass grouped=False")
+    shape = x.shape[grouped:]
+    dimensions = len(shape)
     if dimensions < 2:
-        raise ValueError(f"{x.name} must have at least two dimensions, such as (N, C), got the shape {x.shape}")
+        raise ValueError(f"{x.name} must have at least two dimensions, such as (N, C), got the shape {shape}")
     if not -dimensions <= axis < dimensions:
         wanted = f"axis must be from {-dimensions} to {dimensions - 1}"
-        raise ValueError(f"{wanted} for {x.name} of the shape {x.shape}, got {shown(axis)}")
+        raise ValueError(f"{wanted} for {x.name} of the shape {shape}, got {shown(axis)}")
     axis %= dimensions
-    return Layout(math.prod(x.shape[:axis]), x.shape[axis], math.prod(x.shape[axis + 1 :]), axis)
+    outer, inner = math.prod(shape[:axis]), math.prod(shape[axis + 1 :])
+    return Problem(x.shape[0] if grouped else 1, outer, shape[axis], inner, x.dtype), axis
 
 
-def element_strides(argument: Argument, axis: int) -> tuple[int, int, int] | None:
-    """Return the strides of an array's outer, channel and inner axis in elements; None if no such three exist.
+def element_strides(argument: Argument, axis: int, grouped: bool) -> tuple[int, int, int, int] | None:
+    """Return the strides of an array's group, outer, channel and inner axis in elements; None if no such four exist.
 
     They exist where the axes before the channels', and those behind, each follow one another as in a reshaped view.
     """
     itemsize = argument.dtype.itemsize
     if any(stride % itemsize for stride in argument.strides):
         return None
-    steps = [stride // itemsize for stride in argument.strides]
-    outer = _merged(argument.shape[:axis], steps[:axis])
-    inner = _merged(argument.shape[axis + 1 :], steps[axis + 1 :])
-    return None if outer is None or inner is None else (outer, steps[axis], inner)
+    group, *steps = ([] if grouped else [0]) + [stride // itemsize for stride in argument.strides]
+    shape = argument.shape[grouped:]
+    outer, inner = _merged(shape[:axis], steps[:axis]), _merged(shape[axis + 1 :], steps[axis + 1 :])
+    return None if outer is None or inner is None else (group, outer, steps[axis], inner)
 
 
-def mask_strides(mask: Argument, shape: tuple[int, ...], layout: Layout, grouped: bool) -> tuple[int, int, int] | None:
+def mask_strides(mask: Argument, positions: tuple[int, ...], axis: int, grouped: bool) -> tuple[int, int, int] | None:
     """Return the strides of a mask's group, outer and inner axis, 0 where all positions share it; None as above.
 
-    The mask covers the first axes of `shape` without the channels'; `layout` is that of one group.
+    The mask covers the first axes of `positions`; `axis` is that of the channels in a group.
     """
-    strides = [*mask.strides, *[0] * (len(shape) - 1 - len(mask.strides))]
-    axis = layout.axis + grouped
-    positions = shape[:axis] + shape[axis + 1 :]
-    outer = _merged(positions[grouped:axis], strides[grouped:axis])
-    inner = _merged(positions[axis:], strides[axis:])
+    strides = [*mask.strides, *[0] * (len(positions) - len(mask.strides))]
+    front = axis + grouped
+    outer = _merged(positions[grouped:front], strides[grouped:front])
+    inner = _merged(positions[front:], strides[front:])
     return None if outer is None or inner is None else (strides[0] if grouped else 0, outer, inner)
 
 

@@ -1,4 +1,4 @@
-"""The NumPy twins of the general batch-norm kernels: their formulas, in float64, on arrays (groups, rows, C)."""
+"""Reference of batch norm: the kernels' formulas in NumPy, in float64, on arrays (groups, rows, C)."""
 
 from __future__ import annotations
 
@@ -7,15 +7,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bnkernels.ops.activations import Activation
-from bnkernels.ops.batch_norm.problem import Options, Plan
-from bnkernels.runtime.arguments import accumulator
+from bnkernels.ops.batch_norm.problem import Options, Plan, Stage
 
-WHOLE, COLLECT, APPLY, FROZEN = range(4)  # stages of a pass
 DOUBLE = np.dtype(np.float64)
 
 
+@np.errstate(all="ignore")  # as kernels do, which have no warnings
+def run(plan: Plan, arrays: dict[str, Any], options: Options) -> None:
+    """Write what a pass writes."""
+    {"forward": _forward, "backward": _backward, "double_backward": _double_backward}[plan.kind.direction](
+        plan, arrays, options
+    )
+
+
 class _Normalisation(NamedTuple):
-    """How channels are normalised, each array (groups, 1, C): ``scale * (x - mean - mean_low) + shift``."""
+    """Normalisation ``scale * (x - mean - mean_low) + shift``, each array (groups, 1, C)."""
 
     mean: np.ndarray
     mean_low: np.ndarray
@@ -27,7 +33,7 @@ class _Normalisation(NamedTuple):
 
 
 class _Moments(NamedTuple):
-    """Of the valid rows, each array (groups, 1, C) in float64; with the mean in two parts."""
+    """Moments of the valid rows, each array (groups, 1, C) in float64, the mean in two parts."""
 
     count: np.ndarray
     mean: np.ndarray
@@ -37,15 +43,15 @@ class _Moments(NamedTuple):
 
 def _moved(plan: Plan, array: np.ndarray) -> np.ndarray:
     """Return a view with the groups first, though there be one, and the channels last."""
-    return np.moveaxis(array if plan.grouped else array[None], plan.layout.axis + 1, -1)
+    return np.moveaxis(array if plan.grouped else array[None], plan.axis + 1, -1)
 
 
 def _rows(plan: Plan, array: np.ndarray | None, valid: np.ndarray | None) -> np.ndarray | None:
     """Return an input as (groups, rows, C) in the accumulator's type, 0 where it is invalid."""
     if array is None:
         return None
-    rows = _moved(plan, array).reshape(plan.groups, plan.layout.rows, plan.layout.channels)
-    rows = rows.astype(accumulator(array.dtype), copy=False)
+    rows = _moved(plan, array).reshape(plan.problem.groups, plan.problem.rows, plan.problem.channels)
+    rows = rows.astype(plan.acc_dtype, copy=False)
     return rows if valid is None else np.where(valid, rows, rows.dtype.type(0))
 
 
@@ -61,16 +67,16 @@ def _valid(plan: Plan, mask: np.ndarray | None) -> np.ndarray | None:
     """Return the mask as (groups, rows, 1)."""
     if mask is None:
         return None
-    positions = _moved(plan, np.broadcast_to(False, plan.shapes["x"])).shape[:-1]
+    positions = plan.positions if plan.grouped else (1, *plan.positions)
     mask = mask if plan.grouped else mask[None]
     mask = mask.reshape(mask.shape + (1,) * (len(positions) - mask.ndim))
-    return np.broadcast_to(mask, positions).reshape(plan.groups, plan.layout.rows, 1)
+    return np.broadcast_to(mask, positions).reshape(plan.problem.groups, plan.problem.rows, 1)
 
 
 def _count(plan: Plan, valid: np.ndarray | None) -> np.ndarray:
-    """Return how many rows are valid, (groups, 1, 1)."""
+    """Return the number of valid rows, (groups, 1, 1)."""
     if valid is None:
-        return np.full((plan.groups, 1, 1), float(plan.layout.rows))
+        return np.full((plan.problem.groups, 1, 1), float(plan.problem.rows))
     return valid.sum(1, keepdims=True, dtype=DOUBLE)
 
 
@@ -81,10 +87,9 @@ def _sum(rows: np.ndarray) -> np.ndarray:
 
 def _by_group(plan: Plan, array: np.ndarray | None, absent: float = 0.0) -> np.ndarray:
     """Return gamma, beta or running statistics as (groups or 1, 1, C) in the accumulator's type."""
-    wide = accumulator(plan.dtypes["x"])
     if array is None:
-        return np.full((1, 1, plan.layout.channels), absent, wide)
-    return array.reshape(-1, 1, plan.layout.channels).astype(wide)
+        return np.full((1, 1, plan.problem.channels), absent, plan.acc_dtype)
+    return array.reshape(-1, 1, plan.problem.channels).astype(plan.acc_dtype)
 
 
 def _moments(plan: Plan, x: np.ndarray, valid: np.ndarray | None) -> _Moments:
@@ -121,38 +126,38 @@ def _normalise(plan: Plan, arrays: dict[str, Any], mean: Any, low: Any, rstd: An
     return _Normalisation(mean, low, rstd, r, d, gamma * rstd * r, gamma * d + beta)
 
 
-def _given(plan: Plan, stage: int, arrays: dict[str, Any], options: Options) -> _Normalisation:
+def _given(plan: Plan, arrays: dict[str, Any], options: Options) -> _Normalisation:
     """Return the normalisation with given statistics, or running ones."""
-    wide = accumulator(plan.dtypes["x"])
-    one, zero = np.ones((), wide), np.zeros((), wide)
-    if stage == FROZEN:
+    dtype = plan.acc_dtype
+    one, zero = np.ones((), dtype), np.zeros((), dtype)
+    if plan.kind.stage == Stage.FROZEN:
         mean, var = (_by_group(plan, arrays[name]) for name in ("running_mean", "running_var"))
-        return _normalise(plan, arrays, mean, zero, 1 / np.sqrt(var + wide.type(options.eps)), one, zero)
-    rows = arrays["statistics"].reshape(plan.groups, plan.statistic_rows, 1, plan.layout.channels)
+        return _normalise(plan, arrays, mean, zero, 1 / np.sqrt(var + dtype.type(options.eps)), one, zero)
+    rows = arrays["statistics"].reshape(plan.problem.groups, plan.statistic_rows, 1, plan.problem.channels)
     parts = [rows[:, i] for i in range(plan.statistic_rows)]
     return _normalise(plan, arrays, *(parts if len(parts) == 5 else [*parts, one, zero]))
 
 
 def _concluded(plan: Plan, arrays: dict[str, Any], options: Options, moments: _Moments) -> _Normalisation:
     """Return the normalisation that moments make, renormalised or not; write statistics and running statistics."""
-    wide = accumulator(plan.dtypes["x"])
+    dtype = plan.acc_dtype
     some = moments.count > 0
-    var = (moments.m2 / np.maximum(moments.count, 1)).astype(wide)
-    rstd = np.where(some, 1 / np.sqrt(var + wide.type(options.eps)), 0).astype(wide)
+    var = (moments.m2 / np.maximum(moments.count, 1)).astype(dtype)
+    rstd = np.where(some, 1 / np.sqrt(var + dtype.type(options.eps)), 0).astype(dtype)
     r, d = np.ones_like(rstd), np.zeros_like(rstd)
     if options.renorm is not None:
         r_max, d_max = options.renorm
-        running = 1 / np.sqrt(_by_group(plan, arrays["running_var"]) + wide.type(options.eps))
+        running = 1 / np.sqrt(_by_group(plan, arrays["running_var"]) + dtype.type(options.eps))
         distance = moments.mean - _by_group(plan, arrays["running_mean"]) + moments.mean_low
-        r = np.where(some, np.clip(running / rstd, 1 / r_max, r_max), 1).astype(wide)
-        d = np.where(some, np.clip(distance * running, -d_max, d_max), 0).astype(wide)
+        r = np.where(some, np.clip(running / rstd, 1 / r_max, r_max), 1).astype(dtype)
+        d = np.where(some, np.clip(distance * running, -d_max, d_max), 0).astype(dtype)
     rows = (moments.mean, moments.mean_low, rstd, r, d)[: plan.statistic_rows]
-    arrays["statistics"][...] = np.concatenate(rows, 1).reshape(plan.shapes["statistics"])
+    arrays["statistics"][...] = np.concatenate(rows, 1).reshape(arrays["statistics"].shape)
     _update(arrays["running_mean"], options.momentum, moments.mean, some)
     divisor = moments.count - options.unbiased
     unbiased = moments.m2 / np.maximum(divisor, 1)
     _update(arrays["running_var"], options.momentum, unbiased, some & (divisor > 0))
-    mean, low = moments.mean.astype(wide), moments.mean_low.astype(wide)
+    mean, low = moments.mean.astype(dtype), moments.mean_low.astype(dtype)
     return _normalise(plan, arrays, mean, low, rstd, r, d)
 
 
@@ -181,19 +186,18 @@ def _before_activation(centred: np.ndarray, of: _Normalisation, residual: np.nda
     return z
 
 
-@np.errstate(all="ignore")  # as kernels do, which have no warnings
-def forward_host(plan: Plan, stage: int, arrays: dict[str, Any], options: Options) -> None:
-    """Write what the stage of the forward writes."""
-    valid = _valid(plan, arrays.get("mask"))
+def _forward(plan: Plan, arrays: dict[str, Any], options: Options) -> None:
+    """Write what a stage of the forward writes."""
+    stage, valid = plan.kind.stage, _valid(plan, arrays["mask"])
     x = _rows(plan, arrays["x"], valid)
-    if stage in (WHOLE, COLLECT):
+    if stage in (Stage.WHOLE, Stage.COLLECT):
         moments = _moments(plan, x, valid)
-        if stage == COLLECT:
+        if stage == Stage.COLLECT:
             arrays["moments"][...] = np.concatenate(moments, 1)[0]
             return
         of = _concluded(plan, arrays, options, moments)
     else:
-        of = _given(plan, stage, arrays, options)
+        of = _given(plan, arrays, options)
     # In the whole pass too as the backward forms it: from the statistics as they are kept.
     z = _before_activation(_centred(x, of, valid), of, _rows(plan, arrays["residual"], valid))
     _bring_back(plan, options.phi.forward(np, z), valid, arrays["y" if "y" in arrays else "out"])
@@ -207,26 +211,25 @@ def _gradient(phi: Activation, dy: np.ndarray, centred: np.ndarray, of: _Normali
     return phi.backward(np, dy, phi.forward(np, z) if phi.from_output else z).astype(DOUBLE)
 
 
-@np.errstate(all="ignore")  # as kernels do, which have no warnings
-def backward_host(plan: Plan, stage: int, arrays: dict[str, Any], options: Options) -> None:
-    """Write what the stage of the backward writes."""
-    valid = _valid(plan, arrays["mask"])
+def _backward(plan: Plan, arrays: dict[str, Any], options: Options) -> None:
+    """Write what a stage of the backward writes."""
+    stage, valid = plan.kind.stage, _valid(plan, arrays["mask"])
     dy, x, residual = (_rows(plan, arrays[name], valid) for name in ("dy", "x", "residual"))
-    of = _given(plan, stage, arrays, options)
+    of = _given(plan, arrays, options)
     centred = _centred(x, of, valid)
     g = _gradient(options.phi, dy, centred, of, residual)  # 0 where dy is
-    if stage == APPLY:
+    if stage == Stage.APPLY:
         sum_g, sum_g_xhat, count = arrays["sums"].astype(DOUBLE)
     else:
         sum_g, sum_g_xhat, count = _sum(g), _sum(g * centred) * of.rstd, _count(plan, valid)
-    if stage == COLLECT:
+    if stage == Stage.COLLECT:
         arrays["sums"][...] = np.concatenate((sum_g, sum_g_xhat, np.broadcast_to(count, sum_g.shape)), 1)[0]
         return
-    if stage in (WHOLE, FROZEN):
+    if stage in (Stage.WHOLE, Stage.FROZEN):
         arrays["dgamma"][...] = (of.r * sum_g_xhat + of.d * sum_g).sum((0, 1))
         arrays["dbeta"][...] = sum_g.sum((0, 1))
-    _bring_back(plan, g, valid, arrays.get("dresidual"))
-    if stage != FROZEN:
+    _bring_back(plan, g, valid, arrays["dresidual"])
+    if stage != Stage.FROZEN:
         count = np.maximum(count, 1)
         centred *= sum_g_xhat * of.rstd / count
         g -= centred
@@ -235,8 +238,49 @@ def backward_host(plan: Plan, stage: int, arrays: dict[str, Any], options: Optio
     _bring_back(plan, g, valid, arrays["dx"])
 
 
+def _double_backward(plan: Plan, arrays: dict[str, Any], options: Options) -> None:
+    """Write the gradients of the backward: as ``cuda/batch_norm_double_backward.cu``, with the same names.
+
+    The kernel takes apart the sums that depend on sums; here they are written as they stand.
+    """
+    phi, rows = options.phi, plan.problem.rows
+    ddx, dy, x, residual, ddresidual = (_rows(plan, arrays[name], None) for name in plan.kind.strided)
+    of = _given(plan, arrays, options)
+    centred = _centred(x, of, None)
+    # Rounded as the forward rounds it: on the same side of a kink.
+    z = _before_activation(centred, of, residual).astype(DOUBLE)
+    taken = phi.forward(np, z.copy()) if phi.from_output else z
+    ddgamma, ddbeta, gamma = (
+        _by_group(plan, arrays[name], absent).astype(DOUBLE)
+        for name, absent in (("ddgamma", 0.0), ("ddbeta", 0.0), ("gamma", 1.0))
+    )
+    rstd, dy = of.rstd.astype(DOUBLE), dy.astype(DOUBLE)
+    scale, xhat = gamma * rstd, centred * rstd
+
+    def project(a: np.ndarray) -> np.ndarray:
+        """Return P a: what passes through the mean and the variance."""
+        return a - _sum(a) / rows - xhat * (_sum(a * xhat) / rows)
+
+    g = phi.backward(np, dy, taken)
+    w, h, e = ddgamma * xhat + ddbeta, ddgamma * g, np.zeros((1, 1, plan.problem.channels))
+    if ddresidual is not None:
+        w += ddresidual
+    if ddx is not None:
+        v = ddx.astype(DOUBLE)
+        w += scale * project(v)
+        h -= scale * (v * (_sum(g * xhat) / rows) + g * (_sum(v * xhat) / rows))
+        e = _sum(v * project(g))
+    q = np.zeros(z.shape) if phi.is_piecewise_linear else w * (dy * phi.second(np, z))
+    h += gamma * q
+    arrays["dgamma"][...] = (_sum(q * xhat) + rstd * e)[0, 0]
+    arrays["dbeta"][...] = _sum(q)[0, 0]
+    _bring_back(plan, rstd * (project(h) - xhat * (scale * e / rows)), None, arrays["dx"])
+    _bring_back(plan, phi.backward(np, w, taken), None, arrays["ddy"])
+    _bring_back(plan, q, None, arrays["dresidual"])
+
+
 @np.errstate(all="ignore")  # as kernels do, which have no warnings
-def merge_host(
+def merge(
     moments: np.ndarray,
     statistics: np.ndarray,
     merged: np.ndarray,

@@ -1,15 +1,8 @@
 """Batch normalisation with a residual sum and an activation behind it, in training: forward and backward.
 
-CuPy arrays run ``cuda/batch_norm_forward.cu`` and ``cuda/batch_norm_backward.cu``, or where the tensor is large their
-``_cooperative`` variants, one launch each; NumPy arrays run the twins of ``cpu.py``, which sum in float64. An
-op checks its values here and everything else in ``call.py``, which also runs it; ``runtime/replay.py``
-says what makes a repeated call cheap. With a mask, with groups, renormalised, or with parameters of 16 bits a call goes
-to ``masked_grouped.py`` and the ``_masked_grouped`` kernels.
-
-Below, T is the data type of `x`: float16, bfloat16 (of ml_dtypes), float32 or float64. A is that of the accumulator, in
-which all is computed and statistics are kept: float32 for 16-bit T, else T. P is that of the parameters and their
-gradients: A, or where all of them are given so T. C is the number of channels, ``x.shape[axis]``, and N that of the
-values of each. Inputs of the shape of `x` may have any strides.
+CuPy arrays run one kernel, ``cuda/batch_norm_forward.cu`` or its backward, or where ``launch.py`` says so another of
+their family; NumPy arrays are computed by ``cpu.py`` and ``reference.py``. C is the number of channels,
+``x.shape[axis]``, and N that of the values of each. Inputs of the shape of `x` may have any strides.
 """
 
 from __future__ import annotations
@@ -17,11 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 from bnkernels.ops.activations import activation_named
-from bnkernels.ops.batch_norm import call as plans
-from bnkernels.ops.batch_norm.masked_grouped import GRADIENTS, Options, Stage, is_narrow, run
+from bnkernels.ops.batch_norm.call import plan, run
+from bnkernels.ops.batch_norm.problem import BACKWARD, FORWARD, Options
 from bnkernels.runtime import checks as check
-from bnkernels.runtime import overlap
-from bnkernels.runtime.replay import NEW
 
 
 def batch_norm_forward(
@@ -47,30 +38,30 @@ def batch_norm_forward(
 
     Parameters
     ----------
-    x : array, shape (N, C), (N, C, L), (N, C, H, W), ..., type T
-        The mini-batch: two values of each channel at least, or none. Never written.
-    gamma, beta : array, shape (C,), type P, optional
+    x : array, shape (N, C), (N, C, L), (N, C, H, W), ..., float16, bfloat16, float32 or float64
+        Mini-batch: two values of each channel at least, or none. Never written.
+    gamma, beta : array, shape (C,), float32, or float64 for float64 `x`, or dtype of `x`, optional
         Scale and shift; without them 1 and 0.
-    running_mean, running_var : array, shape (C,), type A, optional
+    running_mean, running_var : array, shape (C,), float32, or float64 for float64 `x`, optional
         Running statistics, updated in place.
     momentum : float
         Weight of the new statistics in the running ones, between 0 and 1.
     unbiased : bool
         Whether `running_var` takes the variance over N - 1, as in PyTorch, or over N, as in Flax and Keras.
     eps : float
-        Added to the variance, in the units of ``x**2``: at least the smallest normal number of type A, for a constant
-        channel has the variance 0.
+        Number added to the variance, in the units of ``x**2``: at least the smallest normal number of the statistics'
+        dtype, for a constant channel has the variance 0.
     axis : int
-        The axis of the channels: 1, or -1 where they come last.
-    residual : array, shape and type of `x`, optional
-        Added before the activation. Never written.
+        Axis of the channels: 1, or -1 where they come last.
+    residual : array, shape and dtype of `x`, optional
+        Array added before the activation. Never written.
     activation : str
-        What follows: identity, relu, leaky_relu, sigmoid, tanh, gelu (exact), gelu_tanh, silu or elu.
+        Activation behind: identity, relu, leaky_relu, sigmoid, tanh, gelu (exact), gelu_tanh, silu or elu.
     alpha : float, optional
-        Of leaky_relu the slope below zero (default 0.01), of elu the factor (default 1).
+        Slope of leaky_relu below zero (default 0.01), or factor of elu (default 1).
     mask : array of bool, the shape of `x` without its channels, or of the first axes of that, optional
-        True where a value counts, such as within the length of a padded sequence. Statistics are over these alone, and
-        `y` is 0 elsewhere, whatever `x` holds there.
+        Mask, True where a value counts, such as within the length of a padded sequence. Statistics are over these
+        alone, and `y` is 0 elsewhere, whatever `x` holds there.
     grouped : bool
         Whether the first axis of `x` numbers independent mini-batches, such as the time steps of a recurrent network:
         each has statistics of its own, while all share gamma and beta. `axis` is then that of one of them, and `mask`,
@@ -79,20 +70,20 @@ def batch_norm_forward(
         ``(r_max, d_max)`` of batch renormalisation: as if with running statistics, up to a factor r_max of the scale
         and d_max running standard deviations of the mean; (1, 0) is batch norm. Takes both running statistics.
     out : tuple of two arrays, optional
-        Where to write `y` (which may be `x` or `residual` itself) and `statistics`; C order.
+        Arrays to write `y` (which may be `x` or `residual` itself) and `statistics` to; C order.
 
     Returns
     -------
-    y : array, shape and type of `x`, C order
+    y : array, shape and dtype of `x`, C order
         The output.
-    statistics : array, shape (3, C), or renormalised (5, C), type A
+    statistics : array, shape (3, C), or renormalised (5, C), float32, or float64 for float64 `x`
         Its rows are `mean`, `mean_low` and `rstd`, for the backward. ``mean + mean_low`` is the mean to about twice
         the precision of `mean` alone; ``rstd = 1 / sqrt(var + eps)`` with the biased variance. Then `r` and `d`.
 
     Raises
     ------
     TypeError
-        If an argument is not an array of the right kind or data type, or arrays of NumPy and CuPy are mixed.
+        If a container or data type is wrong, or NumPy and CuPy arrays are mixed.
     ValueError
         If a shape, layout or value is wrong, N is 1, or arrays overlap.
 
@@ -125,27 +116,19 @@ def batch_norm_forward(
     >>> mean
     array([2., 0.])
     """
-    call = NEW
-    if mask is None and grouped is False and renorm is None:
-        given = running_mean, running_var, x, residual, gamma, beta
-        call = plans.FORWARD_CALLS.replay(out, given, momentum, eps, axis, activation, alpha, unbiased)
-        if call.replayed:
-            return out
-    y, statistics = check.pack_outputs(out, ("y", "statistics"))
-    momentum, unbiased = check.number("momentum", momentum, 0, 1), check.boolean("unbiased", unbiased)
-    eps = check.epsilon(eps, x)
-    axis, phi = check.integer("axis", axis), activation_named(activation, alpha)
-    if mask is not None or grouped is not False or renorm is not None or is_narrow(x, gamma, beta):
-        options = Options(phi, eps, momentum, unbiased, check.renorm_limits(renorm))
-        named = {"y": y, "statistics": statistics, "running_mean": running_mean, "running_var": running_var}
-        named |= {"x": x, "residual": residual, "mask": mask, "gamma": gamma, "beta": beta}
-        return run(Stage.WHOLE, named, ("y", "statistics"), options, axis, check.boolean("grouped", grouped))
-    arrays = (y, statistics, running_mean, running_var, x, residual, gamma, beta)
-    plan = plans.plan_forward(axis, *check.signatures(arrays))
-    if out is not None or running_mean is not None or running_var is not None:
-        overlap.check_outputs(plan.runtime, plans.FORWARD_NAMES, arrays, written=4, in_place=("x", "residual"))
-    y, statistics, _ = plans.run_forward(plan, arrays, momentum, eps, phi, unbiased, call)
-    return y, statistics
+    running, given = (running_mean, running_var), (x, residual, mask, gamma, beta)
+    call = FORWARD.calls.replay(out, given + running, momentum, unbiased, eps, axis, activation, alpha, grouped, renorm)
+    if call.replayed:
+        return out
+    options = Options(
+        phi=activation_named(activation, alpha),
+        eps=check.epsilon(eps, x),
+        momentum=check.number("momentum", momentum, 0, 1),
+        unbiased=check.boolean("unbiased", unbiased),
+        renorm=check.renorm_limits(renorm),
+    )
+    arrays = (*check.pack_outputs(out, FORWARD.outputs), *running, *given)
+    return run(plan(FORWARD, arrays, axis, grouped, renorm), arrays, options, call)
 
 
 def batch_norm_backward(
@@ -167,32 +150,32 @@ def batch_norm_backward(
 
     Parameters
     ----------
-    dy : array, shape and type of `x`
+    dy : array, shape and dtype of `x`
         Gradient with respect to the output. Never written.
-    x : array, type T
-        The forward's input.
-    gamma, beta : array, shape (C,), type P, or None
+    x : array, float16, bfloat16, float32 or float64
+        Input of the forward.
+    gamma, beta : array, shape (C,), float32, or float64 for float64 `x`, or dtype of `x`; or None
         As in the forward.
-    statistics : array, shape (3, C) or (5, C), type A
-        What the forward returned, renormalised or not.
+    statistics : array, shape (3, C) or (5, C), float32, or float64 for float64 `x`
+        Statistics that the forward returned, renormalised or not.
     axis, residual, activation, alpha, mask, grouped : int, array, str, float, array, bool
         As in the forward.
     out : tuple of arrays, optional
-        Where to write what is returned; C order. `dx` may be `dy`, `x` or `residual` itself.
+        Arrays to write what is returned to; C order. `dx` may be `dy`, `x` or `residual` itself.
 
     Returns
     -------
-    dx : array, shape and type of `x`
+    dx : array, shape and dtype of `x`
         Gradient with respect to `x`; its sum over each channel is 0. It is 0 where the mask is False.
-    dgamma, dbeta : array, shape (C,), type P
+    dgamma, dbeta : array, shape (C,), float32, or float64 for float64 `x`, or dtype of `x`
         Gradients with respect to `gamma` and `beta`, also where those are None; of groups the sum.
-    dresidual : array, shape and type of `x`
+    dresidual : array, shape and dtype of `x`
         Gradient with respect to `residual`; only where that is given.
 
     Raises
     ------
     TypeError
-        If an argument is not an array of the right kind or data type, or arrays of NumPy and CuPy are mixed.
+        If a container or data type is wrong, or NumPy and CuPy arrays are mixed.
     ValueError
         If a shape, layout or value is wrong, or arrays overlap.
 
@@ -220,21 +203,10 @@ def batch_norm_backward(
     >>> bool(abs(dx.sum()) < 1e-15), dbeta
     (True, array([1.]))
     """
-    given, call = (dy, x, residual, gamma, beta, statistics), NEW
-    if mask is None and grouped is False:
-        call = plans.BACKWARD_CALLS.replay(out, given, None, None, axis, activation, alpha)
-        if call.replayed:
-            return out
-    outputs = check.pack_gradients(out, residual)
-    axis, phi = check.integer("axis", axis), activation_named(activation, alpha)
-    renormalised = getattr(statistics, "shape", ())[-2:-1] == (5,)
-    if mask is not None or grouped is not False or renormalised or is_narrow(x, gamma, beta):
-        named = dict(zip(GRADIENTS, outputs, strict=True)) | {"dy": dy, "x": x, "residual": residual, "mask": mask}
-        named |= {"gamma": gamma, "beta": beta, "statistics": statistics}
-        returned = GRADIENTS if residual is not None else GRADIENTS[:3]
-        return run(Stage.WHOLE, named, returned, Options(phi), axis, check.boolean("grouped", grouped))
-    arrays = (*outputs, *given, None, None)
-    plan = plans.plan_backward(axis, *check.signatures(arrays))
-    if out is not None:
-        overlap.check_outputs(plan.runtime, plans.BACKWARD_NAMES, arrays, written=4, in_place=("dy", "x", "residual"))
-    return plans.run_backward(plan, arrays, 0.0, phi, call=call)
+    given = dy, x, residual, mask, gamma, beta, statistics
+    call = BACKWARD.calls.replay(out, given, axis, activation, alpha, grouped)
+    if call.replayed:
+        return out
+    options = Options(activation_named(activation, alpha))
+    arrays = (*check.pack_gradients(out, residual), *given)
+    return run(plan(BACKWARD, arrays, axis, grouped), arrays, options, call)

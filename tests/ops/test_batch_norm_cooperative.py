@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 import bnkernels as bn
-from bnkernels.ops.batch_norm import cooperative as spread
-from bnkernels.ops.batch_norm.cooperative import Tensor, choose_spread
+from bnkernels.ops.batch_norm import launch
+from bnkernels.ops.batch_norm.problem import BACKWARD, FORWARD, Problem
 from bnkernels.runtime.seam import Limits
+from bnkernels.runtime.workspace import PARTIALS
 from tests.ops.test_batch_norm import make_case
 from tools import backends, oracle
 from tools.backends import Backend
@@ -31,10 +32,10 @@ SHAPES = [(600, 64, 1), (1111, 16, 1), (257, 200, 1), (700, 104, 1), (5000, 8, 1
 SHAPES += [(5, 6, 1024), (3, 4, 2504), (2, 2, 17000), (300, 3, 40)]
 
 
-def tensor_of(shape: tuple[int, int, int], dtype: Any, *strides: tuple[int, int, int]) -> Tensor:
-    """Return a tensor whose inputs lie in C order, or so."""
+def problem_of(shape: tuple[int, int, int], dtype: Any, *strides: tuple[int, int, int]) -> Problem:
+    """Return the problem of a tensor (outer, C, inner) whose inputs lie in C order, or so."""
     _, channels, inner = shape
-    return Tensor(*shape, np.dtype(dtype), strides or ((channels * inner, inner, 1),))
+    return Problem(1, *shape, np.dtype(dtype), strides or ((channels * inner, inner, 1),))
 
 
 @contextmanager
@@ -130,7 +131,7 @@ def test_a_small_device_matches_extended_precision(
 ) -> None:
     with tiny(emulated, seed=1):
         check_against_oracle(emulated_backend, rng, shape, dtype, activation, add)
-    large = prod(shape) * dtype.itemsize > spread.SMALL
+    large = prod(shape) * dtype.itemsize > launch.SMALL
     assert ["cooperative" in name for name in kernels(emulated)] == [large, large]
 
 
@@ -196,7 +197,7 @@ def test_a_meeting_turns_over_one_bit_of_a_counter(emulated: EmulatorRuntime, rn
     with tiny(emulated):
         y, _ = bn.batch_norm_forward(x)
         (launch,) = (record.launch for record in emulated.launches)
-        counters = emulated.workspace_array.view(np.uint32)[: spread.PARTIALS // 4]
+        counters = emulated.workspace_array.view(np.uint32)[: PARTIALS // 4]
         for _ in range(2):
             before = counters.copy()
             again, _ = bn.batch_norm_forward(x)
@@ -251,9 +252,9 @@ def test_every_byte_is_moved_once_16_at_a_time(
 def test_rows_beyond_the_chip_are_read_twice_and_no_others(counting_emulator: EmulatorRuntime) -> None:
     forward, backward = on_device(counting_emulator, TINY, (20000, 8), "float32")
     data = 20000 * 8 * 4
-    for record, arrays, direction in ((forward, 1, "forward"), (backward, 2, "backward")):
-        choice = choose_spread(direction, tensor_of((20000, 8, 1), "float32"), TINY)
-        on_chip = choice.held * prod(choice.launch.block) * prod(choice.launch.grid) * spread.VECTOR
+    for record, arrays, kind in ((forward, 1, FORWARD), (backward, 2, BACKWARD)):
+        choice = launch.cooperative(kind, problem_of((20000, 8, 1), "float32"), TINY)
+        on_chip = choice.held * prod(choice.launch.block) * prod(choice.launch.grid) * launch.VECTOR
         assert 0 < on_chip < data
         read = [t.bytes_read for block, t in record.counts.arrays.items() if len(block) == data and t.reads]
         assert read == [2 * data - on_chip] * arrays

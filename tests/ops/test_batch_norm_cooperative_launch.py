@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bnkernels.ops.batch_norm import cooperative as spread
-from bnkernels.ops.batch_norm.cooperative import choose_spread
+from bnkernels.ops.batch_norm.launch import FAN_IN, MIN_BLOCKS, SMALL, cooperative, in_vectors
+from bnkernels.ops.batch_norm.problem import BACKWARD, FORWARD, Pass
 from bnkernels.runtime.occupancy import resident
 from bnkernels.runtime.seam import MAX_SHARED_BYTES, SHARED_BYTES, WORKSPACE_BYTES, Limits
-from tests.ops.test_batch_norm_spread import DTYPES, KIB, TINY, tensor_of
+from bnkernels.runtime.workspace import MOST_BARRIERS, PARTIALS
+from tests.ops.test_batch_norm_cooperative import DTYPES, KIB, TINY, problem_of
 
 H200 = Limits(132, 227 * KIB, 228 * KIB, cooperative=True)
 A100 = Limits(108, 163 * KIB, 164 * KIB, cooperative=True)
@@ -22,7 +23,7 @@ RTX_5090 = Limits(170, 99 * KIB, 100 * KIB, cooperative=True)
 
 @settings(deadline=None, max_examples=300)
 @given(
-    direction=st.sampled_from(["forward", "backward"]),
+    kind=st.sampled_from([FORWARD, BACKWARD]),
     outer=st.integers(1, 10**6),
     channels=st.integers(1, 600),
     inner=st.one_of(st.just(1), st.integers(1, 5000)),
@@ -30,29 +31,30 @@ RTX_5090 = Limits(170, 99 * KIB, 100 * KIB, cooperative=True)
     limits=st.sampled_from([H200, A100, RTX_5090, TINY, TINY._replace(cooperative=False)]),
 )
 def test_a_choice_covers_all_rows_and_keeps_all_limits(
-    direction: str, outer: int, channels: int, inner: int, dtype: np.dtype, limits: Limits
+    kind: Pass, outer: int, channels: int, inner: int, dtype: np.dtype, limits: Limits
 ) -> None:
     count = 16 // dtype.itemsize
     channels, inner = (channels * count, 1) if inner == 1 else (channels, inner * count)
-    tensor = tensor_of((outer, channels, inner), dtype)
-    assert tensor.may_spread == (outer * channels * inner * dtype.itemsize > spread.SMALL)
-    choice = choose_spread(direction, tensor, limits) if tensor.may_spread else None
+    problem, direction = problem_of((outer, channels, inner), dtype), kind.direction
+    assert in_vectors(kind, problem) == (outer * channels * inner * dtype.itemsize > SMALL)
+    choice = cooperative(kind, problem, limits) if in_vectors(kind, problem) else None
     if choice is None:
         return
     (groups, together, _), (columns, lanes, _) = choice.launch.grid, choice.launch.block
     rows = outer * inner // (1 if inner == 1 else count)
-    assert choice.variant == f"{direction}_cooperative" + ("_inner" if inner > 1 else "")
+    assert choice.kernel.startswith(f"bnk_batch_norm_{direction}_cooperative_" + ("inner_" if inner > 1 else ""))
+    assert choice.splits == together
     assert columns * lanes <= (192 if direction == "backward" and inner == 1 and count == 8 else 256)
     assert lanes * together <= rows, "every lane has a row"
     assert lanes % 4 == 0 or inner == 1
     assert together & (together - 1) == 0
-    assert together <= spread.FAN_IN * lanes
+    assert together <= FAN_IN * lanes
     assert choice.launch.cooperative == (together > 1)
     if together > 1:
         assert limits.cooperative
-        held = resident(limits, columns * lanes, choice.launch.shared_bytes, spread.MIN_BLOCKS)
+        held = resident(limits, columns * lanes, choice.launch.shared_bytes, MIN_BLOCKS)
         assert groups * together <= held == 2 * limits.sms, "all blocks are resident"
-        assert groups <= spread.MOST_BARRIERS
+        assert groups <= MOST_BARRIERS
     assert 2 * (choice.launch.shared_bytes + limits.reserved_bytes) <= limits.shared_bytes_of_sm
     assert choice.launch.shared_bytes <= min(limits.shared_bytes, MAX_SHARED_BYTES)
     assert choice.held >= 1
@@ -60,7 +62,7 @@ def test_a_choice_covers_all_rows_and_keeps_all_limits(
     width = 1 if inner > 1 else columns * count
     assert partial == (3 if direction == "forward" else 2) * width * lanes * 4
     assert partial % 16 == 0
-    assert spread.PARTIALS + 2 * groups * together * 3 * width * 4 <= WORKSPACE_BYTES
+    assert PARTIALS + 2 * groups * together * 3 * width * 4 <= WORKSPACE_BYTES
 
 
 @pytest.mark.parametrize(
@@ -79,15 +81,15 @@ def test_a_choice_covers_all_rows_and_keeps_all_limits(
 def test_what_does_not_lie_in_vectors_or_is_small_does_not_spread(
     shape: tuple[int, int, int], strides: tuple[int, int, int]
 ) -> None:
-    assert not tensor_of(shape, "float32", strides).may_spread
-    assert tensor_of((1024, 64, 48), "float32").may_spread
+    assert not in_vectors(FORWARD, problem_of(shape, "float32", strides))
+    assert in_vectors(FORWARD, problem_of((1024, 64, 48), "float32"))
 
 
 def test_float64_and_a_device_without_cooperation_do_not_share_slices() -> None:
-    assert not tensor_of((1024, 64, 1), "float64").may_spread
-    long = tensor_of((10**6, 64, 1), "float32")
-    assert choose_spread("forward", long, H200).launch.cooperative
-    assert choose_spread("forward", long, H200._replace(cooperative=False)) is None
+    assert not in_vectors(FORWARD, problem_of((1024, 64, 1), "float64"))
+    long = problem_of((10**6, 64, 1), "float32")
+    assert cooperative(FORWARD, long, H200).launch.cooperative
+    assert cooperative(FORWARD, long, H200._replace(cooperative=False)) is None
 
 
 def test_large_shapes_take_the_whole_device_and_stay_on_the_chip() -> None:
@@ -96,8 +98,8 @@ def test_large_shapes_take_the_whole_device_and_stay_on_the_chip() -> None:
         ((100_000, 32, 1), "float32"),
         ((256, 256, 56 * 56), "float16"),
     ]:
-        for direction in ("forward", "backward"):
-            choice = choose_spread(direction, tensor_of(shape, dtype), H200)
+        for kind in (FORWARD, BACKWARD):
+            choice = cooperative(kind, problem_of(shape, dtype), H200)
             assert prod(choice.launch.grid) >= 0.9 * 2 * H200.sms
             assert choice.launch.shared_bytes > SHARED_BYTES
             count = 16 // np.dtype(dtype).itemsize
