@@ -22,6 +22,7 @@ from tools import backends
 
 OPS = (
     *("forward", "backward", "inference", "inference_backward", "residual_backward"),
+    *("double_backward", "normalise", "gradient_sums", "input_gradient"),
     *("layer_norm_forward", "layer_norm_backward", "linear_forward", "linear_backward"),
     *("softmax_cross_entropy", "mini_batch", "sgd", "momentum", "scheduled_update"),
 )
