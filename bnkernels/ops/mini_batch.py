@@ -24,7 +24,7 @@ HALF, LOW = 32, 2**32 - 1  # of a random number's counter
 def _shape(args: dict[str, check.Argument | None]) -> tuple[int, int, int]:
     """Check all arrays; return the sizes of a mini-batch and of a row of the schedule."""
     x, x_out, schedule = args["x"], args["x_out"], args["schedule"]
-    check.wide(x)
+    check.float32_or_float64(x)
     if len(x.shape) != 2 or len(schedule.shape) != 2:
         raise ValueError(f"x and schedule must have two dimensions, got the shapes {x.shape} and {schedule.shape}")
     batch = x_out.shape[0] if x_out.shape else 0

@@ -32,7 +32,7 @@ CONSTANTS = {  # of the argument: beta1 to eps
 
 def _check_shapes(args: dict[str, check.Argument | None]) -> None:
     parameters = args["parameters"]
-    check.wide(parameters)
+    check.float32_or_float64(parameters)
     if len(parameters.shape) != 1:
         raise ValueError(f"parameters must be one flat array, got the shape {parameters.shape}; pass a flat view")
     for name, argument in args.items():

@@ -20,7 +20,7 @@ WARPS = 8  # examples of a block: enough warps to hide the latency of exp, few e
 def _shape(args: dict[str, check.Argument | None]) -> tuple[int, int]:
     """Check all arrays; return the shape of the logits."""
     logits, labels = args["logits"], args["labels"]
-    check.wide(logits)
+    check.float32_or_float64(logits)
     if len(logits.shape) != 2:
         raise ValueError(f"logits must have the shape (N, K), got {logits.shape}; reshape it to two dimensions")
     rows, classes = logits.shape

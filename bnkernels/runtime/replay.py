@@ -31,7 +31,7 @@ class Call:
     Attributes
     ----------
     replayed : bool
-        Whether the launch has been made, so that nothing is left to do.
+        True if the launch has been made, so that nothing is left to do.
     """
 
     __slots__ = ("_cache", "_key", "replayed")
@@ -77,9 +77,10 @@ class ReplayCache:
         Parameters
         ----------
         out : tuple of arrays or None
-            Arrays that the op writes; without them the call is neither replayed nor recorded.
+            Arrays that the op writes. Without the first of them the call is neither replayed nor recorded: its outputs
+            are new arrays.
         given : tuple
-            All other arrays, None where absent; the first is always there.
+            All other arrays, None where absent.
         *options
             All options. Equal values of different types differ: 1.0 is no axis, though it equals one.
 
@@ -88,9 +89,10 @@ class ReplayCache:
         Call
             The call, `replayed` or not.
         """
-        if type(out) is not tuple:
+        if type(out) is not tuple or not out:
             return NEW
-        arrays, kind = out + given, type(given[0])
+        arrays = out + given
+        kind = type(arrays[0])
         runtime = registry.runtimes.get(kind)
         if runtime is None:
             return NEW
@@ -108,7 +110,7 @@ class ReplayCache:
         key += options
         for known, source, entry_point, launch, arguments in self._entries.get(key[0], ()):
             if known == key:
-                runtime.launch(source, entry_point, launch, arguments, given[0])
+                runtime.launch(source, entry_point, launch, arguments, arrays[0])
                 return REPLAYED
         return Call(self, key) if IMMUTABLE.issuperset(map(type, options)) else NEW
 

@@ -1,4 +1,4 @@
-"""The one seam between the ops and whatever runs the kernels: CUDA through CuPy, or the tests' CPU emulator."""
+"""The one interface between the ops and the kernels, which run on CUDA through CuPy or on the CPU emulator."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class LaunchPlan(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """What launch choices ask of a device. What need not be given is what every supported device grants."""
+    """Limits of a device, for launch choices. The defaults are what every supported device grants."""
 
     sms: int
     shared_bytes: int  # of a block, at most, which asks for it where it is more than `SHARED_BYTES`
@@ -100,7 +100,7 @@ class Limits(NamedTuple):
 
 
 class Runtime(Protocol):
-    """What an op needs of a device: memory, addresses, and a way to launch.
+    """Interface of a device: memory, addresses, and launches.
 
     Its arrays have the attributes of CuPy's that `ReplayCache` reads: ``data.ptr``, ``data.device_id``, `dtype`,
     `shape` and `strides`.
@@ -130,8 +130,8 @@ class Runtime(Protocol):
     def workspace(self, array: Any) -> int:
         """Return the address of `WORKSPACE_BYTES` on the device of the array, for its current stream's next launch.
 
-        They were zeros once; what a launch leaves there the next one finds. After a launch that failed they are zeros
-        again.
+        It was zeroed once; the next launch finds what a launch leaves there. After a launch that failed it is zeroed
+        anew.
         """
 
     def capture(self, work: Callable[[], None], like: Any) -> Callable[[], None]:

@@ -299,8 +299,7 @@ def test_the_launch_follows_from_the_sizes() -> None:
     alone = H200._replace(cooperative=False)
     assert choose("backward", Problem(64, 64, 20, f32), alone) is None
     assert choose("backward", Problem(64, 64, 20, f32), alone, False) is not None
-    few = H200._replace(sms=4)
-    assert choose("backward", Problem(64, 64, 1000, f32), few).launch.grid[0] == 4
+    assert choose("backward", Problem(64, 64, 1000, f32), H200._replace(sms=4)).launch.grid[0] == 4
 
 
 @pytest.mark.parametrize(

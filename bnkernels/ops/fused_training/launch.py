@@ -108,8 +108,8 @@ def why_not(problem: Problem, limits: Limits) -> str | None:
     --------
     >>> from bnkernels.ops.fused_training.spec import LayerSpec, NetworkSpec
     >>> h200 = Limits(132, 227 * 1024, 228 * 1024, True)
-    >>> wide = tuple(LayerSpec(i, o, 0, 0, 0) for i, o in ((64, 2000), (2000, 10)))
-    >>> why_not(Problem(NetworkSpec(wide), 60, "sgd", np.dtype("float32"), 200_000, 4000), h200)
+    >>> layers = tuple(LayerSpec(i, o, 0, 0, 0) for i, o in ((64, 2000), (2000, 10)))
+    >>> why_not(Problem(NetworkSpec(layers), 60, "sgd", np.dtype("float32"), 200_000, 4000), h200)
     'one block needs 1,953,152 bytes of shared memory and has 232,448; several take layers of at most 1024, got 2000'
     """
     reasons = _why_not_one(problem, limits), _why_not_several(problem, limits)

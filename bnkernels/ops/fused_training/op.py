@@ -228,7 +228,7 @@ def _sizes(
 ) -> tuple[int, int]:
     """Check all arrays; return the numbers of models and of steps, which are `drawn` if given."""
     parameters, x = args["parameters"], args["x"]
-    check.wide(parameters)
+    check.float32_or_float64(parameters)
     if not 2 <= batch <= MOST_EXAMPLES:
         wanted = f"batch must be from 2 to {MOST_EXAMPLES}"
         raise ValueError(f"{wanted}, got {check.shown(batch)}; train larger mini-batches layer by layer")

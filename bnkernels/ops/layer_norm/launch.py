@@ -48,8 +48,8 @@ def choose_forward(problem: Problem, limits: Limits) -> LaunchPlan:
         width = min(THREADS, _power(ceil_div(problem.vectors, ALONE)))
     rows = THREADS // width
     of_thread, scratch = ceil_div(problem.vectors, width), _scratch(problem)
-    kept = of_thread * THREADS * VECTOR
-    held = of_thread if kept + scratch <= most_shared(limits, MIN_BLOCKS) else 0
+    rows_bytes = of_thread * THREADS * VECTOR
+    held = of_thread if rows_bytes + scratch <= most_shared(limits, MIN_BLOCKS) else 0
     grid = (ceil_div(problem.rows, rows), 1, 1)
     launch = Launch(grid, (width, rows, 1), scratch + THREADS * VECTOR * held)
     return _plan("forward", problem, launch, held)

@@ -1,4 +1,4 @@
-"""What layer norm accepts: matrices of rows that are normalised."""
+"""Problem of layer norm: a matrix whose rows are normalised, and the checks of the arrays."""
 
 from __future__ import annotations
 

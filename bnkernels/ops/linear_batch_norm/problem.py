@@ -1,4 +1,4 @@
-"""What the linear layers with a norm accept: a product (N, K) times (K, M), and what stands behind it."""
+"""Problem of the linear layers with a norm: a product (N, K) times (K, M), and the checks of the arrays."""
 
 from __future__ import annotations
 
