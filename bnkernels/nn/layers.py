@@ -14,6 +14,7 @@ from bnkernels.ops.batch_norm.training import batch_norm_backward, batch_norm_fo
 from bnkernels.ops.layer_norm.op import layer_norm_backward, layer_norm_forward
 from bnkernels.runtime import checks as check
 from bnkernels.runtime import overlap
+from bnkernels.runtime.arguments import accumulator, empty
 from bnkernels.runtime.registry import runtime_of
 
 
@@ -107,7 +108,11 @@ class BatchNorm:
         if not training and self.running_mean is not None:
             return batch_norm_inference(x, *vectors, **options)
         momentum = 1 / (self.batches + 1) if self.momentum is None else self.momentum
-        y, statistics = batch_norm_forward(x, *vectors, momentum=momentum, unbiased=self.unbiased, **options)
+        runtime = runtime_of(type(x), "x")
+        # With out= a repeated call is replayed: a memory pool gives the same addresses step by step.
+        out = empty(runtime, x.shape, x), empty(runtime, (3, *vectors[0].shape), x, accumulator(x.dtype))
+        options |= {"momentum": momentum, "unbiased": self.unbiased}
+        y, statistics = batch_norm_forward(x, *vectors, **options, out=out)
         if training:
             self.x, self.statistics = x, statistics
             self.batches += 1

@@ -220,9 +220,9 @@ def test_a_call_without_out_is_never_kept(device: Device) -> None:
         y, _ = bn.batch_norm_forward(on["x"])
         assert device.runtime.launches[-1].arguments["y"] == y.address
     assert device.checked == 3
-    inference = on["x"], None, None, on["running_mean"], on["running_var"]
+    running = device.arrays("inference")
     for _ in range(2):
-        y = bn.batch_norm_inference(*inference)
+        y = bn.batch_norm_inference(on["x"], None, None, running["running_mean"], running["running_var"])
         assert device.runtime.launches[-1].arguments["y"] == y.address
     assert device.checked == 5
 
