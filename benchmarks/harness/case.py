@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -122,6 +123,32 @@ class Provider:
     slow_start: bool = False
 
 
+def on_both(
+    names: str | tuple[str, str],
+    prepare: Callable[[Case, Arrays], Call],
+    absent: Callable[[str], str | None] = lambda place: None,
+    engine: str = "cupy",
+) -> tuple[Provider, Provider]:
+    """Return the provider on the CPU and that on a GPU, for who prepares a case in the same way on both.
+
+    Parameters
+    ----------
+    names : str or (str, str)
+        Name, or the one on the CPU and the one on a GPU.
+    prepare : callable
+        As in `Provider`.
+    absent : callable
+        ``absent(place)`` returns why the provider cannot run there, or None.
+    engine : str
+        Engine on the GPU.
+    """
+    cpu, cuda = (names, names) if isinstance(names, str) else names
+    return (
+        Provider(cpu, "cpu", prepare, partial(absent, "cpu")),
+        Provider(cuda, "cuda", prepare, partial(absent, "cuda"), engine=engine),
+    )
+
+
 @dataclass(frozen=True)
 class Op:
     """What a ``bench_*.py`` declares.
@@ -129,7 +156,7 @@ class Op:
     Attributes
     ----------
     name : str
-        As in `Case.op`.
+        Name in `Case.op`.
     cases : sequence of Case
         The whole list, also of what we do not support yet.
     inputs : callable

@@ -21,10 +21,6 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-class WrongResultError(ArithmeticError):
-    """A variant computes something else than the reference, so its speed is of no interest."""
-
-
 # ---- timing ---------------------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import bnkernels as bn
-from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Op, Provider
+from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Op, on_both
 from benchmarks.peers import (
     EPSILON,
     MOMENTUM,
@@ -127,14 +127,13 @@ def ours(case: Case, arrays: Arrays) -> Call:
 
 
 OP = Op(
-    name="batch_norm",
+    "batch_norm",
     cases=CASES,
     inputs=inputs,
     reference=expression.reference,
     bytes_moved=bytes_moved,
     providers=(
-        Provider("bnkernels", "cpu", ours),
-        Provider("bnkernels", "cuda", ours, engine="cupy"),
+        *on_both("bnkernels", ours),
         *expression.PROVIDERS,
         *three_phase.PROVIDERS,
         *three_launches.PROVIDERS,

@@ -10,8 +10,7 @@ from functools import partial
 from typing import Any
 
 import bnkernels as bn
-from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Op, Provider
-from benchmarks.harness.places import why_absent
+from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Op, on_both
 from benchmarks.peers import EPSILON, expression, pytorch
 
 SHAPES = [((64, 20), "NC"), ((256, 1024), "NC"), ((8192, 1024), "NC"), ((32, 64, 56, 56), "NCHW")]
@@ -90,7 +89,7 @@ def bytes_moved(case: Case) -> int:
 
 
 OP = Op(
-    name="batch_norm_double_backward",
+    "batch_norm_double_backward",
     cases=[
         Case("batch_norm_double_backward", "double backward", shape, dtype, layout)
         for dtype in ("float32", "float16")
@@ -99,12 +98,5 @@ OP = Op(
     inputs=inputs,
     reference=reference,
     bytes_moved=bytes_moved,
-    providers=(
-        Provider("bnkernels", "cpu", ours),
-        Provider("bnkernels", "cuda", ours, engine="cupy"),
-        Provider("NumPy expression", "cpu", formulas),
-        Provider("CuPy expression", "cuda", formulas, partial(why_absent, "cuda"), engine="cupy"),
-        Provider("PyTorch eager", "cpu", autograd, partial(pytorch.absent, "cpu")),
-        Provider("PyTorch eager", "cuda", autograd, partial(pytorch.absent, "cuda"), engine="torch"),
-    ),
+    providers=(*on_both("bnkernels", ours), *expression.providers(formulas), *pytorch.providers(autograd)),
 )

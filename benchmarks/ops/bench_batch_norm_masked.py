@@ -6,13 +6,11 @@ So the rivals are formulas, as Keras and Flax compute it, in every framework.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import bnkernels as bn
-from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Op, Provider
-from benchmarks.harness.places import why_absent
-from benchmarks.peers import EPSILON, pytorch
+from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Op, on_both
+from benchmarks.peers import EPSILON, expression, pytorch
 
 SHAPES = [(64, 20), (256, 1024), (8192, 1024), (100_000, 32)]
 
@@ -104,7 +102,7 @@ def bytes_moved(case: Case) -> int:
 
 
 OP = Op(
-    name="batch_norm_masked",
+    "batch_norm_masked",
     cases=[
         Case("batch_norm_masked", direction, shape, dtype)
         for direction in ("forward", "backward")
@@ -114,12 +112,5 @@ OP = Op(
     inputs=inputs,
     reference=reference,
     bytes_moved=bytes_moved,
-    providers=(
-        Provider("bnkernels", "cpu", ours),
-        Provider("bnkernels", "cuda", ours, engine="cupy"),
-        Provider("NumPy expression", "cpu", formulas),
-        Provider("CuPy expression", "cuda", formulas, partial(why_absent, "cuda"), engine="cupy"),
-        Provider("PyTorch eager", "cpu", torch_formulas, partial(pytorch.absent, "cpu")),
-        Provider("PyTorch eager", "cuda", torch_formulas, partial(pytorch.absent, "cuda"), engine="torch"),
-    ),
+    providers=(*on_both("bnkernels", ours), *expression.providers(formulas), *pytorch.providers(torch_formulas)),
 )

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import bnkernels as bn
-from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Op, Provider
-from benchmarks.harness.places import why_absent
+from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Op, on_both
 from benchmarks.peers import expression, pytorch
 
 SHAPES = [((64, 20), "NC"), ((256, 1024), "NC"), ((8192, 1024), "NC"), ((32, 64, 56, 56), "NCHW")]
@@ -71,17 +69,10 @@ def bytes_moved(case: Case) -> int:
 
 
 OP = Op(
-    name="batch_norm_statistics",
+    "batch_norm_statistics",
     cases=[Case("batch_norm_statistics", "moments", shape, "float32", layout) for shape, layout in SHAPES],
     inputs=inputs,
     reference=reference,
     bytes_moved=bytes_moved,
-    providers=(
-        Provider("bnkernels", "cpu", ours),
-        Provider("bnkernels", "cuda", ours, engine="cupy"),
-        Provider("NumPy expression", "cpu", formulas),
-        Provider("CuPy expression", "cuda", formulas, partial(why_absent, "cuda"), engine="cupy"),
-        Provider("PyTorch eager", "cpu", var_mean, partial(pytorch.absent, "cpu")),
-        Provider("PyTorch eager", "cuda", var_mean, partial(pytorch.absent, "cuda"), engine="torch"),
-    ),
+    providers=(*on_both("bnkernels", ours), *expression.providers(formulas), *pytorch.providers(var_mean)),
 )

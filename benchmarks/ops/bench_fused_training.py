@@ -6,16 +6,16 @@ The rivals' steps, in frameworks, are in ``bench_train_step.py``, where ours tak
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
 
 import bnkernels as bn
-from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Op, Provider
-from benchmarks.harness.places import why_absent
+from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Op, on_both
+from benchmarks.harness.places import array_module, why_absent
 from bnkernels.nn.optimizers import make_optimizer
 from bnkernels.ops.fused_training.launch import Sizes, why_not
+from bnkernels.runtime.registry import runtime_of
 from bnkernels.train.config import DEFAULT_LEARNING_RATES
 
 STEPS, FEATURES, CLASSES = 100, 64, 10
@@ -43,10 +43,20 @@ def network_of(case: Case, xp: Any) -> bn.MLP:
     return bn.MLP((FEATURES, case.shape[1], CLASSES), norm=NORMS[case.direction], dtype=dtype, xp=xp or np)
 
 
-def ours(case: Case, arrays: Arrays, xp: Any = np) -> Call:
-    """Prepare all steps as one call, from the first weights every time."""
+def ours(case: Case, arrays: Arrays) -> Call:
+    """Prepare all steps as one call, from the first weights every time.
+
+    Raises
+    ------
+    NotSupportedError
+        If the network does not fit the GPU.
+    """
     x, labels, batch = arrays["x"], arrays["labels"], case.shape[0]
-    model = network_of(case, xp)
+    model = network_of(case, array_module(x))
+    sizes = Sizes(model.fused, batch, "sgd", model.parameters.dtype, model.parameters.size, model.running.size)
+    runtime = runtime_of(type(x))
+    if runtime is not None and (reason := why_not(sizes, runtime.limits(x))):
+        raise NotSupportedError(reason)
     first, running, network = model.parameters.copy(), model.running.copy(), model.fused
     tracked = model.running if model.running.size else None
 
@@ -57,28 +67,10 @@ def ours(case: Case, arrays: Arrays, xp: Any = np) -> Call:
     return call
 
 
-def on_cupy(prepare: Callable[..., Call], case: Case, arrays: Arrays) -> Call:
-    """Prepare on a GPU.
-
-    Raises
-    ------
-    NotSupportedError
-        If the network does not fit.
-    """
-    import cupy
-
-    from bnkernels.runtime.registry import runtime_of
-
-    model = network_of(case, cupy)
-    sizes = Sizes(model.fused, case.shape[0], "sgd", model.parameters.dtype, model.parameters.size, model.running.size)
-    if prepare is ours and (reason := why_not(sizes, runtime_of(type(model.parameters)).limits(model.parameters))):
-        raise NotSupportedError(reason)
-    return prepare(case, arrays, cupy)
-
-
-def layers(case: Case, arrays: Arrays, xp: Any = np) -> Call:
+def layers(case: Case, arrays: Arrays) -> Call:
     """Prepare the same steps layer by layer."""
     x, labels, batch = arrays["x"], arrays["labels"], case.shape[0]
+    xp = array_module(x)
     model = network_of(case, xp)
     first, running, optimizer = model.parameters.copy(), model.running.copy(), make_optimizer("sgd", model, LR)
     losses = xp.empty((STEPS, batch), case.dtype)
@@ -112,17 +104,10 @@ def bytes_moved(case: Case) -> int:
 
 
 OP = Op(
-    name="fused_training",
+    "fused_training",
     cases=[Case("fused_training", direction, shape) for shape in ((64, 20), (64, 100)) for direction in NORMS],
     inputs=inputs,
     reference=reference,
     bytes_moved=bytes_moved,
-    providers=(
-        Provider("bnkernels", "cpu", ours),
-        Provider("bnkernels", "cuda", partial(on_cupy, ours), engine="cupy"),
-        Provider("bnkernels, layer by layer", "cpu", layers),
-        Provider(
-            "bnkernels, layer by layer", "cuda", partial(on_cupy, layers), partial(why_absent, "cuda"), engine="cupy"
-        ),
-    ),
+    providers=(*on_both("bnkernels", ours), *on_both("bnkernels, layer by layer", layers, why_absent)),
 )

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 import bnkernels as bn
-from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Op, Provider
-from benchmarks.peers import pytorch
+from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Op, on_both
+from benchmarks.peers import expression, pytorch
 
 SHAPES = [(64, 64), (60, 784), (512, 1024)]  # mini-batch, inputs
 EXAMPLES = 4096
@@ -44,7 +44,7 @@ def ours(case: Case, arrays: Arrays) -> Call:
     return call
 
 
-def expression(case: Case, arrays: Arrays) -> Call:
+def indexing(case: Case, arrays: Arrays) -> Call:
     """Prepare what a user would write."""
     x, labels, indices = (arrays[name] for name in ("x", "labels", "indices"))
     return lambda: (x[indices[0]], labels[indices[0]])
@@ -59,7 +59,7 @@ def eager(case: Case, arrays: Arrays) -> Call:
 
 def reference(case: Case, arrays: Arrays, xp: Any) -> tuple:
     """Return the mini-batch of float64 examples."""
-    return expression(case, arrays)()
+    return indexing(case, arrays)()
 
 
 def bytes_moved(case: Case) -> int:
@@ -68,17 +68,10 @@ def bytes_moved(case: Case) -> int:
 
 
 OP = Op(
-    name="mini_batch",
+    "mini_batch",
     cases=[Case("mini_batch", "forward", shape) for shape in SHAPES],
     inputs=inputs,
     reference=reference,
     bytes_moved=bytes_moved,
-    providers=(
-        Provider("bnkernels", "cpu", ours),
-        Provider("bnkernels", "cuda", ours, engine="cupy"),
-        Provider("NumPy expression", "cpu", expression),
-        Provider("CuPy expression", "cuda", expression, engine="cupy"),
-        Provider("PyTorch eager", "cpu", eager, lambda: pytorch.absent("cpu")),
-        Provider("PyTorch eager", "cuda", eager, lambda: pytorch.absent("cuda"), engine="torch"),
-    ),
+    providers=(*on_both("bnkernels", ours), *expression.providers(indexing), *pytorch.providers(eager)),
 )
