@@ -11,6 +11,7 @@ from typing import Any
 
 import bnkernels as bn
 from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Op, on_both
+from benchmarks.harness.samples import Sample, take
 from benchmarks.peers import EPSILON, expression, pytorch
 
 SHAPES = [((64, 20), "NC"), ((256, 1024), "NC"), ((8192, 1024), "NC"), ((32, 64, 56, 56), "NCHW")]
@@ -100,3 +101,16 @@ OP = Op(
     bytes_moved=bytes_moved,
     providers=(*on_both("bnkernels", ours), *expression.providers(formulas), *pytorch.providers(autograd)),
 )
+
+
+GIVEN = "ddx ddgamma ddbeta dy x gamma beta statistics"
+
+SAMPLES = {
+    "batch_norm_double_backward": Sample(
+        GIVEN,
+        "ddy dx dgamma dbeta",
+        lambda a: bn.batch_norm_double_backward(*take(a, GIVEN), activation="tanh", out=take(a, "ddy dx dgamma dbeta")),
+        any_strides="ddx dy x",
+        sizes=({"N": 10, "C": 33}, {"N": 300, "C": 33}, {"N": 3, "C": 33, "L": 5}),
+    ),
+}

@@ -13,8 +13,10 @@ import numpy as np
 import bnkernels as bn
 from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Op, on_both
 from benchmarks.harness.places import array_module, why_absent
+from benchmarks.harness.samples import Sample, take
 from bnkernels.nn.optimizers import make_optimizer
 from bnkernels.ops.fused_training.launch import Sizes, why_not
+from bnkernels.ops.fused_training.op import Layer, Network
 from bnkernels.runtime.registry import runtime_of
 from bnkernels.train.config import DEFAULT_LEARNING_RATES
 
@@ -111,3 +113,55 @@ OP = Op(
     bytes_moved=bytes_moved,
     providers=(*on_both("bnkernels", ours), *on_both("bnkernels, layer by layer", layers, why_absent)),
 )
+
+
+def sample_of(network: Network, sizes: dict[str, int], optimizer: str = "sgd") -> Sample:
+    """Return a training of some steps; `sizes` has the number of parameters P, and of running statistics R if any."""
+    writes = "losses parameters" + " velocity" * (optimizer == "momentum") + " running" * ("R" in sizes)
+
+    def run(a: Arrays) -> Any:
+        state = (a["velocity"],) if optimizer == "momentum" else ()
+        return bn.fused_training(
+            network,
+            a["parameters"],
+            state,
+            a.get("running"),
+            *take(a, "x labels"),
+            batch=sizes["N"],
+            indices=a["indices"],
+            optimizer=optimizer,
+            lr=0.1,
+            out=a["losses"],
+        )
+
+    return Sample(
+        "x labels indices",
+        writes,
+        run,
+        specs={"x": "T EK", "labels": "int32 E", "indices": "int32 SN", "losses": "A MS"}
+        | {"parameters": "A MP", "velocity": "A MP", "running": "A MR"},
+        fixed=sizes,
+        dtypes=("float32", "float64"),
+    )
+
+
+def sample_of_mlp(norm: str, hidden: int, rows: int, **more: int) -> Sample:
+    """Return a training of a network with one hidden layer by mini-batches of so many rows."""
+    model = bn.MLP((6, hidden, 3), norm=norm, activation="tanh")
+    sizes = {"K": 6, "N": rows, "S": 2, "E": 2 * rows, "P": model.parameters.size, **more}
+    return sample_of(model.fused, sizes | ({"R": model.running.size} if model.running.size else {}))
+
+
+NETWORK = Network((Layer(4, 4, 0, 16, 20, 0, 4), Layer(4, 3, 24, -1, 36)))
+SAMPLES = {
+    "fused_training": sample_of(NETWORK, {"K": 4, "N": 6, "S": 2, "E": 12, "P": 40, "R": 8}, "momentum"),
+}
+VARIANTS = {
+    "fused_training_models": sample_of_mlp("batch", 9, 20, M=2),
+    # One block takes smaller mini-batches: several blocks, in a cluster up to 32 neurons, else in a grid.
+    **{
+        f"fused_training_{norm}_norm_{hidden}_{rows}": sample_of_mlp(norm, hidden, rows)
+        for norm in ("batch", "layer")
+        for hidden, rows in ((9, 20), (9, 260), (36, 260))
+    },
+}

@@ -9,6 +9,7 @@ from typing import Any
 import bnkernels as bn
 from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Op, Provider, on_both
 from benchmarks.harness.places import array_module
+from benchmarks.harness.samples import Sample, take
 from benchmarks.peers import EPSILON, expression, pytorch, torch_compile
 
 SHAPES = [(64, 20), (256, 1024), (8192, 1024), (4096, 8192)]
@@ -126,3 +127,29 @@ OP = Op(
         Provider("torch.compile", "cuda", torch_compiled, torch_compile.absent, engine="torch", slow_start=True),
     ),
 )
+
+
+SAVED = "dy x gamma beta statistics"
+OF_ROWS = {"statistics": "A 3N", "workspace": "A 512*C"}
+SIZES = ({"N": 10, "C": 33}, {"N": 5, "C": 4000})  # a part of a unit at the end of every row, and several blocks
+
+SAMPLES = {
+    "layer_norm_forward": Sample(
+        "x gamma beta",
+        "y statistics",
+        lambda a: bn.layer_norm_forward(*take(a, "x gamma beta"), activation="relu", out=take(a, "y statistics")),
+        specs=OF_ROWS,
+        sizes=SIZES,
+        counted=True,
+    ),
+    "layer_norm_backward": Sample(
+        SAVED,
+        "dx dgamma dbeta workspace",
+        lambda a: bn.layer_norm_backward(
+            *take(a, SAVED), activation="relu", workspace=a["workspace"], out=take(a, "dx dgamma dbeta")
+        ),
+        specs=OF_ROWS,
+        sizes=SIZES,
+        counted=True,
+    ),
+}

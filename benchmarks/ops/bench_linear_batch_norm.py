@@ -6,12 +6,14 @@ A case's shape is (mini-batch, neurons). There are as many inputs as neurons, bu
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import bnkernels as bn
 from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Op, Provider, on_both
 from benchmarks.harness.places import array_module, why_absent
+from benchmarks.harness.samples import Sample, take
 from benchmarks.peers import EPSILON, expression, pytorch, torch_compile
 
 SHAPES = [(64, 20), (64, 100), (64, 512), (256, 256), (512, 1024)]
@@ -188,3 +190,50 @@ OP = Op(
         Provider("torch.compile", "cuda", torch_compiled, torch_compile.absent, engine="torch", slow_start=True),
     ),
 )
+
+
+GIVEN = "x weight gamma beta"
+SAVED = f"dy {GIVEN} z statistics"
+GRADIENTS = "dx dweight dgamma dbeta"
+AXES = {"x": "T NK", "dx": "T NK", "workspace": "T NC"}
+TILES = tuple({"N": rows, "K": 40, "C": 33} for rows in (10, 100, 300))  # up to two tiles of rows
+
+FORWARD = Sample(
+    GIVEN,
+    "y z statistics running_mean running_var",
+    lambda a: bn.linear_batch_norm_forward(
+        *take(a, f"{GIVEN} running_mean running_var"), activation="relu", out=take(a, "y z statistics")
+    ),
+    specs=AXES,
+    sizes=TILES,
+    counted=True,
+)
+BACKWARD = Sample(
+    SAVED,
+    f"{GRADIENTS} workspace",
+    lambda a: bn.linear_batch_norm_backward(
+        *take(a, SAVED), activation="relu", workspace=a["workspace"], out=take(a, GRADIENTS)
+    ),
+    specs=AXES,
+    sizes=TILES,
+    counted=True,
+)
+SAMPLES = {
+    "linear_batch_norm_forward": FORWARD,
+    "linear_batch_norm_backward": BACKWARD,
+}
+VARIANTS = {
+    "linear_layer_norm_forward": replace(
+        FORWARD,
+        writes="y z statistics",
+        run=lambda a: bn.linear_batch_norm_forward(*take(a, GIVEN), norm="layer", out=take(a, "y z statistics")),
+        specs=AXES | {"statistics": "A 3N"},
+    ),
+    "linear_layer_norm_backward": replace(
+        BACKWARD,
+        run=lambda a: bn.linear_batch_norm_backward(
+            *take(a, SAVED), norm="layer", workspace=a["workspace"], out=take(a, GRADIENTS)
+        ),
+        specs=AXES | {"statistics": "A 3N"},
+    ),
+}

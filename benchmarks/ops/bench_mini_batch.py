@@ -6,10 +6,12 @@ Whoever indexes knows on the host which step it is; only ours can be replayed in
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import bnkernels as bn
 from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Op, on_both
+from benchmarks.harness.samples import Sample, take
 from benchmarks.peers import expression, pytorch
 
 SHAPES = [(64, 64), (60, 784), (512, 1024)]  # mini-batch, inputs
@@ -75,3 +77,25 @@ OP = Op(
     bytes_moved=bytes_moved,
     providers=(*on_both("bnkernels", ours), *expression.providers(indexing), *pytorch.providers(eager)),
 )
+
+
+OUTPUTS = "x_out labels_out scalars"
+FIRST = Sample(
+    "x labels schedule",
+    f"{OUTPUTS} counter",
+    lambda a: bn.mini_batch(*take(a, "x labels schedule counter"), out=take(a, OUTPUTS)),
+    specs={"x": "T EK", "labels": "int32 E", "schedule": "A S3", "indices": "int32 SN", "counter": "uint32 2"}
+    | {"x_out": "T NK", "labels_out": "int32 N"},
+    sizes=({"S": 5, "N": 20, "E": 100, "K": 6},),
+    dtypes=("float32", "float64"),
+    counted=True,
+)
+SAMPLES = {
+    "mini_batch": FIRST,
+    "mini_batch_by_indices": replace(
+        FIRST,
+        reads="x labels schedule indices",
+        run=lambda a: bn.mini_batch(*take(a, "x labels schedule counter"), indices=a["indices"], out=take(a, OUTPUTS)),
+        counted=False,
+    ),
+}

@@ -15,6 +15,7 @@ import numpy as np
 
 import bnkernels as bn
 from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Op, on_both
+from benchmarks.harness.samples import Sample, take
 from benchmarks.peers import expression, pytorch
 
 SIZES = [1568, 1_000_000]  # of 64-20-10 with batch norm, padding included; and beyond a core's own caches
@@ -133,3 +134,31 @@ def op_of(rule: str) -> Op:
 
 
 SGD, MOMENTUM, ADAM = map(op_of, STATES)
+
+
+def sample_of(rule: str, **options: Any) -> Sample:
+    """Return a call of one rule."""
+    update, arrays = getattr(bn, f"{rule}_update"), ["parameters", *ARRAYS[rule]]
+    names = " ".join(["parameters", "gradients", *ARRAYS[rule]])
+    return Sample(
+        "gradients",
+        " ".join(arrays),
+        lambda a: update(*take(a, names), lr=0.5, **options),
+        sizes=({"P": 1000},),
+        dtypes=("float32", "float64"),
+        counted=True,
+    )
+
+
+ARRAYS = {"sgd": (), "momentum": ("velocity",), "adam": ("first", "second")}
+SAMPLES = {
+    "sgd_update": sample_of("sgd"),
+    "momentum_update": sample_of("momentum"),
+    "adam_update": sample_of("adam", step=1),
+    "scheduled_update": Sample(
+        "gradients scalars",
+        "parameters first second",
+        lambda a: bn.scheduled_update("adam", *take(a, "parameters gradients"), take(a, "first second"), a["scalars"]),
+        dtypes=("float32", "float64"),
+    ),
+}

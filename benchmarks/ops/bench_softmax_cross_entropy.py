@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 import bnkernels as bn
 from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Op, on_both
+from benchmarks.harness.samples import Sample, take
 from benchmarks.peers import expression, pytorch
 
 SHAPES = [(64, 10), (256, 1000), (4096, 1000)]  # examples, classes
@@ -88,3 +90,15 @@ OP = Op(
     bytes_moved=bytes_moved,
     providers=(*on_both("bnkernels", ours), *expression.providers(formulas), *pytorch.providers(eager)),
 )
+
+
+FORWARD = Sample(
+    "logits labels",
+    "loss dlogits",
+    lambda a: bn.softmax_cross_entropy(*take(a, "logits labels"), out=take(a, "loss dlogits")),
+    sizes=({"N": 10, "O": 33}, {"N": 300, "O": 33}),
+    dtypes=("float32", "float64"),
+    counted=True,
+)
+SAMPLES = {"softmax_cross_entropy": FORWARD}
+VARIANTS = {"softmax_cross_entropy_int64": replace(FORWARD, specs={"labels": "int64 N"})}
