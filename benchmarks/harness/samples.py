@@ -110,7 +110,10 @@ def filled(name: str, shape: tuple[int, ...], sizes: Sizes, rng: np.random.Gener
         return np.arange(math.prod(shape)).reshape(shape) % 3 > 0
     if name in BELOW:
         return rng.integers(sizes[BELOW[name]], size=shape)
-    return np.zeros(shape) if name == "counter" else rng.uniform(0.5, 2, shape)
+    numbers = np.zeros(shape) if name == "counter" else rng.uniform(0.5, 2, shape)
+    if name in ("parts", "sums"):
+        numbers[..., 0 if name == "parts" else 2, :] = sizes["N"]  # how many rows they are of
+    return numbers
 
 
 def take(arrays: Arrays, names: str) -> tuple:
