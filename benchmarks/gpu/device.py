@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.counts.graph_nodes import count_nodes
+from benchmarks.harness.graph_nodes import count_nodes
 from benchmarks.harness.timing import quantiles
 
 SOURCES = Path(__file__).parent / "cuda"

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from benchmarks.counts.graph_nodes import Nodes, count_nodes
+from benchmarks.harness.graph_nodes import Nodes, count_nodes
 from benchmarks.harness.case import Call
 
 
