@@ -14,6 +14,7 @@ from benchmarks.harness.timing import quantiles
 
 SOURCES = Path(__file__).parent / "cuda"
 ROUNDS = 15
+CLUSTERS = (2, 4, 8)  # sizes in blocks
 HOLD_CYCLES = np.int64(100_000)  # some 50 microseconds
 
 

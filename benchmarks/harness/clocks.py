@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from benchmarks.harness.graph_nodes import Nodes, count_nodes
 from benchmarks.harness.case import Call
+from benchmarks.harness.graph_nodes import Nodes, count_nodes
 
 
 class Batch(NamedTuple):

@@ -25,16 +25,16 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def interleave(measurements: Mapping[str, Callable[[], float]], rounds: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """Take every measurement once per round, in a random order, so that all of them see the same moods of the machine.
+    """Take every measurement once per round, in random order: all see the same machine state (clocks, load).
 
     Parameters
     ----------
     measurements : dict of str to callable
         Each returns its figure, in whatever unit.
     rounds : int
-        How often.
+        Number of rounds.
     seed : int
-        Of the order.
+        Seed of the order.
 
     Returns
     -------
