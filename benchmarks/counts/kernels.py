@@ -1,4 +1,4 @@
-"""What each kernel does at the size of the question, counted on the emulator: launch, bytes, barriers.
+"""Counts of the kernels of one training step, 64-20-10, on the emulator: launch, bytes, barriers.
 
 ``python -m benchmarks.counts.kernels`` prints it and writes ``benchmarks/results/kernels.json``; with
 ``benchmarks.report`` it gets into ``docs/generated/kernels.md``. It needs g++ and no GPU.

@@ -136,7 +136,7 @@ def inside(what: str, emulated: bool) -> int:
 
 
 class Output(NamedTuple):
-    """What became of a run: exit status (None: it was stopped), what it printed, and how long it took."""
+    """Outcome of a run: exit status (None: it was stopped), what it printed, and how long it took."""
 
     status: int | None
     text: str
@@ -144,7 +144,7 @@ class Output(NamedTuple):
 
     @property
     def reports(self) -> int | None:
-        """How many errors compute-sanitizer counts, or None where it prints no summary."""
+        """Number of errors that compute-sanitizer counts, or None where it prints no summary."""
         counts = [int(count) for count in SUMMARY.findall(self.text)]
         return sum(counts) if counts else None
 

@@ -1,4 +1,4 @@
-"""What can be measured: a case says what is computed on which shape; an op, how, and who else can do it.
+"""Cases, providers and ops: the computation on one shape, a library that does it, and the list of both.
 
 This module knows neither a framework nor how time is taken.
 """
@@ -41,11 +41,11 @@ class Case:
     shape : tuple of int
         (N, C) or (N, C, L) or (N, C, H, W): logical, whatever the layout in memory.
     dtype : str
-        Of the data; parameters and statistics are float32 (float64 for float64).
+        Data type; parameters and statistics are float32 (float64 for float64).
     layout : str
         Order of the axes in memory.
     epilogue : str
-        What is fused behind it where a provider can: ``""``, ``relu``, ``add_relu``.
+        Operation that is fused behind it where a provider can: ``""``, ``relu``, ``add_relu``.
     """
 
     op: str
@@ -80,7 +80,7 @@ class Case:
 
     @property
     def channel_axis(self) -> int:
-        """Where the channels are in memory."""
+        """Axis of the channels in memory."""
         return -1 if self.layout == "NHWC" else 1
 
     def __str__(self) -> str:
@@ -92,7 +92,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Provider:
-    """Somebody who can compute a case.
+    """A library, or a way to use it, that can compute a case.
 
     Attributes
     ----------
@@ -107,7 +107,7 @@ class Provider:
     absent : callable
         Returns why the provider cannot run on this machine at all, or None.
     engine : str
-        How its calls are gathered: ``host``, ``cupy``, ``torch``, ``jax`` (see `benchmarks.harness.clocks`).
+        Way in which its calls are gathered: ``host``, ``cupy``, ``torch``, ``jax`` (see `benchmarks.harness.clocks`).
     describe : callable
         ``describe(case, arrays)`` returns what was chosen behind the scenes, such as a backend; may be empty.
     slow_start : bool
@@ -129,7 +129,7 @@ def on_both(
     absent: Callable[[str], str | None] = lambda place: None,
     engine: str = "cupy",
 ) -> tuple[Provider, Provider]:
-    """Return the provider on the CPU and that on a GPU, for who prepares a case in the same way on both.
+    """Return a provider on the CPU and one on a GPU that prepare a case in the same way.
 
     Parameters
     ----------
@@ -151,7 +151,7 @@ def on_both(
 
 @dataclass(frozen=True)
 class Op:
-    """What a ``bench_*.py`` declares.
+    """An op with its cases and providers, as a ``bench_*.py`` declares it.
 
     Attributes
     ----------
@@ -167,7 +167,7 @@ class Op:
     bytes_moved : callable
         ``bytes_moved(case)``: the fewest bytes that the case has to read and write.
     providers : sequence of Provider
-        Us first.
+        Providers, bnkernels first.
     """
 
     name: str

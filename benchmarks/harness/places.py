@@ -128,7 +128,7 @@ class Gpu:
         held : int
             Bytes of the arrays of a set.
         providers : int
-            How many have sets at the same time.
+            Number of providers that have sets at the same time.
 
         Raises
         ------

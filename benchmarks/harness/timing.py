@@ -1,4 +1,4 @@
-"""What all benchmarks share: interleaved timing, quantiles, and the facts of a run."""
+"""Timing and records that all benchmarks share: interleaved rounds, quantiles, and the facts of a run."""
 
 from __future__ import annotations
 
