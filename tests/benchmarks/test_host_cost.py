@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-import bnkernels as bn
 from benchmarks.ops import host_cost
 from bnkernels.ops.batch_norm import call as plans
 from bnkernels.ops.batch_norm.call import FORWARD
@@ -56,7 +55,7 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
 
     def forget() -> None:
         sys.modules.pop("bnkernels.runtime.cuda", None)
-        vars(bn).pop("_cuda", None)
+        vars(sys.modules["bnkernels.runtime"]).pop("cuda", None)
 
     monkeypatch.setitem(sys.modules, "cupy", stand_in)
     monkeypatch.setattr(registry, "runtimes", dict(registry.runtimes))
