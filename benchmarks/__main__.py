@@ -16,10 +16,11 @@ from tqdm import tqdm
 from benchmarks.harness import records
 from benchmarks.harness.case import DTYPES, EPILOGUES, LAYOUTS, Case, Op, Provider
 from benchmarks.harness.measure import Row, measure, new_row
-from benchmarks.harness.ops import OPS
 from benchmarks.harness.places import place_of, why_absent
 from benchmarks.harness.timing import facts, results_folder
+from benchmarks.ops import every_op
 
+OPS = every_op()
 PACKAGES = ("torch", "triton", "jax", "ml_dtypes")
 CPU_LIMIT = 2**24  # elements; larger cases of the list are left to a GPU
 LAYOUT_OF = {1: "NC", 2: "NC", 3: "NCL", 4: "NCHW"}

@@ -33,7 +33,7 @@ Errors = dict[str, float]  # by quantity, in the units of `errors`
 
 
 class Case(NamedTuple):
-    """What a batch norm is given; gamma and beta have the type of the accumulator."""
+    """Arguments of a batch norm; gamma and beta have the type of the accumulator."""
 
     x: np.ndarray
     gamma: np.ndarray

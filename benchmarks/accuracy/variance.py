@@ -1,4 +1,4 @@
-"""How far the usual ways of computing a variance, and ours, are from the exact batch norm, on inputs that tell.
+"""Errors of the usual ways of computing a variance, and of ours, against the exact batch norm.
 
 ``python -m benchmarks.accuracy.variance`` prints the table and writes ``benchmarks/results/numerics.json``; with
 ``benchmarks.report`` it gets into ``docs/generated/variance.md``. Our kernels run on the emulator, so it needs g++.

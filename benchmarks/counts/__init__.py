@@ -1,1 +1,1 @@
-"""What is counted without a GPU: launches, bytes, registers, predicted limits."""
+"""Counts that need no GPU: launches, bytes, registers, predicted limits."""

@@ -29,7 +29,7 @@ ONE = np.ones((), np.float32)
 
 
 class Count(NamedTuple):
-    """What one launch did: bytes by every access, each byte counted once, and of the large arrays alone."""
+    """Counts of one launch: bytes by every access, each byte counted once, and of the large arrays alone."""
 
     source: str
     kernel: str

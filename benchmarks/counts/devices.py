@@ -14,7 +14,7 @@ from bnkernels.runtime.seam import Limits
 
 @dataclass(frozen=True)
 class Architecture:
-    """What an SM of a compute capability holds at once.
+    """Resources of an SM of a compute capability.
 
     Attributes
     ----------
@@ -43,7 +43,7 @@ class Device:
     Attributes
     ----------
     sms : int
-        How many.
+        Number of SMs.
     dram : float or None
         Bytes per second (data sheet). Copies reach less; for the H200 4.3e12 have been published.
     l2_bytes : int or None
@@ -68,7 +68,7 @@ class Device:
 
     @property
     def choice(self) -> Limits:
-        """What the choice of a launch asks; without clusters, as what is counted here is planned."""
+        """Limits that the choice of a launch asks for; without clusters, which are not counted."""
         of = self.architecture
         most = of.shared_bytes - of.reserved_bytes
         return Limits(self.sms, most, of.shared_bytes, True, False, 32 * of.warps, of.blocks, of.reserved_bytes)

@@ -1,4 +1,4 @@
-"""What the hardware allows: how many blocks an SM can hold, and below which time a launch cannot come.
+"""Limits of the hardware: occupancy of an SM, and a lower bound of the time of a launch.
 
 Pure functions of published figures; nothing here was measured by this project, and no GPU is asked. A time from here is
 predicted, not measured.
@@ -31,7 +31,7 @@ SM_BYTES_PER_CLOCK = 128
 
 
 class Occupancy(NamedTuple):
-    """What is resident on an SM at once, the share of its warps that this is, and what allows no more."""
+    """Resident blocks and warps of an SM, the share of its warps, and the resource that bounds them."""
 
     blocks: int
     warps: int
@@ -45,7 +45,7 @@ def occupancy(architecture: Architecture, threads: int, registers: int, shared_b
     Parameters
     ----------
     architecture : Architecture
-        Of the SM.
+        Compute capability.
     threads : int
         Threads of a block.
     registers : int
@@ -96,7 +96,7 @@ def busy_sms(device: Device, blocks: int) -> int:
 
 
 class Work(NamedTuple):
-    """What one launch does: blocks, bytes (each counted once; and by every access), barriers of a block."""
+    """Counts of one launch: blocks, bytes (each counted once; and by every access), barriers of a block."""
 
     blocks: int
     unique_bytes: int
@@ -117,9 +117,9 @@ def predict(device: Device, work: Work, *, cold: bool) -> Prediction | None:
     Parameters
     ----------
     device : Device
-        Where it would run.
+        GPU on which it would run.
     work : Work
-        What the launch does, as counted.
+        Counts of the launch.
     cold : bool
         Whether the arrays come from DRAM and go there, as with buffers that take turns; else they may lie in the L2
         cache, if they fit.

@@ -1,4 +1,4 @@
-"""What every kernel does on every shape, without a GPU: launch, traffic, registers, occupancy, predicted time.
+"""Counts of every kernel on every shape, without a GPU: launch, traffic, registers, occupancy, predicted time.
 
 ``python -m benchmarks.counts.static`` prints the table and writes ``benchmarks/results/static.json``, a function of the
 sources alone (with ml_dtypes, without which there are no bfloat16 arrays). Bytes and barriers are counted on the

@@ -36,7 +36,7 @@ CASES = [
 
 
 class Line(NamedTuple):
-    """What one case moved, and what it may."""
+    """Bytes that one case moved, and the fewest possible."""
 
     case: Case
     launches: int

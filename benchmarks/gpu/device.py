@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.counts.graph_nodes import count_nodes
+from benchmarks.harness.graph_nodes import count_nodes
 from benchmarks.harness.timing import quantiles
 
 SOURCES = Path(__file__).parent / "cuda"
 ROUNDS = 15
+CLUSTERS = (2, 4, 8)  # sizes in blocks
 HOLD_CYCLES = np.int64(100_000)  # some 50 microseconds
 
 

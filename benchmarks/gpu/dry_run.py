@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.gpu.facts import CLUSTERS
+from benchmarks.gpu.device import CLUSTERS
 from benchmarks.gpu.launch_facts import ARGUMENTS
 from benchmarks.harness.timing import write_json
 from bnkernels.runtime.seam import Launch

@@ -17,13 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.gpu.device import Gpu, UnavailableError, expect
+from benchmarks.gpu.device import CLUSTERS, Gpu, UnavailableError, expect
 from benchmarks.gpu.launch_facts import Arguments, launches, raw_kernel_struct
 from benchmarks.harness.timing import facts, write_json
 
 NODES = 200  # of the graph of empty kernels
 BARRIERS = (200, 1200)  # rounds of a short and of a long row: their difference is that of barriers alone
-CLUSTERS = (2, 4, 8)
 COPY_BYTES = 2**30
 MOST_ROWS_AT_ONCE = 512  # of a block that copies slices: 256 threads of 16 bytes, 8 times, for a slice of 64 bytes
 SLICES = (64, 128, 256)  # bytes of a row that a block owns

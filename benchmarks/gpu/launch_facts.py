@@ -1,4 +1,4 @@
-"""What it costs the host to launch a kernel, in every way that CuPy and CUDA's Python bindings offer."""
+"""Host cost of a kernel launch, in every way that CuPy and CUDA's Python bindings offer."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def run_limited(
     environment : mapping, optional
         Instead of this process's own.
     log : file, optional
-        Where its output goes, standard error too; without it to where this process's goes.
+        File of its output and standard error; by default those of this process.
     grace : float
         Seconds between interrupt and kill; longer than that of whatever the program itself runs.
     """

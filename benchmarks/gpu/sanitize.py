@@ -22,12 +22,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.gpu.calls import calls, group_calls
 from benchmarks.gpu.device import SOURCES
 from benchmarks.gpu.processes import run_limited
-from benchmarks.harness.case import DTYPES, EPS, native_dtype
+from benchmarks.harness.case import DTYPES, EPS
 from benchmarks.harness.measure import STORED, SUMMED
+from benchmarks.harness.samples import Sample, Sizes
 from benchmarks.harness.timing import write_json
+from benchmarks.ops import every_variant
 from bnkernels.runtime import registry, source
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -61,12 +62,14 @@ def run_clean(asarray: Callable[[np.ndarray], Any], asnumpy: Callable[[Any], np.
     runtime.launch = recording
     try:
         for name in ("float32",) if some else DTYPES:
-            dtype = native_dtype(name)
-            for number, (op, arrays) in enumerate(calls(dtype)[::4] if some else calls(dtype) + group_calls(dtype)):
-                right = op(*(array.copy() for array in arrays))
-                found = op(*map(asarray, arrays))
-                for output, exact in zip(found, right, strict=True):
-                    compare(asnumpy(output), exact, f"call {number} in {name}")
+            for title, sample, sizes in calls(name)[:: 4 if some else 1]:
+                right = sample.arrays(sizes, name)
+                found = {key: asarray(array) for key, array in right.items()}
+                sample.run(right)
+                sample.run(found)
+                for key in sample.writes:
+                    if key != "workspace":  # NumPy needs none
+                        compare(asnumpy(found[key]), right[key], f"{key} of {title} in {name}")
     finally:
         runtime.launch = launch
     wanted = set() if some else {name for stem in source.stems() for name in source.entry_points(stem)}
@@ -75,6 +78,16 @@ def run_clean(asarray: Callable[[np.ndarray], Any], asnumpy: Callable[[Any], np.
     if missing := wanted - launched:
         raise ArithmeticError(f"these kernels did not run: {', '.join(sorted(missing))}")
     print(f"{len(launched)} kernels{', some of float32' if some else ''}: {COMPLETE}", flush=True)
+
+
+def calls(dtype: str) -> list[tuple[str, Sample, Sizes]]:
+    """Return name, call and sizes of everything that a data type has."""
+    return [
+        (f"{name} {dict(sizes)}", sample, sizes)
+        for name, sample in every_variant().items()
+        if dtype in sample.dtypes
+        for sizes in sample.sizes
+    ]
 
 
 def compare(found: np.ndarray, exact: np.ndarray, what: str) -> None:
@@ -123,7 +136,7 @@ def inside(what: str, emulated: bool) -> int:
 
 
 class Output(NamedTuple):
-    """What became of a run: exit status (None: it was stopped), what it printed, and how long it took."""
+    """Outcome of a run: exit status (None: it was stopped), what it printed, and how long it took."""
 
     status: int | None
     text: str
@@ -131,7 +144,7 @@ class Output(NamedTuple):
 
     @property
     def reports(self) -> int | None:
-        """How many errors compute-sanitizer counts, or None where it prints no summary."""
+        """Number of errors that compute-sanitizer counts, or None where it prints no summary."""
         counts = [int(count) for count in SUMMARY.findall(self.text)]
         return sum(counts) if counts else None
 

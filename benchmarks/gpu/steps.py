@@ -20,7 +20,7 @@ class Step(NamedTuple):
     Attributes
     ----------
     part, name : str
-        Where it belongs, and what it is called.
+        Part that it belongs to, and its name.
     least, most : float
         Seconds it needs to be worth a start, and seconds it may take while others wait.
     document : str

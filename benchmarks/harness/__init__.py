@@ -1,1 +1,1 @@
-"""What all benchmarks share: cases, places, clocks, the protocol, records."""
+"""Parts that all benchmarks share: cases, places, clocks, the protocol, records."""

@@ -1,4 +1,4 @@
-"""What can be measured: a case says what is computed on which shape; an op, how, and who else can do it.
+"""Cases, providers and ops: the computation on one shape, a library that does it, and the list of both.
 
 This module knows neither a framework nor how time is taken.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -40,11 +41,11 @@ class Case:
     shape : tuple of int
         (N, C) or (N, C, L) or (N, C, H, W): logical, whatever the layout in memory.
     dtype : str
-        Of the data; parameters and statistics are float32 (float64 for float64).
+        Data type; parameters and statistics are float32 (float64 for float64).
     layout : str
         Order of the axes in memory.
     epilogue : str
-        What is fused behind it where a provider can: ``""``, ``relu``, ``add_relu``.
+        Operation that is fused behind it where a provider can: ``""``, ``relu``, ``add_relu``.
     """
 
     op: str
@@ -79,7 +80,7 @@ class Case:
 
     @property
     def channel_axis(self) -> int:
-        """Where the channels are in memory."""
+        """Axis of the channels in memory."""
         return -1 if self.layout == "NHWC" else 1
 
     def __str__(self) -> str:
@@ -91,7 +92,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Provider:
-    """Somebody who can compute a case.
+    """A library, or a way to use it, that can compute a case.
 
     Attributes
     ----------
@@ -106,7 +107,7 @@ class Provider:
     absent : callable
         Returns why the provider cannot run on this machine at all, or None.
     engine : str
-        How its calls are gathered: ``host``, ``cupy``, ``torch``, ``jax`` (see `benchmarks.harness.clocks`).
+        Way in which its calls are gathered: ``host``, ``cupy``, ``torch``, ``jax`` (see `benchmarks.harness.clocks`).
     describe : callable
         ``describe(case, arrays)`` returns what was chosen behind the scenes, such as a backend; may be empty.
     slow_start : bool
@@ -122,14 +123,40 @@ class Provider:
     slow_start: bool = False
 
 
+def on_both(
+    names: str | tuple[str, str],
+    prepare: Callable[[Case, Arrays], Call],
+    absent: Callable[[str], str | None] = lambda place: None,
+    engine: str = "cupy",
+) -> tuple[Provider, Provider]:
+    """Return a provider on the CPU and one on a GPU that prepare a case in the same way.
+
+    Parameters
+    ----------
+    names : str or (str, str)
+        Name, or the one on the CPU and the one on a GPU.
+    prepare : callable
+        As in `Provider`.
+    absent : callable
+        ``absent(place)`` returns why the provider cannot run there, or None.
+    engine : str
+        Engine on the GPU.
+    """
+    cpu, cuda = (names, names) if isinstance(names, str) else names
+    return (
+        Provider(cpu, "cpu", prepare, partial(absent, "cpu")),
+        Provider(cuda, "cuda", prepare, partial(absent, "cuda"), engine=engine),
+    )
+
+
 @dataclass(frozen=True)
 class Op:
-    """What a ``bench_*.py`` declares.
+    """An op with its cases and providers, as a ``bench_*.py`` declares it.
 
     Attributes
     ----------
     name : str
-        As in `Case.op`.
+        Name in `Case.op`.
     cases : sequence of Case
         The whole list, also of what we do not support yet.
     inputs : callable
@@ -140,7 +167,7 @@ class Op:
     bytes_moved : callable
         ``bytes_moved(case)``: the fewest bytes that the case has to read and write.
     providers : sequence of Provider
-        Us first.
+        Providers, bnkernels first.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""How calls are gathered and timed: on the host, as CUDA graphs of CuPy or PyTorch, or as a row of JAX calls.
+"""Clocks, which gather calls and time them: on the host, as CUDA graphs of CuPy or PyTorch, or as a row of JAX calls.
 
 A clock turns a row of calls into a `Batch`, which makes them all and returns the seconds that each took. On a GPU all
 clocks work on one stream, so that what one provider left running is never in another one's time.
@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from benchmarks.counts.graph_nodes import Nodes, count_nodes
 from benchmarks.harness.case import Call
+from benchmarks.harness.graph_nodes import Nodes, count_nodes
 
 
 class Batch(NamedTuple):
@@ -26,7 +26,7 @@ class Batch(NamedTuple):
     run : callable
         Makes all calls once; returns seconds per call.
     nodes : Nodes or None
-        What a CUDA graph of them holds; None where there is no graph.
+        Nodes of a CUDA graph of them; None where there is no graph.
     """
 
     run: Callable[[], float]
@@ -34,7 +34,7 @@ class Batch(NamedTuple):
 
 
 class Clock(Protocol):
-    """How the calls of one engine are timed."""
+    """Timing of the calls of one engine."""
 
     method: str  # as the results name it
 
@@ -130,7 +130,7 @@ class JaxClock:
 
 
 class Device:
-    """What the clocks of a GPU share: CuPy, a stream, and the memory that the second-level cache is flushed with."""
+    """The GPU of all clocks: CuPy, a stream, and the memory with which the L2 cache is flushed."""
 
     FLUSH = r"""
     extern "C" __global__ void bnk_flush(const uint4* buffer, long long count, unsigned* never) {

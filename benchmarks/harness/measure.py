@@ -50,11 +50,11 @@ def measure(
     Parameters
     ----------
     op, case, providers
-        What, and who.
+        Case of an op, and those that compute it.
     place : Host or Gpu
-        Where.
+        CPU or GPU.
     seconds : float
-        How long the timed rounds take, about; there are at least `ROUNDS` [0] of them.
+        Duration of the timed rounds, about; there are at least `ROUNDS` [0] of them.
     """
     nbytes = op.bytes_moved(case)
     rows = {provider.name: new_row(case, provider, nbytes) for provider in providers}

@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cache, partial
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -127,7 +128,7 @@ class Gpu:
         held : int
             Bytes of the arrays of a set.
         providers : int
-            How many have sets at the same time.
+            Number of providers that have sets at the same time.
 
         Raises
         ------
@@ -178,6 +179,11 @@ def halves(xp: Any, nbytes: int) -> tuple[Any, Any]:
 def place_of(name: str) -> Host | Gpu:
     """Return a place by name."""
     return Host() if name == "cpu" else Gpu()
+
+
+def array_module(array: Any) -> Any:
+    """Return NumPy or CuPy: the module of an array."""
+    return np if isinstance(array, np.ndarray) else import_module("cupy")
 
 
 def cast(case: Case, arrays: Arrays) -> Arrays:

@@ -1,4 +1,4 @@
-"""What all benchmarks share: interleaved timing, quantiles, and the facts of a run."""
+"""Timing and records that all benchmarks share: interleaved rounds, quantiles, and the facts of a run."""
 
 from __future__ import annotations
 
@@ -21,24 +21,20 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-class WrongResultError(ArithmeticError):
-    """A variant computes something else than the reference, so its speed is of no interest."""
-
-
 # ---- timing ---------------------------------------------------------------------------------------------------------
 
 
 def interleave(measurements: Mapping[str, Callable[[], float]], rounds: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """Take every measurement once per round, in a random order, so that all of them see the same moods of the machine.
+    """Take every measurement once per round, in random order: all see the same machine state (clocks, load).
 
     Parameters
     ----------
     measurements : dict of str to callable
         Each returns its figure, in whatever unit.
     rounds : int
-        How often.
+        Number of rounds.
     seed : int
-        Of the order.
+        Seed of the order.
 
     Returns
     -------

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import bnkernels as bn
-from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Op, Provider
+from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Op, on_both
+from benchmarks.harness.samples import Sample, take
 from benchmarks.peers import (
     EPSILON,
     MOMENTUM,
@@ -127,14 +128,13 @@ def ours(case: Case, arrays: Arrays) -> Call:
 
 
 OP = Op(
-    name="batch_norm",
+    "batch_norm",
     cases=CASES,
     inputs=inputs,
     reference=expression.reference,
     bytes_moved=bytes_moved,
     providers=(
-        Provider("bnkernels", "cpu", ours),
-        Provider("bnkernels", "cuda", ours, engine="cupy"),
+        *on_both("bnkernels", ours),
         *expression.PROVIDERS,
         *three_phase.PROVIDERS,
         *three_launches.PROVIDERS,
@@ -147,3 +147,67 @@ OP = Op(
         *jax_xla.PROVIDERS,
     ),
 )
+
+
+SLICES = tuple({"N": rows, "C": 33} for rows in (10, 100, 300))  # every variant, and a slice of one channel
+IMAGES = tuple({"N": 3, "C": 33, "L": size} for size in (5, 49))  # neighbouring threads read channels, or values
+SHARED = ({"N": 20_000, "C": 8}, {"N": 6, "C": 2, "L": 30_000})  # slices that several blocks share, on any GPU
+RUNNING = "x gamma beta running_mean running_var"
+SAVED = "dy x gamma beta statistics"
+
+SAMPLES = {
+    "batch_norm_forward": Sample(
+        "x gamma beta",
+        "running_mean running_var y statistics",
+        lambda a: bn.batch_norm_forward(*take(a, RUNNING), activation="relu", out=take(a, "y statistics")),
+        any_strides="x",
+        sizes=SLICES + IMAGES,
+        counted=True,
+    ),
+    "batch_norm_backward": Sample(
+        SAVED,
+        "dx dgamma dbeta",
+        lambda a: bn.batch_norm_backward(*take(a, SAVED), activation="relu", out=take(a, "dx dgamma dbeta")),
+        any_strides="dy x",
+        sizes=SLICES + IMAGES,
+        counted=True,
+    ),
+    "batch_norm_inference": Sample(
+        RUNNING,
+        "out",
+        lambda a: bn.batch_norm_inference(*take(a, RUNNING), activation="relu", out=a["out"]),
+        any_strides="x",
+        sizes=SLICES[:1] + IMAGES,
+        counted=True,
+    ),
+    "batch_norm_inference_backward": Sample(
+        f"dy {RUNNING}",
+        "dx dgamma dbeta",
+        lambda a: bn.batch_norm_inference_backward(
+            *take(a, f"dy {RUNNING}"), activation="relu", out=take(a, "dx dgamma dbeta")
+        ),
+        any_strides="dy x",
+        sizes=SLICES[:1] + IMAGES,
+        counted=True,
+    ),
+    "batch_norm_residual_backward": Sample(
+        "dy x residual gamma beta statistics",
+        "dx dgamma dbeta dresidual",
+        lambda a: bn.batch_norm_backward(
+            *take(a, SAVED), residual=a["residual"], activation="relu", out=take(a, "dx dgamma dbeta dresidual")
+        ),
+        any_strides="dy x residual",
+        sizes=IMAGES + SHARED,
+    ),
+}
+VARIANTS = {
+    "batch_norm_residual_forward": Sample(
+        "x residual gamma beta",
+        "running_mean running_var y statistics",
+        lambda a: bn.batch_norm_forward(
+            *take(a, RUNNING), residual=a["residual"], activation="tanh", out=take(a, "y statistics")
+        ),
+        any_strides="x residual",
+        sizes=IMAGES + SHARED,
+    ),
+}

@@ -10,8 +10,8 @@ from functools import partial
 from typing import Any
 
 import bnkernels as bn
-from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Op, Provider
-from benchmarks.harness.places import why_absent
+from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Op, on_both
+from benchmarks.harness.samples import Sample, take
 from benchmarks.peers import EPSILON, expression, pytorch
 
 SHAPES = [((64, 20), "NC"), ((256, 1024), "NC"), ((8192, 1024), "NC"), ((32, 64, 56, 56), "NCHW")]
@@ -90,7 +90,7 @@ def bytes_moved(case: Case) -> int:
 
 
 OP = Op(
-    name="batch_norm_double_backward",
+    "batch_norm_double_backward",
     cases=[
         Case("batch_norm_double_backward", "double backward", shape, dtype, layout)
         for dtype in ("float32", "float16")
@@ -99,12 +99,18 @@ OP = Op(
     inputs=inputs,
     reference=reference,
     bytes_moved=bytes_moved,
-    providers=(
-        Provider("bnkernels", "cpu", ours),
-        Provider("bnkernels", "cuda", ours, engine="cupy"),
-        Provider("NumPy expression", "cpu", formulas),
-        Provider("CuPy expression", "cuda", formulas, partial(why_absent, "cuda"), engine="cupy"),
-        Provider("PyTorch eager", "cpu", autograd, partial(pytorch.absent, "cpu")),
-        Provider("PyTorch eager", "cuda", autograd, partial(pytorch.absent, "cuda"), engine="torch"),
-    ),
+    providers=(*on_both("bnkernels", ours), *expression.providers(formulas), *pytorch.providers(autograd)),
 )
+
+
+GIVEN = "ddx ddgamma ddbeta dy x gamma beta statistics"
+
+SAMPLES = {
+    "batch_norm_double_backward": Sample(
+        GIVEN,
+        "ddy dx dgamma dbeta",
+        lambda a: bn.batch_norm_double_backward(*take(a, GIVEN), activation="tanh", out=take(a, "ddy dx dgamma dbeta")),
+        any_strides="ddx dy x",
+        sizes=({"N": 10, "C": 33}, {"N": 300, "C": 33}, {"N": 3, "C": 33, "L": 5}),
+    ),
+}

@@ -6,13 +6,12 @@ So the rivals are formulas, as Keras and Flax compute it, in every framework.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import bnkernels as bn
-from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Op, Provider
-from benchmarks.harness.places import why_absent
-from benchmarks.peers import EPSILON, pytorch
+from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Op, on_both
+from benchmarks.harness.samples import Sample, take
+from benchmarks.peers import EPSILON, expression, pytorch
 
 SHAPES = [(64, 20), (256, 1024), (8192, 1024), (100_000, 32)]
 
@@ -104,7 +103,7 @@ def bytes_moved(case: Case) -> int:
 
 
 OP = Op(
-    name="batch_norm_masked",
+    "batch_norm_masked",
     cases=[
         Case("batch_norm_masked", direction, shape, dtype)
         for direction in ("forward", "backward")
@@ -114,12 +113,59 @@ OP = Op(
     inputs=inputs,
     reference=reference,
     bytes_moved=bytes_moved,
-    providers=(
-        Provider("bnkernels", "cpu", ours),
-        Provider("bnkernels", "cuda", ours, engine="cupy"),
-        Provider("NumPy expression", "cpu", formulas),
-        Provider("CuPy expression", "cuda", formulas, partial(why_absent, "cuda"), engine="cupy"),
-        Provider("PyTorch eager", "cpu", torch_formulas, partial(pytorch.absent, "cpu")),
-        Provider("PyTorch eager", "cuda", torch_formulas, partial(pytorch.absent, "cuda"), engine="torch"),
-    ),
+    providers=(*on_both("bnkernels", ours), *expression.providers(formulas), *pytorch.providers(torch_formulas)),
 )
+
+
+RUNNING = "x gamma beta running_mean running_var"
+SAVED = "dy x gamma beta statistics"
+GROUPED = {"statistics": "A G5C"}  # renormalised
+
+SAMPLES = {
+    "batch_norm_masked_forward": Sample(
+        "x mask gamma beta",
+        "running_mean running_var y statistics",
+        lambda a: bn.batch_norm_forward(*take(a, RUNNING), mask=a["mask"], out=take(a, "y statistics")),
+        any_strides="x mask",
+    ),
+    "batch_norm_masked_backward": Sample(
+        "dy x mask gamma beta statistics",
+        "dx dgamma dbeta",
+        lambda a: bn.batch_norm_backward(*take(a, SAVED), mask=a["mask"], out=take(a, "dx dgamma dbeta")),
+        any_strides="dy x mask",
+    ),
+    "batch_norm_grouped_forward": Sample(
+        "x mask residual gamma beta",
+        "y statistics running_mean running_var",
+        lambda a: bn.batch_norm_forward(
+            *take(a, RUNNING),
+            mask=a["mask"],
+            residual=a["residual"],
+            grouped=True,
+            renorm=(3.0, 5.0),
+            out=take(a, "y statistics"),
+        ),
+        any_strides="x mask residual",
+        specs=GROUPED,
+        fixed={"G": 3},
+        sizes=({"N": 20, "C": 33},),
+    ),
+}
+VARIANTS = {
+    "batch_norm_grouped_backward": Sample(
+        "dy x mask residual gamma beta statistics",
+        "dx dgamma dbeta dresidual",
+        lambda a: bn.batch_norm_backward(
+            *take(a, SAVED),
+            mask=a["mask"],
+            residual=a["residual"],
+            grouped=True,
+            activation="tanh",
+            out=take(a, "dx dgamma dbeta dresidual"),
+        ),
+        any_strides="dy x mask residual",
+        specs=GROUPED,
+        fixed={"G": 3},
+        sizes=({"N": 20, "C": 33},),
+    ),
+}

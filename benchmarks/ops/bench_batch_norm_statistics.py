@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import bnkernels as bn
-from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Op, Provider
-from benchmarks.harness.places import why_absent
+from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Op, on_both
+from benchmarks.harness.samples import Sample, take
 from benchmarks.peers import expression, pytorch
 
 SHAPES = [((64, 20), "NC"), ((256, 1024), "NC"), ((8192, 1024), "NC"), ((32, 64, 56, 56), "NCHW")]
@@ -71,17 +70,47 @@ def bytes_moved(case: Case) -> int:
 
 
 OP = Op(
-    name="batch_norm_statistics",
+    "batch_norm_statistics",
     cases=[Case("batch_norm_statistics", "moments", shape, "float32", layout) for shape, layout in SHAPES],
     inputs=inputs,
     reference=reference,
     bytes_moved=bytes_moved,
-    providers=(
-        Provider("bnkernels", "cpu", ours),
-        Provider("bnkernels", "cuda", ours, engine="cupy"),
-        Provider("NumPy expression", "cpu", formulas),
-        Provider("CuPy expression", "cuda", formulas, partial(why_absent, "cuda"), engine="cupy"),
-        Provider("PyTorch eager", "cpu", var_mean, partial(pytorch.absent, "cpu")),
-        Provider("PyTorch eager", "cuda", var_mean, partial(pytorch.absent, "cuda"), engine="torch"),
-    ),
+    providers=(*on_both("bnkernels", ours), *expression.providers(formulas), *pytorch.providers(var_mean)),
 )
+
+
+SAVED = "dy x gamma beta statistics"
+
+SAMPLES = {
+    "batch_norm_moments": Sample(
+        "x mask",
+        "moments",
+        lambda a: bn.batch_norm_moments(a["x"], mask=a["mask"], out=a["moments"]),
+        any_strides="x mask",
+    ),
+    "batch_norm_statistics": Sample(
+        "parts",
+        "running_mean running_var statistics merged",
+        lambda a: bn.batch_norm_statistics(
+            *take(a, "parts running_mean running_var"), out=take(a, "statistics merged")
+        ),
+    ),
+    "batch_norm_normalise": Sample(
+        "x gamma beta statistics",
+        "out",
+        lambda a: bn.batch_norm_normalise(*take(a, "x gamma beta statistics"), out=a["out"]),
+        any_strides="x",
+    ),
+    "batch_norm_gradient_sums": Sample(
+        SAVED,
+        "sums",
+        lambda a: bn.batch_norm_gradient_sums(*take(a, SAVED), out=a["sums"]),
+        any_strides="dy x",
+    ),
+    "batch_norm_input_gradient": Sample(
+        f"{SAVED} sums",
+        "dx",
+        lambda a: bn.batch_norm_input_gradient(*take(a, f"{SAVED} sums"), out=(a["dx"],)),
+        any_strides="dy x",
+    ),
+}

@@ -6,12 +6,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 import bnkernels as bn
-from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Op, Provider
-from benchmarks.harness.places import why_absent
-from benchmarks.peers import EPSILON, pytorch, torch_compile
+from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Op, Provider, on_both
+from benchmarks.harness.places import array_module
+from benchmarks.harness.samples import Sample, take
+from benchmarks.peers import EPSILON, expression, pytorch, torch_compile
 
 SHAPES = [(64, 20), (256, 1024), (8192, 1024), (4096, 8192)]
 ACTIVATION = {"activation": "silu"}
@@ -42,9 +41,9 @@ def ours(case: Case, arrays: Arrays) -> Call:
     return lambda: bn.layer_norm_backward(*behind, **ACTIVATION, out=grads)
 
 
-def formulas(case: Case, arrays: Arrays, xp: Any = np) -> Call:
+def formulas(case: Case, arrays: Arrays) -> Call:
     """Prepare what a user would write. 16-bit data are computed in float32."""
-    gamma, beta, dtype = arrays["gamma"], arrays["beta"], arrays["x"].dtype
+    gamma, beta, dtype, xp = arrays["gamma"], arrays["beta"], arrays["x"].dtype, array_module(arrays["x"])
     x = arrays["x"].astype(beta.dtype, copy=False)
 
     def forward() -> tuple:
@@ -100,7 +99,7 @@ def _torch(case: Case, arrays: Arrays, compiled: Callable[[Callable], Callable])
 
 def reference(case: Case, arrays: Arrays, xp: Any) -> tuple:
     """Return the right outputs from float64 arrays."""
-    return formulas(case, arrays, xp)()
+    return formulas(case, arrays)()
 
 
 def bytes_moved(case: Case) -> int:
@@ -110,15 +109,8 @@ def bytes_moved(case: Case) -> int:
     return matrices * case.size * case.itemsize + vectors
 
 
-def on_cupy(case: Case, arrays: Arrays) -> Call:
-    """Prepare on a GPU what a user would write."""
-    import cupy
-
-    return formulas(case, arrays, cupy)
-
-
 OP = Op(
-    name="layer_norm",
+    "layer_norm",
     cases=[
         Case("layer_norm", direction, shape, dtype)
         for dtype in ("float32", "bfloat16")
@@ -129,12 +121,35 @@ OP = Op(
     reference=reference,
     bytes_moved=bytes_moved,
     providers=(
-        Provider("bnkernels", "cpu", ours),
-        Provider("bnkernels", "cuda", ours, engine="cupy"),
-        Provider("NumPy expression", "cpu", formulas),
-        Provider("CuPy expression", "cuda", on_cupy, partial(why_absent, "cuda"), engine="cupy"),
-        Provider("PyTorch eager", "cpu", torch_eager, partial(pytorch.absent, "cpu")),
-        Provider("PyTorch eager", "cuda", torch_eager, partial(pytorch.absent, "cuda"), engine="torch"),
+        *on_both("bnkernels", ours),
+        *expression.providers(formulas),
+        *pytorch.providers(torch_eager),
         Provider("torch.compile", "cuda", torch_compiled, torch_compile.absent, engine="torch", slow_start=True),
     ),
 )
+
+
+SAVED = "dy x gamma beta statistics"
+OF_ROWS = {"statistics": "A 3N", "workspace": "A 512*C"}
+SIZES = ({"N": 10, "C": 33}, {"N": 5, "C": 4000})  # a part of a unit at the end of every row, and several blocks
+
+SAMPLES = {
+    "layer_norm_forward": Sample(
+        "x gamma beta",
+        "y statistics",
+        lambda a: bn.layer_norm_forward(*take(a, "x gamma beta"), activation="relu", out=take(a, "y statistics")),
+        specs=OF_ROWS,
+        sizes=SIZES,
+        counted=True,
+    ),
+    "layer_norm_backward": Sample(
+        SAVED,
+        "dx dgamma dbeta workspace",
+        lambda a: bn.layer_norm_backward(
+            *take(a, SAVED), activation="relu", workspace=a["workspace"], out=take(a, "dx dgamma dbeta")
+        ),
+        specs=OF_ROWS,
+        sizes=SIZES,
+        counted=True,
+    ),
+}

@@ -6,15 +6,15 @@ A case's shape is (mini-batch, neurons). There are as many inputs as neurons, bu
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 import bnkernels as bn
-from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Op, Provider
-from benchmarks.harness.places import why_absent
-from benchmarks.peers import EPSILON, pytorch, torch_compile
+from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Op, Provider, on_both
+from benchmarks.harness.places import array_module, why_absent
+from benchmarks.harness.samples import Sample, take
+from benchmarks.peers import EPSILON, expression, pytorch, torch_compile
 
 SHAPES = [(64, 20), (64, 100), (64, 512), (256, 256), (512, 1024)]
 INPUTS = {20: 64}
@@ -65,7 +65,7 @@ def present(gradients: tuple) -> tuple:
     return tuple(array for array in gradients if array is not None)
 
 
-def separate(case: Case, arrays: Arrays, xp: Any = np) -> Call:
+def separate(case: Case, arrays: Arrays) -> Call:
     """Prepare products and our batch norm.
 
     Raises
@@ -76,7 +76,8 @@ def separate(case: Case, arrays: Arrays, xp: Any = np) -> Call:
     if NORMS[case.direction] is None or case.itemsize == 2:
         raise NotSupportedError("products and a batch norm, in float32 or float64")
     x, weight, gamma, beta = (arrays[name] for name in ("x", "weight", "gamma", "beta"))
-    z, options = xp.matmul(x, weight), {"activation": "tanh"}
+    xp, options = array_module(x), {"activation": "tanh"}
+    z = xp.matmul(x, weight)
     out = bn.batch_norm_forward(z, gamma, beta, eps=EPSILON, **options)
     if not is_backward(case):
 
@@ -96,9 +97,9 @@ def separate(case: Case, arrays: Arrays, xp: Any = np) -> Call:
     return backward
 
 
-def formulas(case: Case, arrays: Arrays, xp: Any = np) -> Call:
+def formulas(case: Case, arrays: Arrays) -> Call:
     """Prepare what a user would write. 16-bit data are computed in float32."""
-    gamma, beta, dtype = arrays.get("gamma"), arrays["beta"], arrays["x"].dtype
+    gamma, beta, dtype, xp = arrays.get("gamma"), arrays["beta"], arrays["x"].dtype, array_module(arrays["x"])
     x, weight = (arrays[name].astype(beta.dtype, copy=False) for name in ("x", "weight"))
     norm, rows = NORMS[case.direction], case.shape[0]
 
@@ -158,7 +159,7 @@ def _torch(case: Case, arrays: Arrays, compiled: Callable[[Callable], Callable])
 
 def reference(case: Case, arrays: Arrays, xp: Any) -> tuple:
     """Return the right outputs from float64 arrays."""
-    return formulas(case, arrays, xp)()
+    return formulas(case, arrays)()
 
 
 def bytes_moved(case: Case) -> int:
@@ -170,15 +171,8 @@ def bytes_moved(case: Case) -> int:
     return 2 * (matrices + vectors) if is_backward(case) else matrices + vectors
 
 
-def on_cupy(prepare: Callable[..., Call], case: Case, arrays: Arrays) -> Call:
-    """Prepare on a GPU."""
-    import cupy
-
-    return prepare(case, arrays, cupy)
-
-
 OP = Op(
-    name="linear_batch_norm",
+    "linear_batch_norm",
     cases=[
         Case("linear_batch_norm", direction, shape, dtype)
         for dtype in ("float32", "bfloat16")
@@ -189,16 +183,57 @@ OP = Op(
     reference=reference,
     bytes_moved=bytes_moved,
     providers=(
-        Provider("bnkernels", "cpu", ours),
-        Provider("bnkernels", "cuda", ours, engine="cupy"),
-        Provider("bnkernels, separate ops", "cpu", separate),
-        Provider(
-            "bnkernels, separate ops", "cuda", partial(on_cupy, separate), partial(why_absent, "cuda"), engine="cupy"
-        ),
-        Provider("NumPy expression", "cpu", formulas),
-        Provider("CuPy expression", "cuda", partial(on_cupy, formulas), partial(why_absent, "cuda"), engine="cupy"),
-        Provider("PyTorch eager", "cpu", torch_eager, partial(pytorch.absent, "cpu")),
-        Provider("PyTorch eager", "cuda", torch_eager, partial(pytorch.absent, "cuda"), engine="torch"),
+        *on_both("bnkernels", ours),
+        *on_both("bnkernels, separate ops", separate, why_absent),
+        *expression.providers(formulas),
+        *pytorch.providers(torch_eager),
         Provider("torch.compile", "cuda", torch_compiled, torch_compile.absent, engine="torch", slow_start=True),
     ),
 )
+
+
+GIVEN = "x weight gamma beta"
+SAVED = f"dy {GIVEN} z statistics"
+GRADIENTS = "dx dweight dgamma dbeta"
+AXES = {"x": "T NK", "dx": "T NK", "workspace": "T NC"}
+TILES = tuple({"N": rows, "K": 40, "C": 33} for rows in (10, 100, 300))  # up to two tiles of rows
+
+FORWARD = Sample(
+    GIVEN,
+    "y z statistics running_mean running_var",
+    lambda a: bn.linear_batch_norm_forward(
+        *take(a, f"{GIVEN} running_mean running_var"), activation="relu", out=take(a, "y z statistics")
+    ),
+    specs=AXES,
+    sizes=TILES,
+    counted=True,
+)
+BACKWARD = Sample(
+    SAVED,
+    f"{GRADIENTS} workspace",
+    lambda a: bn.linear_batch_norm_backward(
+        *take(a, SAVED), activation="relu", workspace=a["workspace"], out=take(a, GRADIENTS)
+    ),
+    specs=AXES,
+    sizes=TILES,
+    counted=True,
+)
+SAMPLES = {
+    "linear_batch_norm_forward": FORWARD,
+    "linear_batch_norm_backward": BACKWARD,
+}
+VARIANTS = {
+    "linear_layer_norm_forward": replace(
+        FORWARD,
+        writes="y z statistics",
+        run=lambda a: bn.linear_batch_norm_forward(*take(a, GIVEN), norm="layer", out=take(a, "y z statistics")),
+        specs=AXES | {"statistics": "A 3N"},
+    ),
+    "linear_layer_norm_backward": replace(
+        BACKWARD,
+        run=lambda a: bn.linear_batch_norm_backward(
+            *take(a, SAVED), norm="layer", workspace=a["workspace"], out=take(a, GRADIENTS)
+        ),
+        specs=AXES | {"statistics": "A 3N"},
+    ),
+}

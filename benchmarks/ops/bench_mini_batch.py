@@ -6,11 +6,13 @@ Whoever indexes knows on the host which step it is; only ours can be replayed in
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import bnkernels as bn
-from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Op, Provider
-from benchmarks.peers import pytorch
+from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Op, on_both
+from benchmarks.harness.samples import Sample, take
+from benchmarks.peers import expression, pytorch
 
 SHAPES = [(64, 64), (60, 784), (512, 1024)]  # mini-batch, inputs
 EXAMPLES = 4096
@@ -44,7 +46,7 @@ def ours(case: Case, arrays: Arrays) -> Call:
     return call
 
 
-def expression(case: Case, arrays: Arrays) -> Call:
+def indexing(case: Case, arrays: Arrays) -> Call:
     """Prepare what a user would write."""
     x, labels, indices = (arrays[name] for name in ("x", "labels", "indices"))
     return lambda: (x[indices[0]], labels[indices[0]])
@@ -59,7 +61,7 @@ def eager(case: Case, arrays: Arrays) -> Call:
 
 def reference(case: Case, arrays: Arrays, xp: Any) -> tuple:
     """Return the mini-batch of float64 examples."""
-    return expression(case, arrays)()
+    return indexing(case, arrays)()
 
 
 def bytes_moved(case: Case) -> int:
@@ -68,17 +70,32 @@ def bytes_moved(case: Case) -> int:
 
 
 OP = Op(
-    name="mini_batch",
+    "mini_batch",
     cases=[Case("mini_batch", "forward", shape) for shape in SHAPES],
     inputs=inputs,
     reference=reference,
     bytes_moved=bytes_moved,
-    providers=(
-        Provider("bnkernels", "cpu", ours),
-        Provider("bnkernels", "cuda", ours, engine="cupy"),
-        Provider("NumPy expression", "cpu", expression),
-        Provider("CuPy expression", "cuda", expression, engine="cupy"),
-        Provider("PyTorch eager", "cpu", eager, lambda: pytorch.absent("cpu")),
-        Provider("PyTorch eager", "cuda", eager, lambda: pytorch.absent("cuda"), engine="torch"),
-    ),
+    providers=(*on_both("bnkernels", ours), *expression.providers(indexing), *pytorch.providers(eager)),
 )
+
+
+OUTPUTS = "x_out labels_out scalars"
+FIRST = Sample(
+    "x labels schedule",
+    f"{OUTPUTS} counter",
+    lambda a: bn.mini_batch(*take(a, "x labels schedule counter"), out=take(a, OUTPUTS)),
+    specs={"x": "T EK", "labels": "int32 E", "schedule": "A S3", "indices": "int32 SN", "counter": "uint32 2"}
+    | {"x_out": "T NK", "labels_out": "int32 N"},
+    sizes=({"S": 5, "N": 20, "E": 100, "K": 6},),
+    dtypes=("float32", "float64"),
+    counted=True,
+)
+SAMPLES = {
+    "mini_batch": FIRST,
+    "mini_batch_by_indices": replace(
+        FIRST,
+        reads="x labels schedule indices",
+        run=lambda a: bn.mini_batch(*take(a, "x labels schedule counter"), indices=a["indices"], out=take(a, OUTPUTS)),
+        counted=False,
+    ),
+}

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 import bnkernels as bn
-from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Op, Provider
-from benchmarks.peers import pytorch
+from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Op, on_both
+from benchmarks.harness.samples import Sample, take
+from benchmarks.peers import expression, pytorch
 
 SIZES = [1568, 1_000_000]  # of 64-20-10 with batch norm, padding included; and beyond a core's own caches
 LR = 0.01
@@ -73,7 +74,7 @@ def adam(p: Any, g: Any, first: Any, second: Any, step: int) -> None:
 RULES = {"sgd": sgd, "momentum": momentum, "adam": adam}
 
 
-def expression(case: Case, arrays: Arrays, rule: str) -> Call:
+def formulas(case: Case, arrays: Arrays, rule: str) -> Call:
     """Prepare the update that a user would write."""
     given = [arrays[name] for name in ("parameters", "gradients", *STATES[rule])]
     steps = count(1)
@@ -106,7 +107,7 @@ def eager(case: Case, arrays: Arrays, rule: str, fused: bool = False) -> Call:
 
 def reference(case: Case, arrays: Arrays, xp: Any, rule: str) -> tuple:
     """Return the parameters after the first step, from float64 arrays, which are overwritten."""
-    return expression(case, arrays, rule)()
+    return formulas(case, arrays, rule)()
 
 
 def bytes_moved(case: Case, rule: str) -> int:
@@ -117,29 +118,47 @@ def bytes_moved(case: Case, rule: str) -> int:
 def op_of(rule: str) -> Op:
     """Return one rule with its cases and providers."""
     name = f"{rule}_update"
-
-    def provider(title: str, place: str, prepare: Any, engine: str = "host", absent: Any = None, **options: Any) -> Any:
-        call = partial(prepare, rule=rule, **options)
-        return Provider(title, place, call, absent or (lambda: None), engine=engine)
-
-    cpu, cuda = (partial(pytorch.absent, place) for place in ("cpu", "cuda"))
     return Op(
-        name=name,
+        name,
         cases=[Case(name, "step", (size,)) for size in SIZES],
         inputs=partial(inputs, rule=rule),
         reference=partial(reference, rule=rule),
         bytes_moved=partial(bytes_moved, rule=rule),
         providers=(
-            provider("bnkernels", "cpu", ours),
-            provider("bnkernels", "cuda", ours, "cupy"),
-            provider("NumPy expression", "cpu", expression),
-            provider("CuPy expression", "cuda", expression, "cupy"),
-            provider("PyTorch eager", "cpu", eager, "host", cpu),
-            provider("PyTorch eager", "cuda", eager, "torch", cuda),
-            provider("PyTorch eager, fused", "cpu", eager, "host", cpu, fused=True),
-            provider("PyTorch eager, fused", "cuda", eager, "torch", cuda, fused=True),
+            *on_both("bnkernels", partial(ours, rule=rule)),
+            *expression.providers(partial(formulas, rule=rule)),
+            *pytorch.providers(partial(eager, rule=rule)),
+            *on_both("PyTorch eager, fused", partial(eager, rule=rule, fused=True), pytorch.absent, "torch"),
         ),
     )
 
 
-OPS = {rule: op_of(rule) for rule in STATES}
+SGD, MOMENTUM, ADAM = map(op_of, STATES)
+
+
+def sample_of(rule: str, **options: Any) -> Sample:
+    """Return a call of one rule."""
+    update, arrays = getattr(bn, f"{rule}_update"), ["parameters", *ARRAYS[rule]]
+    names = " ".join(["parameters", "gradients", *ARRAYS[rule]])
+    return Sample(
+        "gradients",
+        " ".join(arrays),
+        lambda a: update(*take(a, names), lr=0.5, **options),
+        sizes=({"P": 1000},),
+        dtypes=("float32", "float64"),
+        counted=True,
+    )
+
+
+ARRAYS = {"sgd": (), "momentum": ("velocity",), "adam": ("first", "second")}
+SAMPLES = {
+    "sgd_update": sample_of("sgd"),
+    "momentum_update": sample_of("momentum"),
+    "adam_update": sample_of("adam", step=1),
+    "scheduled_update": Sample(
+        "gradients scalars",
+        "parameters first second",
+        lambda a: bn.scheduled_update("adam", *take(a, "parameters gradients"), take(a, "first second"), a["scalars"]),
+        dtypes=("float32", "float64"),
+    ),
+}

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 import bnkernels as bn
-from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Op, Provider
-from benchmarks.peers import pytorch
+from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Op, on_both
+from benchmarks.harness.samples import Sample, take
+from benchmarks.peers import expression, pytorch
 
 SHAPES = [(64, 10), (256, 1000), (4096, 1000)]  # examples, classes
 LABEL_BYTES = 4
@@ -39,7 +40,7 @@ def ours(case: Case, arrays: Arrays) -> Call:
     return lambda: bn.softmax_cross_entropy(logits, labels, out=out)
 
 
-def expression(case: Case, arrays: Arrays) -> Call:
+def formulas(case: Case, arrays: Arrays) -> Call:
     """Prepare what a user would write."""
     logits, labels = arrays["logits"], arrays["labels"]
     classes = np.arange(logits.shape[1], like=labels)  # for CuPy arrays NumPy hands this on to CuPy
@@ -72,7 +73,7 @@ def eager(case: Case, arrays: Arrays) -> Call:
 
 def reference(case: Case, arrays: Arrays, xp: Any) -> tuple:
     """Return losses and gradient of float64 logits."""
-    return expression(case, arrays)()
+    return formulas(case, arrays)()
 
 
 def bytes_moved(case: Case) -> int:
@@ -82,17 +83,22 @@ def bytes_moved(case: Case) -> int:
 
 
 OP = Op(
-    name="softmax_cross_entropy",
+    "softmax_cross_entropy",
     cases=[Case("softmax_cross_entropy", "forward+backward", shape) for shape in SHAPES],
     inputs=inputs,
     reference=reference,
     bytes_moved=bytes_moved,
-    providers=(
-        Provider("bnkernels", "cpu", ours),
-        Provider("bnkernels", "cuda", ours, engine="cupy"),
-        Provider("NumPy expression", "cpu", expression),
-        Provider("CuPy expression", "cuda", expression, engine="cupy"),
-        Provider("PyTorch eager", "cpu", eager, partial(pytorch.absent, "cpu")),
-        Provider("PyTorch eager", "cuda", eager, partial(pytorch.absent, "cuda"), engine="torch"),
-    ),
+    providers=(*on_both("bnkernels", ours), *expression.providers(formulas), *pytorch.providers(eager)),
 )
+
+
+FORWARD = Sample(
+    "logits labels",
+    "loss dlogits",
+    lambda a: bn.softmax_cross_entropy(*take(a, "logits labels"), out=take(a, "loss dlogits")),
+    sizes=({"N": 10, "O": 33}, {"N": 300, "O": 33}),
+    dtypes=("float32", "float64"),
+    counted=True,
+)
+SAMPLES = {"softmax_cross_entropy": FORWARD}
+VARIANTS = {"softmax_cross_entropy_int64": replace(FORWARD, specs={"labels": "int64 N"})}

@@ -41,7 +41,7 @@ Calls = dict[str, tuple[str, dict[str, Any]]]  # a statement, and the names in i
 
 
 class Address(int):
-    """What CuPy's ``array.data`` is for an op: two numbers, each made by a C getter."""
+    """Stand-in for CuPy's ``array.data``: two numbers, each made by a C getter."""
 
     __slots__ = ()
     ptr = int.real

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
-from benchmarks.harness.case import EPS, Arrays, Call, Case, Provider
+from benchmarks.harness.case import EPS, Arrays, Call, Case, Provider, on_both
 from benchmarks.harness.places import why_absent
 from benchmarks.peers import EPSILON, MOMENTUM
 
@@ -86,7 +86,9 @@ def reference(case: Case, arrays: Arrays, xp: Any) -> tuple:
     return prepare(case, arrays)()
 
 
-PROVIDERS = (
-    Provider("NumPy expression", "cpu", prepare),
-    Provider("CuPy expression", "cuda", prepare, partial(why_absent, "cuda"), engine="cupy"),
-)
+def providers(prepare: Callable[[Case, Arrays], Call]) -> tuple[Provider, Provider]:
+    """Return the providers of an op that is written in NumPy or CuPy."""
+    return on_both(("NumPy expression", "CuPy expression"), prepare, why_absent)
+
+
+PROVIDERS = providers(prepare)

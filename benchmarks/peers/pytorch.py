@@ -6,6 +6,7 @@ call, without autograd. That favours PyTorch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache, partial
 from importlib.util import find_spec
 from types import ModuleType
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Provider
+from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Provider, on_both
 from benchmarks.peers import EPSILON, MOMENTUM
 
 NATIVE, CUDNN = "native", "cudnn"
@@ -177,6 +178,11 @@ def cudnn_backward(g: Any, x: Any, gamma: Any, mean: Any, rstd: Any, reserve: An
     """Return the gradients of x, gamma and beta, by cuDNN."""
     operator = load().ops.aten.cudnn_batch_norm_backward.default
     return operator(x, g, gamma, None, None, mean, rstd, EPSILON, reserve)
+
+
+def providers(prepare: Callable[[Case, Arrays], Call]) -> tuple[Provider, Provider]:
+    """Return eager mode on the CPU and on a GPU, for an op with one backend."""
+    return on_both("PyTorch eager", prepare, absent, "torch")
 
 
 def _on_cuda(name: str, backend: str) -> Provider:

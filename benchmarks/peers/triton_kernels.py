@@ -25,7 +25,7 @@ MOST_ELEMENTS = 2**31 - 1
 
 
 class Plan(NamedTuple):
-    """How a case is cut into programs.
+    """Division of a case into programs.
 
     Attributes
     ----------
@@ -36,7 +36,7 @@ class Plan(NamedTuple):
     splits : int
         The programs that share the rows.
     warps : int
-        Of a program.
+        Number of warps of a program.
     """
 
     block_rows: int

@@ -25,7 +25,7 @@ def makers(place: str, only: tuple[str, ...] = ()) -> dict[str, Maker]:
     Returns
     -------
     dict of str to Maker
-        Us first; whether one is installed is its own business (`Maker.absent`).
+        Makers, ours first; each knows whether it is installed (`Maker.absent`).
 
     Raises
     ------

@@ -127,13 +127,13 @@ def measure(optimizers: Sequence[str], rounds: int, place: str = "cpu", only: Se
     Parameters
     ----------
     optimizers : sequence of str
-        Which ones.
+        Names of the optimisers.
     rounds : int
-        How many times each variant is timed.
+        Number of times that each variant is timed.
     place : str
         ``cpu`` or ``cuda``.
     only : sequence of str
-        Who takes part, by name; if empty, everybody but those left out by default.
+        Names of the makers; if empty, all but those left out by default.
 
     Returns
     -------

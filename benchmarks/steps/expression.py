@@ -17,9 +17,9 @@ class ExpressionStep(ArrayStep):
     Parameters
     ----------
     state : dict of str to numpy.ndarray
-        Of the network, see `initial_state`.
+        Initial weights of the network, see `initial_state`.
     optimizer : {'sgd', 'momentum', 'adam'}
-        Which one.
+        Name of the optimiser.
     lr : float
         Learning rate.
     xp : module

@@ -1,4 +1,4 @@
-"""What the first call costs: the compilation of the kernels that the trainer needs, and what a process does besides.
+"""Cost of the first call: compilation of the kernels that the trainer needs, and the rest of a new process.
 
 ``make first-call`` prints it and writes ``benchmarks/results/first_call.json``. The kernels are those that a training
 run launches on the emulator, with each engine; a new process compiles them for sm_90 by NVRTC, one after the other.

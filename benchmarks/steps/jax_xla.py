@@ -22,9 +22,9 @@ class JaxStep(Step):
     Parameters
     ----------
     state : dict of str to numpy.ndarray
-        Of the network, see `initial_state`.
+        Initial weights of the network, see `initial_state`.
     optimizer : {'sgd', 'momentum', 'adam'}
-        Which one.
+        Name of the optimiser.
     lr : float
         Learning rate.
     """

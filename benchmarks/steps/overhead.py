@@ -150,7 +150,7 @@ def measure_point(point: Point, makers: Mapping[str, Maker], until: float) -> tu
     Parameters
     ----------
     point : Point
-        Which one.
+        Network, mini-batch and optimiser.
     makers : dict of str to Maker
         All of them installed.
     until : float
@@ -210,7 +210,7 @@ def measure(
     Parameters
     ----------
     makers : dict of str to Maker
-        Who takes part, installed or not.
+        Makers that take part, installed or not.
     points : sequence of Point
         In this order.
     seconds : float

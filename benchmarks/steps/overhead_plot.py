@@ -80,7 +80,7 @@ def draw(axis: str, rows: Sequence[Row]) -> bytes:
     Parameters
     ----------
     axis : {'units', 'batch'}
-        What the horizontal axis shows.
+        Quantity of the horizontal axis.
     rows : sequence of mappings
         Rows of the CSV, at least one with a ratio.
 

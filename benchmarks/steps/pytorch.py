@@ -18,15 +18,15 @@ class TorchStep(Step):
     Parameters
     ----------
     state : dict of str to numpy.ndarray
-        Of the network, see `initial_state`.
+        Initial weights of the network, see `initial_state`.
     optimizer : {'sgd', 'momentum', 'adam'}
-        Which one.
+        Name of the optimiser.
     lr : float
         Learning rate.
     device : str
         ``cpu`` or ``cuda``.
     **options
-        Of the optimiser, such as ``fused``.
+        Options of the optimiser, such as ``fused``.
     """
 
     def __init__(self, state: State, optimizer: str, lr: float, *, device: str = "cpu", **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""What a training step is, whoever makes it; the check of its losses against float64; and its stopwatch."""
+"""A training step in any framework; the check of its losses against float64; and its stopwatch."""
 
 from __future__ import annotations
 
@@ -119,9 +119,9 @@ def initial_state(sizes: Sequence[int], norm: str, seed: int = 0) -> State:
     sizes : sequence of int
         Inputs, units of every hidden layer, classes.
     norm : {'none', 'batch', 'layer'}
-        What stands before the hidden layers' activations. The weights are the same for all.
+        Norm before the hidden layers' activations. The weights are the same for all.
     seed : int
-        Of the weights.
+        Seed of the weights.
 
     Returns
     -------
@@ -163,11 +163,11 @@ def check_losses(name: str, found: np.ndarray, exact: np.ndarray, roundings: flo
     Parameters
     ----------
     name : str
-        Of what is checked, for the message.
+        Name for the message.
     found, exact : numpy.ndarray, shape (S,)
         Mean loss of every step.
     roundings : float
-        How far off they may be.
+        Number of roundings that they may be off by.
 
     Returns
     -------
@@ -191,11 +191,11 @@ def stopwatch(step: Step, batches: Batches, warm_up: int) -> Callable[[], float]
     Parameters
     ----------
     step : Step
-        What to time. Whatever it compiles or allocates is done on return.
+        Steps to time. Whatever it compiles or allocates is done on return.
     batches : sequence of mini-batches
         One per step.
     warm_up : int
-        How many of them, the first, are not timed.
+        Number of first steps that are not timed.
 
     Returns
     -------

@@ -13,26 +13,20 @@ from benchmarks.harness.case import Arrays, Case, NotSupportedError, Op, Provide
 from benchmarks.harness.clocks import HostClock
 from benchmarks.harness.measure import error_of
 from benchmarks.harness.places import cast, to_float64
-from benchmarks.ops import (
-    bench_batch_norm_masked,
-    bench_batch_norm_statistics,
-    bench_layer_norm,
-    bench_linear_batch_norm,
-    bench_parameter_update,
-    bench_softmax_cross_entropy,
-)
+from benchmarks.ops import bench_parameter_update, bench_softmax_cross_entropy, every_op, modules
 
-OPS = [
-    bench_softmax_cross_entropy.OP,
-    *bench_parameter_update.OPS.values(),
-    bench_batch_norm_masked.OP,
-    bench_batch_norm_statistics.OP,
-    bench_linear_batch_norm.OP,
-    bench_layer_norm.OP,
-]
+ELSEWHERE = {"batch_norm", "batch_norm_double_backward", "fused_training", "mini_batch"}  # tested with the op
+OPS = [op for op in every_op().values() if op.name not in ELSEWHERE]
+UPDATES = {rule: every_op()[f"{rule}_update"] for rule in bench_parameter_update.STATES}
+NO_HALVES = [bench_softmax_cross_entropy.OP, *UPDATES.values()]
 SMALL = {1: (100,), 2: (6, 5)}
 PAIRS = [(op, provider) for op in OPS for provider in op.providers if provider.place == "cpu"]
 IDS = [f"{op.name}, {provider.name}" for op, provider in PAIRS]
+
+
+def test_every_bench_module_declares_an_op() -> None:
+    for module in modules():
+        assert any(isinstance(value, Op) for value in vars(module).values()), module.__name__
 
 
 def small(op: Op, dtype: str) -> Case:
@@ -61,14 +55,14 @@ def test_the_first_call_is_the_reference(op: Op, provider: Provider, dtype: str)
     assert error_of(case, map(HostClock().to_float64, outputs), exact) < 1e-6
 
 
-@pytest.mark.parametrize("provider", bench_parameter_update.OPS["adam"].providers[::2], ids=lambda p: p.name)
-@pytest.mark.parametrize("rule", bench_parameter_update.OPS)
+@pytest.mark.parametrize("provider", UPDATES["adam"].providers[::2], ids=lambda p: p.name)
+@pytest.mark.parametrize("rule", UPDATES)
 def test_every_call_is_the_next_step(rule: str, provider: Provider) -> None:
     """Only the first call is checked in a run, but what is timed are those after it."""
-    op = bench_parameter_update.OPS[rule]
+    op = UPDATES[rule]
     case = small(op, "float64")
     call = prepared(op, next(p for p in op.providers if (p.name, p.place) == (provider.name, "cpu")), case)
-    expected = bench_parameter_update.expression(case, arrays_of(op, case), rule)
+    expected = bench_parameter_update.formulas(case, arrays_of(op, case), rule)
     for _ in range(3):
         (found,), (right,) = call(), expected()
         np.testing.assert_allclose(HostClock().to_float64(found), right, rtol=1e-12)
@@ -114,7 +108,7 @@ def test_labels_and_states_fit_the_case(op: Op) -> None:
 
 
 @pytest.mark.parametrize(
-    ("op", "given"), [(op, {"epilogue": "relu"}) for op in OPS] + [(op, {"dtype": "float16"}) for op in OPS[:-4]]
+    ("op", "given"), [(op, {"epilogue": "relu"}) for op in OPS] + [(op, {"dtype": "float16"}) for op in NO_HALVES]
 )
 def test_what_belongs_to_other_ops_is_refused(op: Op, given: dict[str, Any]) -> None:
     case = Case(op.name, op.cases[0].direction, op.cases[0].shape, **given)

@@ -45,7 +45,7 @@ def refusing(error: BaseException) -> Callable[[Case, Arrays], Call]:
 def op_with(*providers: Provider, cases: list[Case] = CASES) -> Op:
     """Return an op that doubles its input."""
     return Op(
-        name="double",
+        "double",
         cases=cases,
         inputs=lambda case, random: {"x": random(case.shape)},
         reference=lambda case, arrays, xp: (2 * arrays["x"],),
@@ -292,16 +292,24 @@ def test_a_host_batch_makes_every_call_once() -> None:
 # ---- other ways in --------------------------------------------------------------------------------------------------
 
 
-def test_the_same_case_under_pytest_benchmark(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("where", "case"),
+    [
+        ("benchmarks", "batch_norm forward 64x20 float32"),
+        ("benchmarks/ops/bench_mini_batch.py", "mini_batch forward 64x64 float32"),
+    ],
+    ids=["all", "one op"],
+)
+def test_the_same_case_under_pytest_benchmark(where: str, case: str, tmp_path: Path) -> None:
     path = tmp_path / "benchmarks.json"
-    wanted = "forward and 64x20 and float32-cpu-bnkernels and not masked and not linear and not layer"
-    arguments = ["-m", "pytest", "-q", "benchmarks", "--benchmark-only", "-k", wanted, f"--benchmark-json={path}"]
+    wanted = " and ".join(f"{case}-cpu-bnkernels".split()) + " and not masked and not linear"
+    arguments = ["-m", "pytest", "-q", where, "--benchmark-only", "-k", wanted, f"--benchmark-json={path}"]
     # pytest-benchmark measures nothing in a process of pytest-xdist.
     alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=alone, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (found,) = json.loads(path.read_text())["benchmarks"]
-    assert found["group"] == "batch_norm forward 64x20 float32 on cpu"
+    assert found["group"] == f"{case} on cpu"
     assert found["extra_info"]["status"] == "ok"
     assert found["extra_info"]["hot_us_median"] > 0
     assert found["stats"]["median"] > 0

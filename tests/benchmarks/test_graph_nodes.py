@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from benchmarks.counts import graph_nodes
+from benchmarks.harness import graph_nodes
 
 KERNEL, COPY, FILL, HOST, EMPTY = 0, 1, 2, 3, 5
 

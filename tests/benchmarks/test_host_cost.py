@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from benchmarks.ops import host_cost
-from bnkernels import runtime
 from bnkernels.ops.batch_norm.launch import ARGUMENTS
 from bnkernels.ops.batch_norm.problem import BACKWARD, FORWARD, INFERENCE
 from bnkernels.runtime import registry
@@ -56,7 +55,7 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
 
     def forget() -> None:
         sys.modules.pop("bnkernels.runtime.cuda", None)
-        vars(runtime).pop("cuda", None)
+        vars(sys.modules["bnkernels.runtime"]).pop("cuda", None)
 
     monkeypatch.setitem(sys.modules, "cupy", stand_in)
     monkeypatch.setattr(registry, "runtimes", dict(registry.runtimes))

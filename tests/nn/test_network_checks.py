@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import bnkernels as bn
+from benchmarks.ops.bench_fused_training import NETWORK
 from bnkernels.ops.fused_training.spec import NetworkSpec as Spec
-from tests.regress.calls_more import NETWORK, make_every
+from tests.regress.calls import make_arrays
 from tests.regress.refusal import refused
 from tools import backends
 from tools.backends import Backend
@@ -86,7 +87,7 @@ NETWORKS: dict[str, tuple[Any, type[Exception], str]] = {
 def test_a_network_is_checked_whole(backend: Backend, wrong: str) -> None:
     """Sizes and places went to the kernel as they were, which wrote wherever they said."""
     network, error, message = NETWORKS[wrong]
-    a = {name: backend.asarray(array) for name, array in make_every("fused_training").items()}
+    a = {name: backend.asarray(array) for name, array in make_arrays("fused_training").items()}
     given = a["parameters"], (a["velocity"],), a["running"], a["x"], a["labels"]
     with refused(backend, error, message, *a.values()):
         bn.fused_training(network, *given, batch=6, optimizer="momentum", lr=0.1)
@@ -94,7 +95,7 @@ def test_a_network_is_checked_whole(backend: Backend, wrong: str) -> None:
 
 @pytest.mark.parametrize("state", [None, 3, np.ones(40, "float32"), "velocity"], ids=lambda value: type(value).__name__)
 def test_a_state_is_a_tuple(state: Any) -> None:
-    arrays = make_every("fused_training")
+    arrays = make_arrays("fused_training")
     given = arrays["running"], arrays["x"], arrays["labels"]
     with refused(NUMPY, TypeError, "state must be a tuple of arrays, for momentum 1, got", *arrays.values()):
         bn.fused_training(NETWORK, arrays["parameters"], state, *given, batch=6, optimizer="momentum", lr=0.1)
@@ -103,7 +104,7 @@ def test_a_state_is_a_tuple(state: Any) -> None:
 
 
 def test_counts_before_are_not_negative() -> None:
-    a = make_every("fused_training")
+    a = make_arrays("fused_training")
     given = a["parameters"], (), a["running"], a["x"], a["labels"]
     for name in ("steps_before", "batches_before"):
         with pytest.raises(ValueError, match=f"{name} must be from 0 to"):
@@ -114,7 +115,7 @@ def test_counts_before_are_not_negative() -> None:
 @pytest.mark.parametrize(("name", "value"), [("labels", 3), ("labels", -1), ("indices", 12), ("indices", -1)])
 def test_a_wrong_label_or_index_changes_nothing_on_numpy(optimizer: str, name: str, value: int) -> None:
     """It was found in its mini-batch, when all before it had been trained on."""
-    a = make_every("fused_training")
+    a = make_arrays("fused_training")
     a["indices"] = np.arange(12, dtype="int32").reshape(2, 6)
     a[name].reshape(-1)[11] = value  # of the last step
     state = tuple(np.ones_like(a["parameters"]) for _ in range({"sgd": 0, "momentum": 1, "adam": 2}[optimizer]))

@@ -15,7 +15,7 @@ import bnkernels as bn
 from bnkernels.nn import layers
 from bnkernels.nn.optimizers import make_optimizer
 from bnkernels.ops.batch_norm import problem
-from tests.regress.calls_more import EVERY, EVERY_ARRAY, EVERY_OUTPUT, MORE, make_every, named, run
+from tests.regress.calls import EVERY, EVERY_ARRAY, EVERY_OUTPUT, make_arrays, named, run
 from tests.regress.device import record_of, recording
 from tests.regress.refusal import refused
 from tools import backends
@@ -24,10 +24,10 @@ from tools.backends import Backend
 NUMPY = backends.make("numpy")
 
 
-@pytest.mark.parametrize("op", MORE)
+@pytest.mark.parametrize("op", EVERY)
 def test_unspoilt_calls_write_every_output_and_no_input(backend: Backend, op: str) -> None:
     """What the tests below refuse is refused for its fault alone."""
-    arrays = make_every(op)
+    arrays = make_arrays(op)
     on = {name: backend.asarray(array) for name, array in arrays.items()}
     run(op, on)
     written = {name for name in on if not np.array_equal(backend.asnumpy(on[name]), arrays[name])}
@@ -42,7 +42,7 @@ def test_unspoilt_calls_write_every_output_and_no_input(backend: Backend, op: st
 @pytest.mark.parametrize(("op", "name"), EVERY_OUTPUT)
 def test_a_read_only_output_is_refused_first(op: str, name: str) -> None:
     """NumPy noticed when it wrote, and what came before was changed by then."""
-    arrays = make_every(op)
+    arrays = make_arrays(op)
     arrays[name].flags.writeable = False
     with refused(NUMPY, ValueError, rf"{named(op, name)} must be writable, got a read-only .*copy", *arrays.values()):
         run(op, arrays)
@@ -50,7 +50,7 @@ def test_a_read_only_output_is_refused_first(op: str, name: str) -> None:
 
 @pytest.mark.parametrize("op", EVERY)
 def test_inputs_may_be_read_only(op: str) -> None:
-    arrays, usual = make_every(op), make_every(op)
+    arrays, usual = make_arrays(op), make_arrays(op)
     for name in EVERY[op].reads:
         arrays[name].flags.writeable = False
     run(op, arrays)
@@ -101,7 +101,7 @@ def pairs() -> list[tuple[str, str, str]]:
     """Return of every op each output with an array of the same form, where it may not be that."""
     found = []
     for op, call in EVERY.items():
-        arrays, legal = make_every(op), {"dx", "ddy", "y", "out", "dlogits"}  # may be an input, exactly
+        arrays, legal = make_arrays(op), {"dx", "ddy", "y", "out", "dlogits"}  # may be an input, exactly
         for name in call.writes:
             for other in call.names:
                 one, two = arrays[name], arrays[other]
@@ -115,7 +115,7 @@ def pairs() -> list[tuple[str, str, str]]:
 @pytest.mark.parametrize(("op", "name", "other"), pairs())
 def test_an_overlap_through_foreign_memory_is_refused(op: str, name: str, other: str, way: str) -> None:
     """Only the arrays' owners were compared: what came from elsewhere had none, and inputs were overwritten."""
-    arrays = make_every(op)
+    arrays = make_arrays(op)
     whole = arrays[name]
     part = whole.reshape(-1)[: arrays[other].size].reshape(arrays[other].shape)
     arrays[other] = FOREIGN[way](part)
@@ -125,7 +125,7 @@ def test_an_overlap_through_foreign_memory_is_refused(op: str, name: str, other:
 
 
 def test_an_overlap_through_a_tensor_is_refused(torch: ModuleType) -> None:
-    arrays = make_every("forward")
+    arrays = make_arrays("forward")
     arrays["gamma"] = torch.from_numpy(arrays["running_mean"]).numpy()
     with refused(NUMPY, ValueError, "running_mean overlaps gamma in memory", *arrays.values()):
         run("forward", arrays)
@@ -177,7 +177,7 @@ def test_no_op_launches_what_another_one_remembers() -> None:
     """
     caches = [kind.calls for kind in vars(problem).values() if isinstance(kind, problem.Pass)]
     assert len({id(cache) for cache in caches}) == len(caches) == 9
-    arrays = make_every("residual_backward")
+    arrays = make_arrays("residual_backward")
     with recording() as runtime:
         on = record_of(arrays)
         dx, dgamma, dbeta, dresidual = (on[name] for name in EVERY["residual_backward"].writes)
@@ -255,7 +255,7 @@ def test_a_state_of_another_network_is_told_shortly() -> None:
 
 @pytest.mark.parametrize(("op", "name"), EVERY_ARRAY)
 def test_the_table_names_every_array_as_messages_do(op: str, name: str) -> None:
-    arrays = make_every(op)
+    arrays = make_arrays(op)
     arrays[name] = [1.0]
     with pytest.raises(TypeError, match=rf"^{named(op, name)}: expected a NumPy or a CuPy array, got builtins\.list"):
         run(op, arrays)

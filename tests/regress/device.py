@@ -12,7 +12,7 @@ import numpy as np
 
 from bnkernels.runtime import registry, seam
 from bnkernels.runtime.seam import Launch, Limits
-from tests.regress.calls_more import make_every
+from tests.regress.calls import make_arrays
 
 
 class RecordedArray:
@@ -88,7 +88,7 @@ class Device:
         """Return the arrays of a call, far apart from one another."""
         return {
             name: self.runtime.array_type(array.shape, array.dtype, 2**20 * (position + 1))
-            for position, (name, array) in enumerate(make_every(op, dtype).items())
+            for position, (name, array) in enumerate(make_arrays(op, dtype).items())
         }
 
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import pytest
 
-from tests.regress.calls import CALLS, EVERY_ARRAY, make_arrays
+from tests.regress.calls import ARRAYS, CALLS, make_arrays
 from tests.regress.device import record_of, recording
 
 
-@pytest.mark.parametrize(("op", "name"), EVERY_ARRAY)
+@pytest.mark.parametrize(("op", "name"), ARRAYS)
 def test_apex_1022_an_array_on_another_device_is_an_error(op: str, name: str) -> None:
     """A pointer of one device was passed to a kernel on another; the error names the array and both devices."""
     on = record_of(make_arrays(op))

@@ -9,7 +9,7 @@ import pytest
 
 import bnkernels as bn
 from tests.ops.test_batch_norm_exact_data import OPTIONS, assert_bits, make_case
-from tests.regress.calls import CALLS, EVERY_ARRAY, make_arrays
+from tests.regress.calls import ARRAYS, CALLS, make_arrays
 from tools.backends import Backend
 
 
@@ -30,7 +30,7 @@ def run(backend: Backend, op: str, spoilt: str | None, offset: int, dtype: str) 
 
 
 @pytest.mark.parametrize(("dtype", "offset"), [("float32", 1), ("float32", 2), ("float32", 3), ("float64", 1)])
-@pytest.mark.parametrize(("op", "name"), EVERY_ARRAY)
+@pytest.mark.parametrize(("op", "name"), ARRAYS)
 def test_flashinfer_634_every_array_at_every_offset(
     backend: Backend, op: str, name: str, offset: int, dtype: str
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.regress.calls import CALLS, EVERY_ARRAY, make_arrays
+from tests.regress.calls import ARRAYS, CALLS, make_arrays
 from tests.regress.refusal import refused
 from tools.backends import Backend
 
@@ -20,7 +20,7 @@ SPOILERS = {
 
 
 @pytest.mark.parametrize("spoiler", SPOILERS)
-@pytest.mark.parametrize(("op", "name"), [pair for pair in EVERY_ARRAY if pair[1] != "parts"])  # any number of them
+@pytest.mark.parametrize(("op", "name"), [pair for pair in ARRAYS if pair[1] != "parts"])  # any number of them
 def test_pytorch_189828_wrong_shape_of_any_array(backend: Backend, op: str, name: str, spoiler: str) -> None:
     """One array short, long, empty or of another rank was read or written out of bounds. 193097 and 188958 too."""
     arrays = make_arrays(op)
@@ -31,7 +31,7 @@ def test_pytorch_189828_wrong_shape_of_any_array(backend: Backend, op: str, name
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int16", "complex64", "other"])
-@pytest.mark.parametrize(("op", "name"), EVERY_ARRAY)
+@pytest.mark.parametrize(("op", "name"), ARRAYS)
 def test_pytorch_189831_wrong_type_of_any_array(backend: Backend, op: str, name: str, dtype: str) -> None:
     """A type that the kernels do not know, or not the type of the rest, must never be reinterpreted."""
     if (op, name, dtype) == ("moments", "x", "float16"):
@@ -43,7 +43,7 @@ def test_pytorch_189831_wrong_type_of_any_array(backend: Backend, op: str, name:
         CALLS[op].run(on)
 
 
-@pytest.mark.parametrize(("op", "name"), [pair for pair in EVERY_ARRAY if pair[1] not in CALLS[pair[0]].any_strides])
+@pytest.mark.parametrize(("op", "name"), [pair for pair in ARRAYS if pair[1] not in CALLS[pair[0]].any_strides])
 def test_pytorch_189828_gaps_in_any_array_that_must_have_none(backend: Backend, op: str, name: str) -> None:
     """A view with gaps was taken for a dense array."""
     arrays = make_arrays(op)

@@ -9,7 +9,7 @@ import pytest
 
 import bnkernels as bn
 from bnkernels.runtime import checks as check
-from tests.regress.calls_more import EVERY, EVERY_ARRAY, make_every, named, run
+from tests.regress.calls import EVERY, EVERY_ARRAY, make_arrays, named, run
 from tests.regress.refusal import refused
 from tools import backends
 from tools.backends import Backend
@@ -21,7 +21,7 @@ NUMPY = backends.make("numpy")
 
 @pytest.mark.parametrize(("op", "name"), [pair for pair in EVERY_ARRAY if pair[1] != "mask"])
 def test_another_byte_order_is_refused(backend: Backend, op: str, name: str) -> None:
-    arrays = make_every(op)
+    arrays = make_arrays(op)
     arrays[name] = arrays[name].astype(arrays[name].dtype.newbyteorder())
     on = {key: backend.asarray(array) for key, array in arrays.items()}
     message = rf"{named(op, name)} must be in the byte order of this machine, got >.*newbyteorder\('='\)"
@@ -36,7 +36,7 @@ HALVES = [op for op in EVERY if "forward" in op or op in ("inference", "moments"
 def test_float16_of_another_byte_order_is_refused(backend: Backend, op: str) -> None:
     """Its name is float16, and kernels read its bytes as native."""
     like_x = ("x", "y", "z", "out", "weight", "residual")
-    arrays = {key: array.astype("float16") if key in like_x else array for key, array in make_every(op).items()}
+    arrays = {key: array.astype("float16") if key in like_x else array for key, array in make_arrays(op).items()}
     on = {key: backend.asarray(array) for key, array in arrays.items()}
     run(op, on)  # native halves are taken
     on["x"] = backend.asarray(arrays["x"].astype(">f2"))
@@ -47,7 +47,7 @@ def test_float16_of_another_byte_order_is_refused(backend: Backend, op: str) -> 
 @pytest.mark.parametrize(("op", "name"), EVERY_ARRAY)
 def test_masked_arrays_and_matrices_are_refused(op: str, name: str) -> None:
     """The mask was dropped without a word; a matrix multiplies in another way."""
-    arrays = make_every(op)
+    arrays = make_arrays(op)
     plain = arrays[name]
     arrays[name] = np.ma.masked_array(plain, mask=np.zeros(plain.shape, bool))
     message = rf"^{named(op, name)}: expected a plain array, got a MaskedArray, whose mask would be lost.*mask=.*filled"
@@ -63,7 +63,7 @@ def test_masked_arrays_and_matrices_are_refused(op: str, name: str) -> None:
 
 @pytest.mark.parametrize("op", EVERY)
 def test_other_subclasses_compute_as_plain_arrays(op: str) -> None:
-    arrays, plain = make_every(op), make_every(op)
+    arrays, plain = make_arrays(op), make_arrays(op)
     run(op, {name: array.view(np.recarray) for name, array in arrays.items()})
     run(op, plain)
     for name in EVERY[op].writes:
@@ -73,7 +73,7 @@ def test_other_subclasses_compute_as_plain_arrays(op: str) -> None:
 @pytest.mark.parametrize(("op", "name"), [pair for pair in EVERY_ARRAY if pair[1] not in ("mask", "indices")])
 def test_the_way_out_of_complex_numbers_keeps_them(op: str, name: str) -> None:
     """astype('float32') drops what is imaginary."""
-    arrays = make_every(op)
+    arrays = make_arrays(op)
     arrays[name] = arrays[name].astype("complex64")
     with pytest.raises(TypeError, match="got complex64") as caught:
         run(op, arrays)
@@ -91,7 +91,7 @@ def test_complex_numbers_are_not_converted(check_of: Callable) -> None:
 
 @pytest.mark.parametrize(("op", "name"), [(op, name) for op, name in EVERY_ARRAY if name not in EVERY[op].any_strides])
 def test_only_of_outputs_a_silent_copy_is_the_danger(op: str, name: str) -> None:
-    arrays = make_every(op)
+    arrays = make_arrays(op)
     arrays[name] = np.repeat(arrays[name], 2, -1)[..., ::2]
     with pytest.raises(ValueError, match=f"{named(op, name)} must be contiguous in C order, got strides") as caught:
         run(op, arrays)

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 import bnkernels as bn
+from benchmarks.ops.bench_fused_training import NETWORK
 from bnkernels.nn.optimizers import make_optimizer
 from bnkernels.runtime import checks as check
-from tests.regress.calls_more import NETWORK, make_every
+from tests.regress.calls import make_arrays
 from tools.backends import Backend
 
 MOST = 420  # characters of a message: what was expected, four arrays by shape and type, and the way out
@@ -33,7 +34,7 @@ MOMENTS = np.ones((1, 4, 3), "float32")
 
 
 def fused(network: Any = NETWORK, **options: Any) -> Any:
-    arrays = make_every("fused_training")
+    arrays = make_arrays("fused_training")
     given = arrays["parameters"], (), arrays["running"], arrays["x"], arrays["labels"]
     return bn.fused_training(network, *given, **{"batch": 6, "lr": 0.1} | options)
 
@@ -214,14 +215,16 @@ def test_what_is_no_choice(option: str, value: Any) -> None:
 @pytest.mark.parametrize(
     "value", [np.ones((100, 100)), [np.ones((100, 100))] * 50, "x" * 9999, Evil(), {"y": X}], ids=kind_of
 )
-@pytest.mark.parametrize("op", ["forward", "backward", "layer_norm_forward", "linear_forward", "softmax_cross_entropy"])
+@pytest.mark.parametrize(
+    "op", ["forward", "backward", "layer_norm_forward", "linear_batch_norm_forward", "softmax_cross_entropy"]
+)
 def test_what_is_no_out(op: str, value: Any) -> None:
-    a = make_every(op)
+    a = make_arrays(op)
     calls: dict[str, Callable[[Any], Any]] = {
         "forward": lambda v: bn.batch_norm_forward(a["x"], out=v),
         "backward": lambda v: bn.batch_norm_backward(a["dy"], a["x"], None, None, a["statistics"], out=v),
         "layer_norm_forward": lambda v: bn.layer_norm_forward(a["x"], out=v),
-        "linear_forward": lambda v: bn.linear_batch_norm_forward(a["x"], a["weight"], out=v),
+        "linear_batch_norm_forward": lambda v: bn.linear_batch_norm_forward(a["x"], a["weight"], out=v),
         "softmax_cross_entropy": lambda v: bn.softmax_cross_entropy(a["logits"], a["labels"], out=v),
     }
     said("of: out", calls[op], value, TypeError)

@@ -16,15 +16,15 @@ import pytest
 import bnkernels as bn
 from bnkernels.runtime import registry, replay
 from bnkernels.runtime.seam import Launch
-from tests.regress.calls_more import EVERY, make_every, named, run
+from tests.regress.calls import EVERY, make_arrays, named, run
 from tests.regress.device import Device, RecordedArray, RecordingRuntime
 from tools import backends
 
 OPS = (
     *("forward", "backward", "inference", "inference_backward", "residual_backward"),
     *("double_backward", "normalise", "gradient_sums", "input_gradient"),
-    *("layer_norm_forward", "layer_norm_backward", "linear_forward", "linear_backward"),
-    *("softmax_cross_entropy", "mini_batch", "sgd", "momentum", "scheduled_update"),
+    *("layer_norm_forward", "layer_norm_backward", "linear_batch_norm_forward", "linear_batch_norm_backward"),
+    *("softmax_cross_entropy", "mini_batch", "sgd_update", "momentum_update", "scheduled_update"),
 )
 ARRAYS = [(op, name) for op in OPS for name in EVERY[op].names]
 LARGER_IS_RIGHT = [("layer_norm_backward", "workspace")]
@@ -52,7 +52,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
 
 @pytest.mark.parametrize(
     ("op", "dtype"),
-    [(op, "float32") for op in OPS] + [(op, "float64") for op in OPS if op != "linear_backward"],  # of two blocks
+    [(op, "float32") for op in OPS] + [(op, "float64") for op in OPS if op != "linear_batch_norm_backward"],  # of two blocks
 )
 def test_the_same_call_is_the_same_launch(device: Device, op: str, dtype: str) -> None:
     """Also with other objects whose facts are the same."""
@@ -78,7 +78,7 @@ def test_outputs_come_back_as_they_went_in(device: Device) -> None:
 @pytest.mark.emulator
 def test_what_is_computed_follows_the_values() -> None:
     backend = backends.make("emulator")
-    arrays = make_every("forward")
+    arrays = make_arrays("forward")
     on, twin = ({name: make(array) for name, array in arrays.items()} for make in (backend.asarray, np.array))
     for step in range(3):
         for mine in (on, twin):
@@ -139,7 +139,7 @@ def test_strides_that_change_in_place_are_seen(device: Device, op: str, name: st
     if name in EVERY[op].any_strides:
         run(op, on)
         assert device.checked == 2
-        assert device.runtime.launches[-1].arguments[f"{name}_outer"] == 2 * make_every(op)[name].shape[1]
+        assert device.runtime.launches[-1].arguments[f"{name}_outer"] == 2 * make_arrays(op)[name].shape[1]
         return
     with pytest.raises(ValueError, match=f"{named(op, name)} must be contiguous in C order"):
         run(op, on)
@@ -203,7 +203,7 @@ def test_a_call_that_makes_its_output_is_never_kept(device: Device) -> None:
 
 
 def test_a_gradient_that_is_not_wanted_is_part_of_the_call(device: Device) -> None:
-    on = device.arrays("linear_backward")
+    on = device.arrays("linear_batch_norm_backward")
     arrays = [on[name] for name in ("dy", "x", "weight", "gamma", "beta", "z", "statistics")]
     gradients = on["dweight"], on["dgamma"], on["dbeta"]
     for wanted in (True, False, True, False):

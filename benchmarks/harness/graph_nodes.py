@@ -1,4 +1,4 @@
-"""What a CUDA graph under capture holds so far, asked of the driver, whoever captures: launches, copies, fills."""
+"""Nodes of a CUDA graph under capture, as the driver tells them: launches, copies, fills."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Nodes(NamedTuple):
     Attributes
     ----------
     count : int or None
-        How many; None where the driver could not be asked.
+        Number of nodes; None where the driver could not be asked.
     names : tuple of str
-        Of the kernels in the order of the capture, of copies and fills the kind.
+        Names of the kernels in the order of the capture, for copies and fills the kind.
     problem : str
         Why nothing was counted, else empty.
     """
