@@ -14,7 +14,7 @@ PARALLEL = -n auto --dist worksteal
 CXX_FILES = $(shell find cuda tools/emulator benchmarks -name "*.cu" -o -name "*.cuh" -o -name "*.h" -o -name "*.cpp")
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-fast everything check format compile emulate mutants coverage bench host-cost first-call features traffic instructions
+.PHONY: help train test test-fast everything check format compile emulate mutants coverage bench host-cost first-call features traffic sass
 .PHONY: notebooks clean
 .PHONY: gpu gpu-test gpu-sanitize gpu-bench gpu-dry-run
 
@@ -43,7 +43,7 @@ format: $(TEST) ## format Python and CUDA
 	$(RUN) -m ruff format .
 	.venv/bin/clang-format -i $(CXX_FILES)
 
-compile: $(TEST) ## compile every kernel for every architecture with the oldest and the newest NVRTC; compare registers
+compile: $(TEST) ## compile every kernel for every architecture with the oldest and the newest NVRTC; compare with the baseline
 	$(RUN) -m tools.compile $(ARGS)
 
 emulate: $(TEST) ## run the op tests on emulated kernels under AddressSanitizer + UBSan, then ThreadSanitizer
@@ -76,21 +76,23 @@ features: $(TEST) ## what batch norm can do, and how many tests stand behind eac
 traffic: $(TEST) ## count the bytes that batch norm moves, on the emulator, against the fewest possible
 	$(RUN) -m benchmarks.counts.traffic
 
-instructions: $(TEST) ## count the instructions that batch norm adds to a training step and to a linear layer, in the PTX
-	$(RUN) -m benchmarks.instructions
+sass: $(TEST) ## show the machine code of every kernel: instructions, bytes, registers, occupancy; make sass ARGS="--only 90"
+	$(RUN) -m benchmarks.counts.sass $(ARGS)
 
-# With whichever python3 has CuPy, and without installing anything: a GPU machine has its own way of doing that.
+# Without installing anything, since a GPU machine has its own way: .venv if it has CuPy, else python3, or PYTHON=.
+GPU_RUN = $(if $(filter file,$(origin PYTHON)),$(shell $(RUN) -c "import cupy" 2>/dev/null && echo $(RUN) || echo $(PYTHON)),$(PYTHON))
+
 gpu: ## on a GPU machine: facts, tests, sanitizers, benchmarks in 9 minutes, into OUT (build/gpu)
-	$(PYTHON) -m benchmarks.gpu --out $(OUT) $(ARGS)
+	$(GPU_RUN) -m benchmarks.gpu --out $(OUT) $(ARGS)
 
 gpu-test: ## only the tests of make gpu
-	$(PYTHON) -m benchmarks.gpu --out $(OUT) --parts test $(ARGS)
+	$(GPU_RUN) -m benchmarks.gpu --out $(OUT) --parts test $(ARGS)
 
 gpu-sanitize: ## only compute-sanitizer
-	$(PYTHON) -m benchmarks.gpu --out $(OUT) --parts sanitize $(ARGS)
+	$(GPU_RUN) -m benchmarks.gpu --out $(OUT) --parts sanitize $(ARGS)
 
 gpu-bench: ## only facts and benchmarks
-	$(PYTHON) -m benchmarks.gpu --out $(OUT) --parts facts,bench $(ARGS)
+	$(GPU_RUN) -m benchmarks.gpu --out $(OUT) --parts facts,bench $(ARGS)
 
 gpu-dry-run: $(TEST) ## walk all of make gpu on a machine without a GPU, on the emulator: no figures
 	$(RUN) -m benchmarks.gpu --dry-run $(ARGS)

@@ -1,39 +1,39 @@
-// Batch normalisation of a tensor over all axes but the channels', then an activation: training and inference.
+// Batch normalisation over all axes but the channel axis, then an activation: training and inference.
 //
-// Formulas:  mean[c] = 1/N sum_n x[n,c]                       over the mini-batch; n numbers the N rows of a channel,
-//            var[c]  = 1/N sum_n (x[n,c] - mean[c])^2         biased                 see channel.cuh
+// Formulas:  mean[c] = 1/N sum_n x[n,c]                  over the N rows of a channel, see lib/reduce/rows.cuh
+//            var[c]  = 1/N sum_n (x[n,c] - mean[c])^2    biased
 //            rstd[c] = 1 / sqrt(var[c] + eps)
 //            y[n,c]  = phi(gamma[c] (x[n,c] - mean[c]) rstd[c] + beta[c] + residual[n,c])
 //            running_mean[c] = (1 - momentum) running_mean[c] + momentum mean[c]
-//            running_var[c]  = (1 - momentum) running_var[c] + momentum var[c] N/divisor     N or N-1
-//            Inference takes mean and var from the running statistics and changes nothing.
-// Arrays:    x (outer, C, inner), any strides; residual like x, may be null (0); y C order, may be x or residual itself;
-//            all of type T: float, double, or 16 bits (half.cuh), for which A is float; else A is T.
-//            gamma, beta, running_mean, running_var (C,), of type A; any of them may be null (1, 0, not tracked).
-//            statistics (3, C), of type A: the rows mean, mean_low, rstd. mean + mean_low is the mean to about twice
-//            the precision of A: what is lost in rounding it to one A would come back, times rstd, as an error of y.
-// Launch:    block (w, l, 1), grid (ceil(C/w), 1, 1), shared memory 3 w l sizeof(A). Thread (i, j) owns the channel
-//            c = w blockIdx.x + i and its rows j, j + l, j + 2l, ...: neighbouring threads read neighbouring channels,
-//            or where w = 1 neighbouring rows. No block ever waits for another: partition by neuron.
-//            N >= l: every thread has a row.
-//            held: a thread's rows, at most VALUES of them, stay in registers. streamed: chunks of VALUES rows.
-//            held4 is for inner = 1 alone and spares the arithmetic of an inner axis.
-//            64 x 20: one block (20, 16, 1), 4 values a thread, one barrier; above 64 lanes two barriers.
-//            Inference: the same blocks, grid (ceil(C/w), rows in tiles, 1), no shared memory, no barrier.
-// Traffic:   held and inference N C reads and N C writes of T; streamed 2 N C reads and N C writes; N C reads more of a
-//            residual. And a few times C.
-// Numerics:  in A. A thread sums its rows in a pair (common.cuh), forms their mean, then the squares about that mean;
-//            partial results merge after Chan, Golub and LeVeque (1983). No E[x^2] - E[x]^2 anywhere. A constant
-//            channel gives exactly phi(beta). A variance beyond the range of A counts as infinite: y = phi(beta).
-//            NaN and infinity stay in their channel. Deterministic: lanes merge in their order, above 64 of them
-//            first in groups of 32, then the groups.
+//            running_var[c]  = (1 - momentum) running_var[c] + momentum var[c] N/divisor     divisor: N or N - 1
+//            Inference uses the running statistics as mean and var, and does not change them.
+// Arrays:    x (outer, C, inner), any strides; residual like x, may be null (0); y in C order, may alias x or residual;
+//            all of type T: float, double, or 16 bits (lib/numbers/half.cuh). A is float for 16-bit T, else T. gamma,
+//            beta, running_mean, running_var (C,), of type A; each may be null (1, 0, not tracked). statistics (3, C),
+//            of type A: the rows mean, mean_low, rstd. mean + mean_low is the mean to about twice the precision of A:
+//            rounding it to one A would cause an error in y of that rounding times rstd.
+// Launch:    Block (w, l, 1), grid (ceil(C/w), 1, 1), shared memory 3 w l sizeof(A). Thread (i, j) owns the channel c =
+//            w blockIdx.x + i and its rows j, j + l, j + 2l, ...: neighbouring threads read neighbouring channels, or
+//            for w = 1 neighbouring rows. Every thread has a row: N >= l. No block waits for another. registers4, 8,
+//            16: a thread's rows, at most that many, stay in registers; registers4 requires inner = 1. two_pass: chunks
+//            of VALUES rows, read twice. 64 x 20: one block (20, 16, 1), 4 values a thread, one barrier; with more than
+//            64 workers two barriers. Inference: the same blocks, grid (ceil(C/w), tiles of rows, 1), no shared memory,
+//            no barrier.
+// Traffic:   registers and inference: N C reads and N C writes of T; two_pass: 2 N C reads and N C writes. A residual
+//            adds N C reads. Parameters and statistics: a few times C.
+// Numerics:  In A. A thread sums its rows in a pair (lib/numbers/pair.cuh), forms their mean, then the squares about
+//            that mean; partial results merge after Chan, Golub and LeVeque (1983). E[x^2] - E[x]^2 is not used. A
+//            constant channel gives exactly phi(beta). A variance beyond the range of A counts as infinite: y =
+//            phi(beta). NaN and infinity stay in their channel. Deterministic: workers merge in ascending order, more
+//            than 64 of them first 32 at a time.
 // Reference: Ioffe and Szegedy, Batch Normalization, 2015, arXiv:1502.03167, algorithms 1 and 2.
 // Called by: bnkernels/ops/batch_norm/training.py
-#include "activation.cuh"
-#include "channel.cuh"
-#include "common.cuh"
-#include "half.cuh"
-#include "moments.cuh"
+#include "lib/kernel.cuh"
+#include "lib/numbers/activation.cuh"
+#include "lib/numbers/half.cuh"
+#include "lib/numbers/pair.cuh"
+#include "lib/reduce/moments.cuh"
+#include "lib/reduce/rows.cuh"
 
 template <typename T, typename A>
 struct BatchNormForward {
@@ -68,7 +68,7 @@ struct BatchNormInference {
     int activation;
 };
 
-// The next rows of a thread, as many as there are and fit; returns how many.
+// Loads the thread's next VALUES rows, or as many as are left; returns their number.
 template <typename T, typename A, int VALUES, bool MATRIX>
 __device__ __forceinline__ int load_rows(A (&values)[VALUES], const BatchNormForward<T, A>& a, long long c,
                                          Rows<MATRIX>& rows) {
@@ -104,7 +104,7 @@ __device__ __forceinline__ void write_statistics(const BatchNormForward<T, A>& a
     if (a.running_var) a.running_var[c] = fma(a.momentum, var, keep * a.running_var[c]);
 }
 
-// Activate and write the first `count` of these rows, whose distances from the mean are `values`; uses them up.
+// Normalises, activates and writes the next `count` rows, of which `values` holds x - mean; overwrites `values`.
 template <int VALUES, bool MATRIX, typename Arguments, typename A>
 __device__ __forceinline__ void write_rows(const Arguments& a, long long c, Rows<MATRIX>& rows, A (&values)[VALUES],
                                            int count, A scale, A beta) {
@@ -139,12 +139,12 @@ __device__ __forceinline__ void write_rows(const Arguments& a, long long c, Rows
 
 template <typename T, typename A, int VALUES, bool HELD, bool MATRIX>
 __device__ __forceinline__ void batch_norm_forward(const BatchNormForward<T, A>& a) {
-    BNK_DYNAMIC_SHARED(A, partial);  // [mean.high, mean.low, m2][lane][channel of the slice]
-    const int lanes = blockDim.y, lane = threadIdx.y;
+    BNK_DYNAMIC_SHARED(A, partial);  // [mean.high, mean.low, m2][worker][channel of the slice]
+    const int workers = blockDim.y, worker = threadIdx.y;
     const long long c = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     const bool active = c < a.channels;  // no early return: every thread must reach the barriers
-    const Rows<MATRIX> first(a.outer, a.inner, lane, lanes);
-    const Shares shares(a.outer * a.inner, lanes);
+    const Rows<MATRIX> first(a.outer, a.inner, worker, workers);
+    const RowCounts counts(a.outer * a.inner, workers);
     A values[VALUES];
     int count = 0;
 
@@ -161,20 +161,20 @@ __device__ __forceinline__ void batch_norm_forward(const BatchNormForward<T, A>&
     }
     __syncthreads();
     const A* const slots = partial + threadIdx.x;
-    const int width = blockDim.x, plane = width * lanes;
+    const int width = blockDim.x, plane = width * workers;
     int step = 1;
-    if (lanes > SERIAL_LANES) {
-        step = GROUP;
-        if (active && lane % GROUP == 0)
-            store_moments(partial,
-                          merge_lanes(slots + lane * width, plane, width, shares, lane, min(lane + GROUP, lanes), 1));
+    if (workers > SERIAL_WORKERS) {
+        step = MERGE_FAN_IN;
+        if (active && worker % MERGE_FAN_IN == 0)
+            store_moments(partial, merge_workers(slots + worker * width, plane, width, counts, worker,
+                                                 min(worker + MERGE_FAN_IN, workers), 1));
         __syncthreads();
     }
     if (!active) return;
 
-    const Moments<A> all = merge_lanes(slots, plane, step * width, shares, 0, lanes, step);
+    const Moments<A> all = merge_workers(slots, plane, step * width, counts, 0, workers, step);
     const A rstd = A(1) / sqrt(value(all.m2) / all.count + a.eps);
-    if (lane == 0) write_statistics(a, c, all, rstd);
+    if (worker == 0) write_statistics(a, c, all, rstd);
 
     const A scale = a.gamma ? a.gamma[c] * rstd : rstd, beta = a.beta ? a.beta[c] : A(0);
     Rows<MATRIX> rows = first;
@@ -202,27 +202,25 @@ __device__ __forceinline__ void batch_norm_inference(const BatchNormInference<T,
     }
 }
 
-#define BATCH_NORM_FORWARD(KERNEL, variant, suffix, T, A, threads, values, held, matrix)                 \
-    using arguments_forward_##variant##_##suffix = BatchNormForward<T, A>;                               \
-    KERNEL(bnk_batch_norm_forward_##variant##_##suffix, arguments_forward_##variant##_##suffix, threads, \
-           (batch_norm_forward<T, A, values, held, matrix>))
-#define BATCH_NORM_INFERENCE(suffix, T, A)                         \
-    using arguments_inference_##suffix = BatchNormInference<T, A>; \
-    BNK_KERNEL(bnk_batch_norm_inference_##suffix, arguments_inference_##suffix, 512, (batch_norm_inference<T, A>))
+#define BATCH_NORM_FORWARD(variant, suffix, T, A, min_blocks, values, held, matrix)                    \
+    BNK_KERNEL(bnk_batch_norm_forward_##variant##_##suffix, (BatchNormForward<T, A>), 512, min_blocks, \
+               (batch_norm_forward<T, A, values, held, matrix>))
+#define BATCH_NORM_INFERENCE(suffix, T, A) \
+    BNK_KERNEL(bnk_batch_norm_inference_##suffix, (BatchNormInference<T, A>), 512, 0, (batch_norm_inference<T, A>))
 
-BATCH_NORM_FORWARD(BNK_KERNEL, held4, f32, float, float, 512, 4, true, true)
-BATCH_NORM_FORWARD(BNK_KERNEL, held16, f32, float, float, 512, 16, true, false)
-BATCH_NORM_FORWARD(BNK_KERNEL, streamed, f32, float, float, 512, 4, false, false)
+BATCH_NORM_FORWARD(registers4, f32, float, float, 0, 4, true, true)
+BATCH_NORM_FORWARD(registers16, f32, float, float, 0, 16, true, false)
+BATCH_NORM_FORWARD(two_pass, f32, float, float, 0, 4, false, false)
 BATCH_NORM_INFERENCE(f32, float, float)
-BATCH_NORM_FORWARD(BNK_KERNEL, held4, f16, Float16, float, 512, 4, true, true)
-BATCH_NORM_FORWARD(BNK_KERNEL, held16, f16, Float16, float, 512, 16, true, false)
-BATCH_NORM_FORWARD(BNK_KERNEL, streamed, f16, Float16, float, 512, 4, false, false)
+BATCH_NORM_FORWARD(registers4, f16, Float16, float, 0, 4, true, true)
+BATCH_NORM_FORWARD(registers16, f16, Float16, float, 0, 16, true, false)
+BATCH_NORM_FORWARD(two_pass, f16, Float16, float, 0, 4, false, false)
 BATCH_NORM_INFERENCE(f16, Float16, float)
-BATCH_NORM_FORWARD(BNK_KERNEL, held4, bf16, BFloat16, float, 512, 4, true, true)
-BATCH_NORM_FORWARD(BNK_KERNEL, held16, bf16, BFloat16, float, 512, 16, true, false)
-BATCH_NORM_FORWARD(BNK_KERNEL, streamed, bf16, BFloat16, float, 512, 4, false, false)
+BATCH_NORM_FORWARD(registers4, bf16, BFloat16, float, 0, 4, true, true)
+BATCH_NORM_FORWARD(registers16, bf16, BFloat16, float, 0, 16, true, false)
+BATCH_NORM_FORWARD(two_pass, bf16, BFloat16, float, 0, 4, false, false)
 BATCH_NORM_INFERENCE(bf16, BFloat16, float)
-BATCH_NORM_FORWARD(BNK_KERNEL_ROOMY, held4, f64, double, double, 512, 4, true, true)
-BATCH_NORM_FORWARD(BNK_KERNEL_ROOMY, held8, f64, double, double, 512, 8, true, false)
-BATCH_NORM_FORWARD(BNK_KERNEL_ROOMY, streamed, f64, double, double, 512, 4, false, false)
+BATCH_NORM_FORWARD(registers4, f64, double, double, 1, 4, true, true)
+BATCH_NORM_FORWARD(registers8, f64, double, double, 1, 8, true, false)
+BATCH_NORM_FORWARD(two_pass, f64, double, double, 1, 4, false, false)
 BATCH_NORM_INFERENCE(f64, double, double)

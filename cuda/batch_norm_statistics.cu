@@ -1,20 +1,24 @@
-// What several parts of a mini-batch know of it, merged: the statistics of synchronised batch norm, one launch.
+// Merges the moments of several parts of a mini-batch into its statistics, for synchronised batch norm, in one launch.
 //
-// Formulas:  over the parts k that have rows: count[c] = sum_k count[k,c],  mean[c] = sum_k count[k,c] mean[k,c] / count[c],
-//            m2[c] = sum_k (m2[k,c] + count[k,c] (mean[k,c] - mean[c])^2),  var = m2 / count,  rstd = 1 / sqrt(var + eps)
-//            running_mean, running_var as in batch_norm_forward.cu, with the divisor count - correction.
-//            No rows at all: everything is 0, and the running statistics stay; running_var also where its divisor is 0.
-// Arrays:    moments (parts, 4, C): count, mean, mean_low and m2 of every part. merged (4, C): the same of all.
-//            statistics (3, C): mean, mean_low, rstd, what batch norm takes. running_mean, running_var (C,), may be null.
-//            All of type A, in C order.
-// Launch:    block (w, 1, 1), grid (ceil(C/w), 1, 1), no shared memory, no barrier: a thread merges one channel.
-// Traffic:   4 parts C reads twice (the second time from the cache), 7 C writes, and the running statistics.
-// Numerics:  in A, means and sums of squares in pairs (common.cuh), parts in their order: deterministic, and the same on
-//            every device that merges the same parts.
+// Formulas:  Over the parts k that have rows:
+//            count[c] = sum_k count[k,c],  mean[c] = sum_k count[k,c] mean[k,c] / count[c]
+//            m2[c] = sum_k (m2[k,c] + count[k,c] (mean[k,c] - mean[c])^2),  var = m2 / count
+//            rstd[c] = 1 / sqrt(var + eps)
+//            running_mean, running_var as in batch_norm_forward.cu, with the divisor count - correction
+//            Without any rows all outputs are 0 and the running statistics are unchanged; running_var also if its
+//            divisor is 0.
+// Arrays:    moments (parts, 4, C): count, mean, mean_low and m2 of every part. merged (4, C): the same of all parts.
+//            statistics (3, C): mean, mean_low, rstd, the input of batch norm. running_mean, running_var (C,), may be
+//            null. All of type A, in C order.
+// Launch:    Block (w, 1, 1), grid (ceil(C/w), 1, 1), no shared memory, no barrier: a thread merges one channel.
+// Traffic:   4 parts C reads, twice (the second time from the cache), 7 C writes, and the running statistics.
+// Numerics:  In A, means and sums of squares in pairs (lib/numbers/pair.cuh), parts in ascending order: deterministic,
+//            and the same on every device that merges the same parts.
 // Reference: Chan, Golub and LeVeque, Algorithms for computing the sample variance, 1983.
 // Called by: bnkernels/ops/batch_norm/in_parts.py
-#include "common.cuh"
-#include "moments.cuh"
+#include "lib/kernel.cuh"
+#include "lib/numbers/pair.cuh"
+#include "lib/reduce/moments.cuh"
 
 template <typename A>
 struct BatchNormStatistics {
@@ -43,9 +47,8 @@ __device__ __forceinline__ void batch_norm_statistics(const BatchNormStatistics<
     if (a.running_var && divisor > A(0)) a.running_var[c] = fma(a.momentum, m2 / divisor, keep * a.running_var[c]);
 }
 
-#define BATCH_NORM_STATISTICS(suffix, A)                          \
-    using arguments_statistics_##suffix = BatchNormStatistics<A>; \
-    BNK_KERNEL(bnk_batch_norm_statistics_##suffix, arguments_statistics_##suffix, 128, (batch_norm_statistics<A>))
+#define BATCH_NORM_STATISTICS(suffix, A) \
+    BNK_KERNEL(bnk_batch_norm_statistics_##suffix, (BatchNormStatistics<A>), 128, 0, (batch_norm_statistics<A>))
 
 BATCH_NORM_STATISTICS(f32, float)
 BATCH_NORM_STATISTICS(f64, double)

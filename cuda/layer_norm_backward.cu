@@ -1,23 +1,26 @@
-// The gradients of layer norm with its scale, shift and activation, in one launch.
+// Gradients of layer norm with its scale, shift and activation, in one launch.
 //
-// Formulas:  d = x - mean[n], z = gamma[c] rstd[n] d + beta[c], g = dy phi'(z), h = gamma g;  dbeta[c] = sum_n g,
-//            dgamma[c] = sum_n g rstd d;  over the C values of a row: dx = rstd (h - sum h / C - d rstd^2 sum (h d) / C).
-// Arrays:    dy, x, dx (N, C) of type T, C order; dx may be dy. gamma, beta (C,) of the accumulator's type A, may be null.
-//            statistics (3, N): mean, mean_low, rstd; dgamma, dbeta (C,), of type A. partial (blocks, 2, C): of each block
-//            what it knows of dgamma and dbeta, unused of a single block. arrivals: a counter, see meet.cuh.
-// Launch:    block (w, teams, 1), w a power of two and w teams a multiple of 32; any grid, cooperative if it is more
-//            than one block. Teams of w threads take the rows in turn. Dynamic shared memory: a Pair<A> for every
-//            warp; of dy and of x `held` units of 16 bytes for every thread, 0 where rows do not stay on the chip; and of
-//            `chunk` units of the columns the sums of every team. Where that is less than a row, the rows are read again for
-//            each further chunk.
-// Traffic:   dy and x read once and dx written once, where rows are held and their sums are one chunk; gamma, beta from the
-//            cache. Partial sums: 2 C words of every block, written once and read once.
-// Numerics:  in A, sums in pairs, blocks' partial sums in A; rows and blocks in a fixed order: deterministic.
+// Formulas:  d = x - mean[n], z = gamma[c] rstd[n] d + beta[c], g = dy phi'(z), h = gamma g
+//            dbeta[c] = sum_n g,  dgamma[c] = sum_n g rstd d
+//            dx = rstd (h - sum h / C - d rstd^2 sum (h d) / C)        sums over the C values of a row
+// Arrays:    dy, x, dx (N, C) of type T, C order; dx may alias dy. gamma, beta (C,) of the accumulator's type A, may be
+//            null (1, 0). statistics (3, N): mean, mean_low, rstd; dgamma, dbeta (C,), of type A. partial (blocks, 2,
+//            C): partial sums of dgamma and dbeta of every block, unused by a single block. barrier_counter: see
+//            lib/sync/grid_barrier.cuh.
+// Launch:    Block (w, r, 1), w a power of two and w r a multiple of 32; any grid, cooperative if it has more than one
+//            block. The w threads with the same threadIdx.y share a row; rows are taken in turn. Dynamic shared memory:
+//            a Pair<A> for every warp; `held` vectors of dy and of x for every thread, 0 if rows are not held; and the
+//            column sums of every row of threads for `chunk` units. If a chunk is less than a row, the rows are read
+//            again for every further chunk.
+// Traffic:   dy and x read once and dx written once, if rows are held and their sums are one chunk; gamma, beta from
+//            the cache. Partial sums: 2 C words of every block, written once and read once.
+// Numerics:  In A, sums in pairs, blocks' partial sums in A; rows and blocks in a fixed order: deterministic.
 // Reference: Ba, Kiros and Hinton, Layer Normalization, 2016, arXiv:1607.06450.
 // Called by: bnkernels/ops/layer_norm/op.py
-#include "activation.cuh"
-#include "meet.cuh"
-#include "row.cuh"
+#include "lib/kernel.cuh"
+#include "lib/numbers/activation.cuh"
+#include "lib/reduce/vector_rows.cuh"
+#include "lib/sync/grid_barrier.cuh"
 
 template <typename T, typename A>
 struct LayerNormBackward {
@@ -30,24 +33,24 @@ struct LayerNormBackward {
     A* dgamma;
     A* dbeta;
     A* partial;
-    unsigned* arrivals;
+    unsigned* barrier_counter;
     long long rows, columns, chunk;
     A alpha;
-    int activation, wide, held;
+    int activation, aligned16, held;
 };
 
-// A row of this team: what is read of it, and what its statistics are.
+// A row of dy and x, with its statistics.
 template <typename T, typename A>
-struct Row {
+struct InputRow {
     const LayerNormBackward<T, A>& a;
-    const Rows16 all;
-    const OwnUnits kept;  // of a held row dy and x, by turns
+    const VectorRows all;
+    const ThreadVectors held;  // dy and x of a held row, alternating
     long long n;
     Pair<A> mean;
     A rstd;
 
-    __device__ __forceinline__ Row(const LayerNormBackward<T, A>& a, Vector* shared, long long n)
-        : a(a), all{a.columns, a.wide != 0}, kept(shared), n(n), mean{A(0), A(0)}, rstd(A(0)) {
+    __device__ __forceinline__ InputRow(const LayerNormBackward<T, A>& a, Vector* shared, long long n)
+        : a(a), all{a.columns, a.aligned16 != 0}, held(shared), n(n), mean{A(0), A(0)}, rstd(A(0)) {
         if (!is_there()) return;
         mean = {a.statistics[n], a.statistics[a.rows + n]};
         rstd = a.statistics[2 * a.rows + n];
@@ -59,16 +62,17 @@ struct Row {
     __device__ __forceinline__ void hold() const {
         if (!a.held) return;
         for_each_unit<2>(0, units(), [&](int k, long long unit) {
-            kept[2 * k] = all.load(a.dy + n * a.columns, unit);
-            kept[2 * k + 1] = all.load(a.x + n * a.columns, unit);
+            held[2 * k] = all.load(a.dy + n * a.columns, unit);
+            held[2 * k + 1] = all.load(a.x + n * a.columns, unit);
         });
     }
 
-    // g and d of a unit, gamma of its columns; 0, 0 and 1 beyond the end. held: the unit is the k-th of those.
-    __device__ __forceinline__ void load(A (&g)[UNIT<T>], A (&d)[UNIT<T>], A (&gamma)[UNIT<T>], bool held, int k,
+    // Loads g and d of a unit and gamma of its columns; 0, 0 and 1 beyond the end. from_shared: the unit is the
+    // thread's k-th held one.
+    __device__ __forceinline__ void load(A (&g)[UNIT<T>], A (&d)[UNIT<T>], A (&gamma)[UNIT<T>], bool from_shared, int k,
                                          long long unit) const {
-        const Vector dy = held ? kept[2 * k] : all.load(a.dy + n * a.columns, unit);
-        const Vector x = held ? kept[2 * k + 1] : all.load(a.x + n * a.columns, unit);
+        const Vector dy = from_shared ? held[2 * k] : all.load(a.dy + n * a.columns, unit);
+        const Vector x = from_shared ? held[2 * k + 1] : all.load(a.x + n * a.columns, unit);
         A z[UNIT<T>];
         all.load_parameters<T>(gamma, a.gamma, unit, A(1));
         all.load_parameters<T>(z, a.beta, unit, A(0));
@@ -78,14 +82,14 @@ struct Row {
             d[i] = all.has<T>(unit, i) ? subtract(Packed<T>::get(x, i), mean) : A(0);
             z[i] = fma(gamma[i] * rstd, d[i], z[i]);
         }
-        pull_back_all(g, z, a.activation, a.alpha);
+        activation_backward_all(g, z, a.activation, a.alpha);
     }
 };
 
-// What a thread knows of dgamma and dbeta in the columns of its units of a chunk, in shared memory.
+// A thread's sums for dgamma and dbeta over the columns of its units of a chunk, in shared memory.
 template <typename T, typename A>
 struct ColumnSums {
-    Pair<A>* sums;  // [unit of a thread][dgamma, dbeta][number within the unit][thread]
+    Pair<A>* sums;  // [unit of a thread][dgamma, dbeta][element of the unit][thread]
     int thread, threads;
 
     __device__ __forceinline__ explicit ColumnSums(void* shared)
@@ -93,13 +97,13 @@ struct ColumnSums {
           thread(threadIdx.y * blockDim.x + threadIdx.x),
           threads(blockDim.x * blockDim.y) {}
 
-    __device__ __forceinline__ Pair<A>& at(int k, int quantity, int i, int of_thread) const {
-        return sums[((k * 2 + quantity) * UNIT<T> + i) * threads + of_thread];
+    __device__ __forceinline__ Pair<A>& at(int k, int quantity, int i, int owner) const {
+        return sums[((k * 2 + quantity) * UNIT<T> + i) * threads + owner];
     }
 
     __device__ __forceinline__ void clear(long long units) const {
-        const int of_thread = (int)((units + blockDim.x - 1) / blockDim.x);
-        for (int i = 0; i < of_thread * 2 * UNIT<T>; ++i) sums[i * threads + thread] = {A(0), A(0)};
+        const int own_units = (int)((units + blockDim.x - 1) / blockDim.x);
+        for (int i = 0; i < own_units * 2 * UNIT<T>; ++i) sums[i * threads + thread] = {A(0), A(0)};
     }
 
     __device__ __forceinline__ void add_unit(int k, const A (&g)[UNIT<T>], const A (&d)[UNIT<T>], A rstd) const {
@@ -111,31 +115,33 @@ struct ColumnSums {
         }
     }
 
-    // Over the teams in their order, for the columns first, ... of a chunk of `units`: emit(column, quantity, sum).
+    // Merges the block's rows of threads in order, for the columns of a chunk of `units`; calls emit(column, quantity,
+    // sum).
     template <typename Emit>
-    __device__ __forceinline__ void merge_teams(long long units, const Emit& emit) const {
+    __device__ __forceinline__ void merge_rows(long long units, const Emit& emit) const {
         for (int item = thread; item < units * 2 * UNIT<T>; item += threads) {
             const int column = item % (int)(units * UNIT<T>), quantity = item / (int)(units * UNIT<T>);
             const int unit = column / UNIT<T>, i = column % UNIT<T>;
-            const int k = unit / (int)blockDim.x, lane = unit % (int)blockDim.x;
-            Pair<A> sum = at(k, quantity, i, lane);
-            for (int team = 1; team < (int)blockDim.y; ++team)
-                sum = add(sum, at(k, quantity, i, team * blockDim.x + lane));
+            const int k = unit / (int)blockDim.x, column_thread = unit % (int)blockDim.x;
+            Pair<A> sum = at(k, quantity, i, column_thread);
+            for (int row = 1; row < (int)blockDim.y; ++row)
+                sum = add(sum, at(k, quantity, i, row * blockDim.x + column_thread));
             emit(column, quantity, value(sum));
         }
     }
 };
 
-// dx of a row, and its part of the sums.
+// dx of a row, and its terms of the column sums.
 template <typename T, typename A>
-__device__ __forceinline__ void differentiate(const Row<T, A>& row, const ColumnSums<T, A>& sums, Pair<A>* scratch) {
+__device__ __forceinline__ void differentiate(const InputRow<T, A>& row, const ColumnSums<T, A>& sums,
+                                              Pair<A>* scratch) {
     const LayerNormBackward<T, A>& a = row.a;
-    const bool held = a.held != 0;
+    const bool from_shared = a.held != 0;
     Pair<A> sum = {A(0), A(0)}, product = sum;
     A g[UNIT<T>], d[UNIT<T>], gamma[UNIT<T>];
     row.hold();
     for_each_unit(0, row.units(), [&](int k, long long unit) {
-        row.load(g, d, gamma, held, k, unit);
+        row.load(g, d, gamma, from_shared, k, unit);
 #pragma unroll
         for (int i = 0; i < UNIT<T>; ++i) {
             const A h = gamma[i] * g[i];
@@ -144,19 +150,19 @@ __device__ __forceinline__ void differentiate(const Row<T, A>& row, const Column
         }
         if (unit < a.chunk) sums.add_unit(k, g, d, row.rstd);
     });
-    const A count = A(a.columns), mean = value(team_sum(sum, scratch)) / count;
-    const A slope = value(team_sum(product, scratch)) * row.rstd * row.rstd / count;
+    const A count = A(a.columns), mean = value(row_sum(sum, scratch)) / count;
+    const A slope = value(row_sum(product, scratch)) * row.rstd * row.rstd / count;
     for_each_unit(0, row.units(), [&](int k, long long unit) {
-        row.load(g, d, gamma, held, k, unit);
+        row.load(g, d, gamma, from_shared, k, unit);
 #pragma unroll
         for (int i = 0; i < UNIT<T>; ++i) g[i] = row.rstd * (gamma[i] * g[i] - fma(d[i], slope, mean));
         row.all.store(a.dx + row.n * a.columns, unit, g);
     });
 }
 
-// Its part of the sums in the units from `first` on alone.
+// The terms of a row in the column sums of a chunk other than the first.
 template <typename T, typename A>
-__device__ __forceinline__ void add_columns(const Row<T, A>& row, const ColumnSums<T, A>& sums, long long first) {
+__device__ __forceinline__ void add_columns(const InputRow<T, A>& row, const ColumnSums<T, A>& sums, long long first) {
     const long long last = min(first + row.a.chunk, row.units());
     for_each_unit(first, last, [&](int k, long long unit) {
         A g[UNIT<T>], d[UNIT<T>], gamma[UNIT<T>];
@@ -165,7 +171,7 @@ __device__ __forceinline__ void add_columns(const Row<T, A>& row, const ColumnSu
     });
 }
 
-// The blocks' partial sums of all columns, each column by one block.
+// Merges the blocks' partial sums of all columns; each column by one block.
 template <typename T, typename A>
 __device__ __forceinline__ void merge_blocks(const LayerNormBackward<T, A>& a, A* shared) {
     const int blocks = gridDim.x, threads = blockDim.x * blockDim.y, thread = threadIdx.y * blockDim.x + threadIdx.x;
@@ -194,26 +200,27 @@ __device__ __forceinline__ void merge_blocks(const LayerNormBackward<T, A>& a, A
 template <typename T, typename A>
 __device__ __forceinline__ void layer_norm_backward(const LayerNormBackward<T, A>& a) {
     BNK_DYNAMIC_SHARED(Vector, shared);
-    const int threads = blockDim.x * blockDim.y, teams = blockDim.y;
-    const long long units = Rows16{a.columns, a.wide != 0}.units<T>();
+    const int threads = blockDim.x * blockDim.y, rows_per_block = blockDim.y;
+    const long long units = VectorRows{a.columns, a.aligned16 != 0}.units<T>();
     Pair<A>* const scratch = reinterpret_cast<Pair<A>*>(shared + 2 * a.held * threads);
     const ColumnSums<T, A> sums(scratch + (threads / 32 + 1) / 2 * 2);  // begins at a multiple of 16 bytes
     A* const partial = a.partial + (long long)blockIdx.x * 2 * a.columns;
-    // The first chunk, with which dx is written, comes last: dx may be in the place of dy.
+    // The first chunk, with which dx is written, comes last: dx may alias dy.
 #pragma unroll 1
     for (long long first = (units - 1) / a.chunk * a.chunk; first >= 0; first -= a.chunk) {
         const long long last = min(first + a.chunk, units);
         sums.clear(last - first);
 #pragma unroll 1
-        for (long long n = (long long)blockIdx.x * teams; n < a.rows; n += (long long)gridDim.x * teams) {
-            const Row<T, A> row(a, shared, n + threadIdx.y);
+        for (long long n = (long long)blockIdx.x * rows_per_block; n < a.rows;
+             n += (long long)gridDim.x * rows_per_block) {
+            const InputRow<T, A> row(a, shared, n + threadIdx.y);
             if (first == 0)
                 differentiate(row, sums, scratch);
             else
                 add_columns(row, sums, first);
         }
         __syncthreads();
-        sums.merge_teams(last - first, [&](int column, int quantity, A sum) {
+        sums.merge_rows(last - first, [&](int column, int quantity, A sum) {
             const long long c = first * UNIT<T> + column;
             if (c >= a.columns) return;
             if (gridDim.x > 1)
@@ -224,14 +231,12 @@ __device__ __forceinline__ void layer_norm_backward(const LayerNormBackward<T, A
         __syncthreads();
     }
     if (gridDim.x == 1) return;
-    meet(a.arrivals, gridDim.x, blockIdx.x);
+    grid_barrier(a.barrier_counter, gridDim.x, blockIdx.x);
     merge_blocks(a, reinterpret_cast<A*>(shared));
 }
 
-#define LAYER_NORM_BACKWARD(suffix, T, A)                                                            \
-    using arguments_layer_norm_backward_##suffix = LayerNormBackward<T, A>;                          \
-    BNK_KERNEL_PAIRED(bnk_layer_norm_backward_##suffix, arguments_layer_norm_backward_##suffix, 256, \
-                      (layer_norm_backward<T, A>))
+#define LAYER_NORM_BACKWARD(suffix, T, A) \
+    BNK_KERNEL(bnk_layer_norm_backward_##suffix, (LayerNormBackward<T, A>), 256, 2, (layer_norm_backward<T, A>))
 
 LAYER_NORM_BACKWARD(f32, float, float)
 LAYER_NORM_BACKWARD(f16, Float16, float)

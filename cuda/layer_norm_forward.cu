@@ -1,18 +1,20 @@
 // Layer norm of every example over its features, scale, shift and activation, in one launch.
 //
-// Formulas:  over the C values of a row: mean[n], m2[n] = sum (x - mean)^2, var = m2 / C, rstd = 1 / sqrt(var + eps),
-//            y = phi(gamma[c] rstd (x - mean) + beta[c]).
-// Arrays:    x, y (N, C) of type T, C order; y may be x. gamma, beta (C,) of the accumulator's type A, may be null.
-//            statistics (3, N): mean, mean_low, rstd, of type A.
-// Launch:    block (w, teams, 1), w a power of two and w teams a multiple of 32, grid (ceil(N / teams), 1, 1): a team of w
-//            threads owns a row. Dynamic shared memory: a Pair<A> for every warp, and `held` units of 16 bytes for every
-//            thread, 0 where rows do not stay on the chip.
-// Traffic:   x read once (three times where rows are too long to stay), y written once, gamma and beta from the cache.
-// Numerics:  in A, sums in pairs, squares about the mean; in a fixed order: deterministic. Alignment changes no bit.
+// Formulas:  Over the C values of a row:
+//            mean[n], m2[n] = sum (x - mean)^2, var = m2 / C, rstd = 1 / sqrt(var + eps)
+//            y = phi(gamma[c] rstd (x - mean) + beta[c])
+// Arrays:    x, y (N, C) of type T, C order; y may alias x. gamma, beta (C,) of the accumulator's type A, may be null
+//            (1, 0). statistics (3, N): mean, mean_low, rstd, of type A.
+// Launch:    Block (w, r, 1), w a power of two and w r a multiple of 32, grid (ceil(N / r), 1, 1): the w threads with
+//            the same threadIdx.y share a row. Dynamic shared memory: a Pair<A> for every warp, and `held` vectors of
+//            16 bytes for every thread, 0 if rows are not held.
+// Traffic:   x read once (three times if rows are too long to be held), y written once, gamma and beta from the cache.
+// Numerics:  In A, sums in pairs, squares about the mean, in a fixed order: deterministic. Alignment changes no bit.
 // Reference: Ba, Kiros and Hinton, Layer Normalization, 2016, arXiv:1607.06450.
 // Called by: bnkernels/ops/layer_norm/op.py
-#include "activation.cuh"
-#include "row.cuh"
+#include "lib/kernel.cuh"
+#include "lib/numbers/activation.cuh"
+#include "lib/reduce/vector_rows.cuh"
 
 template <typename T, typename A>
 struct LayerNormForward {
@@ -23,27 +25,27 @@ struct LayerNormForward {
     A* statistics;
     long long rows, columns;
     A eps, alpha;
-    int activation, wide, held;
+    int activation, aligned16, held;
 };
 
 template <typename T, typename A>
 __device__ __forceinline__ void layer_norm_forward(const LayerNormForward<T, A>& a) {
     BNK_DYNAMIC_SHARED(Vector, shared);
-    const OwnUnits kept(shared);
-    Pair<A>* const scratch = reinterpret_cast<Pair<A>*>(shared + a.held * kept.threads);
-    const Rows16 rows = {a.columns, a.wide != 0};
+    const ThreadVectors held(shared);
+    Pair<A>* const scratch = reinterpret_cast<Pair<A>*>(shared + a.held * held.threads);
+    const VectorRows rows = {a.columns, a.aligned16 != 0};
     const long long n = (long long)blockIdx.x * blockDim.y + threadIdx.y;
     const long long units = n < a.rows ? rows.units<T>() : 0;  // all threads take part in the sums
     const T* const x = a.x + n * a.columns;
-    const auto x_of = [&](int k, long long unit) { return a.held ? kept[k] : rows.load(x, unit); };
+    const auto x_of = [&](int k, long long unit) { return a.held ? held[k] : rows.load(x, unit); };
     Pair<A> sum = {A(0), A(0)}, square = sum;
-    if (a.held) for_each_unit<4>(0, units, [&](int k, long long unit) { kept[k] = rows.load(x, unit); });
+    if (a.held) for_each_unit<4>(0, units, [&](int k, long long unit) { held[k] = rows.load(x, unit); });
     for_each_unit(0, units, [&](int k, long long unit) {
         const Vector values = x_of(k, unit);
 #pragma unroll
         for (int i = 0; i < UNIT<T>; ++i) sum = add(sum, Packed<T>::get(values, i));
     });
-    const Pair<A> mean = divide(team_sum(sum, scratch), A(a.columns));
+    const Pair<A> mean = divide(row_sum(sum, scratch), A(a.columns));
     for_each_unit(0, units, [&](int k, long long unit) {
         const Vector values = x_of(k, unit);
 #pragma unroll
@@ -52,7 +54,7 @@ __device__ __forceinline__ void layer_norm_forward(const LayerNormForward<T, A>&
             if (rows.has<T>(unit, i)) square = add(square, d * d);
         }
     });
-    const A rstd = A(1) / sqrt(value(team_sum(square, scratch)) / A(a.columns) + a.eps);
+    const A rstd = A(1) / sqrt(value(row_sum(square, scratch)) / A(a.columns) + a.eps);
     if (threadIdx.x == 0 && units) {
         a.statistics[n] = mean.high;
         a.statistics[a.rows + n] = mean.low;
@@ -70,10 +72,8 @@ __device__ __forceinline__ void layer_norm_forward(const LayerNormForward<T, A>&
     });
 }
 
-#define LAYER_NORM_FORWARD(suffix, T, A)                                                           \
-    using arguments_layer_norm_forward_##suffix = LayerNormForward<T, A>;                          \
-    BNK_KERNEL_PAIRED(bnk_layer_norm_forward_##suffix, arguments_layer_norm_forward_##suffix, 256, \
-                      (layer_norm_forward<T, A>))
+#define LAYER_NORM_FORWARD(suffix, T, A) \
+    BNK_KERNEL(bnk_layer_norm_forward_##suffix, (LayerNormForward<T, A>), 256, 2, (layer_norm_forward<T, A>))
 
 LAYER_NORM_FORWARD(f32, float, float)
 LAYER_NORM_FORWARD(f16, Float16, float)

@@ -1,25 +1,29 @@
-// The gradients of a linear layer with batch norm, layer norm or a bias, and an activation behind it, in one launch.
+// Gradients of a linear layer with batch norm, layer norm or a bias, and an activation, in one launch.
 //
-// Formulas:  u = scale (z - mean) + beta, scale = gamma rstd;  g = dy phi'(u);  dbeta[m] = sum_n g;
-//            norm: dgamma[m] = rstd sum_n g (z - mean),
-//            dz = scale (g - dbeta / N - (z - mean) rstd dgamma / N), rounded to T;  no norm: mean 0, scale 1, dz = g;
-//            layer norm: dgamma[m] = sum_n g rstd[n] (z - mean[n]), and over the M neurons of an example, with h = gamma g,
-//            dz = rstd (h - sum h / M - (z - mean) rstd^2 sum (h (z - mean)) / M);  dweight = x' dz,  dx = dz W'.
-// Arrays:    dy, z (N, M), x (N, K), weight (K, M), of type T. gamma, beta (M,) and statistics (3, M), of
-//            layer norm (3, N), of the accumulator's type A, each may be null. dx (N, K), may be null: then it is not wanted; dweight (K, M) and the workspace dz
-//            (N, M) of type T; dgamma (null: no norm), dbeta (M,). C order. arrivals: a counter, see meet.cuh.
-// Launch:    block (256, 1, 1), any grid; cooperative if dx is wanted, of more than one block. Dynamic shared
-//            memory for a product or two tiles (width, pitch) of A. A block owns `width` neurons at a time, N at most 512.
-//            Layer norm: cooperative if of more than one block; a block owns `width` examples at a time, then neurons.
-// Traffic:   dy, z, weight read once, dz written once, dweight and dx written once; x and dz read by every block, from the
-//            L2 cache but for the first. With batch norm as many bytes as without, and 4 M words.
-// Numerics:  products as in the forward, dz rounded before them, all sums in a fixed order: deterministic.
+// Formulas:  u = scale (z - mean) + beta, scale = gamma rstd;  g = dy phi'(u);  dbeta[m] = sum_n g
+//            batch norm: dgamma[m] = rstd sum_n g (z - mean),
+//                        dz = scale (g - dbeta / N - (z - mean) rstd dgamma / N), rounded to T
+//            layer norm: dgamma[m] = sum_n g rstd[n] (z - mean[n]); over the M neurons of an example, with h = gamma g,
+//                        dz = rstd (h - sum h / M - (z - mean) rstd^2 sum (h (z - mean)) / M), rounded to T
+//            no norm:    mean 0, scale 1, dz = g
+//            dweight = x' dz,  dx = dz W'
+// Arrays:    dy, z (N, M), x (N, K), weight (K, M), of type T. gamma, beta (M,) and statistics (3, M), with layer norm
+//            (3, N), of the accumulator's type A; each may be null. dx (N, K), null: not computed; dweight (K, M) and
+//            the workspace dz (N, M) of type T; dgamma (null: no norm), dbeta (M,), of type A. C order.
+//            barrier_counter: see lib/sync/grid_barrier.cuh.
+// Launch:    Block (256, 1, 1), any grid; cooperative if it has more than one block and computes dx, or with layer
+//            norm. Dynamic shared memory for a product or two tiles (width, pitch) of A. A block owns `width` neurons
+//            at a time, N at most 512. Layer norm: a block owns `width` examples at a time, then neurons.
+// Traffic:   dy, z, weight read once, dz written once, dweight and dx written once; x and dz read by every block, after
+//            the first from the L2 cache. Batch norm adds 4 M words.
+// Numerics:  Products as in the forward, of dz rounded to T; all sums in a fixed order: deterministic.
 // Reference: Ioffe and Szegedy, Batch Normalization, 2015, arXiv:1502.03167, section 3; Ba, Kiros and Hinton, Layer
 //            Normalization, 2016, arXiv:1607.06450.
 // Called by: bnkernels/ops/linear_batch_norm/op.py
-#include "linear_batch_norm.cuh"
-#include "meet.cuh"
-#include "product.cuh"
+#include "lib/gemm/product.cuh"
+#include "lib/gemm/warp_rows.cuh"
+#include "lib/kernel.cuh"
+#include "lib/sync/grid_barrier.cuh"
 
 template <typename T, typename A>
 struct LinearBatchNormBackward {
@@ -35,32 +39,34 @@ struct LinearBatchNormBackward {
     A* dgamma;
     A* dbeta;
     T* dz;
-    unsigned* arrivals;
+    unsigned* barrier_counter;
     long long rows, inputs, outputs, width;
     A alpha;
     int activation;
 };
 
-// By the warp that owns the neuron: dz in the place of dy, and the gradients of its parameters.
+// Replaces dy of a neuron by dz and writes the gradients of its parameters; for the warp that owns it.
 template <typename T, typename A>
-__device__ __forceinline__ void differentiate(const LinearBatchNormBackward<T, A>& a, const Row<A>& g, const Row<A>& z,
-                                              long long m) {
-    Affine<A> of = load_affine(a, m);
+__device__ __forceinline__ void differentiate(const LinearBatchNormBackward<T, A>& a, const WarpRow<A>& g,
+                                              const WarpRow<A>& z, long long m) {
+    Affine<A> affine = load_affine(a, m);
     A rstd = A(1);
     if (a.statistics) {
-        of.mean = {a.statistics[m], a.statistics[a.outputs + m]};
+        affine.mean = {a.statistics[m], a.statistics[a.outputs + m]};
         rstd = a.statistics[2 * a.outputs + m];
-        of.scale *= rstd;
+        affine.scale *= rstd;
     }
 #pragma unroll 1
-    for (int n = g.lane; n < g.count; n += WARP) g.row[n] = pull_back(g.row[n], of(z.row[n]), a.activation, a.alpha);
+    for (int n = g.lane; n < g.count; n += WARP)
+        g.row[n] = activation_backward(g.row[n], affine(z.row[n]), a.activation, a.alpha);
     const A dbeta = g.sum([](int, A value) { return value; });
     if (g.lane == 0) a.dbeta[m] = dbeta;
     if (!a.statistics) return;
-    const A product = g.sum([&](int n, A value) { return value * subtract(z.row[n], of.mean); });
+    const A product = g.sum([&](int n, A value) { return value * subtract(z.row[n], affine.mean); });
     if (g.lane == 0) a.dgamma[m] = product * rstd;
     const A mean = dbeta / A(a.rows), slope = product * rstd * rstd / A(a.rows);
-    g.replace([&](int n, A value) { return of.scale * (value - fma(subtract(z.row[n], of.mean), slope, mean)); });
+    g.replace(
+        [&](int n, A value) { return affine.scale * (value - fma(subtract(z.row[n], affine.mean), slope, mean)); });
 }
 
 template <typename T, typename A>
@@ -68,7 +74,7 @@ __device__ __forceinline__ void linear_batch_norm_backward(const LinearBatchNorm
     BNK_DYNAMIC_SHARED(A, shared);
     const int width = (int)a.width, pitch = pitch_of(a.rows);
     const long long first = (long long)blockIdx.x * width, step = (long long)gridDim.x * width;
-    A* const tile_g = shared;  // (width, examples); products use the same memory later
+    A* const tile_g = shared;  // (width, examples); products reuse the memory
     A* const tile_z = shared + width * pitch;
     const Matrix<T> dz = {a.dz, a.rows, a.outputs, a.outputs, 1};
     const Matrix<T> x_transposed = {a.x, a.inputs, a.rows, 1, a.inputs};
@@ -79,7 +85,8 @@ __device__ __forceinline__ void linear_batch_norm_backward(const LinearBatchNorm
         load_tile(tile_z, a.z, pitch, a.rows, a.outputs, column, width);
         __syncthreads();
         for_each_row(width, a.outputs - column, [&](int c) {
-            differentiate(a, Row<A>(tile_g + c * pitch, a.rows), Row<A>(tile_z + c * pitch, a.rows), column + c);
+            differentiate(a, WarpRow<A>(tile_g + c * pitch, a.rows), WarpRow<A>(tile_z + c * pitch, a.rows),
+                          column + c);
         });
         __syncthreads();
         store_tile(a.dz, tile_g, pitch, a.rows, a.outputs, column, width);
@@ -90,7 +97,7 @@ __device__ __forceinline__ void linear_batch_norm_backward(const LinearBatchNorm
                     [&](int r, int c, A value) { store(a.dweight[(row + r) * a.outputs + column + c], value); });
     }
     if (!a.dx) return;
-    if (gridDim.x > 1) meet(a.arrivals, gridDim.x, blockIdx.x);  // dz of all neurons
+    if (gridDim.x > 1) grid_barrier(a.barrier_counter, gridDim.x, blockIdx.x);  // dz of all neurons
 #pragma unroll 1
     for (long long column = first; column < a.inputs; column += step)
 #pragma unroll 1
@@ -99,39 +106,39 @@ __device__ __forceinline__ void linear_batch_norm_backward(const LinearBatchNorm
                     [&](int r, int c, A value) { store(a.dx[(row + r) * a.inputs + column + c], value); });
 }
 
-// How layer norm makes z[n, m] the input of the activation.
+// The map of layer norm from z[n, m] to the input of the activation.
 template <typename T, typename A>
 __device__ __forceinline__ Affine<A> affine_of_layer(const LinearBatchNormBackward<T, A>& a, long long n, long long m) {
-    Affine<A> of = load_affine(a, m);
-    of.mean = {a.statistics[n], a.statistics[a.rows + n]};
-    of.scale *= a.statistics[2 * a.rows + n];
-    return of;
+    Affine<A> affine = load_affine(a, m);
+    affine.mean = {a.statistics[n], a.statistics[a.rows + n]};
+    affine.scale *= a.statistics[2 * a.rows + n];
+    return affine;
 }
 
-// By the warp that owns the example: dz in the place of dy.
+// Replaces dy of an example by dz; for the warp that owns it.
 template <typename T, typename A>
-__device__ __forceinline__ void differentiate_example(const LinearBatchNormBackward<T, A>& a, const Row<A>& g,
-                                                      const Row<A>& z, long long n) {
+__device__ __forceinline__ void differentiate_example(const LinearBatchNormBackward<T, A>& a, const WarpRow<A>& g,
+                                                      const WarpRow<A>& z, long long n) {
     const Pair<A> mean = {a.statistics[n], a.statistics[a.rows + n]};
     const A rstd = a.statistics[2 * a.rows + n], count = A(g.count);
     g.replace([&](int m, A dy) {
-        const A slope = pull_back(dy, affine_of_layer(a, n, m)(z.row[m]), a.activation, a.alpha);
+        const A slope = activation_backward(dy, affine_of_layer(a, n, m)(z.row[m]), a.activation, a.alpha);
         return a.gamma ? a.gamma[m] * slope : slope;
     });
-    const A of_h = g.sum([](int, A h) { return h; }) / count;
+    const A mean_h = g.sum([](int, A h) { return h; }) / count;
     const A slope = g.sum([&](int m, A h) { return h * subtract(z.row[m], mean); }) * rstd * rstd / count;
-    g.replace([&](int m, A h) { return rstd * (h - fma(subtract(z.row[m], mean), slope, of_h)); });
+    g.replace([&](int m, A h) { return rstd * (h - fma(subtract(z.row[m], mean), slope, mean_h)); });
 }
 
-// By the warp that owns the neuron: the gradients of its parameters.
+// Gradients of the parameters of a neuron; for the warp that owns it.
 template <typename T, typename A>
-__device__ __forceinline__ void sum_neuron(const LinearBatchNormBackward<T, A>& a, const Row<A>& g, const Row<A>& z,
-                                           long long m) {
+__device__ __forceinline__ void sum_neuron(const LinearBatchNormBackward<T, A>& a, const WarpRow<A>& g,
+                                           const WarpRow<A>& z, long long m) {
 #pragma unroll 1
     for (int n = g.lane; n < g.count; n += WARP) {
-        const Affine<A> of = affine_of_layer(a, n, m);
-        g.row[n] = pull_back(g.row[n], of(z.row[n]), a.activation, a.alpha);
-        z.row[n] = subtract(z.row[n], of.mean) * a.statistics[2 * a.rows + n];
+        const Affine<A> affine = affine_of_layer(a, n, m);
+        g.row[n] = activation_backward(g.row[n], affine(z.row[n]), a.activation, a.alpha);
+        z.row[n] = subtract(z.row[n], affine.mean) * a.statistics[2 * a.rows + n];
     }
     const A dbeta = g.sum([](int, A value) { return value; });
     const A dgamma = g.sum([&](int n, A value) { return value * z.row[n]; });
@@ -143,7 +150,7 @@ __device__ __forceinline__ void sum_neuron(const LinearBatchNormBackward<T, A>& 
 template <typename T, typename A>
 __device__ __forceinline__ void linear_layer_norm_backward(const LinearBatchNormBackward<T, A>& a) {
     BNK_DYNAMIC_SHARED(A, shared);
-    const int width = (int)a.width, of_neurons = pitch_of(a.outputs), of_examples = pitch_of(a.rows);
+    const int width = (int)a.width, neuron_pitch = pitch_of(a.outputs), example_pitch = pitch_of(a.rows);
     const long long first = (long long)blockIdx.x * width, step = (long long)gridDim.x * width;
     const Matrix<T> weight = {a.weight, a.inputs, a.outputs, a.outputs, 1};
     const Matrix<T> dz = {a.dz, a.rows, a.outputs, a.outputs, 1},
@@ -151,32 +158,32 @@ __device__ __forceinline__ void linear_layer_norm_backward(const LinearBatchNorm
     const Matrix<T> x_transposed = {a.x, a.inputs, a.rows, 1, a.inputs};
 #pragma unroll 1
     for (long long example = first; example < a.rows; example += step) {
-        A *const tile_g = shared, *const tile_z = shared + width * of_neurons;
-        load_rows(tile_g, a.dy, of_neurons, a.rows, a.outputs, example, width);
-        load_rows(tile_z, a.z, of_neurons, a.rows, a.outputs, example, width);
+        A *const tile_g = shared, *const tile_z = shared + width * neuron_pitch;
+        load_rows(tile_g, a.dy, neuron_pitch, a.rows, a.outputs, example, width);
+        load_rows(tile_z, a.z, neuron_pitch, a.rows, a.outputs, example, width);
         __syncthreads();
         for_each_row(width, a.rows - example, [&](int c) {
-            differentiate_example(a, Row<A>(tile_g + c * of_neurons, a.outputs),
-                                  Row<A>(tile_z + c * of_neurons, a.outputs), example + c);
+            differentiate_example(a, WarpRow<A>(tile_g + c * neuron_pitch, a.outputs),
+                                  WarpRow<A>(tile_z + c * neuron_pitch, a.outputs), example + c);
         });
         __syncthreads();
-        store_rows(a.dz, tile_g, of_neurons, a.rows, a.outputs, example, width);
+        store_rows(a.dz, tile_g, neuron_pitch, a.rows, a.outputs, example, width);
         __syncthreads();
 #pragma unroll 1
         for (long long row = 0; a.dx && row < a.inputs; row += PRODUCT_ROWS)
             product(shared, weight, dz_transposed, row, example, width,
                     [&](int r, int c, A value) { store(a.dx[(example + c) * a.inputs + row + r], value); });
     }
-    if (gridDim.x > 1) meet(a.arrivals, gridDim.x, blockIdx.x);  // dz of all examples
+    if (gridDim.x > 1) grid_barrier(a.barrier_counter, gridDim.x, blockIdx.x);  // dz of all examples
 #pragma unroll 1
     for (long long column = first; column < a.outputs; column += step) {
-        A *const tile_g = shared, *const tile_z = shared + width * of_examples;
-        load_tile(tile_g, a.dy, of_examples, a.rows, a.outputs, column, width);
-        load_tile(tile_z, a.z, of_examples, a.rows, a.outputs, column, width);
+        A *const tile_g = shared, *const tile_z = shared + width * example_pitch;
+        load_tile(tile_g, a.dy, example_pitch, a.rows, a.outputs, column, width);
+        load_tile(tile_z, a.z, example_pitch, a.rows, a.outputs, column, width);
         __syncthreads();
         for_each_row(width, a.outputs - column, [&](int c) {
-            sum_neuron(a, Row<A>(tile_g + c * of_examples, a.rows), Row<A>(tile_z + c * of_examples, a.rows),
-                       column + c);
+            sum_neuron(a, WarpRow<A>(tile_g + c * example_pitch, a.rows),
+                       WarpRow<A>(tile_z + c * example_pitch, a.rows), column + c);
         });
         __syncthreads();
 #pragma unroll 1
@@ -186,14 +193,12 @@ __device__ __forceinline__ void linear_layer_norm_backward(const LinearBatchNorm
     }
 }
 
-#define LINEAR_BATCH_NORM_BACKWARD(suffix, T, A)                                                                   \
-    using arguments_linear_backward_##suffix = LinearBatchNormBackward<T, A>;                                      \
-    BNK_KERNEL_ROOMY(bnk_linear_batch_norm_backward_##suffix, arguments_linear_backward_##suffix, PRODUCT_THREADS, \
-                     (linear_batch_norm_backward<T, A>))
-#define LINEAR_LAYER_NORM_BACKWARD(suffix, T, A)                                                                   \
-    using arguments_linear_backward_##suffix = LinearBatchNormBackward<T, A>;                                      \
-    BNK_KERNEL_ROOMY(bnk_linear_layer_norm_backward_##suffix, arguments_linear_backward_##suffix, PRODUCT_THREADS, \
-                     (linear_layer_norm_backward<T, A>))
+#define LINEAR_BATCH_NORM_BACKWARD(suffix, T, A)                                                             \
+    BNK_KERNEL(bnk_linear_batch_norm_backward_##suffix, (LinearBatchNormBackward<T, A>), PRODUCT_THREADS, 1, \
+               (linear_batch_norm_backward<T, A>))
+#define LINEAR_LAYER_NORM_BACKWARD(suffix, T, A)                                                             \
+    BNK_KERNEL(bnk_linear_layer_norm_backward_##suffix, (LinearBatchNormBackward<T, A>), PRODUCT_THREADS, 1, \
+               (linear_layer_norm_backward<T, A>))
 
 LINEAR_BATCH_NORM_BACKWARD(f32, float, float)
 LINEAR_BATCH_NORM_BACKWARD(f16, Float16, float)

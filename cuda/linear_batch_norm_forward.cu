@@ -1,25 +1,29 @@
-// A linear layer with batch norm, layer norm or a bias, and an activation behind it, in one launch.
+// Linear layer with batch norm, layer norm or a bias, and an activation, in one launch.
 //
-// Formulas:  z = x W, rounded to T;  norm: over the N examples mean[m], m2[m] = sum (z - mean)^2, var = m2 / N,
-//            rstd = 1 / sqrt(var + eps), y = phi(gamma rstd (z - mean) + beta), running statistics as in
-//            batch_norm_forward.cu;  layer norm: the same over the M neurons of each example n;  no norm: y = phi(z + beta).
-// Arrays:    x (N, K), weight (K, M), z, y (N, M), of type T. statistics (3, M), of layer norm (3, N): mean, mean_low, rstd;
-//            null: no norm.
-//            gamma, beta, running_mean, running_var (M,), of the accumulator's type A; each may be null. C order.
-// Launch:    block (256, 1, 1), grid (ceil(M / width), 1, 1), dynamic shared memory for a product and (width, pitch) of A:
-//            a block owns `width` neurons for the whole mini-batch, which is at most 512 examples. For layer norm it owns as
-//            many examples, with all of their neurons, at most 1024: grid (ceil(N / width), 1, 1).
-// Traffic:   z and y written once, weight read once, x read by every block (from the L2 cache, but for the first); with
-//            batch norm as many bytes as without, and 3 M words of statistics. No barrier more or fewer either. For layer
-//            norm x read once, weight by every block.
-// Numerics:  products as in product.cuh: 16-bit ones on tensor cores, whose sums of 16 terms NVIDIA rounds as it likes;
-//            otherwise in A with fma, terms in a fixed order. z is rounded before its statistics are taken, which are those
-//            of batch_norm_forward.cu but for roundings: the mean is corrected by the mean of what it leaves. Deterministic.
+// Formulas:  z = x W, rounded to T
+//            batch norm: over the N examples mean[m], m2[m] = sum (z - mean)^2, var = m2 / N,
+//                        rstd = 1 / sqrt(var + eps), y = phi(gamma rstd (z - mean) + beta),
+//                        running statistics as in batch_norm_forward.cu
+//            layer norm: the same over the M neurons of each example n, without running statistics
+//            no norm:    y = phi(z + beta)
+// Arrays:    x (N, K), weight (K, M), z, y (N, M), of type T. statistics (3, M), with layer norm (3, N): mean,
+//            mean_low, rstd; null: no norm. gamma, beta, running_mean, running_var (M,), of the accumulator's type A;
+//            each may be null. C order.
+// Launch:    Block (256, 1, 1), grid (ceil(M / width), 1, 1), dynamic shared memory for a product and a tile (width,
+//            pitch) of A: a block owns `width` neurons for the whole mini-batch, at most 512 examples. Layer norm: a
+//            block owns `width` examples with all of their neurons, at most 1024; grid (ceil(N / width), 1, 1).
+// Traffic:   z and y written once, weight read once, x read by every block (after the first from the L2 cache). Batch
+//            norm adds 3 M words of statistics and no barrier. Layer norm: x read once, weight by every block.
+// Numerics:  Products as in lib/gemm/product.cuh: 16-bit ones on tensor cores, whose rounding of sums of 16 terms
+//            NVIDIA does not specify; others in A with fma, terms in a fixed order. z is rounded before its statistics
+//            are taken, which equal those of batch_norm_forward.cu up to rounding: the mean is corrected by the mean of
+//            the remainders. Deterministic.
 // Reference: Ioffe and Szegedy, Batch Normalization, 2015, arXiv:1502.03167, algorithm 1; Ba, Kiros and Hinton, Layer
 //            Normalization, 2016, arXiv:1607.06450.
 // Called by: bnkernels/ops/linear_batch_norm/op.py
-#include "linear_batch_norm.cuh"
-#include "product.cuh"
+#include "lib/gemm/product.cuh"
+#include "lib/gemm/warp_rows.cuh"
+#include "lib/kernel.cuh"
 
 template <typename T, typename A>
 struct LinearBatchNormForward {
@@ -37,19 +41,13 @@ struct LinearBatchNormForward {
     int activation;
 };
 
-template <typename A>
-struct Normal {
-    Pair<A> mean;
-    A m2, rstd;
-};
-
-// By the warp that owns the row: its mean, sum of squares about it, and rstd, which are number i of the statistics.
+// Statistics of a row, number i of `statistics`, which it writes; for the warp that owns the row.
 template <typename T, typename A>
-__device__ __forceinline__ Normal<A> normalise(const LinearBatchNormForward<T, A>& a, const Row<A>& z, long long i,
-                                               long long rows) {
+__device__ __forceinline__ Statistics<A> normalise(const LinearBatchNormForward<T, A>& a, const WarpRow<A>& z,
+                                                   long long i, long long rows) {
     const A n = A(z.count), first = z.sum([](int, A value) { return value; }) / n;
-    const A rest = z.sum([=](int, A value) { return value - first; }) / n;
-    const Pair<A> mean = quick_two_sum(first, rest);
+    const A remainder = z.sum([=](int, A value) { return value - first; }) / n;
+    const Pair<A> mean = quick_two_sum(first, remainder);
     const A m2 = z.sum([=](int, A value) {
         const A d = subtract(value, mean);
         return d * d;
@@ -63,21 +61,21 @@ __device__ __forceinline__ Normal<A> normalise(const LinearBatchNormForward<T, A
     return {mean, m2, rstd};
 }
 
-// By the warp that owns the neuron: how z becomes the input of the activation.
+// The map from z of a neuron to the input of the activation; for the warp that owns it.
 template <typename T, typename A>
-__device__ __forceinline__ Affine<A> normalise_neuron(const LinearBatchNormForward<T, A>& a, const Row<A>& z,
+__device__ __forceinline__ Affine<A> normalise_neuron(const LinearBatchNormForward<T, A>& a, const WarpRow<A>& z,
                                                       long long m) {
-    Affine<A> of = load_affine(a, m);
-    if (!a.statistics) return of;
-    const Normal<A> normal = normalise(a, z, m, a.outputs);
-    of.mean = normal.mean;
-    of.scale *= normal.rstd;
+    Affine<A> affine = load_affine(a, m);
+    if (!a.statistics) return affine;
+    const Statistics<A> row_statistics = normalise(a, z, m, a.outputs);
+    affine.mean = row_statistics.mean;
+    affine.scale *= row_statistics.rstd;
     if (z.lane == 0) {
-        const A keep = A(1) - a.momentum, var = normal.m2 / (A(z.count) - a.correction);
-        if (a.running_mean) a.running_mean[m] = fma(a.momentum, of.mean.high, keep * a.running_mean[m]);
+        const A keep = A(1) - a.momentum, var = row_statistics.m2 / (A(z.count) - a.correction);
+        if (a.running_mean) a.running_mean[m] = fma(a.momentum, affine.mean.high, keep * a.running_mean[m]);
         if (a.running_var) a.running_var[m] = fma(a.momentum, var, keep * a.running_var[m]);
     }
-    return of;
+    return affine;
 }
 
 template <typename T, typename A>
@@ -95,9 +93,9 @@ __device__ __forceinline__ void linear_batch_norm_forward(const LinearBatchNormF
             tile[c * pitch + row + r] = A(z);
         });
     for_each_row(width, a.outputs - column, [&](int c) {
-        const Row<A> z(tile + c * pitch, a.rows);
-        const Affine<A> of = normalise_neuron(a, z, column + c);
-        z.replace([&](int, A value) { return activate(of(value), a.activation, a.alpha); });
+        const WarpRow<A> z(tile + c * pitch, a.rows);
+        const Affine<A> affine = normalise_neuron(a, z, column + c);
+        z.replace([&](int, A value) { return activate(affine(value), a.activation, a.alpha); });
     });
     __syncthreads();
     store_tile(a.y, tile, pitch, a.rows, a.outputs, column, width);
@@ -118,27 +116,25 @@ __device__ __forceinline__ void linear_layer_norm_forward(const LinearBatchNormF
     store_rows(a.z, tile, pitch, a.rows, a.outputs, first, width);
     __syncthreads();
     for_each_row(width, a.rows - first, [&](int c) {
-        const Row<A> z(tile + c * pitch, a.outputs);
-        const Normal<A> normal = normalise(a, z, first + c, a.rows);
+        const WarpRow<A> z(tile + c * pitch, a.outputs);
+        const Statistics<A> row_statistics = normalise(a, z, first + c, a.rows);
         z.replace([&](int m, A value) {
-            Affine<A> of = load_affine(a, m);
-            of.mean = normal.mean;
-            of.scale *= normal.rstd;
-            return activate(of(value), a.activation, a.alpha);
+            Affine<A> affine = load_affine(a, m);
+            affine.mean = row_statistics.mean;
+            affine.scale *= row_statistics.rstd;
+            return activate(affine(value), a.activation, a.alpha);
         });
     });
     __syncthreads();
     store_rows(a.y, tile, pitch, a.rows, a.outputs, first, width);
 }
 
-#define LINEAR_BATCH_NORM_FORWARD(suffix, T, A)                                                                  \
-    using arguments_linear_forward_##suffix = LinearBatchNormForward<T, A>;                                      \
-    BNK_KERNEL_ROOMY(bnk_linear_batch_norm_forward_##suffix, arguments_linear_forward_##suffix, PRODUCT_THREADS, \
-                     (linear_batch_norm_forward<T, A>))
-#define LINEAR_LAYER_NORM_FORWARD(suffix, T, A)                                                                  \
-    using arguments_linear_forward_##suffix = LinearBatchNormForward<T, A>;                                      \
-    BNK_KERNEL_ROOMY(bnk_linear_layer_norm_forward_##suffix, arguments_linear_forward_##suffix, PRODUCT_THREADS, \
-                     (linear_layer_norm_forward<T, A>))
+#define LINEAR_BATCH_NORM_FORWARD(suffix, T, A)                                                            \
+    BNK_KERNEL(bnk_linear_batch_norm_forward_##suffix, (LinearBatchNormForward<T, A>), PRODUCT_THREADS, 1, \
+               (linear_batch_norm_forward<T, A>))
+#define LINEAR_LAYER_NORM_FORWARD(suffix, T, A)                                                            \
+    BNK_KERNEL(bnk_linear_layer_norm_forward_##suffix, (LinearBatchNormForward<T, A>), PRODUCT_THREADS, 1, \
+               (linear_layer_norm_forward<T, A>))
 
 LINEAR_BATCH_NORM_FORWARD(f32, float, float)
 LINEAR_BATCH_NORM_FORWARD(f16, Float16, float)

@@ -1,4 +1,4 @@
-// One optimiser step over all parameters of a network, which lie in one flat array: SGD, momentum, Adam, one launch.
+// One optimiser step (SGD, momentum or Adam) over all parameters of a network, in one flat array, in one launch.
 //
 // Formulas:  sgd:       p -= lr g
 //            momentum:  v = momentum v + g;  p -= lr v
@@ -6,16 +6,16 @@
 //                       p -= lr m / (sqrt(s) / root_correction2 + eps) / correction1,
 //                       correction1 = 1 - beta1^step,  root_correction2 = sqrt(1 - beta2^step)
 // Arrays:    parameters, gradients and the state (velocity; first and second), each (P,), C order, of type T, all
-//            different. Parameters and state are updated in place. scalars (3,): lr, correction1 and root_correction2, for
-//            a captured launch, or null: then those of the argument.
-// Launch:    block (256, 1, 1), grid (b, 1, 1), any b: thread i owns elements i, i + 256 b, ...; no shared memory.
+//            distinct. Parameters and state are updated in place. scalars (3,): lr, correction1 and root_correction2,
+//            for a captured launch; null: those of the argument.
+// Launch:    Block (256, 1, 1), grid (b, 1, 1), any b: thread i owns the elements i, i + 256 b, ...; no shared memory.
 // Traffic:   sgd 2 P reads and P writes, momentum 3 P and 2 P, adam 4 P and 3 P. No barrier.
-// Numerics:  in T; what depends on the step alone is formed in double precision on the host (1 - beta2, 0.001, would
-//            lose four digits in float32). The root of s comes before its division, and that of m
-//            before lr: as long as s is finite, nothing between overflows. Elementwise, so deterministic.
+// Numerics:  In T; what depends on the step alone is computed in double precision on the host (1 - beta2, 0.001, would
+//            lose four digits in float32). The root of s is taken before its division, and m divided before lr
+//            multiplies it: as long as s is finite, no intermediate result overflows. Elementwise, hence deterministic.
 // Reference: D. P. Kingma and J. Ba, Adam, 2015, arXiv:1412.6980, algorithm 1.
 // Called by: bnkernels/ops/parameter_update.py
-#include "common.cuh"
+#include "lib/kernel.cuh"
 
 template <typename T>
 struct ParameterUpdate {
@@ -25,10 +25,11 @@ struct ParameterUpdate {
     T* second;  // Adam's second moment
     const T* scalars;
     long long size;
-    T lr, beta1, beta2, rest1, rest2, eps, correction1, root_correction2;  // beta1 is the momentum; resti = 1 - betai
+    T lr, beta1, beta2, one_minus_beta1, one_minus_beta2, eps, correction1,
+        root_correction2;  // beta1 is also the momentum
 };
 
-// What varies from step to step.
+// The values that change from step to step.
 template <typename T>
 struct Step {
     T lr, correction1, root_correction2;
@@ -59,8 +60,8 @@ struct Adam {
     template <typename T>
     static __device__ __forceinline__ T move(const ParameterUpdate<T>& a, const Step<T>& step, long long i) {
         const T g = a.gradients[i];
-        const T first = fma(a.beta1, a.first[i], a.rest1 * g);
-        const T second = fma(a.beta2, a.second[i], a.rest2 * g * g);
+        const T first = fma(a.beta1, a.first[i], a.one_minus_beta1 * g);
+        const T second = fma(a.beta2, a.second[i], a.one_minus_beta2 * g * g);
         a.first[i] = first;
         a.second[i] = second;
         return step.lr * (first / (sqrt(second) / step.root_correction2 + a.eps) / step.correction1);
@@ -75,9 +76,9 @@ __device__ __forceinline__ void parameter_update(const ParameterUpdate<T>& a) {
         a.parameters[i] -= Rule::move(a, step, i);
 }
 
-BNK_KERNEL(bnk_parameter_update_sgd_f32, ParameterUpdate<float>, 256, (parameter_update<Sgd, float>))
-BNK_KERNEL(bnk_parameter_update_sgd_f64, ParameterUpdate<double>, 256, (parameter_update<Sgd, double>))
-BNK_KERNEL(bnk_parameter_update_momentum_f32, ParameterUpdate<float>, 256, (parameter_update<Momentum, float>))
-BNK_KERNEL(bnk_parameter_update_momentum_f64, ParameterUpdate<double>, 256, (parameter_update<Momentum, double>))
-BNK_KERNEL(bnk_parameter_update_adam_f32, ParameterUpdate<float>, 256, (parameter_update<Adam, float>))
-BNK_KERNEL(bnk_parameter_update_adam_f64, ParameterUpdate<double>, 256, (parameter_update<Adam, double>))
+BNK_KERNEL(bnk_parameter_update_sgd_f32, (ParameterUpdate<float>), 256, 0, (parameter_update<Sgd, float>))
+BNK_KERNEL(bnk_parameter_update_sgd_f64, (ParameterUpdate<double>), 256, 0, (parameter_update<Sgd, double>))
+BNK_KERNEL(bnk_parameter_update_momentum_f32, (ParameterUpdate<float>), 256, 0, (parameter_update<Momentum, float>))
+BNK_KERNEL(bnk_parameter_update_momentum_f64, (ParameterUpdate<double>), 256, 0, (parameter_update<Momentum, double>))
+BNK_KERNEL(bnk_parameter_update_adam_f32, (ParameterUpdate<float>), 256, 0, (parameter_update<Adam, float>))
+BNK_KERNEL(bnk_parameter_update_adam_f64, (ParameterUpdate<double>), 256, 0, (parameter_update<Adam, double>))

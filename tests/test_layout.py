@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,9 @@ from bnkernels.runtime import source
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "bnkernels"
 KERNELS = sorted((ROOT / "cuda").glob("*.cu"))
+SOURCES = sorted((ROOT / "cuda").rglob("*.cu*"))
 PYTHON = [path for folder in ("bnkernels", "tests", "benchmarks", "tools") for path in (ROOT / folder).rglob("*.py")]
-VARIANT = r"(?<!_double)_(forward|backward)(_spread|_general)?$|_group$"
+VARIANT = r"(?<!_double)_(forward|backward)(_cooperative|_masked_grouped)?$|_multi_block$"
 OPS = sorted(
     {re.sub(VARIANT, "", path.stem) for path in KERNELS} - {"batch_norm_double_backward", "batch_norm_statistics"}
 )
@@ -96,8 +98,19 @@ def test_the_header_of_a_kernel_is_its_contract(path: Path) -> None:
     assert (ROOT / wrapper).is_file()
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_lines_of_kernels_have_120_columns_and_comments_begin_with_a_term(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert [
+        number for number, line in enumerate(lines, 1) if len(line) > 120
+    ] == []  # clang-format leaves comments alone
+    blocks = [line for before, line in pairwise(["", *lines]) if "//" in line and not before.lstrip().startswith("//")]
+    assert [line for line in blocks if re.search(r"// (Of|What|Who|Whose|So many|How)\b", line)] == []
+
+
 def test_only_kernel_sources_are_in_the_kernel_folder() -> None:
-    assert {path.suffix for path in (ROOT / "cuda").iterdir()} == {".cu", ".cuh"}
+    files = {path.relative_to(ROOT / "cuda") for path in (ROOT / "cuda").rglob("*") if path.is_file()}
+    assert {(path.parts[0] == "lib", path.suffix) for path in files} == {(False, ".cu"), (True, ".cuh")}
 
 
 def test_every_module_is_in_one_room() -> None:

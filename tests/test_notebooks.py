@@ -73,7 +73,7 @@ def test_no_trace_of_a_machine(path: Path) -> None:
         ('File "/opt/lib/y.py"', True),
         (r"C:\Users", True),
         ("https://arxiv.org/abs/1502.03167", False),
-        ("`cuda/common.cuh` and ../tests/emulator", False),
+        ("`cuda/lib/kernel.cuh` and ../tests/emulator", False),
         ("with / without", False),
     ],
 )

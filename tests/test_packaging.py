@@ -110,7 +110,7 @@ def test_a_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         f"{'-'.join(wheel.stem.split('-')[:2])}.dist-info",
     }
     expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "bnkernels").rglob("*.py")}
-    expected |= {f"bnkernels/cuda/{path.name}" for path in (ROOT / "cuda").iterdir()}
+    expected |= {f"bnkernels/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "cuda").rglob("*.cu*")}
     assert {name for name in names if name.startswith("bnkernels/")} == expected
     assert any(name.endswith("LICENSE") for name in names)
 
@@ -120,17 +120,34 @@ def test_numpy_is_the_only_hard_dependency(wheel: Path) -> None:
     (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
     metadata = Parser().parsestr(archive.read(name).decode())
     requirements = metadata.get_all("Requires-Dist")
-    assert [re.match(r"[\w-]+", line)[0] for line in requirements if "extra ==" not in line] == ["numpy"]
     assert set(metadata.get_all("Provides-Extra")) == {
         *("train", "cuda12", "cuda13", "without-gpu", "test", "notebooks", "benchmarks")
     }
     assert metadata["Requires-Python"] == ">=3.10"
+    assert [line for line in requirements if "extra ==" not in line] == ["numpy>=2"]
+
+
+def test_the_badge_names_the_versions_of_the_classifiers() -> None:
+    lines = run([sys.executable, "setup.py", "--classifiers"], cwd=ROOT).splitlines()
+    versions = [line.rpartition(" ")[2] for line in lines if re.search(r"Python :: 3\.\d", line)]
+    assert versions == [f"3.{minor}" for minor in range(10, 15)]
+    assert f"![Python {versions[0]} to {versions[-1]}]" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("url", ["", "https://example.org/bnkernels/"])
+def test_no_link_on_a_package_index_leads_nowhere(url: str) -> None:
+    text = run([sys.executable, "setup.py", "--long-description"], cwd=ROOT, BNKERNELS_URL=url)
+    targets = re.findall(r"\]\(([^)]+)\)", text)
+    assert all(target.startswith("https://") for target in targets)
+    assert ("https://example.org/bnkernels/blob/HEAD/docs/semantics.md" in targets) == bool(url)
+    assert ("https://example.org/bnkernels/raw/HEAD/docs/pictures/partition.svg" in targets) == bool(url)
+    assert "bn.batch_norm_forward(" in text
 
 
 def test_an_sdist_holds_what_its_tests_need(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    for folder in ("cuda", "bnkernels", "tests", "tools"):
+    for folder in ("cuda", "bnkernels", "tests", "tools", "benchmarks", "notebooks", "docs"):
         files = (path for path in (ROOT / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts)
         assert {path.relative_to(ROOT).as_posix() for path in files} <= names
     assert names >= {"LICENSE", "README.md", "Makefile", "setup.py", "pyproject.toml"}

@@ -1,8 +1,8 @@
 """The accuracy contract, measured: how far every result of batch norm is from the exact one, on inputs that tell.
 
 ``python -m benchmarks.accuracy.contract`` prints the errors and writes ``benchmarks/results/accuracy.json``; with
-``benchmarks.report`` they get into ``docs/accuracy.md``. ``tests/benchmarks/test_accuracy.py`` holds our results to the
-contract. Our kernels run on the emulator, so it needs g++.
+``benchmarks.report`` they get into ``docs/generated/accuracy.md``. ``tests/benchmarks/test_accuracy.py`` holds our
+results to the contract. Our kernels run on the emulator, so it needs g++.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def ways() -> dict[str, Callable[[Case], Results]]:
     """Return what is measured, by name."""
     found = {
         "our kernels, emulated": lambda case: ours(backends.make("emulator"), case),
-        "our NumPy twin": lambda case: ours(backends.make("numpy"), case),
+        "our CPU path": lambda case: ours(backends.make("numpy"), case),
     }
     if version_of("torch"):
         found |= {"PyTorch, CPU, (N, C)": pytorch, "PyTorch, CPU, (N, C, L)": partial(pytorch, inner=INNER)}

@@ -1,7 +1,7 @@
 """How far the usual ways of computing a variance, and ours, are from the exact batch norm, on inputs that tell.
 
 ``python -m benchmarks.accuracy.variance`` prints the table and writes ``benchmarks/results/numerics.json``; with
-``benchmarks.report`` it gets into ``docs/numerics.md``. Our kernels run on the emulator, so it needs g++.
+``benchmarks.report`` it gets into ``docs/generated/variance.md``. Our kernels run on the emulator, so it needs g++.
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ def kernel(x: np.ndarray) -> np.ndarray:
     return backend.asnumpy(bn.batch_norm_forward(backend.asarray(x), eps=EPS)[0])
 
 
-def twin(x: np.ndarray) -> np.ndarray:
-    """Return the output of our NumPy twin."""
+def cpu_path(x: np.ndarray) -> np.ndarray:
+    """Return the output of our CPU path."""
     return bn.batch_norm_forward(x, eps=EPS)[0]
 
 
@@ -134,7 +134,7 @@ METHODS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "shift by x[0], mean in two": shifted_pair,
     "exact, mean rounded": rounded_mean,
     "PyTorch, CPU": torch,
-    "our NumPy twin": twin,
+    "our CPU path": cpu_path,
     "our kernel": kernel,
 }
 

@@ -1,7 +1,7 @@
 """What each kernel does at the size of the question, counted on the emulator: launch, bytes, barriers.
 
 ``python -m benchmarks.counts.kernels`` prints it and writes ``benchmarks/results/kernels.json``; with
-``benchmarks.report`` it gets into the README. It needs g++ and no GPU.
+``benchmarks.report`` it gets into ``docs/generated/kernels.md``. It needs g++ and no GPU.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def rows(cases: Iterable[Case] | None = None) -> list[Row]:
         its device in `TARGETS` `waves` and `busy_sms`. For `PREDICTED`, in microseconds, what the launch cannot
         undercut, cold and hot, and by what; and what no kernel can.
     """
-    registers = compiled.baseline(nvrtc.NEWEST)
+    registers = compiled.baseline(nvrtc.NEWEST)["registers"]
     found = []
     for case in CASES if cases is None else cases:
         about = describe(case)

@@ -70,7 +70,7 @@ def line_of(case: Case) -> Line:
 
 def on_chip(case: Case, count: Count) -> float:
     """Return the share of the inputs that a launch can keep: all of its registers', or what its shared memory holds."""
-    if "spread" not in count.kernel:
+    if "cooperative" not in count.kernel:
         return 1.0
     (columns, lanes, _), (_, together, _) = count.launch.block, count.launch.grid
     inner = "inner" in count.kernel

@@ -10,7 +10,7 @@
 // Numerics:  in float; squares are of deviations from the first example of a thread, then from a mean of the channel.
 // Called by: benchmarks/peers/three_launches.py
 
-#include "common.cuh"
+#include "lib/kernel.cuh"
 
 struct Forward {
     const float *x, *gamma, *beta;
@@ -207,9 +207,9 @@ __device__ __forceinline__ void backward_apply(const Backward& a) {
     }
 }
 
-BNK_KERNEL(three_launches_forward_sums, Forward, 256, (forward_sums))
-BNK_KERNEL(three_launches_forward_finalise, Forward, 1024, (forward_finalise))
-BNK_KERNEL(three_launches_forward_apply, Forward, 256, (forward_apply))
-BNK_KERNEL(three_launches_backward_sums, Backward, 256, (backward_sums))
-BNK_KERNEL(three_launches_backward_finalise, Backward, 1024, (backward_finalise))
-BNK_KERNEL(three_launches_backward_apply, Backward, 256, (backward_apply))
+BNK_KERNEL(three_launches_forward_sums, (Forward), 256, 0, (forward_sums))
+BNK_KERNEL(three_launches_forward_finalise, (Forward), 1024, 0, (forward_finalise))
+BNK_KERNEL(three_launches_forward_apply, (Forward), 256, 0, (forward_apply))
+BNK_KERNEL(three_launches_backward_sums, (Backward), 256, 0, (backward_sums))
+BNK_KERNEL(three_launches_backward_finalise, (Backward), 1024, 0, (backward_finalise))
+BNK_KERNEL(three_launches_backward_apply, (Backward), 256, 0, (backward_apply))

@@ -30,11 +30,11 @@ GRADIENTS = ("dx", "dgamma", "dbeta")
 
 def source() -> str:
     """Return the kernels' text with the project's header in place of its ``#include`` line, for CuPy's cache."""
-    header = (folder() / "common.cuh").read_text(encoding="utf-8").replace("#pragma once", "")
+    header = (folder() / "lib/kernel.cuh").read_text(encoding="utf-8").replace("#pragma once", "")
     text = SOURCE.read_text(encoding="utf-8")
-    before, _, after = text.partition('#include "common.cuh"\n')
+    before, _, after = text.partition('#include "lib/kernel.cuh"\n')
     number = before.count("\n") + 2
-    return f'{before}#line 1 "cuda/common.cuh"\n{header}#line {number} "{SOURCE.name}"\n{after}'
+    return f'{before}#line 1 "cuda/lib/kernel.cuh"\n{header}#line {number} "{SOURCE.name}"\n{after}'
 
 
 @cache

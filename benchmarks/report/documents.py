@@ -1,7 +1,8 @@
 """Write the figures of the files in ``benchmarks/results`` into the documents: ``python -m benchmarks.report``.
 
-A table lies between the comments ``<!-- name -->`` and ``<!-- /name -->``. Whatever was there is replaced, so a figure
-that no run produced cannot stay; where there is no run, the table says "not yet measured".
+A page in ``docs/generated`` is written whole. The README has a table of its own, between the comments
+``<!-- speed -->`` and ``<!-- /speed -->``. Whatever was there is replaced, so a figure that no run produced cannot
+stay; where there is no run, the page says "not yet measured".
 """
 
 from __future__ import annotations
@@ -17,12 +18,11 @@ from typing import Any
 
 from benchmarks.counts import static
 from benchmarks.harness.timing import RESULTS, ROOT, results_folder
-from benchmarks.report import accuracy, gpu, ops, overhead, train_step
-from benchmarks.report.text import ABSENT, table
+from benchmarks.report import accuracy, front, gpu, ops, overhead, train_step
+from benchmarks.report.text import ABSENT, PLACES, Page, missing, paragraphs, table
 from benchmarks.steps import overhead_plot
 
-DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("accuracy", "benchmarks", "numerics")))
-PLACES = ("cpu", "cuda")
+README, GENERATED = ROOT / "README.md", ROOT / "docs" / "generated"
 BASELINE = ROOT / "tools" / "compile" / "baseline.json"
 ARCHITECTURES = ("80", "90", "120")  # of which the registers are shown: A100, H100, RTX 50
 
@@ -47,14 +47,12 @@ def kernels(results: Mapping[str, Any] | None, baseline: Mapping[str, Any] | Non
     registers = {} if baseline is None else baseline["registers"]
     rows = []
     for row in results["kernels"]:
-        op, source = row["op"], row["source"]
-        module = re.sub(r"_(forward|backward)$", "", source)
         found = registers.get(row["kernel"], {})
         rows.append(
             [
-                f"`{op}`",
-                f"[kernel](cuda/{source}.cu), [op](bnkernels/{module}.py), [test](tests/test_{module}.py), "
-                f"[bench](benchmarks/bench_{module}.py)",
+                f"`{row['op']}`",
+                files(row["source"]),
+                f"`{row['kernel']}`",
                 f"{extent(row['grid'])} of {extent(row['block'])}",
                 f"{row['read']:,}",
                 f"{row['written']:,}",
@@ -63,8 +61,18 @@ def kernels(results: Mapping[str, Any] | None, baseline: Mapping[str, Any] | Non
             ]
         )
     where = " / ".join(f"sm_{name}" for name in ARCHITECTURES)
-    header = ["op", "files", "blocks of threads", "bytes read", "bytes written", "barriers", f"registers, {where}"]
-    return table(header, rows)
+    figures = "blocks of threads", "bytes read", "bytes written", "barriers", f"registers, {where}"
+    return table(["op", "files", "kernel", *figures], rows)
+
+
+def files(source: str) -> str:
+    """Return links to everything that has the name of a kernel's op."""
+    op = re.sub(r"_(forward|backward)$", "", source)
+    module = f"bnkernels/ops/{op}"
+    module += "" if (ROOT / module).is_dir() else ".py"
+    paths = {"kernel": f"cuda/{source}.cu", "op": module, "test": f"tests/ops/test_{op}.py"}
+    paths["bench"] = f"benchmarks/ops/bench_{op}.py"
+    return ", ".join(f"[{name}](../../{path})" for name, path in paths.items())
 
 
 def extent(sizes: Sequence[int]) -> str:
@@ -72,42 +80,77 @@ def extent(sizes: Sequence[int]) -> str:
     return re.sub(r"( x 1)+$", "", " x ".join(map(str, sizes)))
 
 
-def numerics(results: Mapping[str, Any] | None) -> str:
-    """Return the errors of `benchmarks.accuracy.variance`: a row for every method, a column for every input."""
+def variance(results: Mapping[str, Any] | None) -> str:
+    """Return the errors of the ways to a variance: a row for every method, a column for every input."""
     if results is None:
         return f"Errors of the methods: {ABSENT}."
-    names = list(results["errors"])
-    measured = {method for row in results["errors"].values() for method in row}
+    errors = results["errors"]
     rows = [
-        [
-            method,
-            *(f"{results['errors'][name][method]:.2g}" if method in measured else "not installed" for name in names),
-        ]
+        [method, *(f"{found[method]:.2g}" for found in errors.values())]
         for method in results["methods"]
+        if all(method in found for found in errors.values())
     ]
+    absent = missing(dict.fromkeys(set(results["methods"]) - {row[0] for row in rows}, "not installed"))
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items() if version)
-    return f"{table(['x =', *names], rows)}\n\n{results['rows']} rows; {versions}."
+    return paragraphs(table(["x =", *errors], rows), f"{results['rows']} rows; {versions}.", absent)
 
 
-def sections(results: Path = RESULTS, baseline: Path = BASELINE) -> dict[str, str]:
-    """Return every generated section by name."""
+def pages(results: Path = RESULTS, baseline: Path = BASELINE) -> dict[str, Page]:
+    """Return every generated page by the name of its file."""
     step, cases, cost = (
         {place: latest(results, f"{name}.json", place) for place in PLACES}
         for name in ("train_step", "ops", "overhead")
     )
+    protocol = "How it is measured: [benchmarks](../benchmarks.md)."
+    counted = "Counted on the [emulator](../emulator.md), registers by NVRTC."
     return {
-        "answer": train_step.answer(step),
-        "pictures": overhead.pictures(cost, "benchmarks/results"),
-        "rivals": ops.rivals(cases),
-        "train_step": train_step.figures(step),
-        "overhead": overhead.tables(cost),
-        "ops": ops.summary(cases["cpu"]),
-        "gpu": gpu.page(results, cases["cuda"]),
-        "static": static.table(counts) if (counts := load(results / "static.json")) else f"Counts: {ABSENT}.",
-        "kernels": kernels(load(results / "kernels.json"), load(baseline)),
-        "accuracy": accuracy.tables(load(results / "accuracy.json")),
-        "numerics": numerics(load(results / "numerics.json")),
+        "training_step.md": Page("The training step of 64-20-10", protocol, train_step.figures(step)),
+        "overhead.md": Page(
+            "What a normalisation costs a training step",
+            f"Time of a step relative to the same framework's step without, in the same round. {protocol}",
+            overhead.tables(cost, "../../benchmarks/results"),
+        ),
+        "ops.md": Page(
+            "Ops beside other libraries",
+            f"Training forward and backward. {protocol}",
+            paragraphs(
+                f"## Batch norm, {ops.QUESTION[0].replace('x', ' x ')}",
+                ops.of_the_question(cases),
+                "## All cases",
+                ops.summary(cases["cpu"]),
+            ),
+        ),
+        "gpu.md": Page("On a GPU", protocol, gpu.page(results, cases["cuda"])),
+        "counts.md": Page(
+            "What the kernels do, case by case",
+            f"{counted} Times are lower bounds, predicted and not measured.",
+            static.table(counts) if (counts := load(results / "static.json")) else f"Counts: {ABSENT}.",
+        ),
+        "kernels.md": Page(
+            "The kernels of one training step",
+            "64 examples, 64 inputs, 20 neurons, 10 classes, float32, launched as on an H200; optimisers on all "
+            f"parameters at once. Bytes of global memory are counted once each. {counted}",
+            kernels(load(results / "kernels.json"), load(baseline)),
+        ),
+        "accuracy.md": Page(
+            "Accuracy, measured",
+            "What is promised and how it is measured: [accuracy](../accuracy.md). **Bold**: beyond what is promised.",
+            accuracy.tables(load(results / "accuracy.json")),
+        ),
+        "variance.md": Page(
+            "Ways to a variance, and their errors",
+            "Largest error of `y` in units of 2^-23 (1 + abs(y)); what the rows mean: [accuracy](../accuracy.md).",
+            variance(load(results / "numerics.json")),
+        ),
     }
+
+
+def sections(results: Path = RESULTS) -> dict[str, str]:
+    """Return the generated sections of the README by name."""
+    cases, step = (
+        {place: latest(results, f"{name}.json", place) for place in PLACES} for name in ("ops", "train_step")
+    )
+    return {"speed": front.speed(cases, step)}
 
 
 def render(text: str, contents: Mapping[str, str]) -> str:
@@ -163,6 +206,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("\n".join(map(str, taken)))
         for folder in {path.parent for path in taken if path.name == "overhead.csv"}:
             overhead_plot.plot(folder)
-    contents = sections()
-    for path in DOCUMENTS:
-        path.write_text(render(path.read_text(encoding="utf-8"), contents), encoding="utf-8")
+    README.write_text(render(README.read_text(encoding="utf-8"), sections()), encoding="utf-8")
+    for name, page in pages().items():
+        (GENERATED / name).write_text(str(page), encoding="utf-8")

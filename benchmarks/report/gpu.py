@@ -1,4 +1,4 @@
-"""The page about a GPU: targets, facts and ops, from the files that ``make gpu`` wrote."""
+"""Targets, facts and ops of a GPU, from the files that ``make gpu`` wrote."""
 
 from __future__ import annotations
 
@@ -55,30 +55,34 @@ def page(results: Path, ops: Mapping[str, Any] | None) -> str:
     ops : mapping or None
         The newest ``ops.json`` of a GPU.
     """
-    rows = [] if ops is None else ops["rows"]
-    targets = table(["target, from cold caches", "found", ""], (row_of(target, rows) for target in TARGETS))
     if ops is None:
-        return f"No GPU has run this yet. `make gpu` does.\n\n{targets}"
+        targets = "\n".join(f"* {promise(target)}" for target in TARGETS)
+        return f"All of it is {ABSENT}; `make gpu` measures it. Targets, from cold caches:\n\n{targets}"
+    targets = table(["target, from cold caches", "found", ""], (row_of(target, ops["rows"]) for target in TARGETS))
     parts = [origin(ops), targets, facts(results / results_folder(ops).name / "facts.json")]
     explanation = results / results_folder(ops).name / "notes.md"
     parts += [explanation.read_text(encoding="utf-8").strip()] if explanation.exists() else []
     return "\n\n".join([*parts, report_ops.summary(ops)])
 
 
-def row_of(target: Target, rows: Sequence[Row]) -> list[str]:
-    """Return target, what was found, and whether it is met."""
+def promise(target: Target) -> str:
+    """Return a target in words."""
     name = f"batch norm {target.direction}, {target.shape.replace('x', ' x ')} {target.dtype}"
     unit = {
         "times_empty": "times an empty kernel",
         "percent_of_copy": "% of a copy",
         "faster": "times the best of PyTorch",
     }
-    text = f"{name}: {target.sign} {target.limit:g} {unit[target.measure]}"
+    return f"{name}: {target.sign} {target.limit:g} {unit[target.measure]}"
+
+
+def row_of(target: Target, rows: Sequence[Row]) -> list[str]:
+    """Return target, what was found, and whether it is met."""
     value = found(target, rows)
     if value is None:
-        return [text, ABSENT, ""]
+        return [promise(target), ABSENT, ""]
     met = value <= target.limit if target.sign == "<=" else value >= target.limit
-    return [text, f"{value:.3g}", "met" if met else "**not met**"]
+    return [promise(target), f"{value:.3g}", "met" if met else "**not met**"]
 
 
 def found(target: Target, rows: Sequence[Row]) -> float | None:

@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.harness.measure import OK, Row
 from benchmarks.harness.places import COPY, COPY_MEMCPY, EMPTY
 from benchmarks.harness.records import key_of
-from benchmarks.report.text import ABSENT, origin, spread, table
+from benchmarks.report.text import ABSENT, Documents, by_place, missing, origin, paragraphs, spread, table
 
 OURS = "bnkernels"
 LIMITS = (COPY, COPY_MEMCPY, EMPTY)
@@ -41,7 +41,7 @@ def name_of(row: Row) -> str:
 
 
 def summary(document: Mapping[str, Any] | None) -> str:
-    """Return a line per measured case: ours, the limit, and the best of the rivals."""
+    """Return a line per measured case: ours, the share of a copy, and the fastest of the peers."""
     if document is None:
         return f"Ops: {ABSENT}."
     lines, left = [], 0
@@ -50,7 +50,7 @@ def summary(document: Mapping[str, Any] | None) -> str:
             left += 1
             continue
         lines.append(line_of(rows))
-    header = ["case", "ours, µs", "% of a copy", "best rival", "its µs", "ours / best rival"]
+    header = ["case", "ours, µs", "% of a copy", "fastest peer", "its µs", "ours / fastest peer"]
     text = f"{origin(document)}\n\n{table(header, lines)}"
     if left:
         text += f"\n\n{left} more cases of the list are {ABSENT} here: they are left to a GPU, or the time was up."
@@ -61,8 +61,8 @@ def line_of(rows: Sequence[Row]) -> list[str]:
     """Return the cells of one case."""
     kind = kind_of(rows)
     ours = next((row for row in rows if row["provider"] == OURS), None)
-    rivals = [row for row in rows if row["provider"] not in (OURS, *LIMITS) and median(row, kind)]
-    best = min(rivals, key=lambda row: median(row, kind), default=None)
+    peers = [row for row in rows if row["provider"] not in (OURS, *LIMITS) and median(row, kind)]
+    best = min(peers, key=lambda row: median(row, kind), default=None)
     mine, theirs = median(ours, kind), median(best, kind)
     return [
         name_of(rows[0]),
@@ -79,28 +79,16 @@ def short(status: str) -> str:
     return status.partition(":")[0]
 
 
-def rivals(documents: Mapping[str, Mapping[str, Any] | None]) -> str:
-    """Return who needs how long for the question's own size: a table for every place, ``cpu`` and ``cuda``."""
-    parts = []
-    for place, title in (("cpu", "On a CPU"), ("cuda", "On a GPU")):
-        document = documents.get(place)
-        found = {} if document is None else {row["direction"]: rows for rows in cases(document) if (row := asked(rows))}
-        if found:
-            parts.append(f"{title}, {origin(document)}\n\n{of_the_question(found)}")
-        else:
-            parts.append(f"{title}: {ABSENT}.")
-    return "\n\n".join(parts)
+def of_the_question(documents: Documents) -> str:
+    """Return how long everybody needs for the size of the question, in every place."""
+    return by_place(documents, of_place)
 
 
-def asked(rows: Sequence[Row]) -> Row | None:
-    """Return a row of these if they are about the question's own size."""
-    row = rows[0]
-    wanted = row["op"] == "batch_norm" and (row["shape"], row["dtype"], row["epilogue"]) == QUESTION
-    return row if wanted else None
-
-
-def of_the_question(found: Mapping[str, Sequence[Row]]) -> str:
+def of_place(document: Mapping[str, Any]) -> str:
     """Return a table with a row for every provider that was measured, the fastest forward first."""
+    found = {row["direction"]: rows for rows in cases(document) if (row := asked(rows))}
+    if not found:
+        return f"This size: {ABSENT}."
     kind = kind_of(found["forward"])
     by_name = {direction: {row["provider"]: row for row in rows} for direction, rows in found.items()}
     names = [name for name in by_name["forward"] if any(median(rows.get(name), kind) for rows in by_name.values())]
@@ -117,10 +105,16 @@ def of_the_question(found: Mapping[str, Sequence[Row]]) -> str:
     header = ["µs"]
     for direction in by_name:
         header += [direction, *columns]
-    missing = [
-        f"{row['provider']} ({row['status'].partition(': ')[2]})"
+    reasons = {
+        row["provider"]: row["status"].partition(": ")[2]
         for row in found["forward"]
         if row["status"].startswith("absent")
-    ]
-    text = table(header, rows)
-    return text + (f"\n\nAbsent on that machine: {'; '.join(missing)}." if missing else "")
+    }
+    return paragraphs(table(header, rows), missing(reasons))
+
+
+def asked(rows: Sequence[Row]) -> Row | None:
+    """Return a row of these if they are about the size of the question."""
+    row = rows[0]
+    wanted = row["op"] == "batch_norm" and (row["shape"], row["dtype"], row["epilogue"]) == QUESTION
+    return row if wanted else None

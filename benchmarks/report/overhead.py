@@ -1,4 +1,4 @@
-"""What a normalisation costs a training step: pictures and table, from the files of `benchmarks.steps.overhead`."""
+"""What a normalisation costs a training step: pictures and table, from the files of the overhead benchmark."""
 
 from __future__ import annotations
 
@@ -6,61 +6,47 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.harness.timing import results_folder
-from benchmarks.report.text import ABSENT, origin, table
+from benchmarks.report.text import Documents, by_place, missing, paragraphs, table
 
-OURS, MEASURED = "bnkernels", "ok"
-PLACES = {"cpu": "On a CPU", "cuda": "On a GPU"}
+MEASURED = "ok"
 AXES = {"units": "units of each layer", "batch": "batch size"}
 NORMS = {"batch": "batch norm", "layer": "layer norm"}
 
-Documents = Mapping[str, Mapping[str, Any] | None]  # by place: cpu, cuda
 
+def tables(documents: Documents, folder: str) -> str:
+    """Return picture and ratios of every axis in every place; `folder` leads from the page to the results."""
 
-def pictures(documents: Documents, folder: str) -> str:
-    """Return the pictures of every place; `folder` leads from the page to the results."""
-    parts = []
-    for place, title in PLACES.items():
-        document = documents.get(place)
-        if document is None:
-            parts.append(f"{title}: {ABSENT}.")
-            continue
-        where = f"{folder}/{results_folder(document).name}"
-        links = [
-            f"![time of a training step relative to none, over the {words}]({where}/overhead_{axis}.png)"
+    def of_place(document: Mapping[str, Any]) -> str:
+        rows, where = document["rows"], f"{folder}/{results_folder(document).name}"
+        parts = [
+            f"![time of a training step relative to none, over the {words}]({where}/overhead_{axis}.png)\n\n"
+            f"{of_axis(rows, axis, words)}"
             for axis, words in AXES.items()
         ]
-        parts.append("\n\n".join([f"{title}, {origin(document)}", *links]))
-    return "\n\n".join(parts)
+        return paragraphs(*parts, missing(reasons(rows)))
 
-
-def tables(documents: Documents) -> str:
-    """Return the ratios of every place: a row for every framework and norm, a column for every size."""
-    parts = []
-    for place, title in PLACES.items():
-        document = documents.get(place)
-        if document is None:
-            parts.append(f"{title}: {ABSENT}.")
-            continue
-        parts.append(f"{title}, {origin(document)}")
-        parts += [of_axis(document["rows"], axis, words) for axis, words in AXES.items()]
-    return "\n\n".join(parts)
+    return by_place(documents, of_place)
 
 
 def of_axis(rows: Sequence[Mapping[str, Any]], axis: str, words: str) -> str:
-    """Return the table of one axis; what was not measured says why below it."""
+    """Return a row for every framework and norm that was measured, a column for every size."""
     these = [row for row in rows if row["axis"] == axis]
     values = sorted({row["value"] for row in these})
     cells = {(row["framework"], row["norm"], row["value"]): row for row in these}
-    lines, reasons = [], {}
+    lines = []
     for framework in dict.fromkeys(row["framework"] for row in these):
         for norm, title in NORMS.items():
             found = [cells.get((framework, norm, value)) for value in values]
             if any(row and row["status"] == MEASURED for row in found):
                 lines.append([f"{framework}, {title}", *map(ratio, found)])
-            else:
-                reasons |= {f"{framework}, {title}": row["status"] for row in found if row}
-    text = table([words, *map(str, values)], lines)
-    return text + "".join(f"\n\n{who}: {status}." for who, status in reasons.items())
+    return table([words, *map(str, values)], lines)
+
+
+def reasons(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return why a framework has no figure with a norm, by both of their names."""
+    named = [(f"{row['framework']}, {NORMS[row['norm']]}", row["status"]) for row in rows if row["norm"] in NORMS]
+    measured = {name for name, status in named if status == MEASURED}
+    return {name: status for name, status in named if name not in measured}
 
 
 def ratio(row: Mapping[str, Any] | None) -> str:

@@ -1,11 +1,11 @@
-"""The training step of the question in the documents, from the files of `benchmarks.steps.bench_train_step`."""
+"""The training step of 64-20-10, from the files of the training-step benchmark."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.report.text import ABSENT, origin, spread, table
+from benchmarks.report.text import ABSENT, Documents, by_place, missing, paragraphs, spread, table
 
 NORMS = {"batch": "batch norm", "none": "no norm"}
 OPTIMIZERS = {"sgd": "SGD", "momentum": "momentum", "adam": "Adam"}
@@ -18,18 +18,9 @@ RATIOS = {
 }
 
 
-Documents = Mapping[str, Mapping[str, Any] | None]  # by place: cpu, cuda
-
-
 def figures(documents: Documents) -> str:
-    """Return the figures of `bench_train_step` in every place."""
-    parts = []
-    for place, title in (("cpu", "On a CPU"), ("cuda", "On a GPU")):
-        document = documents.get(place)
-        parts.append(
-            f"{title}: {ABSENT}." if document is None else f"{title}, {origin(document)}\n\n{of_place(document)}"
-        )
-    return "\n\n".join(parts)
+    """Return times, ratios, accuracies and targets in every place."""
+    return by_place(documents, of_place)
 
 
 def of_place(document: Mapping[str, Any]) -> str:
@@ -37,29 +28,26 @@ def of_place(document: Mapping[str, Any]) -> str:
     used = [name for name in OPTIMIZERS if name in document["ratios"]]
     titles = [OPTIMIZERS[name] for name in used]
     times = {(row["maker"], row["norm"], row["optimizer"]): row["us"] for row in document["rows"]}
-    makers = [*dict.fromkeys(row["maker"] for row in document["rows"])]
     rows = [
         [f"{maker}, {title}", *(spread(times[maker, norm, name]) for name in used)]
-        for maker in makers
+        for maker in dict.fromkeys(row["maker"] for row in document["rows"])
         for norm, title in NORMS.items()
     ]
-    rows += [[maker, reason, *[""] * (len(used) - 1)] for maker, reason in document["absent"].items()]
     ratios = [
         [title, *(f"{document['ratios'][name][key]['median']:.2f}" for name in used)]
         for key, title in RATIOS.items()
         if key in document["ratios"][used[0]]
     ]
     protocol = document["protocol"]
-    return "\n\n".join(
-        [
-            f"Microseconds per training step: median (p20 to p80) of {protocol['rounds']} interleaved rounds of "
-            f"{protocol['steps_per_round']} steps.",
-            table(["µs per step", *titles], rows),
-            "Ratios of times, each the median over the rounds:",
-            table(["ratio", *titles], ratios),
-            *([accuracy(document["accuracy"])] if document["accuracy"] else []),
-            *([table(["target", "found", ""], map(target_row, document["targets"]))] if document["targets"] else []),
-        ]
+    return paragraphs(
+        f"Microseconds per training step: median (p20 to p80) of {protocol['rounds']} interleaved rounds of "
+        f"{protocol['steps_per_round']} steps.",
+        table(["µs per step", *titles], rows),
+        missing(document["absent"]),
+        "Ratios of times, each the median over the rounds:",
+        table(["ratio", *titles], ratios),
+        accuracy(document["accuracy"]) if document["accuracy"] else "",
+        table(["target", "found", ""], map(target_row, document["targets"])) if document["targets"] else "",
     )
 
 
@@ -77,24 +65,3 @@ def target_row(target: Mapping[str, Any]) -> list[str]:
     """Return the row of one target."""
     outcome = {True: "met", False: "**not met**", None: ABSENT}[target["met"]]
     return [target["target"], ABSENT if target["found"] is None else f"{target['found']:.4g}", outcome]
-
-
-def answer(documents: Documents) -> str:
-    """Return the measured sentence under the question."""
-    sentences = []
-    for place, title in (("cpu", "On a CPU"), ("cuda", "On a GPU")):
-        document = documents.get(place)
-        if document is None:
-            sentences.append(f"{title}: {ABSENT}.")
-            continue
-        ratios = document["ratios"]["sgd"]
-        if "with / without" not in ratios:
-            sentences.append(f"{title}: {ABSENT}.")
-            continue
-        sentence = (
-            f"{title} a step of ours with batch norm takes {ratios['with / without']['median']:.2f} times one without"
-        )
-        if torch := ratios.get("ours / PyTorch, batch norm"):
-            sentence += f" and {torch['median']:.2f} times PyTorch's with batch norm"
-        sentences.append(f"{sentence} (64-20-10, SGD; [figures](docs/benchmarks.md)).")
-    return " ".join(sentences)

@@ -1,7 +1,7 @@
 """The activations that follow a normalisation: their names, their codes in the kernels, and their NumPy forms.
 
 Each has a forward, ``h = phi(z)``, a backward, ``dz = dh * phi'(z)``, and a second derivative, ``phi''(z)``. They work
-on NumPy and on CuPy arrays; the kernels compute the same from code and alpha (``cuda/activation.cuh``). NaN passes
+on NumPy and on CuPy arrays; the kernels compute the same from code and alpha (``activation.cuh``). NaN passes
 through all of them.
 """
 
@@ -38,7 +38,7 @@ class Activation(NamedTuple):
         return self.code == 0
 
 
-# exp(x^2) (1 + 2x) erfc(x) for x >= 0 as a polynomial of (x - 3.75) / (x + 3.75); see cuda/activation.cuh.
+# exp(x^2) (1 + 2x) erfc(x) for x >= 0 as a polynomial of (x - 3.75) / (x + 3.75); see cuda/lib/numbers/activation.cuh.
 ERFC = (
     1.2375126308378275,
     -0.14024059858554697,

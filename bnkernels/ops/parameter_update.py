@@ -16,7 +16,7 @@ from bnkernels.runtime.arguments import SUFFIX, addresses, arguments_type, pack
 ARGUMENTS = arguments_type(
     "parameters gradients first second scalars",
     "size",
-    "lr beta1 beta2 rest1 rest2 eps correction1 root_correction2",
+    "lr beta1 beta2 one_minus_beta1 one_minus_beta2 eps correction1 root_correction2",
     "",
 )
 THREADS = 256

@@ -13,7 +13,7 @@ OPTIONS = ("--std=c++17", "--fmad=false")
 
 _INCLUDE = re.compile(r'[ \t]*#[ \t]*include[ \t]+"([^"]+)"[ \t]*')
 # A macro that makes a kernel, and the name of that with ## in it; and a line that calls a macro.
-_MACRO = re.compile(r"^#define (\w+)\(([\w, ]+)\)(?:[^\n]*\\\n)+?[^\n]*\w+\((bnk_[\w#]+),", re.MULTILINE)
+_MACRO = re.compile(r"^#define (\w+)\(([\w, ]+)\)(?:[^\n]*\\\n)*?[^\n]*\w+\((bnk_[\w#]+),", re.MULTILINE)
 _CALL = re.compile(r"([A-Z_]+)\((.*)\)$")
 _PRAGMA_ONCE = re.compile(r"[ \t]*#[ \t]*pragma[ \t]+once[ \t]*")
 
@@ -32,11 +32,11 @@ def folder() -> Path:
     """
     for candidate in _CANDIDATES:
         # A folder `cuda` in site-packages may well be NVIDIA's: ours is the one with our header.
-        if (candidate / "common.cuh").is_file():
+        if (candidate / "lib" / "kernel.cuh").is_file():
             return candidate
     places = " and ".join(map(str, _CANDIDATES))
     raise FileNotFoundError(
-        f"the kernel sources of bnkernels (common.cuh and the .cu files) are missing: searched {places}; "
+        f"the kernel sources of bnkernels (lib/kernel.cuh and the .cu files) are missing: searched {places}; "
         "install the package again, from a wheel or a complete checkout"
     )
 
@@ -49,7 +49,8 @@ def stems() -> tuple[str, ...]:
 def read(stem: str, entry_point: str | None = None, constants: Iterable[tuple[str, int]] = ()) -> str:
     """Return ``cuda/<stem>.cu`` with our headers in place of their ``#include`` lines, each once.
 
-    Kernels that have a place for it take the `constants` for members of their argument: see ``cuda/network.cuh``.
+    Kernels that have a place for it take the `constants` for members of their argument: see
+    ``cuda/lib/train/network.cuh``.
 
     Of the kernels that the file makes at its end, one line each, only `entry_point` if that is given: the variants and
     data types that a program does not need would take it seconds to compile.
@@ -105,7 +106,7 @@ def _kernels(text: str) -> dict[int, str]:
 
 
 def _inline(name: str, seen: set[str]) -> str:
-    """Return the text of one file, headers in place; `seen` holds the files that are already in."""
+    """Return the text of one file, named relative to ``cuda/``, with its headers in place unless they are in `seen`."""
     seen.add(name)
     path = folder() / name
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""Our kernels and our twin keep the accuracy contract on every input, and the documents say what was measured."""
+"""Our kernels and our CPU path keep the accuracy contract on every input, and the documents say what was measured."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tools.backends import Backend
 
 # Held by one block, and large for NumPy, which takes it in blocks.
 SHAPES = [(64, 5), (1030, 3), (4100, 5)]
-OURS = ("our kernels, emulated", "our NumPy twin")
+OURS = ("our kernels, emulated", "our CPU path")
 
 
 def make(name: str, shape: tuple[int, int], dtype: str) -> accuracy.Case:

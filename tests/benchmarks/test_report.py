@@ -5,27 +5,35 @@ from __future__ import annotations
 import doctest
 import json
 import re
+import types
 from pathlib import Path
 
 import pytest
 
 from benchmarks.counts import kernels
-from benchmarks.report import documents, gpu, ops, overhead, train_step
+from benchmarks.report import documents, front, gpu, ops, overhead, train_step
 from benchmarks.report.text import ABSENT
+from tests.train.test_captured_step import cupy
 from tools.emulator import EmulatorRuntime
 
-ROOT = Path(__file__).parents[2]
+__all__ = ["cupy"]  # the fixture
 
 
-@pytest.mark.parametrize("path", documents.DOCUMENTS, ids=lambda path: path.name)
-def test_the_documents_are_what_the_report_writes(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
+def test_the_readme_is_what_the_report_writes() -> None:
+    text = documents.README.read_text(encoding="utf-8")
     assert documents.render(text, documents.sections()) == text, "run python -m benchmarks.report"
+    assert re.findall(r"^<!-- (\w+) -->$", text, re.M) == sorted(documents.sections())
 
 
-def test_every_section_has_its_place() -> None:
-    text = "".join(path.read_text(encoding="utf-8") for path in documents.DOCUMENTS)
-    assert sorted(re.findall(r"^<!-- (\w+) -->$", text, re.M)) == sorted(documents.sections())
+def test_the_generated_pages_are_what_the_report_writes() -> None:
+    pages = documents.pages()
+    assert {path.name for path in documents.GENERATED.iterdir()} == set(pages)
+    for name, page in pages.items():
+        assert (documents.GENERATED / name).read_text(encoding="utf-8") == str(page), "run python -m benchmarks.report"
+
+
+def test_a_reader_is_through_the_readme_in_a_few_minutes() -> None:
+    assert len(documents.README.read_text(encoding="utf-8").split()) <= 900
 
 
 @pytest.mark.emulator
@@ -37,9 +45,10 @@ def test_the_counts_of_the_kernels_are_those_of_these_kernels(emulated: Emulator
 
 
 def test_without_results_nothing_is_claimed(tmp_path: Path) -> None:
-    for name, text in documents.sections(tmp_path, tmp_path / "baseline.json").items():
+    bodies = {name: page.body for name, page in documents.pages(tmp_path, tmp_path / "baseline.json").items()}
+    for name, text in (bodies | documents.sections(tmp_path)).items():
         assert ABSENT in text, name
-        figures = re.sub(r"\| batch norm [^|]*", "", text)  # the targets themselves
+        figures = re.sub(r"\* batch norm .*|^## .*", "", text, flags=re.M)  # the targets themselves, and headings
         assert not re.search(r"\d", figures), name
 
 
@@ -72,21 +81,14 @@ def test_the_training_step_shows_the_run_and_says_what_is_missing() -> None:
     text = train_step.figures({"cpu": results(), "cuda": None})
     assert "On a CPU, a CPU, 1 thread; NumPy 2.0; commit 0123abc, 2026-01-02." in text
     assert "| bnkernels, no norm | 100 (90 to 120) |" in text
-    assert "| PyTorch | not installed |" in text
+    assert text.count("PyTorch") == 1
+    assert "Not measured: PyTorch (not installed)." in text
     assert "| ours: batch norm / no norm | 1.23 |" in text
     assert "| batch norm | 0.9712 | 0.9700, 0.9724 | 66, never |" in text
     assert "| a <= 1 | 2 | **not met** |" in text
     assert "| b <= 1 | 0.5 | met |" in text
     assert "| c <= 1 | not yet measured | not yet measured |" in text
     assert text.endswith("On a GPU: not yet measured.")
-
-
-def test_the_answer_claims_nothing_about_an_absent_peer() -> None:
-    run = results()
-    assert "1.23 times one without (64-20-10" in train_step.answer({"cpu": run})
-    assert "On a GPU: not yet measured." in train_step.answer({"cpu": run})
-    run["ratios"]["sgd"]["ours / PyTorch, batch norm"] = {"median": 0.456}
-    assert "and 0.46 times PyTorch's" in train_step.answer({"cpu": run})
 
 
 def op_row(provider: str, status: str = "ok", us: float | None = None, kind: str = "cold", **more: object) -> dict:
@@ -118,7 +120,7 @@ def test_the_best_rival_is_no_limit_and_was_right() -> None:
     )
     text = ops.summary(run)
     assert "| batch norm forward, 64 x 20 float32 | 2 (2 to 2) | 50 | JAX | 4 (4 to 4) | 0.50 |" in text
-    text = ops.rivals({"cuda": run})
+    text = ops.of_the_question({"cuda": run})
     assert [line.split(" | ")[0] for line in text.splitlines() if "(" in line and line.startswith("|")] == [
         "| copy",
         "| **bnkernels**",
@@ -126,8 +128,26 @@ def test_the_best_rival_is_no_limit_and_was_right() -> None:
         "| PyTorch",
     ]
     assert "| PyTorch | 5 (5 to 5) | 4 |" in text
-    assert "Absent on that machine: gone (it is not installed)." in text
+    assert "Not measured: gone (it is not installed)." in text
     assert "On a CPU: not yet measured." in text
+
+
+def test_the_front_page_has_ours_beside_the_fastest_pytorch() -> None:
+    cases = ops_run(
+        op_row("bnkernels", us=2.0),
+        op_row("PyTorch eager", us=5.0),
+        op_row("torch.compile", us=4.0),
+        op_row("copy", us=1.0),
+    )
+    steps = results() | {"place": "cuda"}
+    text = front.speed({"cuda": cases}, {"cuda": steps})
+    assert "| batch norm forward, 64 x 20 | 2 | 4 | 0.50 | 1 |" in text
+    assert "| training step with batch norm | 100 |  |  |  |" in text
+    assert text.startswith("On a CPU: not yet measured.\n\nOn a GPU, NVIDIA Made-Up, 2026-01-02:")
+    assert text.endswith("A step of ours with batch norm takes 1.23 times one without.")
+    steps["ratios"]["sgd"]["PyTorch with / without"] = {"median": 1.1}
+    assert front.speed({"cuda": cases}, {"cuda": steps}).endswith(", one of PyTorch's 1.10 times.")
+    assert front.speed({"cuda": cases}, {"cuda": None}).count(ABSENT) == 2
 
 
 def test_a_case_that_nobody_measured_is_counted_and_not_shown() -> None:
@@ -163,11 +183,11 @@ def overhead_run() -> dict:
 
 
 def test_the_overhead_is_a_row_per_framework_and_norm() -> None:
-    text = overhead.tables({"cpu": overhead_run()})
+    text = overhead.tables({"cpu": overhead_run()}, "results")
     assert "| units of each layer | 32 | 64 |" in text
     assert "| bnkernels, batch norm | 1.50 | 1.25 |" in text
-    assert "bnkernels, layer norm: not supported yet: layer norm." in text
-    assert "](results/a-cpu/overhead_units.png)" in overhead.pictures({"cpu": overhead_run()}, "results")
+    assert text.count("Not measured: bnkernels, layer norm (not supported yet: layer norm).") == 1
+    assert "](results/a-cpu/overhead_units.png)" in text
 
 
 def test_the_newest_run_of_a_place_counts(tmp_path: Path) -> None:
@@ -221,13 +241,22 @@ def test_broken_places_are_refused(text: str) -> None:
         documents.render(text, {"x": "new"})
 
 
+def doctest_of_the_readme(array_module: str) -> doctest.TestResults:
+    """Run the lines of the README with this module for xp."""
+    text = documents.README.read_text(encoding="utf-8").replace("import numpy as xp", f"import {array_module} as xp")
+    lines = doctest.DocTestParser().get_doctest(text, {}, "README.md", "README.md", 0)
+    return doctest.DocTestRunner().run(lines)
+
+
 def test_the_lines_of_the_readme_run() -> None:
-    outcome = doctest.testfile(str(ROOT / "README.md"), module_relative=False)
-    assert outcome.attempted >= 9
+    outcome = doctest_of_the_readme("numpy")
+    assert outcome.attempted >= 13
     assert outcome.failed == 0
 
 
-@pytest.mark.parametrize("path", [*documents.DOCUMENTS, ROOT / "docs" / "emulator.md"], ids=lambda path: path.name)
-def test_links_lead_somewhere(path: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
-        assert target.startswith("https://") or (path.parent / target).exists(), target
+@pytest.mark.emulator
+def test_the_lines_of_the_readme_run_on_cupy(cupy: types.ModuleType) -> None:
+    assert doctest_of_the_readme("cupy").failed == 0
+    launched = " ".join(record.entry_point for record in cupy.driver.launches)
+    assert "bnk_batch_norm_forward_" in launched
+    assert "bnk_batch_norm_backward_" in launched

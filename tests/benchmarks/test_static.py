@@ -184,7 +184,7 @@ def test_planned_launches_are_those_that_run(counting_build: EmulatorRuntime, ca
 
 def test_planning_takes_no_memory_and_no_time() -> None:
     ((_, kernel, launch),) = counting.planned(Case("batch_norm", "backward", (65_536, 4096)))
-    assert kernel == "bnk_batch_norm_backward_spread_f32"
+    assert kernel == "bnk_batch_norm_backward_cooperative_f32"
     assert launch.grid == (2, 128, 1)
 
 

@@ -16,7 +16,7 @@ from tools.emulator import Counts, EmulatorRuntime, LaunchRecord
 
 pytestmark = pytest.mark.emulator
 
-# A thread holds 16 float32 or 8 float64 beyond held4; a block has 512 threads for 1 to 32 channels.
+# A thread holds 16 float32 or 8 float64 beyond registers4; a block has 512 threads for 1 to 32 channels.
 HELD = [
     (shape, dtype) for shape in [(2, 1), (64, 20), (67, 32), (128, 33), (1024, 3)] for dtype in ("float32", "float64")
 ]
@@ -75,7 +75,7 @@ def test_64_by_20_is_one_launch_one_barrier_and_each_byte_once(counted: Emulator
     y, statistics = bn.batch_norm_forward(x, gamma, beta, running_mean, running_var, activation="relu")
     (record,) = counted.launches
     assert (record.launch.grid, record.launch.block) == ((1, 1, 1), (20, 16, 1))
-    counts = only_launch(counted, "batch_norm_forward_held4")
+    counts = only_launch(counted, "batch_norm_forward_registers4")
     assert counts.barriers == 1
     assert_moved(counts, x, reads=1)
     assert_moved(counts, y, writes=1)
@@ -87,7 +87,7 @@ def test_64_by_20_is_one_launch_one_barrier_and_each_byte_once(counted: Emulator
     assert_only(counts, x, y, statistics, running_mean, running_var, gamma, beta)
 
     dx, dgamma, dbeta = bn.batch_norm_backward(dy, x, gamma, beta, statistics, activation="relu")
-    counts = only_launch(counted, "batch_norm_backward_held4")
+    counts = only_launch(counted, "batch_norm_backward_registers4")
     assert counts.barriers == 1
     for array in (x, dy):
         assert_moved(counts, array, reads=1)
@@ -97,7 +97,7 @@ def test_64_by_20_is_one_launch_one_barrier_and_each_byte_once(counted: Emulator
 
 
 @pytest.mark.parametrize(("shape", "dtype"), HELD + STREAMED)
-def test_training_reads_held_rows_once_and_streamed_rows_twice(
+def test_training_reads_held_rows_once_and_two_pass_rows_twice(
     counted: EmulatorRuntime, shape: tuple[int, int], dtype: str
 ) -> None:
     x, dy = (make(counted, *shape, dtype=dtype) for _ in range(2))
@@ -107,7 +107,7 @@ def test_training_reads_held_rows_once_and_streamed_rows_twice(
     _, backward = counted.launches
     streamed = (shape, dtype) in STREAMED
     for record in (forward, backward):
-        assert ("streamed" in record.entry_point) == streamed
+        assert ("two_pass" in record.entry_point) == streamed
         assert record.counts.barriers == barriers(record)
     assert_moved(forward.counts, x, reads=1 + streamed)
     assert_moved(forward.counts, y, writes=1)
@@ -154,7 +154,7 @@ def test_any_channel_axis_reads_and_writes_once(
     grads = bn.batch_norm_backward(dy, x, None, None, statistics, axis=axis, residual=residual, activation="relu")
     _, backward = counted.launches
     for record in (forward, backward):
-        assert "held" in record.entry_point
+        assert "registers" in record.entry_point
         assert record.counts.barriers == barriers(record)
     for array in (x, residual):
         assert_moved(forward.counts, array, reads=1)

@@ -196,7 +196,7 @@ def test_exact_data_that_spread_over_the_device(
         check(backend, case, as_tensor, backend.asarray)
     if backend.name == "emulator":
         names = [record.entry_point for record in backends.emulated_runtime().launches[-4:]]
-        assert ["_spread" in name for name in names] == [True, False, False, True]
+        assert ["_cooperative" in name for name in names] == [True, False, False, True]
 
 
 @pytest.mark.parametrize("offset", [1, 4, 7])

@@ -44,13 +44,14 @@ def kernel_facts() -> dict[str, Facts]:
     facts: dict[str, Facts] = {}
     for which in ("forward", "backward"):
         text = (source.folder() / f"batch_norm_{which}.cu").read_text(encoding="utf-8")
-        training = rf"^BATCH_NORM_{which.upper()}\(\w+, (\w+), (\w+), \w+, \w+, (\d+), (\d+), (\w+), (\w+)\)"
-        for variant, end, threads, values, held, matrix in re.findall(training, text, re.MULTILINE):
+        training = rf"^BATCH_NORM_{which.upper()}\((\w+), (\w+), \w+, \w+, \d, (\d+), (\w+), (\w+)\)"
+        (threads,) = re.findall(rf"BNK_KERNEL\(bnk_batch_norm_{which}_[\w#]+, \([^)]*\), (\d+)", text)
+        for variant, end, values, held, matrix in re.findall(training, text, re.MULTILINE):
             holds = int(values) if held == "true" else None
             facts[f"{which}_{variant}_{end}"] = Facts(int(threads), holds, matrix == "true")
         name = "inference" if which == "forward" else "inference_backward"
         inference = name.upper()
-        (threads,) = re.findall(rf"BNK_KERNEL\(bnk_batch_norm_{name}_##suffix, \w+##suffix, (\d+)", text)
+        (threads,) = re.findall(rf"BNK_KERNEL\(bnk_batch_norm_{name}_##suffix, \([^)]*\), (\d+)", text)
         for end in re.findall(rf"^BATCH_NORM_{inference}\((\w+),", text, re.MULTILINE):
             facts[f"{name}_{end}"] = Facts(int(threads), None, False)
     return facts
@@ -62,8 +63,8 @@ TRAINING = {"forward": (forward_launch, 3, "forward_"), "backward": (backward_la
 
 
 def constant(name: str) -> int:
-    """Return a constant of ``cuda/channel.cuh``."""
-    text = (source.folder() / "channel.cuh").read_text(encoding="utf-8")
+    """Return a constant of ``cuda/lib/reduce/rows.cuh``."""
+    text = (source.folder() / "lib/reduce/rows.cuh").read_text(encoding="utf-8")
     return int(re.search(rf"^constexpr int {name} = (\d+);", text, re.MULTILINE)[1])
 
 
@@ -85,21 +86,21 @@ def assert_within_limits(launch: Launch, threads: int) -> None:
 def test_the_sources_tell_of_every_kernel() -> None:
     """Four data types times three forwards, three backwards and two for inference: no line escaped the search."""
     assert len(FACTS) == 4 * (3 + 3 + 2)
-    assert FACTS["forward_held16_bf16"] == (512, 16, False)
-    assert FACTS["forward_held4_f64"] == (512, 4, True)
-    assert FACTS["backward_streamed_f32"] == (512, None, False)
+    assert FACTS["forward_registers16_bf16"] == (512, 16, False)
+    assert FACTS["forward_registers4_f64"] == (512, 4, True)
+    assert FACTS["backward_two_pass_f32"] == (512, None, False)
 
 
 def test_python_and_the_kernels_agree_when_lanes_merge_in_groups() -> None:
-    assert constant("SERIAL_LANES") == chosen.SERIAL_LANES
-    assert constant("SERIAL_LANES") % constant("GROUP") == 0
+    assert constant("SERIAL_WORKERS") == chosen.SERIAL_LANES
+    assert constant("SERIAL_WORKERS") % constant("MERGE_FAN_IN") == 0
 
 
 def test_64_by_20_is_one_block_with_four_values_a_thread() -> None:
     variant, launch = forward_launch(64, 20, np.dtype("float32"))
-    assert (variant, launch) == ("held4", Launch((1, 1, 1), (20, 16, 1), 3 * 20 * 16 * 4))
+    assert (variant, launch) == ("registers4", Launch((1, 1, 1), (20, 16, 1), 3 * 20 * 16 * 4))
     variant, launch = backward_launch(64, 20, np.dtype("float32"))
-    assert (variant, launch) == ("backward_held4", Launch((1, 1, 1), (20, 16, 1), 2 * 20 * 16 * 4))
+    assert (variant, launch) == ("backward_registers4", Launch((1, 1, 1), (20, 16, 1), 2 * 20 * 16 * 4))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -123,7 +124,7 @@ def test_training_plans_cover_everything_within_limits(which: str, dtype: np.dty
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("which", TRAINING)
-def test_rows_are_streamed_only_where_no_block_could_hold_them(which: str, dtype: np.dtype) -> None:
+def test_rows_are_two_pass_only_where_no_block_could_hold_them(which: str, dtype: np.dtype) -> None:
     plan, _, prefix = TRAINING[which]
     most = max(facts.values or 0 for name, facts in FACTS.items() if name.endswith(f"_{suffix(dtype)}"))
     for outer, channels, inner in SHAPES:

@@ -240,7 +240,7 @@ def test_every_byte_is_moved_once_16_at_a_time(
     forward, backward = on_device(counting_emulator, limits, shape, dtype, axis)
     data = prod(shape) * np.dtype(dtype).itemsize
     for record, reads in ((forward, 1), (backward, 2)):
-        assert "_spread" in record.entry_point
+        assert "_cooperative" in record.entry_point
         large = [traffic for block, traffic in record.counts.arrays.items() if len(block) == data]
         assert [t.bytes_read for t in large if t.reads] == [data] * reads
         assert [t.bytes_written for t in large if t.writes] == [data]
@@ -273,7 +273,7 @@ def test_arrays_that_no_vector_starts_at_take_the_other_kernels(
     emulated.reset()
     out = (on["out"], *vectors, emulated.asarray(arrays["x"]))
     got = bn.batch_norm_backward(on["dy"], on["x"], None, None, statistics, residual=on["residual"], out=out)
-    assert kernels(emulated) == ["bnk_batch_norm_backward_streamed_f32"]
+    assert kernels(emulated) == ["bnk_batch_norm_backward_two_pass_f32"]
     np.testing.assert_allclose(got[0], want[0], rtol=0, atol=1e-5)
 
 
@@ -282,7 +282,7 @@ def test_strided_rows_are_read_where_they_lie(emulated: EmulatorRuntime, rng: np
     wide = rng.standard_normal((1024, 96)).astype("f4")
     x = emulated.like(wide)[:, 16:80]
     y, _ = bn.batch_norm_forward(x)
-    assert kernels(emulated) == ["bnk_batch_norm_forward_spread_f32"]
+    assert kernels(emulated) == ["bnk_batch_norm_forward_cooperative_f32"]
     np.testing.assert_array_equal(y, bn.batch_norm_forward(emulated.asarray(wide[:, 16:80]))[0])
 
 
@@ -298,7 +298,7 @@ def test_blocks_that_are_not_resident_together_are_a_deadlock(
 
     monkeypatch.setattr(emulated, "launch", alone)
     x = emulated.asarray(rng.standard_normal((20000, 8)).astype("f4"))
-    waiting = r"deadlock in block .* wait for a counter \(thread \(0, 0, 0\) at .*meet.cuh"
+    waiting = r"deadlock in block .* wait for a counter \(thread \(0, 0, 0\) at .*grid_barrier.cuh"
     try:
         with emulated.device_limits(TINY), emulated.schedule(resident=2), pytest.raises(EmulatorError, match=waiting):
             bn.batch_norm_forward(x)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from bnkernels.ops.batch_norm import cooperative as spread
 from bnkernels.ops.batch_norm.cooperative import choose_spread
 from bnkernels.runtime.seam import MAX_SHARED_BYTES, SHARED_BYTES, WORKSPACE_BYTES, Limits
-from bnkernels.runtime.workspace import PAIRED, resident
+from bnkernels.runtime.workspace import resident
 from tests.ops.test_batch_norm_spread import DTYPES, KIB, TINY, tensor_of
 
 H200 = Limits(132, 227 * KIB, 228 * KIB, cooperative=True)
@@ -41,7 +41,7 @@ def test_a_choice_covers_all_rows_and_keeps_all_limits(
         return
     (groups, together, _), (columns, lanes, _) = choice.launch.grid, choice.launch.block
     rows = outer * inner // (1 if inner == 1 else count)
-    assert choice.variant == f"{direction}_spread" + ("_inner" if inner > 1 else "")
+    assert choice.variant == f"{direction}_cooperative" + ("_inner" if inner > 1 else "")
     assert columns * lanes <= (192 if direction == "backward" and inner == 1 and count == 8 else 256)
     assert lanes * together <= rows, "every lane has a row"
     assert lanes % 4 == 0 or inner == 1
@@ -50,7 +50,7 @@ def test_a_choice_covers_all_rows_and_keeps_all_limits(
     assert choice.launch.cooperative == (together > 1)
     if together > 1:
         assert limits.cooperative
-        held = resident(limits, columns * lanes, choice.launch.shared_bytes, PAIRED)
+        held = resident(limits, columns * lanes, choice.launch.shared_bytes, spread.MIN_BLOCKS)
         assert groups * together <= held == 2 * limits.sms, "all blocks are resident"
         assert groups <= spread.MOST_GROUPS
     assert 2 * (choice.launch.shared_bytes + limits.reserved_bytes) <= limits.shared_bytes_of_sm

@@ -340,7 +340,7 @@ def test_the_benchmarked_call_starts_anew_every_time(direction: str, monkeypatch
 
 
 def test_the_page_names_the_bytes_that_are_needed() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "fused_training.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "fused_layers.md").read_text(encoding="utf-8")
     for sizes in ((64, 20, 10), (64, 100, 10)):
         model = MLP(sizes)
         rest = np.dtype("float32"), model.parameters.size, model.running.size

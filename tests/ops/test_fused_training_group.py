@@ -23,7 +23,7 @@ from tests.ops.test_fused_training import test_adams_first_step_does_not_overflo
 from tests.regress.refusal import refused
 from tools import backends
 from tools.backends import Backend
-from tools.emulator import LaunchRecord
+from tools.emulator import EmulatorRuntime, LaunchRecord
 from tools.emulator.runtime import LIMITS
 
 H200 = Limits(132, 227 * 1024, 228 * 1024, cooperative=True, clusters=True)
@@ -186,7 +186,7 @@ def counts_of_a_step(norm: str, rng: np.random.Generator) -> tuple[LaunchRecord,
         found.append(
             {
                 "barriers": counts.barriers,
-                "arrivals": counters,
+                "barrier_counter": counters,
                 "x": read,
                 "bytes": counts.total.bytes_read + counts.total.bytes_written,
             }
@@ -215,7 +215,7 @@ def test_a_step_is_so_many_meetings(
     if group == "cluster" or backends.emulated_runtime().build not in ("plain", "coverage"):
         pytest.skip("counted by what is written to the counter")
     record, counts = counts_of_a_step(norm, rng)
-    assert counts["arrivals"] == meetings * record.launch.blocks
+    assert counts["barrier_counter"] == meetings * record.launch.blocks
 
 
 @pytest.mark.emulator
@@ -328,3 +328,19 @@ def test_the_engines_take_over_from_each_other(
     for other in ends[1:]:
         for entry, array in ends[0].items():
             np.testing.assert_allclose(other[entry], array, rtol=1e-7, atol=1e-9, err_msg=entry)
+
+
+@pytest.mark.emulator
+@pytest.mark.parametrize("refusal", [None, "a test wants groups"])
+def test_what_a_kernel_is_compiled_for_is_what_its_argument_says(
+    emulated: EmulatorRuntime, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, refusal: str | None
+) -> None:
+    monkeypatch.setattr(launch, "_why_no_block", lambda *_: refusal)
+    given: list = []
+    monkeypatch.setattr(emulated, "launch", lambda *call: given.append(call))
+    data = make_data(rng, (6, 9, 3), 21, "float32")
+    in_one(backends.make("emulator"), MLP((6, 9, 3), activation="tanh"), "adam", *data, 7)
+    ((_, kernel, how, argument, _),) = given
+    assert ("grid" in kernel) == bool(refusal)
+    assert len(how.constants) >= 4
+    assert all(argument[name] == value for name, value in how.constants)

@@ -22,8 +22,8 @@ DTYPES = ["float16", "bfloat16"]
 SIZES = [(2, 1, 5), (5, 7, 33), (64, 16, 8), (65, 17, 20), (512, 33, 1), (20, 100, 33)]
 
 FRAGMENTS = """
-#include "common.cuh"
-#include "tensor_product.cuh"
+#include "lib/gemm/tensor_product.cuh"
+#include "lib/kernel.cuh"
 
 struct Fragments {
     const unsigned* a;
@@ -42,8 +42,8 @@ __device__ __forceinline__ void multiply(const Fragments& all) {
     bnk_mma(T(0.0f), d, a, b);
     for (int i = 0; i < 4; ++i) all.d[4 * lane + i] = d[i];
 }
-BNK_KERNEL(bnk_fragments_float16, Fragments, 32, (multiply<Float16>))
-BNK_KERNEL(bnk_fragments_bfloat16, Fragments, 32, (multiply<BFloat16>))
+BNK_KERNEL(bnk_fragments_float16, (Fragments), 32, 0, (multiply<Float16>))
+BNK_KERNEL(bnk_fragments_bfloat16, (Fragments), 32, 0, (multiply<BFloat16>))
 """
 
 

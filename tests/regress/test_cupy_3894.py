@@ -25,7 +25,7 @@ def small_grids(emulated: EmulatorRuntime, monkeypatch: pytest.MonkeyPatch) -> l
     def cut(source: str, entry_point: str, planned: Any, arguments: np.ndarray, like: Any) -> None:
         asked.append(planned.grid)
         x, y, _ = planned.grid
-        along_x = source == "parameter_update" or source.endswith("_spread")
+        along_x = source == "parameter_update" or source.endswith("_cooperative")
         grid = (min(x, 2), y, 1) if along_x else (x, min(y, 2), 1)
         launch(source, entry_point, replace(planned, grid=grid), arguments, like)
 

@@ -32,13 +32,12 @@ LAYOUTS = {
     "BatchNormInference": plan.INFERENCE,
     "BatchNormBackward": plan.BACKWARD,
     "BatchNormDoubleBackward": DOUBLE_BACKWARD,
-    "BatchNormForwardSpread": dict.fromkeys(SUFFIX, SPREAD["forward"]),  # of float, whatever the data
-    "BatchNormBackwardSpread": dict.fromkeys(SUFFIX, SPREAD["backward"]),
-    "BatchNormForwardGeneral": general.FORWARD,
-    "BatchNormBackwardGeneral": general.BACKWARD,
+    "BatchNormForwardCooperative": dict.fromkeys(SUFFIX, SPREAD["forward"]),  # of float, whatever the data
+    "BatchNormBackwardCooperative": dict.fromkeys(SUFFIX, SPREAD["backward"]),
+    "BatchNormForwardMaskedGrouped": general.FORWARD,
+    "BatchNormBackwardMaskedGrouped": general.BACKWARD,
     "BatchNormStatistics": STATISTICS,
-    "FusedTraining": FUSED_TRAINING["fused_training"],
-    "FusedTrainingGroup": FUSED_TRAINING["fused_training_group"],
+    "FusedTraining": FUSED_TRAINING,
     "LayerNormForward": LAYER_NORM["forward"],
     "LayerNormBackward": LAYER_NORM["backward"],
     "LinearBatchNormForward": LINEAR_BATCH_NORM["forward"],
@@ -52,8 +51,8 @@ LAYOUTS = {
 def argument_structs() -> dict[str, list[tuple[str, str]]]:
     """Return the structs of cuda/ that hold pointers, which only kernel arguments do: (member, type) in order."""
     structs = {}
-    for stem in source.stems():
-        text = re.sub(r"//.*", "", (source.folder() / f"{stem}.cu").read_text(encoding="utf-8"))
+    for file in [*(f"{stem}.cu" for stem in source.stems()), "lib/train/network.cuh"]:
+        text = re.sub(r"//.*", "", (source.folder() / file).read_text(encoding="utf-8"))
         for name, body in re.findall(r"^struct (\w+) \{\n(.*?)^\};", text, re.MULTILINE | re.DOTALL):
             if not re.search(r"^    (const )?\w+\* ", body, re.MULTILINE):
                 continue

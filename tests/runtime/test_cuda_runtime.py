@@ -111,7 +111,7 @@ def test_what_no_strides_describe_is_copied_beside_itself(
 def test_source_and_options_are_those_declared(cupy: types.ModuleType, rng: np.random.Generator) -> None:
     bn.batch_norm_forward(cupy.asarray(batch(rng)[0]))
     ((_, code, options),) = cupy.driver.compiled
-    assert code == source.read("batch_norm_forward", "bnk_batch_norm_forward_held4_f32")
+    assert code == source.read("batch_norm_forward", "bnk_batch_norm_forward_registers4_f32")
     assert options == source.OPTIONS
 
 
@@ -127,8 +127,8 @@ def test_a_kernel_is_compiled_and_looked_up_once_per_device(cupy: types.ModuleTy
     sources = {
         source.read(f"batch_norm_{direction}", f"bnk_batch_norm_{kernel}_f32")
         for direction, kernel in (
-            ("forward", "forward_held4"),
-            ("backward", "backward_held4"),
+            ("forward", "forward_registers4"),
+            ("backward", "backward_registers4"),
             ("forward", "inference"),
         )
     }

@@ -82,7 +82,7 @@ def test_a_launch_of_blocks_that_do_not_wait_takes_no_workspace(
 ) -> None:
     cupy.zeros = None
     bn.batch_norm_forward(cupy.asarray(batch(rng, 1024, 64)[0]))
-    assert [record.entry_point for record in cupy.driver.launches] == ["bnk_batch_norm_forward_spread_f32"]
+    assert [record.entry_point for record in cupy.driver.launches] == ["bnk_batch_norm_forward_cooperative_f32"]
 
 
 def test_a_workspace_is_not_made_while_a_graph_is_captured(cupy: types.ModuleType, rng: np.random.Generator) -> None:

@@ -11,22 +11,24 @@ from collections.abc import Iterator
 from functools import cache
 from itertools import pairwise, product
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 
 from benchmarks.counts.devices import DEVICES, SM_75, Device
 from benchmarks.counts.limits import occupancy
+from bnkernels.ops.batch_norm import cooperative as spread
 from bnkernels.ops.batch_norm.cooperative import Tensor, choose_spread
 from bnkernels.ops.fused_training import launch as fused
 from bnkernels.ops.fused_training.op import Layer, Network
 from bnkernels.ops.layer_norm import launch as layer_norm
 from bnkernels.ops.linear_batch_norm import launch as linear
+from bnkernels.runtime import seam as rt
 from bnkernels.runtime import workspace as cooperative
-from bnkernels.runtime.arguments import suffix
 from bnkernels.runtime.seam import Launch, Limits
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 TYPES = [np.dtype(name) for name in ("float32", "float64", "float16")]
 try:
     from ml_dtypes import bfloat16
@@ -65,16 +67,16 @@ def batch_norm_plans(limits: Limits) -> Iterator[Plan]:
         tensor = Tensor(*shape, dtype, (strides,) * (1 if direction == "forward" else 2))
         choice = choose_spread(direction, tensor, limits) if tensor.may_spread else None
         if choice is not None:
-            yield f"bnk_batch_norm_{choice.variant}_{suffix(dtype)}", choice.launch
+            yield f"bnk_batch_norm_{choice.variant}_{rt.suffix(dtype)}", choice.launch
 
 
 def layer_norm_plans(limits: Limits) -> Iterator[Plan]:
     """Yield one for each data type and shape."""
     columns = (1, 8, 20, 64, 256, 768, 1000, 1024, 2047, 2048, 4096, 5120, 8192, 20_000, 300_000)
     for dtype, rows, c in product(TYPES, (1, 64, 700, 5000, 100_000), columns):
-        matrix, end = layer_norm.Rows(rows, c, dtype), suffix(dtype)
-        yield f"bnk_layer_norm_forward_{end}", layer_norm.choose_forward(matrix, limits).launch
-        yield f"bnk_layer_norm_backward_{end}", layer_norm.choose_backward(matrix, limits).launch
+        matrix, suffix = layer_norm.Rows(rows, c, dtype), rt.suffix(dtype)
+        yield f"bnk_layer_norm_forward_{suffix}", layer_norm.choose_forward(matrix, limits).launch
+        yield f"bnk_layer_norm_backward_{suffix}", layer_norm.choose_backward(matrix, limits).launch
 
 
 def linear_plans(limits: Limits) -> Iterator[Plan]:
@@ -83,7 +85,7 @@ def linear_plans(limits: Limits) -> Iterator[Plan]:
     for size, norm, direction, dx in product(sizes, NORMS, DIRECTIONS, (True, False)):
         chosen = linear.choose(direction, linear.Sizes(*size), limits, dx, norm)
         if chosen is not None:
-            yield f"bnk_linear_{norm or 'batch'}_norm_{direction}_{suffix(size[3])}", chosen[0]
+            yield f"bnk_linear_{norm or 'batch'}_norm_{direction}_{rt.suffix(size[3])}", chosen[0]
 
 
 def networks() -> Iterator[fused.Sizes]:
@@ -103,7 +105,7 @@ def fused_training_plans(limits: Limits) -> Iterator[Plan]:
     for given, clusters in product(networks(), {False, limits.clusters}):
         choice = fused.choose(given, limits._replace(clusters=clusters))
         if choice is not None:
-            yield f"bnk_{choice.kernel}_{suffix(given.dtype)}", choice.launch
+            yield f"bnk_{choice.kernel}_{rt.suffix(given.dtype)}", choice.launch
 
 
 OPS = {
@@ -137,34 +139,26 @@ def test_blocks_that_wait_are_resident_and_others_fit(device: Device, op: str) -
 # ---- what a planner believes ----------------------------------------------------------------------------------------
 
 
-PROMISED = {"ROOMY": cooperative.ROOMY, "PAIRED": cooperative.PAIRED, "CLUSTER": cooperative.ROOMY}  # by macro
-NAMES = {"suffix": "(?:f16|bf16|f32|f64)", "variant": "(?:spread|spread_inner)"}  # parameters of macros
+NAMES = {"suffix": "(?:f16|bf16|f32|f64)", "variant": "(?:cooperative|cooperative_inner)"}  # parameters of macros
 
 
 @cache
 def promise_of(kernel: str) -> int:
-    """Return how many blocks on a multiprocessor the macro that makes a kernel promises."""
+    """Return how many blocks on a multiprocessor the launch bounds of a kernel promise."""
     text = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "cuda").glob("*.cu"))
-    made = re.findall(r"BNK_KERNEL_(\w+)\((bnk_[\w#]+),", text)
-    patterns = [(macro, "".join(NAMES.get(part, part) for part in name.split("##"))) for macro, name in made]
-    (macro,) = (macro for macro, pattern in patterns if re.fullmatch(pattern, kernel))
-    return PROMISED[macro]
+    made = re.findall(r"BNK_KERNEL\w*\((bnk_[\w#]+), \([^)]*\), \w+, (\d),", re.sub(r"\s*\\\n\s*", " ", text))
+    patterns = [("".join(NAMES.get(part, part) for part in name.split("##")), int(blocks)) for name, blocks in made]
+    (blocks,) = (blocks for pattern, blocks in patterns if re.fullmatch(pattern, kernel))
+    return blocks
 
 
 @pytest.mark.parametrize(
-    ("header", "definition"),
-    [
-        ("cuda/common.cuh", r"(?s)#define BNK_KERNEL_(\w+)\(.*?__launch_bounds__\(threads, (\d)\)"),
-        (
-            "tools/emulator/cuda_on_cpu.h",
-            r"#define BNK_KERNEL_(\w+)\(.*\) BNK_ENTRY\(name, Arguments, threads, (\d),",
-        ),
-    ],
+    ("op", "planner"),
+    [("batch_norm", spread), ("layer_norm", layer_norm), ("linear_batch_norm", linear), ("fused_training", linear)],
 )
-def test_launch_bounds_promise_what_planners_count_on(header: str, definition: str) -> None:
-    text = (ROOT / header).read_text(encoding="utf-8")
-    found = {macro: int(blocks) for macro, blocks in re.findall(definition, text)}
-    assert found == PROMISED
+def test_launch_bounds_promise_what_planners_count_on(op: str, planner: ModuleType) -> None:
+    kernels = {kernel for device in DEVICES for kernel, launch in plans_of(op, device) if launch.cooperative}
+    assert {promise_of(kernel) for kernel in kernels} == {planner.MIN_BLOCKS}
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -198,7 +192,7 @@ def test_a_device_without_cooperative_launches_has_clusters_or_none_wait() -> No
             assert not any(launch.cooperative for _, launch in plans(limits))
 
 
-@pytest.mark.parametrize("blocks", [cooperative.ROOMY, cooperative.PAIRED])
+@pytest.mark.parametrize("blocks", [1, 2])
 def test_the_most_shared_memory_of_a_block_leaves_room_for_the_others(blocks: int) -> None:
     for limits in map(limits_of, DEVICES):
         most = cooperative.most_shared(limits, blocks)
@@ -209,6 +203,6 @@ def test_the_most_shared_memory_of_a_block_leaves_room_for_the_others(blocks: in
 def test_blocks_too_large_for_the_device_are_not_resident() -> None:
     limits = limits_of(DEVICES[0])
     assert DEVICES[0].architecture is SM_75
-    assert cooperative.resident(limits, 1024, 0, cooperative.PAIRED) == limits.sms
-    assert cooperative.resident(limits, 256, limits.shared_bytes + 1, cooperative.PAIRED) == 0
-    assert cooperative.resident(limits._replace(blocks_of_sm=1), 32, 0, cooperative.PAIRED) == limits.sms
+    assert cooperative.resident(limits, 1024, 0, 2) == limits.sms
+    assert cooperative.resident(limits, 256, limits.shared_bytes + 1, 2) == 0
+    assert cooperative.resident(limits._replace(blocks_of_sm=1), 32, 0, 2) == limits.sms

@@ -17,7 +17,8 @@ from tools.compile import nvrtc
 @pytest.fixture
 def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Put a folder of our own in place of ``cuda/``."""
-    (tmp_path / "common.cuh").write_text("#pragma once\nshared\n")
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "kernel.cuh").write_text("#pragma once\nshared\n")
     monkeypatch.setattr(source, "_CANDIDATES", (tmp_path / "absent", tmp_path))
     source.folder.cache_clear()
     yield tmp_path
@@ -39,15 +40,15 @@ def lines_by_place(text: str) -> dict[tuple[str, int], str]:
 @pytest.mark.parametrize("stem", source.stems())
 def test_every_line_keeps_its_file_and_number(stem: str) -> None:
     places = lines_by_place(source.read(stem))
-    for path in source.folder().iterdir():
-        name = f"cuda/{path.name}"
+    for path in source.folder().rglob("*.cu*"):
+        name = f"cuda/{path.relative_to(source.folder()).as_posix()}"
         if (name, 1) not in places:
             continue
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
             if not line.startswith(("#include", "#pragma once")):
                 assert places[name, number] == line
     assert (f"cuda/{stem}.cu", 1) in places
-    assert ("cuda/common.cuh", 1) in places
+    assert ("cuda/lib/kernel.cuh", 1) in places
 
 
 @pytest.mark.parametrize("stem", source.stems())
@@ -58,15 +59,15 @@ def test_the_text_is_self_contained_and_the_same_wherever_it_is_installed(stem: 
 
 
 def test_each_header_comes_once_where_it_is_first_included(sources: Path) -> None:
-    (sources / "pair.cuh").write_text('#include "common.cuh"\npair\n')
-    (sources / "op.cu").write_text('// op\n#include "pair.cuh"\n#include "common.cuh"\nbody\n')
+    (sources / "lib" / "pair.cuh").write_text('#include "lib/kernel.cuh"\npair\n')
+    (sources / "op.cu").write_text('// op\n#include "lib/pair.cuh"\n#include "lib/kernel.cuh"\nbody\n')
     text = source.read("op")
     assert [line for line in text.splitlines() if line and not line.startswith("#line")] == [
         *("// op", "shared", "pair", "body"),
     ]
     places = lines_by_place(text)
-    assert places["cuda/common.cuh", 2] == "shared"
-    assert places["cuda/pair.cuh", 2] == "pair"
+    assert places["cuda/lib/kernel.cuh", 2] == "shared"
+    assert places["cuda/lib/pair.cuh", 2] == "pair"
     assert places["cuda/op.cu", 4] == "body"
 
 
@@ -94,7 +95,7 @@ def test_nvidias_cuda_folder_is_not_taken_for_ours(sources: Path) -> None:
 
 
 def test_the_message_names_all_places_searched(sources: Path) -> None:
-    (sources / "common.cuh").unlink()
+    (sources / "lib/kernel.cuh").unlink()
     with pytest.raises(FileNotFoundError, match="install the package again") as error:
         source.folder()
     assert f"searched {sources / 'absent'} and {sources};" in str(error.value)
@@ -106,7 +107,7 @@ ENTRY_POINTS = [(stem, name) for stem in source.stems() for name in source.entry
 def test_every_kernel_of_the_baseline_is_made_by_one_line() -> None:
     names = sorted(name for _, name in ENTRY_POINTS)
     for version in nvrtc.VERSIONS:
-        assert names == sorted(compiled.baseline(version)), version
+        assert names == sorted(compiled.baseline(version)["registers"]), version
 
 
 @pytest.mark.parametrize(("stem", "entry_point"), ENTRY_POINTS)
@@ -126,13 +127,14 @@ def test_a_kernel_that_is_not_made_lists_those_that_are() -> None:
 
 
 def test_constants_stand_in_front_and_move_no_line() -> None:
-    plain, given = (source.read("fused_training", None, constants) for constants in ((), (("batch", 64), ("team", 8))))
-    assert given == f"#define BNK_CONSTANTS(a) ((a).batch = 64, (a).team = 8)\n{plain}"
+    constants = ("batch", 64), ("subwarp_size", 8)
+    plain, given = (source.read("fused_training", None, some) for some in ((), constants))
+    assert given == f"#define BNK_CONSTANTS(a) ((a).batch = 64, (a).subwarp_size = 8)\n{plain}"
     assert plain.startswith('#line 1 "')
     one = source.read("fused_training", "bnk_fused_training_f32", (("batch", 64),))
     assert one.startswith("#define BNK_CONSTANTS(a) ((a).batch = 64)\n")
 
 
 def test_a_kernel_compiles_alone(nvrtc: ModuleType) -> None:
-    name = "bnk_batch_norm_backward_held4_f32"
+    name = "bnk_batch_norm_backward_registers4_f32"
     assert list(nvrtc.resources(source.read("batch_norm_backward", name), 90)) == [name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import locale
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from bnkernels.ops.mini_batch import ARGUMENTS as MINI_BATCH
 from bnkernels.ops.softmax_cross_entropy import ARGUMENTS as SOFTMAX_CROSS_ENTROPY
 from bnkernels.runtime import source
 from tools.compile import __main__ as command
-from tools.compile import nvrtc, ptx
+from tools.compile import nvrtc, ptx, sass
 
 ARCHITECTURE = 90
 LAYOUTS = {
@@ -32,14 +33,14 @@ LAYOUTS = {
     "bnk_batch_norm_inference_backward": BACKWARD,
     "bnk_batch_norm_backward": BACKWARD,
     "bnk_batch_norm_double_backward": DOUBLE_BACKWARD,
-    **{f"bnk_batch_norm_{direction}_spread": {np.dtype("f4"): argument} for direction, argument in SPREAD.items()},
-    "bnk_batch_norm_forward_general": general.FORWARD,
-    "bnk_batch_norm_backward_general": general.BACKWARD,
+    **{f"bnk_batch_norm_{direction}_cooperative": {np.dtype("f4"): argument} for direction, argument in SPREAD.items()},
+    "bnk_batch_norm_forward_masked_grouped": general.FORWARD,
+    "bnk_batch_norm_backward_masked_grouped": general.BACKWARD,
     "bnk_batch_norm_statistics": STATISTICS,
-    "bnk_fused_training": FUSED_TRAINING["fused_training"],
-    "bnk_fused_training_layer_norm": FUSED_TRAINING["fused_training"],
-    "bnk_fused_training_grid": FUSED_TRAINING["fused_training_group"],
-    "bnk_fused_training_grid_layer_norm": FUSED_TRAINING["fused_training_group"],
+    "bnk_fused_training": FUSED_TRAINING,
+    "bnk_fused_training_layer_norm": FUSED_TRAINING,
+    "bnk_fused_training_grid": FUSED_TRAINING,
+    "bnk_fused_training_grid_layer_norm": FUSED_TRAINING,
     **{f"bnk_layer_norm_{direction}": layout for direction, layout in LAYER_NORM.items()},
     **{f"bnk_linear_{norm}_norm_{way}": of for norm in ("batch", "layer") for way, of in LINEAR_BATCH_NORM.items()},
     "bnk_mini_batch": MINI_BATCH,
@@ -61,8 +62,12 @@ def test_the_baseline_holds_the_compilers_that_are_installed_and_all_their_archi
         assert command.baseline_file(version) == file
         assert f"=={version}" in pinned
     for version in nvrtc.VERSIONS:
-        compiled = {int(architecture) for row in command.baseline(version).values() for architecture in row}
+        baseline = command.baseline(version)
+        compiled = {int(architecture) for row in baseline["registers"].values() for architecture in row}
         assert compiled == set(nvrtc.architectures(version))
+    registers, instructions = (command.baseline(nvrtc.NEWEST)[figure] for figure in command.FIGURES)
+    for kernel, row in registers.items():
+        assert list(instructions[kernel]) == [str(one) for one in sass.ARCHITECTURES if str(one) in row]
 
 
 @pytest.mark.parametrize("stem", source.stems())
@@ -84,7 +89,7 @@ def test_ptx_takes_what_python_packs_and_rounds_as_the_source_says(
 
 def test_data_move_16_bytes_at_a_time_where_they_lie_in_vectors() -> None:
     """In the spread kernels all data; what is left in single words are vectors of channels and partial results."""
-    for stem, loads, stores in (("batch_norm_forward_spread", 2, 1), ("batch_norm_backward_spread", 3, 2)):
+    for stem, loads, stores in (("batch_norm_forward_cooperative", 2, 1), ("batch_norm_backward_cooperative", 3, 2)):
         entries = nvrtc.ptx(source.read(stem), nvrtc.OLDEST_ARCHITECTURE).split(".visible .entry")[1:]
         assert len(entries) == 6
         for entry in entries:
@@ -128,9 +133,9 @@ def test_a_syntax_error_is_reported_at_its_file_and_line() -> None:
 
 def test_an_error_in_a_header_is_reported_in_the_header() -> None:
     text = source.read(source.stems()[0]).replace("struct Pair {", "struct Pair { int syntax error;")
-    header = (source.folder() / "common.cuh").read_text(encoding="utf-8").splitlines()
+    header = (source.folder() / "lib/numbers/pair.cuh").read_text(encoding="utf-8").splitlines()
     number = header.index("struct Pair {") + 1
-    with pytest.raises(nvrtc.CompileError, match=rf"cuda/common\.cuh\({number}\): error"):
+    with pytest.raises(nvrtc.CompileError, match=rf"cuda/lib/numbers/pair\.cuh\({number}\): error"):
         nvrtc.resources(text, ARCHITECTURE)
 
 
@@ -163,19 +168,29 @@ def test_static_shared_memory_is_seen() -> None:
 
 
 def test_every_difference_from_the_baseline_is_told() -> None:
-    baseline = {"kept": {"75": 30, "90": 32}, "gone": {"90": 20}}
+    baseline = {
+        "registers": {"kept": {"75": 30, "90": 32}, "gone": {"90": 20}},
+        "instructions": {"kept": {"90": 100}, "gone": {"90": 9}},
+    }
     assert command.differences(baseline, baseline) == []
-    assert command.differences({"kept": {"75": 30, "90": 40, "100": 8}, "new": {"90": 20}}, baseline) == [
+    found = {
+        "registers": {"kept": {"75": 30, "90": 40, "100": 8}, "new": {"90": 20}},
+        "instructions": {"kept": {"90": 101}, "new": {"90": 9}},
+    }
+    assert command.differences(found, baseline) == [
         "new: not in the baseline",
         "gone: in the baseline, but gone",
         "kept: registers sm_90 32 -> 40, sm_100 no -> 8",
+        "kept: instructions sm_90 100 -> 101",
     ]
 
 
 def test_a_kernel_of_newer_architectures_is_not_missed_on_an_older_one() -> None:
-    baseline = {"kept": {"75": 30, "90": 32}, "of_clusters": {"90": 40}}
-    assert command.differences({"kept": {"75": 30}}, baseline) == []
-    assert command.differences({"kept": {"90": 32}}, baseline) == ["of_clusters: in the baseline, but gone"]
+    baseline = {"registers": {"kept": {"75": 30, "90": 32}, "of_clusters": {"90": 40}}, "instructions": {}}
+    assert command.differences({"registers": {"kept": {"75": 30}}, "instructions": {}}, baseline) == []
+    assert command.differences({"registers": {"kept": {"90": 32}}, "instructions": {}}, baseline) == [
+        "of_clusters: in the baseline, but gone"
+    ]
 
 
 @pytest.fixture
@@ -183,9 +198,7 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Let compilers find in one kernel, which they need not compile, these registers; and the baseline be a copy."""
     registers = dict.fromkeys(nvrtc.VERSIONS, 30)
 
-    def measure(version: str, architectures: list[int]) -> command.Table:
-        if not architectures:
-            return {}
+    def measure(version: str, architectures: list[int], stems: Sequence[str]) -> command.Table:
         return {"k": {str(one): nvrtc.Resources(registers[version], 0, 0, 0, 0) for one in architectures}}
 
     monkeypatch.setattr(command, "measure", measure)
@@ -207,6 +220,22 @@ def test_the_command_fails_on_a_difference_of_either_compiler(
     assert f"1 kernels for 1 architectures with NVRTC {version}: 0 failures, 1 differences" in printed.out
     assert command.main(["--update"]) == 0
     assert command.main([]) == 0
+
+
+def test_one_file_is_compared_and_updated_on_its_own(
+    measured: dict[str, int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept, gone = source.entry_points("mini_batch")[0], "bnk_which_no_file_makes_any_more"
+    rows = {kernel: {"90": 1} for kernel in (kept, gone)}
+    command.update_baseline(nvrtc.NEWEST, {"registers": rows, "instructions": rows})
+    one = ["--nvrtc", nvrtc.NEWEST, "--kernel", "mini_batch"]
+    assert command.main(["--update", *one]) == 0
+    assert command.main(one) == 0
+    known = command.baseline(nvrtc.NEWEST)
+    assert [sorted(known[figure]) for figure in command.FIGURES] == [[kept, "k"], [kept]]
+    measured[nvrtc.NEWEST] += 1
+    assert command.main(one) == 1
+    assert "k: registers sm_75 30 -> 31" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("measured")
@@ -232,7 +261,7 @@ def test_the_command_refuses(arguments: list[str], message: str, capsys: pytest.
 def test_spills_and_errors_of_a_compiler_fail_the_command(
     measured: dict[str, int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def measure(version: str, architectures: list[int]) -> command.Table:
+    def measure(version: str, architectures: list[int], stems: Sequence[str]) -> command.Table:
         if version == nvrtc.NEWEST:
             return {"k": {"90": nvrtc.Resources(30, 0, 4, 0, 0)}}
         raise nvrtc.CompileError("cuda/x.cu(1): error")

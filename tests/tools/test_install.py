@@ -7,6 +7,7 @@ import ctypes
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from tools import backends
 from tools.compile import nvrtc
 
 ROOT = Path(__file__).parents[2]
@@ -187,9 +189,52 @@ def test_make_installs_once_until_the_packaging_changes(tree: Path) -> None:
     assert (tree / "log").read_text() == "tools/install.py train\n" * 2
 
 
+@pytest.mark.parametrize("target", ["gpu", "gpu-test", "gpu-sanitize", "gpu-bench"])
+@pytest.mark.parametrize(
+    ("venv", "arguments", "python"),
+    [
+        ("exit 0", [], ".venv/bin/python"),
+        ("exit 1", [], "python3"),  # without CuPy
+        (None, [], "python3"),
+        ("exit 0", ["PYTHON=mine"], "mine"),
+    ],
+)
+def test_make_gpu_finds_the_python_that_has_cupy(
+    tree: Path, target: str, venv: str | None, arguments: list[str], python: str
+) -> None:
+    if venv is not None:
+        fake_python(tree / ".venv" / "bin" / "python", f'[ "$2" = "import cupy" ] && {venv}')
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHON"}
+    command = ["make", "-n", "--no-print-directory", "-C", tree, target, *arguments]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.startswith(f"{python} -m benchmarks.gpu --out build/gpu")
+    assert run.stderr == ""
+
+
 def test_make_repeats_an_installation_that_failed(tree: Path) -> None:
     python = fake_python(tree / "bin" / "python3", f"echo $@ >> {tree}/log; exit 1")
     assert make(tree, python) != 0
     assert make(tree, python) != 0
     assert (tree / "log").read_text() == "tools/install.py train\n" * 2
     assert not (tree / ".venv" / "installed-train").exists()
+
+
+# ---- without g++ ----------------------------------------------------------------------------------------------------
+
+NO_COMPILER = r"the emulator compiles the kernels with g\+\+, and there is none on the PATH: install it \(.*\)\n"
+
+
+@pytest.mark.parametrize("module", ["tools.emulator mutants", "tools.emulator coverage", "benchmarks.counts.traffic"])
+def test_a_command_that_needs_a_compiler_says_so_in_one_line(module: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"} | {"PATH": ""}
+    run = subprocess.run(
+        [sys.executable, "-m", *module.split()], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert run.returncode in (1, 2)
+    assert re.fullmatch(NO_COMPILER, run.stderr)
+
+
+def test_a_test_that_needs_a_compiler_is_skipped_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(pytest.skip.Exception, match="none on the PATH: install it"):
+        backends.emulated_runtime.__wrapped__()

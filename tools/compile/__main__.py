@@ -1,4 +1,4 @@
-"""Compile every kernel with every compiler, print the registers, and compare them with the committed baseline."""
+"""Compile every kernel with every compiler, print the registers, and compare with the committed baseline."""
 
 from __future__ import annotations
 
@@ -6,32 +6,50 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 
 from bnkernels.runtime import source
-from tools.compile import nvrtc
+from tools.compile import nvrtc, sass
 
 FOLDER = Path(__file__).parent
 
+FIGURES = ("registers", "instructions")  # of a baseline
+FORBIDDEN = {
+    "spill_stores": "bytes of spill stores",
+    "spill_loads": "bytes of spill loads",
+    "stack": "bytes of stack",
+    "static_shared": "bytes of static shared memory",
+}
+
 Table = dict[str, dict[str, nvrtc.Resources]]  # kernel -> architecture -> resources
-Registers = dict[str, dict[str, int]]  # kernel -> architecture -> registers of a thread
+Baseline = dict[str, dict[str, dict[str, int]]]  # figure -> kernel -> architecture -> number
 
 
-def measure(version: str, architectures: list[int]) -> Table:
-    """Compile everything in ``cuda/``, on all processors: processes, since threads wait for one another in NVRTC."""
+def measure(version: str, architectures: Sequence[int], stems: Sequence[str]) -> Table:
+    """Compile files of ``cuda/`` on all processors: processes, since threads wait for one another in NVRTC.
+
+    For some architectures the newest compiler's machine code is disassembled as well.
+    """
     table: Table = {}
-    jobs = [(source.read(stem), architecture, version) for stem in source.stems() for architecture in architectures]
+    newest = version == nvrtc.NEWEST
+    jobs = [
+        (source.read(stem), architecture, version, newest and architecture in sass.ARCHITECTURES)
+        for stem in stems
+        for architecture in architectures
+    ]
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
-        for (_, architecture, _), found in zip(jobs, pool.map(nvrtc.resources, *zip(*jobs, strict=True)), strict=True):
+        for job, found in zip(jobs, pool.map(nvrtc.resources, *zip(*jobs, strict=True)), strict=True):
             for kernel, resources in found.items():
-                table.setdefault(kernel, {})[str(architecture)] = resources
+                table.setdefault(kernel, {})[str(job[1])] = resources
     return dict(sorted(table.items()))
 
 
 def render(table: Table) -> str:
-    """Return the registers of every kernel (rows) on every architecture (columns), and what else is used."""
+    """Return the registers of every kernel (rows) on every architecture (columns)."""
     architectures = sorted({architecture for row in table.values() for architecture in row}, key=int)
     width = max(map(len, table))
     lines = ["registers per thread", " " * width + "".join(f"{'sm_' + a:>8}" for a in architectures)]
@@ -39,76 +57,91 @@ def render(table: Table) -> str:
         kernel.ljust(width) + "".join(f"{row[a].registers if a in row else '-':>8}" for a in architectures)
         for kernel, row in table.items()
     ]
-    for field in nvrtc.Resources._fields[1:]:
-        most = max(getattr(resources, field) for row in table.values() for resources in row.values())
-        lines.append(f"{field.replace('_', ' ')}: at most {most} bytes")
     return "\n".join(lines)
 
 
 def excesses(table: Table) -> list[str]:
     """Return what no kernel may use on any architecture, one line each.
 
-    Spills and a stack are slow memory; shared memory is asked for at the launch, so that Python can count it.
+    Spills and a stack are slow memory; shared memory is asked for at the launch, so that Python can count it. Loads
+    through the read-only cache do not see what the launch itself writes, and any array may be written: blocks read
+    what others wrote before a grid barrier, and an output may be an input.
     """
-    return [
-        f"{kernel} on sm_{architecture}: {getattr(resources, field)} bytes of {field.replace('_', ' ')}, must be 0"
-        for kernel, row in table.items()
-        for architecture, resources in row.items()
-        for field in nvrtc.Resources._fields[1:]
-        if getattr(resources, field)
-    ]
+    lines = []
+    for kernel, row in table.items():
+        for architecture, resources in row.items():
+            used = {what: getattr(resources, field) for field, what in FORBIDDEN.items()}
+            if resources.code:
+                used["loads by LDG.CONSTANT"] = resources.code.constant_loads
+            lines += [f"{kernel} on sm_{architecture}: {n} {what}, must be 0" for what, n in used.items() if n]
+    return lines
 
 
-def registers_of(table: Table) -> Registers:
+def figures(table: Table) -> Baseline:
     """Return what the baseline holds of a compiler."""
-    return {kernel: {a: resources.registers for a, resources in row.items()} for kernel, row in table.items()}
+    registers = {kernel: {a: found.registers for a, found in row.items()} for kernel, row in table.items()}
+    instructions = {
+        kernel: {a: found.code.instructions for a, found in row.items() if found.code} for kernel, row in table.items()
+    }
+    return {"registers": registers, "instructions": {kernel: row for kernel, row in instructions.items() if row}}
 
 
-def differences(found: Registers, baseline: Registers) -> list[str]:
-    """Return how `found` differs from the registers of the same compiler in the baseline, a line per kernel.
+def differences(found: Baseline, baseline: Baseline) -> list[str]:
+    """Return how `found` differs from the figures of the same compiler in the baseline.
 
     What was not compiled for an architecture is not compared: some kernels need newer ones.
     """
-    compiled = {architecture for row in found.values() for architecture in row}
-    rows = {kernel: {a: row[a] for a in row if a in compiled} for kernel, row in baseline.items()}
-    known = {kernel: row for kernel, row in rows.items() if row}
-    lines = [f"{kernel}: not in the baseline" for kernel in sorted(found.keys() - known.keys())]
-    lines += [f"{kernel}: in the baseline, but gone" for kernel in sorted(known.keys() - found.keys())]
-    for kernel in sorted(found.keys() & known.keys()):
-        new, old = found[kernel], known[kernel]
+    compiled = {architecture for row in found["registers"].values() for architecture in row}
+    known: Baseline = {}
+    for figure in FIGURES:
+        rows = {kernel: {a: row[a] for a in row if a in compiled} for kernel, row in baseline.get(figure, {}).items()}
+        known[figure] = {kernel: row for kernel, row in rows.items() if row}
+    kernels, before = found["registers"].keys(), known["registers"].keys()
+    lines = [f"{kernel}: not in the baseline" for kernel in sorted(kernels - before)]
+    lines += [f"{kernel}: in the baseline, but gone" for kernel in sorted(before - kernels)]
+    for kernel, figure in product(sorted(kernels & before), FIGURES):
+        new, old = (rows[figure].get(kernel, {}) for rows in (found, known))
         changes = [
             f"sm_{architecture} {old.get(architecture, 'no')} -> {new.get(architecture, 'no')}"
             for architecture in sorted(new.keys() | old.keys(), key=int)
             if new.get(architecture) != old.get(architecture)
         ]
         if changes:
-            lines.append(f"{kernel}: registers {', '.join(changes)}")
+            lines.append(f"{kernel}: {figure} {', '.join(changes)}")
     return lines
 
 
 def baseline_file(version: str) -> Path:
-    """Return where the registers of a compiler are committed: one file for each, the newest one's is the known one."""
+    """Return where the figures of a compiler are committed: one file for each, the newest one's is the known one."""
     return FOLDER / ("baseline.json" if version == nvrtc.NEWEST else f"baseline-{version}.json")
 
 
-def baseline(version: str) -> Registers | None:
-    """Return the committed registers of a compiler, or None."""
+def baseline(version: str) -> Baseline | None:
+    """Return the committed figures of a compiler, or None."""
     file = baseline_file(version)
-    return json.loads(file.read_text(encoding="utf-8"))["registers"] if file.exists() else None
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
-def write_baseline(version: str, registers: Registers) -> None:
-    """Write the registers of a compiler as JSON with one line per kernel, so that a change reads well in a diff."""
-    rows = ",\n".join(f"  {json.dumps(kernel)}: {json.dumps(row)}" for kernel, row in registers.items())
-    text = f'{{"nvrtc": {json.dumps(version)}, "registers": {{\n{rows}\n}}}}\n'
-    baseline_file(version).write_text(text, encoding="utf-8")
+def update_baseline(version: str, found: Baseline) -> None:
+    """Put `found` into the baseline of a compiler, and drop the kernels that no file makes any more.
+
+    The JSON has one line per kernel, so that a change reads well in a diff.
+    """
+    known = baseline(version) or {}
+    made = {kernel for stem in source.stems() for kernel in source.entry_points(stem)}
+    parts = [f'{{"nvrtc": {json.dumps(version)}']
+    for figure in FIGURES:
+        kept = {kernel: row for kernel, row in known.get(figure, {}).items() if kernel in made}
+        rows = [f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in sorted((kept | found[figure]).items())]
+        if rows:
+            parts.append(f'"{figure}": {{\n' + ",\n".join(rows) + "\n}")
+    baseline_file(version).write_text(", ".join(parts) + "}\n", encoding="utf-8")
 
 
-def check(version: str, table: Table, known: Registers | None) -> int:
-    """Print what a compiler made of the kernels and what is wrong about it; return how much is."""
-    print(f"NVRTC {version}", render(table), sep="\n")
+def check(version: str, table: Table, known: Baseline | None) -> int:
+    """Print what is wrong about what a compiler made of the kernels; return how much is."""
     failures = excesses(table)
-    changes = [] if known is None else differences(registers_of(table), known)
+    changes = [] if known is None else differences(figures(table), known)
     print(*failures, *changes, sep="\n", file=sys.stderr)
     if changes:
         print("if these changes are meant: python -m tools.compile --update", file=sys.stderr)
@@ -121,34 +154,59 @@ def check(version: str, table: Table, known: Registers | None) -> int:
     return len(failures) + len(changes)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command; return its exit status."""
+def of_kernels(table: Table, known: Baseline | None) -> Baseline | None:
+    """Return the part of a baseline that concerns the kernels of a table."""
+    if known is None:
+        return None
+    return {figure: {k: row for k, row in known.get(figure, {}).items() if k in table} for figure in FIGURES}
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m tools.compile", description=__doc__)
     parser.add_argument("--update", action="store_true", help="write the baseline instead of comparing with it")
     parser.add_argument("--only", type=int, nargs="+", metavar="SM", help="of these architectures, such as 80 90")
     parser.add_argument(
+        "--kernel", nargs="+", metavar="STEM", choices=source.stems(), help="of these files of cuda/, without .cu"
+    )
+    parser.add_argument(
         "--nvrtc", nargs="+", metavar="VERSION", default=nvrtc.VERSIONS, help=f"folders of {nvrtc.FOLDER}; %(default)s"
     )
     options = parser.parse_args(arguments)
-    known = {version: nvrtc.architectures(version) for version in options.nvrtc}
-    if unknown := set(options.only or ()).difference(*known.values()):
-        parser.error(f"NVRTC compiles for {sorted(set().union(*known.values()))}, not for {sorted(unknown)}")
     if options.update and options.only:
         parser.error("the baseline holds all architectures: leave out --only")
+    known = sorted({one for version in options.nvrtc for one in nvrtc.architectures(version)})
+    if unknown := set(options.only or ()).difference(known):
+        parser.error(f"NVRTC compiles for {known}, not for {sorted(unknown)}")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    try:
+        options = parse(arguments)
+        if nvrtc.NEWEST in options.nvrtc:
+            sass.nvdisasm()
+    except FileNotFoundError as missing:
+        print(missing, file=sys.stderr)
+        return 1
     wrong = 0
-    for version, architectures in known.items():
+    for version in options.nvrtc:
+        architectures = [one for one in nvrtc.architectures(version) if options.only is None or one in options.only]
+        if not architectures:
+            print(f"NVRTC {version} knows none of these architectures\n")
+            continue
         try:
-            table = measure(version, [one for one in architectures if options.only is None or one in options.only])
+            table = measure(version, architectures, options.kernel or source.stems())
         except nvrtc.CompileError as error:
             print(f"NVRTC {version}", error, sep="\n", file=sys.stderr)
             wrong += 1
             continue
-        if not table:
-            print(f"NVRTC {version} knows none of these architectures\n")
-            continue
         if options.update:
-            write_baseline(version, registers_of(table))
-        wrong += check(version, table, baseline(version))
+            update_baseline(version, figures(table))
+        known = baseline(version)
+        print(f"NVRTC {version}", render(table), sep="\n")
+        wrong += check(version, table, of_kernels(table, known) if options.kernel else known)
     return 1 if wrong else 0
 
 

@@ -1,4 +1,4 @@
-"""NVRTC through ctypes: source text in; resources of every kernel, or PTX, out.
+"""NVRTC through ctypes: source text in; resources of every kernel, its machine code or PTX out.
 
 The compilers are those of ``compilers.txt``, loaded by their path, so that it does not matter which NVRTC this
 environment has besides: PyTorch brings one of its own.
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bnkernels.runtime import source
+from tools.compile import sass
 
 # Exactly what CuPy compiles with on a device: it adds to our options, and none of it can be turned off.
 OPTIONS = (*source.OPTIONS, "-ftz=true", "--device-as-default-execution-space")
@@ -51,13 +52,14 @@ class CompileError(Exception):
 
 
 class Resources(NamedTuple):
-    """What one kernel needs: registers of a thread, and bytes."""
+    """What one kernel needs: registers of a thread, and bytes; its machine code, if that was disassembled."""
 
     registers: int
     spill_stores: int
     spill_loads: int
     stack: int
     static_shared: int
+    code: sass.MachineCode | None = None
 
 
 @cache
@@ -103,8 +105,8 @@ def _locale_kept() -> Iterator[None]:
 
 
 @_locale_kept()
-def _compile(text: str, options: tuple[str, ...], version: str, wanted: str) -> str:
-    """Compile; return the text of the program that is `wanted`: ``ProgramLog`` or ``PTX``."""
+def _compile(text: str, options: tuple[str, ...], version: str, *wanted: str) -> list[bytes]:
+    """Compile; return what of the program is `wanted`: its ``ProgramLog``, ``PTX`` or ``CUBIN``."""
     library, program = _library(version), ctypes.c_void_p()
     encoded = [option.encode() for option in (*OPTIONS, *options)]
     create = library.nvrtcCreateProgram
@@ -113,25 +115,32 @@ def _compile(text: str, options: tuple[str, ...], version: str, wanted: str) -> 
         given = (ctypes.c_char_p * len(encoded))(*encoded)
         status = library.nvrtcCompileProgram(program, len(encoded), given)
         if status == _ERROR_COMPILATION:
-            raise CompileError(_text(library, program, "ProgramLog"))
+            raise CompileError(_text(_result(library, program, "ProgramLog")))
         _checked(library, status)
-        return _text(library, program, wanted)
+        return [_result(library, program, one) for one in wanted]
     finally:
         _checked(library, library.nvrtcDestroyProgram(ctypes.byref(program)))
 
 
-def _text(library: ctypes.CDLL, program: ctypes.c_void_p, wanted: str) -> str:
-    """Return one of the program's texts, whose size and content NVRTC gives in two calls."""
+def _result(library: ctypes.CDLL, program: ctypes.c_void_p, wanted: str) -> bytes:
+    """Return one of the program's results, whose size and content NVRTC gives in two calls."""
     size = ctypes.c_size_t()
     _checked(library, library[f"nvrtcGet{wanted}Size"](program, ctypes.byref(size)))
     buffer = ctypes.create_string_buffer(size.value)
     _checked(library, library[f"nvrtcGet{wanted}"](program, buffer))
-    return buffer.value.decode()
+    return buffer.raw
 
 
-def resources(text: str, architecture: int, version: str = NEWEST) -> dict[str, Resources]:
-    """Compile to machine code; return what every kernel needs, as ptxas reports it."""
-    log = _compile(text, (f"-arch=sm_{architecture}", "--ptxas-options=-v"), version, "ProgramLog")
+def _text(result: bytes) -> str:
+    return result.rstrip(b"\0").decode()
+
+
+def resources(text: str, architecture: int, version: str = NEWEST, disassemble: bool = False) -> dict[str, Resources]:
+    """Compile to machine code; return what every kernel needs, as ptxas reports it, and its code on demand."""
+    options = f"-arch=sm_{architecture}", "--ptxas-options=-v"
+    log, cubin = _compile(text, options, version, "ProgramLog", "CUBIN")
+    log = _text(log)
+    codes = sass.disassemble(cubin) if disassemble else {}
     found = {}
     for kernel in _KERNEL.finditer(log):
         shared = re.search(r"(\d+) bytes smem", kernel["rest"])
@@ -141,6 +150,7 @@ def resources(text: str, architecture: int, version: str = NEWEST) -> dict[str, 
             spill_loads=int(kernel["loads"]),
             stack=int(kernel["stack"]),
             static_shared=int(shared[1]) if shared else 0,
+            code=codes[kernel["kernel"]] if disassemble else None,
         )
     compiled = log.count("Compiling entry function")
     if len(found) != compiled:
@@ -150,4 +160,5 @@ def resources(text: str, architecture: int, version: str = NEWEST) -> dict[str, 
 
 def ptx(text: str, architecture: int, version: str = NEWEST) -> str:
     """Compile to PTX for a virtual architecture."""
-    return _compile(text, (f"-arch=compute_{architecture}",), version, "PTX")
+    (found,) = _compile(text, (f"-arch=compute_{architecture}",), version, "PTX")
+    return _text(found)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .binding import Counts, Traffic
-from .build import EmulatorError
+from .build import EmulatorError, compiler
 from .runtime import LIMITS, EmulatedArray, EmulatorRuntime, LaunchRecord, from_environment
 
 __all__ = [
@@ -14,5 +14,6 @@ __all__ = [
     "EmulatorRuntime",
     "LaunchRecord",
     "Traffic",
+    "compiler",
     "from_environment",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from .build import BUILDS, EmulatorError
+from .build import BUILDS, EmulatorError, compiler
 from .coverage import coverage
 from .mutant_list import MUTANTS
 from .mutants import check
@@ -35,6 +35,7 @@ def main() -> int:
     arguments = sys.argv[separator + 1 :]
     options = parser.parse_args(sys.argv[1:separator])
     try:
+        compiler()
         if options.command == "train":
             return train(arguments)
         if options.command == "coverage":

@@ -228,7 +228,7 @@ class Binding:
 
     def promised(self, source: str, entry_point: str) -> int:
         """Return how many blocks the registers of a multiprocessor hold, as far as the launch bounds promise it."""
-        return _fact(self._library(source), source, entry_point, "least_blocks")
+        return _fact(self._library(source), source, entry_point, "min_blocks")
 
     def argument_bytes(self, source: str, entry_point: str) -> int:
         """Return how large the struct is that a kernel takes."""
@@ -244,7 +244,7 @@ class Binding:
     ) -> tuple[ctypes._CFuncPtr, int]:
         """Return entry point and blocks of a cluster, after what a driver would check and what it would not."""
         argument_bytes, most_threads, cluster = (
-            _fact(library, source, entry_point, name) for name in ("argument_bytes", "most_threads", "cluster")
+            _fact(library, source, entry_point, name) for name in ("argument_bytes", "max_threads", "cluster")
         )
         if arguments.nbytes != argument_bytes:
             raise EmulatorError(

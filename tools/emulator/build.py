@@ -63,20 +63,19 @@ BUILDS: Mapping[str, Build] = {
 }
 
 
-def compiler() -> str | None:
-    """Return the path of g++, or None where there is none."""
-    return shutil.which("g++")
-
-
 @cache
 def _compiler_version() -> str:
-    return subprocess.run([_need_compiler(), "--version"], capture_output=True, text=True, check=True).stdout
+    return subprocess.run([compiler(), "--version"], capture_output=True, text=True, check=True).stdout
 
 
-def _need_compiler() -> str:
-    found = compiler()
+def compiler() -> str:
+    """Return the path of g++; raise `EmulatorError` where there is none."""
+    found = shutil.which("g++")
     if found is None:
-        raise EmulatorError("the emulator compiles the kernels with g++, and there is none on the PATH: install g++")
+        raise EmulatorError(
+            "the emulator compiles the kernels with g++, and there is none on the PATH: install it "
+            "(on Debian and Ubuntu: apt-get install g++)"
+        )
     return found
 
 
@@ -95,11 +94,18 @@ def cache_folder() -> Path:
 
 
 def read_sources(folder: Path = CUDA) -> dict[str, str]:
-    """Return the text of every file of `folder` that belongs to a kernel, by name."""
-    sources = {path.name: path.read_text() for path in sorted(folder.glob("*.cu*"))}
+    """Return the text of every file of `folder` that belongs to a kernel, by its path in there."""
+    sources = {path.relative_to(folder).as_posix(): path.read_text() for path in sorted(folder.rglob("*.cu*"))}
     if not sources:
         raise EmulatorError(f"expected CUDA sources in {folder}, found no *.cu")
     return sources
+
+
+def write_sources(sources: Mapping[str, str], folder: Path) -> None:
+    """Write what `read_sources` returns."""
+    for file, text in sources.items():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text(text)
 
 
 def engine_library(name: str) -> Path:
@@ -124,7 +130,7 @@ def kernel_library(name: str, source: str, sources: Mapping[str, str]) -> Path:
     source : str
         The stem of one of the files.
     sources : Mapping of str to str
-        The text of every file of ``cuda/``, by name.
+        The text of every file of ``cuda/``, by its path in there.
     """
     if f"{source}.cu" not in sources:
         raise EmulatorError(f"expected one of {sorted(sources)}, got {source}.cu")
@@ -146,12 +152,9 @@ def _kernel_unit(source: str, flags: Sequence[str], used: Mapping[str, str]) -> 
     with _folder(source, *flags, *headers, *chain.from_iterable(sorted(used.items()))) as folder:
         unit = folder / f"{source}.o"
         if not unit.exists():
-            texts = folder / "cuda"
-            texts.mkdir(exist_ok=True)
-            for file, text in used.items():
-                (texts / file).write_text(text)
+            write_sources(used, folder / "cuda")
             # Compiled from within the folder, so that reports name cuda/<file> wherever the cache is.
-            names = ["-include", str(HEADERS[0]), f"-ffile-prefix-map={folder}=.", "-x", "c++"]
+            names = ["-include", str(HEADERS[0]), f"-ffile-prefix-map={folder}=.", "-I", "cuda", "-x", "c++"]
             _compile([*flags, *names, "-c", f"cuda/{source}.cu"], unit)
     return unit
 
@@ -170,7 +173,7 @@ def _folder(name: str, *key: str) -> Iterator[Path]:
 def _compile(arguments: list[str], output: Path) -> None:
     """Run g++; the output appears under its name only when it is whole."""
     partial = output.with_suffix(f".partial{output.suffix}")
-    command = [_need_compiler(), *arguments, "-o", str(partial)]
+    command = [compiler(), *arguments, "-o", str(partial)]
     run = subprocess.run(command, cwd=output.parent, capture_output=True, text=True)
     if run.returncode != 0:
         raise EmulatorError(f"g++ does not compile {output.stem}:\n{run.stderr}")

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from .build import CACHE_VARIABLE, CUDA, ROOT, EmulatorError
+from .build import CACHE_VARIABLE, ROOT, EmulatorError, read_sources
 from .sanitizers import run
 
 EXCEPTIONS = Path(__file__).with_name("coverage_exceptions.txt")
@@ -48,11 +48,11 @@ def _executed(folder: Path) -> Lines:
             check=True,
         )
         for file in json.loads(report.stdout)["files"]:
-            path = Path(file["file"])
-            if path.parts[-2:-1] == ("cuda",):
+            folder, _, name = file["file"].rpartition("cuda/")
+            if folder in ("", "./"):
                 for line in file["lines"]:
                     number = line["line_number"]
-                    lines[path.name][number] = lines[path.name].get(number, False) or line["count"] > 0
+                    lines[name][number] = lines[name].get(number, False) or line["count"] > 0
     return lines
 
 
@@ -69,17 +69,16 @@ def _read_exceptions() -> dict[tuple[str, str], str]:
 def report(lines: Lines, reasons: dict[tuple[str, str], str]) -> int:
     """Print the verdict on every file of ``cuda/``; return the exit status."""
     failures, excused = 0, set()
-    for path in sorted(CUDA.glob("*.cu*")):
-        if path.name not in lines:
-            print(f"cuda/{path.name}: not executed at all")
+    for name, text in read_sources().items():
+        texts, executed = text.splitlines(), lines.get(name)
+        if executed is None:
+            print(f"cuda/{name}: not executed at all")
             failures += 1
             continue
-        texts = path.read_text().splitlines()
-        executed = lines[path.name]
-        print(f"cuda/{path.name}: {sum(executed.values())} of {len(executed)} lines executed")
+        print(f"cuda/{name}: {sum(executed.values())} of {len(executed)} lines executed")
         for number in sorted(number for number, hit in executed.items() if not hit):
-            key = path.name, texts[number - 1].strip()
-            print(f"  cuda/{path.name}:{number}: {key[1]}  ({reasons.get(key, 'NEVER EXECUTED')})")
+            key = name, texts[number - 1].strip()
+            print(f"  cuda/{name}:{number}: {key[1]}  ({reasons.get(key, 'NEVER EXECUTED')})")
             excused.add(key)
             failures += key not in reasons
     for file, text in sorted(reasons.keys() - excused):

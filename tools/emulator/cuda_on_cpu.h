@@ -1,7 +1,7 @@
 // CUDA C++ as a C++17 compiler sees it: included before every kernel source, whose text stays what NVRTC compiles.
 //
 // Only what the kernels use has a meaning here. A direct __global__ or __shared__ does not compile: kernels and shared
-// memory are declared through the two macros, which cuda/common.cuh defines for CUDA and this file for the CPU.
+// memory are declared through macros, which cuda/lib/kernel.cuh defines for CUDA and this file for the CPU.
 #pragma once
 #include <math.h>
 
@@ -15,16 +15,15 @@
 // The kernel becomes a function of the address of its argument's bytes, found by name in the shared library. The
 // others let the caller refuse a record of the wrong size, a block beyond the launch bounds, more blocks that wait for one
 // another than the registers of an SM are promised for, and part of a cluster.
-#define BNK_KERNEL(name, Arguments, threads, body) BNK_ENTRY(name, Arguments, threads, 1, 1, body)
-#define BNK_KERNEL_ROOMY(name, Arguments, threads, body) BNK_ENTRY(name, Arguments, threads, 1, 1, body)
-#define BNK_KERNEL_PAIRED(name, Arguments, threads, body) BNK_ENTRY(name, Arguments, threads, 2, 1, body)
-#define BNK_KERNEL_CLUSTER(name, Arguments, threads, blocks, body) BNK_ENTRY(name, Arguments, threads, 1, blocks, body)
-#define BNK_ENTRY(name, Arguments, threads, of_sm, blocks, body)                             \
-    extern "C" void name(const void* bytes) { body(*static_cast<const Arguments*>(bytes)); } \
-    extern "C" unsigned long long name##_argument_bytes() { return sizeof(Arguments); }      \
-    extern "C" unsigned long long name##_most_threads() { return threads; }                  \
-    extern "C" unsigned long long name##_least_blocks() { return of_sm; }                    \
-    extern "C" unsigned long long name##_cluster() { return blocks; }
+#define BNK_TYPE(...) __VA_ARGS__
+#define BNK_KERNEL(name, Arguments, max_threads, min_blocks, body) \
+    BNK_KERNEL_CLUSTER(name, Arguments, max_threads, min_blocks, 1, body)
+#define BNK_KERNEL_CLUSTER(name, Arguments, max_threads, min_blocks, cluster, body)                   \
+    extern "C" void name(const void* bytes) { body(*static_cast<const BNK_TYPE Arguments*>(bytes)); } \
+    extern "C" unsigned long long name##_argument_bytes() { return sizeof(BNK_TYPE Arguments); }      \
+    extern "C" unsigned long long name##_max_threads() { return max_threads; }                        \
+    extern "C" unsigned long long name##_min_blocks() { return min_blocks ? min_blocks : 1; }         \
+    extern "C" unsigned long long name##_cluster() { return cluster; }
 
 #define BNK_DYNAMIC_SHARED(T, name) T* const name = static_cast<T*>(bnk_shared_memory())
 
@@ -58,7 +57,7 @@ __forceinline__ T max(T a, T b) {
 
 __forceinline__ unsigned atomicAdd(unsigned* address, unsigned value) { return bnk_atomic_add(address, value); }
 
-// ---- cuda/vector.cuh: one access, where a GPU has an instruction for it ---------------------------------------------
+// ---- cuda/lib/numbers/vector.cuh: one access, where a GPU has an instruction for it ---------------------------------------------
 #define BNK_VECTOR_ACCESS
 
 __forceinline__ void bnk_move_vector(void* to, const void* from) {
@@ -85,7 +84,7 @@ __forceinline__ unsigned bnk_low_bits_of(double value) {
     return (unsigned)bits;
 }
 
-// ---- cuda/meet.cuh: on a GPU a loop that reads the counter until it has turned, and the barrier of a cluster ----------
+// ---- cuda/lib/sync/grid_barrier.cuh: on a GPU a loop that reads the counter until it has turned, and the barrier of a cluster ----------
 #define BNK_WAIT
 
 __forceinline__ void bnk_wait(const unsigned* counter, unsigned ticket, const char* file = __builtin_FILE(),
@@ -134,7 +133,7 @@ __forceinline__ T __shfl_down_sync(unsigned mask, T value, unsigned delta, unsig
     return bnk::shuffle(mask, value, source <= last ? source : lane, file, line);
 }
 
-// ---- cuda/half.cuh: what inline PTX does on a GPU -------------------------------------------------------------------
+// ---- cuda/lib/numbers/half.cuh: what inline PTX does on a GPU -------------------------------------------------------------------
 #define BNK_HALF_CONVERSIONS
 
 __forceinline__ unsigned bnk_bits_of(float value) {
@@ -166,7 +165,7 @@ __forceinline__ unsigned short bnk_float_to_half(float value) {
     return sign | ((size - 0x38000000u + 0xfffu + ((size >> 13) & 1u)) >> 13);
 }
 
-// ---- cuda/tensor_product.cuh: tensor cores --------------------------------------------------------------------------
+// ---- cuda/lib/gemm/tensor_product.cuh: tensor cores --------------------------------------------------------------------------
 #define BNK_TENSOR_CORES 1
 
 // mma.sync.aligned.m16n8k16 with 16-bit factors. PTX ISA 9.2, section 9.7.14.5.8: thread t has, with g = t / 4, p = 2 (t % 4),

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
+from .mutant_list_cooperative import MUTANTS as COOPERATIVE
 from .mutant_list_double_backward import MUTANTS as DOUBLE_BACKWARD
 from .mutant_list_fused import MUTANTS as FUSED
-from .mutant_list_fused_group import MUTANTS as FUSED_GROUP
-from .mutant_list_general import MUTANTS as GENERAL
 from .mutant_list_layer_norm import MUTANTS as LAYER_NORM
 from .mutant_list_linear import MUTANTS as LINEAR
-from .mutant_list_spread import MUTANTS as SPREAD
+from .mutant_list_masked_grouped import MUTANTS as MASKED_GROUPED
+from .mutant_list_multi_block import MUTANTS as MULTI_BLOCK
 from .mutants import Mutant
 
-COMMON, FORWARD, BACKWARD = "common.cuh", "batch_norm_forward.cu", "batch_norm_backward.cu"
-MOMENTS = "moments.cuh"
-HALF, ACTIVATION, CHANNEL = "half.cuh", "activation.cuh", "channel.cuh"
+PAIR, FORWARD, BACKWARD = "lib/numbers/pair.cuh", "batch_norm_forward.cu", "batch_norm_backward.cu"
+MOMENTS, SUMS, WARP = "lib/reduce/moments.cuh", "lib/reduce/sums.cuh", "lib/reduce/warp.cuh"
+HALF, ACTIVATION, ROWS = "lib/numbers/half.cuh", "lib/numbers/activation.cuh", "lib/reduce/rows.cuh"
 SOFTMAX, UPDATE, MINI_BATCH = "softmax_cross_entropy.cu", "parameter_update.cu", "mini_batch.cu"
 
 MUTANTS = [
     *DOUBLE_BACKWARD,
-    *GENERAL,
+    *MASKED_GROUPED,
     *FUSED,
-    *FUSED_GROUP,
+    *MULTI_BLOCK,
     *LAYER_NORM,
     *LINEAR,
-    *SPREAD,
+    *COOPERATIVE,
     # ---- barriers, warps, races
     Mutant(
         "forward: no barrier before the merge",
@@ -41,25 +41,13 @@ MUTANTS = [
         "forward: no barrier between the levels of the merge", FORWARD, "        __syncthreads();\n    }\n", "    }\n"
     ),
     Mutant(
-        "backward: no barrier before the sums",
-        BACKWARD,
-        "    __syncthreads();\n    if (lanes <= SERIAL_LANES)",
-        "    if (lanes <= SERIAL_LANES)",
-    ),
-    Mutant(
-        "backward: no barrier between the levels of the sums",
-        BACKWARD,
-        "    __syncthreads();\n    return sum_lanes(partial, 0, lanes, GROUP);",
-        "    return sum_lanes(partial, 0, lanes, GROUP);",
-    ),
-    Mutant(
-        "forward: every lane updates the running statistics",
+        "forward: every worker updates the running statistics",
         FORWARD,
-        "if (lane == 0) write_statistics",
+        "if (worker == 0) write_statistics",
         "write_statistics",
     ),
     Mutant(
-        "backward: every lane writes the parameter gradients, the same values",
+        "backward: every worker writes the parameter gradients, the same values",
         BACKWARD,
         "if (threadIdx.y != 0 || c >= a.channels) return;",
         "if (c >= a.channels) return;",
@@ -67,29 +55,29 @@ MUTANTS = [
         "test_forward_and_backward_match_extended_precision and shape2",
     ),
     Mutant(
-        "softmax: half a warp in the mask of a shuffle",
-        SOFTMAX,
-        "v += __shfl_xor_sync(0xffffffffu,",
-        "v += __shfl_xor_sync(0x0000ffffu,",
+        "warp: half a warp in the mask of a shuffle",
+        WARP,
+        "value += __shfl_xor_sync(0xffffffffu,",
+        "value += __shfl_xor_sync(0x0000ffffu,",
     ),
     Mutant(
-        "softmax: the sum skips a distance",
-        SOFTMAX,
-        "for (int apart = 16; apart > 0; apart /= 2) v +=",
-        "for (int apart = 8; apart > 0; apart /= 2) v +=",
+        "warp: the sum skips a distance",
+        WARP,
+        "for (int offset = WARP / 2; offset > 0; offset /= 2) value +=",
+        "for (int offset = WARP / 4; offset > 0; offset /= 2) value +=",
     ),
     # ---- memory and indices
-    Mutant("channel: one row past the tail", CHANNEL, "return outer < outers;", "return outer <= outers;"),
+    Mutant("rows: one row past the tail", ROWS, "return outer < outers;", "return outer <= outers;"),
     Mutant("forward: shared memory one plane short", FORWARD, "slot[2 * plane] =", "slot[3 * plane] ="),
     Mutant(
-        "backward: a sum that is never stored, uninitialised",
-        BACKWARD,
-        "    slot[blockDim.x * blockDim.y] = value(own.g_centred);\n",
-        "",
+        "sums: the first is never stored, uninitialised",
+        SUMS,
+        "for (int i = 0; i < COUNT; ++i) slot[",
+        "for (int i = 1; i < COUNT; ++i) slot[",
     ),
     Mutant(
-        "channel: the index of an output in 32 bits",
-        CHANNEL,
+        "rows: the index of an output in 32 bits",
+        ROWS,
         "MATRIX ? outer * channels + c :",
         "MATRIX ? (int)outer * (int)channels + (int)c :",
     ),
@@ -106,24 +94,24 @@ MUTANTS = [
         "if (threadIdx.y != 0) return;",
     ),
     Mutant(
-        "backward: the last lane is left out", BACKWARD, "lane < last; lane += step", "lane + 1 < last; lane += step"
+        "sums: the last worker is left out", SUMS, "worker < last; worker += step", "worker + 1 < last; worker += step"
     ),
-    Mutant("channel: the inner index is never carried", CHANNEL, "            ++outer;\n", ""),
+    Mutant("rows: the inner index is never carried", ROWS, "            ++outer;\n", ""),
     Mutant(
-        "channel: outer and inner strides exchanged",
-        CHANNEL,
+        "rows: outer and inner strides exchanged",
+        ROWS,
         "outer * outer_stride + index * inner_stride",
         "outer * inner_stride + index * outer_stride",
     ),
     Mutant(
-        "channel: an output in channels-last order",
-        CHANNEL,
+        "rows: an output in channels-last order",
+        ROWS,
         "(outer * channels + c) * inner + index",
         "(outer * inner + index) * channels + c",
     ),
     Mutant(
-        "channel: the output of an inner axis in 32 bits",
-        CHANNEL,
+        "rows: the output of an inner axis in 32 bits",
+        ROWS,
         "(outer * channels + c) * inner + index",
         "((int)outer * (int)channels + (int)c) * (int)inner + index",
     ),
@@ -153,7 +141,7 @@ MUTANTS = [
     Mutant(
         "mini-batch: a block arrives before all of it have read the counter",
         MINI_BATCH,
-        "    __syncthreads();  // all of the block have read the counter\n",
+        "    __syncthreads();  // all threads of the block have read the counter\n",
         "",
         ("plain", "tsan"),
     ),
@@ -196,14 +184,14 @@ MUTANTS = [
         "fma(a.momentum, all.mean.high, keep * a.running_mean[c])",
         "fma(keep, all.mean.high, a.momentum * a.running_mean[c])",
     ),
-    Mutant("forward: all lanes weigh the same", MOMENTS, "longer((int)(rows - rounds * lanes))", "longer(0)"),
+    Mutant("forward: all workers weigh the same", MOMENTS, "longer((int)(rows - rounds * workers))", "longer(0)"),
     Mutant(
-        "forward: the merge forgets how many rows a lane has",
+        "forward: the merge forgets how many rows a worker has",
         MOMENTS,
-        "delta * delta * A(shares.of(j, min(j + step, last)))",
+        "delta * delta * A(counts.count(j, min(j + step, last)))",
         "delta * delta",
     ),
-    Mutant("common: the low part of the mean is dropped", COMMON, "return (x - a.high) - a.low;", "return x - a.high;"),
+    Mutant("pair: the low part of the mean is dropped", PAIR, "return (x - a.high) - a.low;", "return x - a.high;"),
     Mutant("activation: relu turns NaN into 0", ACTIVATION, "return z <= A(0) ? (alpha", "return !(z > A(0)) ? (alpha"),
     Mutant("activation: the slope of leaky_relu is ignored", ACTIVATION, "alpha * value) : value", "A(0)) : value"),
     Mutant(
@@ -260,7 +248,12 @@ MUTANTS = [
         "backward: the activation is taken without the residual", BACKWARD, "if (!a.residual) return z;", "return z;"
     ),
     Mutant("backward: a curved gradient out of turn", BACKWARD, "        rotate(g);\n", ""),
-    Mutant("backward: dgamma is not normalised", BACKWARD, "value(total.g_centred) * rstd;", "value(total.g_centred);"),
+    Mutant(
+        "backward: dgamma is not normalised",
+        BACKWARD,
+        "value(total.sums[G_CENTRED]) * rstd;",
+        "value(total.sums[G_CENTRED]);",
+    ),
     Mutant(
         "softmax: exp of logits that were not shifted",
         SOFTMAX,

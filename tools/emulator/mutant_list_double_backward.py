@@ -4,32 +4,32 @@ from __future__ import annotations
 
 from .mutants import Mutant
 
-DOUBLE, SUMS, ACTIVATION = "batch_norm_double_backward.cu", "channel_sums.cuh", "activation.cuh"
+DOUBLE, SUMS, ACTIVATION = "batch_norm_double_backward.cu", "lib/reduce/sums.cuh", "lib/numbers/activation.cuh"
 
 MUTANTS = [
     Mutant(
         "double backward: no barrier before the sums",
         SUMS,
-        "    __syncthreads();\n    if (lanes > SERIAL_LANES) {",
-        "    if (lanes > SERIAL_LANES) {",
+        "    __syncthreads();\n    if (workers > SERIAL_WORKERS) {",
+        "    if (workers > SERIAL_WORKERS) {",
     ),
     Mutant(
         "double backward: no barrier between the levels of the sums",
         SUMS,
-        "        __syncthreads();\n    }\n    return merge_lanes",
-        "    }\n    return merge_lanes",
+        "        __syncthreads();\n    }\n    return merge_workers",
+        "    }\n    return merge_workers",
     ),
     Mutant(
         "double backward: threads without a channel return before the barrier",
         DOUBLE,
-        "    const ChannelSums<A, TERMS> total = merge_block(own);\n    if (!active) return;",
-        "    if (!active) return;\n    const ChannelSums<A, TERMS> total = merge_block(own);",
+        "    const ChannelSums<A, SUMS> total = merge_block(own);\n    if (!active) return;",
+        "    if (!active) return;\n    const ChannelSums<A, SUMS> total = merge_block(own);",
     ),
     Mutant(
         "double backward: nothing through s e",
         DOUBLE,
-        "- of.fall * sum[V_XHAT] + s * e) / n",
-        "- of.fall * sum[V_XHAT]) / n",
+        "- coefficients.fall * sum[V_XHAT] + s * e) / n",
+        "- coefficients.fall * sum[V_XHAT]) / n",
     ),
     Mutant(
         "double backward: nothing through the second derivative", DOUBLE, "row.k = dy * phi.second;", "row.k = A(0);"

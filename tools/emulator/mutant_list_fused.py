@@ -4,35 +4,26 @@ from __future__ import annotations
 
 from .mutants import Mutant
 
-FUSED, STEP, TEAM, NETWORK = "fused_training.cu", "fused_step.cuh", "team.cuh", "network.cuh"
+FUSED, STEP, SUBWARP, NETWORK = (
+    "fused_training.cu",
+    "lib/train/block_step.cuh",
+    "lib/gemm/subwarp.cuh",
+    "lib/train/network.cuh",
+)
 OF_LAYER = "test_steps_are_those_of_the_layers and sgd and layer"
 STEPS = "test_steps_are_those_of_the_layers and sgd"
 
 MUTANTS = [
     Mutant(
-        "fused: all models have the running statistics of the first",
-        FUSED,
-        "a.running += model * a.running_count",
-        "a.running += 0",
-        select="model_of_an_ensemble",
-    ),
-    Mutant(
-        "fused: all models write their losses to the first's",
-        FUSED,
-        "a.losses += model * a.steps",
-        "a.losses += 0",
-        select="model_of_an_ensemble",
-    ),
-    Mutant(
         "fused: all models have the learning rate of the first",
-        FUSED,
+        NETWORK,
         "a.rates += model",
         "a.rates += 0",
         select="model_of_an_ensemble",
     ),
     Mutant(
         "fused: all models have the indices of the first",
-        FUSED,
+        NETWORK,
         "a.indices += model * a.index_stride",
         "a.indices += 0",
         select="model_of_an_ensemble",
@@ -62,21 +53,21 @@ MUTANTS = [
     Mutant(
         "fused: the next mini-batch over this one",
         STEP,
-        "kept.x + (step & 1) * field(0, INPUTS) * team.pitch",
-        "kept.x",
+        "smem.x + (step & 1) * field(0, INPUTS) * subwarp.pitch",
+        "smem.x",
         select=STEPS,
     ),
     Mutant(
         "fused: the variance about a mean that rounding has moved",
         STEP,
-        "team.subtract(z, rest);",
-        "team.subtract(z, T(0));",
+        "subwarp.subtract(z, remainder);",
+        "subwarp.subtract(z, T(0));",
         select="equal_examples_and_neurons",
     ),
     Mutant(
         "fused: the running mean lacks what rounding left",
         STEP,
-        "fma(momentum, mean + rest,",
+        "fma(momentum, mean + remainder,",
         "fma(momentum, mean,",
         select="running_mean_of_equal",
     ),
@@ -112,26 +103,28 @@ MUTANTS = [
     Mutant("fused: every call draws the same", NETWORK, "a.first_step * a.batch + n", "n", select="draws_on"),
     Mutant("fused: a round of Philox less", NETWORK, "round < 10", "round < 9", select="random_rows"),
     Mutant(
-        "fused: all models draw what the first does", FUSED, "a.seeds += model", "a.seeds += 0", select="draw_its_own"
+        "fused: all models draw what the first does", NETWORK, "a.seeds += model", "a.seeds += 0", select="draw_its_own"
     ),
-    Mutant("fused: the gradient of a sum, not of a mean", STEP, "/ T(team.batch) + poison", "+ poison", select=STEPS),
+    Mutant(
+        "fused: the gradient of a sum, not of a mean", STEP, "/ T(subwarp.batch) + poison", "+ poison", select=STEPS
+    ),
     Mutant(
         "fused: the state is not written back",
         FUSED,
-        "    copy(a.first, kept.first, a.parameter_count);\n",
+        "    copy(a.first, smem.first, a.parameter_count);\n",
         "",
         select="two_calls",
     ),
     Mutant(
-        "team: examples that are not there are added",
-        TEAM,
+        "subwarp: examples that are not there are added",
+        SUBWARP,
         "has(i) ? values[i] - less : T(0)",
         "values[i] - less",
         select=STEPS,
     ),
     Mutant(
-        "team: examples that are not there are kept",
-        TEAM,
+        "subwarp: examples that are not there are kept",
+        SUBWARP,
         "has(i + j) ? values[i + j] : T(0)",
         "values[i + j]",
         select=STEPS,
@@ -144,17 +137,10 @@ MUTANTS = [
         select=OF_LAYER,
     ),
     Mutant(
-        "fused layer norm: one warp's sum of half of its neurons",
-        STEP,
-        "int apart = 16;",
-        "int apart = 8;",
-        select=OF_LAYER,
-    ),
-    Mutant(
         "fused layer norm: rstd of the layer before",
         STEP,
-        "kept.rstd[layer * pitch + n] = rstd",
-        "kept.rstd[n] = rstd",
+        "smem.rstd[layer * pitch + n] = rstd",
+        "smem.rstd[n] = rstd",
         select=OF_LAYER,
     ),
     Mutant(
@@ -168,9 +154,9 @@ MUTANTS = [
     Mutant(
         "fused layer norm: the mean keeps what rounding left",
         STEP,
-        "((z[m * pitch] - mean) - rest) * rstd",
+        "((z[m * pitch] - mean) - remainder) * rstd",
         "(z[m * pitch] - mean) * rstd",
         select="layer_norm_far",
     ),
-    Mutant("team: half of it is added up", TEAM, "if (size == 32) own", "if (size == 64) own", select=STEPS),
+    Mutant("subwarp: half of it is added up", SUBWARP, "if (size == 32) own", "if (size == 64) own", select=STEPS),
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .mutants import Mutant
 
-ROW, FORWARD, BACKWARD = "row.cuh", "layer_norm_forward.cu", "layer_norm_backward.cu"
+ROW, FORWARD, BACKWARD = "lib/reduce/vector_rows.cuh", "layer_norm_forward.cu", "layer_norm_backward.cu"
 FORMULAS = "test_is_what_the_formulas_say and float32"
 SCHEDULES = "test_the_order_of_blocks"
 
@@ -12,7 +12,7 @@ MUTANTS = [
     Mutant(
         "row: a unit beyond the end of the row is read",
         ROW,
-        "return wide || unit",
+        "return aligned16 || unit",
         "return true || unit",
         select=FORMULAS,
     ),
@@ -27,12 +27,12 @@ MUTANTS = [
     Mutant(
         "row: the next sum over one that is still read",
         ROW,
-        "    __syncthreads();  // the next sum takes the same place\n",
+        "    __syncthreads();  // the next sum uses the same scratch\n",
         "",
         ("plain", "tsan"),
         "test_is_what_the_formulas_say and shape7-float32",
     ),
-    Mutant("row: teams share a scratch", ROW, "scratch + threadIdx.y * warps", "scratch", ("plain", "tsan"), FORMULAS),
+    Mutant("row: rows share a scratch", ROW, "scratch + threadIdx.y * warps", "scratch", ("plain", "tsan"), FORMULAS),
     Mutant("row: all take the same unit", ROW, "work(k++, unit)", "work(k, unit)", select=FORMULAS),
     Mutant(
         "layer norm: zeros beyond the end are squared",
@@ -82,10 +82,10 @@ MUTANTS = [
         "layer norm backward: the slope by one rstd", BACKWARD, "* row.rstd * row.rstd", "* row.rstd", select=FORMULAS
     ),
     Mutant(
-        "layer norm backward: sums of the first team alone",
+        "layer norm backward: sums of the first row of threads alone",
         BACKWARD,
-        "team < (int)blockDim.y",
-        "team < 1",
+        "row < (int)blockDim.y",
+        "row < 1",
         select=FORMULAS,
     ),
     Mutant(
@@ -98,7 +98,7 @@ MUTANTS = [
     Mutant(
         "layer norm backward: blocks do not wait",
         BACKWARD,
-        "    meet(a.arrivals, gridDim.x, blockIdx.x);\n",
+        "    grid_barrier(a.barrier_counter, gridDim.x, blockIdx.x);\n",
         "",
         select="several_blocks or " + SCHEDULES,
     ),
@@ -117,7 +117,7 @@ MUTANTS = [
         select="several_blocks",
     ),
     Mutant(
-        "layer norm backward: teams are merged before all are there",
+        "layer norm backward: rows of threads are merged before all are there",
         BACKWARD,
         "        }\n        __syncthreads();\n        sums.merge",
         "        }\n        sums.merge",

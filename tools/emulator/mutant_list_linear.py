@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from .mutants import Mutant
 
-PRODUCT, SHARED, MATRIX, TENSOR = "product.cuh", "linear_batch_norm.cuh", "matrix.cuh", "tensor_product.cuh"
+PRODUCT, SHARED, MATRIX, TENSOR = (
+    "lib/gemm/product.cuh",
+    "lib/gemm/warp_rows.cuh",
+    "lib/gemm/matrix.cuh",
+    "lib/gemm/tensor_product.cuh",
+)
 FORWARD, BACKWARD = "linear_batch_norm_forward.cu", "linear_batch_norm_backward.cu"
 HALVES = "test_is_a_product_and_its_batch_norm and float16"
 EXACT = "test_sums_of_integers_are_exact and float16"
@@ -17,15 +22,15 @@ MUTANTS = [
     Mutant(
         "tensor cores: two rows of a fragment change places",
         TENSOR,
-        "{above.of(0), below.of(0)",
-        "{below.of(0), above.of(0)",
+        "{above.at(0), below.at(0)",
+        "{below.at(0), above.at(0)",
         select=HALVES,
     ),
     Mutant(
         "tensor cores: two terms of a fragment change places",
         TENSOR,
-        "b[c][1] = column.of(8)",
-        "b[c][1] = column.of(0)",
+        "b[c][1] = column.at(8)",
+        "b[c][1] = column.at(0)",
         select=HALVES,
     ),
     Mutant(
@@ -41,7 +46,7 @@ MUTANTS = [
     Mutant(
         "tensor cores: the second slice takes what the first does",
         TENSOR,
-        "int term = own.slice * MMA_TERMS",
+        "int term = own.k_split * MMA_K",
         "int term = 0",
         select=HALVES,
     ),
@@ -64,36 +69,36 @@ MUTANTS = [
     Mutant(
         "tensor cores: two rows of the second 8 terms change places",
         TENSOR,
-        "above.of(8), below.of(8)",
-        "below.of(8), above.of(8)",
+        "above.at(8), below.at(8)",
+        "below.at(8), above.at(8)",
         select=EXACT,
     ),
     Mutant(
         "tensor cores: every tile has the columns of the first",
         TENSOR,
-        "(c * MMA_COLUMNS + own.group) * HALVES",
-        "own.group * HALVES",
+        "(c * MMA_N + own.group_id) * HALF_PITCH",
+        "own.group_id * HALF_PITCH",
         select=EXACT,
     ),
     Mutant(
         "tensor cores: a warp's second rows are its first",
         TENSOR,
-        "return (first + tile * WARPS) * MMA_ROWS + group",
-        "return first * MMA_ROWS + group",
+        "return (first + tile * WARPS) * MMA_M + group_id",
+        "return first * MMA_M + group_id",
         select=EXACT,
     ),
     Mutant(
         "tensor cores: the slices' sums in one place",
         TENSOR,
-        "(own.slice * columns + c * MMA_COLUMNS + own.pair)",
-        "(c * MMA_COLUMNS + own.pair)",
+        "(own.k_split * columns + c * MMA_N + own.pair)",
+        "(c * MMA_N + own.pair)",
         select=EXACT,
     ),
     Mutant(
         "tensor cores: the last tile of columns is left out",
         TENSOR,
-        "column_tiles = (width + MMA_COLUMNS - 1) / MMA_COLUMNS",
-        "column_tiles = max(1, width / MMA_COLUMNS - 1)",
+        "column_tiles = (width + MMA_N - 1) / MMA_N",
+        "column_tiles = max(1, width / MMA_N - 1)",
         select=EXACT,
     ),
     Mutant(
@@ -109,30 +114,30 @@ MUTANTS = [
     Mutant(
         "matrix: the rest of the terms is not 0",
         MATRIX,
-        "group[j] = has ? value : To(0);",
-        "group[j] = value;",
+        "values[j] = has ? value : To(0);",
+        "values[j] = value;",
         select=HALVES,
     ),
     Mutant(
         "matrix: what is behind its end",
         MATRIX,
-        "of.value(has ? at : origin,",
-        "of.value(at,",
+        "factor.value(has ? at : origin,",
+        "factor.value(at,",
         ("plain", "asan"),
         HALVES,
     ),
     Mutant(
         "product: the last slice of the terms is left out",
         MATRIX,
-        "s < slices; ++s",
-        "s < slices - 1; ++s",
+        "s < k_splits; ++s",
+        "s < k_splits - 1; ++s",
         select=WHOLE,
     ),
     Mutant(
         "product: every slice takes all terms",
         PRODUCT,
-        "int t = slice; t < TERMS; t += slices",
-        "int t = 0; t < TERMS; ++t",
+        "int t = k_split; t < TILE_K; t += k_splits",
+        "int t = 0; t < TILE_K; ++t",
         select=WHOLE,
     ),
     Mutant(
@@ -162,7 +167,7 @@ MUTANTS = [
     Mutant(
         "product: zeros are not filled in",
         MATRIX,
-        "if (moving + (GROUP - 1) * apart < end)",
+        "if (moving + (UNROLL - 1) * stride < end)",
         "if (moving < end)",
         ("plain", "asan"),
         WHOLE,
@@ -170,7 +175,7 @@ MUTANTS = [
     Mutant(
         "linear: the mean keeps what rounding left",
         FORWARD,
-        "quick_two_sum(first, rest)",
+        "quick_two_sum(first, remainder)",
         "Pair<A>{first, A(0)}",
         select="constant_channel_is_phi and linear",
     ),
@@ -199,13 +204,6 @@ MUTANTS = [
         ("plain", "tsan"),
         SCHEDULES,
     ),
-    Mutant(
-        "linear: the sum of a warp misses half of it",
-        SHARED,
-        "int apart = WARP / 2;",
-        "int apart = WARP / 4;",
-        select=WHOLE,
-    ),
     Mutant("linear backward: dz without the mean of g", BACKWARD, "slope, mean)", "slope, A(0))", select=WHOLE),
     Mutant(
         "linear backward: dgamma without rstd",
@@ -217,7 +215,7 @@ MUTANTS = [
     Mutant(
         "linear backward: dx before all dz are there",
         BACKWARD,
-        "if (gridDim.x > 1) meet(a.arrivals, gridDim.x, blockIdx.x);  // dz of all neurons",
+        "if (gridDim.x > 1) grid_barrier(a.barrier_counter, gridDim.x, blockIdx.x);  // dz of all neurons",
         "",
         select=WHOLE,
     ),
@@ -246,8 +244,8 @@ MUTANTS = [
     Mutant(
         "linear layer norm: gamma of another neuron",
         FORWARD,
-        "load_affine(a, m);\n            of",
-        "load_affine(a, c);\n            of",
+        "load_affine(a, m);\n            affine",
+        "load_affine(a, c);\n            affine",
         select=OF_LAYER,
     ),
     Mutant(
@@ -258,7 +256,7 @@ MUTANTS = [
         ("plain", "tsan"),
         SCHEDULES,
     ),
-    Mutant("linear layer norm: dz without the mean of h", BACKWARD, "slope, of_h)", "slope, A(0))", select=OF_LAYER),
+    Mutant("linear layer norm: dz without the mean of h", BACKWARD, "slope, mean_h)", "slope, A(0))", select=OF_LAYER),
     Mutant(
         "linear layer norm: dz without gamma",
         BACKWARD,
@@ -276,7 +274,7 @@ MUTANTS = [
     Mutant(
         "linear layer norm: dweight before all dz are there",
         BACKWARD,
-        "    if (gridDim.x > 1) meet(a.arrivals, gridDim.x, blockIdx.x);  // dz of all examples\n",
+        "    if (gridDim.x > 1) grid_barrier(a.barrier_counter, gridDim.x, blockIdx.x);  // dz of all examples\n",
         "",
         ("plain", "tsan"),
         SCHEDULES,

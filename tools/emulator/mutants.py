@@ -10,28 +10,37 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from .build import CUDA, CUDA_VARIABLE, ROOT, EmulatorError, read_sources
+from .build import CUDA, CUDA_VARIABLE, ROOT, EmulatorError, read_sources, write_sources
 
 BATCH_NORM = ("tests/ops/test_batch_norm.py", "tests/ops/test_batch_norm_layouts.py", "tests/regress")
-SPREAD, DOUBLE = ("tests/ops/test_batch_norm_spread.py",), ("tests/ops/test_batch_norm_double_backward.py",)
-GENERAL = (
+COOPERATIVE, DOUBLE = ("tests/ops/test_batch_norm_spread.py",), ("tests/ops/test_batch_norm_double_backward.py",)
+MASKED_GROUPED = (
     *("tests/ops/test_batch_norm_masked.py", "tests/ops/test_batch_renorm.py", "tests/ops/test_batch_norm_groups.py"),
     *("tests/ops/test_batch_norm_statistics.py", "tests/ops/test_batch_norm_parameters.py"),
 )
+MULTI_BLOCK = "tests/ops/test_fused_training_drawn.py", "tests/ops/test_fused_training_group.py"
 TESTS = {  # the quickest first: the first failure ends a run
-    "half.cuh": ("tests/ops/test_batch_norm_half.py",),
-    "activation.cuh": ("tests/ops/test_batch_norm_activations.py", *DOUBLE),
-    **dict.fromkeys(("common.cuh", "channel.cuh", "batch_norm_backward.cu"), BATCH_NORM),
-    "moments.cuh": (*BATCH_NORM, "tests/ops/test_batch_norm_statistics.py"),
+    "lib/numbers/half.cuh": ("tests/ops/test_batch_norm_half.py",),
+    "lib/numbers/activation.cuh": ("tests/ops/test_batch_norm_activations.py", *DOUBLE),
+    **dict.fromkeys(("lib/numbers/pair.cuh", "lib/reduce/rows.cuh", "batch_norm_backward.cu"), BATCH_NORM),
+    "lib/reduce/moments.cuh": (*BATCH_NORM, "tests/ops/test_batch_norm_statistics.py"),
     "batch_norm_forward.cu": (*BATCH_NORM, "tests/ops/test_running_statistics.py"),
-    "meet.cuh": (*SPREAD, "tests/ops/test_fused_training_group.py"),
+    "lib/sync/grid_barrier.cuh": (*COOPERATIVE, "tests/ops/test_fused_training_group.py"),
     **dict.fromkeys(
-        ("spread.cuh", "vector.cuh", "batch_norm_forward_spread.cu", "batch_norm_backward_spread.cu"),
-        SPREAD,
+        (
+            "lib/reduce/cooperative_slices.cuh",
+            "lib/numbers/vector.cuh",
+            "batch_norm_forward_cooperative.cu",
+            "batch_norm_backward_cooperative.cu",
+        ),
+        COOPERATIVE,
     ),
-    **dict.fromkeys(("general.cuh", "batch_norm_forward_general.cu", "batch_norm_backward_general.cu"), GENERAL),
     **dict.fromkeys(
-        ("fused_training.cu", "fused_step.cuh", "team.cuh"),
+        ("lib/reduce/masked_rows.cuh", "batch_norm_forward_masked_grouped.cu", "batch_norm_backward_masked_grouped.cu"),
+        MASKED_GROUPED,
+    ),
+    **dict.fromkeys(
+        ("fused_training.cu", "lib/train/block_step.cuh", "lib/gemm/subwarp.cuh"),
         (
             *(
                 "tests/ops/test_fused_training_drawn.py",
@@ -43,19 +52,19 @@ TESTS = {  # the quickest first: the first failure ends a run
     ),
     **dict.fromkeys(
         (
-            "fused_training_group.cu",
-            "group_step.cuh",
-            "group_step_of_neurons.cuh",
-            "group_step_of_examples.cuh",
-            "network.cuh",
+            "fused_training_multi_block.cu",
+            "lib/train/multi_block_step.cuh",
+            "lib/train/multi_block_step_by_neuron.cuh",
+            "lib/train/multi_block_step_by_example.cuh",
         ),
-        ("tests/ops/test_fused_training_drawn.py", "tests/ops/test_fused_training_group.py"),
+        MULTI_BLOCK,
     ),
+    "lib/train/network.cuh": (*MULTI_BLOCK, "tests/train/test_ensemble.py"),
     **dict.fromkeys(
         (
-            "product.cuh",
-            "matrix.cuh",
-            "linear_batch_norm.cuh",
+            "lib/gemm/product.cuh",
+            "lib/gemm/matrix.cuh",
+            "lib/gemm/warp_rows.cuh",
             "linear_batch_norm_forward.cu",
             "linear_batch_norm_backward.cu",
         ),
@@ -65,11 +74,18 @@ TESTS = {  # the quickest first: the first failure ends a run
             "tests/ops/test_constant_channels.py",
         ),
     ),
-    "tensor_product.cuh": ("tests/ops/test_tensor_product.py", "tests/ops/test_linear_batch_norm.py"),
-    **dict.fromkeys(("row.cuh", "layer_norm_forward.cu", "layer_norm_backward.cu"), ("tests/ops/test_layer_norm.py",)),
+    "lib/gemm/tensor_product.cuh": ("tests/ops/test_tensor_product.py", "tests/ops/test_linear_batch_norm.py"),
+    **dict.fromkeys(
+        ("lib/reduce/vector_rows.cuh", "layer_norm_forward.cu", "layer_norm_backward.cu"),
+        ("tests/ops/test_layer_norm.py",),
+    ),
     "batch_norm_statistics.cu": ("tests/ops/test_batch_norm_statistics.py",),
-    **dict.fromkeys(("channel_sums.cuh", "batch_norm_double_backward.cu"), DOUBLE),
-    "softmax_cross_entropy.cu": ("tests/ops/test_softmax_cross_entropy.py", "tests/regress"),
+    "lib/reduce/sums.cuh": ("tests/ops/test_batch_norm.py", *DOUBLE),
+    "batch_norm_double_backward.cu": DOUBLE,
+    **dict.fromkeys(
+        ("lib/reduce/warp.cuh", "softmax_cross_entropy.cu"),
+        ("tests/ops/test_softmax_cross_entropy.py", "tests/regress"),
+    ),
     "mini_batch.cu": ("tests/ops/test_mini_batch.py",),
     "parameter_update.cu": ("tests/ops/test_parameter_update.py", "tests/regress"),
 }
@@ -142,8 +158,7 @@ def _run(sources: dict[str, str], build: str, tests: tuple[str, ...], select: st
     options = ["-x", "-q", "-p", "no:cacheprovider", "-m", marked]
     command = [sys.executable, "-m", "tools.emulator", "run", build, "--", *options, "-k", select, *tests]
     with tempfile.TemporaryDirectory() as folder:
-        for file, text in sources.items():
-            (Path(folder) / file).write_text(text)
+        write_sources(sources, Path(folder))
         try:
             run = subprocess.run(
                 command,

@@ -1,6 +1,6 @@
 // Kernels with a planted bug each, and a few correct ones: what the emulator has to report, and what it has to count.
 // Called by: ../test_emulator.py, planted.py
-#include "common.cuh"
+#include "lib/kernel.cuh"
 
 struct Planted {
     const float* x;
@@ -11,9 +11,9 @@ struct Planted {
 };
 
 #define PLANTED(name) PLANTED_WITH_BOUNDS(name, 1024)
-#define PLANTED_WITH_BOUNDS(name, threads)                             \
-    __device__ __forceinline__ void planted_##name(const Planted& a);  \
-    BNK_KERNEL(bnk_planted_##name, Planted, threads, (planted_##name)) \
+#define PLANTED_WITH_BOUNDS(name, threads)                                  \
+    __device__ __forceinline__ void planted_##name(const Planted& a);       \
+    BNK_KERNEL(bnk_planted_##name, (Planted), threads, 0, (planted_##name)) \
     __device__ __forceinline__ void planted_##name([[maybe_unused]] const Planted& a)
 
 // ---- correct --------------------------------------------------------------------------------------------------------

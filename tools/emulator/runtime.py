@@ -53,7 +53,7 @@ class EmulatorRuntime(seam.Runtime):
         ``plain`` and ``coverage`` judge and count every access; ``asan`` and ``tsan`` need the process to be started
         by ``python -m tools.emulator run``.
     sources : Mapping of str to str, optional
-        The text of every file of ``cuda/``, by name. Default: the project's own.
+        The text of every file of ``cuda/``, by its path in there. Default: the project's own.
 
     Attributes
     ----------

@@ -117,7 +117,7 @@ def _planned(args: dict, layout: Layout, inputs: tuple[str, ...], choose: Callab
     variant, launch = choose(layout.outer, layout.channels, x.dtype, layout.inner)
     kernel = f"bnk_batch_norm_{variant}_{suffix(x.dtype)}"
     tensor = Tensor(layout.outer, layout.channels, layout.inner, x.dtype, tuple(given))
-    if variant.endswith(f"held{HELD}") or "inference" in variant or not tensor.may_spread:
+    if variant.endswith(f"registers{HELD}") or "inference" in variant or not tensor.may_spread:
         tensor = None
     return plan._replace(kernel=kernel, launch=launch, sizes=tuple(sizes), copied=tuple(copied), tensor=tensor)
 
@@ -201,7 +201,7 @@ def _spread_launch(
     workspace = plan.runtime.workspace(x) if spread.launch.cooperative else 0
     arguments = spread_arguments(spread, plan.tensor, pointers, workspace, scalars, code)
     kernel = f"bnk_batch_norm_{spread.variant}_{suffix(plan.tensor.dtype)}"
-    return f"batch_norm_{spread.direction}_spread", kernel, spread.launch, arguments
+    return f"batch_norm_{spread.direction}_cooperative", kernel, spread.launch, arguments
 
 
 def run_forward(

@@ -1,8 +1,9 @@
 """The batch-norm kernels that spread over the whole device: when they can run, with which launch, and their arguments.
 
 They move 16 bytes at a time and keep what they read in shared memory, so that every byte is read once. Up to G blocks
-share a slice of channels and wait for one another; see ``cuda/spread.cuh``. The choice is a pure function of shape,
-data type, strides and the limits of the device. Its thresholds follow from sizes of the hardware; none has been tuned.
+share a slice of channels and wait for one another; see ``cooperative_slices.cuh``. The choice is a pure function of
+shape, data type, strides and the limits of the device. Its thresholds follow from sizes of the hardware; none has
+been tuned.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import numpy as np
 from bnkernels.runtime import seam as rt
 from bnkernels.runtime.arguments import arguments_type, pack
 from bnkernels.runtime.seam import Launch, Limits, ceil_div
-from bnkernels.runtime.workspace import MOST_BLOCKS, MOST_GROUPS, PAIRED, PARTIALS, counters, most_shared, resident
+from bnkernels.runtime.workspace import MOST_BLOCKS, MOST_GROUPS, PARTIALS, counters, most_shared, resident
 
-VECTOR = 16  # bytes that one access moves, as in cuda/vector.cuh
-FAN_IN = 8  # partial results that one thread merges, as in cuda/spread.cuh
+MIN_BLOCKS = 2  # resident blocks of a multiprocessor, promised by the launch bounds of the kernels
+VECTOR = 16  # bytes that one access moves, as in cuda/lib/numbers/vector.cuh
+FAN_IN = 8  # partial results that one thread merges, as in cuda/lib/reduce/cooperative_slices.cuh
 WIDTHS = (128, 64, 32)  # bytes of a row that a block owns: from a line of the cache down to a sector of memory
 SMALL = 64 * 1024  # bytes of data up to which one launch of few blocks takes no longer
 EXCHANGED = 1 / 4  # bytes that a block may read of the others, for a byte of data; they come from the L2 cache
@@ -29,13 +31,13 @@ SIZES = "outer channels inner"
 STRIDES = "x_outer x_channel residual_outer residual_channel held"
 ARGUMENTS = {
     "forward": arguments_type(
-        "x residual gamma beta y statistics running_mean running_var partial arrivals",
+        "x residual gamma beta y statistics running_mean running_var partial barrier_counter",
         f"{SIZES} {STRIDES}",
         "momentum divisor eps alpha",
         "activation",
     )[np.dtype(np.float32)],
     "backward": arguments_type(
-        "dy x residual gamma beta mean mean_low rstd dx dgamma dbeta dresidual partial arrivals",
+        "dy x residual gamma beta mean mean_low rstd dx dgamma dbeta dresidual partial barrier_counter",
         f"{SIZES} dy_outer dy_channel {STRIDES}",
         "alpha",
         "activation",
@@ -142,8 +144,8 @@ class _Block:
         self.slices = ceil_div(tensor.channels, self.channels)
         self.partial = QUANTITIES[direction] * self.channels * self.lanes * 4
         self.row = PLANES[direction] * columns * self.lanes * VECTOR  # bytes of a row of all threads
-        most = most_shared(limits, PAIRED)  # while one waits for its data or for other blocks, the other works
-        self.resident = resident(limits, self.columns * self.lanes, most, PAIRED)
+        most = most_shared(limits, MIN_BLOCKS)  # while one waits for its data or for other blocks, the other works
+        self.resident = resident(limits, self.columns * self.lanes, most, MIN_BLOCKS)
         self.most_held = (most - self.partial) // self.row
 
     def rows_of_thread(self, together: int) -> int:
@@ -173,7 +175,7 @@ class _Block:
     def spread(self, together: int, groups: int) -> Spread:
         """Return the choice with so many blocks for a slice, and so many groups of them."""
         held = min(self.rows_of_thread(together), self.most_held)
-        variant = f"{self.direction}_spread" + ("_inner" if self.inner else "")
+        variant = f"{self.direction}_cooperative" + ("_inner" if self.inner else "")
         grid, block = (groups, together, 1), (self.columns, self.lanes, 1)
         launch = Launch(grid, block, self.partial + held * self.row, cooperative=together > 1)
         needed = PARTIALS + 2 * groups * together * QUANTITIES[self.direction] * self.channels * 4

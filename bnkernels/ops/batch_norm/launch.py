@@ -14,14 +14,14 @@ from bnkernels.runtime.seam import MAX_GRID, Launch, ceil_div
 WIDTH = 32  # channels of a slice: 128 bytes of float32, four whole memory sectors per row
 SECTOR = 32  # bytes that memory moves at once
 THREADS = 512  # of a block, at most: what the kernels' launch bounds say
-SERIAL_LANES = 64  # that every thread merges itself, as in cuda/channel.cuh
+SERIAL_LANES = 64  # that every thread merges itself, as in cuda/lib/reduce/rows.cuh
 HELD = 4  # rows that each thread should have: enough to keep its loads in flight, and few in a row to add up
 FEW_BLOCKS = 132  # fewer leave multiprocessors of a large device without work
 INFERENCE_ROWS = 8  # rows per thread of the inference kernel, which has no reason to keep blocks few
 
 
 def _held_more(dtype: np.dtype) -> int:
-    """Return the rows that a thread can hold in the same registers: those of the variants held16 and held8."""
+    """Return the rows that a thread can hold in the same registers: 16, or 8 of float64."""
     return 8 if dtype.itemsize == 8 else 16
 
 
@@ -52,9 +52,9 @@ def _choose(outer: int, channels: int, inner: int, dtype: np.dtype, planes: int)
     lanes = _lanes(ceil_div(rows, HELD), width)
     more = _held_more(dtype)
     if inner == 1 and HELD * lanes >= rows:
-        variant = f"held{HELD}"
+        variant = f"registers{HELD}"
     else:
-        variant = f"held{more}" if more * lanes >= rows else "streamed"
+        variant = f"registers{more}" if more * lanes >= rows else "two_pass"
     shared = planes * width * lanes * accumulator(dtype).itemsize
     return variant, Launch((ceil_div(channels, width), 1, 1), (width, lanes, 1), shared)
 
@@ -65,7 +65,7 @@ def forward_launch(outer: int, channels: int, dtype: np.dtype, inner: int = 1) -
     Examples
     --------
     >>> forward_launch(64, 20, np.dtype("float32"))
-    ('held4', Launch(grid=(1, 1, 1), block=(20, 16, 1), shared_bytes=3840, cooperative=False))
+    ('registers4', Launch(grid=(1, 1, 1), block=(20, 16, 1), shared_bytes=3840, cooperative=False))
     """
     return _choose(outer, channels, inner, dtype, planes=3)
 
@@ -76,7 +76,7 @@ def backward_launch(outer: int, channels: int, dtype: np.dtype, inner: int = 1) 
     Examples
     --------
     >>> backward_launch(64, 20, np.dtype("float32"))
-    ('backward_held4', Launch(grid=(1, 1, 1), block=(20, 16, 1), shared_bytes=2560, cooperative=False))
+    ('backward_registers4', Launch(grid=(1, 1, 1), block=(20, 16, 1), shared_bytes=2560, cooperative=False))
     """
     variant, launch = _choose(outer, channels, inner, dtype, planes=2)
     return f"backward_{variant}", launch

@@ -1,6 +1,6 @@
 """Batch norm beyond the usual: masks, groups, renormalisation, 16-bit parameters, and the stages of a pass as ops.
 
-One pair of kernels serves all of it (``cuda/batch_norm_forward_general.cu`` and its backward): a `Stage` says which
+One pair of kernels serves all of it (``cuda/batch_norm_*_masked_grouped.cu``): a `Stage` says which
 part of a pass a launch is. Here are its checks, cached by signature, its plan, and the running of it. Arrays go by the
 names that the ops give them; those that are written come first.
 """
@@ -29,7 +29,7 @@ def _strides(*names: str) -> str:
     return " ".join([*of_arrays, "mask_group", "mask_outer", "mask_inner"])
 
 
-SIZES, CODES = "groups outer channels inner", "activation stage statistic_rows narrow"
+SIZES, CODES = "groups outer channels inner", "activation stage statistic_rows params_in_storage_type"
 FORWARD = arguments_type(
     "x residual mask gamma beta y statistics moments running_mean running_var",
     f"{SIZES} {_strides('x', 'residual')}",
@@ -37,7 +37,8 @@ FORWARD = arguments_type(
     CODES,
 )
 BACKWARD = arguments_type(
-    "dy x residual mask gamma beta statistics running_mean running_var dx dgamma dbeta dresidual sums partial arrivals",
+    "dy x residual mask gamma beta statistics running_mean running_var dx dgamma dbeta dresidual sums partial "
+    "finished_blocks",
     f"{SIZES} {_strides('dy', 'x', 'residual')}",
     "eps alpha",
     CODES,
@@ -201,7 +202,7 @@ def _run_on_device(plan: Plan, stage: Stage, arrays: dict[str, Any], options: Op
     record = layouts[plan.dtypes["gamma"] if not plan.narrow else np.dtype(np.float32)]
     if direction == "backward" and plan.launch.grid[1] > 1:
         workspace = runtime.workspace(x)  # it begins with counters of blocks that never wait
-        values |= {"arrivals": workspace, "partial": workspace + PARTIALS}
+        values |= {"finished_blocks": workspace, "partial": workspace + PARTIALS}
     r_max, d_max = options.renorm or (1.0, 0.0)
     scalars = {
         "momentum": options.momentum,
@@ -213,15 +214,15 @@ def _run_on_device(plan: Plan, stage: Stage, arrays: dict[str, Any], options: Op
         "activation": options.phi.code,
         "stage": int(stage),
         "statistic_rows": plan.statistic_rows,
-        "narrow": int(plan.narrow),
+        "params_in_storage_type": int(plan.narrow),
     }
     sizes = (plan.groups, layout.outer, layout.channels, layout.inner, *plan.strides)
     names = record.names
     first_size = names.index("groups")
     packed = [values.get(name, 0) for name in names[:first_size]]
     packed += [*sizes, *(scalars[name] for name in names[first_size + len(sizes) :])]
-    kernel = f"bnk_batch_norm_{direction}_general_{suffix(plan.dtypes['x'])}"
-    runtime.launch(f"batch_norm_{direction}_general", kernel, plan.launch, pack(record, *packed), x)
+    kernel = f"bnk_batch_norm_{direction}_masked_grouped_{suffix(plan.dtypes['x'])}"
+    runtime.launch(f"batch_norm_{direction}_masked_grouped", kernel, plan.launch, pack(record, *packed), x)
 
 
 def _copy(plan: Plan, name: str, arrays: dict[str, Any]) -> Any:

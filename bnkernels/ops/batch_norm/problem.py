@@ -1,7 +1,7 @@
 """How batch norm sees a tensor: as (outer, C, inner), the axes before and behind the channels' each taken together.
 
 A row is one position of a channel; there are ``outer * inner`` of them. A matrix (N, C) has ``inner = 1``, as has
-whatever lies channels-last; NCHW has ``outer = N`` and ``inner = H W``. See ``cuda/channel.cuh``.
+whatever lies channels-last; NCHW has ``outer = N`` and ``inner = H W``. See ``cuda/lib/reduce/rows.cuh``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Layout(NamedTuple):
 
 
 class Stage(IntEnum):
-    """What a launch does, as in ``cuda/general.cuh``."""
+    """What a launch does, as in ``cuda/lib/reduce/masked_rows.cuh``."""
 
     WHOLE = 0
     COLLECT = 1

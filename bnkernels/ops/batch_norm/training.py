@@ -1,10 +1,10 @@
 """Batch normalisation with a residual sum and an activation behind it, in training: forward and backward.
 
 CuPy arrays run ``cuda/batch_norm_forward.cu`` and ``cuda/batch_norm_backward.cu``, or where the tensor is large their
-``_spread`` variants, one launch each; NumPy arrays run the twins of ``cpu.py``, which sum in float64. An
+``_cooperative`` variants, one launch each; NumPy arrays run the twins of ``cpu.py``, which sum in float64. An
 op checks its values here and everything else in ``call.py``, which also runs it; ``runtime/replay.py``
 says what makes a repeated call cheap. With a mask, with groups, renormalised, or with parameters of 16 bits a call goes
-to ``masked_grouped.py`` and the ``_general`` kernels.
+to ``masked_grouped.py`` and the ``_masked_grouped`` kernels.
 
 Below, T is the data type of `x`: float16, bfloat16 (of ml_dtypes), float32 or float64. A is that of the accumulator, in
 which all is computed and statistics are kept: float32 for 16-bit T, else T. P is that of the parameters and their

@@ -14,15 +14,15 @@ from bnkernels.ops.activations import activation_named
 from bnkernels.ops.fused_training.network import Network
 from bnkernels.ops.linear_batch_norm import launch as linear
 from bnkernels.runtime.seam import Launch, Limits, ceil_div
-from bnkernels.runtime.workspace import MOST_GROUPS, ROOMY, most_shared, resident
+from bnkernels.runtime.workspace import MOST_GROUPS, most_shared, resident
 
-EXAMPLES = 8  # of a thread, as in cuda/team.cuh
+EXAMPLES = 8  # of a thread, as in cuda/lib/gemm/subwarp.cuh
 TEAMS = (8, 16, 32)  # threads that share a neuron
 MOST_EXAMPLES_OF_BLOCK = EXAMPLES * TEAMS[-1]
 MOST_EXAMPLES = linear.MOST_ROWS
 THREADS = {np.dtype(np.float32): 512, np.dtype(np.float64): 256}  # at most: the launch bounds of cuda/fused_training.cu
 FEWEST_THREADS = 128  # that a step is shared by, however few neurons there are
-CLUSTER = 8  # blocks, as in cuda/meet.cuh
+CLUSTER = 8  # blocks, as in cuda/lib/sync/grid_barrier.cuh
 OPTIMIZERS = {"sgd": 0, "momentum": 1, "adam": 2}  # the number of each is also that of its states
 
 
@@ -60,7 +60,7 @@ class Sizes(NamedTuple):
 
     @property
     def memory(self) -> int:
-        """The numbers that a group keeps in global memory, laid out as ``cuda/group_step_of_*.cuh`` says."""
+        """The numbers that a group keeps in global memory, laid out as ``multi_block_step_by_*.cuh`` says."""
         first = self.network.layers[0]
         if self.network.scratch_rows:
             return self.batch * (2 * first.inputs + 4 * self.rows + 1)
@@ -136,7 +136,7 @@ def _why_no_block(sizes: Sizes, limits: Limits) -> str | None:
 def _by_blocks(sizes: Sizes) -> Choice:
     """Return the launch of a block for each model, of as many threads as the widest layer has work for."""
     wanted = max(FEWEST_THREADS, sizes.batch, min(sizes.widest * sizes.team, THREADS[sizes.dtype]))
-    block, constants = (ceil_div(wanted, 32) * 32, 1, 1), (*sizes.constants, ("team", sizes.team))
+    block, constants = (ceil_div(wanted, 32) * 32, 1, 1), (*sizes.constants, ("subwarp_size", sizes.team))
     launch = Launch((sizes.models, 1, 1), block, shared_bytes(sizes), constants=constants)
     return Choice("fused_training_layer_norm" if sizes.network.scratch_rows else "fused_training", launch)
 
@@ -145,7 +145,7 @@ def _group(sizes: Sizes, limits: Limits) -> tuple[int, int, int]:
     """Return the blocks of a group, the neurons or examples that each owns at a time, and the bytes of its memory."""
     layer_norm = bool(sizes.network.scratch_rows)
     owned = max(sizes.batch, sizes.widest) if layer_norm else sizes.widest
-    on_device = resident(limits, linear.THREADS, most_shared(limits, ROOMY), ROOMY)
+    on_device = resident(limits, linear.THREADS, most_shared(limits, linear.MIN_BLOCKS), linear.MIN_BLOCKS)
     most = 1 << (max(on_device // sizes.models, 1).bit_length() - 1)
     product = linear.Sizes(sizes.batch, sizes.widest, sizes.widest, sizes.dtype)
     widths = [teams * product.columns for teams in linear.TEAMS]
@@ -169,8 +169,8 @@ def _why_no_group(sizes: Sizes, limits: Limits) -> str | None:
     blocks, _, needed = _group(sizes, limits)
     if blocks > 1 and not (limits.cooperative or limits.clusters):
         return "several would have to wait for each other, which this device cannot"
-    if needed > most_shared(limits, ROOMY):
-        return f"several need {needed:,} bytes of shared memory each and have {most_shared(limits, ROOMY):,}"
+    if needed > (most := most_shared(limits, linear.MIN_BLOCKS)):
+        return f"several need {needed:,} bytes of shared memory each and have {most:,}"
     return None
 
 

@@ -1,7 +1,7 @@
 """Many training steps of multilayer perceptrons in one launch: weights, statistics and optimiser stay on the chip.
 
-CuPy arrays run ``cuda/fused_training.cu``, one block for each network, or ``cuda/fused_training_group.cu``, several for
-each larger one; NumPy arrays run the same steps op by op.
+CuPy arrays run ``cuda/fused_training.cu``, one block a network, or ``fused_training_multi_block.cu``, several a
+network; NumPy arrays run the same steps op by op.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from bnkernels.runtime import seam as rt
 from bnkernels.runtime.arguments import addresses, arguments_type, empty, pack, suffix
 from bnkernels.runtime.workspace import counters
 
-POINTERS = "x labels indices seeds schedule layers parameters first second running losses rates"
-SIZES = "steps batch depth parameter_count running_count rows index_stride data_rows first_step"
-SCALARS = "beta1 beta2 rest1 rest2 optimizer_eps correction eps alpha"
-ARGUMENTS = {
-    "fused_training": arguments_type(POINTERS, f"{SIZES} scratch_rows", SCALARS, "activation optimizer team"),
-    "fused_training_group": arguments_type(
-        f"{POINTERS} memory arrivals", f"{SIZES} memory_count blocks width widest", SCALARS, "activation optimizer"
-    ),
-}
+POINTERS = (
+    "x labels indices seeds schedule layers parameters first second running losses rates workspace barrier_counter"
+)
+SIZES = (
+    "steps batch depth parameter_count running_count rows index_stride data_rows first_step scratch_rows "
+    "workspace_count blocks width widest"
+)
+SCALARS = "beta1 beta2 one_minus_beta1 one_minus_beta2 optimizer_eps correction eps alpha"
+ARGUMENTS = arguments_type(POINTERS, SIZES, SCALARS, "activation optimizer subwarp_size")
 __all__ = ["Layer", "Network", "fused_training"]
 NAMES = ("losses", "parameters", "first", "second", "running", "x", "labels", "indices")
 
@@ -189,15 +189,14 @@ def _launch(
     phi = activation_named(network.activation)
     scalars = BETA1, BETA2, 1 - BETA1, 1 - BETA2, ADAM_EPS, float(network.unbiased), network.eps, phi.alpha
     codes = phi.code, OPTIMIZERS[sizes.optimizer]
+    source, workspace, counter, of_several = "fused_training", None, 0, (0, 1, 0, 0)
     if choice.width:
-        source = "fused_training_group"
-        memory = empty(runtime, (sizes.models, sizes.memory), x)  # of this stream, so it may go when all is enqueued
-        pointers = *addresses(runtime, *given, memory), counters(runtime.workspace(x))
-        more = *numbers, sizes.memory, choice.blocks, choice.width, sizes.widest
-    else:
-        source, pointers = "fused_training", addresses(runtime, *given)
-        more, codes = (*numbers, network.scratch_rows), (*codes, sizes.team)
-    record = pack(ARGUMENTS[source][dtype], *pointers, *more, *scalars, *codes)
+        source, of_several = "fused_training_multi_block", (sizes.memory, choice.blocks, choice.width, sizes.widest)
+        workspace = empty(runtime, (sizes.models, sizes.memory), x)  # of this stream: free when all is enqueued
+        counter = counters(runtime.workspace(x))
+    pointers = *addresses(runtime, *given, workspace), counter
+    numbers = *numbers, network.scratch_rows, *of_several
+    record = pack(ARGUMENTS[dtype], *pointers, *numbers, *scalars, *codes, sizes.team)
     runtime.launch(source, f"bnk_{choice.kernel}_{suffix(dtype)}", choice.launch, record, x)
 
 

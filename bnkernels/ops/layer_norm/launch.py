@@ -12,9 +12,10 @@ import numpy as np
 
 from bnkernels.runtime.arguments import accumulator
 from bnkernels.runtime.seam import Launch, Limits, ceil_div
-from bnkernels.runtime.workspace import MOST_BLOCKS, PAIRED, ROOMY, most_shared, resident
+from bnkernels.runtime.workspace import MOST_BLOCKS, most_shared, resident
 
-THREADS, WARP, VECTOR = 256, 32, 16  # of a block, of a warp; bytes of a unit, as in cuda/row.cuh
+MIN_BLOCKS = 2  # resident blocks of a multiprocessor, promised by the launch bounds of the kernels
+THREADS, WARP, VECTOR = 256, 32, 16  # of a block, of a warp; bytes of a unit, as in cuda/lib/reduce/vector_rows.cuh
 ALONE = 4  # units of a thread up to which a warp has a row for itself: no barriers
 MOST_PARTIALS = 2 * MOST_BLOCKS  # sums of a column
 SMALL = 2**14  # elements up to which one block has the gradients sooner than several that must meet
@@ -67,7 +68,7 @@ def choose_forward(matrix: Rows, limits: Limits) -> Choice:
     teams = THREADS // width
     of_thread, scratch = ceil_div(matrix.units, width), _scratch(matrix.dtype)
     rows = of_thread * THREADS * VECTOR
-    held = of_thread if rows + scratch <= most_shared(limits, PAIRED) else 0
+    held = of_thread if rows + scratch <= most_shared(limits, MIN_BLOCKS) else 0
     grid = (ceil_div(matrix.rows, teams), 1, 1)
     return Choice(Launch(grid, (width, teams, 1), scratch + THREADS * VECTOR * held), held)
 
@@ -90,15 +91,15 @@ def choose_backward(matrix: Rows, limits: Limits) -> Choice:
     of_thread, scratch = ceil_div(matrix.units, width), _scratch(matrix.dtype)
     row = 2 * THREADS * VECTOR  # of a unit of every thread
     sums = 4 * matrix.count * THREADS * accumulator(matrix.dtype).itemsize
-    most = most_shared(limits, PAIRED)
+    most = most_shared(limits, MIN_BLOCKS)
     if scratch + sums > most:
-        most = most_shared(limits, ROOMY)
+        most = most_shared(limits, 1)
     held = of_thread if scratch + (row + sums) * of_thread <= most else 0
     summed = min(of_thread, (most - scratch - row * held) // sums)
     if summed < 1:
         raise ValueError(f"the device gives a block {limits.shared_bytes} bytes of shared memory, {sums} are needed")
     shared = scratch + row * held + sums * summed
-    blocks = min(ceil_div(matrix.rows, teams), resident(limits, THREADS, shared, PAIRED), MOST_BLOCKS)
+    blocks = min(ceil_div(matrix.rows, teams), resident(limits, THREADS, shared, MIN_BLOCKS), MOST_BLOCKS)
     if matrix.rows * matrix.columns <= SMALL or not limits.cooperative:
         blocks = 1
     return Choice(Launch((blocks, 1, 1), (width, teams, 1), shared, cooperative=blocks > 1), held, summed * width)

@@ -23,12 +23,12 @@ from bnkernels.runtime.arguments import accumulator, addresses, arguments_type, 
 from bnkernels.runtime.workspace import counters
 
 ARGUMENTS = {
-    "forward": arguments_type("x gamma beta y statistics", "rows columns", "eps alpha", "activation wide held"),
+    "forward": arguments_type("x gamma beta y statistics", "rows columns", "eps alpha", "activation aligned16 held"),
     "backward": arguments_type(
-        "dy x gamma beta statistics dx dgamma dbeta partial arrivals",
+        "dy x gamma beta statistics dx dgamma dbeta partial barrier_counter",
         "rows columns chunk",
         "alpha",
-        "activation wide held",
+        "activation aligned16 held",
     ),
 }
 FORWARD_NAMES = ("y", "statistics", "x", "gamma", "beta")

@@ -12,9 +12,10 @@ import numpy as np
 
 from bnkernels.runtime.arguments import accumulator
 from bnkernels.runtime.seam import Launch, Limits, ceil_div
-from bnkernels.runtime.workspace import ROOMY, most_shared, resident
+from bnkernels.runtime.workspace import most_shared, resident
 
-THREADS, TERMS = 256, 32  # PRODUCT_THREADS and TERMS of cuda/product.cuh
+MIN_BLOCKS = 1  # resident blocks of a multiprocessor, promised by the launch bounds of the kernels
+THREADS, TILE_K = 256, 32  # PRODUCT_THREADS and TILE_K of cuda/lib/gemm/matrix.cuh
 MOST_ROWS, MOST_NEURONS = 512, 1024  # beyond, a library's product is faster than what a launch costs
 TEAMS = (1, 2, 4, 8)  # of a block: so many times as many columns as a thread multiplies
 
@@ -29,16 +30,16 @@ class Sizes(NamedTuple):
 
     @property
     def columns(self) -> int:
-        """The columns that a thread multiplies, COLUMNS of cuda/product.cuh."""
+        """The columns that a thread multiplies, COLUMNS of cuda/lib/gemm/product.cuh."""
         return 16 // accumulator(self.dtype).itemsize
 
     def product_numbers(self, width: int) -> int:
-        """Return how many numbers a product keeps in shared memory: TERMS of both factors, or all partial sums.
+        """Return how many numbers a product keeps in shared memory: TILE_K of both factors, or all partial sums.
 
         Those of ordinary arithmetic, which older GPUs use for every type; tensor cores need less.
         """
         lanes = (8, 16, 32)
-        factors = max(TERMS * (8 * lane + 4 + width) for lane in lanes)
+        factors = max(TILE_K * (8 * lane + 4 + width) for lane in lanes)
         return max(factors, *(THREADS // lane * self.columns * (8 * lane + 4) for lane in lanes))
 
 
@@ -76,12 +77,12 @@ def choose(
     tile, product = width * pitch(longest), sizes.product_numbers(width)
     numbers = max(2 * tile, product) if backward else tile + product
     shared = numbers * accumulator(dtype).itemsize
-    if shared > most_shared(limits, ROOMY):
+    if shared > most_shared(limits, MIN_BLOCKS):
         return None
     blocks = ceil_div(owned, width)
     if backward:
         second = outputs if layer else inputs * input_gradient  # owned after the meeting
-        blocks = min(max(blocks, ceil_div(second, width)), resident(limits, THREADS, shared, ROOMY))
+        blocks = min(max(blocks, ceil_div(second, width)), resident(limits, THREADS, shared, MIN_BLOCKS))
     together = backward and (layer or input_gradient) and blocks > 1
     if together and not limits.cooperative:
         return None

@@ -42,7 +42,7 @@ ARGUMENTS = {
         "activation",
     ),
     "backward": arguments_type(
-        "dy x weight gamma beta z statistics dx dweight dgamma dbeta dz arrivals", SIZES, "alpha", "activation"
+        "dy x weight gamma beta z statistics dx dweight dgamma dbeta dz barrier_counter", SIZES, "alpha", "activation"
     ),
 }
 
