@@ -48,7 +48,7 @@ EMULATED = {  # a build of the emulator for each tool, and a bug of tools/emulat
 def run_clean(asarray: Callable[[np.ndarray], Any], asnumpy: Callable[[Any], np.ndarray], some: bool = False) -> None:
     """Run every op in every variant on small arrays; raise ArithmeticError unless all kernels ran, and ran right.
 
-    With `some` only every fourth call of float32, for a dry run: the tests have the others on the emulator.
+    With `some` only the last three calls in float32, for a dry run: ``make emulate`` has the others, and compiles them.
     """
     like = asarray(np.zeros(1))
     runtime = registry.runtime_of(type(like))
@@ -62,7 +62,7 @@ def run_clean(asarray: Callable[[np.ndarray], Any], asnumpy: Callable[[Any], np.
     try:
         for name in ("float32",) if some else DTYPES:
             dtype = native_dtype(name)
-            for number, (op, arrays) in enumerate(calls(dtype)[::4] if some else calls(dtype) + group_calls(dtype)):
+            for number, (op, arrays) in enumerate(calls(dtype)[-3:] if some else calls(dtype) + group_calls(dtype)):
                 right = op(*(array.copy() for array in arrays))
                 found = op(*map(asarray, arrays))
                 for output, exact in zip(found, right, strict=True):
