@@ -1,4 +1,4 @@
-"""The process of the command line: what an interrupt does while it loads and ends, and where goes what it prints."""
+"""The process of the command line: its interrupts while it loads and ends, and its output streams."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def raise_on_interrupt() -> None:
 
 
 def open_streams() -> None:
-    """See to it that whatever is printed has a place to go, and that nothing printed can fail for its characters.
+    """Give every standard stream a file, and let no character fail to be printed.
 
     A standard stream may be closed: the next file that is opened would take its place, and get what is printed.
     """
@@ -52,7 +52,9 @@ def open_streams() -> None:
             "surrogateescape",
         ):
             if stream.errors in ("strict", "surrogateescape"):  # the latter is Python's own choice for LC_ALL=POSIX
-                stream.reconfigure(errors="backslashreplace")  # what the encoding lacks is printed as its code
+                stream.reconfigure(
+                    errors="backslashreplace"
+                )  # characters that the encoding lacks are printed as their codes
 
 
 def flush() -> None:

@@ -17,8 +17,9 @@ from typing import Any, NoReturn
 
 import bnkernels
 from bnkernels import _process
+from bnkernels.runtime.registry import DeviceError
 from bnkernels.train.checkpoint import CheckpointError
-from bnkernels.train.config import CHOICES, DEFAULT_EPOCHS, DEFAULT_LEARNING_RATES, ConfigError, TrainingConfig
+from bnkernels.train.config import CHOICES, DEFAULT_EPOCHS, DEFAULT_LEARNING_RATES, LABELS, ConfigError, TrainingConfig
 from bnkernels.train.data import DataError
 from bnkernels.train.documents import to_json
 from bnkernels.train.environment import report
@@ -28,11 +29,11 @@ from bnkernels.train.reproduce import SHORTENED, STEPS, Experiment, require_fold
 from bnkernels.train.reproduce import run as reproduce
 from bnkernels.train.reproduce import write as write_reproduction
 from bnkernels.train.runs import default_folder
-from bnkernels.train.tables import LABELS, answer, heading, row
+from bnkernels.train.tables import answer, heading, row
 from bnkernels.train.trainer import Trainer, resume, train
 
-EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 2, 130, 141  # the latter two as a shell says them
-LONGEST = 300  # characters of an error that repeats what was typed
+EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 2, 130, 141  # the latter two as of a shell
+LONGEST = 300  # characters of an error that repeats the command line
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -56,12 +57,12 @@ def main(arguments: list[str] | None = None) -> int:
             return options.command(options)
         finally:
             _process.flush()
-    except BrokenPipeError:  # as of `bnkernels train | head`
+    except BrokenPipeError:  # `bnkernels train | head`
         return EXIT_BROKEN_PIPE
     except OSError as error:
         reason = error.strerror or str(error)
         return _fail(f"{reason}: {error.filename}" if error.filename else reason)
-    except (CheckpointError, ConfigError, DataError, ImportError) as error:
+    except (CheckpointError, ConfigError, DataError, DeviceError, ImportError) as error:
         return _fail(str(error))
     except MemoryError as error:
         return _fail(f"not enough memory: {error}" if str(error) else "not enough memory")
@@ -145,7 +146,7 @@ def _add_training_options(command: Parser) -> None:
         group.add_argument(f"--{name.replace('_', '-')}", help=text, **options)
 
     group = command.add_argument_group("data")
-    add(group, "dataset", f"what to train on (default: {default.dataset})")
+    add(group, "dataset", f"data set to train on (default: {default.dataset})")
     add(
         group,
         "data",
@@ -161,33 +162,41 @@ def _add_training_options(command: Parser) -> None:
         action="extend",
         metavar="N[,N...]",
     )
-    add(group, "norm", f"which networks to train (default: {default.norm})")
+    add(group, "norm", f"networks to train (default: {default.norm})")
     add(group, "activation", f"activation of the hidden layers (default: {default.activation})")
     add(group, "dtype", f"type of data and parameters (default: {default.dtype})")
     group = command.add_argument_group("training")
     add(group, "batch_size", f"examples per step (default: {default.batch_size})", type=int, metavar="N")
-    add(group, "optimizer", f"how gradients become steps (default: {default.optimizer})")
+    add(group, "optimizer", f"rule that turns gradients into steps (default: {default.optimizer})")
     rates = ", ".join(f"{rate:g} for {name}" for name, rate in DEFAULT_LEARNING_RATES.items())
     add(group, "lr", f"learning rate, the same for both networks (default: {rates})", type=float, metavar="RATE")
     length = group.add_mutually_exclusive_group()
     add(length, "epochs", f"passes over the training set (default: {DEFAULT_EPOCHS})", type=int, metavar="N")
     add(length, "steps", "steps, instead of epochs", type=int, metavar="N")
     add(group, "seed", f"seed of weights and order of the examples (default: {default.seed})", type=int, metavar="N")
-    add(group, "models", "so many of each network, with other weights; reports mean and spread", type=int, metavar="N")
+    add(group, "models", "models of each network, with other weights; reports mean and spread", type=int, metavar="N")
     add(group, "device", f"where to train; auto is a GPU where there is one (default: {default.device})")
-    add(group, "engine", f"a step op by op, or many in one launch; auto is the latter (default: {default.engine})")
+    add(
+        group,
+        "engine",
+        f"steps op by op, as a graph, or many in one launch; auto is the fastest (default: {default.engine})",
+    )
 
 
 def _add_reproduction_options(command: Parser) -> None:
     """Add the options of `Experiment`."""
     default = Experiment()
-    command.add_argument("experiment", choices=("ioffe2015",), help="which one")
+    command.add_argument("experiment", choices=("ioffe2015",), help="which experiment")
     command.add_argument("--mnist", metavar="DIR", help="MNIST's IDX files, gzipped or not (default: the digits)")
-    command.add_argument("--steps", type=int, metavar="N", help=f"(default: {STEPS} on a GPU, {SHORTENED} on a CPU)")
+    command.add_argument(
+        "--steps", type=int, metavar="N", help=f"number of steps (default: {STEPS} on a GPU, {SHORTENED} on a CPU)"
+    )
     command.add_argument("--lr", type=float, metavar="RATE", help=f"learning rate (default: {default.lr})")
     command.add_argument("--seed", type=int, metavar="N", help=f"seed of weights and batches (default: {default.seed})")
     command.add_argument("--device", choices=CHOICES["device"], help=f"where to train (default: {default.device})")
-    command.add_argument("--engine", choices=CHOICES["engine"], help=f"as of train (default: {default.engine})")
+    command.add_argument(
+        "--engine", choices=CHOICES["engine"], help=f"engine, as for train (default: {default.engine})"
+    )
     command.add_argument("--out", metavar="DIR", help="folder of document and pictures (default: runs/ioffe2015-...)")
 
 
@@ -273,7 +282,7 @@ def run_info(options: argparse.Namespace) -> int:
 def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
     """Turn the first Ctrl-C into a question the trainer asks before every step; the second interrupts at once."""
     requested = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # which alone hears of signals
+    if threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
         yield requested.is_set
         return
 

@@ -21,12 +21,11 @@ template <typename T>
 struct ParameterUpdate {
     T* parameters;
     const T* gradients;
-    T* first;   // velocity, or Adam's first moment
+    T* first;   // velocity, with beta1 as momentum, or Adam's first moment
     T* second;  // Adam's second moment
     const T* scalars;
     long long size;
-    T lr, beta1, beta2, one_minus_beta1, one_minus_beta2, eps, correction1,
-        root_correction2;  // beta1 is also the momentum
+    T lr, beta1, beta2, one_minus_beta1, one_minus_beta2, eps, correction1, root_correction2;
 };
 
 // The values that change from step to step.

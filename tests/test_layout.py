@@ -101,9 +101,7 @@ def test_the_header_of_a_kernel_is_its_contract(path: Path) -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
 def test_lines_of_kernels_have_120_columns_and_comments_begin_with_a_term(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
-    assert [
-        number for number, line in enumerate(lines, 1) if len(line) > 120
-    ] == []  # clang-format leaves comments alone
+    assert [number for number, line in enumerate(lines, 1) if len(line) > 120] == []
     blocks = [line for before, line in pairwise(["", *lines]) if "//" in line and not before.lstrip().startswith("//")]
     assert [line for line in blocks if re.search(r"// (Of|What|Who|Whose|So many|How)\b", line)] == []
 

@@ -49,7 +49,7 @@ print(json.dumps([imported - before, read - imported, compiled]))
 
 def launched(engine: str) -> list[tuple[str, str, tuple]]:
     """Return source, name and constants of every kernel of the default training run with an engine, on the emulator."""
-    from bnkernels.train.learner import Network
+    from bnkernels.train.learner import Learner
     from tools import backends
 
     runtime = backends.emulated_runtime()
@@ -60,9 +60,9 @@ def launched(engine: str) -> list[tuple[str, str, tuple]]:
     x = backend.asarray(rng.standard_normal((rows, 64)).astype(config.dtype))
     y = backend.asarray(rng.integers(0, 10, rows).astype(np.int32))
     for norm in config.norms:
-        network = Network(norm, config, (64, *config.hidden, 10), backend.xp)
-        network.train(x, y, 0, 2, lambda: False)
-        network.evaluate(x, y)
+        learner = Learner(norm, config, (64, *config.hidden, 10), backend.xp)
+        learner.train(x, y, 0, 2, lambda: False)
+        learner.evaluate(x, y)
     return list(
         dict.fromkeys((record.source, record.entry_point, record.launch.constants) for record in runtime.launches)
     )

@@ -33,9 +33,9 @@ class Linear:
     parameters, gradients : dict of str to array
         `weight`, shape (inputs, outputs), and where there is one `bias`, shape (outputs,); each with its gradient.
     xp : module
-        numpy or cupy.
+        Array module, ``numpy`` or ``cupy``.
     first : bool
-        Whether nothing stands before this layer, so that nobody needs the gradient of its input.
+        Whether this is the first layer, so that the gradient of its input is not needed.
     """
 
     def __init__(self, parameters: dict[str, Any], gradients: dict[str, Any], xp: Any, *, first: bool = False) -> None:
@@ -72,11 +72,11 @@ class BatchNorm:
     momentum : float or None
         Weight of the new statistics; None gives the plain average of all mini-batches.
     unbiased : bool
-        Whether `running_var` takes the variance over N - 1; else over N.
+        Whether `running_var` takes the variance over N - 1, else over N.
     eps : float
-        Added to the variance, in the units of ``x**2``.
+        Constant added to the variance, in the units of ``x**2``.
     activation : str
-        What follows the normalisation.
+        Activation behind the normalisation.
     """
 
     def __init__(
@@ -153,9 +153,9 @@ class LayerNorm:
     parameters, gradients : dict of str to array
         `gamma` and `beta`, shape (C,); each with its gradient.
     eps : float
-        Added to the variance, in the units of ``x**2``.
+        Constant added to the variance, in the units of ``x**2``.
     activation : str
-        What follows the normalisation.
+        Activation behind the normalisation.
     """
 
     def __init__(
@@ -181,15 +181,15 @@ class LayerNorm:
         return layer_norm_backward(*given, activation=self.activation, out=out)[0]
 
 
-class Activation:
+class ActivationLayer:
     """An activation on its own, for networks without a norm.
 
     Parameters
     ----------
     name : str
-        One of `bnkernels.ops.activations.ACTIVATIONS`.
+        Name of the activation, one of `bnkernels.ops.activations.ACTIVATIONS`.
     xp : module
-        numpy or cupy.
+        Array module, ``numpy`` or ``cupy``.
     """
 
     def __init__(self, name: str, xp: Any) -> None:

@@ -9,17 +9,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bnkernels.nn.layers import Activation, BatchNorm, LayerNorm, Linear
+from bnkernels.nn.layers import ActivationLayer, BatchNorm, LayerNorm, Linear
 from bnkernels.ops.activations import activation_named
 from bnkernels.ops.fused_training.op import Layer, Network
 from bnkernels.runtime import checks as check
 
 NORMS = ("batch", "layer", "none")
-RECTIFIERS = ("relu", "leaky_relu", "gelu", "gelu_tanh", "silu", "elu")  # which lose about half of the variance
-ALIGNMENT = 64  # bytes: every parameter starts where vectorised loads of any library are happy
+RECTIFIERS = ("relu", "leaky_relu", "gelu", "gelu_tanh", "silu", "elu")  # they lose about half of the variance
+ALIGNMENT = 64  # bytes at whose multiples every parameter starts, enough for the vector loads of any library
 
 
-class Stage(NamedTuple):
+class LayerArrays(NamedTuple):
     """Arrays of a linear layer and of the norm behind it, by name.
 
     Attributes
@@ -47,25 +47,26 @@ class MLP:
     sizes : sequence of int
         Number of inputs, of neurons of every hidden layer, and of classes: ``(64, 20, 10)``.
     norm : {'batch', 'layer', 'none'}
-        What stands before the hidden layers' activations.
+        Norm before the activations of the hidden layers.
     activation : str
-        Of the hidden layers: one of `bnkernels.ops.activations.ACTIVATIONS`, with its usual `alpha`.
-    dtype : {'float32', 'float64'}, or what NumPy takes for one
-        Of parameters and activations.
+        Activation of the hidden layers: one of `bnkernels.ops.activations.ACTIVATIONS`, with its usual `alpha`.
+    dtype : {'float32', 'float64'}, or a NumPy equivalent
+        Data type of parameters and activations.
     seed : int
-        Of the initial weights.
+        Seed of the initial weights.
     xp : module
-        The array module that computes: `numpy`, or `cupy` for a GPU.
+        Array module that computes: `numpy`, or `cupy` for a GPU.
     momentum, unbiased, eps : float, bool, float
-        Of the batch norms; see `batch_norm_forward`. A momentum of None averages all mini-batches.
-        Of layer norms, eps.
+        Options of the batch norms; see `batch_norm_forward`. A momentum of None averages all mini-batches. Layer norms
+        take eps.
     track_running_stats : bool
-        False: the batch norms have no running statistics and normalise with those of the mini-batch, always.
+        Whether the batch norms have running statistics; without them they always normalise with those of the
+        mini-batch.
 
     Attributes
     ----------
     parameters, gradients : array, shape (P,)
-        All parameters, and their gradients after a `backward`; the layers hold views.
+        All parameters, and their gradients after a `backward`, of which the layers hold views.
     running : array, shape (R,)
         All running statistics, of which the layers hold views too.
 
@@ -111,8 +112,8 @@ class MLP:
         momentum = momentum if momentum is None else check.number("momentum", momentum, 0, 1)
         eps = check.epsilon(eps, self.parameters)
         self._options = {"momentum": momentum, "unbiased": check.boolean("unbiased", unbiased), "eps": eps}
-        self._input: tuple | None = None  # the form of the last input, which was checked
-        self._logits: tuple | None = None  # the form of what the last forward in training returned
+        self._input: tuple | None = None  # form of the last input, which was checked
+        self._logits: tuple | None = None  # form of the logits of the last forward in training
         self._build(check.boolean("track_running_stats", track_running_stats))
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
@@ -126,12 +127,12 @@ class MLP:
         return shapes
 
     def _flat(self, shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, int], Any, dict[str, Any]]:
-        """Return where each of these arrays begins in a flat one of zeros, that one, and the views in it."""
+        """Return the start of each of these arrays in a flat array of zeros, the flat array, and the views in it."""
         step = ALIGNMENT // np.dtype(self.dtype).itemsize
         starts, size = {}, 0
         for name, shape in shapes.items():
             starts[name] = size
-            size += -(-math.prod(shape) // step) * step  # of parameters the padding is zero, and its gradient too
+            size += -(-math.prod(shape) // step) * step  # padding is zero, and its gradient too
         flat = self.xp.zeros(size, self.dtype)
         views = {
             name: flat[starts[name] : starts[name] + math.prod(shape)].reshape(shape) for name, shape in shapes.items()
@@ -156,7 +157,7 @@ class MLP:
         shapes = {f"{i}.running_{what}": (self.sizes[i + 1],) for i in norms for what in ("mean", "var")}
         self._running_starts, self.running, self._running = self._flat(shapes)
         self._norms: dict[str, BatchNorm] = {}
-        for i, (mine, grads, _) in enumerate(self.stages):
+        for i, (mine, grads, _) in enumerate(self.layer_arrays):
             linear = [name for name in mine if name in ("weight", "bias")]
             self.layers.append(
                 Linear({n: mine[n] for n in linear}, {n: grads[n] for n in linear}, self.xp, first=i == 0)
@@ -172,16 +173,16 @@ class MLP:
                     self._norms[f"{i}.batches"] = norm
                 self.layers.append(norm)
             elif i < len(self.sizes) - 2 and self.activation != "identity":
-                self.layers.append(Activation(self.activation, self.xp))
+                self.layers.append(ActivationLayer(self.activation, self.xp))
 
-    @np.errstate(all="ignore")  # as kernels do, which have no warnings
+    @np.errstate(all="ignore")  # kernels have no warnings either
     def forward(self, x: Any, *, training: bool) -> Any:
         """Return the logits, shape (N, classes).
 
         Parameters
         ----------
         x : array, shape (N, inputs)
-            A mini-batch, of the network's data type and array module.
+            Mini-batch, of the network's data type and array module.
         training : bool
             True normalises with the mini-batch's statistics, updates the running ones and keeps what `backward` needs;
             False normalises with the running statistics, where they are tracked, and changes nothing.
@@ -206,7 +207,7 @@ class MLP:
             self._logits = _form(x)
         return x
 
-    @np.errstate(all="ignore")  # as kernels do, which have no warnings
+    @np.errstate(all="ignore")  # kernels have no warnings either
     def backward(self, dlogits: Any) -> None:
         """Write all gradients for the last mini-batch given to `forward` in training.
 
@@ -240,7 +241,7 @@ class MLP:
 
     @property
     def fused(self) -> Network:
-        """What `fused_training` trains: where in `parameters` and `running` every layer is."""
+        """The network as `fused_training` takes it: the place of every layer in `parameters` and `running`."""
         layers = []
         for i, (inputs, outputs) in enumerate(pairwise(self.sizes)):
             of = {kind: self._starts.get(f"{i}.{kind}", -1) for kind in ("weight", "gamma", "beta", "bias")}
@@ -250,10 +251,10 @@ class MLP:
         return Network(tuple(layers), self.activation, **self._options, norm=norm)
 
     @property
-    def stages(self) -> list[Stage]:
-        """The linear layers, each with what follows it, for who runs them himself."""
+    def layer_arrays(self) -> list[LayerArrays]:
+        """The arrays of each linear layer and its norm, for other engines."""
         return [
-            Stage(*(self._of(i, views) for views in (self._parameters, self._gradients, self._running)))
+            LayerArrays(*(self._of(i, views) for views in (self._parameters, self._gradients, self._running)))
             for i in range(len(self.sizes) - 1)
         ]
 

@@ -12,12 +12,12 @@ from bnkernels.runtime import checks as check
 
 
 class Optimizer(ABC):
-    """What the optimisers share: the network's arrays, and a state of arrays of the same shape and a step count.
+    """Base of the optimisers: the network's arrays, and a state of arrays of the same shape and a step count.
 
     Parameters
     ----------
     model : MLP
-        The network to train.
+        Network to train.
     lr : float
         Learning rate, per step.
     """
@@ -100,16 +100,16 @@ def make_optimizer(name: str, model: MLP, lr: float) -> Optimizer:
     Parameters
     ----------
     name : {'sgd', 'momentum', 'adam'}
-        Which one.
+        Name of the optimiser.
     model : MLP
-        The network to train.
+        Network to train.
     lr : float
         Learning rate, per step.
 
     Returns
     -------
     Optimizer
-        With a fresh state.
+        Optimiser with a fresh state.
 
     Raises
     ------

@@ -1,12 +1,36 @@
-"""Which runtime runs the kernels on arrays of a type, and why there is no CUDA runtime where there is none."""
+"""Registry of runtimes by the type of their arrays, and the choice of a device."""
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from bnkernels.runtime.seam import Runtime
 
 runtimes: dict[type, Runtime] = {}  # by the type of their arrays
+
+
+class DeviceError(ValueError):
+    """The device that was asked for cannot be used; the message says why and what to do."""
+
+
+class Device(NamedTuple):
+    """Place that computes.
+
+    Attributes
+    ----------
+    xp : module
+        Its array module, ``cupy`` or ``numpy``.
+    description : str
+        ``"cuda"`` or ``"cpu"``; a CPU that ``auto`` chose is followed by the reason.
+    emulated : bool
+        Whether it is an emulator, whose times mean nothing.
+    """
+
+    xp: Any
+    description: str
+    emulated: bool = False
 
 
 def register(runtime: Runtime) -> None:
@@ -56,3 +80,33 @@ def why_no_cuda() -> str | None:
             "set CUPY_CACHE_DIR to a folder that can be written, or see what `import cupy` says"
         )
     return cuda.available()
+
+
+def choose_device(option: str) -> Device:
+    """Return the device of an option.
+
+    Parameters
+    ----------
+    option : {"auto", "cpu", "cuda"}
+        Name of the device; ``auto`` takes a GPU where one is usable.
+
+    Returns
+    -------
+    Device
+        Array module and description.
+
+    Raises
+    ------
+    DeviceError
+        If ``cuda`` is asked for and not usable; the message says why.
+    """
+    if option == "cpu":
+        return Device(np, "cpu")
+    reason = why_no_cuda()
+    if reason is None:
+        from bnkernels.runtime.cuda import CudaRuntime
+
+        return Device(CudaRuntime.xp, "cuda")
+    if option == "cuda":
+        raise DeviceError(f"device cuda is not usable: {reason}, or take device cpu")
+    return Device(np, f"cpu, because {reason}")

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from bnkernels.nn.mlp import MLP, Stage
+from bnkernels.nn.mlp import MLP, LayerArrays
 from bnkernels.ops.linear_batch_norm.launch import MOST_NEURONS, MOST_ROWS, Sizes, choose
 from bnkernels.ops.linear_batch_norm.op import linear_batch_norm_backward, linear_batch_norm_forward
 from bnkernels.ops.mini_batch import mini_batch
@@ -23,16 +23,16 @@ from bnkernels.runtime.registry import runtime_of
 
 
 def why_not_captured(model: MLP, batch: int) -> str | None:
-    """Return why the steps of a model, on mini-batches of so many examples, cannot be captured, or None."""
+    """Return why the steps of a model, on mini-batches of `batch` examples, cannot be captured, or None."""
     runtime = runtime_of(type(model.parameters))
     if runtime is None:
         return "it needs a GPU"
     if model.norm == "batch" and model.fused.momentum is None:
         return "its running statistics are plain averages, whose weights change from step to step"
     limits = runtime.limits(model.parameters)
-    for (inputs, outputs), stage in zip(pairwise(model.sizes), model.stages, strict=True):
+    for (inputs, outputs), arrays in zip(pairwise(model.sizes), model.layer_arrays, strict=True):
         sizes = Sizes(batch, inputs, outputs, np.dtype(model.dtype))
-        norm = model.norm if "gamma" in stage.parameters else None
+        norm = model.norm if "gamma" in arrays.parameters else None
         if any(choose(way, sizes, limits, norm=norm) is None for way in ("forward", "backward")):
             return (
                 f"a layer of {inputs} inputs and {outputs} outputs on {batch} examples needs a library's product, "
@@ -42,23 +42,23 @@ def why_not_captured(model: MLP, batch: int) -> str | None:
 
 
 class CapturedStep:
-    """The training step of a network on a GPU.
+    """Training step of a network, captured as a CUDA graph.
 
     Parameters
     ----------
     model : MLP
         The network.
     optimizer : {"sgd", "momentum", "adam"}
-        With the usual constants.
+        Name of the optimiser, which has its usual constants.
     state : tuple of arrays
-        Of the optimiser.
+        State of the optimiser.
     batch : int
-        Examples of a mini-batch.
+        Number of examples of a mini-batch.
 
     Attributes
     ----------
     losses : array, shape (batch,)
-        Of the examples of the last step, before its update, in nats.
+        Losses of the examples of the last step, before its update, in nats.
 
     Raises
     ------
@@ -78,14 +78,14 @@ class CapturedStep:
         self._counter = model.xp.zeros(2, "uint32")
         self._mini_batch = self._empty(batch, model.sizes[0]), model.xp.zeros(batch, "int32"), self._empty(3)
         h, labels, scalars = self._mini_batch
-        backward: list[tuple[tuple, dict[str, Any]]] = []  # arrays and options of every layer's
+        backward: list[tuple[tuple, dict[str, Any]]] = []  # arrays and options of every layer's backward
         self._calls: list[Callable[[], Any]] = []
-        for i, stage in enumerate(model.stages):
-            h = self._add_layer(stage, h, backward, first=i == 0, last=i == len(model.sizes) - 2)
+        for i, arrays in enumerate(model.layer_arrays):
+            h = self._add_layer(arrays, h, backward, first=i == 0, last=i == len(model.sizes) - 2)
         dy = self._empty(*h.shape)
         self._calls.append(partial(softmax_cross_entropy, h, labels, out=(self.losses, dy)))
-        for arrays, options in reversed(backward):
-            self._calls.append(partial(linear_batch_norm_backward, dy, *arrays, **options))
+        for given, options in reversed(backward):
+            self._calls.append(partial(linear_batch_norm_backward, dy, *given, **options))
             dy = options["out"][0]
         update = scheduled_update, optimizer, model.parameters, model.gradients, state, scalars
         self._calls.append(partial(*update))
@@ -93,9 +93,9 @@ class CapturedStep:
     def _empty(self, *shape: int) -> Any:
         return self.model.xp.empty(shape, self.model.dtype)
 
-    def _add_layer(self, stage: Stage, x: Any, backward: list, *, first: bool, last: bool) -> Any:
-        """Add the forward of a layer to the calls, what its backward takes but for `dy` to those; return its output."""
-        given, gradients, options = stage.parameters, stage.gradients, self.model.fused
+    def _add_layer(self, arrays: LayerArrays, x: Any, backward: list, *, first: bool, last: bool) -> Any:
+        """Add a layer's forward to the calls, the arguments of its backward to `backward`; return its output."""
+        given, gradients, options = arrays.parameters, arrays.gradients, self.model.fused
         shape = len(x), given["weight"].shape[1]
         y, z, workspace = (self._empty(*shape) for _ in range(3))
         kind = self.model.norm if "gamma" in given else None
@@ -105,7 +105,7 @@ class CapturedStep:
         norm: dict[str, Any] = {"norm": kind, "eps": options.eps, "out": (y, z, statistics) if kind else (y, z)}
         if kind == "batch":
             norm |= {"momentum": options.momentum, "unbiased": options.unbiased}
-        running = stage.running.values()
+        running = arrays.running.values()
         self._calls.append(partial(linear_batch_norm_forward, x, given["weight"], *vectors, *running, **phi, **norm))
         out = (
             None if first else self._empty(*x.shape),
@@ -119,20 +119,20 @@ class CapturedStep:
         return y
 
     def run(self, x: Any, labels: Any, *, lr: float, before: int, start: int = 0) -> Iterator[None]:
-        """Make a step every time the iterator is asked, to the last whole mini-batch.
+        """Make a step for every `next` of the iterator, to the last whole mini-batch.
 
         Parameters
         ----------
         x : array, shape (rows, inputs), type of the model
             Examples, in the order of the mini-batches.
         labels : array, shape (rows,), int32
-            Their classes.
+            Classes of the examples.
         lr : float
             Learning rate, per step.
         before : int
-            Steps that the optimiser has made before the first mini-batch of `x`.
+            Number of steps that the optimiser has made before the first mini-batch of `x`.
         start : int
-            With which mini-batch to begin.
+            Number of the mini-batch to begin with.
 
         Yields
         ------

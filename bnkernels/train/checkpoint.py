@@ -18,7 +18,7 @@ from bnkernels.train.files import write_atomically
 FORMAT_NAME = "bnkernels checkpoint"
 FORMAT_VERSION = 1
 META, DIGEST = "meta", "digest"  # the two entries of the archive that are not arrays of the run
-DTYPES = "dtypes"  # of the meta data: of each array that is stored as unsigned integers, its type of ml_dtypes
+DTYPES = "dtypes"  # key of the meta data: names of the ml_dtypes types of arrays that are stored as unsigned integers
 TAKEN = {"format", "version", DTYPES}
 
 
@@ -34,7 +34,7 @@ def save_checkpoint(path: str | Path, meta: Mapping[str, Any], arrays: Mapping[s
     path : path
         The file to write or replace; by custom it ends in ``.npz``.
     meta : mapping
-        Everything that is not an array; it must survive JSON. The keys ``format``, ``version`` and ``dtypes`` are
+        Everything that is not an array and that JSON can hold. The keys ``format``, ``version`` and ``dtypes`` are
         taken.
     arrays : mapping of str to numpy.ndarray
         The arrays by name: of numbers, times or text, or of a type of ``ml_dtypes``, such as bfloat16; no Python
@@ -44,7 +44,7 @@ def save_checkpoint(path: str | Path, meta: Mapping[str, Any], arrays: Mapping[s
     Raises
     ------
     TypeError, ValueError
-        If the meta data are nothing for JSON, or a name or an array would not come back as it is; nothing is written.
+        If JSON cannot hold the meta data, or a name or an array would not come back as it is; nothing is written.
     OSError
         If the file cannot be written.
     """
@@ -86,7 +86,7 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndar
     Returns
     -------
     meta : dict
-        What was saved, with ``format`` and ``version`` added.
+        Meta data as they were saved, with ``format`` and ``version`` added.
     arrays : dict of str to numpy.ndarray
         The arrays by name.
 

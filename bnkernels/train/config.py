@@ -1,4 +1,4 @@
-"""What determines a training run: its options, their defaults and their checks."""
+"""Options of a training run, their defaults and their checks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from bnkernels.ops.activations import ACTIVATIONS
 from bnkernels.train.data import DATASETS
-from bnkernels.train.memory import total_memory
+from bnkernels.train.environment import total_memory
 
 DEFAULT_EPOCHS = 50
 # Chosen on a fifth of the digits' training set held out for it, never on the test set: for each optimiser the one rate,
@@ -29,12 +29,13 @@ CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "engine": ("auto", "layers", "graph", "fused"),
 }
-MOST = 2**63 - 1  # of anything counted
-MOST_SEED = 2**128 - 1  # what NumPy's generators draw for themselves where they are given none
+LABELS = {"batch": "with batch norm", "layer": "with layer norm", "none": "without batch norm"}  # of the networks
+MOST = 2**63 - 1  # the largest count
+MOST_SEED = 2**128 - 1  # the largest seed that NumPy's generators draw for themselves
 
 
 class ConfigError(ValueError):
-    """What was asked for cannot be trained; the message says why and what to do."""
+    """The options cannot be trained; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -44,35 +45,36 @@ class TrainingConfig:
     Attributes
     ----------
     dataset : {"digits", "mnist", "npz"}
-        What to train on; see `load_dataset`.
+        Name of the data set; see `load_dataset`.
     data : str, optional
-        The folder of ``mnist`` or the file of ``npz``; kept as an absolute path.
+        Folder of ``mnist`` or file of ``npz``; kept as an absolute path.
     hidden : tuple of int
         Width of each hidden layer.
     batch_size : int
-        Examples per step, at least 2. What an epoch leaves over after whole batches waits for the next permutation:
-        statistics over a handful of examples would only add noise.
+        Number of examples per step, at least 2. Examples of an epoch left over after whole batches wait for the next
+        permutation: statistics over a handful of examples would only add noise.
     norm : {"both", "batch", "layer", "none", "all"}
-        Which networks to train: with batch norm, with layer norm, without a norm; ``both`` is with batch norm and
+        Networks to train: with batch norm, with layer norm, without a norm; ``both`` is with batch norm and
         without, ``all`` all three.
     activation : str
-        The activation of the hidden layers: one of `bnkernels.ops.activations.ACTIVATIONS`.
+        Activation of the hidden layers: one of `bnkernels.ops.activations.ACTIVATIONS`.
     optimizer : {"sgd", "momentum", "adam"}
-        How gradients become steps.
+        Rule that turns gradients into steps.
     lr : float, optional
         Learning rate per step, the same for both networks; None takes the optimiser's default.
     epochs, steps : int, optional
-        How long to train, in passes over the training set or in steps; at most one of them. None takes 50 epochs.
+        Length of the training, in passes over the training set or in steps; at most one of them. None takes 50 epochs.
     seed : int
         Seed of the initial weights and of the order of the examples.
     models : int
-        How many of each network to train, on the same batches: their weights begin with this seed, the next, and so on.
+        Number of models of each network, trained on the same batches: their weights begin with this seed, the next, and
+        so on.
     dtype : {"float32", "float64"}
-        The type of data and parameters.
+        Data type of data and parameters.
     device : {"auto", "cpu", "cuda"}
-        Where to train; ``auto`` is a GPU where one is usable.
+        Device that trains; ``auto`` is a GPU where one is usable.
     engine : {"auto", "layers", "graph", "fused"}
-        How to make a step: ``layers`` one op after the other; on a GPU, ``graph`` as a CUDA graph, for layers of at
+        Way to make a step: ``layers`` one op after the other; on a GPU, ``graph`` as a CUDA graph, for layers of at
         most 512 examples and 1024 neurons, and ``fused`` many steps in one launch, on one multiprocessor or, up to the
         same sizes, several. ``auto`` is the last of these that can be. The results agree up to rounding.
 
@@ -133,11 +135,11 @@ def require_memory(config: TrainingConfig, sizes: tuple[int, ...], rows: int) ->
     Parameters
     ----------
     config : TrainingConfig
-        What is to be trained.
+        Options of the run.
     sizes : tuple of int
-        Inputs, width of each hidden layer, classes.
+        Number of inputs, width of each hidden layer, number of classes.
     rows : int
-        The examples that are evaluated at a time.
+        Number of examples that are evaluated at a time.
 
     Raises
     ------
@@ -213,7 +215,7 @@ def _learning_rate(value: Any) -> float:
     number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
     try:
         rate = float(value) if number else math.nan
-    except OverflowError:  # of an int
+    except OverflowError:  # an int too large for a float
         rate = math.inf
     if not 0 < rate < math.inf:
         raise ConfigError(f"lr must be a positive number, got {_shown(value)}: give a float such as 0.1")

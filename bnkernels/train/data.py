@@ -14,7 +14,7 @@ import numpy as np
 from bnkernels.train.data_files import IN_FILE, DataError, read_mnist, read_npz
 
 DATASETS = ("digits", "mnist", "npz")
-FIELDS = ("x_train", "y_train", "x_test", "y_test")  # what is IN_FILE in a file
+FIELDS = ("x_train", "y_train", "x_test", "y_test")  # IN_FILE, as arguments
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +109,7 @@ def load_dataset(name: str = "digits", path: str | Path | None = None, dtype: st
 
     Notes
     -----
-    Where there is no test set, a fifth of the examples, chosen by a fixed permutation, is held out: 1,437 of the digits
+    Without a test set, a fifth of the examples, chosen by a fixed permutation, is held out: 1,437 of the digits
     train and 360 test, the same ones whatever the seed of a run.
     """
     if name not in DATASETS:
@@ -134,11 +134,11 @@ def load_examples(
     Parameters
     ----------
     name, path, dtype
-        As of `load_dataset`.
+        Arguments of `load_dataset`.
     n_classes : int
-        The classes that the network tells apart; not every one of them has to occur.
+        Number of classes that the network tells apart; not every one of them has to occur.
     trained_on : str
-        The digest of the data that the network was trained on.
+        Digest of the data that the network was trained on.
 
     Returns
     -------

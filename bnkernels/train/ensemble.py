@@ -1,4 +1,4 @@
-"""Several models of one of the compared networks: the same batches, other weights; what they reach, and its spread."""
+"""An ensemble: several learners of the same network, with other weights, on the same mini-batches."""
 
 from __future__ import annotations
 
@@ -10,45 +10,40 @@ from typing import Any
 import numpy as np
 
 from bnkernels.nn.mlp import MLP
-from bnkernels.ops.fused_training.op import fused_training
 from bnkernels.train.checkpoint import CheckpointError
 from bnkernels.train.config import TrainingConfig
-from bnkernels.train.learner import STEPS_PER_LAUNCH, Network, below
+from bnkernels.train.engines import choose_engine
+from bnkernels.train.learner import Learner, below
 
-STEPS_IN_TURN = 10  # of a model before it is the next one's turn, between which a run can be interrupted
 
-
-def make_network(norm: str, config: TrainingConfig, sizes: tuple[int, ...], xp: Any) -> Network | Ensemble:
-    """Return the network of a configuration, or the ensemble of as many as it asks for."""
-    return (Network if config.models == 1 else Ensemble)(norm, config, sizes, xp)
+def make_learner(norm: str, config: TrainingConfig, sizes: tuple[int, ...], xp: Any) -> Learner | Ensemble:
+    """Return the learner of a configuration, or an ensemble if it asks for several models."""
+    return (Learner if config.models == 1 else Ensemble)(norm, config, sizes, xp)
 
 
 class Ensemble:
-    """Models that a `Trainer` takes for one network.
+    """Several models that a `Trainer` trains as it trains one learner.
 
     Parameters
     ----------
     norm, config, sizes, xp
-        As of `Network`; the models begin with the seeds ``config.seed``, ``config.seed + 1``, ...
+        Arguments of `Learner`; the models begin with the seeds ``config.seed``, ``config.seed + 1``, ...
 
     Attributes
     ----------
-    members : list of Network
-        The models.
-    engine : str
-        As of `Network`, the same for all: ``fused`` trains them in one launch, the others in turn.
-    step : int
-        How many steps all have made.
+    members : list of Learner
+        The learners.
+    engine : Engine
+        Engine of all of them: ``fused`` trains all in one launch, the others train them in turn.
     history : list of dict
         Evaluations, as in `TrainingResult`.
     """
 
     def __init__(self, norm: str, config: TrainingConfig, sizes: tuple[int, ...], xp: Any) -> None:
         seeds = range(config.seed, config.seed + config.models)
-        self.members = [Network(norm, replace(config, seed=seed, models=1), sizes, xp) for seed in seeds]
-        self.engine = self.members[0].engine
+        self.members = [Learner(norm, replace(config, seed=seed, models=1), sizes, xp) for seed in seeds]
+        self.engine = choose_engine([(member.model, member.optimizer) for member in self.members], config)
         self.history: list[dict[str, Any]] = []
-        self._config, self._xp = config, xp
 
     @property
     def models(self) -> list[MLP]:
@@ -57,54 +52,12 @@ class Ensemble:
 
     @property
     def step(self) -> int:
-        """How many steps all have made."""
+        """Number of steps that every model has made."""
         return self.members[0].step
 
-    @step.setter
-    def step(self, number: int) -> None:
-        for member in self.members:
-            member.step = number
-
     def train(self, x: Any, y: Any, first: int, last: int, should_stop: Callable[[], bool]) -> None:
-        """Train all up to step `last`, or until asked to stop; row 0 of `x` and `y` belongs to step `first`."""
-        fused = self.engine.startswith("fused")
-        while self.step < last and not should_stop():
-            target = min(self.step + (STEPS_PER_LAUNCH if fused else STEPS_IN_TURN), last)
-            if fused:
-                self._train_fused(x, y, first, target)
-                continue
-            for member in self.members:
-                member.train(x, y, first, target, lambda: False)
-
-    def _train_fused(self, x: Any, y: Any, first: int, target: int) -> None:
-        """Train all in one launch."""
-        config, models = self._config, self.models
-        optimizers = [member.optimizer for member in self.members]
-        state = [[optimizer.arrays[name] for optimizer in optimizers] for name in optimizers[0].arrays]
-        kept = [[model.parameters for model in models], [model.running for model in models], *state]
-        parameters, running, *moments = (self._xp.stack(arrays) for arrays in kept)
-        rows = slice((self.step - first) * config.batch_size, (target - first) * config.batch_size)
-        fused_training(
-            models[0].fused,
-            parameters,
-            tuple(moments),
-            running if running.size else None,
-            x[rows],
-            y[rows],
-            batch=config.batch_size,
-            optimizer=config.optimizer,
-            lr=config.lr,
-            steps_before=optimizers[0].steps,
-            batches_before=models[0].batches,
-        )
-        for arrays, trained in zip(kept, (parameters, running, *moments), strict=True):
-            for array, row in zip(arrays, trained, strict=True):
-                array[...] = row
-        steps = target - self.step
-        for member in self.members:
-            member.optimizer.steps += steps
-            member.model.batches += steps
-            member.step += steps
+        """Train all up to step `last`, or until asked to stop; see `Engine.train`."""
+        self.engine.train(x, y, first, last, should_stop)
 
     def assess(self, train: tuple[Any, Any], test: tuple[Any, Any]) -> dict[str, Any]:
         """Return mean and spread of loss (None if one is not finite) and accuracy, and those of each."""
@@ -123,7 +76,7 @@ class Ensemble:
         return statistics.fmean(losses), statistics.fmean(accuracies)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Return copies of what `Network.arrays` returns, with the number of its model before each name."""
+        """Return copies of what `Learner.arrays` returns, with the number of its model before each name."""
         return {
             f"{number}/{name}": array
             for number, member in enumerate(self.members)
@@ -131,7 +84,7 @@ class Ensemble:
         }
 
     def check_arrays(self, arrays: Mapping[str, np.ndarray], step: int | None = None) -> None:
-        """Refuse what `load_arrays` could not take over as it is, as `Network.check_arrays` does."""
+        """Refuse what `load_arrays` could not take over as it is, as `Learner.check_arrays` does."""
         numbers = [str(number) for number in range(len(self.members))]
         for name in arrays:
             if name.partition("/")[0] not in numbers:

@@ -1,14 +1,17 @@
-"""The environment report of ``bnkernels info``, for bug reports. A part that is absent is a fact, not an error."""
+"""The machine and the installation: their report for bug reports, their memory, and the threads of BLAS."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import os
 import platform
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +20,9 @@ from bnkernels.runtime import registry, source
 
 _BLAS_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _CACHE = Path("~/.cupy/kernel_cache")
+# Files with the limit of a container: control groups of version 2, and of version 1.
+_MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+SMALL_PRODUCT = 2**20  # multiplications of a matrix product below which threads wait longer than they compute
 
 
 def report() -> str:
@@ -51,6 +57,68 @@ def report() -> str:
     return "\n".join(f"{name}: {_answer(fact)}" for name, fact in facts.items())
 
 
+def versions(device: str) -> dict[str, str]:
+    """Return the environment of a run, for its documents.
+
+    Parameters
+    ----------
+    device : str
+        Device in words.
+
+    Returns
+    -------
+    dict of str to str
+        Versions, platform and device.
+    """
+    return {
+        "bnkernels": __version__,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+        "device": device,
+    }
+
+
+def total_memory() -> int | None:
+    """Return the number of bytes of memory that this process can have.
+
+    Returns
+    -------
+    int or None
+        The machine's memory, or the limit of the container it runs in; None where the system does not say.
+    """
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf, and another system may lack the names
+        return None
+    for limit in _MEMORY_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+            total = min(total, int(limit.read_text(encoding="ascii")))
+    return total
+
+
+def blas_threads(sizes: tuple[int, ...], batch_size: int) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which NumPy's BLAS takes one thread, if all products of a step are too small to share.
+
+    It needs threadpoolctl, which comes with scikit-learn; without it BLAS keeps its threads, and is only slower.
+
+    Parameters
+    ----------
+    sizes : tuple of int
+        Number of inputs, width of each hidden layer, number of classes.
+    batch_size : int
+        Number of examples of a step.
+    """
+    largest = batch_size * max(inputs * outputs for inputs, outputs in pairwise(sizes))
+    if largest >= SMALL_PRODUCT:
+        return contextlib.nullcontext()
+    try:
+        from threadpoolctl import threadpool_limits
+    except ImportError:
+        return contextlib.nullcontext()
+    return threadpool_limits(limits=1, user_api="blas")
+
+
 def _answer(fact: Callable[[], str]) -> str:
     """Return the fact, or why there is none: the report is for machines where anything at all may be broken."""
     try:
@@ -72,10 +140,10 @@ def _cpu() -> str:
 
 
 def _blas() -> str:
-    """Return the library behind NumPy's matrix products, and how many threads it was told to take."""
+    """Return the library behind NumPy's matrix products, and the thread counts that are set for it."""
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
     told = [f"{name}={os.environ[name]}" for name in _BLAS_THREADS if name in os.environ]
-    return f"{blas['name']} {blas['version']}, threads: {' '.join(told) or 'as it likes'}"
+    return f"{blas['name']} {blas['version']}, threads: {' '.join(told) or 'not set'}"
 
 
 def _cupy() -> ModuleType:

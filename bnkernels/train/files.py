@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, and locks that end with their process."""
+"""Files that are whole or absent, and locks that end with their process."""
 
 from __future__ import annotations
 
@@ -20,10 +20,15 @@ except ImportError:  # Windows
     fcntl = None
 
 LOCKED_BYTE = 2**30  # Windows locks bytes, which nobody can read then: one far behind the text
-# What a file system says that cannot flush: some FUSE, SMB and shared folders; and Windows, which opens no folder.
+# Errors of a file system that cannot flush: some FUSE, SMB and shared folders; and of Windows, which opens no folder.
 CANNOT_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF} | {errno.EACCES, errno.EPERM}
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-HELD = {errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK}  # what the lock calls say where another has it
+HELD = {
+    errno.EAGAIN,
+    errno.EWOULDBLOCK,
+    errno.EACCES,
+    errno.EDEADLK,
+}  # errors of the lock calls where another process has the lock
 NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # nor wait for the other end of a planted pipe
 READ_WRITE = os.O_RDWR | getattr(os, "O_BINARY", 0) | NO_LINK
 
@@ -40,7 +45,7 @@ def write_atomically(path: str | Path, content: bytes) -> None:
     path : path
         The file to write; its folder must exist.
     content : bytes
-        All of the new content.
+        Whole new content.
 
     Raises
     ------

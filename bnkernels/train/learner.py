@@ -1,164 +1,68 @@
-"""One of the compared networks: its model, its optimiser, what it has reached, and where it computes."""
+"""A learner: one of the compared networks, with its optimiser and what it has reached."""
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Mapping
-from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from bnkernels.nn.mlp import MLP
 from bnkernels.nn.optimizers import make_optimizer
-from bnkernels.ops.fused_training.launch import Sizes, choose, why_not
-from bnkernels.ops.fused_training.op import fused_training
 from bnkernels.ops.softmax_cross_entropy import softmax_cross_entropy
-from bnkernels.runtime.registry import runtime_of, why_no_cuda
-from bnkernels.runtime.seam import Limits
-from bnkernels.train.captured_step import CapturedStep, why_not_captured
 from bnkernels.train.checkpoint import CheckpointError
-from bnkernels.train.config import ConfigError, TrainingConfig
+from bnkernels.train.config import TrainingConfig
+from bnkernels.train.engines import choose_engine
 
-SMALL_PRODUCT = 2**20  # multiplications of a matrix product below which threads wait longer than they compute
-STEPS_PER_LAUNCH = 1000  # of the fused engine, between which a run can be interrupted: a few milliseconds
 EVALUATION_ROWS = 8192  # evaluated at a time, to bound the memory of the activations
 
 
-class Network:
+class Learner:
     """One of the compared networks: its model, its optimiser, and what it has reached.
 
     Parameters
     ----------
-    norm : {"batch", "none"}
-        With batch norm or without.
+    norm : {"batch", "layer", "none"}
+        Norm of the hidden layers.
     config : TrainingConfig
-        How to build and train it.
+        Options of the model and of its training.
     sizes : sequence of int
-        Inputs, width of each hidden layer, classes.
+        Number of inputs, width of each hidden layer, number of classes.
     xp : module
-        ``numpy`` or ``cupy``: where the network lives.
+        Array module that computes: ``numpy`` or ``cupy``.
 
     Attributes
     ----------
-    engine : str
-        ``layers``, ``graph`` or ``fused``, and the reasons where ``auto`` could not take a faster one.
+    model : MLP
+        Network that is trained.
+    optimizer : Optimizer
+        Optimiser of the model.
+    engine : Engine
+        Engine that makes its steps.
+    history : list of dict
+        Evaluations, as in `TrainingResult`.
 
     Raises
     ------
     ConfigError
-        If the engine is to be graph or fused, and cannot.
+        If the engine of the configuration cannot train the model.
     """
 
     def __init__(self, norm: str, config: TrainingConfig, sizes: tuple[int, ...], xp: Any) -> None:
         self.model = MLP(sizes, norm=norm, activation=config.activation, dtype=config.dtype, seed=config.seed, xp=xp)
         self.optimizer = make_optimizer(config.optimizer, self.model, config.lr)
-        self.step = 0
+        self.engine = choose_engine([(self.model, self.optimizer)], config)
         self.history: list[dict[str, Any]] = []
-        self._batch_size, self._config = config.batch_size, config
-        self.engine = self._choose_engine(config.engine)
 
-    @cached_property
-    def _out(self) -> tuple[Any, Any]:
-        """Losses and their gradient of a mini-batch; only training needs them."""
-        xp, batch, classes = self.model.xp, self._batch_size, self.model.sizes[-1]
-        return xp.empty(batch, self._config.dtype), xp.empty((batch, classes), self._config.dtype)
+    @property
+    def step(self) -> int:
+        """Number of steps made."""
+        return self.optimizer.steps
 
     def train(self, x: Any, y: Any, first: int, last: int, should_stop: Callable[[], bool]) -> None:
-        """Train up to step `last`, or until asked to stop; row 0 of `x` and `y` belongs to step `first`."""
-        if self.engine.startswith("fused"):
-            self._train_fused(x, y, first, last, should_stop)
-        elif self.engine.startswith("graph"):
-            self._train_captured(x, y, first, last, should_stop)
-        while self.step < last and not should_stop():
-            start = (self.step - first) * self._batch_size
-            stop = start + self._batch_size
-            logits = self.model.forward(x[start:stop], training=True)
-            _, dlogits = softmax_cross_entropy(logits, y[start:stop], out=self._out)
-            self.model.backward(dlogits)
-            self.optimizer.step()
-            self.step += 1
-
-    def _train_fused(self, x: Any, y: Any, first: int, last: int, should_stop: Callable[[], bool]) -> None:
-        """Do the same in launches of many steps."""
-        config, model, optimizer = self._config, self.model, self.optimizer
-        while self.step < last and not should_stop():
-            steps = min(last - self.step, STEPS_PER_LAUNCH)
-            rows = slice((self.step - first) * self._batch_size, (self.step - first + steps) * self._batch_size)
-            fused_training(
-                model.fused,
-                model.parameters,
-                tuple(optimizer.arrays.values()),
-                model.running if model.running.size else None,
-                x[rows],
-                y[rows],
-                batch=self._batch_size,
-                optimizer=config.optimizer,
-                lr=config.lr,
-                steps_before=optimizer.steps,
-                batches_before=model.batches,
-            )
-            optimizer.steps += steps
-            model.batches += steps
-            self.step += steps
-
-    def _train_captured(self, x: Any, y: Any, first: int, last: int, should_stop: Callable[[], bool]) -> None:
-        """Do the same as a graph, step by step."""
-        model, optimizer, done = self.model, self.optimizer, self.step - first
-        rows = (last - first) * self._batch_size
-        steps = self._captured.run(x[:rows], y[:rows], lr=self._config.lr, before=optimizer.steps - done, start=done)
-        while self.step < last and not should_stop():
-            next(steps)
-            optimizer.steps += 1
-            model.batches += 1
-            self.step += 1
-
-    @cached_property
-    def _captured(self) -> CapturedStep:
-        state = tuple(self.optimizer.arrays.values())
-        return CapturedStep(self.model, self._config.optimizer, state, self._batch_size)
-
-    def _choose_engine(self, wanted: str) -> str:
-        """Return the engine, which ``auto`` takes by the size of the network, with the reasons against faster ones."""
-        if wanted == "layers" or (wanted == "auto" and runtime_of(type(self.model.parameters)) is None):
-            return "layers"
-        against: list[str] = []
-        for name, why_not_so in (("fused", self._why_not_fused), ("graph", self._why_not_graph)):
-            if wanted not in ("auto", name):
-                continue
-            reason = why_not_so()
-            if reason is None:
-                against += [f"{self._blocks} blocks"] if name == "fused" and self._blocks > 1 else []
-                return f"{name} ({'; '.join(against)})" if against else name
-            if wanted == name:
-                raise ConfigError(f"the engine cannot be {name}: {reason}; take engine layers, or auto")
-            against.append(f"not {name}: {reason}")
-        return f"layers ({'; '.join(against)})"
-
-    def _why_not_graph(self) -> str | None:
-        return why_not_captured(self.model, self._batch_size)
-
-    def _why_not_fused(self) -> str | None:
-        limits = self._limits
-        return "it needs a GPU" if limits is None else why_not(self._sizes, limits)
-
-    @property
-    def _limits(self) -> Limits | None:
-        runtime = runtime_of(type(self.model.parameters))
-        return None if runtime is None else runtime.limits(self.model.parameters)
-
-    @property
-    def _sizes(self) -> Sizes:
-        model = self.model
-        counts = model.parameters.dtype, model.parameters.size, model.running.size
-        return Sizes(model.fused, self._batch_size, self._config.optimizer, *counts)
-
-    @property
-    def _blocks(self) -> int:
-        """The blocks that train the network together."""
-        return choose(self._sizes, self._limits).blocks
+        """Train up to step `last`, or until asked to stop; see `Engine.train`."""
+        self.engine.train(x, y, first, last, should_stop)
 
     def evaluate(self, x: Any, y: Any) -> tuple[float, float]:
         """Return the mean cross-entropy (nats) and the accuracy on these examples, with running statistics."""
@@ -219,61 +123,13 @@ def below(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray
     return {name[len(start) :]: array for name, array in arrays.items() if name.startswith(start)}
 
 
-def load_networks(networks: Mapping[str, Any], meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-    """Give each network its part of a checkpoint; CheckpointError before the first, if one's part does not fit."""
+def load_learners(learners: Mapping[str, Any], meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+    """Give each learner its part of a checkpoint; CheckpointError before the first, if one's part does not fit."""
     for name in arrays:
-        if name.partition("/")[0] not in networks:
+        if name.partition("/")[0] not in learners:
             raise CheckpointError(f"the checkpoint is of other networks: {name[:60]!r} is unknown")
-    for norm, network in networks.items():
-        network.check_arrays(below(norm, arrays), meta["networks"][norm]["step"])
-    for norm, network in networks.items():
-        network.load_arrays(below(norm, arrays))
-        network.step = meta["networks"][norm]["step"]
-        network.history = list(meta["networks"][norm]["history"])
-
-
-def array_module(device: str) -> tuple[Any, str]:
-    """Return the array module of a device option, and in words what was chosen and why.
-
-    Parameters
-    ----------
-    device : {"auto", "cpu", "cuda"}
-        ``auto`` takes a GPU where one is usable.
-
-    Returns
-    -------
-    xp : module
-        ``cupy`` or ``numpy``.
-    description : str
-        ``"cuda"`` or ``"cpu"``; a choice of the CPU that ``auto`` made is followed by its reason.
-
-    Raises
-    ------
-    ConfigError
-        If ``cuda`` is asked for and not usable; the message says why.
-    """
-    if device == "cpu":
-        return np, "cpu"
-    reason = why_no_cuda()
-    if reason is None:
-        from bnkernels.runtime.cuda import CudaRuntime
-
-        return CudaRuntime.xp, "cuda"
-    if device == "cuda":
-        raise ConfigError(f"device cuda is not usable: {reason}, or take device cpu")
-    return np, f"cpu, because {reason}"
-
-
-def blas_threads(sizes: tuple[int, ...], batch_size: int) -> contextlib.AbstractContextManager:
-    """Return a context in which NumPy's BLAS takes one thread, if all products of a step are too small to share.
-
-    It needs threadpoolctl, which comes with scikit-learn; without it BLAS does as it likes, and is only slower.
-    """
-    largest = batch_size * max(inputs * outputs for inputs, outputs in pairwise(sizes))
-    if largest >= SMALL_PRODUCT:
-        return contextlib.nullcontext()
-    try:
-        from threadpoolctl import threadpool_limits
-    except ImportError:
-        return contextlib.nullcontext()
-    return threadpool_limits(limits=1, user_api="blas")
+    for norm, learner in learners.items():
+        learner.check_arrays(below(norm, arrays), meta["networks"][norm]["step"])
+    for norm, learner in learners.items():
+        learner.load_arrays(below(norm, arrays))
+        learner.history = list(meta["networks"][norm]["history"])

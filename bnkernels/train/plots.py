@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from bnkernels.train.config import LABELS
+
 # Okabe and Ito's blue and vermilion: distinct in every kind of colour vision; the line styles tell them apart in grey.
 STYLES = {
-    "batch": {"label": "with batch norm", "color": "#0072B2", "linestyle": "-"},
-    "layer": {"label": "with layer norm", "color": "#009E73", "linestyle": "-."},
-    "none": {"label": "without batch norm", "color": "#D55E00", "linestyle": "--"},
+    "batch": {"label": LABELS["batch"], "color": "#0072B2", "linestyle": "-"},
+    "layer": {"label": LABELS["layer"], "color": "#009E73", "linestyle": "-."},
+    "none": {"label": LABELS["none"], "color": "#D55E00", "linestyle": "--"},
 }
 
 
@@ -37,10 +39,10 @@ def draw_curves(history: Mapping[str, Sequence[Mapping[str, Any]]], title: str) 
     ----------
     history : mapping of str to sequence of mappings
         For each network, ``"batch"`` or ``"none"``, its evaluations with ``step``, ``loss`` and ``accuracy``. A loss of
-        None (not finite) leaves a gap. With ``models``, of an ensemble, a band from the least of them to the greatest:
-        what has been reached, which a deviation from the mean may exceed, above 100 % or below a loss of 0.
+        None (not finite) leaves a gap. An ensemble, with ``models``, has a band from the lowest of its models to the
+        highest; mean ± deviation could leave the possible range, above 100 % or below a loss of 0.
     title : str
-        One line that says what was trained.
+        Title of the figure, one line.
 
     Returns
     -------
@@ -84,7 +86,7 @@ def draw_accuracy(document: Mapping[str, Any]) -> bytes:
     Parameters
     ----------
     document : mapping
-        What `bnkernels.train.reproduce.run` returns.
+        Document that `bnkernels.train.reproduce.run` returned.
 
     Returns
     -------
@@ -117,7 +119,7 @@ def draw_percentiles(document: Mapping[str, Any]) -> bytes:
     Parameters
     ----------
     document : mapping
-        What `bnkernels.train.reproduce.run` returns.
+        Document that `bnkernels.train.reproduce.run` returned.
 
     Returns
     -------

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from bnkernels.runtime.registry import choose_device
 from bnkernels.train.data import DataError, load_dataset, load_examples
-from bnkernels.train.ensemble import make_network
-from bnkernels.train.learner import array_module, load_networks
+from bnkernels.train.ensemble import make_learner
+from bnkernels.train.learner import load_learners
 from bnkernels.train.runs import RunFolder
 from bnkernels.train.saved_run import load_run
 
@@ -22,12 +23,12 @@ def predict(path: str | Path, *, data: str | Path | None = None, device: str = "
     Parameters
     ----------
     path : path
-        A run's folder, or its checkpoint.
+        Folder of a run, or its checkpoint.
     data : path, optional
-        Other data of the same kind, with labels: their test set, where they have one, or else all of them. By default
-        what the run held out of its own data, and of those very data in another place too.
+        Other data of the same kind, with labels: their test set if they have one, else all of them. By default the test
+        set of the run's own data; also where these very data are given from another place.
     device : {"auto", "cpu", "cuda"}
-        Where to compute.
+        Device that computes.
 
     Returns
     -------
@@ -39,12 +40,12 @@ def predict(path: str | Path, *, data: str | Path | None = None, device: str = "
     ------
     CheckpointError
         If there is no checkpoint or it cannot be read.
-    ConfigError, DataError, ImportError
+    ConfigError, DataError, DeviceError, ImportError
         If the data are missing or do not fit the networks, or the device is not usable.
     """
     path = RunFolder.find_checkpoint(path)
     config, meta, arrays = load_run(path)
-    config = replace(config, device=device)
+    config = replace(config, device=device, engine="layers")  # the one that every device has; none makes a step
     sizes = tuple(meta["sizes"])
     if data is None:
         dataset = load_dataset(config.dataset, config.data, config.dtype)
@@ -57,15 +58,15 @@ def predict(path: str | Path, *, data: str | Path | None = None, device: str = "
             f"the networks take {sizes[0]} features and tell {sizes[-1]} classes apart, but the data have "
             f"{x.shape[1]} and {y.max() + 1}: give data of the kind they were trained on"
         )
-    xp, _ = array_module(config.device)
-    networks = {norm: make_network(norm, config, sizes, xp) for norm in config.norms}
-    load_networks(networks, meta, arrays)
+    xp = choose_device(config.device).xp
+    learners = {norm: make_learner(norm, config, sizes, xp) for norm in config.norms}
+    load_learners(learners, meta, arrays)
     x, y, results = xp.asarray(x), xp.asarray(y), {}
-    for norm, network in networks.items():
+    for norm, learner in learners.items():
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # it shows as None
-            loss, accuracy = network.evaluate(x, y)
+            loss, accuracy = learner.evaluate(x, y)
         loss = loss if math.isfinite(loss) else None
-        results[norm] = {"step": network.step, "test_loss": loss, "test_accuracy": accuracy}
+        results[norm] = {"step": learner.step, "test_loss": loss, "test_accuracy": accuracy}
     return {
         "checkpoint": str(path),
         "dataset": config.data or config.dataset,

@@ -9,7 +9,6 @@ layer.
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +17,16 @@ from typing import Any
 
 import numpy as np
 
-from bnkernels._version import __version__
 from bnkernels.nn.mlp import MLP
 from bnkernels.ops.batch_norm.inference import batch_norm_inference
-from bnkernels.train.checkpoint import write_atomically
-from bnkernels.train.config import ConfigError, TrainingConfig, as_path
+from bnkernels.runtime.registry import choose_device
+from bnkernels.train.config import LABELS, ConfigError, TrainingConfig, as_path
 from bnkernels.train.data import Dataset, load_dataset
 from bnkernels.train.data_files import DataError, read_mnist
 from bnkernels.train.documents import to_json
-from bnkernels.train.learner import Network, array_module, blas_threads
+from bnkernels.train.environment import blas_threads, versions
+from bnkernels.train.files import write_atomically
+from bnkernels.train.learner import Learner
 from bnkernels.train.plots import draw_accuracy, draw_percentiles
 
 HIDDEN, BATCH, STEPS = (100, 100, 100), 60, 50_000  # the paper's
@@ -41,20 +41,20 @@ FILES = {"document": "ioffe2015.json", "accuracy": "accuracy.png", "percentiles"
 
 @dataclass(frozen=True)
 class Experiment:
-    """What is run.
+    """Options of the experiment.
 
     Attributes
     ----------
     mnist : str, optional
-        The folder of MNIST's IDX files; None takes the digits of scikit-learn.
+        Folder of MNIST's IDX files; None takes the digits of scikit-learn.
     steps : int, optional
-        None: 50,000 on a GPU, 10,000 on a CPU.
+        Number of steps; None takes 50,000 on a GPU, 10,000 on a CPU.
     lr : float
         Learning rate of plain gradient descent, per step.
     seed : int
-        Of weights and mini-batches.
+        Seed of weights and mini-batches.
     device, engine : str
-        As in `TrainingConfig`.
+        Options of `TrainingConfig`.
     """
 
     mnist: str | None = None
@@ -116,11 +116,11 @@ def mini_batches(examples: int, steps: int, seed: int) -> Iterator[np.ndarray]:
 
 def last_hidden_inputs(model: MLP, x: Any) -> Any:
     """Return the inputs of the sigmoids of the last hidden layer, shape (N, 100), with running statistics."""
-    for stage in model.stages[:-1]:
-        of = stage.parameters
+    for arrays in model.layer_arrays[:-1]:
+        of = arrays.parameters
         u = model.xp.matmul(x, of["weight"])
         if "gamma" in of:
-            u = batch_norm_inference(u, of["gamma"], of["beta"], *stage.running.values(), eps=model.fused.eps)
+            u = batch_norm_inference(u, of["gamma"], of["beta"], *arrays.running.values(), eps=model.fused.eps)
         else:
             u += of["bias"]
         x = 1 / (1 + model.xp.exp(-u))
@@ -133,23 +133,23 @@ def run(experiment: Experiment, say: Callable[[str], None] = print, dataset: Dat
     Parameters
     ----------
     experiment : Experiment
-        What to run.
+        Options of the experiment.
     say : callable
-        Takes lines about the progress.
+        Receiver of lines about the progress.
     dataset : Dataset, optional
         Other images, by default `binary_images`.
 
     Returns
     -------
     dict
-        What JSON can say: settings, environment, and for each network the curves.
+        Settings, environment, and the curves of each network, as JSON can hold them.
 
     Raises
     ------
     ConfigError, DataError, ImportError
         If the options do not fit the machine, or the data are unusable.
     """
-    xp, device = array_module(experiment.device)
+    xp, device, _ = choose_device(experiment.device)
     images = dataset or binary_images(experiment.mnist)
     steps = (SHORTENED if xp is np else STEPS) if experiment.steps is None else experiment.steps
     config = TrainingConfig(
@@ -163,12 +163,12 @@ def run(experiment: Experiment, say: Callable[[str], None] = print, dataset: Dat
         engine=experiment.engine,
     )
     sizes = (images.n_features, *HIDDEN, images.n_classes)
-    networks = {norm: Network(norm, config, sizes, xp) for norm in config.norms}
+    learners = {norm: Learner(norm, config, sizes, xp) for norm in config.norms}
     shortened = f", shortened from the paper's {STEPS:,} (--steps {STEPS})" if steps < STEPS else ""
     say(f"{steps:,} steps{shortened} on {device}; {len(images.x_train):,} training examples of {images.name}")
     # Overflow is no accident to warn about line by line: it shows in the document as null.
     with blas_threads(sizes, BATCH), np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        curves = _train(networks, images, config.steps, config.seed, xp, say)
+        curves = _train(learners, images, config.steps, config.seed, xp, say)
     return {
         "experiment": "Ioffe and Szegedy 2015, arXiv:1502.03167, section 4.1, figure 1",
         "data": {
@@ -178,25 +178,21 @@ def run(experiment: Experiment, say: Callable[[str], None] = print, dataset: Dat
             "inputs": f"{images.n_features} binary",
         },
         "settings": {"sizes": sizes, "batch": BATCH, "steps": config.steps, "lr": config.lr, "seed": config.seed}
-        | {"weights": "normal, variance 1 / inputs", "engine": {n: network.engine for n, network in networks.items()}},
-        "environment": {
-            "bnkernels": __version__,
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "platform": platform.platform(),
-            "device": device,
-            "date": strftime("%Y-%m-%d"),
+        | {
+            "weights": "normal, variance 1 / inputs",
+            "engine": {norm: str(learner.engine) for norm, learner in learners.items()},
         },
+        "environment": versions(device) | {"date": strftime("%Y-%m-%d")},
         "networks": {norm: _curve(curve) for norm, curve in curves.items()},
     }
 
 
 def _train(
-    networks: dict[str, Network], images: Dataset, steps: int, seed: int, xp: Any, say: Callable[[str], None]
+    learners: dict[str, Learner], images: Dataset, steps: int, seed: int, xp: Any, say: Callable[[str], None]
 ) -> dict[str, list[tuple[int, float, np.ndarray]]]:
     """Train all networks on the same mini-batches; return of each step, accuracy and percentiles, as they went."""
     x_train, y_train, x_test, y_test = map(xp.asarray, (images.x_train, images.y_train, images.x_test, images.y_test))
-    curves: dict[str, list[tuple[int, float, np.ndarray]]] = {norm: [] for norm in networks}
+    curves: dict[str, list[tuple[int, float, np.ndarray]]] = {norm: [] for norm in learners}
     rows = mini_batches(len(images.x_train), steps, seed)
     stops = sorted({steps * i // EVALUATIONS for i in range(EVALUATIONS + 1)})
     for first, last in zip([0, *stops], stops, strict=False):
@@ -204,20 +200,17 @@ def _train(
             end = min(begin + AT_ONCE, last)
             order = xp.asarray(np.concatenate([next(rows) for _ in range(begin, end)]))
             x, y = x_train[order], y_train[order]
-            for network in networks.values():
-                network.train(x, y, begin, end, lambda: False)
-        for norm, network in networks.items():
-            _, accuracy = network.evaluate(x_test, y_test)
-            inputs = last_hidden_inputs(network.model, x_test)
+            for learner in learners.values():
+                learner.train(x, y, begin, end, lambda: False)
+        for norm, learner in learners.items():
+            _, accuracy = learner.evaluate(x_test, y_test)
+            inputs = last_hidden_inputs(learner.model, x_test)
             host = getattr(xp, "asnumpy", np.asarray)(inputs)
             curves[norm].append((last, accuracy, np.percentile(host, PERCENTILES, axis=0)))
         if 10 * last // steps > 10 * first // steps:
-            reached = ", ".join(f"{curve[-1][1]:.1%} {NAMES[norm]}" for norm, curve in curves.items())
+            reached = ", ".join(f"{curve[-1][1]:.1%} {LABELS[norm]}" for norm, curve in curves.items())
             say(f"step {last:>6,}: test accuracy {reached}")
     return curves
-
-
-NAMES = {"batch": "with batch norm", "none": "without"}
 
 
 def _curve(curve: list[tuple[int, float, np.ndarray]]) -> dict[str, Any]:

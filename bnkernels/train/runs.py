@@ -1,9 +1,8 @@
-"""What a run leaves behind: its result, and the folder with ``metrics.json``, ``curves.png`` and the checkpoint."""
+"""The result of a run, and its folder with ``metrics.json``, ``curves.png`` and the checkpoint."""
 
 from __future__ import annotations
 
 import os
-import platform
 import shlex
 import statistics
 from collections.abc import Callable, Iterator, Mapping
@@ -15,38 +14,41 @@ from typing import Any
 
 import numpy as np
 
-from bnkernels._version import __version__
 from bnkernels.train.checkpoint import CheckpointError, save_checkpoint
 from bnkernels.train.config import ConfigError, TrainingConfig
 from bnkernels.train.documents import to_json
+from bnkernels.train.environment import versions
 from bnkernels.train.files import FULL, check_replaceable, locked, write_atomically
 from bnkernels.train.plots import draw_curves
+from bnkernels.train.step_time import StepTimeRatio
 
-TARGET_ACCURACY = 0.95  # "steps to 95 %"
+TARGET_ACCURACY = 0.95  # of "steps to 95 %"
 CHECKPOINT_NAME = "checkpoint.npz"
 
 
 @dataclass(frozen=True, eq=False)
 class TrainingResult:
-    """What came out of a run.
+    """Result of a run.
 
     Attributes
     ----------
     status : {"finished", "stopped", "already finished"}
         ``stopped``: asked to before the end; ``already finished``: the resumed run had nothing left to do.
     config : TrainingConfig
-        What was trained.
+        Options of the run.
     data : dict
         Number of ``training_examples``, ``test_examples``, ``features`` and ``classes``.
     device : str
-        Where, in words.
+        Device in words.
     models : dict of str to MLP or list of MLP
         The networks, ``"batch"`` and ``"none"`` (or the one of them that was asked for); of an ensemble lists.
     history : dict of str to list of dict
         For each network its evaluations, one per epoch: ``epoch``, ``step``, ``loss`` (mean cross-entropy over the
         training set, in nats; None if not finite), ``accuracy`` (on the test set, 0 to 1), ``us_per_step``
-        (microseconds per training step of that epoch). Of an ensemble, means; with ``loss_spread`` and
+        (microseconds per training step, the median of that epoch). Of an ensemble, means; with ``loss_spread`` and
         ``accuracy_spread``, sample standard deviations, and under ``models`` the same of each.
+    step_time_ratio : StepTimeRatio or None
+        Time of a step with batch norm, relative to one without; None if not both were trained.
     files : dict of str to pathlib.Path
         The files of the run: ``checkpoint``, ``metrics``, ``curves``. Empty if it wrote none.
     """
@@ -57,14 +59,14 @@ class TrainingResult:
     device: str
     models: dict[str, Any]
     history: dict[str, list[dict[str, Any]]]
+    step_time_ratio: StepTimeRatio | None
     files: dict[str, Path]
 
     @property
     def summary(self) -> dict[str, Any]:
-        """The answer: what each network reached and cost, and the ratio of the costs (None without both)."""
+        """Results and cost of each network, and the ratio of the costs (None without both)."""
         networks = {norm: summarise(entries) for norm, entries in self.history.items() if entries}
-        both = {"batch", "none"} <= networks.keys()
-        ratio = networks["batch"]["us_per_step"] / networks["none"]["us_per_step"] if both else None
+        ratio = self.step_time_ratio and self.step_time_ratio._asdict()
         return {"networks": networks, "step_time_ratio": ratio}
 
     @property
@@ -75,18 +77,12 @@ class TrainingResult:
         return shlex.join(["bnkernels", "train", "--resume", str(checkpoint), *out])
 
     def document(self) -> dict[str, Any]:
-        """Return everything that JSON can say: the content of ``metrics.json``."""
+        """Return the content of ``metrics.json``."""
         return {
             "status": self.status,
             "config": asdict(self.config),
             "data": self.data,
-            "environment": {
-                "bnkernels": __version__,
-                "python": platform.python_version(),
-                "numpy": np.__version__,
-                "platform": platform.platform(),
-                "device": self.device,
-            },
+            "environment": versions(self.device),
             "summary": self.summary,
             "history": self.history,
             "files": {name: str(path) for name, path in self.files.items()},
@@ -94,7 +90,7 @@ class TrainingResult:
 
 
 def summarise(history: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return what one network reached and cost.
+    """Return the results and the cost of one network.
 
     Parameters
     ----------
@@ -105,7 +101,7 @@ def summarise(history: list[dict[str, Any]]) -> dict[str, Any]:
     -------
     dict
         ``test_accuracy`` (0 to 1) and ``training_loss`` (nats) at the end, ``steps_to_95_percent`` (of the first
-        evaluation at or above; None if there is none), ``us_per_step`` (microseconds; the median over the epochs, the
+        evaluation at or above; None if there is none), ``us_per_step`` (microseconds; the median of the epochs, the
         first left out as a warm-up where there are more). Of an ensemble also ``test_accuracy_spread`` (sample standard
         deviation) and under ``models`` loss and accuracy of each.
     """
@@ -174,7 +170,7 @@ class RunFolder:
         Parameters
         ----------
         folder : path or callable
-            Where ``metrics.json`` and ``curves.png`` go; created if absent. A callable makes it and says where.
+            Folder of ``metrics.json`` and ``curves.png``; created if absent. A callable makes and returns it.
         checkpoint : path, optional
             The checkpoint; by default ``checkpoint.npz`` in the folder.
 

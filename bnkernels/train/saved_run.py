@@ -16,8 +16,9 @@ import numpy as np
 from bnkernels.train.checkpoint import CheckpointError, load_checkpoint
 from bnkernels.train.config import TrainingConfig
 from bnkernels.train.runs import RunFolder
+from bnkernels.train.step_time import MOST_ROUNDS
 
-LARGEST = 2**53  # of an integer that a float can still say
+LARGEST = 2**53  # the largest integer up to which a float holds all
 MEASURED = ("epoch", "step", "accuracy", "us_per_step")  # numbers of every entry of a history; its loss may be None
 
 
@@ -34,11 +35,11 @@ def load_run(path: Path) -> tuple[TrainingConfig, dict[str, Any], dict[str, np.n
     Returns
     -------
     config : TrainingConfig
-        What was trained. The networks it describes take about as much memory as the arrays.
+        Options of the run. The networks it describes take about as much memory as the arrays.
     meta : dict
         Everything else that is not an array, as `Trainer.state` returned it.
     arrays : dict of str to numpy.ndarray
-        The arrays by name; `load_networks` checks them against the networks.
+        The arrays by name; `load_learners` checks them against the networks.
 
     Raises
     ------
@@ -56,6 +57,7 @@ def load_run(path: Path) -> tuple[TrainingConfig, dict[str, Any], dict[str, np.n
         "epoch": _natural(meta.get("epoch")),
         "generator": _generator_fits(meta.get("generator")),
         "folder": _is_path(meta.get("folder", ".")),
+        "rounds": _rounds_fit(meta.get("rounds")),
         "networks": type(networks) is dict
         and networks.keys() == set(config.norms)
         and all(_network_fits(network, config.models, meta.get("epoch")) for network in networks.values()),
@@ -91,7 +93,7 @@ def run_folder(path: Path, meta: Mapping[str, Any], given: str | Path | None) ->
 
 
 def _holds(folder: Path, networks: Mapping[str, Any]) -> bool:
-    """Whether a folder has the metrics of the run: of every network the first entries of its history."""
+    """Whether a folder has the metrics of the run: the first entries of every network's history."""
     metrics = folder / "metrics.json"
     try:
         # To open a pipe would wait for its writer.
@@ -170,8 +172,18 @@ def _generator_fits(state: Any) -> bool:
     return True
 
 
+def _rounds_fit(rounds: Any) -> bool:
+    """Whether it is the state of `Rounds`, which the runs of earlier versions lack."""
+    if rounds is None:
+        return True
+    if type(rounds) is not dict or type(rounds.get("place")) is not str or not _natural(rounds.get("steps")):
+        return False
+    ratios = rounds.get("ratios")
+    return type(ratios) is list and len(ratios) <= MOST_ROUNDS and all(_number(ratio) for ratio in ratios)
+
+
 def _network_fits(network: Any, models: int, epoch: Any) -> bool:
-    """Whether steps and history of a network, or an ensemble of so many models, are what a run saves in that epoch."""
+    """Whether steps and history of a network, or of an ensemble of `models`, are those of a run in that epoch."""
     if type(network) is not dict or not _natural(network.get("step")) or type(network.get("history")) is not list:
         return False
     history = network["history"]

@@ -1,22 +1,21 @@
-"""What the command line prints of a run: a heading, a row for every epoch, and the answer."""
+"""The tables that the command line prints of a run: a heading, a row for every epoch, and the answer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+from bnkernels.train.config import LABELS
 from bnkernels.train.runs import TrainingResult
 from bnkernels.train.trainer import Trainer
 
-LABELS = {"batch": "with batch norm", "layer": "with layer norm", "none": "without batch norm"}
-
 
 def heading(trainer: Trainer) -> str:
-    """Return what is trained, and the table's head."""
+    """Return a description of the run, and the head of its table."""
     config, data = trainer.config, trainer.dataset
     sizes = "-".join(str(size) for size in trainer.sizes)
-    columns = "".join(f" | {LABELS[norm]:^28}" for norm in trainer.networks)
-    units = " |   loss   accuracy    us/step" * len(trainer.networks)
+    columns = "".join(f" | {LABELS[norm]:^28}" for norm in trainer.learners)
+    units = " |   loss   accuracy    µs/step" * len(trainer.learners)
     return (
         f"{data.name}: {len(data.x_train)} training and {len(data.x_test)} test examples\n"
         f"network {sizes}, {config.activation}, {config.dtype}\n"
@@ -28,13 +27,13 @@ def heading(trainer: Trainer) -> str:
 
 
 def of_several(models: int) -> str:
-    """Return what is to be said of an ensemble."""
+    """Return the remark on an ensemble, empty for a single model."""
     return f" and the next {models - 1}: figures are means over {models} models" if models > 1 else ""
 
 
 def engines(trainer: Trainer) -> str:
     """Return the engine of the networks, with its reason, or each of them where they differ."""
-    chosen = {norm: f"engine {network.engine}" for norm, network in trainer.networks.items()}
+    chosen = {norm: f"engine {learner.engine}" for norm, learner in trainer.learners.items()}
     if len(set(chosen.values())) == 1:
         return next(iter(chosen.values()))
     return ", ".join(f"{LABELS[norm]} {engine}" for norm, engine in chosen.items())
@@ -43,15 +42,15 @@ def engines(trainer: Trainer) -> str:
 def row(trainer: Trainer) -> str:
     """Return the table's row of the last epoch."""
     cells = []
-    for network in trainer.networks.values():
-        last = network.history[-1]
+    for learner in trainer.learners.values():
+        last = learner.history[-1]
         loss = "diverged" if last["loss"] is None else f"{last['loss']:8.4f}"
         cells.append(f" | {loss:>8} {last['accuracy']:>8.2%} {last['us_per_step']:>9.1f}")
     return f"{last['epoch']:5.4g}{last['step']:8d}{''.join(cells)}"
 
 
 def answer(result: TrainingResult) -> str:
-    """Return what each network reached and cost, the ratio, and the files."""
+    """Return the results and the cost of each network, their ratio, and the files."""
     summary = result.summary
     networks = summary["networks"]
     lines = [f"\n{'':24}" + "".join(f"{LABELS[norm]:>20}" for norm in networks)]
@@ -65,14 +64,11 @@ def answer(result: TrainingResult) -> str:
         line("test accuracy", "test_accuracy", "{:.2%}".format),
         *([line("± standard deviation", "test_accuracy_spread", "{:.2%}".format)] if result.config.models > 1 else []),
         line("steps to 95 %", "steps_to_95_percent", lambda steps: "not reached" if steps is None else str(steps)),
-        line("microseconds per step", "us_per_step", "{:.1f}".format),
+        line("µs per step", "us_per_step", "{:.1f}".format),
         "",
     ]
-    if summary["step_time_ratio"] is not None:
-        lines.append(
-            f"A step with batch norm takes {summary['step_time_ratio']:.2f} times a step without. "
-            "Accepted wisdom: 3 to 5 times."
-        )
+    if result.step_time_ratio is not None:
+        lines.append(str(result.step_time_ratio))
     for norm, network in networks.items():
         if network["training_loss"] is None:
             lines.append(f"The loss {LABELS[norm]} is not finite: take a smaller --lr.")

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import copy
+import statistics
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import numpy as np
 
+from bnkernels.runtime.registry import choose_device
 from bnkernels.train.checkpoint import CheckpointError
 from bnkernels.train.config import ConfigError, TrainingConfig, as_path, require_memory
 from bnkernels.train.data import DataError, Dataset, load_dataset
-from bnkernels.train.ensemble import Ensemble, make_network
+from bnkernels.train.ensemble import make_learner
+from bnkernels.train.environment import blas_threads
 from bnkernels.train.files import locked
-from bnkernels.train.learner import EVALUATION_ROWS, Network, array_module, blas_threads, load_networks
+from bnkernels.train.learner import EVALUATION_ROWS, load_learners
 from bnkernels.train.plots import require_matplotlib
 from bnkernels.train.runs import RunFolder, TrainingResult
 from bnkernels.train.saved_run import load_run, run_folder
+from bnkernels.train.step_time import Rounds
 
 __all__ = ["ConfigError", "Trainer", "TrainingConfig", "TrainingResult", "resume", "train"]
 
@@ -33,18 +36,18 @@ def never() -> bool:
 
 
 class Trainer:
-    """All the state of a run: the networks, the order of the examples, and how far it is.
+    """All the state of a run: the learners, the order of the examples, and how far it is.
 
     Parameters
     ----------
     config : TrainingConfig
-        What to train.
+        Options of the run.
     dataset : Dataset, optional
-        The data; by default what the configuration names is loaded.
+        Data set; by default the one that the configuration names is loaded.
 
     Raises
     ------
-    ConfigError, DataError, ImportError
+    ConfigError, DataError, DeviceError, ImportError
         If the configuration does not fit the data or the machine, or the data are unusable.
     """
 
@@ -57,19 +60,21 @@ class Trainer:
                 f"batch size must be at most the {len(self.dataset.x_train)} training examples, got {config.batch_size}"
             )
         self.total_steps = config.steps or config.epochs * self.steps_per_epoch
-        self.xp, self.device = array_module(config.device)
+        device = choose_device(config.device)
+        self.xp, self.device = device.xp, device.description
         self.sizes = (self.dataset.n_features, *config.hidden, self.dataset.n_classes)
         require_memory(config, self.sizes, min(EVALUATION_ROWS, len(self.dataset.x_train)))
-        self.networks = {norm: make_network(norm, config, self.sizes, self.xp) for norm in config.norms}
+        self.learners = {norm: make_learner(norm, config, self.sizes, self.xp) for norm in config.norms}
+        self.rounds = Rounds(device, [str(learner.engine) for learner in self.learners.values()])
         self.epoch = 0  # complete ones
-        self._generator = np.random.default_rng(config.seed)  # as it was at the start of the current epoch
+        self._generator = np.random.default_rng(config.seed)  # its state is that at the start of the current epoch
         self._train = self._to_device(self.dataset.x_train, self.dataset.y_train)
         self._test = self._to_device(self.dataset.x_test, self.dataset.y_test)
 
     @property
     def finished(self) -> bool:
         """Whether every network has done all its steps."""
-        return all(network.step >= self.total_steps for network in self.networks.values())
+        return all(learner.step >= self.total_steps for learner in self.learners.values())
 
     def run_epoch(self, should_stop: Callable[[], bool] = never) -> bool:
         """Train each network to the end of the current epoch (or of the run) and evaluate it.
@@ -77,7 +82,7 @@ class Trainer:
         Parameters
         ----------
         should_stop : callable
-            Asked before every step; when it says True, the epoch is left as it is and can be taken up again.
+            Question asked before every step; after the answer True the epoch stays as it is and can be resumed.
 
         Returns
         -------
@@ -89,48 +94,26 @@ class Trainer:
         generator = copy.deepcopy(self._generator)
         order = self.xp.asarray(generator.permutation(len(self.dataset.x_train)))
         x, y = (array[order] for array in self._train)  # shuffled once: batches are views, the same for every network
-        for network in self.networks.values():
-            if network.step < last:
-                self._train_and_evaluate(network, x, y, first, last, should_stop)
-        if any(network.step < last for network in self.networks.values()):
+        behind = {norm: learner for norm, learner in self.learners.items() if learner.step < last}
+        # Overflow is no accident to warn about line by line: it shows in the history as a loss of None.
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            times = self.rounds.train(behind, x, y, first, last, should_stop)
+            for norm, learner in behind.items():
+                if learner.step == last:
+                    entry = {"epoch": last / self.steps_per_epoch, "step": last}
+                    found = learner.assess(self._train, self._test)
+                    learner.history.append(entry | found | {"us_per_step": statistics.median(times[norm])})
+        if any(learner.step < last for learner in self.learners.values()):
             return False
         if last == first + self.steps_per_epoch:
             self.epoch, self._generator = self.epoch + 1, generator
         return True
 
-    def _train_and_evaluate(
-        self, network: Network | Ensemble, x: Any, y: Any, first: int, last: int, should_stop: Callable[[], bool]
-    ) -> None:
-        """Train one network to step `last`, timing the steps alone, and append to its history if it gets there."""
-        # Overflow is no accident to warn about line by line: it shows in the history as a loss of None.
-        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            self._synchronize()
-            before, started = network.step, perf_counter()
-            network.train(x, y, first, last, should_stop)
-            self._synchronize()
-            seconds = perf_counter() - started
-            if network.step < last:
-                return
-            found = network.assess(self._train, self._test)
-        network.history.append(
-            {
-                "epoch": last / self.steps_per_epoch,
-                "step": last,
-                **found,
-                "us_per_step": 1e6 * seconds / (last - before),
-            }
-        )
-
     def _to_device(self, x: np.ndarray, y: np.ndarray) -> tuple[Any, Any]:
         return self.xp.asarray(x), self.xp.asarray(y)
 
-    def _synchronize(self) -> None:
-        """Wait for the GPU, where there is one: launches return before the work is done."""
-        if self.xp is not np:
-            self.xp.cuda.get_current_stream().synchronize()
-
     def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """Return everything that a checkpoint holds: what JSON can say, and the arrays by name."""
+        """Return everything that a checkpoint holds: meta data for JSON, and the arrays by name."""
         meta = {
             "config": asdict(self.config),
             "sizes": self.sizes,
@@ -138,13 +121,14 @@ class Trainer:
             "epoch": self.epoch,
             "generator": self._generator.bit_generator.state,
             "networks": {
-                norm: {"step": network.step, "history": network.history} for norm, network in self.networks.items()
+                norm: {"step": learner.step, "history": learner.history} for norm, learner in self.learners.items()
             },
+            "rounds": self.rounds.state(),
         }
         arrays = {
             f"{norm}/{name}": array
-            for norm, network in self.networks.items()
-            for name, array in network.arrays().items()
+            for norm, learner in self.learners.items()
+            for name, array in learner.arrays().items()
         }
         return meta, arrays
 
@@ -173,7 +157,8 @@ class Trainer:
             raise ConfigError(
                 f"the run has already done {max(steps)} steps, more than the {self.total_steps} asked for: give more"
             )
-        load_networks(self.networks, meta, arrays)
+        load_learners(self.learners, meta, arrays)
+        self.rounds.load_state(meta.get("rounds"))
         self.epoch = meta["epoch"]
         self._generator.bit_generator.state = meta["generator"]
 
@@ -192,18 +177,18 @@ def train(
     Parameters
     ----------
     config : TrainingConfig, optional
-        What to train; by default 64-20-10 on the digits, with batch norm and without.
+        Options of the run; by default 64-20-10 on the digits, with batch norm and without.
     folder : path or callable, optional
-        Where to write the checkpoint after every epoch, and ``metrics.json`` and ``curves.png`` at the end. By default
-        nothing is written. A callable makes the folder and returns it, once all else is known to be right.
+        Folder of the checkpoint, written after every epoch, and of ``metrics.json`` and ``curves.png``, written at the
+        end. By default nothing is written. A callable makes and returns the folder, once all else is known to be right.
     checkpoint : path, optional
-        Another place for the checkpoint; needs a `folder`.
+        Place of the checkpoint outside the folder; needs a `folder`.
     dataset : Dataset, optional
-        The data, where they are already loaded.
+        Data set, if it is already loaded.
     on_epoch : callable
-        Called with the trainer before the first epoch and after each one.
+        Function called with the trainer before the first epoch and after each one.
     should_stop : callable
-        Asked before every step whether to save and stop.
+        Question asked before every step: whether to save and stop.
 
     Returns
     -------
@@ -212,7 +197,7 @@ def train(
 
     Raises
     ------
-    ConfigError, DataError, ImportError
+    ConfigError, DataError, DeviceError, ImportError
         If the configuration, the data or the machine do not allow it; nothing has been written then.
     OSError
         If the folder cannot be written, or another run is at work there: it is locked to the end of this one.
@@ -252,12 +237,12 @@ def resume(
     Parameters
     ----------
     path : path
-        The run's folder, or its checkpoint.
+        Folder of the run, or its checkpoint.
     folder, checkpoint : path, optional
-        Where the run is, as it was told `train`: it stays there, so another place is an error. The folder must be given
-        where the checkpoint lies outside it and nothing in it says yet that it is the run's: before the run's end.
+        Places of the run, as they were given to `train`: other places are an error. The folder must be given if the
+        checkpoint lies outside it and nothing in it says yet that it is the run's: before the run's end.
     on_epoch, should_stop : callable
-        As in `train`.
+        Arguments of `train`.
     **options : any
         Fields of `TrainingConfig`. ``epochs`` or ``steps`` extend the run, ``device`` moves it, ``engine`` goes on in
         another way, ``data`` says where the same data are now; any other must be what the run was started with.
@@ -265,13 +250,13 @@ def resume(
     Returns
     -------
     TrainingResult
-        As from `train`; its history begins with the run's.
+        Result, as of `train`; its history begins with that of the saved run.
 
     Raises
     ------
     CheckpointError
         If there is no checkpoint, it cannot be read, or it names a folder that does not know the run.
-    ConfigError, DataError, ImportError
+    ConfigError, DataError, DeviceError, ImportError
         If an option contradicts the run, or the data are missing or others.
     OSError
         If the folder cannot be written, or another run is at work there: it is locked to the end of this one.
@@ -338,7 +323,8 @@ def _result(status: str, trainer: Trainer, run: RunFolder | None) -> TrainingRes
             "classes": data.n_classes,
         },
         device=trainer.device,
-        models={norm: getattr(network, "models", None) or network.model for norm, network in trainer.networks.items()},
-        history={norm: network.history for norm, network in trainer.networks.items()},
+        models={norm: getattr(learner, "models", None) or learner.model for norm, learner in trainer.learners.items()},
+        history={norm: learner.history for norm, learner in trainer.learners.items()},
+        step_time_ratio=trainer.rounds.ratio() if {"batch", "none"} <= trainer.learners.keys() else None,
         files=run.files if run is not None else {},
     )

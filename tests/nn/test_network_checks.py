@@ -1,4 +1,4 @@
-"""What is said of a wrong network, by the fused trainer and by MLP, before anything is changed."""
+"""Wrong networks are refused, by the fused trainer and by MLP, before anything is changed."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ def test_a_small_device_matches_extended_precision(
     with tiny(emulated, seed=1):
         check_against_oracle(emulated_backend, rng, shape, dtype, activation, add)
     large = prod(shape) * dtype.itemsize > spread.SMALL
-    assert ["spread" in name for name in kernels(emulated)] == [large, large]
+    assert ["cooperative" in name for name in kernels(emulated)] == [large, large]
 
 
 @pytest.mark.emulator

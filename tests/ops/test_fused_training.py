@@ -21,7 +21,7 @@ from bnkernels.nn.optimizers import make_optimizer
 from bnkernels.ops.fused_training.launch import OPTIMIZERS, Sizes, shared_bytes
 from bnkernels.ops.softmax_cross_entropy import softmax_cross_entropy
 from bnkernels.train.config import DEFAULT_LEARNING_RATES, ConfigError, TrainingConfig
-from bnkernels.train.learner import Network
+from bnkernels.train.learner import Learner
 from tests.regress.refusal import refused
 from tools import backends
 from tools.backends import Backend
@@ -264,9 +264,9 @@ def test_bad_input_is_refused(backend: Backend, changes: dict, error: type, mess
         bn.fused_training(model.fused, *given, **options, **extra)
 
 
-def network_on(backend: Backend, norm: str, **changes: Any) -> Network:
+def network_on(backend: Backend, norm: str, **changes: Any) -> Learner:
     options = {"hidden": (8,), "batch_size": 16, "epochs": 4, "lr": 0.1, "device": "cpu"} | changes
-    return Network(norm, TrainingConfig(**options), (6, *options["hidden"], 3), backend.xp)
+    return Learner(norm, TrainingConfig(**options), (6, *options["hidden"], 3), backend.xp)
 
 
 @pytest.mark.parametrize(("name", "norm"), NORMED)
@@ -281,11 +281,10 @@ def test_the_engines_take_over_from_each_other(
     ends = []
     for engines in (("layers", "layers"), ("fused", "layers"), ("layers", "fused")):
         before = network_on(backend, norm, engine=engines[0], **options)
-        assert before.engine == engines[0]
+        assert str(before.engine) == engines[0]
         before.train(x, y, 0, 10, lambda: False)
         after = network_on(backend, norm, engine=engines[1], **options)
         after.load_arrays(before.arrays())
-        after.step = before.step
         after.train(x, y, 0, 20, lambda: False)
         assert after.step == 20
         ends.append(after.arrays())
@@ -298,19 +297,19 @@ def test_the_engines_take_over_from_each_other(
 def test_the_engine_is_chosen_by_place_and_size_and_says_why(backend: Backend) -> None:
     small, large = network_on(backend, "batch"), network_on(backend, "batch", hidden=(2000, 2000))
     if backend.name == "numpy":
-        assert small.engine == large.engine == "layers"
+        assert str(small.engine) == str(large.engine) == "layers"
         with pytest.raises(
             ConfigError, match="the engine cannot be fused: it needs a GPU; take engine layers, or auto"
         ):
             network_on(backend, "batch", engine="fused")
         return
-    assert small.engine == "fused"
-    assert large.engine.startswith("layers (not fused: one block needs ")
-    assert "; not graph: a layer of 6 inputs and 2000 outputs" in large.engine
-    assert re.fullmatch(r"fused \(\d+ blocks\)", network_on(backend, "batch", hidden=(1000, 1000)).engine)
+    assert str(small.engine) == "fused"
+    assert str(large.engine).startswith("layers (not fused: one block needs ")
+    assert "; not graph: a layer of 6 inputs and 2000 outputs" in str(large.engine)
+    assert re.fullmatch(r"fused \(\d+ blocks\)", str(network_on(backend, "batch", hidden=(1000, 1000)).engine))
     with pytest.raises(ConfigError, match=r"the engine cannot be fused: one block needs .* bytes of shared memory"):
         network_on(backend, "batch", hidden=(2000, 1000), engine="fused")
-    assert network_on(backend, "batch", engine="layers").engine == "layers"
+    assert network_on(backend, "batch", engine="layers").engine.name == "layers"
 
 
 @pytest.mark.parametrize("kind", [FusedStep, GraphStep])

@@ -24,11 +24,11 @@ from bnkernels.ops.fused_training import launch as fused
 from bnkernels.ops.fused_training.op import Layer, Network
 from bnkernels.ops.layer_norm import launch as layer_norm
 from bnkernels.ops.linear_batch_norm import launch as linear
-from bnkernels.runtime import seam as rt
 from bnkernels.runtime import workspace as cooperative
+from bnkernels.runtime.arguments import suffix
 from bnkernels.runtime.seam import Launch, Limits
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TYPES = [np.dtype(name) for name in ("float32", "float64", "float16")]
 try:
     from ml_dtypes import bfloat16
@@ -67,16 +67,16 @@ def batch_norm_plans(limits: Limits) -> Iterator[Plan]:
         tensor = Tensor(*shape, dtype, (strides,) * (1 if direction == "forward" else 2))
         choice = choose_spread(direction, tensor, limits) if tensor.may_spread else None
         if choice is not None:
-            yield f"bnk_batch_norm_{choice.variant}_{rt.suffix(dtype)}", choice.launch
+            yield f"bnk_batch_norm_{choice.variant}_{suffix(dtype)}", choice.launch
 
 
 def layer_norm_plans(limits: Limits) -> Iterator[Plan]:
     """Yield one for each data type and shape."""
     columns = (1, 8, 20, 64, 256, 768, 1000, 1024, 2047, 2048, 4096, 5120, 8192, 20_000, 300_000)
     for dtype, rows, c in product(TYPES, (1, 64, 700, 5000, 100_000), columns):
-        matrix, suffix = layer_norm.Rows(rows, c, dtype), rt.suffix(dtype)
-        yield f"bnk_layer_norm_forward_{suffix}", layer_norm.choose_forward(matrix, limits).launch
-        yield f"bnk_layer_norm_backward_{suffix}", layer_norm.choose_backward(matrix, limits).launch
+        matrix, end = layer_norm.Rows(rows, c, dtype), suffix(dtype)
+        yield f"bnk_layer_norm_forward_{end}", layer_norm.choose_forward(matrix, limits).launch
+        yield f"bnk_layer_norm_backward_{end}", layer_norm.choose_backward(matrix, limits).launch
 
 
 def linear_plans(limits: Limits) -> Iterator[Plan]:
@@ -85,7 +85,7 @@ def linear_plans(limits: Limits) -> Iterator[Plan]:
     for size, norm, direction, dx in product(sizes, NORMS, DIRECTIONS, (True, False)):
         chosen = linear.choose(direction, linear.Sizes(*size), limits, dx, norm)
         if chosen is not None:
-            yield f"bnk_linear_{norm or 'batch'}_norm_{direction}_{rt.suffix(size[3])}", chosen[0]
+            yield f"bnk_linear_{norm or 'batch'}_norm_{direction}_{suffix(size[3])}", chosen[0]
 
 
 def networks() -> Iterator[fused.Sizes]:
@@ -105,7 +105,7 @@ def fused_training_plans(limits: Limits) -> Iterator[Plan]:
     for given, clusters in product(networks(), {False, limits.clusters}):
         choice = fused.choose(given, limits._replace(clusters=clusters))
         if choice is not None:
-            yield f"bnk_{choice.kernel}_{rt.suffix(given.dtype)}", choice.launch
+            yield f"bnk_{choice.kernel}_{suffix(given.dtype)}", choice.launch
 
 
 OPS = {

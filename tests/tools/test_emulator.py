@@ -95,7 +95,7 @@ def test_unknown_kernel_source_and_build_are_refused(runtime: EmulatorRuntime) -
         runtime.launch("nothing", "bnk_nothing", launch, np.zeros((), planted.ARGUMENTS))
     with pytest.raises(EmulatorError, match="expected a build among"):
         EmulatorRuntime("fast")
-    with pytest.raises(EmulatorError, match=r"python -m tests\.emulator run tsan"):
+    with pytest.raises(EmulatorError, match=r"python -m tools\.emulator run tsan"):
         EmulatorRuntime("tsan")
 
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 
 from benchmarks.counts import sass as report
+from benchmarks.counts.devices import H200
+from bnkernels.nn.mlp import MLP
+from bnkernels.ops.fused_training import launch
 from bnkernels.runtime import source
 from tools.compile import __main__ as command
 from tools.compile import nvrtc, sass
@@ -56,7 +60,9 @@ def test_a_load_that_may_miss_what_the_launch_writes_is_seen(architecture: int) 
 
 
 def test_a_kernel_compiled_for_one_network_is_shorter() -> None:
-    constants = ("activation", 0), ("optimizer", 0), ("batch", 64), ("team", 8)
+    model, dtype = MLP((64, 20, 10)), np.dtype("float32")
+    sizes = launch.Sizes(model.fused, 64, "sgd", dtype, model.parameters.size, model.running.size)
+    constants = launch.choose(sizes, H200.choice).launch.constants
     texts = (source.read("fused_training", "bnk_fused_training_f32", given) for given in ((), constants))
     general, ours = (nvrtc.resources(text, 90, disassemble=True) for text in texts)
     assert ours["bnk_fused_training_f32"].code.instructions < 0.8 * general["bnk_fused_training_f32"].code.instructions

@@ -108,7 +108,6 @@ def test_the_engine_takes_over_in_the_middle_of_an_epoch(
         assert before.step == 4
         after = network_on(backend, norm, engine=engines[1], **options)
         after.load_arrays(before.arrays())
-        after.step = before.step
         after.train(x, y, 0, 10, lambda: False)
         assert after.step == after.optimizer.steps == 10
         ends.append(after.arrays())
@@ -132,7 +131,7 @@ def test_what_cannot_be_captured_says_why(backend: Backend) -> None:
     with pytest.raises(ValueError, match=message):
         CapturedStep(model, "sgd", (), 10)
     assert why_not_captured(MLP((5, 8, 3), xp=backend.xp), 600).startswith("a layer of 5 inputs and 8 outputs on 600")
-    assert network_on(backend, "batch", engine="graph").engine == "graph"
+    assert str(network_on(backend, "batch", engine="graph").engine) == "graph"
 
 
 @pytest.mark.emulator

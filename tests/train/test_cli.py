@@ -54,8 +54,10 @@ def test_the_main_job_answers_the_question(capsys):
     (accuracies,) = re.findall(r"^test accuracy +([\d.]+)% +([\d.]+)%$", out, re.MULTILINE)
     assert min(map(float, accuracies)) > 96
     assert re.search(r"^steps to 95 % +\d+ +\d+$", out, re.MULTILINE)
-    assert re.search(r"^microseconds per step +[\d.]+ +[\d.]+$", out, re.MULTILINE)
-    assert re.search(r"takes [\d.]+ times a step without. Accepted wisdom: 3 to 5 times.", out)
+    assert re.search(r"^µs per step +[\d.]+ +[\d.]+$", out, re.MULTILINE)
+    verdict = r"takes [\d.]+ times a step without \(quartiles [\d.]+ and [\d.]+ of 1099 rounds\). Accepted wisdom: 3 to"
+    busy = r"No verdict .*: half of 1099 rounds lie between [\d.]+ and [\d.]+, more than 15 % from the median, "
+    assert re.search(f"{verdict}|{busy}", out)
     (files,) = re.findall(r"^Files: (.*)$", out, re.MULTILINE)
     names = [re.fullmatch(r"runs/digits-\d{8}-\d{6}/(.*)", file)[1] for file in files.split(", ")]
     assert names == ["checkpoint.npz", "metrics.json", "curves.png"]
@@ -112,7 +114,7 @@ def test_norm_chooses_the_columns(capsys, norm, networks):
     assert code == 0
     assert ("with batch norm" in out) == ("batch" in networks)
     assert ("without batch norm" in out) == ("none" in networks)
-    assert ("Accepted wisdom" in out) == ({"batch", "none"} <= set(networks))
+    assert ("time of a step with batch norm: 10 steps" in out) == ({"batch", "none"} <= set(networks))
     assert list(json.loads(Path("run/metrics.json").read_text())["history"]) == networks
 
 
@@ -134,7 +136,7 @@ def test_mnist_is_read_from_its_folder(capsys, tmp_path):
 
 
 def test_device_auto_says_where_it_trains(capsys, monkeypatch):
-    monkeypatch.setattr("bnkernels.train.learner.why_no_cuda", lambda: "no driver answers")
+    monkeypatch.setattr("bnkernels.runtime.registry.why_no_cuda", lambda: "no driver answers")
     code, out, _ = run(capsys, *SMALL, "--device", "auto", "--epochs", "1")
     assert code == 0
     assert "device cpu, because no driver answers; engine layers\n" in out
@@ -149,7 +151,11 @@ def test_json_is_one_document_and_the_content_of_metrics(capsys):
         "metrics": "run/metrics.json",
         "curves": "run/curves.png",
     }
-    assert result["summary"]["step_time_ratio"] > 0
+    ratio = result["summary"]["step_time_ratio"]
+    low, high = ratio["quartiles"]
+    assert 0 < low <= ratio["median"] <= high
+    assert (ratio["rounds"], ratio["steps"]) == (9, 10)
+    assert ratio["why_no_verdict"] == "10 steps of each were timed, and 200 are needed"
 
 
 def test_quiet_prints_the_answer_only(capsys):
@@ -228,7 +234,7 @@ BAD = [
 
 @pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(arguments)[:40] for arguments, _ in BAD])
 def test_bad_input_is_one_line_exit_code_2_and_nothing_written(capsys, monkeypatch, tmp_path, arguments, message):
-    monkeypatch.setattr("bnkernels.train.learner.why_no_cuda", lambda: "no driver answers")
+    monkeypatch.setattr("bnkernels.runtime.registry.why_no_cuda", lambda: "no driver answers")
     np.savez(tmp_path / "bad.npz", x=np.full((10, 2), np.nan), y=np.arange(10) % 2)
     before = sorted(tmp_path.rglob("*"))
     code, out, err = run(capsys, *SMALL, *arguments)
@@ -254,7 +260,7 @@ def test_a_second_run_in_the_same_folder_is_refused(capsys):
 
 
 def test_without_any_package_one_hint_is_the_whole_of_it(capsys, monkeypatch):
-    """What it says to install is all that is missing; there is no second hint behind the first one's other way."""
+    """The hint names everything to install: following it leads to no second hint."""
     for module in ("tqdm", "matplotlib.figure", "sklearn.datasets"):
         monkeypatch.setitem(sys.modules, module, None)
     code, _, err = run(capsys, "train", "--epochs", "1")

@@ -88,7 +88,7 @@ LAYOUTS = {
 @pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_layout_of_the_arrays_is_no_part_of_the_data(tmp_path, layout):
-    """Of a DataFrame's values, a slice, a transpose: the same data, which trains to the same bits, in a folder too."""
+    """A DataFrame's values, a slice, a transpose are the same data and train to the same bits, in a folder too."""
     config = TrainingConfig(steps=2, norm="batch", device="cpu", dtype="float64", batch_size=8)
     plain = in_memory()
     change = LAYOUTS[layout]

@@ -16,8 +16,8 @@ from bnkernels.nn.mlp import MLP
 from bnkernels.ops.fused_training.op import OPTIMIZERS
 from bnkernels.train.checkpoint import CheckpointError
 from bnkernels.train.config import TrainingConfig
-from bnkernels.train.ensemble import make_network
-from bnkernels.train.learner import Network
+from bnkernels.train.ensemble import make_learner
+from bnkernels.train.learner import Learner
 from tests.ops.test_fused_training import RATES, make_data
 from tests.regress.refusal import refused
 from tools import backends
@@ -127,20 +127,20 @@ def config_of(models: int, **changes: Any) -> TrainingConfig:
 
 @pytest.mark.parametrize("engine", ["layers", "graph", "fused"])
 @pytest.mark.parametrize(("name", "norm"), [("sgd", "none"), ("momentum", "batch"), ("adam", "layer")])
-def test_members_are_networks_of_their_seed(
+def test_members_are_learners_of_their_seed(
     backend: Backend, rng: np.random.Generator, name: str, norm: str, engine: str
 ) -> None:
     if backend.name == "numpy" and engine != "layers":
         pytest.skip("needs a device")
     x, y = backend.arrays(*make_data(rng, (6, 8, 3), 10 * 16, "float64"))
     config = config_of(2, optimizer=name, dtype="float64", activation="tanh", lr=RATES[name], engine=engine)
-    ensemble = make_network(norm, config, (6, 8, 3), backend.xp)
-    assert ensemble.engine == engine
+    ensemble = make_learner(norm, config, (6, 8, 3), backend.xp)
+    assert str(ensemble.engine) == engine
     ensemble.train(x, y, 0, 4, lambda: False)
     ensemble.train(x, y, 0, 10, lambda: False)
     assert ensemble.step == 10
     for number in range(2):
-        alone = Network(norm, replace(config, seed=5 + number, models=1), (6, 8, 3), backend.xp)
+        alone = Learner(norm, replace(config, seed=5 + number, models=1), (6, 8, 3), backend.xp)
         alone.train(x, y, 0, 10, lambda: False)
         for entry, array in alone.arrays().items():
             np.testing.assert_array_equal(ensemble.arrays()[f"{number}/{entry}"], array, err_msg=entry)
@@ -153,11 +153,10 @@ def test_an_ensemble_that_is_stopped_goes_on(rng: np.random.Generator) -> None:
     x, y = make_data(rng, (6, 8, 3), 60 * 16, "float32")
     ends = []
     for answers in ([False] * 9, [False, True]):
-        first = make_network("batch", config_of(2), (6, 8, 3), np)
+        first = make_learner("batch", config_of(2), (6, 8, 3), np)
         first.train(x, y, 0, 60, iter(answers).__next__)
-        second = make_network("batch", config_of(2), (6, 8, 3), np)
+        second = make_learner("batch", config_of(2), (6, 8, 3), np)
         second.load_arrays(first.arrays())
-        second.step = first.step
         second.train(x, y, 0, 60, lambda: False)
         ends.append((first.step, second.arrays()))
     assert [step for step, _ in ends] == [60, 10]
@@ -167,9 +166,9 @@ def test_an_ensemble_that_is_stopped_goes_on(rng: np.random.Generator) -> None:
 
 @pytest.mark.parametrize("part", ["model/0.weight", "optimizer/first", "optimizer/steps"])
 def test_a_state_of_which_one_part_is_wrong_changes_no_model(part: str) -> None:
-    ensemble = make_network("batch", config_of(2, optimizer="adam"), (6, 8, 3), np)
+    ensemble = make_learner("batch", config_of(2, optimizer="adam"), (6, 8, 3), np)
     before = {name: array.tobytes() for name, array in ensemble.arrays().items()}
-    state = make_network("batch", config_of(2, optimizer="adam", seed=9), (6, 8, 3), np).arrays()
+    state = make_learner("batch", config_of(2, optimizer="adam", seed=9), (6, 8, 3), np).arrays()
     for wrong in (state | {f"1/{part}": state[f"1/{part}"] * -1j}, state | {"2/model/x": np.ones(3)}):
         with pytest.raises(CheckpointError, match="of another"):
             ensemble.load_arrays(wrong)
@@ -178,7 +177,7 @@ def test_a_state_of_which_one_part_is_wrong_changes_no_model(part: str) -> None:
 
 def test_a_loss_that_is_not_finite_has_no_mean(rng: np.random.Generator) -> None:
     x, y = make_data(rng, (6, 8, 3), 32, "float32")
-    ensemble = make_network("none", config_of(2), (6, 8, 3), np)
+    ensemble = make_learner("none", config_of(2), (6, 8, 3), np)
     ensemble.models[1].parameters[:] = np.nan
     found = ensemble.assess((x, y), (x, y))
     assert found["loss"] is None

@@ -1,10 +1,12 @@
-"""The environment report names every part, and answers on machines where parts are absent or broken."""
+"""The environment report names every part, also on machines where parts are absent or broken; memory; BLAS threads."""
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -87,3 +89,33 @@ def test_a_broken_part_leaves_the_others(cuda: SimpleNamespace) -> None:
 def test_the_cache_folder_follows_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUPY_CACHE_DIR", "/elsewhere")
     assert facts()["kernel cache"] == "/elsewhere"
+
+
+def test_a_container_has_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(environment, "_MEMORY_LIMITS", (tmp_path / "absent", limit))
+    machine = environment.total_memory()
+    assert machine == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for text, total in (("max\n", machine), ("1073741824\n", 2**30), (f"{2**63}\n", machine)):
+        limit.write_text(text)
+        assert environment.total_memory() == total
+
+
+def test_a_system_that_does_not_say_has_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sysconf")
+    assert environment.total_memory() is None
+
+
+def test_small_products_take_one_blas_thread_and_large_ones_all() -> None:
+    threadpoolctl = pytest.importorskip("threadpoolctl")
+
+    def threads() -> list[int]:
+        return [pool["num_threads"] for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
+
+    with threadpoolctl.threadpool_limits(limits=2, user_api="blas"):
+        before = threads()
+        with environment.blas_threads((64, 20, 10), 64):
+            assert set(threads()) == {1}
+        assert threads() == before
+        with environment.blas_threads((784, 512, 10), 256):
+            assert threads() == before

@@ -60,7 +60,7 @@ def test_what_an_encoding_lacks_is_printed_as_its_code(
 
 @pytest.mark.parametrize("redirect", ["2>&-", ">&-", "<&- >&- 2>&-"])
 def test_a_closed_stream_is_no_place_and_nothing_else_takes_it(tmp_path: Path, redirect: str) -> None:
-    """As of a daemon, or pythonw. A file that took the place of standard error would get what libraries print."""
+    """A daemon or pythonw has none. A file that took the place of standard error would get what libraries print."""
     folder = tmp_path / "run"
     code, out, err = run([*TRAIN, str(folder)], redirect)
     assert code == 0
@@ -78,7 +78,7 @@ def test_the_numbers_of_closed_streams_are_taken(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arguments", [["info"], ["--version"], ["train", "--help"]], ids=" ".join)
 def test_a_broken_pipe_ends_the_command_quietly(arguments: list[str]) -> None:
-    """As of ``bnkernels info | head -0``; exit code 141 is what a shell gives a program that SIGPIPE ended."""
+    """So it is in ``bnkernels info | head -0``; exit code 141 is what a shell gives a program that SIGPIPE ended."""
     code, _, err = run(arguments, "| true; exit ${PIPESTATUS[0]}")
     assert (code, err) == (141, b"")
 
@@ -172,7 +172,7 @@ def test_memory_that_cannot_be_had_is_one_line(
 
 
 def test_the_command_runs_in_a_thread_too(tmp_path: Path) -> None:
-    """Where no signal can be handled."""
+    """Only the main thread can handle signals."""
     codes: list[int] = []
     arguments = [*TRAIN, str(tmp_path / "run"), "--quiet"]
     thread = threading.Thread(target=lambda: codes.append(cli.main(arguments)))

@@ -88,19 +88,19 @@ def test_the_inputs_are_those_of_the_last_sigmoids(rng: np.random.Generator, nor
     model.forward(rng.standard_normal((40, 9)), training=True)
     x = rng.standard_normal((7, 9))
     h = 1 / (1 + np.exp(-reproduce.last_hidden_inputs(model, x)))
-    last = model.stages[-1].parameters
+    last = model.layer_arrays[-1].parameters
     np.testing.assert_allclose(h @ last["weight"] + last["bias"], model.forward(x, training=False), rtol=1e-12)
 
 
 def test_both_networks_see_the_same(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, list[np.ndarray]] = {"batch": [], "none": []}
-    train = reproduce.Network.train
+    train = reproduce.Learner.train
 
-    def watched(network: reproduce.Network, x: np.ndarray, *rest: object) -> None:
-        seen[network.model.norm].append(x)
-        train(network, x, *rest)
+    def watched(learner: reproduce.Learner, x: np.ndarray, *rest: object) -> None:
+        seen[learner.model.norm].append(x)
+        train(learner, x, *rest)
 
-    monkeypatch.setattr(reproduce.Network, "train", watched)
+    monkeypatch.setattr(reproduce.Learner, "train", watched)
     document = reproduce.run(reproduce.Experiment(steps=7, device="cpu"), lambda line: None, small_images(rng))
     for one, two in zip(seen["batch"], seen["none"], strict=True):
         np.testing.assert_array_equal(one, two)
@@ -165,7 +165,7 @@ def test_the_command_writes_document_and_pictures(
 
 
 def test_a_network_that_diverged_is_a_document_and_pictures_too(tmp_path: Path, rng: np.random.Generator) -> None:
-    """Of NumPy's own numbers, JSON without NaN, and no warning on the way."""
+    """The JSON has no NaN, and nothing warns on the way."""
     pytest.importorskip("matplotlib")
     experiment = reproduce.Experiment(steps=np.int64(60), lr=np.float64(1e38), seed=np.int32(1), device="cpu")
     document = reproduce.run(experiment, lambda line: None, small_images(rng))

@@ -1,4 +1,4 @@
-"""What a run leaves behind: the summary and its folder, which is its own while it runs."""
+"""The result of a run: the summary and its folder, which no other run enters meanwhile."""
 
 import errno
 import os
@@ -12,7 +12,7 @@ import pytest
 from bnkernels import cli
 from bnkernels.train.config import ConfigError, TrainingConfig
 from bnkernels.train.files import InUseError
-from bnkernels.train.runs import TrainingResult, default_folder, summarise
+from bnkernels.train.runs import default_folder, summarise
 from bnkernels.train.trainer import resume, train
 from tests.train.test_file_locks import HOLD
 from tests.train.test_files import started
@@ -32,15 +32,6 @@ def test_the_summary_takes_the_first_crossing_and_the_median_without_the_first_e
     }
     assert summarise([entry(10, 0.9499, 900)])["us_per_step"] == 900
     assert summarise([entry(10, 0.9499, 900)])["steps_to_95_percent"] is None
-
-
-def test_the_ratio_needs_both_networks():
-    def ratio(**times):
-        history = {norm: [entry(1, 1, time)] for norm, time in times.items()}
-        return TrainingResult("finished", TrainingConfig(), {}, "cpu", {}, history, {}).summary["step_time_ratio"]
-
-    assert ratio(batch=30, none=20) == 1.5
-    assert ratio(batch=30) is None
 
 
 def test_default_folders_never_meet(tmp_path, monkeypatch):

@@ -146,10 +146,10 @@ def why_not(path: Path, dataset: Dataset) -> Exception | None:
     except (CheckpointError, ConfigError, DataError) as error:
         return error
     assert options.hidden == (8,)
-    networks = trainer.networks.items()
-    history = {norm: network.history for norm, network in networks}
-    result = TrainingResult("finished", options, {}, "cpu", dict(networks), history, {})
-    assert result.summary["networks"].keys() == set(trainer.networks)
+    history = {norm: learner.history for norm, learner in trainer.learners.items()}
+    ratio = trainer.rounds.ratio()
+    result = TrainingResult("finished", options, {}, "cpu", trainer.learners, history, ratio, {})
+    assert result.summary["networks"].keys() == set(trainer.learners)
     json.dumps(result.document(), allow_nan=False)
     return None
 
@@ -189,7 +189,7 @@ def test_a_wrong_counter_changes_no_network(run: Path) -> None:
 
 @pytest.mark.parametrize(("epoch", "steps"), [(1, (10, 10)), (2, (25, 25)), (2, (10, 16)), (1, (4, 10)), (0, (5, 5))])
 def test_steps_and_epochs_that_contradict_each_other_change_no_network(run: Path, epoch: int, steps: Any) -> None:
-    """Of five steps an epoch; every network's counters agree with its steps."""
+    """An epoch has five steps; every network's counters agree with its steps."""
     meta, arrays = load_checkpoint(run / "checkpoint.npz")
     meta = changed(meta, ("config", "epochs"), 9) | {"epoch": epoch}
     for norm, step in zip(meta["networks"], steps, strict=True):
@@ -239,7 +239,7 @@ def test_a_configuration_larger_than_the_file_builds_nothing(run: Path, place: t
 
 
 def test_more_models_than_arrays_build_nothing(run: Path) -> None:
-    """Of a run at its beginning, whose history does not say how many there are."""
+    """A run at its beginning has no history that tells the number of models."""
     meta, arrays = load_checkpoint(run / "checkpoint.npz")
     meta |= {"epoch": 0, "networks": {norm: {"step": 0, "history": []} for norm in meta["networks"]}}
     path = rewritten(run, changed(meta, ("config", "models"), 10**9), arrays)

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from bnkernels.nn.optimizers import OPTIMIZERS
+from bnkernels.runtime.registry import DeviceError
 from bnkernels.train.data import DataError, Dataset
-from bnkernels.train.learner import EVALUATION_ROWS, blas_threads
+from bnkernels.train.learner import EVALUATION_ROWS
 from bnkernels.train.predict import predict
 from bnkernels.train.trainer import ConfigError, Trainer, TrainingConfig, resume, train
 
@@ -31,10 +32,10 @@ def config(**changes):
     return TrainingConfig(**{"hidden": (8,), "batch_size": 16, "epochs": 4, "lr": 0.1, "device": "cpu"} | changes)
 
 
-def states(networks):
-    """Return the bits of everything a network consists of."""
+def states(learners):
+    """Return the bits of everything a learner consists of."""
     return {
-        (norm, name): array.tobytes() for norm, network in networks.items() for name, array in network.arrays().items()
+        (norm, name): array.tobytes() for norm, learner in learners.items() for name, array in learner.arrays().items()
     }
 
 
@@ -71,10 +72,10 @@ def test_both_networks_learn(activation, optimizer, dtype):
 
 def test_both_networks_start_from_the_same_weights_and_see_the_same_batches(monkeypatch):
     trainer = Trainer(config(epochs=2), blobs())
-    weights = [network.model.state()["0.weight"] for network in trainer.networks.values()]
+    weights = [network.model.state()["0.weight"] for network in trainer.learners.values()]
     assert np.array_equal(*weights)
     seen = {}
-    for norm, network in trainer.networks.items():
+    for norm, network in trainer.learners.items():
 
         def forward(x, *, training, norm=norm, forward=network.model.forward):
             if training:
@@ -94,7 +95,7 @@ def test_a_batch_holds_each_example_at_most_once_per_epoch(monkeypatch):
     data = blobs()
     trainer = Trainer(config(norm="none"), data)
     rows = []
-    model = trainer.networks["none"].model
+    model = trainer.learners["none"].model
     monkeypatch.setattr(
         model,
         "forward",
@@ -118,22 +119,22 @@ def test_the_labels_stay_with_their_examples():
 
 def test_the_same_configuration_gives_the_same_bits_and_another_seed_does_not():
     first, again, other = (trained(config(seed=seed), blobs()) for seed in (0, 0, 1))
-    assert states(first.networks) == states(again.networks)
-    assert states(first.networks) != states(other.networks)
+    assert states(first.learners) == states(again.learners)
+    assert states(first.learners) != states(other.learners)
 
 
 def test_one_network_alone_is_trained_as_beside_the_other():
     both = trained(config(), blobs())
     for norm in ("batch", "none"):
         alone = trained(config(norm=norm), blobs())
-        assert list(alone.networks) == [norm]
-        assert states(alone.networks) == states({norm: both.networks[norm]})
+        assert list(alone.learners) == [norm]
+        assert states(alone.learners) == states({norm: both.learners[norm]})
 
 
 def test_steps_may_end_within_an_epoch():
     trainer = trained(config(epochs=None, steps=8), blobs())
-    assert [entry["step"] for entry in trainer.networks["none"].history] == [6, 8]
-    assert trainer.networks["none"].history[-1]["epoch"] == pytest.approx(8 / 6)
+    assert [entry["step"] for entry in trainer.learners["none"].history] == [6, 8]
+    assert trainer.learners["none"].history[-1]["epoch"] == pytest.approx(8 / 6)
 
 
 @pytest.mark.parametrize("stop_after", [0, 1, 5, 6, 7, 12, 17, 30, 47])
@@ -147,11 +148,11 @@ def test_stopped_at_any_step_and_continued_the_bits_are_the_same(npz, tmp_path, 
     assert result.status == "finished"
     whole = trained(options, None)
     for norm, model in result.models.items():
-        assert model.parameters.tobytes() == whole.networks[norm].model.parameters.tobytes()
+        assert model.parameters.tobytes() == whole.learners[norm].model.parameters.tobytes()
         steps = [entry["step"] for entry in result.history[norm]]
         assert steps == [6, 12, 18, 24]
         assert [entry["loss"] for entry in result.history[norm]] == [
-            entry["loss"] for entry in whole.networks[norm].history
+            entry["loss"] for entry in whole.learners[norm].history
         ]
 
 
@@ -164,7 +165,7 @@ def test_an_extended_run_equals_a_long_one(npz, tmp_path, first):
     assert result.config.epochs == 5
     assert result.config.steps is None
     for norm, model in result.models.items():
-        assert model.parameters.tobytes() == whole.networks[norm].model.parameters.tobytes()
+        assert model.parameters.tobytes() == whole.learners[norm].model.parameters.tobytes()
 
 
 def test_resuming_a_finished_run_changes_nothing(npz, tmp_path):
@@ -269,8 +270,8 @@ def test_a_batch_larger_than_the_data_is_refused():
 
 
 def test_cuda_without_a_gpu_says_why(monkeypatch):
-    monkeypatch.setattr("bnkernels.train.learner.why_no_cuda", lambda: "no driver answers")
-    with pytest.raises(ConfigError, match="device cuda is not usable: no driver answers"):
+    monkeypatch.setattr("bnkernels.runtime.registry.why_no_cuda", lambda: "no driver answers")
+    with pytest.raises(DeviceError, match="device cuda is not usable: no driver answers, or take device cpu"):
         Trainer(config(device="cuda"), blobs())
     assert Trainer(config(device="auto"), blobs()).device == "cpu, because no driver answers"
 
@@ -301,7 +302,7 @@ def test_a_run_on_the_gpu_continues_to_the_same_bits(npz, tmp_path):
 def test_evaluation_in_pieces_equals_evaluation_at_once(rows):
     trainer = trained(config(dtype="float64"), blobs(dtype="float64"))
     x, y = np.resize(trainer.dataset.x_test, (rows, 6)), np.resize(trainer.dataset.y_test, rows)
-    network = trainer.networks["batch"]
+    network = trainer.learners["batch"]
     logits = network.model.forward(x, training=False)
     losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(rows), y]
     loss, accuracy = network.evaluate(x, y)
@@ -331,18 +332,3 @@ def test_predict_refuses_data_of_another_shape(npz, tmp_path):
     np.savez(other, x=np.zeros((10, 5)), y=np.arange(10) % 3)
     with pytest.raises(DataError, match="take 6 features and tell 3 classes apart, but the data have 5 and 3"):
         predict(tmp_path / "run", data=other)
-
-
-def test_small_products_take_one_blas_thread_and_large_ones_all() -> None:
-    threadpoolctl = pytest.importorskip("threadpoolctl")
-
-    def threads() -> list[int]:
-        return [pool["num_threads"] for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
-
-    with threadpoolctl.threadpool_limits(limits=2, user_api="blas"):
-        before = threads()
-        with blas_threads((64, 20, 10), 64):
-            assert set(threads()) == {1}
-        assert threads() == before
-        with blas_threads((784, 512, 10), 256):
-            assert threads() == before

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from bnkernels import cli
+from bnkernels.runtime.registry import Device
 from bnkernels.train import trainer
 
 
@@ -18,12 +19,12 @@ def emulated_device() -> Iterator[None]:
 
     xp = backends.make("emulator").xp
     xp.cuda = SimpleNamespace(get_current_stream=lambda: SimpleNamespace(synchronize=lambda: None))
-    before: Any = trainer.array_module
-    trainer.array_module = lambda device: (xp, "the emulator")
+    before: Any = trainer.choose_device
+    trainer.choose_device = lambda option: Device(xp, "the emulator", emulated=True)
     try:
         yield
     finally:
-        trainer.array_module = before
+        trainer.choose_device = before
 
 
 def train(arguments: Sequence[str]) -> int:

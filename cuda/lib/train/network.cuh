@@ -17,7 +17,10 @@ __device__ __forceinline__ void take_constants([[maybe_unused]] Arguments& a) {
 #endif
 }
 
-// The argument of the kernels, for one model or for M models stored one after the other.
+// The argument of the kernels, for one model or for M models stored one after the other. `rows` are the outputs of all
+// layers. workspace, barrier_counter, workspace_count, blocks, width and widest, the outputs of the widest layer, are
+// for several blocks a model. subwarp_size and scratch_rows, the outputs of the widest hidden layer with layer norm,
+// are for one block.
 template <typename T>
 struct FusedTraining {
     const T* x;
@@ -32,16 +35,13 @@ struct FusedTraining {
     T* running;
     T* losses;
     const T* rates;
-    T* workspace;                                                         // with several blocks a model
-    unsigned* barrier_counter;                                            // with several blocks a model
-    long long steps, batch, depth, parameter_count, running_count, rows;  // rows: outputs of all layers
-    long long index_stride, data_rows, first_step;
-    long long scratch_rows;  // outputs of the widest hidden layer, with layer norm and one block a model; else 0
-    long long workspace_count, blocks, width,
-        widest;  // with several blocks a model; widest: outputs of the widest layer
+    T* workspace;
+    unsigned* barrier_counter;
+    long long steps, batch, depth, parameter_count, running_count, rows;
+    long long index_stride, data_rows, first_step, scratch_rows;
+    long long workspace_count, blocks, width, widest;
     T beta1, beta2, one_minus_beta1, one_minus_beta2, optimizer_eps, correction, eps, alpha;
-    int activation, optimizer;
-    int subwarp_size;  // with one block a model
+    int activation, optimizer, subwarp_size;
 };
 
 // The argument of one of the models.

@@ -1,0 +1,236 @@
+"""Engines: the ways to make training steps. Their results agree up to rounding."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import Any, ClassVar
+
+from bnkernels.nn.mlp import MLP
+from bnkernels.nn.optimizers import Optimizer
+from bnkernels.ops.fused_training.launch import Sizes, choose, why_not
+from bnkernels.ops.fused_training.op import fused_training
+from bnkernels.ops.softmax_cross_entropy import softmax_cross_entropy
+from bnkernels.runtime.registry import runtime_of
+from bnkernels.train.captured_step import CapturedStep, why_not_captured
+from bnkernels.train.config import ConfigError, TrainingConfig
+
+STEPS_IN_TURN = 10  # steps of one of several models before it is the next one's turn
+STEPS_PER_LAUNCH = 1000  # a few milliseconds, after which training can be interrupted
+
+
+class Engine(ABC):
+    """Makes training steps of one or more models on the same mini-batches.
+
+    Parameters
+    ----------
+    trained : sequence of (MLP, Optimizer)
+        Models that differ only in their weights, each with its optimiser. All have made the same number of steps.
+    config : TrainingConfig
+        Mini-batch size, optimiser and learning rate.
+    remarks : sequence of str
+        Reasons why no faster engine was chosen.
+
+    Attributes
+    ----------
+    name : str
+        Name in `TrainingConfig.engine`.
+    steps_at_once : int
+        Largest number of steps of one `run`; between runs training can be interrupted.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(
+        self, trained: Sequence[tuple[MLP, Optimizer]], config: TrainingConfig, remarks: Sequence[str] = ()
+    ) -> None:
+        self.trained, self.config, self.remarks = trained, config, list(remarks)
+        self.steps_at_once = 1 if len(trained) == 1 else STEPS_IN_TURN
+
+    def __str__(self) -> str:
+        """Return the name, with the remarks if there are any."""
+        return f"{self.name} ({'; '.join(self.remarks)})" if self.remarks else self.name
+
+    @property
+    def step(self) -> int:
+        """Number of steps made."""
+        return self.trained[0][1].steps
+
+    def train(self, x: Any, y: Any, first: int, last: int, should_stop: Callable[[], bool]) -> None:
+        """Train up to step `last`, or until asked to stop.
+
+        Parameters
+        ----------
+        x, y : array
+            Examples and labels, in the order of the mini-batches.
+        first : int
+            Step that takes the first mini-batch of `x`.
+        last : int
+            Step to end at.
+        should_stop : callable
+            Asked before every run.
+        """
+        while self.step < last and not should_stop():
+            self.run(x, y, self.step - first, min(self.steps_at_once, last - self.step))
+
+    @staticmethod
+    @abstractmethod
+    def why_not(model: MLP, config: TrainingConfig) -> str | None:
+        """Return why the engine cannot train a model, or None if it can."""
+
+    @abstractmethod
+    def run(self, x: Any, y: Any, start: int, steps: int) -> None:
+        """Make `steps` steps of every model, beginning with mini-batch `start` of `x` and `y`."""
+
+
+class LayersEngine(Engine):
+    """Makes a step layer by layer, one call per op; works everywhere."""
+
+    name = "layers"
+
+    @staticmethod
+    def why_not(model: MLP, config: TrainingConfig) -> str | None:
+        """Return None: every model can be trained so."""
+        return None
+
+    @cached_property
+    def _out(self) -> tuple[Any, Any]:
+        """Losses of a mini-batch and the gradient of its logits; only training needs them."""
+        model, batch = self.trained[0][0], self.config.batch_size
+        return model.xp.empty(batch, model.dtype), model.xp.empty((batch, model.sizes[-1]), model.dtype)
+
+    def run(self, x: Any, y: Any, start: int, steps: int) -> None:
+        """Make the steps, model by model."""
+        batch = self.config.batch_size
+        for model, optimizer in self.trained:
+            for row in range(start * batch, (start + steps) * batch, batch):
+                logits = model.forward(x[row : row + batch], training=True)
+                _, dlogits = softmax_cross_entropy(logits, y[row : row + batch], out=self._out)
+                model.backward(dlogits)
+                optimizer.step()
+
+
+class GraphEngine(Engine):
+    """Repeats a step that was captured as a CUDA graph."""
+
+    name = "graph"
+    _data: tuple[Any, Any] | None = None  # examples and labels that the runs below read
+    _runs: Sequence[Iterator[None]] = ()
+
+    @staticmethod
+    def why_not(model: MLP, config: TrainingConfig) -> str | None:
+        """Return why a step cannot be captured, or None."""
+        return why_not_captured(model, config.batch_size)
+
+    @cached_property
+    def _captured(self) -> list[CapturedStep]:
+        config = self.config
+        return [
+            CapturedStep(model, config.optimizer, tuple(optimizer.arrays.values()), config.batch_size)
+            for model, optimizer in self.trained
+        ]
+
+    def run(self, x: Any, y: Any, start: int, steps: int) -> None:
+        """Make the steps, model by model."""
+        before = self.step - start
+        if self._data is None or self._data[0] is not x or self._data[1] is not y or self._at != (start, before):
+            self._data = x, y
+            self._runs = [each.run(x, y, lr=self.config.lr, before=before, start=start) for each in self._captured]
+        for (model, optimizer), captured in zip(self.trained, self._runs, strict=True):
+            for _ in range(steps):
+                next(captured)
+                optimizer.steps += 1
+                model.batches += 1
+        self._at = start + steps, before
+        if start + steps == len(x) // self.config.batch_size:
+            self._data, self._runs = None, ()  # they would keep the examples alive
+
+
+class FusedEngine(Engine):
+    """Makes many steps of all models in one launch."""
+
+    name = "fused"
+
+    def __init__(
+        self, trained: Sequence[tuple[MLP, Optimizer]], config: TrainingConfig, remarks: Sequence[str] = ()
+    ) -> None:
+        super().__init__(trained, config, remarks)
+        self.steps_at_once = STEPS_PER_LAUNCH
+        model = trained[0][0]
+        limits = runtime_of(type(model.parameters)).limits(model.parameters)
+        blocks = choose(_sizes(model, config), limits).blocks
+        self.remarks += [f"{blocks} blocks"] if blocks > 1 else []
+
+    @staticmethod
+    def why_not(model: MLP, config: TrainingConfig) -> str | None:
+        """Return why a launch cannot train the model, or None."""
+        runtime = runtime_of(type(model.parameters))
+        return "it needs a GPU" if runtime is None else why_not(_sizes(model, config), runtime.limits(model.parameters))
+
+    def run(self, x: Any, y: Any, start: int, steps: int) -> None:
+        """Make the steps in one launch; several models are copied into the rows of one array, and back."""
+        config, (model, optimizer) = self.config, self.trained[0]
+        states = [(m.parameters, m.running, *o.arrays.values()) for m, o in self.trained]
+        several = len(states) > 1
+        parameters, running, *moments = map(model.xp.stack, zip(*states, strict=True)) if several else states[0]
+        rows = slice(start * config.batch_size, (start + steps) * config.batch_size)
+        fused_training(
+            model.fused,
+            parameters,
+            tuple(moments),
+            running if running.size else None,
+            x[rows],
+            y[rows],
+            batch=config.batch_size,
+            optimizer=config.optimizer,
+            lr=config.lr,
+            steps_before=optimizer.steps,
+            batches_before=model.batches,
+        )
+        for number, ((m, o), state) in enumerate(zip(self.trained, states, strict=True)):
+            if several:
+                for array, trained in zip(state, (parameters, running, *moments), strict=True):
+                    array[...] = trained[number]
+            o.steps += steps
+            m.batches += steps
+
+
+def _sizes(model: MLP, config: TrainingConfig) -> Sizes:
+    """Return the sizes that the launch of fused training depends on."""
+    counts = model.parameters.dtype, model.parameters.size, model.running.size
+    return Sizes(model.fused, config.batch_size, config.optimizer, *counts)
+
+
+ENGINES = {engine.name: engine for engine in (FusedEngine, GraphEngine, LayersEngine)}  # the fastest first
+
+
+def choose_engine(trained: Sequence[tuple[MLP, Optimizer]], config: TrainingConfig) -> Engine:
+    """Return the engine of a configuration; with ``auto``, the fastest that can train the models.
+
+    Parameters
+    ----------
+    trained : sequence of (MLP, Optimizer)
+        Models that differ only in their weights, each with its optimiser.
+    config : TrainingConfig
+        Engine, mini-batch size, optimiser and learning rate.
+
+    Returns
+    -------
+    Engine
+        The engine, which remarks why a faster one could not be chosen.
+
+    Raises
+    ------
+    ConfigError
+        If the engine that the configuration names cannot train them.
+    """
+    model, wanted, reasons = trained[0][0], config.engine, []
+    if wanted == "auto" and runtime_of(type(model.parameters)) is None:
+        wanted = "layers"  # the only engine of a CPU needs no remark
+    for name in ENGINES if wanted == "auto" else (wanted,):
+        reason = ENGINES[name].why_not(model, config)
+        if reason is None:
+            return ENGINES[name](trained, config, reasons)
+        reasons.append(f"not {name}: {reason}")
+    raise ConfigError(f"the engine cannot be {wanted}: {reason}; take engine layers, or auto")
