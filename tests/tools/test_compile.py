@@ -70,6 +70,7 @@ def test_the_baseline_holds_the_compilers_that_are_installed_and_all_their_archi
         assert list(instructions[kernel]) == [str(one) for one in sass.ARCHITECTURES if str(one) in row]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stem", source.stems())
 @pytest.mark.parametrize("version", nvrtc.VERSIONS)
 def test_ptx_takes_what_python_packs_and_rounds_as_the_source_says(
