@@ -27,7 +27,7 @@ HEADER_FIELDS = ("Formulas:", "Arrays:", "Launch:", "Traffic:", "Numerics:", "Ca
 FLOORS = [  # from the bottom: a module imports from its own room, and from those on lower floors
     {"_process", "_version"},
     {"runtime"},
-    {"ops.activations"},
+    {"ops.activations", "ops.gemm"},
     {"ops.batch_norm", "ops.layer_norm", "ops.mini_batch", "ops.parameter_update", "ops.softmax_cross_entropy"},
     {"ops.linear_batch_norm"},
     {"ops.fused_training"},

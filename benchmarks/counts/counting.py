@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -107,6 +108,8 @@ def arrays_of(case: Case, asarray: Callable[[Any], Any]) -> Arrays:
 
 class Planned(np.ndarray):
     """An array that the ops plan for; nothing runs on it, and its memory is never touched."""
+
+    data = property(lambda self: SimpleNamespace(ptr=self.ctypes.data, device_id=0))
 
 
 class Planner(seam.Runtime):

@@ -15,7 +15,7 @@ import bnkernels as bn
 from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Op, Provider
 from benchmarks.harness.places import why_absent
 from bnkernels.nn.optimizers import make_optimizer
-from bnkernels.ops.fused_training.launch import Sizes, why_not
+from bnkernels.ops.fused_training.launch import Problem, why_not
 from bnkernels.train.config import DEFAULT_LEARNING_RATES
 
 STEPS, FEATURES, CLASSES = 100, 64, 10
@@ -70,7 +70,9 @@ def on_cupy(prepare: Callable[..., Call], case: Case, arrays: Arrays) -> Call:
     from bnkernels.runtime.registry import runtime_of
 
     model = network_of(case, cupy)
-    sizes = Sizes(model.fused, case.shape[0], "sgd", model.parameters.dtype, model.parameters.size, model.running.size)
+    sizes = Problem(
+        model.fused, case.shape[0], "sgd", model.parameters.dtype, model.parameters.size, model.running.size
+    )
     if prepare is ours and (reason := why_not(sizes, runtime_of(type(model.parameters)).limits(model.parameters))):
         raise NotSupportedError(reason)
     return prepare(case, arrays, cupy)

@@ -11,7 +11,7 @@ import numpy as np
 
 from bnkernels.nn.layers import ActivationLayer, BatchNorm, LayerNorm, Linear
 from bnkernels.ops.activations import activation_named
-from bnkernels.ops.fused_training.op import Layer, Network
+from bnkernels.ops.fused_training.spec import LayerSpec, NetworkSpec
 from bnkernels.runtime import checks as check
 
 NORMS = ("batch", "layer", "none")
@@ -240,15 +240,15 @@ class MLP:
             raise ValueError(f"{name} must have the shape ({wanted}, {columns}), got {argument.shape}")
 
     @property
-    def fused(self) -> Network:
+    def fused(self) -> NetworkSpec:
         """The network as `fused_training` takes it: the place of every layer in `parameters` and `running`."""
         layers = []
         for i, (inputs, outputs) in enumerate(pairwise(self.sizes)):
             of = {kind: self._starts.get(f"{i}.{kind}", -1) for kind in ("weight", "gamma", "beta", "bias")}
             running = (self._running_starts.get(f"{i}.running_{what}", -1) for what in ("mean", "var"))
-            layers.append(Layer(inputs, outputs, of["weight"], of["gamma"], max(of["beta"], of["bias"]), *running))
+            layers.append(LayerSpec(inputs, outputs, of["weight"], of["gamma"], max(of["beta"], of["bias"]), *running))
         norm = "layer" if self.norm == "layer" else "batch"
-        return Network(tuple(layers), self.activation, **self._options, norm=norm)
+        return NetworkSpec(tuple(layers), self.activation, **self._options, norm=norm)
 
     @property
     def layer_arrays(self) -> list[LayerArrays]:

@@ -18,7 +18,7 @@ from bnkernels.runtime import checks as check
 
 
 class Activation(NamedTuple):
-    """One activation: what the kernels know of it, and its functions of arrays, called with the array module."""
+    """An activation: its code and alpha in the kernels, and its functions of arrays, called with the array module."""
 
     code: int
     alpha: float  # 0 where the kernels have no use for it
@@ -176,14 +176,14 @@ def _gelu_second(xp: Any, z: Any) -> Any:
 
 def _gated(gate_of: Callable[[Any, Any], tuple[Any, Any]], second: Callable) -> tuple[Callable, Callable, Callable]:
     def forward(xp: Any, z: Any) -> Any:
-        wide = z.astype(np.float64)
-        gate, _ = gate_of(xp, wide)
-        return (xp.where(gate == 0, 0, wide) * gate).astype(z.dtype)
+        z64 = z.astype(np.float64)
+        gate, _ = gate_of(xp, z64)
+        return (xp.where(gate == 0, 0, z64) * gate).astype(z.dtype)
 
     def backward(xp: Any, dh: Any, z: Any) -> Any:
-        wide = z.astype(np.float64)
-        gate, density = gate_of(xp, wide)
-        return (dh * (gate + xp.where(density == 0, 0, wide) * density)).astype(dh.dtype)
+        z64 = z.astype(np.float64)
+        gate, density = gate_of(xp, z64)
+        return (dh * (gate + xp.where(density == 0, 0, z64) * density)).astype(dh.dtype)
 
     return forward, backward, second
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from bnkernels.runtime import checks as check
-from bnkernels.runtime import overlap, registry
 from bnkernels.runtime import seam as rt
 from bnkernels.runtime.arguments import SUFFIX, addresses, arguments_type, pack
+from bnkernels.runtime.operands import Operands
+from bnkernels.runtime.replay import ReplayCache
 
-NAMES = ("x_out", "labels_out", "scalars", "counter", "x", "labels", "schedule", "indices")
 ARGUMENTS = arguments_type(
     "x labels indices schedule x_out labels_out scalars_out counter", "batch inputs scalars", "", ""
 )
@@ -20,6 +19,29 @@ THREADS = 256
 NUMBERS = 4  # that a thread copies
 MAX_BLOCKS = 256
 HALF, LOW = 32, 2**32 - 1  # of a random number's counter
+
+
+def _shape(args: dict[str, check.Argument | None]) -> tuple[int, int, int]:
+    """Check all arrays; return the sizes of a mini-batch and of a row of the schedule."""
+    x, x_out, schedule = args["x"], args["x_out"], args["schedule"]
+    check.float32_or_float64(x)
+    if len(x.shape) != 2 or len(schedule.shape) != 2:
+        raise ValueError(f"x and schedule must have two dimensions, got the shapes {x.shape} and {schedule.shape}")
+    batch = x_out.shape[0] if x_out.shape else 0
+    check.contiguous(x, x.shape, x.dtype)
+    check.contiguous(args["labels"], x.shape[:1], np.dtype(np.int32))
+    check.contiguous(schedule, schedule.shape, x.dtype)
+    check.contiguous(x_out, (batch, x.shape[1]), x.dtype)
+    check.contiguous(args["labels_out"], (batch,), np.dtype(np.int32))
+    check.contiguous(args["scalars"], schedule.shape[1:], x.dtype)
+    check.contiguous(args["counter"], (2,), np.dtype(np.uint32))
+    if args["indices"] is not None:
+        check.contiguous(args["indices"], (*args["indices"].shape[:1], batch), np.dtype(np.int32))
+    return batch, x.shape[1], schedule.shape[1]
+
+
+CALLS = ReplayCache()
+OPERANDS = Operands("x_out labels_out scalars counter", "x labels schedule indices", _shape, optional="indices")
 
 
 def mini_batch(
@@ -32,16 +54,16 @@ def mini_batch(
     x : array, shape (rows, K), float32 or float64
         All examples; C order. Never written.
     labels : array, shape (rows,), int32
-        Their labels.
+        Labels of the examples.
     schedule : array, shape (steps, S), dtype of `x`
-        What depends on the step alone, such as a learning rate.
+        Numbers that depend on the step alone, such as a learning rate.
     counter : array, shape (2,), uint32
-        The number of the step, from 0, and a 0; the first is one more afterwards.
+        Number of the step, from 0, and a 0; the first is one more afterwards.
     indices : array, shape (steps, N), int32, optional
-        Which rows are the mini-batches. They are not checked: reading them would synchronise. Without them the
-        mini-batches are the rows in their order.
+        Rows of the mini-batches. They are not checked: reading them would synchronise. Without them the mini-batches
+        are the rows in their order.
     out : tuple of three arrays
-        Where to write the examples (N, K), their labels (N,), and the row of the schedule (S,); C order.
+        Arrays for the examples (N, K), their labels (N,), and the row of the schedule (S,); C order.
 
     Returns
     -------
@@ -50,17 +72,15 @@ def mini_batch(
 
     Raises
     ------
-    TypeError
-        If an argument is not an array of the right kind or data type, or arrays of NumPy and CuPy are mixed.
-    ValueError
-        If a shape or layout is wrong, or arrays overlap.
+    TypeError, ValueError
+        If an argument is wrong; nothing is written then.
     IndexError
         For NumPy arrays, if there is no such step.
 
     Notes
     -----
-    On a GPU nothing looks whether the step is beyond the last one: whoever launches knows how often. All that varies
-    from step to step is read from device memory, so the launch can be captured and replayed. Source:
+    On a GPU a step beyond the last one is not noticed. All that varies from step to step is read from device memory,
+    so the launch can be captured and replayed. Source:
     ``cuda/mini_batch.cu``.
 
     Examples
@@ -73,23 +93,22 @@ def mini_batch(
     >>> batch_labels, rate, counter
     (array([3, 4, 5], dtype=int32), array([0.05]), array([2, 0], dtype=uint32))
     """
-    x_out, labels_out, scalars = check.pack_outputs(out, NAMES[:3])
-    arrays = (x_out, labels_out, scalars, counter, x, labels, schedule, indices)
-    runtime = _checked(*check.signatures(arrays))
-    overlap.check_outputs(runtime, NAMES, arrays, written=4)
-    if runtime is None:
-        _numpy(x, labels, schedule, counter, indices, x_out, labels_out, scalars)
+    call = CALLS.replay(out, (x, labels, schedule, counter, indices))
+    if call.replayed:
         return out
-    check.one_device(runtime, NAMES, arrays)
+    x_out, labels_out, scalars = check.pack_outputs(out, OPERANDS.names[:3])
+    runtime, sizes = OPERANDS.check(x_out, labels_out, scalars, counter, x, labels, schedule, indices)
+    if runtime is None:
+        _reference(x, labels, schedule, counter, indices, x_out, labels_out, scalars)
+        return out
     pointers = addresses(runtime, x, labels, indices, schedule, x_out, labels_out, scalars, counter)
-    record = pack(ARGUMENTS[x.dtype], *pointers, *x_out.shape, scalars.size)
-    launch = mini_batch_launch(x_out.size)
-    runtime.launch("mini_batch", f"bnk_mini_batch_{SUFFIX[x.dtype]}", launch, record, x)
+    launch, arguments = mini_batch_launch(sizes[0] * sizes[1]), pack(ARGUMENTS[x.dtype], *pointers, *sizes)
+    call.launch(runtime, "mini_batch", f"bnk_mini_batch_{SUFFIX[x.dtype]}", launch, arguments, x)
     return out
 
 
 def mini_batch_launch(size: int) -> rt.Launch:
-    """Return the launch for a mini-batch of so many numbers.
+    """Return the launch that copies `size` numbers.
 
     Examples
     --------
@@ -100,7 +119,7 @@ def mini_batch_launch(size: int) -> rt.Launch:
     return rt.Launch((blocks, 1, 1), (THREADS, 1, 1))
 
 
-def _numpy(
+def _reference(
     x: np.ndarray,
     labels: np.ndarray,
     schedule: np.ndarray,
@@ -119,44 +138,24 @@ def _numpy(
     counter[0] += 1
 
 
-@lru_cache(maxsize=1024)
-def _checked(*signatures: check.Signature | None) -> rt.Runtime | None:
-    args = check.arguments(dict(zip(NAMES, signatures, strict=True)), ("indices",), written=4)
-    x, x_out, schedule = args["x"], args["x_out"], args["schedule"]
-    check.wide(x)
-    if len(x.shape) != 2 or len(schedule.shape) != 2:
-        raise ValueError(f"x and schedule must have two dimensions, got the shapes {x.shape} and {schedule.shape}")
-    batch = x_out.shape[0] if x_out.shape else 0
-    check.contiguous(x, x.shape, x.dtype)
-    check.contiguous(args["labels"], x.shape[:1], np.dtype(np.int32))
-    check.contiguous(schedule, schedule.shape, x.dtype)
-    check.contiguous(x_out, (batch, x.shape[1]), x.dtype)
-    check.contiguous(args["labels_out"], (batch,), np.dtype(np.int32))
-    check.contiguous(args["scalars"], schedule.shape[1:], x.dtype)
-    check.contiguous(args["counter"], (2,), np.dtype(np.uint32))
-    if args["indices"] is not None:
-        check.contiguous(args["indices"], (*args["indices"].shape[:1], batch), np.dtype(np.int32))
-    return registry.runtime_of(x.kind)
-
-
 def random_rows(seed: int, count: int, rows: int, start: int = 0) -> np.ndarray:
-    """Return which rows of the data `fused_training` draws for its examples, with replacement.
+    """Return the rows of the data that `fused_training` draws for its examples, with replacement.
 
     Parameters
     ----------
     seed : int
-        From 0 to 2**32 - 1.
+        Seed, from 0 to 2**32 - 1.
     count : int
-        How many examples.
+        Number of examples.
     rows : int
-        Of the data, from 1 to 2**31 - 1.
+        Number of rows of the data, from 1 to 2**31 - 1.
     start : int
-        The number of the first of the examples: of the mini-batch of a step its size times the steps before.
+        Number of the first example: for the mini-batch of a step its size times the steps before.
 
     Returns
     -------
     array, shape (count,), int32
-        On the host, whoever draws the same.
+        Rows, a NumPy array.
 
     Raises
     ------

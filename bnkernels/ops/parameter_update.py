@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from bnkernels.runtime import checks as check
-from bnkernels.runtime import overlap, registry
 from bnkernels.runtime import seam as rt
 from bnkernels.runtime.arguments import SUFFIX, addresses, arguments_type, pack
+from bnkernels.runtime.operands import Operands
+from bnkernels.runtime.replay import NEW, Call, ReplayCache
 
 ARGUMENTS = arguments_type(
     "parameters gradients first second scalars",
@@ -30,24 +30,41 @@ CONSTANTS = {  # of the argument: beta1 to eps
 }
 
 
+def _check_shapes(args: dict[str, check.Argument | None]) -> None:
+    parameters = args["parameters"]
+    check.float32_or_float64(parameters)
+    if len(parameters.shape) != 1:
+        raise ValueError(f"parameters must be one flat array, got the shape {parameters.shape}; pass a flat view")
+    for name, argument in args.items():
+        check.contiguous(argument, (3,) if name == "scalars" else parameters.shape, parameters.dtype)
+
+
+OPERANDS = {
+    name: Operands(f"parameters {' '.join(state)}", "gradients", _check_shapes) for name, state in STATES.items()
+}
+SCHEDULED = {
+    name: Operands(f"parameters {' '.join(state)}", "gradients scalars", _check_shapes)
+    for name, state in STATES.items()
+}
+SGD_CALLS, MOMENTUM_CALLS, SCHEDULED_CALLS = ReplayCache(), ReplayCache(), ReplayCache()
+
+
 def sgd_update(parameters: Any, gradients: Any, *, lr: float) -> None:
     """Subtract `lr` times the gradients from the parameters, in place.
 
     Parameters
     ----------
     parameters : array, shape (P,), float32 or float64
-        Updated in place; contiguous.
+        Parameters, updated in place; contiguous.
     gradients : array, shape (P,), dtype of `parameters`
-        Contiguous. Never written.
+        Gradients; contiguous. Never written.
     lr : float
         Learning rate, per step.
 
     Raises
     ------
-    TypeError
-        If an argument is not an array of the right kind or data type, or arrays of NumPy and CuPy are mixed.
-    ValueError
-        If a shape, layout or value is wrong, or arrays overlap.
+    TypeError, ValueError
+        If an argument is wrong; nothing is written then.
 
     Examples
     --------
@@ -57,10 +74,13 @@ def sgd_update(parameters: Any, gradients: Any, *, lr: float) -> None:
     >>> p
     array([0.5, 2.5])
     """
+    call = SGD_CALLS.replay((parameters,), (gradients,), lr)
+    if call.replayed:
+        return
     lr = check.number("lr", lr, 0)
-    runtime = _checked(parameters=parameters, gradients=gradients)
+    runtime, _ = OPERANDS["sgd"].check(parameters, gradients)
     if runtime is not None:
-        _launch(runtime, "sgd", (parameters, gradients, None, None, None), (lr, *CONSTANTS["sgd"], 1, 1))
+        _launch(runtime, call, "sgd", (parameters, gradients, None, None, None), (lr, *CONSTANTS["sgd"], 1, 1))
     else:
         _sgd(parameters, gradients, lr)
 
@@ -71,22 +91,20 @@ def momentum_update(parameters: Any, gradients: Any, velocity: Any, *, lr: float
     Parameters
     ----------
     parameters : array, shape (P,), float32 or float64
-        Updated in place; contiguous.
+        Parameters, updated in place; contiguous.
     gradients : array, shape (P,), dtype of `parameters`
-        Contiguous. Never written.
+        Gradients; contiguous. Never written.
     velocity : array, shape (P,), dtype of `parameters`
-        Updated in place; starts at 0.
+        Decayed sum of the gradients, updated in place; starts at 0.
     lr : float
         Learning rate, per step.
     momentum : float
-        What is left of the velocity after a step, between 0 and 1.
+        Decay of the velocity at each step, between 0 and 1.
 
     Raises
     ------
-    TypeError
-        If an argument is not an array of the right kind or data type, or arrays of NumPy and CuPy are mixed.
-    ValueError
-        If a shape, layout or value is wrong, or arrays overlap.
+    TypeError, ValueError
+        If an argument is wrong; nothing is written then.
 
     Examples
     --------
@@ -96,10 +114,14 @@ def momentum_update(parameters: Any, gradients: Any, velocity: Any, *, lr: float
     >>> p, v
     (array([0.]), array([2.]))
     """
+    call = MOMENTUM_CALLS.replay((parameters, velocity), (gradients,), lr, momentum)
+    if call.replayed:
+        return
     lr, momentum = check.number("lr", lr, 0), check.number("momentum", momentum, 0, 1)
-    runtime = _checked(parameters=parameters, velocity=velocity, gradients=gradients)
+    runtime, _ = OPERANDS["momentum"].check(parameters, velocity, gradients)
     if runtime is not None:
-        _launch(runtime, "momentum", (parameters, gradients, velocity, None, None), (lr, momentum, 0, 0, 0, 0, 1, 1))
+        arrays = parameters, gradients, velocity, None, None
+        _launch(runtime, call, "momentum", arrays, (lr, momentum, 0, 0, 0, 0, 1, 1))
     else:
         _momentum(parameters, gradients, velocity, lr, momentum)
 
@@ -121,27 +143,25 @@ def adam_update(
     Parameters
     ----------
     parameters : array, shape (P,), float32 or float64
-        Updated in place; contiguous.
+        Parameters, updated in place; contiguous.
     gradients : array, shape (P,), dtype of `parameters`
-        Contiguous. Never written.
+        Gradients; contiguous. Never written.
     first, second : array, shape (P,), dtype of `parameters`
         Decayed means of the gradients and of their squares, updated in place; both start at 0.
     step : int
-        The number of this step, from 1.
+        Number of this step, from 1.
     lr : float
         Learning rate, per step.
     beta1, beta2 : float
-        What is left of `first` and `second` after a step, at least 0 and less than 1.
+        Decay of `first` and `second` at each step, at least 0 and less than 1.
     eps : float
-        Added to the root of `second`, in the units of the gradients. With 0, a parameter whose gradients have all been
-        0 becomes NaN.
+        Number added to the root of `second`, in the units of the gradients. With 0, a parameter whose gradients have
+        all been 0 becomes NaN.
 
     Raises
     ------
-    TypeError
-        If an argument is not an array of the right kind or data type, or arrays of NumPy and CuPy are mixed.
-    ValueError
-        If a shape, layout or value is wrong, or arrays overlap.
+    TypeError, ValueError
+        If an argument is wrong; nothing is written then.
 
     Notes
     -----
@@ -165,35 +185,33 @@ def adam_update(
     below_one = float(np.nextafter(1, 0))
     beta1, beta2 = check.number("beta1", beta1, 0, below_one), check.number("beta2", beta2, 0, below_one)
     step = check.integer("step", step, 1, 2**63 - 1)
-    runtime = _checked(parameters=parameters, first=first, second=second, gradients=gradients)
+    runtime, _ = OPERANDS["adam"].check(parameters, first, second, gradients)
     corrections = 1 - beta1**step, math.sqrt(1 - beta2**step)
     if runtime is not None:
         scalars = (lr, beta1, beta2, 1 - beta1, 1 - beta2, eps, *corrections)
-        _launch(runtime, "adam", (parameters, gradients, first, second, None), scalars)
+        _launch(runtime, NEW, "adam", (parameters, gradients, first, second, None), scalars)  # no two steps are equal
     else:
         _adam(parameters, gradients, first, second, lr, beta1, beta2, eps, *corrections)
 
 
 def scheduled_update(optimizer: str, parameters: Any, gradients: Any, state: tuple[Any, ...], scalars: Any) -> None:
-    """Make one optimiser step whose numbers are in an array, in place: a launch that can be captured and replayed.
+    """Make one optimiser step in place, its numbers in an array: a launch that can be captured and replayed.
 
     Parameters
     ----------
     optimizer : {"sgd", "momentum", "adam"}
-        With the usual constants of `sgd_update`, `momentum_update` and `adam_update`.
+        Optimiser, with the usual constants of `sgd_update`, `momentum_update` and `adam_update`.
     parameters, gradients : array, shape (P,), float32 or float64
-        As in these.
+        Arguments of these.
     state : tuple of arrays, shape (P,)
-        None, (velocity,) or (first, second); updated in place.
+        State of the optimiser: (), (velocity,) or (first, second); updated in place.
     scalars : array, shape (3,), dtype of `parameters`
-        A row of `update_schedule`.
+        Row of `update_schedule`.
 
     Raises
     ------
-    TypeError
-        If an argument is not an array of the right kind or data type, or arrays of NumPy and CuPy are mixed.
-    ValueError
-        If a name, shape or layout is wrong, or arrays overlap.
+    TypeError, ValueError
+        If an argument is wrong; nothing is written then.
 
     Examples
     --------
@@ -203,12 +221,14 @@ def scheduled_update(optimizer: str, parameters: Any, gradients: Any, state: tup
     >>> p
     array([0.5, 2.5])
     """
-    names = state_names(optimizer, state)
-    arrays = {"parameters": parameters, **dict(zip(names, state, strict=True)), "gradients": gradients}
-    runtime = _checked(**arrays, scalars=scalars)
+    state_names(optimizer, state)
+    call = SCHEDULED_CALLS.replay((parameters, *state), (gradients, scalars), optimizer)
+    if call.replayed:
+        return
+    runtime, _ = SCHEDULED[optimizer].check(parameters, *state, gradients, scalars)
     if runtime is not None:
         given = parameters, gradients, *(*state, None, None)[:2], scalars
-        _launch(runtime, optimizer, given, (1, *CONSTANTS[optimizer], 1, 1))
+        _launch(runtime, call, optimizer, given, (1, *CONSTANTS[optimizer], 1, 1))
         return
     lr, *corrections = scalars.tolist()
     if optimizer == "sgd":
@@ -231,22 +251,22 @@ def state_names(optimizer: Any, state: Any) -> tuple[str, ...]:
 
 
 def update_schedule(optimizer: str, lr: float, steps: int, *, before: int = 0) -> np.ndarray:
-    """Return what depends on the step alone, of several steps.
+    """Return the numbers that depend on the step alone, for several steps.
 
     Parameters
     ----------
     optimizer : {"sgd", "momentum", "adam"}
-        Only Adam has corrections.
+        Optimiser; only Adam has corrections.
     lr : float
         Learning rate, per step.
     steps, before : int
-        Of so many steps, after so many.
+        Number of rows, and number of steps already made.
 
     Returns
     -------
     numpy.ndarray, shape (steps, 3), float64
-        The learning rate, and what Adam divides its first moment and the root of its second one by:
-        ``1 - beta1**step`` and ``sqrt(1 - beta2**step)``.
+        Learning rate, ``1 - beta1**step`` and ``sqrt(1 - beta2**step)``: the divisors of Adam's first moment and of the
+        root of its second one.
 
     Raises
     ------
@@ -276,19 +296,19 @@ def parameter_update_launch(size: int) -> rt.Launch:
     return rt.Launch((min(rt.ceil_div(size, THREADS), MAX_BLOCKS), 1, 1), (THREADS, 1, 1))
 
 
-@np.errstate(all="ignore")  # as kernels do, which have no warnings
+@np.errstate(all="ignore")  # kernels have no warnings either
 def _sgd(parameters: np.ndarray, gradients: np.ndarray, lr: float) -> None:
     parameters -= lr * gradients
 
 
-@np.errstate(all="ignore")  # as kernels do, which have no warnings
+@np.errstate(all="ignore")  # kernels have no warnings either
 def _momentum(parameters: np.ndarray, gradients: np.ndarray, velocity: np.ndarray, lr: float, momentum: float) -> None:
     velocity *= momentum
     velocity += gradients
     parameters -= lr * velocity
 
 
-@np.errstate(all="ignore")  # as kernels do, which have no warnings
+@np.errstate(all="ignore")  # kernels have no warnings either
 def _adam(
     parameters: np.ndarray,
     gradients: np.ndarray,
@@ -313,33 +333,10 @@ def _adam(
     parameters -= root
 
 
-def _checked(**arrays: Any) -> rt.Runtime | None:
-    """Check the arrays, of which those before the gradients are written."""
-    names, values = tuple(arrays), tuple(arrays.values())
-    written = names.index("gradients")
-    runtime = _check_signatures(names, written, *check.signatures(values))
-    if runtime is not None:
-        check.one_device(runtime, names, values)
-    overlap.check_outputs(runtime, names, values, written)
-    return runtime
-
-
-@lru_cache(maxsize=1024)
-def _check_signatures(names: tuple[str, ...], written: int, *signatures: check.Signature | None) -> rt.Runtime | None:
-    args = check.arguments(dict(zip(names, signatures, strict=True)), written=written)
-    parameters = args["parameters"]
-    check.wide(parameters)
-    if len(parameters.shape) != 1:
-        raise ValueError(f"parameters must be one flat array, got the shape {parameters.shape}; pass a flat view")
-    for name, argument in args.items():
-        check.contiguous(argument, (3,) if name == "scalars" else parameters.shape, parameters.dtype)
-    return registry.runtime_of(parameters.kind)
-
-
-def _launch(runtime: rt.Runtime, rule: str, arrays: tuple, scalars: tuple[float, ...]) -> None:
+def _launch(runtime: rt.Runtime, call: Call, rule: str, arrays: tuple, scalars: tuple[float, ...]) -> None:
     parameters = arrays[0]
     if parameters.size == 0:
         return
     arguments = pack(ARGUMENTS[parameters.dtype], *addresses(runtime, *arrays), parameters.size, *scalars)
-    name = f"bnk_parameter_update_{rule}_{SUFFIX[parameters.dtype]}"
-    runtime.launch("parameter_update", name, parameter_update_launch(parameters.size), arguments, parameters)
+    kernel = f"bnk_parameter_update_{rule}_{SUFFIX[parameters.dtype]}"
+    call.launch(runtime, "parameter_update", kernel, parameter_update_launch(parameters.size), arguments, parameters)

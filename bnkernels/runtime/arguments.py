@@ -53,7 +53,7 @@ def pack(layout: np.dtype, *values: Any) -> np.ndarray:
 
 
 def address_of(arguments: np.ndarray) -> int:
-    """Return the address of what `pack` made; who uses it keeps the array."""
+    """Return the address of an array that `pack` made; the caller keeps the array alive."""
     return ctypes.addressof(arguments.base)
 
 

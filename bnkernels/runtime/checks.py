@@ -140,7 +140,7 @@ def _way_out(argument: Argument, dtype: Any) -> str:
     return f"convert it with {argument.name}.astype('{dtype}')"
 
 
-def wide(argument: Argument) -> None:
+def float32_or_float64(argument: Argument) -> None:
     """Check for float32 or float64."""
     if argument.dtype not in SUFFIX:
         raise TypeError(

@@ -13,7 +13,7 @@ import cupy
 import numpy as np
 
 from bnkernels.runtime.arguments import address_of
-from bnkernels.runtime.seam import SHARED_BYTES, WORKSPACE_BYTES, Launch, Limits, cupy_reader
+from bnkernels.runtime.seam import SHARED_BYTES, WORKSPACE_BYTES, Launch, Limits
 from bnkernels.runtime.source import OPTIONS, read
 
 CPointer = cupy.cuda.function.CPointer
@@ -29,13 +29,13 @@ def available() -> str | None:
 
 
 class _Owner:
-    """What the workspaces of a thread's default streams belong to."""
+    """Owner of the workspaces of a thread's default streams."""
 
 
 class Workspaces:
     """Zeroed memory for every stream that asks for it, and as long as the stream is there.
 
-    One for a stream of a device: launches that run at once would count each other's arrivals. Those of the default
+    One for a stream of a device: launches that run at once would share barrier counters. Those of the default
     streams belong to the calling thread, since neither their handles nor their objects tell the streams apart. Memory
     goes back to CuPy's pool, which gives it to later work of the same stream.
     """
@@ -43,7 +43,7 @@ class Workspaces:
     def __init__(self) -> None:
         self._memory: dict[tuple[int, int], Any] = {}  # by the id of the owner, and the device
         self._thread = threading.local()
-        self._captured: dict[int, Any] = {}  # in graphs of the caller, who does not tell when they are gone: kept
+        self._captured: dict[int, Any] = {}  # in graphs of the caller, whose end is unknown: kept
 
     def __len__(self) -> int:
         return len(self._memory)
@@ -84,7 +84,7 @@ class Workspaces:
         return self._thread.owner
 
     def clear(self, device: int) -> None:
-        """Make zeros of the current stream's again: after an error nobody knows what its counters say."""
+        """Zero the workspace of the current stream: after an error its counters are unknown."""
         key = id(self._owner(cupy.cuda.get_current_stream())), device
         try:
             if key in self._memory:
@@ -138,8 +138,6 @@ class CudaRuntime:
         """Return the number of the device that holds the array."""
         return array.data.device_id
 
-    reader = cupy_reader
-
     def limits(self, array: Any) -> Limits:
         """Return the limits of the array's device."""
         device = array.device
@@ -172,7 +170,7 @@ class CudaRuntime:
     def capture(self, work: Callable[[], None], like: Any) -> Callable[[], None]:
         """Return the launch of a CUDA graph of what `work` launches, with a workspace that is the graph's own."""
         with like.device as device:
-            # Of the stream that will repeat the graph: so whoever gets the memory afterwards comes after it.
+            # From the stream that will repeat the graph: later owners of the memory then come after it.
             memory = cupy.zeros(WORKSPACE_BYTES, np.uint8)
             cupy.cuda.get_current_stream().synchronize()  # another one may
             stream = cupy.cuda.Stream(non_blocking=True)
@@ -186,7 +184,7 @@ class CudaRuntime:
                     raise
                 graph = stream.end_capture()
 
-        def replay() -> None:  # who holds it, holds the graph and its memory
+        def replay() -> None:  # holds the graph and its memory
             with device:
                 try:
                     graph.launch()

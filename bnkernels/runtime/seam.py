@@ -1,10 +1,9 @@
-"""The one seam between the ops and whatever runs the kernels: CUDA through CuPy, or the tests' CPU emulator."""
+"""The one interface between the ops and the kernels, which run on CUDA through CuPy or on the CPU emulator."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -54,8 +53,41 @@ class Launch:
             raise ValueError(f"a block gets at most {MAX_SHARED_BYTES} bytes of shared memory, got {self.shared_bytes}")
 
 
+class LaunchPlan(NamedTuple):
+    """Kernel, launch, layout of the argument, and the members of the argument that the choice of the launch decides.
+
+    Attributes
+    ----------
+    source : str
+        Name of the file in ``cuda/``, without its suffix.
+    kernel : str
+        Name of the entry point.
+    launch : Launch
+        Launch of the kernel.
+    arguments : numpy.dtype
+        Layout of its argument.
+    splits : int
+        Number of blocks that share a slice, a matrix or a network, and wait for one another.
+    width : int
+        Number of columns of a matrix product that a block owns at a time.
+    held : int
+        Number of 16-byte vectors that a thread keeps on the chip, of every array.
+    chunk : int
+        Number of 16-byte vectors of a row whose columns are summed at a time.
+    """
+
+    source: str
+    kernel: str
+    launch: Launch
+    arguments: np.dtype
+    splits: int = 1
+    width: int = 0
+    held: int = 0
+    chunk: int = 0
+
+
 class Limits(NamedTuple):
-    """What launch choices ask of a device. What need not be given is what every supported device grants."""
+    """Limits of a device, for launch choices. The defaults are what every supported device grants."""
 
     sms: int
     shared_bytes: int  # of a block, at most, which asks for it where it is more than `SHARED_BYTES`
@@ -67,13 +99,12 @@ class Limits(NamedTuple):
     reserved_bytes: int = 1024  # of shared memory that a block costs beside its own
 
 
-# Reads what decides a launch: of every array address, device, data type, shape and strides, one after the other. Gives
-# None if the arrays are not of exactly the runtime's type, and None, where that is expected.
-Reader = Callable[[tuple], list | None]
-
-
 class Runtime(Protocol):
-    """What an op needs of a device: memory, addresses, and a way to launch."""
+    """Interface of a device: memory, addresses, and launches.
+
+    Its arrays have the attributes of CuPy's that `ReplayCache` reads: ``data.ptr``, ``data.device_id``, `dtype`,
+    `shape` and `strides`.
+    """
 
     array_type: type
     xp: Any  # the array module (`cupy`, or `numpy` for the emulator)
@@ -93,18 +124,14 @@ class Runtime(Protocol):
     def device(self, array: Any) -> int:
         """Return the number of the device that holds the array."""
 
-    def reader(self, given: tuple[bool, ...]) -> Reader:
-        """Return what reads the facts of so many arrays, None where not `given`; the same object every time."""
-        return _reader(self, given)
-
     def limits(self, array: Any) -> Limits:
         """Return the limits of the device that holds the array."""
 
     def workspace(self, array: Any) -> int:
         """Return the address of `WORKSPACE_BYTES` on the device of the array, for its current stream's next launch.
 
-        They were zeros once; what a launch leaves there the next one finds. After a launch that failed they are zeros
-        again.
+        It was zeroed once; the next launch finds what a launch leaves there. After a launch that failed it is zeroed
+        anew.
         """
 
     def capture(self, work: Callable[[], None], like: Any) -> Callable[[], None]:
@@ -121,48 +148,6 @@ class Runtime(Protocol):
         `arguments` is what `pack` made: a structured array laid out as the kernel's one argument, a struct by value.
         It is read before this returns.
         """
-
-
-@lru_cache(maxsize=256)
-def _reader(runtime: Runtime, given: tuple[bool, ...]) -> Reader:
-    def read(arrays: tuple) -> list | None:
-        expected = tuple(runtime.array_type if here else type(None) for here in given)
-        if tuple(map(type, arrays)) != expected:
-            return None
-        found = [array for array in arrays if array is not None]
-        return [
-            fact
-            for array in found
-            for fact in (runtime.pointer(array), runtime.device(array), array.dtype, array.shape, array.strides)
-        ]
-
-    return read
-
-
-@lru_cache(maxsize=256)
-def cupy_reader(runtime: Runtime, given: tuple[bool, ...]) -> Reader:
-    """Return `Runtime.reader` for arrays with the attributes of CuPy's.
-
-    Reading is most of what a repeated call of an op costs, see ``benchmarks/ops/host_cost.py``, and a loop would cost a
-    third as much again. So the reading of every array is written out.
-    """
-    names = [f"array{i}" for i in range(len(given))]
-    arrays = list(zip(names, given, strict=True))
-    wrong = " or ".join(f"type({name}) is not kind" if here else f"{name} is not None" for name, here in arrays)
-    facts = "(data := {0}.data).ptr, data.device_id, {0}.dtype, {0}.shape, {0}.strides"
-    source = f"""
-def read(arrays, kind=kind, type=type):
-    try:
-        {", ".join(names)}, = arrays
-    except ValueError:  # another number of them
-        return None
-    if {wrong}:
-        return None
-    return [{", ".join(facts.format(name) for name, here in arrays if here)}]
-"""
-    namespace: dict[str, Any] = {"kind": runtime.array_type}
-    exec(source, namespace)
-    return namespace["read"]
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 
 from bnkernels.nn.mlp import MLP, LayerArrays
-from bnkernels.ops.linear_batch_norm.launch import MOST_NEURONS, MOST_ROWS, Sizes, choose
+from bnkernels.ops.gemm import MOST_NEURONS, MOST_ROWS
+from bnkernels.ops.linear_batch_norm.launch import choose
 from bnkernels.ops.linear_batch_norm.op import linear_batch_norm_backward, linear_batch_norm_forward
+from bnkernels.ops.linear_batch_norm.problem import Problem
 from bnkernels.ops.mini_batch import mini_batch
 from bnkernels.ops.parameter_update import scheduled_update, update_schedule
 from bnkernels.ops.softmax_cross_entropy import softmax_cross_entropy
@@ -31,9 +33,9 @@ def why_not_captured(model: MLP, batch: int) -> str | None:
         return "its running statistics are plain averages, whose weights change from step to step"
     limits = runtime.limits(model.parameters)
     for (inputs, outputs), arrays in zip(pairwise(model.sizes), model.layer_arrays, strict=True):
-        sizes = Sizes(batch, inputs, outputs, np.dtype(model.dtype))
+        problem = Problem(batch, inputs, outputs, np.dtype(model.dtype))
         norm = model.norm if "gamma" in arrays.parameters else None
-        if any(choose(way, sizes, limits, norm=norm) is None for way in ("forward", "backward")):
+        if any(choose(way, problem, limits, norm=norm) is None for way in ("forward", "backward")):
             return (
                 f"a layer of {inputs} inputs and {outputs} outputs on {batch} examples needs a library's product, "
                 f"which CuPy does not capture; at most {MOST_ROWS} examples and {MOST_NEURONS} inputs or outputs do not"

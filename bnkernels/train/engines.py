@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from bnkernels.nn.mlp import MLP
 from bnkernels.nn.optimizers import Optimizer
-from bnkernels.ops.fused_training.launch import Sizes, choose, why_not
+from bnkernels.ops.fused_training.launch import Problem, choose, why_not
 from bnkernels.ops.fused_training.op import fused_training
 from bnkernels.ops.softmax_cross_entropy import softmax_cross_entropy
 from bnkernels.runtime.registry import runtime_of
@@ -159,14 +159,16 @@ class FusedEngine(Engine):
         self.steps_at_once = STEPS_PER_LAUNCH
         model = trained[0][0]
         limits = runtime_of(type(model.parameters)).limits(model.parameters)
-        blocks = choose(_sizes(model, config), limits).blocks
+        blocks = choose(_problem(model, config), limits).splits
         self.remarks += [f"{blocks} blocks"] if blocks > 1 else []
 
     @staticmethod
     def why_not(model: MLP, config: TrainingConfig) -> str | None:
         """Return why a launch cannot train the model, or None."""
         runtime = runtime_of(type(model.parameters))
-        return "it needs a GPU" if runtime is None else why_not(_sizes(model, config), runtime.limits(model.parameters))
+        return (
+            "it needs a GPU" if runtime is None else why_not(_problem(model, config), runtime.limits(model.parameters))
+        )
 
     def run(self, x: Any, y: Any, start: int, steps: int) -> None:
         """Make the steps in one launch; several models are copied into the rows of one array, and back."""
@@ -196,10 +198,10 @@ class FusedEngine(Engine):
             m.batches += steps
 
 
-def _sizes(model: MLP, config: TrainingConfig) -> Sizes:
+def _problem(model: MLP, config: TrainingConfig) -> Problem:
     """Return the sizes that the launch of fused training depends on."""
     counts = model.parameters.dtype, model.parameters.size, model.running.size
-    return Sizes(model.fused, config.batch_size, config.optimizer, *counts)
+    return Problem(model.fused, config.batch_size, config.optimizer, *counts)
 
 
 ENGINES = {engine.name: engine for engine in (FusedEngine, GraphEngine, LayersEngine)}  # the fastest first

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-import bnkernels as bn
 from benchmarks.ops import host_cost
+from bnkernels import runtime
 from bnkernels.ops.batch_norm import call as plans
 from bnkernels.ops.batch_norm.call import FORWARD
-from bnkernels.runtime import registry, seam
+from bnkernels.runtime import registry
 from bnkernels.runtime.arguments import pack
-from bnkernels.runtime.replay import Launches
+from bnkernels.runtime.replay import ReplayCache
 from tools import backends
 from tools import fake_cupy as package
 from tools.real_cupy import real
@@ -56,7 +56,7 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
 
     def forget() -> None:
         sys.modules.pop("bnkernels.runtime.cuda", None)
-        vars(bn).pop("_cuda", None)
+        vars(runtime).pop("cuda", None)
 
     monkeypatch.setitem(sys.modules, "cupy", stand_in)
     monkeypatch.setattr(registry, "runtimes", dict(registry.runtimes))
@@ -114,17 +114,17 @@ def test_cupys_own_arrays_are_measured_where_they_are(
     assert not cupy.driver.launches
 
 
-@pytest.mark.parametrize(("us", "verdict"), [(2.9, "met"), (3.0, "met"), (3.1, "not met")])
+@pytest.mark.parametrize(("us", "verdict"), [(3.9, "met"), (4.0, "met"), (4.1, "not met")])
 @pytest.mark.parametrize("slow", host_cost.TRAINING)
 def test_the_slower_of_forward_and_backward_is_judged(
     slow: str, us: float, verdict: str, capsys: pytest.CaptureFixture
 ) -> None:
-    figures = {name: np.array([1.0, 2.0]) for name in OURS} | {THEIRS[0]: np.array([8.0, 4.0])}
+    figures = {name: np.array([1.0, 2.0]) for name in OURS} | {THEIRS[0]: np.array([8.0, 5.0])}
     figures[slow] = np.array([us, 50.0])
-    assert host_cost.report("some arrays", figures) == us / 4
+    assert host_cost.report("some arrays", figures) == us / 5
     first, second = capsys.readouterr().out.splitlines()[-2:]
-    assert first == f"at most 3 us, best round of the slower of forward and backward: {us:.2f}, {verdict}"
-    assert second == f"below PyTorch's on a 1 x 1 tensor: {us:.2f} and 4.00, met"
+    assert first == f"at most 4 us, best round of the slower of forward and backward: {us:.2f}, {verdict}"
+    assert second == f"below PyTorch's on a 1 x 1 tensor: {us:.2f} and 5.00, met"
     figures[THEIRS[0]] = np.array([us, us])
     host_cost.report("some arrays", figures)
     assert capsys.readouterr().out.endswith(", not met\n")
@@ -162,15 +162,15 @@ def test_stand_ins_are_launched_by_the_runtime(monkeypatch: pytest.MonkeyPatch) 
 def test_what_is_measured_is_the_repeated_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first call of each is kept and launched again; only that with a new address is not."""
     kept: list[str] = []
-    keep = Launches.keep
+    record = ReplayCache.record
 
-    def counted(self: Launches, call: Any, source: str, entry_point: str, *rest: Any) -> None:
+    def counted(self: ReplayCache, key: list, source: str, entry_point: str, *rest: Any) -> None:
         kept.append(entry_point)
-        keep(self, call, source, entry_point, *rest)
+        record(self, key, source, entry_point, *rest)
 
     for name in ("FORWARD", "INFERENCE", "BACKWARD"):
-        monkeypatch.setattr(plans, f"{name}_LAUNCHES", Launches())
-    monkeypatch.setattr(Launches, "keep", counted)
+        monkeypatch.setattr(plans, f"{name}_CALLS", ReplayCache())
+    monkeypatch.setattr(ReplayCache, "record", counted)
     calls = host_cost.our_calls(host_cost.standins().asarray)
     repeated = {name: call for name, call in calls.items() if name != host_cost.ELSEWHERE}
     host_cost.measured(repeated)
@@ -180,10 +180,5 @@ def test_what_is_measured_is_the_repeated_call(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_stand_ins_are_read_as_cupys_arrays_are() -> None:
-    assert host_cost.StandinRuntime.reader is seam.cupy_reader
     array = host_cost.standins().asarray(np.ones((2, 3), np.float32))
     assert (array.data.ptr, array.data.device_id) == (array.ctypes.data, 0)
-    (read,) = {host_cost.standins().reader((True, False)) for _ in range(2)}
-    assert read((array, None)) == [array.ctypes.data, 0, np.dtype("float32"), (2, 3), (12, 4)]
-    assert read((array, array)) is None
-    assert read((array,)) is None

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import bnkernels as bn
-from bnkernels.ops.fused_training.op import Network
+from bnkernels.ops.fused_training.spec import NetworkSpec as Spec
 from tests.regress.calls_more import NETWORK, make_every
 from tests.regress.refusal import refused
 from tools import backends
@@ -20,43 +20,59 @@ NUMPY = backends.make("numpy")
 
 FIRST, LAST = NETWORK.layers
 NETWORKS: dict[str, tuple[Any, type[Exception], str]] = {
-    "none": (None, TypeError, "network must be a Network, such as MLP.fused, got None"),
-    "an MLP": (bn.MLP((3, 4, 2)), TypeError, "network must be a Network"),
-    "a list": (Network([FIRST, LAST]), TypeError, "layers of the network must be a tuple"),
-    "no layer": (Network(()), TypeError, "layers of the network must be a tuple of at least one Layer"),
-    "tuples": (Network((tuple(FIRST), tuple(LAST))), TypeError, "layers of the network must be a tuple"),
-    "negative": (Network((FIRST._replace(outputs=-4), LAST)), ValueError, "outputs of layer 0 must be from 1 to"),
-    "of no input": (Network((FIRST._replace(inputs=0), LAST)), ValueError, "inputs of layer 0 must be from 1 to"),
+    "none": (None, TypeError, "network must be a NetworkSpec, such as MLP.fused, got None"),
+    "an MLP": (bn.MLP((3, 4, 2)), TypeError, "network must be a NetworkSpec"),
+    "a list": (Spec([FIRST, LAST]), TypeError, "layers of the network must be a tuple"),
+    "no layer": (Spec(()), TypeError, "layers of the network must be a tuple of at least one LayerSpec"),
+    "tuples": (Spec((tuple(FIRST), tuple(LAST))), TypeError, "layers of the network must be a tuple"),
+    "negative": (Spec((FIRST._replace(outputs=-4), LAST)), ValueError, "outputs of layer 0 must be from 1 to"),
+    "of no input": (Spec((FIRST._replace(inputs=0), LAST)), ValueError, "inputs of layer 0 must be from 1 to"),
     "fraction": (
-        Network((FIRST, LAST._replace(weight=24.0))),
+        Spec((FIRST, LAST._replace(weight=24.0))),
         TypeError,
         "weight of layer 1 must be an integer, got 24.0",
     ),
-    "huge": (Network((FIRST, LAST._replace(shift=2**31))), ValueError, "shift of layer 1 must be from 0 to 2147483647"),
-    "unlike": (Network((FIRST, LAST._replace(inputs=5))), ValueError, "as many inputs as the one before has outputs"),
+    "huge": (
+        Spec((FIRST, LAST._replace(shift=2**31))),
+        ValueError,
+        "shift of layer 1 must be from 0 to 2147483647",
+    ),
+    "unlike": (
+        Spec((FIRST, LAST._replace(inputs=5))),
+        ValueError,
+        "as many inputs as the one before has outputs",
+    ),
     "norm at the end": (
-        Network((FIRST, LAST._replace(gamma=0))),
+        Spec((FIRST, LAST._replace(gamma=0))),
         ValueError,
         "last layer gives the logits and has no norm",
     ),
-    "beyond": (Network((FIRST, LAST._replace(shift=40))), ValueError, "multiples of 4 within the 40 parameters"),
-    "misaligned": (Network((FIRST._replace(gamma=17), LAST)), ValueError, "multiples of 4 within the 40 parameters"),
+    "beyond": (Spec((FIRST, LAST._replace(shift=40))), ValueError, "multiples of 4 within the 40 parameters"),
+    "misaligned": (
+        Spec((FIRST._replace(gamma=17), LAST)),
+        ValueError,
+        "multiples of 4 within the 40 parameters",
+    ),
     "overlap": (
-        Network((FIRST, LAST._replace(weight=12))),
+        Spec((FIRST, LAST._replace(weight=12))),
         ValueError,
         "weight of layer . takes .* and overlaps weight of",
     ),
     "shared": (
-        Network((FIRST._replace(shift=16), LAST)),
+        Spec((FIRST._replace(shift=16), LAST)),
         ValueError,
         "(gamma|shift) of layer 0 takes 16 to 19 and overlaps",
     ),
     "statistics": (
-        Network((FIRST._replace(variance=2), LAST)),
+        Spec((FIRST._replace(variance=2), LAST)),
         ValueError,
         "mean of layer 0 takes 0 to 3 and overlaps var",
     ),
-    "no statistics": (Network((FIRST._replace(mean=-1), LAST)), ValueError, "must lie within the 8 running statistics"),
+    "no statistics": (
+        Spec((FIRST._replace(mean=-1), LAST)),
+        ValueError,
+        "must lie within the 8 running statistics",
+    ),
     "momentum": (NETWORK._replace(momentum=7), ValueError, "momentum must be between 0 and 1 and finite, got 7"),
     "unbiased": (NETWORK._replace(unbiased=1), TypeError, "unbiased must be True or False, got 1"),
     "eps": (NETWORK._replace(eps=-1.0), ValueError, "eps must be at least 1.175e-38"),

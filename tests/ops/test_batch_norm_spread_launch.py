@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from bnkernels.ops.batch_norm import cooperative as spread
 from bnkernels.ops.batch_norm.cooperative import choose_spread
+from bnkernels.runtime.occupancy import resident
 from bnkernels.runtime.seam import MAX_SHARED_BYTES, SHARED_BYTES, WORKSPACE_BYTES, Limits
-from bnkernels.runtime.workspace import resident
 from tests.ops.test_batch_norm_spread import DTYPES, KIB, TINY, tensor_of
 
 H200 = Limits(132, 227 * KIB, 228 * KIB, cooperative=True)
@@ -52,7 +52,7 @@ def test_a_choice_covers_all_rows_and_keeps_all_limits(
         assert limits.cooperative
         held = resident(limits, columns * lanes, choice.launch.shared_bytes, spread.MIN_BLOCKS)
         assert groups * together <= held == 2 * limits.sms, "all blocks are resident"
-        assert groups <= spread.MOST_GROUPS
+        assert groups <= spread.MOST_BARRIERS
     assert 2 * (choice.launch.shared_bytes + limits.reserved_bytes) <= limits.shared_bytes_of_sm
     assert choice.launch.shared_bytes <= min(limits.shared_bytes, MAX_SHARED_BYTES)
     assert choice.held >= 1

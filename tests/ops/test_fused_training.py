@@ -18,7 +18,7 @@ from benchmarks.steps.ours import FusedStep, GraphStep
 from benchmarks.steps.step import initial_state
 from bnkernels.nn.mlp import MLP
 from bnkernels.nn.optimizers import make_optimizer
-from bnkernels.ops.fused_training.launch import OPTIMIZERS, Sizes, shared_bytes
+from bnkernels.ops.fused_training.launch import OPTIMIZERS, Problem, shared_bytes
 from bnkernels.ops.softmax_cross_entropy import softmax_cross_entropy
 from bnkernels.train.config import DEFAULT_LEARNING_RATES, ConfigError, TrainingConfig
 from bnkernels.train.learner import Learner
@@ -343,5 +343,5 @@ def test_the_page_names_the_bytes_that_are_needed() -> None:
     for sizes in ((64, 20, 10), (64, 100, 10)):
         model = MLP(sizes)
         rest = np.dtype("float32"), model.parameters.size, model.running.size
-        sgd, adam = (round(shared_bytes(Sizes(model.fused, 64, name, *rest)) / 1024) for name in ("sgd", "adam"))
+        sgd, adam = (round(shared_bytes(Problem(model.fused, 64, name, *rest)) / 1024) for name in ("sgd", "adam"))
         assert f"| {'-'.join(map(str, sizes))} | {sgd} KiB | {adam} KiB |" in page

@@ -21,7 +21,7 @@ def form(request: pytest.FixtureRequest, backend: Backend, monkeypatch: pytest.M
     if request.param == "group":
         if backend.name == "numpy":
             pytest.skip("needs a device")
-        monkeypatch.setattr(launch, "_why_no_block", lambda *_: "a test wants groups")
+        monkeypatch.setattr(launch, "_why_not_one", lambda *_: "a test wants groups")
     return request.param
 
 

@@ -13,7 +13,7 @@ import bnkernels as bn
 from bnkernels.nn.mlp import MLP
 from bnkernels.nn.optimizers import make_optimizer
 from bnkernels.ops.fused_training import launch
-from bnkernels.ops.fused_training.op import Layer, Network
+from bnkernels.ops.fused_training.spec import LayerSpec, NetworkSpec
 from bnkernels.runtime.registry import runtime_of
 from bnkernels.runtime.seam import MAX_SHARED_BYTES, WORKSPACE_BYTES, Limits
 from tests.ops.test_constant_channels import test_fused_training_of_equal_examples_and_neurons as equal_examples
@@ -45,7 +45,7 @@ def group(request: pytest.FixtureRequest, backend: Backend, monkeypatch: pytest.
     """Let groups train what one block could, and say what they are."""
     if backend.name == "numpy":
         pytest.skip("needs a device")
-    monkeypatch.setattr(launch, "_why_no_block", lambda *_: "a test wants groups")
+    monkeypatch.setattr(launch, "_why_not_one", lambda *_: "a test wants groups")
     monkeypatch.setattr(launch, "CLUSTER", launch.CLUSTER if request.param == "cluster" else 0)
     if backend.name == "emulator":
         with backends.emulated_runtime().device_limits(LIMITS._replace(clusters=True)):
@@ -234,11 +234,11 @@ def test_the_order_of_blocks_and_threads_changes_no_bit(
             np.testing.assert_array_equal(one, two)
 
 
-def network(*sizes: int, norm: str = "batch") -> Network:
+def network(*sizes: int, norm: str = "batch") -> NetworkSpec:
     """Return what `choose` looks at, wherever the parameters lie."""
     hidden = len(sizes) - 2
     pairs = pairwise(sizes)
-    return Network(tuple(Layer(i, o, 0, -(n == hidden), 0) for n, (i, o) in enumerate(pairs)), norm=norm)
+    return NetworkSpec(tuple(LayerSpec(i, o, 0, -(n == hidden), 0) for n, (i, o) in enumerate(pairs)), norm=norm)
 
 
 @pytest.mark.parametrize("norm", ["batch", "layer"])
@@ -249,24 +249,24 @@ def network(*sizes: int, norm: str = "batch") -> Network:
 def test_every_launch_is_one_that_the_device_grants(
     dtype: str, batch: int, sizes: tuple[int, ...], models: int, norm: str
 ) -> None:
-    given = launch.Sizes(network(*sizes, norm=norm), batch, "adam", np.dtype(dtype), 300_000, 4000, models)
+    given = launch.Problem(network(*sizes, norm=norm), batch, "adam", np.dtype(dtype), 300_000, 4000, models)
     for limits in (H200, H200._replace(clusters=False)):
         choice = launch.choose(given, limits)
-        assert choice.launch.blocks == models * choice.blocks
+        assert choice.launch.blocks == models * choice.splits
         assert choice.launch.shared_bytes <= min(limits.shared_bytes, MAX_SHARED_BYTES)
         if "cluster" in choice.kernel:
-            assert (limits.clusters, choice.blocks, choice.launch.cooperative) == (True, 8, False)
+            assert (limits.clusters, choice.splits, choice.launch.cooperative) == (True, 8, False)
         else:
-            assert choice.launch.cooperative == (choice.blocks > 1)
-            assert choice.blocks == 1 or models * choice.blocks <= limits.sms, "all are resident at once"
+            assert choice.launch.cooperative == (choice.splits > 1)
+            assert choice.splits == 1 or models * choice.splits <= limits.sms, "all are resident at once"
         assert ("layer_norm" in choice.kernel) == (norm == "layer")
 
 
 def test_a_network_has_as_many_blocks_as_leave_each_the_fewest_neurons() -> None:
     def chosen(*sizes: int, models: int = 1, limits: Limits = H200) -> tuple[str, int, int]:
-        given = launch.Sizes(network(*sizes), 64, "sgd", np.dtype("float32"), 300_000, 4000, models)
+        given = launch.Problem(network(*sizes), 64, "sgd", np.dtype("float32"), 300_000, 4000, models)
         choice = launch.choose(given, limits)
-        return choice.kernel.removeprefix("fused_training_"), choice.blocks, choice.width
+        return choice.kernel.split("_")[3], choice.splits, choice.width
 
     assert chosen(784, 100, 10) == ("grid", 32, 4)
     assert chosen(784, 600, 10) == ("grid", 128, 8)
@@ -288,10 +288,10 @@ def test_a_network_has_as_many_blocks_as_leave_each_the_fewest_neurons() -> None
 def test_why_a_network_cannot_be_trained_in_one_launch(
     batch: int, sizes: tuple[int, ...], limits: Limits, message: str
 ) -> None:
-    given = launch.Sizes(network(*sizes), batch, "sgd", np.dtype("float32"), 300_000, 4000)
+    given = launch.Problem(network(*sizes), batch, "sgd", np.dtype("float32"), 300_000, 4000)
     assert launch.choose(given, limits) is None
     assert re.search(message, launch.why_not(given, limits))
-    small = launch.Sizes(network(64, 20, 10), 64, "sgd", np.dtype("float32"), 1600, 40)
+    small = launch.Problem(network(64, 20, 10), 64, "sgd", np.dtype("float32"), 1600, 40)
     assert launch.why_not(small, H200) is None
 
 
@@ -334,7 +334,7 @@ def test_the_engines_take_over_from_each_other(
 def test_what_a_kernel_is_compiled_for_is_what_its_argument_says(
     emulated: EmulatorRuntime, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, refusal: str | None
 ) -> None:
-    monkeypatch.setattr(launch, "_why_no_block", lambda *_: refusal)
+    monkeypatch.setattr(launch, "_why_not_one", lambda *_: refusal)
     given: list = []
     monkeypatch.setattr(emulated, "launch", lambda *call: given.append(call))
     data = make_data(rng, (6, 9, 3), 21, "float32")

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bnkernels as bn
-from bnkernels.ops.layer_norm.launch import MOST_PARTIALS, Rows, choose_backward, choose_forward
+from bnkernels.ops.layer_norm.launch import choose_backward, choose_forward
+from bnkernels.ops.layer_norm.problem import MOST_PARTIALS, Problem
 from bnkernels.runtime.seam import Limits
 from tests.ops.test_batch_norm_masked import DTYPES, dtype_named
 from tests.regress.refusal import refused
@@ -151,14 +152,14 @@ def test_rows_that_do_not_fit_are_read_again(emulated: EmulatorRuntime, rng: np.
     arrays = make(rng, (7, 4100), dtype)
     shared = {"float16": 36, "float32": 17, "float64": 20}[dtype] * 1024
     with emulated.device_limits(Limits(4, shared, 228 * 1024, True)):
-        matrix = Rows(7, 4100, arrays[0].dtype)
+        matrix = Problem(7, 4100, arrays[0].dtype)
         forward, backward = (
             choose_forward(matrix, emulated.limits(None)),
             choose_backward(matrix, emulated.limits(None)),
         )
         assert (forward.held > 0) == (dtype == "float16")
         assert backward.held == 0
-        assert backward.chunk < matrix.units
+        assert backward.chunk < matrix.vectors
         assert_right(backend, *arrays)
         x, dy, *vectors = backend.arrays(*arrays)
         _, statistics = bn.layer_norm_forward(x, *vectors)
@@ -172,14 +173,14 @@ def test_rows_that_do_not_fit_are_read_again(emulated: EmulatorRuntime, rng: np.
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_several_blocks_meet(backend: Backend, rng: np.random.Generator, shape: tuple[int, int], dtype: str) -> None:
     arrays = make(rng, shape, dtype)
-    assert choose_backward(Rows(*shape, arrays[0].dtype), H200).launch.grid[0] > 1
+    assert choose_backward(Problem(*shape, arrays[0].dtype), H200).launch.grid[0] > 1
     assert_right(backend, *arrays)
 
 
 @pytest.mark.emulator
 def test_a_device_whose_blocks_cannot_wait_has_one(emulated: EmulatorRuntime, rng: np.random.Generator) -> None:
     with emulated.device_limits(Limits(4, 227 * 1024, 228 * 1024, False)):
-        assert choose_backward(Rows(900, 24, np.dtype("float32")), emulated.limits(None)).launch.grid == (1, 1, 1)
+        assert choose_backward(Problem(900, 24, np.dtype("float32")), emulated.limits(None)).launch.grid == (1, 1, 1)
         assert_right(backends.make("emulator"), *make(rng, (900, 24), "float32"))
 
 

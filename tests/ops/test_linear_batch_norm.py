@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import bnkernels as bn
-from bnkernels.ops.linear_batch_norm.launch import Sizes, choose
+from bnkernels.ops.linear_batch_norm.launch import choose
+from bnkernels.ops.linear_batch_norm.problem import Problem
 from bnkernels.runtime.seam import Limits, ceil_div
 from tests.ops.test_batch_norm_masked import DTYPES, dtype_named
 from tests.regress.refusal import refused
@@ -287,19 +288,18 @@ def test_tensor_cores_sum_what_one_rounding_would_lose(backend: Backend) -> None
 
 def test_the_launch_follows_from_the_sizes() -> None:
     f32, f64 = np.dtype("float32"), np.dtype("float64")
-    launch, width = choose("forward", Sizes(64, 1024, 1024, f32), H200)
-    assert (launch.grid[0], width) == (128, 8)
-    launch, width = choose("backward", Sizes(64, 64, 20, f32), H200)
-    assert (launch.grid[0], width, launch.cooperative) == (16, 4, True)
-    assert not choose("backward", Sizes(64, 64, 20, f32), H200, False)[0].cooperative
+    plan = choose("forward", Problem(64, 1024, 1024, f32), H200)
+    assert (plan.launch.grid[0], plan.width) == (128, 8)
+    plan = choose("backward", Problem(64, 64, 20, f32), H200)
+    assert (plan.launch.grid[0], plan.width, plan.launch.cooperative) == (16, 4, True)
+    assert not choose("backward", Problem(64, 64, 20, f32), H200, False).launch.cooperative
     small = H200._replace(shared_bytes=40 * 1024)
-    assert choose("forward", Sizes(64, 64, 20, f32), small) is not None
-    assert choose("forward", Sizes(512, 64, 20, f64), small) is None
+    assert choose("forward", Problem(64, 64, 20, f32), small) is not None
+    assert choose("forward", Problem(512, 64, 20, f64), small) is None
     alone = H200._replace(cooperative=False)
-    assert choose("backward", Sizes(64, 64, 20, f32), alone) is None
-    assert choose("backward", Sizes(64, 64, 20, f32), alone, False) is not None
-    few = H200._replace(sms=4)
-    assert choose("backward", Sizes(64, 64, 1000, f32), few)[0].grid[0] == 4
+    assert choose("backward", Problem(64, 64, 20, f32), alone) is None
+    assert choose("backward", Problem(64, 64, 20, f32), alone, False) is not None
+    assert choose("backward", Problem(64, 64, 1000, f32), H200._replace(sms=4)).launch.grid[0] == 4
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import bnkernels as bn
-from bnkernels.ops.linear_batch_norm.launch import Sizes, choose
+from bnkernels.ops.linear_batch_norm.launch import choose
+from bnkernels.ops.linear_batch_norm.problem import Problem
 from bnkernels.runtime.seam import Limits
 from tests.ops.test_batch_norm_masked import DTYPES
 from tests.ops.test_linear_batch_norm import H200, SIZES, assert_product, make
@@ -56,7 +57,7 @@ def test_is_a_product_and_its_layer_norm(
 def test_beyond_the_chip_it_is_a_product_and_layer_norm(
     backend: Backend, rng: np.random.Generator, sizes: tuple[int, int, int]
 ) -> None:
-    assert choose("forward", Sizes(*sizes, np.dtype("float32")), H200, norm="layer") is None
+    assert choose("forward", Problem(*sizes, np.dtype("float32")), H200, norm="layer") is None
     if backend.name == "emulator":
         pytest.skip("the emulator has no library of products")
     arrays = make(rng, sizes, "float32")
@@ -114,12 +115,12 @@ def test_the_order_of_blocks_and_threads_changes_no_bit(
 
 
 def test_a_block_owns_examples() -> None:
-    sizes = Sizes(64, 64, 20, np.dtype("float32"))
-    launch, width = choose("forward", sizes, H200, norm="layer")
-    assert (launch.grid[0], width) == (16, 4)
-    launch, width = choose("backward", sizes, H200, norm="layer")
-    assert (launch.grid[0], width, launch.cooperative) == (16, 4, True)
-    assert choose("backward", sizes, H200, False, "layer")[0].cooperative  # dweight is of all examples
+    sizes = Problem(64, 64, 20, np.dtype("float32"))
+    plan = choose("forward", sizes, H200, norm="layer")
+    assert (plan.launch.grid[0], plan.width) == (16, 4)
+    plan = choose("backward", sizes, H200, norm="layer")
+    assert (plan.launch.grid[0], plan.width, plan.launch.cooperative) == (16, 4, True)
+    assert choose("backward", sizes, H200, False, "layer").launch.cooperative  # dweight is of all examples
 
 
 @pytest.mark.parametrize(

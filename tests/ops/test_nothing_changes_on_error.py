@@ -171,7 +171,7 @@ def test_no_op_launches_what_another_one_remembers() -> None:
 
     One output less and one input more, so that there are as many in all, and an eps that the other one does not have.
     """
-    tables = [table for name, table in vars(plans).items() if name.endswith("_LAUNCHES")]
+    tables = [table for name, table in vars(plans).items() if name.endswith("_CALLS")]
     assert len({id(table) for table in tables}) == len(tables) == 4
     arrays = make_every("residual_backward")
     with recording() as runtime:

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 
 import bnkernels as bn
-from bnkernels.ops.fused_training.op import Layer, Network
+from bnkernels.ops.fused_training.spec import LayerSpec, NetworkSpec
 from tests.regress import calls
 from tests.regress.calls import Call, _take
 
 ROWS, INPUTS, OUTPUTS, GROUPS, STEPS, CLASSES = 6, 4, 3, 2, 2, 3
-NETWORK = Network((Layer(INPUTS, 4, 0, 16, 20, 0, 4), Layer(4, CLASSES, 24, -1, 36)))
+NETWORK = NetworkSpec((LayerSpec(INPUTS, 4, 0, 16, 20, 0, 4), LayerSpec(4, CLASSES, 24, -1, 36)))
 
 MORE = {
     "layer_norm_forward": Call(

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bnkernels.runtime import registry, seam
-from bnkernels.runtime.seam import Launch
+from bnkernels.runtime.seam import Launch, Limits
+from tests.regress.calls_more import make_every
 
 
 class RecordedArray:
@@ -22,6 +23,8 @@ class RecordedArray:
         steps = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
         self.strides = tuple(step * self.dtype.itemsize for step in steps)
         self.size = math.prod(shape)
+
+    data = property(lambda self: types.SimpleNamespace(ptr=self.address, device_id=self.device_number))
 
     def __getitem__(self, row: int) -> RecordedArray:
         """Return a view of one row."""
@@ -50,7 +53,7 @@ class RecordingRuntime(seam.Runtime):
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype, like: RecordedArray) -> RecordedArray:
         """Return an array beside `like`."""
-        array = RecordedArray(shape, dtype, 2**40 + 2**20 * len(self.allocations), like.device_number)
+        array = self.array_type(shape, dtype, 2**40 + 2**20 * len(self.allocations), like.device_number)
         self.allocations.append(array)
         return array
 
@@ -66,22 +69,27 @@ class RecordingRuntime(seam.Runtime):
         """Return the number of the array's device."""
         return array.device_number
 
+    def limits(self, array: RecordedArray) -> Limits:
+        """Return those of a device whose blocks cannot wait for one another, so that there is no workspace."""
+        return Limits(132, 227 * 1024, 228 * 1024, False)
+
     def launch(self, source: str, entry_point: str, launch: Launch, arguments: np.ndarray, like: RecordedArray) -> None:
         """Remember the launch."""
         self.launches.append(Recorded(source, entry_point, launch, arguments, like))
 
 
-class CuPyLikeArray(RecordedArray):
-    """A recorded array with the attributes that CuPy's have."""
+class Device:
+    """A runtime, its arrays, and the number of calls that took the long way."""
 
-    data = property(lambda self: types.SimpleNamespace(ptr=self.address, device_id=self.device_number))
+    def __init__(self, runtime: RecordingRuntime) -> None:
+        self.runtime, self.checked = runtime, 0
 
-
-class CuPyLikeRuntime(RecordingRuntime):
-    """A recording runtime that reads facts as the CUDA runtime does."""
-
-    array_type = CuPyLikeArray
-    reader = seam.cupy_reader
+    def arrays(self, op: str, dtype: str = "float32") -> dict[str, RecordedArray]:
+        """Return the arrays of a call, far apart from one another."""
+        return {
+            name: self.runtime.array_type(array.shape, array.dtype, 2**20 * (position + 1))
+            for position, (name, array) in enumerate(make_every(op, dtype).items())
+        }
 
 
 _runtime_of_records = RecordingRuntime()  # one for ever: the ops' cached plans hold on to it

@@ -104,7 +104,7 @@ def test_cupy_3894_a_grid_of_two_dimensions_is_refused(
     emulated: EmulatorRuntime, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So blocks that share a slice of channels, or a network, never get fewer than they were planned with."""
-    monkeypatch.setattr(fused_training_launch, "_why_no_block", lambda *_: "a test wants groups")
+    monkeypatch.setattr(fused_training_launch, "_why_not_one", lambda *_: "a test wants groups")
     x = emulated.asarray(rng.standard_normal((20_000, 8)).astype("f4"))
     model, labels = MLP((8, 16, 3)), emulated.asarray(np.zeros(len(x), np.int32))
     parameters, running = emulated.asarray(model.parameters), emulated.asarray(model.running)

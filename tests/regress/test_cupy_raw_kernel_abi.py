@@ -16,9 +16,9 @@ from bnkernels.ops.batch_norm import masked_grouped as general
 from bnkernels.ops.batch_norm.cooperative import ARGUMENTS as SPREAD
 from bnkernels.ops.batch_norm.double_backward import ARGUMENTS as DOUBLE_BACKWARD
 from bnkernels.ops.batch_norm.in_parts import ARGUMENTS as STATISTICS
-from bnkernels.ops.fused_training.op import ARGUMENTS as FUSED_TRAINING
-from bnkernels.ops.layer_norm.op import ARGUMENTS as LAYER_NORM
-from bnkernels.ops.linear_batch_norm.op import ARGUMENTS as LINEAR_BATCH_NORM
+from bnkernels.ops.fused_training.launch import ARGUMENTS as FUSED_TRAINING
+from bnkernels.ops.layer_norm.launch import ARGUMENTS as LAYER_NORM
+from bnkernels.ops.linear_batch_norm.launch import ARGUMENTS as LINEAR_BATCH_NORM
 from bnkernels.ops.mini_batch import ARGUMENTS as MINI_BATCH
 from bnkernels.ops.parameter_update import ARGUMENTS as PARAMETER_UPDATE
 from bnkernels.ops.softmax_cross_entropy import ARGUMENTS as SOFTMAX_CROSS_ENTROPY

@@ -18,14 +18,16 @@ import pytest
 
 from benchmarks.counts.devices import DEVICES, SM_75, Device
 from benchmarks.counts.limits import occupancy
+from bnkernels.ops import gemm
 from bnkernels.ops.batch_norm import cooperative as spread
 from bnkernels.ops.batch_norm.cooperative import Tensor, choose_spread
 from bnkernels.ops.fused_training import launch as fused
-from bnkernels.ops.fused_training.op import Layer, Network
+from bnkernels.ops.fused_training.spec import LayerSpec, NetworkSpec
 from bnkernels.ops.layer_norm import launch as layer_norm
 from bnkernels.ops.linear_batch_norm import launch as linear
-from bnkernels.runtime import workspace as cooperative
+from bnkernels.ops.linear_batch_norm.problem import Problem
 from bnkernels.runtime.arguments import suffix
+from bnkernels.runtime.occupancy import most_shared, resident
 from bnkernels.runtime.seam import Launch, Limits
 
 ROOT = Path(__file__).parents[2]
@@ -74,30 +76,30 @@ def layer_norm_plans(limits: Limits) -> Iterator[Plan]:
     """Yield one for each data type and shape."""
     columns = (1, 8, 20, 64, 256, 768, 1000, 1024, 2047, 2048, 4096, 5120, 8192, 20_000, 300_000)
     for dtype, rows, c in product(TYPES, (1, 64, 700, 5000, 100_000), columns):
-        matrix, end = layer_norm.Rows(rows, c, dtype), suffix(dtype)
-        yield f"bnk_layer_norm_forward_{end}", layer_norm.choose_forward(matrix, limits).launch
-        yield f"bnk_layer_norm_backward_{end}", layer_norm.choose_backward(matrix, limits).launch
+        for choose in (layer_norm.choose_forward, layer_norm.choose_backward):
+            chosen = choose(layer_norm.Problem(rows, c, dtype), limits)
+            yield chosen.kernel, chosen.launch
 
 
 def linear_plans(limits: Limits) -> Iterator[Plan]:
     """Yield those of the kernels; where there is none, a library multiplies."""
     sizes = product((2, 64, 100, 512), (1, 64, 784, 1024), (1, 20, 100, 1000, 1024), TYPES)
     for size, norm, direction, dx in product(sizes, NORMS, DIRECTIONS, (True, False)):
-        chosen = linear.choose(direction, linear.Sizes(*size), limits, dx, norm)
+        chosen = linear.choose(direction, Problem(*size), limits, dx, norm)
         if chosen is not None:
-            yield f"bnk_linear_{norm or 'batch'}_norm_{direction}_{suffix(size[3])}", chosen[0]
+            yield chosen.kernel, chosen.launch
 
 
-def networks() -> Iterator[fused.Sizes]:
+def networks() -> Iterator[fused.Problem]:
     """Yield what may be trained in one launch."""
     hidden = (64, 20, 10), (64, 300, 10), (784, 100, 100, 100, 10), (64, 1024, 10), (1000, 9, 2), (8, 300, 1000)
     given = product(hidden, ("batch", "layer"), (2, 64, 512), TYPES[:2], ("sgd", "adam"), (1, 3, 30, 200))
     for sizes, norm, batch, dtype, optimizer, models in given:
         pairs = list(pairwise(sizes))
-        layers = tuple(Layer(i, o, 0, -(n + 1 == len(pairs)), 0) for n, (i, o) in enumerate(pairs))
+        layers = tuple(LayerSpec(i, o, 0, -(n + 1 == len(pairs)), 0) for n, (i, o) in enumerate(pairs))
         parameters = sum((i + 2) * o for i, o in pairs)
-        network = Network(layers, norm=norm)
-        yield fused.Sizes(network, batch, optimizer, dtype, parameters, 2 * sum(sizes[1:-1]), models)
+        network = NetworkSpec(layers, norm=norm)
+        yield fused.Problem(network, batch, optimizer, dtype, parameters, 2 * sum(sizes[1:-1]), models)
 
 
 def fused_training_plans(limits: Limits) -> Iterator[Plan]:
@@ -105,7 +107,7 @@ def fused_training_plans(limits: Limits) -> Iterator[Plan]:
     for given, clusters in product(networks(), {False, limits.clusters}):
         choice = fused.choose(given, limits._replace(clusters=clusters))
         if choice is not None:
-            yield f"bnk_{choice.kernel}_{suffix(given.dtype)}", choice.launch
+            yield choice.kernel, choice.launch
 
 
 OPS = {
@@ -154,7 +156,7 @@ def promise_of(kernel: str) -> int:
 
 @pytest.mark.parametrize(
     ("op", "planner"),
-    [("batch_norm", spread), ("layer_norm", layer_norm), ("linear_batch_norm", linear), ("fused_training", linear)],
+    [("batch_norm", spread), ("layer_norm", layer_norm), ("linear_batch_norm", gemm), ("fused_training", gemm)],
 )
 def test_launch_bounds_promise_what_planners_count_on(op: str, planner: ModuleType) -> None:
     kernels = {kernel for device in DEVICES for kernel, launch in plans_of(op, device) if launch.cooperative}
@@ -168,7 +170,7 @@ def test_no_grid_is_larger_than_its_launch_bounds_allow(op: str) -> None:
         limits = limits_of(device)
         for kernel, launch in plans_of(op, device):
             if launch.cooperative:
-                held = cooperative.resident(limits, launch.threads, launch.shared_bytes, promise_of(kernel))
+                held = resident(limits, launch.threads, launch.shared_bytes, promise_of(kernel))
                 assert launch.blocks <= held, f"{kernel} on {device.name}: {launch}, {held} are promised"
 
 
@@ -195,14 +197,14 @@ def test_a_device_without_cooperative_launches_has_clusters_or_none_wait() -> No
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_the_most_shared_memory_of_a_block_leaves_room_for_the_others(blocks: int) -> None:
     for limits in map(limits_of, DEVICES):
-        most = cooperative.most_shared(limits, blocks)
-        assert cooperative.resident(limits, 256, most, blocks) == blocks * limits.sms
-        assert cooperative.resident(limits, 256, most + 1, blocks) < blocks * limits.sms
+        most = most_shared(limits, blocks)
+        assert resident(limits, 256, most, blocks) == blocks * limits.sms
+        assert resident(limits, 256, most + 1, blocks) < blocks * limits.sms
 
 
 def test_blocks_too_large_for_the_device_are_not_resident() -> None:
     limits = limits_of(DEVICES[0])
     assert DEVICES[0].architecture is SM_75
-    assert cooperative.resident(limits, 1024, 0, 2) == limits.sms
-    assert cooperative.resident(limits, 256, limits.shared_bytes + 1, 2) == 0
-    assert cooperative.resident(limits._replace(blocks_of_sm=1), 32, 0, 2) == limits.sms
+    assert resident(limits, 1024, 0, 2) == limits.sms
+    assert resident(limits, 256, limits.shared_bytes + 1, 2) == 0
+    assert resident(limits._replace(blocks_of_sm=1), 32, 0, 2) == limits.sms

@@ -61,7 +61,7 @@ def test_a_load_that_may_miss_what_the_launch_writes_is_seen(architecture: int) 
 
 def test_a_kernel_compiled_for_one_network_is_shorter() -> None:
     model, dtype = MLP((64, 20, 10)), np.dtype("float32")
-    sizes = launch.Sizes(model.fused, 64, "sgd", dtype, model.parameters.size, model.running.size)
+    sizes = launch.Problem(model.fused, 64, "sgd", dtype, model.parameters.size, model.running.size)
     constants = launch.choose(sizes, H200.choice).launch.constants
     texts = (source.read("fused_training", "bnk_fused_training_f32", given) for given in ((), constants))
     general, ours = (nvrtc.resources(text, 90, disassemble=True) for text in texts)

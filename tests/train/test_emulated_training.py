@@ -19,7 +19,7 @@ def test_the_fused_engine_learns_what_the_layers_learn(
     form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if form == "group":
-        monkeypatch.setattr(launch, "_why_no_block", lambda *_: "a test wants groups")
+        monkeypatch.setattr(launch, "_why_not_one", lambda *_: "a test wants groups")
     options = ["--steps", "8", "--dtype", "float64", "--activation", "tanh"]
     for name, run in (("fused", train), ("layers", lambda given: cli.main(["train", *given, "--device", "cpu"]))):
         assert run([*options, "--engine", name, "--out", str(tmp_path / name)]) == 0

@@ -13,7 +13,7 @@ import pytest
 import bnkernels as bn
 from bnkernels import cli
 from bnkernels.nn.mlp import MLP
-from bnkernels.ops.fused_training.op import OPTIMIZERS
+from bnkernels.ops.fused_training.launch import OPTIMIZERS
 from bnkernels.train.checkpoint import CheckpointError
 from bnkernels.train.config import TrainingConfig
 from bnkernels.train.ensemble import make_learner

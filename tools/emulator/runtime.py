@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from bnkernels.runtime import registry, seam
-from bnkernels.runtime import workspace as cooperative
+from bnkernels.runtime import occupancy, registry, seam
 from bnkernels.runtime.seam import Launch, Limits
 
 from .binding import Binding, Counts, Schedule
@@ -26,12 +25,24 @@ from .build import BUILD_VARIABLE, CUDA, CUDA_VARIABLE, EmulatorError, read_sour
 LIMITS = Limits(sms=4, shared_bytes=227 * 1024, shared_bytes_of_sm=228 * 1024, cooperative=True)
 
 
+class Address(NamedTuple):
+    """The address of an array, and the number of its device."""
+
+    ptr: int
+    device_id: int
+
+
 class EmulatedArray(np.ndarray):
     """An array that the ops treat as a device array: its type is what they dispatch on.
 
     Those that `EmulatorRuntime` makes live in blocks of the exact size, poisoned and guarded. What NumPy makes of them
     (slices, sums, copies) is an `EmulatedArray` too, and kernels may run on it, in NumPy's memory, without guards.
     """
+
+    @property
+    def data(self) -> Address:
+        """Where the array is, as CuPy says it; what NumPy allocated may then be touched by kernels."""
+        return Address(registry.runtimes[EmulatedArray].pointer(self), 0)
 
 
 @dataclass(frozen=True)
@@ -254,7 +265,7 @@ class EmulatorRuntime(seam.Runtime):
             warnings.warn(f"cooperative grid {launch.grid} cut to {self._cut_to} blocks", stacklevel=3)
             return replace(launch, grid=(self._cut_to, 1, 1))
         promised = self._binding.promised(source, entry_point)
-        held = cooperative.resident(self._limits, launch.threads, launch.shared_bytes, promised)
+        held = occupancy.resident(self._limits, launch.threads, launch.shared_bytes, promised)
         if launch.blocks > held * self._limits.cooperative:
             raise EmulatorError(
                 f"{source}.cu, {entry_point}: the blocks of a cooperative grid wait for one another, and of "

@@ -27,7 +27,7 @@ from bnkernels.runtime import checks as check
 from bnkernels.runtime import registry
 from bnkernels.runtime import seam as rt
 from bnkernels.runtime.arguments import accumulator, addresses, arguments_type, empty, pack, suffix
-from bnkernels.runtime.replay import Call, Launches
+from bnkernels.runtime.replay import NEW, Call, ReplayCache
 
 SIZES = "outer channels inner"
 X_STRIDES = "x_outer x_channel x_inner residual_outer residual_channel residual_inner"
@@ -64,9 +64,8 @@ class Plan(NamedTuple):
     tensor: Tensor | None = None  # for the choice of a spread kernel, which the device decides as well
 
 
-# One for every op: a call is known by its arrays and options, so two ops in one table would be taken for each other.
-FORWARD_LAUNCHES, INFERENCE_LAUNCHES = Launches(), Launches()
-BACKWARD_LAUNCHES, INFERENCE_BACKWARD_LAUNCHES = Launches(), Launches()
+FORWARD_CALLS, INFERENCE_CALLS = ReplayCache(), ReplayCache()
+BACKWARD_CALLS, INFERENCE_BACKWARD_CALLS = ReplayCache(), ReplayCache()
 # The arrays of each op, those that it writes first.
 FORWARD_NAMES = ("y", "statistics", "running_mean", "running_var", "x", "residual", "gamma", "beta")
 INFERENCE_NAMES = ("out", "x", "residual", "gamma", "beta", "running_mean", "running_var")
@@ -168,25 +167,6 @@ def _sources(plan: Plan, **inputs: Any) -> tuple[Any, ...]:
     return tuple(plan.runtime.contiguous(array) if name in plan.copied else array for name, array in inputs.items())
 
 
-def _launch(
-    plan: Plan,
-    known: Launches,
-    call: Call | None,
-    source: str,
-    kernel: str,
-    launch: rt.Launch,
-    arguments: np.ndarray,
-    x: Any,
-) -> None:
-    """Launch a kernel; keep that for the next such call, unless the argument holds what belongs to this call alone.
-
-    That are copies which it has made, and the workspace of its stream.
-    """
-    plan.runtime.launch(source, kernel, launch, arguments, x)
-    if call is not None and not plan.copied and not launch.cooperative:
-        known.keep(call, source, kernel, launch, arguments)
-
-
 def _spread(plan: Plan, direction: str, x: Any, data: int) -> Spread | None:
     """Return how a spread kernel would run, or None; `data` are the addresses of all data, or-ed."""
     if plan.tensor is None or data % VECTOR:
@@ -211,12 +191,12 @@ def run_forward(
     eps: float,
     phi: Activation,
     unbiased: bool = True,
-    call: Call | None = None,
+    call: Call = NEW,
 ) -> tuple[Any, Any, Kept | None]:
     """Run the training forward on the arrays FORWARD_NAMES.
 
     Returns `y`, `statistics`, and from NumPy what its backward may otherwise compute again. `call` is
-    what `Launches.again` gave.
+    what `ReplayCache.replay` returned.
     """
     y, statistics, running_mean, running_var, x, residual, gamma, beta = arrays
     runtime, layout, kept = plan.runtime, plan.layout, None
@@ -232,8 +212,7 @@ def run_forward(
         vectors = gamma, beta, running_mean, running_var
         kept = forward_host(layout, x, residual, vectors, momentum, divisor, eps, phi, y, statistics)
     else:
-        if call is None or not call.on_one_device:
-            check.one_device(runtime, FORWARD_NAMES, arrays)
+        check.one_device(runtime, FORWARD_NAMES, arrays)
         sources = _sources(plan, x=x, residual=residual)
         pointers = addresses(runtime, *sources, gamma, beta, y, statistics, running_mean, running_var)
         spread = _spread(plan, "forward", x, pointers[0] | pointers[1] | pointers[4])
@@ -242,11 +221,11 @@ def run_forward(
         else:
             arguments = pack(FORWARD[plan.wide], *pointers, *plan.sizes, momentum, divisor, eps, phi.alpha, phi.code)
             made = "batch_norm_forward", plan.kernel, plan.launch, arguments
-        _launch(plan, FORWARD_LAUNCHES, call, *made, x)
+        call.launch(runtime, *made, x, replayable=not plan.copied)
     return y, statistics, kept
 
 
-def run_inference(plan: Plan, arrays: tuple, eps: float, phi: Activation, call: Call | None = None) -> Any:
+def run_inference(plan: Plan, arrays: tuple, eps: float, phi: Activation, call: Call = NEW) -> Any:
     """Run the inference forward on the arrays INFERENCE_NAMES; return the output."""
     out, x, residual, gamma, beta, running_mean, running_var = arrays
     runtime = plan.runtime
@@ -257,12 +236,12 @@ def run_inference(plan: Plan, arrays: tuple, eps: float, phi: Activation, call: 
     if runtime is None:
         inference_host(plan.layout, x, residual, (gamma, beta, running_mean, running_var), eps, phi, out)
     else:
-        if call is None or not call.on_one_device:
-            check.one_device(runtime, INFERENCE_NAMES, arrays)
+        check.one_device(runtime, INFERENCE_NAMES, arrays)
         sources = _sources(plan, x=x, residual=residual)
         pointers = addresses(runtime, *sources, gamma, beta, out, running_mean, running_var)
         arguments = pack(INFERENCE[plan.wide], *pointers, *plan.sizes, eps, phi.alpha, phi.code)
-        _launch(plan, INFERENCE_LAUNCHES, call, "batch_norm_forward", plan.kernel, plan.launch, arguments, x)
+        made = "batch_norm_forward", plan.kernel, plan.launch, arguments
+        call.launch(runtime, *made, x, replayable=not plan.copied)
     return out
 
 
@@ -272,7 +251,7 @@ def run_backward(
     eps: float,
     phi: Activation,
     kept: Kept | None = None,
-    call: Call | None = None,
+    call: Call = NEW,
 ) -> tuple[Any, ...]:
     """Run either backward on the arrays BACKWARD_NAMES; return the gradients, the residual's too where there is one."""
     dx, dgamma, dbeta, dresidual, dy, x, residual, gamma, beta, statistics, running_mean, running_var = arrays
@@ -295,15 +274,14 @@ def run_backward(
         outputs = dx, dgamma, dbeta, dresidual
         backward_host(plan.layout, (dy, x, residual), (gamma, beta, *rows), eps, phi, kept, outputs)
     else:
-        if call is None or not call.on_one_device:
-            check.one_device(runtime, BACKWARD_NAMES, arrays)
+        check.one_device(runtime, BACKWARD_NAMES, arrays)
         sources = _sources(plan, dy=dy, x=x, residual=residual)
         before = addresses(runtime, *sources, gamma, beta)
         after = addresses(runtime, dx, dgamma, dbeta, dresidual)
         if statistics is None:
-            known, rows = INFERENCE_BACKWARD_LAUNCHES, addresses(runtime, *rows)
+            rows = addresses(runtime, *rows)
         else:  # to slice an array costs more than all of this
-            known, mean, row = BACKWARD_LAUNCHES, runtime.pointer(statistics), plan.layout.channels * wide.itemsize
+            mean, row = runtime.pointer(statistics), plan.layout.channels * wide.itemsize
             rows = mean, mean + row, mean + 2 * row
         pointers = (*before, *rows, *after)
         spread = _spread(plan, "backward", x, before[0] | before[1] | before[2] | after[0] | after[3])
@@ -312,5 +290,5 @@ def run_backward(
         else:
             arguments = pack(BACKWARD[wide], *pointers, *plan.sizes, eps, phi.alpha, phi.code)
             made = "batch_norm_backward", plan.kernel, plan.launch, arguments
-        _launch(plan, known, call, *made, x)
+        call.launch(runtime, *made, x, replayable=not plan.copied)
     return (dx, dgamma, dbeta) if residual is None else (dx, dgamma, dbeta, dresidual)

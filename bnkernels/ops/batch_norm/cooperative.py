@@ -15,8 +15,9 @@ import numpy as np
 
 from bnkernels.runtime import seam as rt
 from bnkernels.runtime.arguments import arguments_type, pack
+from bnkernels.runtime.occupancy import most_shared, resident
 from bnkernels.runtime.seam import Launch, Limits, ceil_div
-from bnkernels.runtime.workspace import MOST_BLOCKS, MOST_GROUPS, PARTIALS, counters, most_shared, resident
+from bnkernels.runtime.workspace import MOST_BARRIERS, MOST_SPLITS, PARTIALS, barrier_counters
 
 MIN_BLOCKS = 2  # resident blocks of a multiprocessor, promised by the launch bounds of the kernels
 VECTOR = 16  # bytes that one access moves, as in cuda/lib/numbers/vector.cuh
@@ -121,7 +122,7 @@ def choose_spread(direction: str, tensor: Tensor, limits: Limits) -> Spread | No
         together = block.together()
         if block.keeps_all(together) and block.exchanged(together) <= EXCHANGED * block.read(together):
             break
-    return block.spread(together, min(block.slices, block.resident // together, MOST_GROUPS))
+    return block.spread(together, min(block.slices, block.resident // together, MOST_BARRIERS))
 
 
 def _row(tensor: Tensor) -> int:
@@ -158,7 +159,7 @@ class _Block:
 
     def together(self) -> int:
         """Return how many blocks share a slice: enough to keep it on the chip, and to have work for all."""
-        most = min(self.resident, MOST_BLOCKS, FAN_IN * self.lanes, self.rows // self.lanes)
+        most = min(self.resident, MOST_SPLITS, FAN_IN * self.lanes, self.rows // self.lanes)
         together = 1
         while 2 * together <= most and (2 * together * self.slices <= self.resident or not self.keeps_all(together)):
             together *= 2
@@ -207,7 +208,7 @@ def spread_arguments(
         ARGUMENTS[direction],
         *pointers,
         workspace and workspace + PARTIALS,
-        workspace and counters(workspace),
+        workspace and barrier_counters(workspace),
         *tensor[:3],
         *strides,
         spread.held,

@@ -14,6 +14,7 @@ from bnkernels.ops.batch_norm import call as plans
 from bnkernels.ops.batch_norm.masked_grouped import GRADIENTS, Options, Stage, is_narrow, run
 from bnkernels.runtime import checks as check
 from bnkernels.runtime import overlap
+from bnkernels.runtime.replay import NEW
 
 
 def batch_norm_inference(
@@ -79,10 +80,10 @@ def batch_norm_inference(
     """
     given = x, residual, gamma, beta, running_mean, running_var
     outputs = None if out is None else (out,)
-    call = None
+    call = NEW
     if mask is None and grouped is False:
-        call = plans.INFERENCE_LAUNCHES.again(outputs, given, None, eps, axis, activation, alpha)
-        if call is True:
+        call = plans.INFERENCE_CALLS.replay(outputs, given, None, eps, axis, activation, alpha)
+        if call.replayed:
             return out
     eps = check.epsilon(eps, x)
     axis, phi = check.integer("axis", axis), activation_named(activation, alpha)
@@ -161,10 +162,10 @@ def batch_norm_inference_backward(
     (array([[1.5]]), array([6.]), array([3.]))
     """
     given, running = (dy, x, residual, gamma, beta), (running_mean, running_var)
-    call = None
+    call = NEW
     if mask is None and grouped is False:
-        call = plans.INFERENCE_BACKWARD_LAUNCHES.again(out, given + running, None, eps, axis, activation, alpha)
-        if call is True:
+        call = plans.INFERENCE_BACKWARD_CALLS.replay(out, given + running, None, eps, axis, activation, alpha)
+        if call.replayed:
             return out
     eps = check.epsilon(eps, x)
     outputs = check.pack_gradients(out, residual)

@@ -21,6 +21,7 @@ from bnkernels.ops.batch_norm import call as plans
 from bnkernels.ops.batch_norm.masked_grouped import GRADIENTS, Options, Stage, is_narrow, run
 from bnkernels.runtime import checks as check
 from bnkernels.runtime import overlap
+from bnkernels.runtime.replay import NEW
 
 
 def batch_norm_forward(
@@ -124,11 +125,11 @@ def batch_norm_forward(
     >>> mean
     array([2., 0.])
     """
-    call = None
+    call = NEW
     if mask is None and grouped is False and renorm is None:
         given = running_mean, running_var, x, residual, gamma, beta
-        call = plans.FORWARD_LAUNCHES.again(out, given, momentum, eps, axis, activation, alpha, unbiased)
-        if call is True:
+        call = plans.FORWARD_CALLS.replay(out, given, momentum, eps, axis, activation, alpha, unbiased)
+        if call.replayed:
             return out
     y, statistics = check.pack_outputs(out, ("y", "statistics"))
     momentum, unbiased = check.number("momentum", momentum, 0, 1), check.boolean("unbiased", unbiased)
@@ -219,10 +220,10 @@ def batch_norm_backward(
     >>> bool(abs(dx.sum()) < 1e-15), dbeta
     (True, array([1.]))
     """
-    given, call = (dy, x, residual, gamma, beta, statistics), None
+    given, call = (dy, x, residual, gamma, beta, statistics), NEW
     if mask is None and grouped is False:
-        call = plans.BACKWARD_LAUNCHES.again(out, given, None, None, axis, activation, alpha)
-        if call is True:
+        call = plans.BACKWARD_CALLS.replay(out, given, None, None, axis, activation, alpha)
+        if call.replayed:
             return out
     outputs = check.pack_gradients(out, residual)
     axis, phi = check.integer("axis", axis), activation_named(activation, alpha)

@@ -1,7 +1,7 @@
-"""How networks are trained in one launch: by a block each, or by a group of blocks each that meet.
+"""Launch choice of fused training: one block a network, or several with a grid barrier.
 
-A pure function of sizes and limits. The thresholds follow from what the kernels of ``cuda/fused_training*.cu`` hold on
-the chip; none has been tuned.
+A pure function of problem and limits. The thresholds follow from what the kernels of ``cuda/fused_training*.cu`` hold
+on the chip; none has been tuned.
 """
 
 from __future__ import annotations
@@ -10,26 +10,37 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bnkernels.ops import gemm
 from bnkernels.ops.activations import activation_named
-from bnkernels.ops.fused_training.network import Network
-from bnkernels.ops.linear_batch_norm import launch as linear
-from bnkernels.runtime.seam import Launch, Limits, ceil_div
-from bnkernels.runtime.workspace import MOST_GROUPS, most_shared, resident
+from bnkernels.ops.fused_training.spec import NetworkSpec
+from bnkernels.runtime.arguments import arguments_type, suffix
+from bnkernels.runtime.occupancy import most_shared, resident
+from bnkernels.runtime.seam import Launch, LaunchPlan, Limits, ceil_div
+from bnkernels.runtime.workspace import MOST_BARRIERS
 
+POINTERS = (
+    "x labels indices seeds schedule layers parameters first second running losses rates workspace barrier_counter"
+)
+SIZES = (
+    "steps batch depth parameter_count running_count rows index_stride data_rows first_step scratch_rows "
+    "workspace_count blocks width widest"
+)
+SCALARS = "beta1 beta2 one_minus_beta1 one_minus_beta2 optimizer_eps correction eps alpha"
+ARGUMENTS = arguments_type(POINTERS, SIZES, SCALARS, "activation optimizer subwarp_size")
 EXAMPLES = 8  # of a thread, as in cuda/lib/gemm/subwarp.cuh
-TEAMS = (8, 16, 32)  # threads that share a neuron
-MOST_EXAMPLES_OF_BLOCK = EXAMPLES * TEAMS[-1]
-MOST_EXAMPLES = linear.MOST_ROWS
+SUBWARPS = (8, 16, 32)  # threads that share a neuron
+MOST_EXAMPLES_OF_BLOCK = EXAMPLES * SUBWARPS[-1]
+MOST_EXAMPLES = gemm.MOST_ROWS
 THREADS = {np.dtype(np.float32): 512, np.dtype(np.float64): 256}  # at most: the launch bounds of cuda/fused_training.cu
-FEWEST_THREADS = 128  # that a step is shared by, however few neurons there are
+FEWEST_THREADS = 128  # of a block, however few neurons there are
 CLUSTER = 8  # blocks, as in cuda/lib/sync/grid_barrier.cuh
 OPTIMIZERS = {"sgd": 0, "momentum": 1, "adam": 2}  # the number of each is also that of its states
 
 
-class Sizes(NamedTuple):
-    """What is trained: M networks, and the numbers of parameters and of running statistics of each."""
+class Problem(NamedTuple):
+    """M networks, and the numbers of parameters and of running statistics of each."""
 
-    network: Network
+    network: NetworkSpec
     batch: int
     optimizer: str
     dtype: np.dtype
@@ -43,13 +54,13 @@ class Sizes(NamedTuple):
         return sum(layer.outputs for layer in self.network.layers)
 
     @property
-    def team(self) -> int:
-        """How many threads of a block share a neuron."""
-        return next((team for team in TEAMS if EXAMPLES * team >= self.batch), TEAMS[-1])
+    def subwarp_size(self) -> int:
+        """The threads of a block that share a neuron."""
+        return next((size for size in SUBWARPS if EXAMPLES * size >= self.batch), SUBWARPS[-1])
 
     @property
     def constants(self) -> tuple[tuple[str, int], ...]:
-        """What the kernels are compiled for, of the members of their argument."""
+        """Members of the argument that are known when the kernels are compiled."""
         activation = activation_named(self.network.activation).code
         return ("activation", activation), ("optimizer", OPTIMIZERS[self.optimizer]), ("batch", self.batch)
 
@@ -59,128 +70,122 @@ class Sizes(NamedTuple):
         return max(layer.outputs for layer in self.network.layers)
 
     @property
-    def memory(self) -> int:
-        """The numbers that a group keeps in global memory, laid out as ``multi_block_step_by_*.cuh`` says."""
+    def workspace_count(self) -> int:
+        """The numbers of a network in global memory, laid out as ``cuda/lib/train/multi_block_step_by_*.cuh`` says."""
         first = self.network.layers[0]
         if self.network.scratch_rows:
             return self.batch * (2 * first.inputs + 4 * self.rows + 1)
         return self.batch * (2 * first.inputs + 2 * self.rows + first.outputs) + self.rows
 
 
-class Choice(NamedTuple):
-    """A kernel, its launch, and of a group: how many blocks, and how many neurons each owns at a time."""
+def choose(problem: Problem, limits: Limits) -> LaunchPlan | None:
+    """Return the plan: one block a network if it fits, else several; None if neither does, see `why_not`.
 
-    kernel: str
-    launch: Launch
-    blocks: int = 1
-    width: int = 0
-
-
-def choose(sizes: Sizes, limits: Limits) -> Choice | None:
-    """Return how the networks are trained: by a block each if they fit, else by groups; None: `why_not` knows why.
-
-    A group has as many blocks as leave each the fewest neurons, if so many can be resident for every model at once.
-    Where that is no more than a cluster of this device, it is one: its blocks meet faster, and any number of models has
-    room.
+    Several are as many blocks as leave each the fewest neurons, if so many can be resident for every model at once.
+    Where that is no more than a cluster of this device, they are one: its barrier is faster, and any number of models
+    has room.
 
     Examples
     --------
-    >>> from bnkernels.ops.fused_training.network import Layer, Network
+    >>> from bnkernels.ops.fused_training.spec import LayerSpec, NetworkSpec
     >>> h200 = Limits(132, 227 * 1024, 228 * 1024, True)
-    >>> paper = tuple(Layer(i, o, 0, 0, 0) for i, o in ((784, 100), (100, 100), (100, 100), (100, 10)))
-    >>> choice = choose(Sizes(Network(paper), 60, "sgd", np.dtype("float32"), 100_000, 600), h200)
-    >>> choice.kernel, choice.launch.grid, choice.blocks, choice.width
-    ('fused_training_grid', (1, 32, 1), 32, 4)
+    >>> paper = tuple(LayerSpec(i, o, 0, 0, 0) for i, o in ((784, 100), (100, 100), (100, 100), (100, 10)))
+    >>> plan = choose(Problem(NetworkSpec(paper), 60, "sgd", np.dtype("float32"), 100_000, 600), h200)
+    >>> plan.kernel, plan.launch.grid, plan.splits, plan.width
+    ('bnk_fused_training_grid_f32', (1, 32, 1), 32, 4)
     """
-    if _why_no_block(sizes, limits) is None:
-        return _by_blocks(sizes)
-    if _why_no_group(sizes, limits) is None:
-        return _by_groups(sizes, limits)
+    if _why_not_one(problem, limits) is None:
+        return _one_block(problem)
+    if _why_not_several(problem, limits) is None:
+        return _multi_block(problem, limits)
     return None
 
 
-def why_not(sizes: Sizes, limits: Limits) -> str | None:
+def why_not(problem: Problem, limits: Limits) -> str | None:
     """Return why the networks cannot be trained in one launch, or None.
 
     Examples
     --------
-    >>> from bnkernels.ops.fused_training.network import Layer, Network
+    >>> from bnkernels.ops.fused_training.spec import LayerSpec, NetworkSpec
     >>> h200 = Limits(132, 227 * 1024, 228 * 1024, True)
-    >>> wide = tuple(Layer(i, o, 0, 0, 0) for i, o in ((64, 2000), (2000, 10)))
-    >>> why_not(Sizes(Network(wide), 60, "sgd", np.dtype("float32"), 200_000, 4000), h200)
+    >>> layers = tuple(LayerSpec(i, o, 0, 0, 0) for i, o in ((64, 2000), (2000, 10)))
+    >>> why_not(Problem(NetworkSpec(layers), 60, "sgd", np.dtype("float32"), 200_000, 4000), h200)
     'one block needs 1,953,152 bytes of shared memory and has 232,448; several take layers of at most 1024, got 2000'
     """
-    reasons = _why_no_block(sizes, limits), _why_no_group(sizes, limits)
+    reasons = _why_not_one(problem, limits), _why_not_several(problem, limits)
     return None if None in reasons else "; ".join(map(str, reasons))
 
 
-def shared_bytes(sizes: Sizes) -> int:
-    """Return the shared memory that a block needs for a network of its own, laid out as ``Kept`` in the kernel."""
-    network, inputs = sizes.network, sizes.network.layers[0].inputs
-    pitch = EXAMPLES * sizes.team + 4
-    rstds = len(network.layers) * pitch if network.scratch_rows else sizes.rows
-    kept = sizes.parameters * (1 + OPTIMIZERS[sizes.optimizer]) + sizes.running + rstds
-    numbers = ceil_div(kept, 4) * 4 + 8
-    return (numbers + pitch * (3 + 2 * inputs + 2 * sizes.rows + network.scratch_rows)) * sizes.dtype.itemsize
+def shared_bytes(problem: Problem) -> int:
+    """Return the shared memory that a block needs for a network of its own, laid out as in the kernel."""
+    network, inputs = problem.network, problem.network.layers[0].inputs
+    pitch = EXAMPLES * problem.subwarp_size + 4
+    rstds = len(network.layers) * pitch if network.scratch_rows else problem.rows
+    saved = problem.parameters * (1 + OPTIMIZERS[problem.optimizer]) + problem.running + rstds
+    numbers = ceil_div(saved, 4) * 4 + 8
+    return (numbers + pitch * (3 + 2 * inputs + 2 * problem.rows + network.scratch_rows)) * problem.dtype.itemsize
 
 
-def _why_no_block(sizes: Sizes, limits: Limits) -> str | None:
-    if sizes.batch > MOST_EXAMPLES_OF_BLOCK:
-        return f"one block takes mini-batches of at most {MOST_EXAMPLES_OF_BLOCK}, got {sizes.batch}"
-    needed = shared_bytes(sizes)
+def _why_not_one(problem: Problem, limits: Limits) -> str | None:
+    if problem.batch > MOST_EXAMPLES_OF_BLOCK:
+        return f"one block takes mini-batches of at most {MOST_EXAMPLES_OF_BLOCK}, got {problem.batch}"
+    needed = shared_bytes(problem)
     if needed > limits.shared_bytes:
         return f"one block needs {needed:,} bytes of shared memory and has {limits.shared_bytes:,}"
     return None
 
 
-def _by_blocks(sizes: Sizes) -> Choice:
+def _one_block(problem: Problem) -> LaunchPlan:
     """Return the launch of a block for each model, of as many threads as the widest layer has work for."""
-    wanted = max(FEWEST_THREADS, sizes.batch, min(sizes.widest * sizes.team, THREADS[sizes.dtype]))
-    block, constants = (ceil_div(wanted, 32) * 32, 1, 1), (*sizes.constants, ("subwarp_size", sizes.team))
-    launch = Launch((sizes.models, 1, 1), block, shared_bytes(sizes), constants=constants)
-    return Choice("fused_training_layer_norm" if sizes.network.scratch_rows else "fused_training", launch)
+    wanted = max(FEWEST_THREADS, problem.batch, min(problem.widest * problem.subwarp_size, THREADS[problem.dtype]))
+    block, constants = (ceil_div(wanted, 32) * 32, 1, 1), (*problem.constants, ("subwarp_size", problem.subwarp_size))
+    launch = Launch((problem.models, 1, 1), block, shared_bytes(problem), constants=constants)
+    return _plan(problem, "fused_training", "", launch)
 
 
-def _group(sizes: Sizes, limits: Limits) -> tuple[int, int, int]:
-    """Return the blocks of a group, the neurons or examples that each owns at a time, and the bytes of its memory."""
-    layer_norm = bool(sizes.network.scratch_rows)
-    owned = max(sizes.batch, sizes.widest) if layer_norm else sizes.widest
-    on_device = resident(limits, linear.THREADS, most_shared(limits, linear.MIN_BLOCKS), linear.MIN_BLOCKS)
-    most = 1 << (max(on_device // sizes.models, 1).bit_length() - 1)
-    product = linear.Sizes(sizes.batch, sizes.widest, sizes.widest, sizes.dtype)
-    widths = [teams * product.columns for teams in linear.TEAMS]
-    width = next((width for width in widths if ceil_div(owned, width) <= most), widths[-1])
+def _plan(problem: Problem, source: str, barrier: str, launch: Launch, splits: int = 1, width: int = 0) -> LaunchPlan:
+    norm = "_layer_norm" if problem.network.scratch_rows else ""
+    kernel = f"bnk_fused_training{barrier}{norm}_{suffix(problem.dtype)}"
+    return LaunchPlan(source, kernel, launch, ARGUMENTS[problem.dtype], splits, width)
+
+
+def _tiles(problem: Problem, limits: Limits) -> tuple[int, int, int]:
+    """Return the blocks of a network, the neurons or examples that each owns at a time, and its shared memory."""
+    layer_norm = bool(problem.network.scratch_rows)
+    owned = max(problem.batch, problem.widest) if layer_norm else problem.widest
+    on_device = resident(limits, gemm.THREADS, most_shared(limits, gemm.MIN_BLOCKS), gemm.MIN_BLOCKS)
+    most = 1 << (max(on_device // problem.models, 1).bit_length() - 1)
+    width = gemm.tile_width(owned, most, problem.dtype)
     blocks = min(most, 1 << (ceil_div(owned, width) - 1).bit_length())
     if limits.clusters and (blocks <= CLUSTER or not limits.cooperative):
         blocks = CLUSTER
-        width = next((width for width in widths if ceil_div(owned, width) <= blocks), widths[-1])
-    of_layers = len(sizes.network.layers) * width if layer_norm else 0
-    tile = width * linear.pitch(sizes.widest if layer_norm else sizes.batch)
-    numbers = of_layers + 7 * linear.pitch(sizes.batch) + tile + product.product_numbers(width)
-    return blocks, width, numbers * sizes.dtype.itemsize
+        width = gemm.tile_width(owned, blocks, problem.dtype)
+    of_layers = len(problem.network.layers) * width if layer_norm else 0
+    tile = width * gemm.pitch(problem.widest if layer_norm else problem.batch)
+    numbers = of_layers + 7 * gemm.pitch(problem.batch) + tile + gemm.shared_numbers(width, problem.dtype)
+    return blocks, width, numbers * problem.dtype.itemsize
 
 
-def _why_no_group(sizes: Sizes, limits: Limits) -> str | None:
-    if sizes.batch > MOST_EXAMPLES:
-        return f"several take mini-batches of at most {MOST_EXAMPLES}, got {sizes.batch}"
-    largest = max(sizes.widest, *(layer.inputs for layer in sizes.network.layers))
-    if largest > linear.MOST_NEURONS:
-        return f"several take layers of at most {linear.MOST_NEURONS}, got {largest}"
-    blocks, _, needed = _group(sizes, limits)
+def _why_not_several(problem: Problem, limits: Limits) -> str | None:
+    if problem.batch > MOST_EXAMPLES:
+        return f"several take mini-batches of at most {MOST_EXAMPLES}, got {problem.batch}"
+    largest = max(problem.widest, *(layer.inputs for layer in problem.network.layers))
+    if largest > gemm.MOST_NEURONS:
+        return f"several take layers of at most {gemm.MOST_NEURONS}, got {largest}"
+    blocks, _, needed = _tiles(problem, limits)
     if blocks > 1 and not (limits.cooperative or limits.clusters):
         return "several would have to wait for each other, which this device cannot"
-    if needed > (most := most_shared(limits, linear.MIN_BLOCKS)):
+    if needed > (most := most_shared(limits, gemm.MIN_BLOCKS)):
         return f"several need {needed:,} bytes of shared memory each and have {most:,}"
     return None
 
 
-def _by_groups(sizes: Sizes, limits: Limits) -> Choice:
-    blocks, width, shared = _group(sizes, limits)
+def _multi_block(problem: Problem, limits: Limits) -> LaunchPlan:
+    blocks, width, shared = _tiles(problem, limits)
     cluster = limits.clusters and blocks == CLUSTER
-    assert cluster or blocks == 1 or sizes.models <= MOST_GROUPS, "no device has so many multiprocessors"
-    # Of two dimensions, so that nobody cuts it where fewer blocks are resident than were planned.
-    grid = (sizes.models * blocks, 1, 1) if cluster else (sizes.models, blocks, 1)
-    constants = (*sizes.constants, ("blocks", blocks), ("width", width))
-    launch = Launch(grid, (linear.THREADS, 1, 1), shared, not cluster and blocks > 1, constants)
-    kernel = f"fused_training_{'cluster' if cluster else 'grid'}{'_layer_norm' if sizes.network.scratch_rows else ''}"
-    return Choice(kernel, launch, blocks, width)
+    assert cluster or blocks == 1 or problem.models <= MOST_BARRIERS, "no device has so many multiprocessors"
+    # Two dimensions: CuPy cuts a cooperative grid of one if fewer blocks are resident than planned.
+    grid = (problem.models * blocks, 1, 1) if cluster else (problem.models, blocks, 1)
+    constants = (*problem.constants, ("blocks", blocks), ("width", width))
+    launch = Launch(grid, (gemm.THREADS, 1, 1), shared, not cluster and blocks > 1, constants)
+    return _plan(problem, "fused_training_multi_block", "_cluster" if cluster else "_grid", launch, blocks, width)

@@ -1,4 +1,4 @@
-"""Many training steps of multilayer perceptrons in one launch: weights, statistics and optimiser stay on the chip.
+"""Fused training: many steps of multilayer perceptrons in one launch, weights and optimiser state on the chip.
 
 CuPy arrays run ``cuda/fused_training.cu``, one block a network, or ``fused_training_multi_block.cu``, several a
 network; NumPy arrays run the same steps op by op.
@@ -12,32 +12,25 @@ from typing import Any
 import numpy as np
 
 from bnkernels.ops.activations import activation_named
-from bnkernels.ops.fused_training.launch import MOST_EXAMPLES, OPTIMIZERS, Choice, Sizes, choose, why_not
-from bnkernels.ops.fused_training.network import Layer, Network, check_network, check_places, check_rows
-from bnkernels.ops.fused_training.reference import train_host
+from bnkernels.ops.fused_training import reference
+from bnkernels.ops.fused_training.launch import MOST_EXAMPLES, OPTIMIZERS, Problem, choose, why_not
+from bnkernels.ops.fused_training.spec import LayerSpec, NetworkSpec, check_network, check_offsets, check_rows
 from bnkernels.ops.mini_batch import check_seed, random_rows
 from bnkernels.ops.parameter_update import ADAM_EPS, BETA1, BETA2, state_names, update_schedule
 from bnkernels.runtime import checks as check
-from bnkernels.runtime import overlap, registry
-from bnkernels.runtime import seam as rt
-from bnkernels.runtime.arguments import addresses, arguments_type, empty, pack, suffix
-from bnkernels.runtime.workspace import counters
+from bnkernels.runtime.arguments import addresses, empty, pack
+from bnkernels.runtime.operands import Operands
+from bnkernels.runtime.seam import LaunchPlan, Runtime
+from bnkernels.runtime.workspace import barrier_counters
 
-POINTERS = (
-    "x labels indices seeds schedule layers parameters first second running losses rates workspace barrier_counter"
+__all__ = ["LayerSpec", "NetworkSpec", "fused_training"]
+OPERANDS = Operands(
+    "losses parameters first second running", "x labels indices", optional="losses first second running indices"
 )
-SIZES = (
-    "steps batch depth parameter_count running_count rows index_stride data_rows first_step scratch_rows "
-    "workspace_count blocks width widest"
-)
-SCALARS = "beta1 beta2 one_minus_beta1 one_minus_beta2 optimizer_eps correction eps alpha"
-ARGUMENTS = arguments_type(POINTERS, SIZES, SCALARS, "activation optimizer subwarp_size")
-__all__ = ["Layer", "Network", "fused_training"]
-NAMES = ("losses", "parameters", "first", "second", "running", "x", "labels", "indices")
 
 
 def fused_training(
-    network: Network,
+    network: NetworkSpec,
     parameters: Any,
     state: tuple[Any, ...],
     running: Any,
@@ -58,37 +51,37 @@ def fused_training(
 
     Parameters
     ----------
-    network : Network
-        What is trained.
+    network : NetworkSpec
+        Specification of the networks, such as `MLP.fused`.
     parameters : array, shape (P,) or (M, P), float32 or float64
         All parameters, of one model or of M; updated in place. Layers begin at multiples of 4.
     state : tuple of arrays, shape of `parameters`
-        Of the optimiser: none, (velocity,) or (first, second); updated in place.
+        State of the optimiser: (), (velocity,) or (first, second); updated in place.
     running : array, shape (R,) or (M, R), or None
         All running statistics, updated in place. None: not tracked.
     x : array, shape (rows, inputs), dtype of `parameters`
         Examples; C order. Never written.
     labels : array, shape (rows,), int32
-        Their classes. On a GPU one outside the classes makes the loss and the parameters NaN: to look would wait for
-        the device.
+        Classes of the examples. On a GPU a wrong one makes the loss and the parameters NaN: to look would wait for the
+        device.
     batch : int
         Examples of a mini-batch, from 2 to 512.
     indices : array, shape (steps, batch) or (M, steps, batch), int32, optional
-        Which rows are the mini-batches, of all models or of each. On a GPU they are not checked: to look would
-        wait for the device. Without them the mini-batches are the rows in their order; what is left over is not used.
+        Rows of the mini-batches, of all models or of each. On a GPU they are not checked: to look would wait for the
+        device. Without them the mini-batches are the rows in their order; what is left over is not used.
     seed : int or sequence of M ints, optional
-        Of all models or of each: draw the mini-batches at random, with replacement, as `random_rows` says.
+        Seed, or one for each model. If given, mini-batches are drawn with replacement, as `random_rows` says.
     steps : int, optional
-        How many, where there is a seed.
+        Number of steps, if there is a seed.
     optimizer : {"sgd", "momentum", "adam"}
-        With the constants of `sgd_update`, `momentum_update` (0.9) and `adam_update`.
+        Optimiser, with the constants of `sgd_update`, `momentum_update` (0.9) and `adam_update`.
     lr : float or sequence of M floats
-        Learning rate, of all models or of each.
+        Learning rate, or one for each model.
     steps_before, batches_before : int
-        Steps that were made before, for Adam and for drawing; mini-batches that the running statistics have seen
-        before, for a momentum of None.
+        Number of steps already made, for Adam and for drawing, and of mini-batches that the running statistics have
+        seen, for a momentum of None.
     out : array, shape (steps,) or (M, steps), dtype of `parameters`, optional
-        Where to write the losses.
+        Array for the losses.
 
     Returns
     -------
@@ -97,11 +90,9 @@ def fused_training(
 
     Raises
     ------
-    TypeError
-        If an argument is not an array of the right kind or data type, or arrays of NumPy and CuPy are mixed.
-    ValueError
-        If a shape, layout or value is wrong, arrays or layers overlap, the network does not fit, or, for NumPy arrays,
-        a label or an index is out of range; nothing is changed then.
+    TypeError, ValueError
+        If an argument is wrong, the network does not fit, or, for NumPy arrays, a label or an index is out of range;
+        nothing is written then.
 
     Notes
     -----
@@ -115,12 +106,12 @@ def fused_training(
     Examples
     --------
     >>> import numpy as np
-    >>> layers = (Layer(2, 4, 0, 8, 12), Layer(4, 2, 16, -1, 24))
+    >>> layers = (LayerSpec(2, 4, 0, 8, 12), LayerSpec(4, 2, 16, -1, 24))
     >>> weights = np.linspace(-1, 1, 8)
     >>> parameters = np.concatenate([weights, np.ones(4), np.zeros(4), -weights, np.zeros(4)])
     >>> x = np.array([[0.0, 0], [1, 1], [0, 1], [1, 0]] * 25)
     >>> labels = np.array([0, 0, 1, 1] * 25, np.int32)
-    >>> losses = fused_training(Network(layers), parameters, (), None, x, labels, batch=4, lr=0.5)
+    >>> losses = fused_training(NetworkSpec(layers), parameters, (), None, x, labels, batch=4, lr=0.5)
     >>> losses.shape, bool(losses[-1] < losses[0])
     ((25,), True)
     """
@@ -133,10 +124,10 @@ def fused_training(
     arrays = (out, parameters, first, second, running, x, labels, indices)
     if (seed is None) != (steps is None) or (seed is not None and indices is not None):
         raise ValueError("seed and steps go together, and without indices: they draw the mini-batches")
-    runtime, models, steps = _checked(network, batch, arrays, steps)
+    runtime, args = OPERANDS.check(*arrays)
+    models, steps = _sizes(args, network, batch, steps)
     rates = np.array([check.number("lr", rate, 0) for rate in _of_each("lr", lr, models)])
     seeds = None if seed is None else np.array([check_seed(one) for one in _of_each("seed", seed, models)], np.uint32)
-    overlap.check_outputs(runtime, NAMES, arrays, written=5)
     losses = empty(runtime, (*parameters.shape[:-1], steps), parameters) if out is None else out
     schedule = _schedule(network, optimizer, steps, *before)
     if steps == 0:
@@ -145,22 +136,21 @@ def fused_training(
         check_rows(network, labels, indices, steps, batch, seeds is not None)
         _train_each(network, batch, optimizer, arrays[1:], losses, rates, seeds, before)
         return losses
-    check.one_device(runtime, NAMES, arrays)
     count = 0 if running is None else running.shape[-1]
-    sizes = Sizes(network, batch, optimizer, parameters.dtype, parameters.shape[-1], count, models)
-    choice = choose(sizes, runtime.limits(x))
-    if choice is None:
+    problem = Problem(network, batch, optimizer, parameters.dtype, parameters.shape[-1], count, models)
+    plan = choose(problem, runtime.limits(x))
+    if plan is None:
         raise ValueError(
-            f"the network does not fit: {why_not(sizes, runtime.limits(x))}; train it layer by layer, or as a graph"
+            f"the network does not fit: {why_not(problem, runtime.limits(x))}; train it layer by layer, or as a graph"
         )
-    _launch(runtime, sizes, choice, arrays[1:], losses, (_table(network), schedule, rates, seeds), before[0])
+    _launch(runtime, problem, plan, arrays[1:], losses, (_table(network), schedule, rates, seeds), before[0])
     return losses
 
 
 def _train_each(
-    network: Network, batch: int, optimizer: str, arrays: tuple, losses: Any, rates: Any, seeds: Any, before: tuple
+    network: NetworkSpec, batch: int, optimizer: str, arrays: tuple, losses: Any, rates: Any, seeds: Any, before: tuple
 ) -> None:
-    """Train one model after the other, on NumPy arrays: those of `NAMES` without the losses."""
+    """Train one model after the other, on NumPy arrays: those of `OPERANDS` without the losses."""
     (*updated, x, labels, indices), one_model = arrays, losses.ndim == 1
     for model, rate in enumerate(rates.tolist()):
         mine = (array if array is None or one_model else array[model] for array in (*updated, losses))
@@ -170,38 +160,44 @@ def _train_each(
             drawn = random_rows(int(seeds[model]), own_losses.size * batch, len(x), start=before[0] * batch)
             rows = drawn.reshape(-1, batch)
         state = tuple(moment for moment in (first, second) if moment is not None)
-        train_host(network, parameters, state, running, x, labels, rows, batch, optimizer, rate, before, own_losses)
+        reference.train(
+            network, parameters, state, running, x, labels, rows, batch, optimizer, rate, before, own_losses
+        )
 
 
 def _launch(
-    runtime: rt.Runtime, sizes: Sizes, choice: Choice, arrays: tuple, losses: Any, host: tuple, steps_before: int
+    runtime: Runtime, problem: Problem, plan: LaunchPlan, arrays: tuple, losses: Any, host: tuple, steps_before: int
 ) -> None:
-    """Enqueue the one launch. `arrays` are those of `NAMES` without the losses; `host` is what comes from there."""
-    network, dtype, (*updated, x, labels, indices) = sizes.network, sizes.dtype, arrays
+    """Enqueue the one launch.
+
+    Its argument holds numbers of this call alone, such as the steps before, so it is not replayed. `arrays` are those
+    of `OPERANDS` without the losses, `host` arrays on the host.
+    """
+    network, dtype, (*updated, x, labels, indices) = problem.network, problem.dtype, arrays
     table, schedule, rates, seeds = (
         None if array is None else runtime.on_device(array if array.dtype.kind in "iu" else array.astype(dtype), x)
         for array in host
     )
     given = [x, labels, indices, seeds, schedule, table, *updated, losses, rates]
     index_stride = indices[0].size if indices is not None and len(indices.shape) == 3 else 0
-    counts = sizes.parameters, sizes.running, sizes.rows, index_stride, x.shape[0], steps_before
-    numbers = schedule.shape[0], sizes.batch, len(network.layers), *counts
+    counts = problem.parameters, problem.running, problem.rows, index_stride, x.shape[0], steps_before
+    numbers = schedule.shape[0], problem.batch, len(network.layers), *counts
     phi = activation_named(network.activation)
     scalars = BETA1, BETA2, 1 - BETA1, 1 - BETA2, ADAM_EPS, float(network.unbiased), network.eps, phi.alpha
-    codes = phi.code, OPTIMIZERS[sizes.optimizer]
-    source, workspace, counter, of_several = "fused_training", None, 0, (0, 1, 0, 0)
-    if choice.width:
-        source, of_several = "fused_training_multi_block", (sizes.memory, choice.blocks, choice.width, sizes.widest)
-        workspace = empty(runtime, (sizes.models, sizes.memory), x)  # of this stream: free when all is enqueued
-        counter = counters(runtime.workspace(x))
+    codes = phi.code, OPTIMIZERS[problem.optimizer]
+    workspace, counter, of_several = None, 0, (0, 1, 0, 0)
+    if plan.width:
+        of_several = problem.workspace_count, plan.splits, plan.width, problem.widest
+        workspace = empty(runtime, (problem.models, problem.workspace_count), x)  # free when all is enqueued
+        counter = barrier_counters(runtime.workspace(x))
     pointers = *addresses(runtime, *given, workspace), counter
     numbers = *numbers, network.scratch_rows, *of_several
-    record = pack(ARGUMENTS[dtype], *pointers, *numbers, *scalars, *codes, sizes.team)
-    runtime.launch(source, f"bnk_{choice.kernel}_{suffix(dtype)}", choice.launch, record, x)
+    record = pack(plan.arguments, *pointers, *numbers, *scalars, *codes, problem.subwarp_size)
+    runtime.launch(*plan[:3], record, x)
 
 
-def _table(network: Network) -> np.ndarray:
-    """Return the layers as the kernel takes them, each with the row in which its outputs begin."""
+def _table(network: NetworkSpec) -> np.ndarray:
+    """Return the layers for the kernel, each with the row in which its outputs begin."""
     rows, table = 0, []
     for layer in network.layers:
         table.append((*layer, rows))
@@ -209,8 +205,8 @@ def _table(network: Network) -> np.ndarray:
     return np.array(table, np.int32)
 
 
-def _schedule(network: Network, optimizer: str, steps: int, steps_before: int, batches_before: int) -> np.ndarray:
-    """Return of every step, in double precision, the batch-norm momentum and Adam's two corrections."""
+def _schedule(network: NetworkSpec, optimizer: str, steps: int, steps_before: int, batches_before: int) -> np.ndarray:
+    """Return momentum of batch norm and Adam's two corrections for every step, in float64."""
     number = np.arange(1, steps + 1, dtype=np.float64)
     momentum = 1 / (number + batches_before) if network.momentum is None else np.full(steps, network.momentum)
     schedule = update_schedule(optimizer, 0.0, steps, before=steps_before)
@@ -219,7 +215,7 @@ def _schedule(network: Network, optimizer: str, steps: int, steps_before: int, b
 
 
 def _of_each(name: str, given: Any, models: int) -> list[Any]:
-    """Return what was given for all models, or for each, as one for each."""
+    """Return one value for each model."""
     if not (isinstance(given, Sequence) or getattr(given, "ndim", 0) == 1) or isinstance(given, (str, bytes)):
         return [given] * models
     if len(given) != models:
@@ -227,12 +223,12 @@ def _of_each(name: str, given: Any, models: int) -> list[Any]:
     return list(given)
 
 
-def _checked(network: Network, batch: int, arrays: tuple, drawn: int | None) -> tuple[rt.Runtime | None, int, int]:
-    """Check all arrays; return who runs the networks, how many there are, and the number of steps, `drawn` if given."""
-    signatures = dict(zip(NAMES, check.signatures(arrays), strict=True))
-    args = check.arguments(signatures, ("losses", "first", "second", "running", "indices"), written=5)
+def _sizes(
+    args: dict[str, check.Argument | None], network: NetworkSpec, batch: int, drawn: int | None
+) -> tuple[int, int]:
+    """Check all arrays; return the numbers of models and of steps, which are `drawn` if given."""
     parameters, x = args["parameters"], args["x"]
-    check.wide(parameters)
+    check.float32_or_float64(parameters)
     if not 2 <= batch <= MOST_EXAMPLES:
         wanted = f"batch must be from 2 to {MOST_EXAMPLES}"
         raise ValueError(f"{wanted}, got {check.shown(batch)}; train larger mini-batches layer by layer")
@@ -242,7 +238,7 @@ def _checked(network: Network, batch: int, arrays: tuple, drawn: int | None) -> 
     if len(parameters.shape) not in (1, 2) or 0 in parameters.shape[:-1]:
         raise ValueError(f"parameters must have the shape (P,), or (M, P) with M of at least 1, got {parameters.shape}")
     *of_models, count = parameters.shape
-    check_places(network, count, None if args["running"] is None else (0, *args["running"].shape)[-1])
+    check_offsets(network, count, None if args["running"] is None else (0, *args["running"].shape)[-1])
     steps, indices = x.shape[0] // batch, args["indices"]
     if drawn is not None:
         steps = check.integer("steps", drawn, 0)
@@ -259,4 +255,4 @@ def _checked(network: Network, batch: int, arrays: tuple, drawn: int | None) -> 
     if args["running"] is not None:
         check.contiguous(args["running"], (*of_models, *args["running"].shape[-1:]), parameters.dtype)
     check.contiguous(args["losses"], (*of_models, steps), parameters.dtype)
-    return registry.runtime_of(parameters.kind), of_models[0] if of_models else 1, steps
+    return of_models[0] if of_models else 1, steps

@@ -1,4 +1,4 @@
-"""The NumPy twin of ``cuda/fused_training.cu``: the same steps, op by op."""
+"""NumPy reference of fused training: the same steps, op by op."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import numpy as np
 
 from bnkernels.ops.activations import Activation, activation_named
 from bnkernels.ops.batch_norm.training import batch_norm_backward, batch_norm_forward
-from bnkernels.ops.fused_training.network import Layer, Network
+from bnkernels.ops.fused_training.spec import LayerSpec, NetworkSpec
 from bnkernels.ops.layer_norm.op import layer_norm_backward, layer_norm_forward
 from bnkernels.ops.parameter_update import adam_update, momentum_update, sgd_update
 from bnkernels.ops.softmax_cross_entropy import softmax_cross_entropy
 
 
-@np.errstate(all="ignore")  # as kernels do, which have no warnings
-def train_host(
-    network: Network,
+@np.errstate(all="ignore")  # kernels have no warnings either
+def train(
+    network: NetworkSpec,
     parameters: np.ndarray,
     state: tuple[np.ndarray, ...],
     running: np.ndarray | None,
@@ -46,7 +46,7 @@ def train_host(
 class _Views:
     """The parts of a flat array that belong to a layer."""
 
-    def __init__(self, layer: Layer, flat: np.ndarray) -> None:
+    def __init__(self, layer: LayerSpec, flat: np.ndarray) -> None:
         size = layer.inputs * layer.outputs
         self.weight = flat[layer.weight : layer.weight + size].reshape(layer.inputs, layer.outputs)
         self.gamma = flat[layer.gamma : layer.gamma + layer.outputs] if layer.gamma >= 0 else None
@@ -54,7 +54,7 @@ class _Views:
 
 
 def _gradients(
-    network: Network,
+    network: NetworkSpec,
     parameters: np.ndarray,
     running: np.ndarray | None,
     x: np.ndarray,
@@ -63,7 +63,7 @@ def _gradients(
     gradients: np.ndarray,
 ) -> float:
     """Write the gradients of the mean loss of a mini-batch, and update running statistics; return the loss."""
-    phi, kept, h = activation_named(network.activation), [], x
+    phi, saved, h = activation_named(network.activation), [], x
     last = len(network.layers) - 1
     for number, layer in enumerate(network.layers):
         own = _Views(layer, parameters)
@@ -81,13 +81,13 @@ def _gradients(
         else:
             z += own.shift
             h = z if number == last else phi.forward(np, z.copy())
-        kept.append((before, z, statistics, h))
+        saved.append((before, z, statistics, h))
     loss, dz = softmax_cross_entropy(h, labels)
     for number in range(last, -1, -1):
-        layer, (before, z, statistics, h) = network.layers[number], kept[number]
+        layer, (before, z, statistics, h) = network.layers[number], saved[number]
         own, grads = _Views(layer, parameters), _Views(layer, gradients)
         if number < last:
-            dz = _through(network, phi, dz, own, z, statistics, h, grads)
+            dz = _activation_backward(network, phi, dz, own, z, statistics, h, grads)
         else:
             grads.shift[...] = dz.sum(0)
         grads.weight[...] = before.T @ dz
@@ -95,8 +95,8 @@ def _gradients(
     return float(loss.mean(dtype=np.float64))
 
 
-def _through(
-    network: Network, phi: Activation, dh: np.ndarray, own: _Views, z: Any, statistics: Any, h: Any, grads: _Views
+def _activation_backward(
+    network: NetworkSpec, phi: Activation, dh: np.ndarray, own: _Views, z: Any, statistics: Any, h: Any, grads: _Views
 ) -> np.ndarray:
     """Return the gradient before a hidden layer's activation and norm; write those of its vectors."""
     if statistics is None:

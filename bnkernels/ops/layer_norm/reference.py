@@ -1,7 +1,6 @@
-"""The NumPy twins of the layer-norm kernels, on matrices: all in float64, rounded to the data's type at the end.
+"""NumPy reference of layer norm, on matrices: float64 throughout, rounded to the data's type at the end.
 
-Sums are products with ones, which take a third of the time, and everything that can be is in place: see
-``ops/batch_norm/cpu.py``.
+Sums are products with ones, which take a third of the time, and all that can be is in place.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import numpy as np
 
 from bnkernels.ops.activations import Activation
 
-WIDE = np.dtype(np.float64)
+FLOAT64 = np.dtype(np.float64)
 
 
 @lru_cache(maxsize=64)
@@ -33,12 +32,12 @@ def _centre(x: np.ndarray, statistics: np.ndarray) -> np.ndarray:
     Float64 is first shifted by the first value of its row, so that the mean of a constant row is that value.
     """
     mean, low = statistics[0], statistics[1]
-    if x.dtype != WIDE:
-        d = x.astype(WIDE)
-        wide = _means(d)
-        mean[...] = wide
-        low[...] = wide - mean
-        d -= wide[:, None]
+    if x.dtype != FLOAT64:
+        d = x.astype(FLOAT64)
+        exact = _means(d)
+        mean[...] = exact
+        low[...] = exact - mean
+        d -= exact[:, None]
         return d
     d = x - x[:, :1]
     np.add(x[:, 0], _means(d), out=mean)
@@ -49,10 +48,10 @@ def _centre(x: np.ndarray, statistics: np.ndarray) -> np.ndarray:
 
 
 def _activated(
-    xhat: np.ndarray, gamma: np.ndarray | None, beta: np.ndarray | None, kind: np.dtype, phi: Activation
+    xhat: np.ndarray, gamma: np.ndarray | None, beta: np.ndarray | None, acc_dtype: np.dtype, phi: Activation
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the input of the activation, which may be used up, and its output, in the accumulator's type."""
-    z = np.empty(xhat.shape, kind)
+    z = np.empty(xhat.shape, acc_dtype)
     if gamma is None:
         z[...] = xhat
     else:
@@ -62,8 +61,8 @@ def _activated(
     return z, phi.forward(np, z)
 
 
-@np.errstate(all="ignore")  # as kernels do, which have no warnings
-def forward_numpy(
+@np.errstate(all="ignore")  # kernels have no warnings either
+def forward(
     x: np.ndarray,
     gamma: np.ndarray | None,
     beta: np.ndarray | None,
@@ -73,15 +72,15 @@ def forward_numpy(
     statistics: np.ndarray,
 ) -> None:
     """Write `y` and `statistics` (3, N)."""
-    kind = statistics.dtype
+    acc_dtype = statistics.dtype
     d = _centre(x, statistics)
-    statistics[2] = rstd = 1 / np.sqrt(_means(d * d).astype(kind) + kind.type(eps))
+    statistics[2] = rstd = 1 / np.sqrt(_means(d * d).astype(acc_dtype) + acc_dtype.type(eps))
     d *= rstd[:, None]
-    y[...] = _activated(d, gamma, beta, kind, phi)[1]
+    y[...] = _activated(d, gamma, beta, acc_dtype, phi)[1]
 
 
-@np.errstate(all="ignore")  # as kernels do, which have no warnings
-def backward_numpy(
+@np.errstate(all="ignore")  # kernels have no warnings either
+def backward(
     dy: np.ndarray,
     x: np.ndarray,
     gamma: np.ndarray | None,
@@ -93,16 +92,16 @@ def backward_numpy(
     dbeta: np.ndarray,
 ) -> None:
     """Write the gradients; `dx` may be `dy`."""
-    kind = statistics.dtype
-    mean, low, rstd = statistics.astype(WIDE)[:, :, None]
+    acc_dtype = statistics.dtype
+    mean, low, rstd = statistics.astype(FLOAT64)[:, :, None]
     xhat = x - mean
     xhat -= low
     xhat *= rstd
     if phi.is_identity:
-        g = dy.astype(WIDE)
+        g = dy.astype(FLOAT64)
     else:
-        z, h = _activated(xhat, gamma, beta, kind, phi)
-        g = phi.backward(np, dy.astype(kind, copy=False), h if phi.from_output else z).astype(WIDE)
+        z, h = _activated(xhat, gamma, beta, acc_dtype, phi)
+        g = phi.backward(np, dy.astype(acc_dtype, copy=False), h if phi.from_output else z).astype(FLOAT64)
     rows = _ones(len(x))
     dbeta[...], dgamma[...] = rows.dot(g), rows.dot(g * xhat)
     if gamma is not None:

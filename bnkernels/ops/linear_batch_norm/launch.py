@@ -1,4 +1,4 @@
-"""Which linear batch norms run as one kernel, and with which launch: a pure function of sizes and limits.
+"""Launch choice of the linear layers with a norm: a pure function of problem and limits.
 
 The thresholds follow from what the kernels of ``cuda/linear_batch_norm_*.cu`` hold on the chip; none has been tuned.
 """
@@ -6,53 +6,32 @@ The thresholds follow from what the kernels of ``cuda/linear_batch_norm_*.cu`` h
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
 
-import numpy as np
+from bnkernels.ops import gemm
+from bnkernels.ops.linear_batch_norm.problem import Problem
+from bnkernels.runtime.arguments import arguments_type, suffix
+from bnkernels.runtime.occupancy import most_shared, resident
+from bnkernels.runtime.seam import Launch, LaunchPlan, Limits, ceil_div
 
-from bnkernels.runtime.arguments import accumulator
-from bnkernels.runtime.seam import Launch, Limits, ceil_div
-from bnkernels.runtime.workspace import most_shared, resident
-
-MIN_BLOCKS = 1  # resident blocks of a multiprocessor, promised by the launch bounds of the kernels
-THREADS, TILE_K = 256, 32  # PRODUCT_THREADS and TILE_K of cuda/lib/gemm/matrix.cuh
-MOST_ROWS, MOST_NEURONS = 512, 1024  # beyond, a library's product is faster than what a launch costs
-TEAMS = (1, 2, 4, 8)  # of a block: so many times as many columns as a thread multiplies
-
-
-class Sizes(NamedTuple):
-    """(N, K) times (K, M), and the type of the data."""
-
-    rows: int
-    inputs: int
-    outputs: int
-    dtype: np.dtype
-
-    @property
-    def columns(self) -> int:
-        """The columns that a thread multiplies, COLUMNS of cuda/lib/gemm/product.cuh."""
-        return 16 // accumulator(self.dtype).itemsize
-
-    def product_numbers(self, width: int) -> int:
-        """Return how many numbers a product keeps in shared memory: TILE_K of both factors, or all partial sums.
-
-        Those of ordinary arithmetic, which older GPUs use for every type; tensor cores need less.
-        """
-        lanes = (8, 16, 32)
-        factors = max(TILE_K * (8 * lane + 4 + width) for lane in lanes)
-        return max(factors, *(THREADS // lane * self.columns * (8 * lane + 4) for lane in lanes))
-
-
-def pitch(length: int) -> int:
-    """Return how far it is from a row of a tile to the next."""
-    return ceil_div(length, 4) * 4 + 4
+SIZES = "rows inputs outputs width"
+ARGUMENTS = {
+    "forward": arguments_type(
+        "x weight gamma beta z y statistics running_mean running_var",
+        SIZES,
+        "momentum correction eps alpha",
+        "activation",
+    ),
+    "backward": arguments_type(
+        "dy x weight gamma beta z statistics dx dweight dgamma dbeta dz barrier_counter", SIZES, "alpha", "activation"
+    ),
+}
 
 
 @lru_cache(maxsize=1024)
 def choose(
-    direction: str, sizes: Sizes, limits: Limits, input_gradient: bool = True, norm: str | None = "batch"
-) -> tuple[Launch, int] | None:
-    """Return the launch and how many neurons a block owns at a time, or None where library products are to be taken.
+    direction: str, problem: Problem, limits: Limits, input_gradient: bool = True, norm: str | None = "batch"
+) -> LaunchPlan | None:
+    """Return the plan of a launch, or None where library products are to be taken.
 
     They are taken for more than 512 examples or 1024 inputs or outputs, where something is empty, and where the device
     cannot do what the kernel needs. A block owns as few neurons, or for layer norm examples, as leave no multiprocessor
@@ -61,29 +40,31 @@ def choose(
     Examples
     --------
     >>> h200 = Limits(132, 227 * 1024, 228 * 1024, True)
-    >>> choose("forward", Sizes(64, 64, 20, np.dtype("float32")), h200)
+    >>> plan = choose("forward", Problem(64, 64, 20, np.dtype("float32")), h200)
+    >>> plan.launch, plan.width
     (Launch(grid=(5, 1, 1), block=(256, 1, 1), shared_bytes=35904, cooperative=False), 4)
-    >>> choose("forward", Sizes(1024, 64, 20, np.dtype("float32")), h200) is None
+    >>> choose("forward", Problem(1024, 64, 20, np.dtype("float32")), h200) is None
     True
     """
-    rows, inputs, outputs, dtype = sizes
-    if not (0 < rows <= MOST_ROWS and 0 < inputs <= MOST_NEURONS and 0 < outputs <= MOST_NEURONS):
+    rows, inputs, outputs, _ = problem
+    if not (0 < rows <= gemm.MOST_ROWS and 0 < inputs <= gemm.MOST_NEURONS and 0 < outputs <= gemm.MOST_NEURONS):
         return None
-    layer, backward = norm == "layer", direction == "backward"
-    owned, length = (rows, outputs) if layer else (outputs, rows)  # a block's rows, and how long they are
-    widths = [teams * sizes.columns for teams in TEAMS]
-    width = next((width for width in widths if ceil_div(owned, width) <= limits.sms), widths[-1])
-    longest = max(length, rows) if backward else length
-    tile, product = width * pitch(longest), sizes.product_numbers(width)
-    numbers = max(2 * tile, product) if backward else tile + product
-    shared = numbers * accumulator(dtype).itemsize
-    if shared > most_shared(limits, MIN_BLOCKS):
+    layer, backward, acc_dtype = norm == "layer", direction == "backward", problem.acc_dtype
+    owned, length = (rows, outputs) if layer else (outputs, rows)  # columns of all blocks, and how long they are
+    width = gemm.tile_width(owned, limits.sms, acc_dtype)
+    tile = width * gemm.pitch(max(length, rows) if backward else length)
+    product = gemm.shared_numbers(width, acc_dtype)
+    shared = (max(2 * tile, product) if backward else tile + product) * acc_dtype.itemsize
+    if shared > most_shared(limits, gemm.MIN_BLOCKS):
         return None
     blocks = ceil_div(owned, width)
     if backward:
-        second = outputs if layer else inputs * input_gradient  # owned after the meeting
-        blocks = min(max(blocks, ceil_div(second, width)), resident(limits, THREADS, shared, MIN_BLOCKS))
-    together = backward and (layer or input_gradient) and blocks > 1
-    if together and not limits.cooperative:
+        second = outputs if layer else inputs * input_gradient  # owned behind the grid barrier
+        most = resident(limits, gemm.THREADS, shared, gemm.MIN_BLOCKS)
+        blocks = min(max(blocks, ceil_div(second, width)), most)
+    cooperative = backward and (layer or input_gradient) and blocks > 1
+    if cooperative and not limits.cooperative:
         return None
-    return Launch((blocks, 1, 1), (THREADS, 1, 1), shared, cooperative=together), width
+    launch = Launch((blocks, 1, 1), (gemm.THREADS, 1, 1), shared, cooperative)
+    kernel = f"bnk_linear_{norm or 'batch'}_norm_{direction}_{suffix(problem.dtype)}"
+    return LaunchPlan(f"linear_batch_norm_{direction}", kernel, launch, ARGUMENTS[direction][acc_dtype], width=width)

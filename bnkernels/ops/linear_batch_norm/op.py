@@ -1,9 +1,9 @@
 """A linear layer with batch norm, layer norm or a bias, and an activation behind it: each way one launch.
 
-CuPy arrays run ``cuda/linear_batch_norm_forward.cu`` and ``_backward.cu``, up to 512 examples and 1024 inputs and
-outputs; beyond that, and on NumPy arrays, a library multiplies and the ops of the norm follow.
-``launch.py`` chooses. Below, N is the number of examples, K that of the inputs and M that of the
-outputs; T is the data type of `x`, and A that of the accumulator: float32 for 16-bit T, else T.
+CuPy arrays run ``cuda/linear_batch_norm_*.cu``, up to 512 examples and 1024 inputs and outputs; beyond that, and on
+NumPy arrays, a library multiplies and the ops of the norm follow. Below, N is the number of examples, K that of the
+inputs and M that of the outputs; T is the data type of `x`, and A that of the accumulator: float32 for 16-bit T, else
+T.
 """
 
 from __future__ import annotations
@@ -12,39 +12,20 @@ from typing import Any
 
 import numpy as np
 
-from bnkernels.ops.activations import Activation, activation_named
-from bnkernels.ops.batch_norm import call as plans
+from bnkernels.ops.activations import activation_named
 from bnkernels.ops.batch_norm.inference import batch_norm_inference, batch_norm_inference_backward
+from bnkernels.ops.batch_norm.training import batch_norm_backward, batch_norm_forward
 from bnkernels.ops.layer_norm.op import layer_norm_backward, layer_norm_forward
-from bnkernels.ops.linear_batch_norm.check import (
-    BACKWARD_NAMES,
-    FORWARD_NAMES,
-    check_norm,
-    checked_backward,
-    checked_forward,
-    pack_gradients,
-    statistics_shape,
-)
-from bnkernels.ops.linear_batch_norm.launch import Sizes, choose
+from bnkernels.ops.linear_batch_norm.launch import choose
+from bnkernels.ops.linear_batch_norm.problem import BACKWARD, FORWARD, Problem, check_norm, pack_gradients
 from bnkernels.runtime import checks as check
-from bnkernels.runtime import overlap
-from bnkernels.runtime import seam as rt
-from bnkernels.runtime.arguments import accumulator, addresses, arguments_type, empty, pack, suffix
-from bnkernels.runtime.workspace import counters
+from bnkernels.runtime.arguments import addresses, empty, pack
+from bnkernels.runtime.replay import ReplayCache
+from bnkernels.runtime.seam import Runtime
+from bnkernels.runtime.workspace import barrier_counters
 
-NOTHING = 1e-30  # an eps that a variance of 1 does not notice
-SIZES = "rows inputs outputs width"
-ARGUMENTS = {
-    "forward": arguments_type(
-        "x weight gamma beta z y statistics running_mean running_var",
-        SIZES,
-        "momentum correction eps alpha",
-        "activation",
-    ),
-    "backward": arguments_type(
-        "dy x weight gamma beta z statistics dx dweight dgamma dbeta dz barrier_counter", SIZES, "alpha", "activation"
-    ),
-}
+FORWARD_CALLS, BACKWARD_CALLS = ReplayCache(), ReplayCache()
+NEGLIGIBLE = 1e-30  # an eps that a variance of 1 does not notice
 
 
 def linear_batch_norm_forward(
@@ -76,15 +57,15 @@ def linear_batch_norm_forward(
     running_mean, running_var : array, shape (M,), type A, optional
         Running statistics, updated in place; only with batch norm.
     norm : {"batch", "layer", None}
-        What stands between product and shift: batch norm, layer norm over the M outputs of each example, or nothing.
+        Norm between product and shift: batch norm, layer norm over the M outputs of each example, or none.
     momentum, unbiased, eps : float, bool, float
-        As in `batch_norm_forward`.
+        Options of `batch_norm_forward`.
     activation : str
-        What follows, as in `batch_norm_forward`.
+        Activation behind the norm, as in `batch_norm_forward`.
     alpha : float, optional
-        Of the activation.
+        Parameter of the activation.
     out : tuple of arrays, optional
-        Where to write ``(y, z, statistics)``, or without a norm ``(y, z)``; C order.
+        Arrays for ``(y, z, statistics)``, or without a norm ``(y, z)``; C order.
 
     Returns
     -------
@@ -93,15 +74,13 @@ def linear_batch_norm_forward(
     z : array, shape (N, M), type T
         The product, for the backward.
     statistics : array, shape (3, M), or (3, N) with layer norm, type A, or None
-        Its rows are `mean`, `mean_low` and `rstd` of `z`, as in `batch_norm_forward` and `layer_norm_forward`; None
+        Rows `mean`, `mean_low` and `rstd` of `z`, as in `batch_norm_forward` and `layer_norm_forward`; None
         without a norm.
 
     Raises
     ------
-    TypeError
-        If an argument is not an array of the right kind or data type, or arrays of NumPy and CuPy are mixed.
-    ValueError
-        If a shape, layout or value is wrong, N is 1 with batch norm, or arrays overlap.
+    TypeError, ValueError
+        If an argument is wrong, or N is 1 with batch norm; nothing is written then.
 
     See Also
     --------
@@ -126,34 +105,36 @@ def linear_batch_norm_forward(
     >>> z.T, y.T.round(3)
     (array([[3., 1.]]), array([[ 1., -1.]]))
     """
+    given = x, weight, gamma, beta, running_mean, running_var
+    call = FORWARD_CALLS.replay(out, given, norm, momentum, unbiased, eps, activation, alpha)
+    if call.replayed:
+        return (*out, None)[:3]
     phi = activation_named(activation, alpha)
     momentum, unbiased = check.number("momentum", momentum, 0, 1), check.boolean("unbiased", unbiased)
     eps = check.epsilon(eps, x)
     check_norm(norm)
     y, z, statistics = (*check.pack_outputs(out, ("y", "z", "statistics")[: 3 if norm else 2]), None)[:3]
     arrays = (y, z, statistics, running_mean, running_var, x, weight, gamma, beta)
-    runtime, sizes, plan = checked_forward(norm, *check.signatures(arrays))
-    overlap.check_outputs(runtime, FORWARD_NAMES, arrays, written=5)
-    y, z = (empty(runtime, (sizes.rows, sizes.outputs), x) if array is None else array for array in (y, z))
+    runtime, problem = FORWARD.check(*arrays, options=(norm,))
+    y, z = (empty(runtime, (problem.rows, problem.outputs), x) if array is None else array for array in (y, z))
     if norm and statistics is None:
-        statistics = empty(runtime, statistics_shape(norm, sizes), x, accumulator(x.dtype))
-    chosen = None
-    if runtime is not None:
-        check.one_device(runtime, FORWARD_NAMES, arrays)
-        chosen = choose("forward", sizes, runtime.limits(x), norm=norm)
-    if chosen is None:
+        statistics = empty(runtime, problem.statistics_shape(norm), x, problem.acc_dtype)
+    plan = None if runtime is None else choose("forward", problem, runtime.limits(x), norm=norm)
+    if plan is None:
         _multiply(runtime, x, weight, z)
-        options = {"activation": activation, "alpha": alpha}
+        options = {"eps": eps, "activation": activation, "alpha": alpha}
         if norm == "batch":
-            behind = (y, statistics, running_mean, running_var, z, None, gamma, beta)
-            plans.run_forward(plan, behind, momentum, eps, phi, unbiased)
+            options |= {"momentum": momentum, "unbiased": unbiased, "out": (y, statistics)}
+            batch_norm_forward(z, gamma, beta, running_mean, running_var, **options)
         elif norm == "layer":
-            layer_norm_forward(z, gamma, beta, eps=eps, out=(y, statistics), **options)
+            layer_norm_forward(z, gamma, beta, **options, out=(y, statistics))
         else:
-            batch_norm_inference(z, None, beta, *_no_statistics(runtime, x, sizes), eps=NOTHING, out=y, **options)
+            options |= {"eps": NEGLIGIBLE, "out": y}
+            batch_norm_inference(z, None, beta, *_no_statistics(runtime, x, problem), **options)
         return y, z, statistics
     pointers = addresses(runtime, x, weight, gamma, beta, z, y, statistics, running_mean, running_var)
-    _launch(runtime, "forward", norm, sizes, chosen, pointers, (momentum, float(unbiased), eps), phi, x)
+    numbers = *problem[:3], plan.width, momentum, float(unbiased), eps, phi.alpha, phi.code
+    call.launch(runtime, *plan[:3], pack(plan.arguments, *pointers, *numbers), x)
     return y, z, statistics
 
 
@@ -180,19 +161,19 @@ def linear_batch_norm_backward(
     dy : array, shape (N, M), type T
         Gradient with respect to the output; C order. Never written.
     x, weight, gamma, beta : array, array, array or None, array or None
-        As in the forward.
+        Arguments of the forward.
     z, statistics : array, array or None
-        What the forward returned.
+        Results of the forward.
     norm : {"batch", "layer", None}
-        As in the forward. Without statistics it may be left out: there is none.
+        Norm of the forward. It may be left out if `statistics` is None: there was none.
     activation, alpha : str, float
-        As in the forward.
+        Arguments of the forward.
     input_gradient : bool
-        Whether `dx` is wanted; the first layer of a network does not need it.
+        True if `dx` is wanted; the first layer of a network does not need it.
     workspace : array, shape (N, M), type T, optional
-        Where the gradient of `z` may be kept; by default it is allocated.
+        Memory for the gradient of `z`; by default it is allocated.
     out : tuple of arrays, optional
-        Where to write what is returned; C order. None where None is returned.
+        Arrays for the gradients; C order. None where None is returned.
 
     Returns
     -------
@@ -207,14 +188,12 @@ def linear_batch_norm_backward(
 
     Raises
     ------
-    TypeError
-        If an argument is not an array of the right kind or data type, or arrays of NumPy and CuPy are mixed.
-    ValueError
-        If a shape, layout or value is wrong, or arrays overlap.
+    TypeError, ValueError
+        If an argument is wrong; nothing is written then.
 
     Notes
     -----
-    Where more than one block works on `dx` they wait for one another: a cooperative launch. The gradient of `z` is
+    Where more than one block works on `dx`, a grid barrier precedes it: a cooperative launch. The gradient of `z` is
     rounded to T before it is multiplied. Source: ``cuda/linear_batch_norm_backward.cu``.
 
     Examples
@@ -227,64 +206,50 @@ def linear_batch_norm_backward(
     >>> dx.shape, dweight.shape, dbeta
     ((3, 2), (2, 1), array([1.]))
     """
+    written = out[1:] + out[:1] if type(out) is tuple else None  # dx may be None
+    given = dy, x, weight, gamma, beta, z, statistics, workspace
+    call = BACKWARD_CALLS.replay(written, given, norm, activation, alpha, input_gradient)
+    if call.replayed:
+        return out
     phi = activation_named(activation, alpha)
     check_norm(norm)
     norm = None if statistics is None and norm == "batch" else norm
     wanted = (check.boolean("input_gradient", input_gradient), True, norm is not None, True)
     outputs = pack_gradients(out, wanted)
     arrays = (*outputs, workspace, dy, x, weight, gamma, beta, z, statistics)
-    runtime, sizes, plan = checked_backward(norm, *check.signatures(arrays))
-    overlap.check_outputs(runtime, BACKWARD_NAMES, arrays, written=5)
+    runtime, problem = BACKWARD.check(*arrays, options=(norm,))
     shapes = (x.shape, weight.shape, weight.shape[1:], weight.shape[1:])
-    types = (x.dtype, x.dtype, *[accumulator(x.dtype)] * 2)
+    types = (x.dtype, x.dtype, problem.acc_dtype, problem.acc_dtype)
     dx, dweight, dgamma, dbeta = outputs = tuple(
         empty(runtime, shape, x, dtype) if want and array is None else array
         for array, want, shape, dtype in zip(outputs, wanted, shapes, types, strict=True)
     )
     dz = empty(runtime, z.shape, z) if workspace is None else workspace
-    chosen = None
-    if runtime is not None:
-        check.one_device(runtime, BACKWARD_NAMES, arrays)
-        chosen = choose("backward", sizes, runtime.limits(x), input_gradient, norm)
-    if chosen is None:
+    plan = None if runtime is None else choose("backward", problem, runtime.limits(x), input_gradient, norm)
+    if plan is None:
         options = {"activation": activation, "alpha": alpha}
         if norm == "batch":
-            behind = (dz, dgamma, dbeta, None, dy, z, None, gamma, beta, statistics, None, None)
-            plans.run_backward(plan, behind, 0.0, phi)
+            batch_norm_backward(dy, z, gamma, beta, statistics, **options, out=(dz, dgamma, dbeta))
         elif norm == "layer":
-            layer_norm_backward(dy, z, gamma, beta, statistics, out=(dz, dgamma, dbeta), **options)
+            layer_norm_backward(dy, z, gamma, beta, statistics, **options, out=(dz, dgamma, dbeta))
         else:
-            unused, running = empty(runtime, dbeta.shape, dbeta), _no_statistics(runtime, x, sizes)
-            batch_norm_inference_backward(dy, z, None, beta, *running, eps=NOTHING, out=(dz, unused, dbeta), **options)
+            unused, running = empty(runtime, dbeta.shape, dbeta), _no_statistics(runtime, x, problem)
+            options |= {"eps": NEGLIGIBLE, "out": (dz, unused, dbeta)}
+            batch_norm_inference_backward(dy, z, None, beta, *running, **options)
         _multiply(runtime, x.T, dz, dweight)
         if input_gradient:
             _multiply(runtime, dz, weight.T, dx)
         return outputs
-    arrivals = counters(runtime.workspace(x)) if chosen[0].cooperative else 0
+    counter = barrier_counters(runtime.workspace(x)) if plan.launch.cooperative else 0
     pointers = addresses(runtime, dy, x, weight, gamma, beta, z, statistics, *outputs, dz)
-    _launch(runtime, "backward", norm, sizes, chosen, (*pointers, arrivals), (), phi, x)
+    numbers = *problem[:3], plan.width, phi.alpha, phi.code
+    arguments = pack(plan.arguments, *pointers, counter, *numbers)
+    call.launch(runtime, *plan[:3], arguments, x, replayable=workspace is not None)
     return outputs
 
 
-def _launch(
-    runtime: rt.Runtime,
-    direction: str,
-    norm: str | None,
-    sizes: Sizes,
-    chosen: tuple[rt.Launch, int],
-    pointers: tuple[int, ...],
-    scalars: tuple[float, ...],
-    phi: Activation,
-    like: Any,
-) -> None:
-    layout = ARGUMENTS[direction][accumulator(sizes.dtype)]
-    record = pack(layout, *pointers, *sizes[:3], chosen[1], *scalars, phi.alpha, phi.code)
-    name = f"bnk_linear_{norm or 'batch'}_norm_{direction}_{suffix(sizes.dtype)}"
-    runtime.launch(f"linear_batch_norm_{direction}", name, chosen[0], record, like)
-
-
-@np.errstate(all="ignore")  # as kernels do, which have no warnings
-def _multiply(runtime: rt.Runtime | None, a: Any, b: Any, out: Any) -> None:
+@np.errstate(all="ignore")  # kernels have no warnings either
+def _multiply(runtime: Runtime | None, a: Any, b: Any, out: Any) -> None:
     """Write the product, summed in the accumulator's type."""
     xp = np if runtime is None else runtime.xp
     if a.dtype.itemsize > 2 or (xp is not np and a.dtype == np.float16):  # cuBLAS sums float16 in float32
@@ -293,8 +258,8 @@ def _multiply(runtime: rt.Runtime | None, a: Any, b: Any, out: Any) -> None:
     out[...] = xp.matmul(a.astype(np.float32), b.astype(np.float32)).astype(out.dtype)
 
 
-def _no_statistics(runtime: rt.Runtime | None, x: Any, sizes: Sizes) -> tuple[Any, Any]:
+def _no_statistics(runtime: Runtime | None, x: Any, problem: Problem) -> tuple[Any, Any]:
     """Return a mean of 0 and a variance of 1."""
-    mean, var = (empty(runtime, (sizes.outputs,), x, accumulator(x.dtype)) for _ in range(2))
+    mean, var = (empty(runtime, (problem.outputs,), x, problem.acc_dtype) for _ in range(2))
     mean[...], var[...] = 0, 1
     return mean, var

@@ -5,75 +5,57 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
 import bnkernels as bn
-from bnkernels.ops.batch_norm import call as plans
-from bnkernels.ops.batch_norm import cooperative
-from bnkernels.runtime import arguments, registry
-from bnkernels.runtime import replay as again
-from tests.regress.calls import CALLS, make_arrays
-from tests.regress.device import CuPyLikeRuntime, RecordedArray, RecordingRuntime
+from bnkernels.runtime import registry, replay
+from bnkernels.runtime.seam import Launch
+from tests.regress.calls_more import EVERY, make_every, named, run
+from tests.regress.device import Device, RecordedArray, RecordingRuntime
 from tools import backends
 
-OPS = ("forward", "backward", "inference", "inference_backward")
-ARRAYS = [(op, name) for op in OPS for name in CALLS[op].names]
+OPS = (
+    *("forward", "backward", "inference", "inference_backward", "residual_backward"),
+    *("layer_norm_forward", "layer_norm_backward", "linear_forward", "linear_backward"),
+    *("softmax_cross_entropy", "mini_batch", "sgd", "momentum", "scheduled_update"),
+)
+ARRAYS = [(op, name) for op in OPS for name in EVERY[op].names]
+LARGER_IS_RIGHT = [("layer_norm_backward", "workspace")]
 
 
-def forget_plans() -> None:
-    """Plans hold on to their runtime."""
-    for plan in (plans.plan_forward, plans.plan_inference, plans.plan_backward, plans.plan_inference_backward):
-        plan.cache_clear()
-
-
-class Device:
-    """A runtime, its arrays, and the number of calls that took the long way."""
-
-    def __init__(self, runtime: RecordingRuntime) -> None:
-        self.runtime, self.packed = runtime, 0
-
-    def arrays(self, op: str, dtype: str = "float32") -> dict[str, RecordedArray]:
-        """Return the arrays of a call, far apart from one another."""
-        return {
-            name: self.runtime.array_type(array.shape, array.dtype, 2**20 * (position + 1))
-            for position, (name, array) in enumerate(make_arrays(op, dtype).items())
-        }
-
-
-@pytest.fixture(params=[RecordingRuntime, CuPyLikeRuntime], ids=["by method", "by attribute"])
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
-    """Return a device whose runtime is registered, with no launch known to any op."""
-    found = Device(request.param())
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+    """Return a device whose runtime is registered, for arrays of a type that no op has seen."""
+    found = Device(RecordingRuntime())
+    found.runtime.array_type = type("RecordedArray", (RecordedArray,), {})
     monkeypatch.setattr(registry, "runtimes", dict(registry.runtimes))
     registry.register(found.runtime)
-    for name in ("FORWARD", "INFERENCE", "BACKWARD", "INFERENCE_BACKWARD"):
-        monkeypatch.setattr(plans, f"{name}_LAUNCHES", again.Launches())
-    forget_plans()
+    launch = replay.Call.launch
 
-    def counted(*given: Any) -> np.ndarray:
-        found.packed += 1
-        return arguments.pack(*given)
+    def counted(self: replay.Call, *given: Any, **options: Any) -> None:
+        found.checked += 1
+        launch(self, *given, **options)
 
-    for module in (plans, cooperative):
-        monkeypatch.setattr(module, "pack", counted)
-    yield found
-    forget_plans()
+    monkeypatch.setattr(replay.Call, "launch", counted)
+    return found
 
 
 # ---- the same call --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(
+    ("op", "dtype"),
+    [(op, "float32") for op in OPS] + [(op, "float64") for op in OPS if op != "linear_backward"],  # of two blocks
+)
 def test_the_same_call_is_the_same_launch(device: Device, op: str, dtype: str) -> None:
+    """Also with other objects whose facts are the same."""
     on = device.arrays(op, dtype)
-    for _ in range(3):
-        CALLS[op].run(on)
-    assert (device.packed, len(device.runtime.launches)) == (1, 3)
+    for arrays in (on, on, device.arrays(op, dtype)):
+        run(op, arrays)
+    assert (device.checked, len(device.runtime.launches)) == (1, 3)
     first, *others = device.runtime.launches
     for other in others:
         assert other[:3] == first[:3]
@@ -81,31 +63,24 @@ def test_the_same_call_is_the_same_launch(device: Device, op: str, dtype: str) -
         assert not other.arguments.flags.writeable
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_other_objects_with_the_same_facts_are_the_same_call(device: Device, op: str) -> None:
-    CALLS[op].run(device.arrays(op))
-    CALLS[op].run(device.arrays(op))
-    assert device.packed == 1
-
-
 def test_outputs_come_back_as_they_went_in(device: Device) -> None:
     on = device.arrays("forward")
     for _ in range(2):
-        assert [*map(id, CALLS["forward"].run(on))] == [id(on["y"]), id(on["statistics"])]
+        assert [*map(id, run("forward", on))] == [id(on["y"]), id(on["statistics"])]
     on = device.arrays("inference")
-    assert all(CALLS["inference"].run(on) is on["out"] for _ in range(2))
+    assert all(run("inference", on) is on["out"] for _ in range(2))
 
 
 @pytest.mark.emulator
 def test_what_is_computed_follows_the_values() -> None:
     backend = backends.make("emulator")
-    arrays = make_arrays("forward")
+    arrays = make_every("forward")
     on, twin = ({name: make(array) for name, array in arrays.items()} for make in (backend.asarray, np.array))
     for step in range(3):
         for mine in (on, twin):
             mine["x"][...] = arrays["x"] * (step + 1)
-            CALLS["forward"].run(mine)
-        for name in CALLS["forward"].writes:
+            run("forward", mine)
+        for name in EVERY["forward"].writes:
             np.testing.assert_allclose(backend.asnumpy(on[name]), twin[name], rtol=1e-5, atol=1e-6)
 
 
@@ -115,15 +90,12 @@ def test_what_is_computed_follows_the_values() -> None:
 @pytest.mark.parametrize(("op", "name"), ARRAYS)
 def test_another_address_is_another_launch(device: Device, op: str, name: str) -> None:
     on = device.arrays(op)
-    CALLS[op].run(on)
+    run(op, on)
     on[name].address = 2**30
-    CALLS[op].run(on)
-    assert device.packed == 2
+    run(op, on)
+    assert device.checked == 2
     arguments = device.runtime.launches[-1].arguments
-    member = {"out": "y", "statistics": "mean" if op == "backward" else name}.get(name, name)
-    if op == "inference_backward":
-        member = {"running_mean": "mean", "running_var": "rstd"}.get(name, member)
-    assert arguments[member] == 2**30
+    assert 2**30 in [arguments[member] for member in arguments.dtype.names if arguments.dtype[member] == np.uint64]
 
 
 @pytest.mark.parametrize(("op", "name"), ARRAYS)
@@ -131,7 +103,7 @@ def test_another_address_is_another_launch(device: Device, op: str, name: str) -
     ("fact", "spoil", "error"),
     [
         ("shape", lambda array: (*array.shape[:-1], array.shape[-1] + 1), ValueError),
-        ("dtype", lambda array: np.dtype("float64"), TypeError),
+        ("dtype", lambda array: np.dtype("uint32" if array.dtype.kind == "i" else "int32"), TypeError),
         ("device_number", lambda array: 1, ValueError),
     ],
     ids=["shape", "dtype", "device"],
@@ -139,93 +111,117 @@ def test_another_address_is_another_launch(device: Device, op: str, name: str) -
 def test_a_fact_that_changes_in_place_is_checked_again(
     device: Device, op: str, name: str, fact: str, spoil: Any, error: type[Exception]
 ) -> None:
+    if fact == "shape" and (op, name) in LARGER_IS_RIGHT:
+        return
     on = device.arrays(op)
-    CALLS[op].run(on)
+    run(op, on)
     device.runtime.launches.clear()
     right = getattr(on[name], fact)
     setattr(on[name], fact, spoil(on[name]))
     for _ in range(2):  # a refused call is not kept either
         with pytest.raises(error):
-            CALLS[op].run(on)
+            run(op, on)
     assert not device.runtime.launches
     setattr(on[name], fact, right)
-    CALLS[op].run(on)
+    run(op, on)
     assert len(device.runtime.launches) == 1
 
 
 @pytest.mark.parametrize(("op", "name"), ARRAYS)
 def test_strides_that_change_in_place_are_seen(device: Device, op: str, name: str) -> None:
     on = device.arrays(op)
-    CALLS[op].run(on)
+    run(op, on)
     on[name].strides = tuple(2 * stride for stride in on[name].strides)
-    if name in CALLS[op].any_strides:
-        CALLS[op].run(on)
-        assert device.packed == 2
-        assert device.runtime.launches[-1].arguments[f"{name}_outer"] == 2 * make_arrays(op)[name].shape[1]
+    if name in EVERY[op].any_strides:
+        run(op, on)
+        assert device.checked == 2
+        assert device.runtime.launches[-1].arguments[f"{name}_outer"] == 2 * make_every(op)[name].shape[1]
         return
-    with pytest.raises(ValueError, match=f"{name} must be contiguous in C order"):
-        CALLS[op].run(on)
+    with pytest.raises(ValueError, match=f"{named(op, name)} must be contiguous in C order"):
+        run(op, on)
     assert len(device.runtime.launches) == 1
 
 
-@pytest.mark.parametrize(("op", "name"), [(op, name) for op in OPS for name in CALLS[op].writes])
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op in OPS for name in EVERY[op].writes])
 def test_arrays_that_start_to_overlap_are_refused(device: Device, op: str, name: str) -> None:
     on = device.arrays(op)
-    CALLS[op].run(on)
-    on[name].address = on["gamma"].address
+    run(op, on)
+    on[name].address = on[EVERY[op].reads[0]].address + 4
     with pytest.raises(ValueError, match="overlaps"):
-        CALLS[op].run(on)
+        run(op, on)
     assert len(device.runtime.launches) == 1
 
 
 def test_all_arrays_on_another_device_are_another_launch(device: Device) -> None:
     on = device.arrays("forward")
-    CALLS["forward"].run(on)
+    run("forward", on)
     for array in on.values():
         array.device_number = 1
-    CALLS["forward"].run(on)
-    assert device.packed == 2
+    run("forward", on)
+    assert device.checked == 2
     assert device.runtime.launches[-1].like.device_number == 1
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_an_array_of_another_kind_is_refused(device: Device, op: str) -> None:
     on = device.arrays(op)
-    CALLS[op].run(on)
+    run(op, on)
     for name in on:
         other = type("Other", (type(on[name]),), {})
         spoilt = dict(on)
         spoilt[name] = other(on[name].shape, on[name].dtype, on[name].address)
         with pytest.raises(TypeError, match=r"expected a NumPy or a CuPy array, got .*Other"):
-            CALLS[op].run(spoilt)
+            run(op, spoilt)
     assert len(device.runtime.launches) == 1
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [op for op in OPS if "gamma" in EVERY[op].names])
 def test_what_is_absent_is_part_of_the_call(device: Device, op: str) -> None:
     on = device.arrays(op)
-    CALLS[op].run(on)
+    run(op, on)
     without = on | {"gamma": None}
     for _ in range(2):
-        CALLS[op].run(without)
-        CALLS[op].run(on)
-    assert device.packed == 2
+        run(op, without)
+        run(op, on)
+    assert device.checked == 2
     assert [record.arguments["gamma"] == 0 for record in device.runtime.launches] == [False, True, False, True, False]
+
+
+def test_a_call_that_makes_its_output_is_never_kept(device: Device) -> None:
+    x = device.arrays("inference")["x"]
+    for out in (None, (None,), ()):
+        call = replay.ReplayCache().replay(out, (x,))
+        assert (call.replayed, call._cache) == (False, None)
+    on = device.arrays("inference")
+    for _ in range(2):
+        y = bn.batch_norm_inference(*(on[name] for name in EVERY["inference"].reads))
+        assert device.runtime.launches[-1].arguments["y"] == y.address
+
+
+def test_a_gradient_that_is_not_wanted_is_part_of_the_call(device: Device) -> None:
+    on = device.arrays("linear_backward")
+    arrays = [on[name] for name in ("dy", "x", "weight", "gamma", "beta", "z", "statistics")]
+    gradients = on["dweight"], on["dgamma"], on["dbeta"]
+    for wanted in (True, False, True, False):
+        out = on["dx"] if wanted else None, *gradients
+        bn.linear_batch_norm_backward(*arrays, input_gradient=wanted, workspace=on["workspace"], out=out)
+        assert (device.runtime.launches[-1].arguments["dx"] == 0) == (not wanted)
+    assert device.checked == 2
 
 
 def test_a_call_without_out_is_never_kept(device: Device) -> None:
     on = device.arrays("forward")
-    CALLS["forward"].run(on)
+    run("forward", on)
     for _ in range(2):
         y, _ = bn.batch_norm_forward(on["x"])
         assert device.runtime.launches[-1].arguments["y"] == y.address
-    assert device.packed == 3
+    assert device.checked == 3
 
 
 @pytest.mark.parametrize("wrong", ["list", "too few", "too many", "a None", "empty"])
 def test_a_wrong_out_is_refused_after_a_right_one(device: Device, wrong: str) -> None:
     on = device.arrays("forward")
-    CALLS["forward"].run(on)
+    run("forward", on)
     out = on["y"], on["statistics"]
     spoilt = {"list": list(out), "too few": out[:1], "too many": (*out, out[0]), "a None": (out[0], None), "empty": ()}
     with pytest.raises(TypeError, match="out must be a tuple of the 2 arrays"):
@@ -239,7 +235,7 @@ def test_a_copied_input_is_copied_every_time(device: Device) -> None:
     x.strides = (48, 16, 4, 8)  # no one stride walks through its inner axes
     for _ in range(2):
         bn.batch_norm_forward(x, out=(y, statistics))
-    assert device.packed == len(device.runtime.allocations) == 2
+    assert device.checked == len(device.runtime.allocations) == 2
     read = [record.arguments["x"] for record in device.runtime.launches]
     assert read == [copy.address for copy in device.runtime.allocations]
 
@@ -277,11 +273,11 @@ def test_an_equal_option_is_the_same_call_and_another_is_not(device: Device) -> 
     on = device.arrays("forward")
     forward(on, momentum=0.25, activation="elu")
     forward(on, momentum=float("0.25"), activation="".join("elu"))
-    assert device.packed == 1
+    assert device.checked == 1
     for other in ({"momentum": 0.5}, {"eps": 0.5}, {"activation": "tanh"}, {"alpha": 0.75}, {"axis": -1}):
-        before = device.packed
+        before = device.checked
         forward(on, **{"momentum": 0.25, "activation": "elu"} | other)
-        assert device.packed == before + 1
+        assert device.checked == before + 1
         arguments = device.runtime.launches[-1].arguments
         for name in other.keys() & {"momentum", "eps", "alpha"}:
             assert arguments[name] == other[name]
@@ -299,26 +295,27 @@ def test_an_option_that_can_change_is_never_kept(device: Device) -> None:
 
 
 def test_what_is_kept_is_bounded(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(again, "MOST_ADDRESSES", 4)
-    monkeypatch.setattr(again, "MOST_EACH", 2)
-    on = device.arrays("forward")
+    monkeypatch.setattr(replay, "MOST_ADDRESSES", 4)
+    monkeypatch.setattr(replay, "MOST_EACH", 2)
+    cache, launch = replay.ReplayCache(), Launch((1, 1, 1), (1, 1, 1))
+    y, x = (device.runtime.array_type((4,), "float32", 2**20 * place) for place in (1, 2))
     for place in range(10):
-        on["y"].address = 2**30 + 2**20 * place
+        y.address = 2**30 + 2**20 * place
         for eps in (0.1, 0.2, 0.3):
-            forward(on, eps=eps)
-        ((_, _, launches),) = plans.FORWARD_LAUNCHES._known[device.runtime.array_type]
-        assert 1 <= len(launches) <= 4
-        assert all(len(entries) <= 2 for entries in launches.values())
-    before = device.packed
-    forward(on, eps=0.3)  # the last is known
-    assert device.packed == before
+            call = cache.replay((y,), (x,), eps)
+            assert not call.replayed
+            call.launch(device.runtime, "source", "kernel", launch, np.zeros(()), x)
+        assert 1 <= len(cache._entries) <= 4
+        assert all(len(entries) <= 2 for entries in cache._entries.values())
+    assert cache.replay((y,), (x,), 0.3).replayed  # the last is known
+    assert not cache.replay((y,), (x,), 0.1).replayed
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_no_array_is_kept(device: Device, op: str) -> None:
     on = device.arrays(op)
-    CALLS[op].run(on)
-    CALLS[op].run(on)
+    run(op, on)
+    run(op, on)
     device.runtime.launches.clear()
     references = [weakref.ref(array) for array in on.values()]
     on.clear()

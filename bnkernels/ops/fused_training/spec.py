@@ -1,4 +1,4 @@
-"""What `fused_training` trains: layers in flat arrays, and the checks that they are what the kernels rely on."""
+"""Specification of the networks that `fused_training` trains: layers in flat arrays, and their checks."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ import numpy as np
 from bnkernels.ops.activations import activation_named
 from bnkernels.runtime import checks as check
 
-MOST = 2**31 - 1  # of sizes and places, which the kernels take as 32-bit integers
+MOST = 2**31 - 1  # size or offset: the kernels take 32-bit integers
 
 
-class Layer(NamedTuple):
-    """A layer: its sizes, and where its parameters and running statistics begin in the flat arrays; -1: it has none.
+class LayerSpec(NamedTuple):
+    """A layer: its sizes, and the offsets of its parameters and running statistics in the flat arrays; -1: none.
 
     Attributes
     ----------
     inputs, outputs : int
-        Its sizes.
+        Sizes of the layer.
     weight : int
-        Where the weights (inputs, outputs) begin in the parameters.
+        Offset of the weights (inputs, outputs) in the parameters.
     gamma : int
-        Where gamma begins; -1 for a layer without a norm.
+        Offset of gamma; -1 for a layer without a norm.
     shift : int
-        Where beta begins, or without a norm the bias.
+        Offset of beta, or without a norm of the bias.
     mean, variance : int
-        Where its running statistics begin, where they are tracked.
+        Offsets of the running statistics, if they are tracked.
     """
 
     inputs: int
@@ -39,26 +39,26 @@ class Layer(NamedTuple):
     variance: int = -1
 
 
-class Network(NamedTuple):
-    """What is trained: its layers, of which the last one gives the logits, and the numbers that go with them.
+class NetworkSpec(NamedTuple):
+    """A network: its layers, the last of which gives the logits, and the numbers that go with them.
 
     Attributes
     ----------
-    layers : tuple of Layer
-        From the inputs to the logits.
+    layers : tuple of LayerSpec
+        Layers from the inputs to the logits.
     activation : str
-        Of the hidden layers, with its usual alpha.
+        Activation of the hidden layers, with its usual alpha.
     momentum : float or None
         Weight of the new statistics in the running ones; None gives the plain average of all mini-batches.
     unbiased : bool
-        Whether running variances are over N - 1.
+        True if running variances are over N - 1.
     eps : float
-        Of the norms.
+        Number added to the variances of the norms.
     norm : {"batch", "layer"}
-        That of the layers that have a gamma.
+        Norm of the layers that have a gamma.
     """
 
-    layers: tuple[Layer, ...]
+    layers: tuple[LayerSpec, ...]
     activation: str = "relu"
     momentum: float | None = 0.1
     unbiased: bool = True
@@ -67,20 +67,20 @@ class Network(NamedTuple):
 
     @property
     def scratch_rows(self) -> int:
-        """With layer norm the outputs of the widest hidden layer, for all of which its gradients need room; else 0."""
+        """With layer norm the outputs of the widest hidden layer, whose gradients need room; else 0."""
         hidden = [layer.outputs for layer in self.layers if layer.gamma >= 0]
         return max(hidden, default=0) if self.norm == "layer" else 0
 
 
 def check_network(network: Any, parameters: Any) -> None:
-    """Check a network but for the places of its layers; `parameters` have the type that it computes in."""
-    if not isinstance(network, Network):
-        raise TypeError(f"network must be a Network, such as MLP.fused, got {check.shown(network)}")
+    """Check a network but for the offsets of its layers; `parameters` have the type that it computes in."""
+    if not isinstance(network, NetworkSpec):
+        raise TypeError(f"network must be a NetworkSpec, such as MLP.fused, got {check.shown(network)}")
     layers = network.layers
-    if not isinstance(layers, tuple) or not layers or not all(isinstance(layer, Layer) for layer in layers):
-        raise TypeError(f"layers of the network must be a tuple of at least one Layer, got {check.shown(layers)}")
+    if not isinstance(layers, tuple) or not layers or not all(isinstance(layer, LayerSpec) for layer in layers):
+        raise TypeError(f"layers of the network must be a tuple of at least one LayerSpec, got {check.shown(layers)}")
     for number, layer in enumerate(layers):
-        for name, value in zip(Layer._fields, layer, strict=True):
+        for name, value in zip(LayerSpec._fields, layer, strict=True):
             low = 1 if name in ("inputs", "outputs") else 0 if name in ("weight", "shift") else -1
             check.integer(f"{name} of layer {number}", value, low, MOST)
     for number, (one, two) in enumerate(pairwise(layers)):
@@ -102,24 +102,24 @@ def check_network(network: Any, parameters: Any) -> None:
     check.epsilon(network.eps, parameters)
 
 
-def check_places(network: Network, parameters: int, running: int | None) -> None:
-    """Check that all parts of the layers lie within the parameters and running statistics of a model, each alone."""
-    parts, kept = [], []
+def check_offsets(network: NetworkSpec, parameters: int, running: int | None) -> None:
+    """Check that all parts of the layers lie within the parameters and running statistics of a model, and apart."""
+    parts, tracked = [], []
     for number, layer in enumerate(network.layers):
         parts.append((layer.weight, layer.inputs * layer.outputs, f"weight of layer {number}"))
         parts.append((layer.shift, layer.outputs, f"shift of layer {number}"))
         if layer.gamma >= 0:
             parts.append((layer.gamma, layer.outputs, f"gamma of layer {number}"))
-            kept.append((layer.mean, layer.outputs, f"mean of layer {number}"))
-            kept.append((layer.variance, layer.outputs, f"variance of layer {number}"))
+            tracked.append((layer.mean, layer.outputs, f"mean of layer {number}"))
+            tracked.append((layer.variance, layer.outputs, f"variance of layer {number}"))
     if any(start % 4 or start + size > parameters for start, size, _ in parts):
         raise ValueError(f"layers must begin at multiples of 4 within the {parameters} parameters")
     _check_apart(parts)
     if running is None:
         return
-    if any(start < 0 or start + size > running for start, size, _ in kept):
+    if any(start < 0 or start + size > running for start, size, _ in tracked):
         raise ValueError(f"means and variances of the layers must lie within the {running} running statistics")
-    _check_apart(kept)
+    _check_apart(tracked)
 
 
 def _check_apart(parts: list[tuple[int, int, str]]) -> None:
@@ -133,9 +133,9 @@ def _check_apart(parts: list[tuple[int, int, str]]) -> None:
 
 
 def check_rows(
-    network: Network, labels: np.ndarray, indices: np.ndarray | None, steps: int, batch: int, drawn: bool
+    network: NetworkSpec, labels: np.ndarray, indices: np.ndarray | None, steps: int, batch: int, drawn: bool
 ) -> None:
-    """Check what only NumPy arrays let us see before the first step: that there are these rows, and their classes."""
+    """Check that the rows exist, and that their labels are classes: of NumPy arrays, before the first step."""
     if indices is not None and indices.size and not 0 <= indices.min() <= indices.max() < len(labels):
         wrong = indices.min() if indices.min() < 0 else indices.max()
         raise ValueError(f"indices must be from 0 to {len(labels) - 1}, the rows of x; got {wrong}")

@@ -1,0 +1,85 @@
+"""Problem of layer norm: a matrix whose rows are normalised, and the checks of the arrays."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from bnkernels.runtime import checks as check
+from bnkernels.runtime.arguments import accumulator
+from bnkernels.runtime.operands import Operands
+from bnkernels.runtime.seam import ceil_div
+from bnkernels.runtime.workspace import MOST_SPLITS
+
+VECTOR = 16  # bytes, as in cuda/lib/reduce/vector_rows.cuh
+MOST_PARTIALS = 2 * MOST_SPLITS  # sums of a column
+
+
+class Problem(NamedTuple):
+    """A matrix (rows, columns) of a data type."""
+
+    rows: int
+    columns: int
+    dtype: np.dtype
+
+    @property
+    def acc_dtype(self) -> np.dtype:
+        """The data type of the accumulator."""
+        return accumulator(self.dtype)
+
+    @property
+    def count(self) -> int:
+        """The numbers of a vector."""
+        return VECTOR // self.dtype.itemsize
+
+    @property
+    def vectors(self) -> int:
+        """The vectors of a row, the last of which may be a part."""
+        return ceil_div(self.columns, self.count)
+
+
+Arguments = dict[str, check.Argument | None]
+
+
+def _forward(args: Arguments) -> Problem:
+    problem = _rows(args)
+    check.contiguous(args["y"], args["x"].shape, problem.dtype)
+    return problem
+
+
+def _backward(args: Arguments) -> Problem:
+    problem, workspace = _rows(args), args["workspace"]
+    for name in ("dx", "dy"):
+        check.contiguous(args[name], args["x"].shape, problem.dtype)
+    for name in ("dgamma", "dbeta"):
+        check.contiguous(args[name], (problem.columns,), problem.acc_dtype)
+    if workspace is not None:
+        wanted = MOST_PARTIALS * problem.columns
+        if len(workspace.shape) != 1 or workspace.shape[0] < wanted:
+            raise ValueError(f"workspace must have one axis of at least {wanted} numbers, got {workspace.shape}")
+        check.contiguous(workspace, workspace.shape, problem.acc_dtype)
+    return problem
+
+
+def _rows(args: Arguments) -> Problem:
+    """Check x, gamma, beta and statistics."""
+    x = args["x"]
+    check.floating(x)
+    if not x.shape or x.shape[-1] == 0:
+        raise ValueError(f"x must have the shape (..., C), C at least 1, got {x.shape}: there is nothing to normalise")
+    check.contiguous(x, x.shape, x.dtype)
+    problem = Problem(math.prod(x.shape[:-1]), x.shape[-1], x.dtype)
+    for name in ("gamma", "beta"):
+        check.contiguous(args[name], x.shape[-1:], problem.acc_dtype)
+    check.contiguous(args["statistics"], (3, *x.shape[:-1]), problem.acc_dtype)
+    return problem
+
+
+FORWARD = Operands("y statistics", "x gamma beta", _forward, optional="y statistics gamma beta", in_place="x")
+BACKWARD = Operands(
+    *("dx dgamma dbeta workspace", "dy x gamma beta statistics", _backward),
+    optional="dx dgamma dbeta workspace gamma beta",
+    in_place="dy",
+)
