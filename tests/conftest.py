@@ -7,6 +7,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from tools.compile import nvrtc
 from tools.emulator import EmulatorRuntime
 from tools.emulator.build import BUILD_VARIABLE, BUILDS
 
+LEFT_OUT = pytest.StashKey[Counter]()  # tests that were not even started, by reason
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add ``--every N``: a quick look."""
@@ -25,27 +28,47 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(trylast=True)  # of those that -m and -k leave
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Begin with the slow tests on several processors, where the last one to end decides."""
+    """Leave out and count the tests that need a GPU where none is; begin with the slow ones on several processors."""
+    need_a_gpu = [item for item in items if item.get_closest_marker("cuda")]
+    if need_a_gpu and os.environ.get("BNKERNELS_REQUIRE_GPU") != "1" and (reason := registry.why_no_cuda()):
+        items[:] = [item for item in items if item.get_closest_marker("cuda") is None]
+        left_out(config)[f"needs a GPU: {reason}"] = len(need_a_gpu)
     items[:] = items[:: max(1, config.getoption("every"))]
-    if "PYTEST_XDIST_WORKER" in os.environ:
+    if "PYTEST_XDIST_WORKER" in os.environ:  # where the last one to end decides
         items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip a test marked `cuda` where the kernels cannot run; fail it where BNKERNELS_REQUIRE_GPU=1 says they can."""
+    """Fail a test marked `cuda` where BNKERNELS_REQUIRE_GPU=1 says that the kernels can run, and they cannot."""
     if item.get_closest_marker("cuda") and (reason := registry.why_no_cuda()):
-        if os.environ.get("BNKERNELS_REQUIRE_GPU") == "1":
-            pytest.fail(f"BNKERNELS_REQUIRE_GPU=1, but {reason}", pytrace=False)
-        pytest.skip(f"needs a GPU: {reason}")
+        pytest.fail(f"BNKERNELS_REQUIRE_GPU=1, but {reason}", pytrace=False)
+
+
+def left_out(config: pytest.Config) -> Counter[str]:
+    """Return the counts of tests that are not even started, by reason."""
+    return config.stash.setdefault(LEFT_OUT, Counter())
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Send the counts from a process of pytest-xdist to its parent, which collects nothing itself."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = dict(left_out(session.config))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take over the counts of such a process: each of them collects everything."""
+    node.config.stash[LEFT_OUT] = Counter(getattr(node, "workeroutput", {}).get("left_out"))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say what was skipped and why, one line per reason."""
+    """Say what did not run and why, one line per reason."""
     skipped = terminalreporter.stats.get("skipped", [])
-    if not skipped:
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
+    reasons += left_out(terminalreporter.config)
+    if not reasons:
         return
     terminalreporter.section("skipped, and why")
-    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
     for reason, count in reasons.most_common():
         terminalreporter.write_line(f"{count:5} x {reason}")
 

@@ -36,27 +36,25 @@ def call(op: str, on: dict[str, Any], **options: Any) -> Any:
 
 @pytest.mark.emulator
 @pytest.mark.parametrize("others", ["numpy", "emulator"])
-@pytest.mark.parametrize(("op", "name"), ARRAYS)
-def test_arrays_of_two_kinds_are_never_mixed(op: str, name: str, others: str) -> None:
+@pytest.mark.parametrize("op", OPS)
+def test_arrays_of_two_kinds_are_never_mixed(op: str, others: str) -> None:
     odd = {"numpy": "emulator", "emulator": "numpy"}[others]
-    backend = backends.make(others)
-    on = on_backend(backend, op)
-    on[name] = backends.make(odd).asarray(make_arrays(op)[name])
-    with refused(backends.make("emulator"), TypeError, r"is a .* but .* is a .*cupy\.asarray", *on.values()):
-        CALLS[op].run(on)
+    for name in CALLS[op].names:
+        on = on_backend(backends.make(others), op)
+        on[name] = backends.make(odd).asarray(make_arrays(op)[name])
+        with refused(backends.make("emulator"), TypeError, r"is a .* but .* is a .*cupy\.asarray", *on.values()):
+            CALLS[op].run(on)
 
 
 @pytest.mark.parametrize("thing", [[[1.0, 2.0]], 3, 2.5, "text", object()], ids=lambda thing: type(thing).__name__)
-@pytest.mark.parametrize(("op", "name"), ARRAYS)
-def test_what_is_no_array_is_refused(backend: Backend, op: str, name: str, thing: Any) -> None:
-    on = on_backend(backend, op)
-    rest = [array for other, array in on.items() if other != name]
-    on[name] = thing
-    kind = type(thing).__name__
-    with refused(
-        backend, TypeError, rf"^{name}: expected a NumPy or a CuPy array, got .*{kind}.*numpy\.asarray", *rest
-    ):
-        CALLS[op].run(on)
+@pytest.mark.parametrize("op", OPS)
+def test_what_is_no_array_is_refused(backend: Backend, op: str, thing: Any) -> None:
+    on, kind = on_backend(backend, op), type(thing).__name__
+    for name in on:
+        rest = [array for other, array in on.items() if other != name]
+        message = rf"^{name}: expected a NumPy or a CuPy array, got .*{kind}.*numpy\.asarray"
+        with refused(backend, TypeError, message, *rest):
+            CALLS[op].run(on | {name: thing})
 
 
 REQUIRED = {

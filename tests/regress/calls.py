@@ -13,7 +13,6 @@ CALLS = {  # whose arrays have the shapes that their names say
     op: call for op, call in EVERY.items() if not call.specs and not {"residual", "scalars"} & {*call.reads}
 }
 ARRAYS = [(op, name) for op, call in CALLS.items() for name in call.names]
-EVERY_ARRAY = [(op, name) for op, call in EVERY.items() for name in call.names]
 EVERY_OUTPUT = [(op, name) for op, call in EVERY.items() for name in call.writes]
 SAID = {"parts": "moments"}  # what messages call an array
 STATE = {"fused_training": {"velocity": "first"}}

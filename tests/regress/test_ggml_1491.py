@@ -25,12 +25,6 @@ IN_PLACE = [
     ("inference_backward", "dx", "x"),
     ("softmax_cross_entropy", "dlogits", "logits"),
 ]
-PAIRS = [
-    (op, written, other)
-    for op, call in CALLS.items()
-    for written, other in product(call.writes, call.names)
-    if written != other and (op, written, other) not in IN_PLACE and (op, other, written) not in IN_PLACE
-]
 
 
 @pytest.mark.parametrize(("op", "output", "read"), IN_PLACE)
@@ -67,14 +61,16 @@ def test_nntile_371_partial_overlap_is_refused(backend: Backend, op: str, output
         CALLS[op].run(on)
 
 
-@pytest.mark.parametrize(("op", "written", "other"), PAIRS)
-def test_nntile_371_every_other_pair_is_refused(backend: Backend, op: str, written: str, other: str) -> None:
+@pytest.mark.parametrize("op", CALLS)
+def test_nntile_371_every_other_pair_is_refused(backend: Backend, op: str) -> None:
     """A vector on a matrix, a statistic on a parameter: any memory that is written must belong to one array alone."""
     arrays = make_arrays(op)
-    on = {name: backend.asarray(array) for name, array in arrays.items()}
-    size = max(arrays[written].nbytes, arrays[other].nbytes)
-    shared = backend.asarray(np.zeros(size, np.uint8))
-    for name in (written, other):
-        on[name] = shared[: arrays[name].nbytes].view(arrays[name].dtype).reshape(arrays[name].shape)
-    with refused(backend, ValueError, "overlaps .* in memory", *on.values()):
-        CALLS[op].run(on)
+    for pair in product(CALLS[op].writes, CALLS[op].names):
+        if pair[0] == pair[1] or (op, *pair) in IN_PLACE or (op, *pair[::-1]) in IN_PLACE:
+            continue
+        on = {name: backend.asarray(array) for name, array in arrays.items()}
+        shared = backend.asarray(np.zeros(max(arrays[name].nbytes for name in pair), np.uint8))
+        for name in pair:
+            on[name] = shared[: arrays[name].nbytes].view(arrays[name].dtype).reshape(arrays[name].shape)
+        with refused(backend, ValueError, "overlaps .* in memory", *on.values()):
+            CALLS[op].run(on)
