@@ -11,7 +11,7 @@ OUT ?= build/gpu
 # Every kernel in every variant; the rest of the suite repeats them with other values, and ThreadSanitizer takes its time.
 OP_TESTS = tests/ops/test_batch_norm.py tests/ops/test_softmax_cross_entropy.py tests/ops/test_parameter_update.py
 PARALLEL = -n auto --dist worksteal
-# Several processes share the cores: threads of BLAS would wait for one another, and cost a fifth of the time of all tests.
+# Several processes share the cores: threads of BLAS would wait for one another.
 test test-fast emulate mutants coverage: export OPENBLAS_NUM_THREADS = 1
 CXX_FILES = $(shell find cuda tools/emulator benchmarks -name "*.cu" -o -name "*.cuh" -o -name "*.h" -o -name "*.cpp")
 
