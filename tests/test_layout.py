@@ -160,9 +160,7 @@ def test_a_file_is_one_sentence() -> None:
         docstring = ast.get_docstring(ast.parse(text)) or ""
         sentence = docstring.partition("\n\n")[0]
         assert sentence.endswith((".", ":")), f"{path}: its docstring begins with one sentence that says what it is"
-        assert len(text.splitlines()) <= MOST_LINES or "Long because" in docstring, (
-            f"{path} does not say why"
-        )
+        assert len(text.splitlines()) <= MOST_LINES or "Long because" in docstring, f"{path} does not say why"
 
 
 def test_a_function_fits_a_screen() -> None:

@@ -52,8 +52,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
 
 @pytest.mark.parametrize(
     ("op", "dtype"),  # the linear backward in float64 takes two blocks: a cooperative launch
-    [(op, "float32") for op in OPS]
-    + [(op, "float64") for op in OPS if op != "linear_batch_norm_backward"],
+    [(op, "float32") for op in OPS] + [(op, "float64") for op in OPS if op != "linear_batch_norm_backward"],
 )
 def test_the_same_call_is_the_same_launch(device: Device, op: str, dtype: str) -> None:
     """Also with other objects whose facts are the same."""
