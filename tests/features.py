@@ -1,4 +1,4 @@
-"""What batch norm can do, and how many tests stand behind each line: ``make features``, ``python -m tests.features``.
+"""Features of batch norm, and the number of tests behind each: ``make features``, ``python -m tests.features``.
 
 A line without tests is a feature that does not exist, and the command says so by its exit status.
 """

@@ -76,8 +76,8 @@ def on_chip(case: Case, count: Count) -> float:
     inner = "inner" in count.kernel
     numbers = VECTOR // case.itemsize
     partial = {"forward": 3, "backward": 2}[case.direction] * 4 * lanes * (1 if inner else columns * numbers)
-    held = (count.launch.shared_bytes - partial) // (PLANES[case.direction] * VECTOR)  # of a block, rows of 16 bytes
-    rows = case.size // case.shape[1] * (1 if inner else columns * numbers) // numbers  # of a slice
+    held = (count.launch.shared_bytes - partial) // (PLANES[case.direction] * VECTOR)  # rows of 16 bytes per block
+    rows = case.size // case.shape[1] * (1 if inner else columns * numbers) // numbers  # per slice
     return min(1.0, held * together / rows)
 
 

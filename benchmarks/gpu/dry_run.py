@@ -27,7 +27,7 @@ from bnkernels.runtime.seam import Launch
 from bnkernels.train.trainer import TrainingConfig
 
 DEVICE = "emulator"
-SHORTER: dict[str, dict[str, Any]] = {  # what a module's names become, because the emulator is slow
+SHORTER: dict[str, dict[str, Any]] = {  # replacements of a module's names: the emulator is slow
     "benchmarks.steps.bench_train_step": {"SEEDS": 1, "TrainingConfig": functools.partial(TrainingConfig, epochs=1)}
 }
 

@@ -17,9 +17,9 @@ from benchmarks.peers.pytorch import absent as absent_pytorch
 from benchmarks.peers.pytorch import load, tensor_of
 
 SECTOR = 32  # bytes: the least that global memory delivers
-HELD_BYTES = {"forward": 128 << 10, "backward": 64 << 10}  # of one operand in registers; the backward has two or three
-TILE_BYTES = 16 << 10  # of the accumulators of a range of rows
-MERGED_BYTES = 32 << 10  # of what the last program reads at once
+HELD_BYTES = {"forward": 128 << 10, "backward": 64 << 10}  # one operand in registers; the backward has two or three
+TILE_BYTES = 16 << 10  # accumulators of a range of rows
+MERGED_BYTES = 32 << 10  # read by the last program at once
 PROGRAMS_PER_MULTIPROCESSOR = 4
 MOST_ELEMENTS = 2**31 - 1
 
@@ -93,7 +93,7 @@ def plan_of(case: Case, multiprocessors: int) -> Plan:
     width = min(power_of_two(-(-SECTOR // (length * case.itemsize))), power_of_two(channels))
     held = power_of_two(rows) * width
     if held * wide <= HELD_BYTES[case.direction]:
-        warps = min(max(held // 256, 1), 16)  # of more warps, a thread has 64 registers, which is too few
+        warps = min(max(held // 256, 1), 16)  # with more warps a thread has 64 registers, which is too few
         return Plan(power_of_two(rows), width, 0, 1, warps)
     width = min(2 * width, power_of_two(channels)) if length == 1 else width
     block_rows = min(TILE_BYTES // wide // width, power_of_two(rows))

@@ -9,7 +9,7 @@ from bnkernels.runtime.seam import ceil_div
 MIN_BLOCKS = 1  # resident blocks of a multiprocessor, promised by the launch bounds of the kernels
 THREADS, TILE_K = 256, 32  # PRODUCT_THREADS and TILE_K of cuda/lib/gemm/matrix.cuh
 MOST_ROWS, MOST_NEURONS = 512, 1024  # beyond, a library's product is faster than what a launch costs
-COLUMN_TILES = (1, 2, 4, 8)  # of a block, each as wide as what a thread multiplies
+COLUMN_TILES = (1, 2, 4, 8)  # tiles per block; a tile has the columns of one thread
 ROW_LANES = (8, 16, 32)  # threads that share the rows
 
 

@@ -1,4 +1,4 @@
-"""What the kernels move, counted access by access, against the Traffic field of each header in ``cuda/``."""
+"""Bytes that the kernels move, counted access by access, against the Traffic field of each header in ``cuda/``."""
 
 from __future__ import annotations
 

@@ -203,7 +203,7 @@ def test_views_give_the_bits_of_a_dense_array(
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_the_hessian_is_symmetric(backend: Backend, rng: np.random.Generator, activation: str) -> None:
-    """Of <dy, y> over x, gamma, beta and residual together: <a, H b> = <b, H a>."""
+    """Hessian of <dy, y> over x, gamma, beta and residual together: <a, H b> = <b, H a>."""
     arrays, other = make(rng, (40, 5)), make(rng, (40, 5))
     a, b = ({name: given[name] for name in INCOMING} for given in (arrays, other))
     of_a, of_b = (run(backend, arrays | given, activation=activation) for given in (a, b))

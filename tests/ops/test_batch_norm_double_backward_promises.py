@@ -1,4 +1,4 @@
-"""What the double backward promises beside its values: memory, special values, errors, traffic, and its benchmark."""
+"""Promises of the double backward beside its values: memory, special values, errors, traffic, and its benchmark."""
 
 from __future__ import annotations
 

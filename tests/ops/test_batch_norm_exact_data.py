@@ -39,14 +39,14 @@ KEPT, NEW = 0.75, 0.25  # weights of the old and of the new running statistics
 TINY = Limits(2, 64 * 1024, 66 * 1024, cooperative=True)  # four blocks that hold 32 KiB each
 
 DTYPES = ["float16", "bfloat16", "float32", "float64"]
-# Of (outer, C, inner): one level of merging, two, streamed; an inner axis; a short one.
+# Shapes (outer, C, inner): one level of merging, two, streamed; an inner axis; a short one.
 SHAPES = [(64, 20, 1), (1024, 3, 1), (4096, 3, 1), (16, 6, 64), (32, 5, 4)]
 # Rows of 16 bytes, large: blocks that share a slice of channels, and more than they keep; the same along inner.
 LARGE = [(1024, 64, 1), (4096, 16, 1), (16, 6, 1024)]
 
 
 class Case(NamedTuple):
-    """What goes in, tensors as (outer, C, inner), and what must come out, by name."""
+    """Inputs, tensors as (outer, C, inner), and the outputs expected, by name."""
 
     x: np.ndarray
     dy: np.ndarray

@@ -27,7 +27,7 @@ DTYPES = [np.dtype(dtype) for dtype in ("float16", ml_dtypes.bfloat16, "float32"
 
 
 class Facts(NamedTuple):
-    """What ``cuda/`` says of a kernel: the most threads of a block, the values a thread holds, inner = 1 alone."""
+    """Facts of a kernel in ``cuda/``: most threads per block, values per thread, whether for inner = 1 alone."""
 
     threads: int
     values: int | None

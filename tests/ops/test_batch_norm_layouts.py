@@ -106,7 +106,7 @@ def test_channels_last_has_the_bits_of_the_matrix(
         np.testing.assert_array_equal(backend.asnumpy(tensor).reshape(matrix.shape), backend.asnumpy(matrix))
 
 
-# What happens to an array of shape (4, 6, 8, 10), and whether three strides still describe it, channels in axis 1.
+# Views of an array of shape (4, 6, 8, 10), channels in axis 1, and whether three strides describe them.
 VIEWS = {
     "channels last in memory": (lambda a: np.moveaxis(np.moveaxis(a, 1, -1).copy(), -1, 1), True),
     "batch last in memory": (lambda a: np.moveaxis(np.moveaxis(a, 0, -1).copy(), -1, 0), True),

@@ -1,4 +1,4 @@
-"""What must hold between two results, whatever the right one is: no oracle takes part, so none can be wrong.
+"""Relations between two results that hold without knowing the right one: no oracle takes part, so none can be wrong.
 
 The large shapes take the kernels that spread over the device, on the emulator in several blocks a slice of channels.
 """
@@ -99,7 +99,7 @@ def at_channels(arrays: Arrays, order: np.ndarray) -> Arrays:
 def test_permuted_channels_give_permuted_bits(
     backend: Backend, rng: np.random.Generator, shape: tuple[int, ...]
 ) -> None:
-    """Whoever computes a channel, in whichever place of whichever block, computes the same."""
+    """A channel has the same bits in any place of any block."""
     arrays, order = make_arrays(rng, shape, np.dtype("float32")), rng.permutation(shape[1])
     want, got = at_channels(run(backend, arrays), order), run(backend, at_channels(arrays, order))
     if backend.name != "numpy":

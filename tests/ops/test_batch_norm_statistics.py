@@ -16,7 +16,7 @@ from tools import oracle
 from tools.backends import Backend
 from tools.oracle import Wide
 
-# How many examples each part has: one, uneven ones, empty ones among them.
+# Numbers of examples of the parts: a single part, uneven ones, empty ones among them.
 SPLITS = [(40,), (10, 25, 5), (0, 39, 0, 1)]
 
 

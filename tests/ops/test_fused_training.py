@@ -273,7 +273,7 @@ def network_on(backend: Backend, norm: str, **changes: Any) -> Learner:
 def test_the_engines_take_over_from_each_other(
     backend: Backend, rng: np.random.Generator, name: str, norm: str
 ) -> None:
-    """What the fused engine leaves in a checkpoint, the layers go on with, and the other way round."""
+    """Layers continue from a checkpoint of the fused engine, and the other way round."""
     if backend.name == "numpy":
         pytest.skip("needs a device")
     x, y = backend.arrays(*make_data(rng, (6, 8, 3), 20 * 16, "float64"))

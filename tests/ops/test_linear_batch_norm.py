@@ -265,7 +265,7 @@ def test_the_order_of_blocks_and_threads_changes_no_bit(
 @pytest.mark.slow
 @pytest.mark.emulator
 def test_16_bits_without_tensor_cores(emulated: EmulatorRuntime, tmp_path: Path) -> None:
-    """What sm_75 runs, in a process of its own with kernels of its own."""
+    """Code path of sm_75, in a process of its own with kernels of its own."""
     sources, product = read_sources(CUDA), "lib/gemm/product.cuh"
     changed = sources[product].replace("#if BNK_TENSOR_CORES\n    if constexpr", "#if 0\n    if constexpr")
     assert changed != sources[product]

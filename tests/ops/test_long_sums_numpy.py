@@ -38,7 +38,7 @@ def last_places(found: np.ndarray, exact: np.ndarray) -> float:
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize(("rows", "masked"), [(100_000, True), (100_000, False), (7834, False)])
 def test_a_long_channel_keeps_the_contract(backend: Backend, rows: int, masked: bool) -> None:
-    """Of 100000 rows, with a mask of which all are valid and without, and of one that NumPy takes whole."""
+    """Channels of 100000 rows, without a mask and with one of all rows; and one that NumPy takes whole."""
     size = np.array([0.7, 1.3])
     x = signs(rows) * size
     options = {"mask": backend.asarray(np.ones(rows, bool))} if masked else {}
@@ -77,7 +77,7 @@ def test_the_running_mean_is_the_whole_mean(backend: Backend, masked: bool) -> N
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize("masked", [False, True])
 def test_equal_columns_have_equal_bits(backend: Backend, rng: np.random.Generator, masked: bool) -> None:
-    """Whatever their number: NumPy's product adds the columns at the end of a row in another order."""
+    """True for any number of them, though NumPy's product adds the columns at the end of a row in another order."""
 
     def statistics(x: np.ndarray) -> Any:
         options = {"mask": backend.asarray(np.ones(len(x), bool))} if masked else {}

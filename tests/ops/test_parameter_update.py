@@ -18,7 +18,7 @@ from tools.emulator import EmulatorRuntime
 
 SIZES = [1, 255, 256, 257, 1530]  # around a block, and the parameters of the network of the question
 DTYPES = ["float32", "float64"]
-RULES = {"sgd": 0, "momentum": 1, "adam": 2}  # how many arrays of state
+RULES = {"sgd": 0, "momentum": 1, "adam": 2}  # number of arrays of state
 STEPS = 20
 LR, MOMENTUM, BETA1, BETA2 = 0.1, 0.9, 0.9, 0.999
 EPS = 0.25  # so large that a misplaced one is gross
@@ -298,7 +298,7 @@ def test_numbers_from_a_schedule_make_the_same_steps(
         update(rule, direct, 3 + i, **({"eps": 1e-8} if rule == "adam" else {}))
         bn.scheduled_update(rule, *scheduled[:2], tuple(scheduled[2:]), schedule[i])
     for one, two in zip(direct, scheduled, strict=True):
-        if backend.name == "numpy" and rule == "adam":  # whose corrections have been rounded to the data's type
+        if backend.name == "numpy" and rule == "adam":  # its corrections have been rounded to the data's type
             np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-7)
         else:
             np.testing.assert_array_equal(backend.asnumpy(one), backend.asnumpy(two))

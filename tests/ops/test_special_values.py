@@ -168,7 +168,7 @@ def look_at_a_special_channel(
     zeros = accumulator(data).type(0).reshape(1, 1)
     phi_of_beta = alone(backend, zeros.astype(data), beta, activation)[0, 0]
     if kind == "large and small" and data == np.float16:
-        return  # whose squares are within float32
+        return  # the squares are within float32
     if family == "renormalised":
         return  # which shifts by the running statistics
     np.testing.assert_allclose(own["y"], phi_of_beta, rtol=0, atol=1e-7 if kind == "subnormal" else 0)
@@ -237,7 +237,7 @@ def test_running_statistics_at_the_edges(backend: Backend, dtype: str) -> None:
 
 
 STEPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
-LIMITS = {  # of phi, at -large, -tiny, 0, tiny, large; "large" is the number itself
+LIMITS = {  # limits of phi at -large, -tiny, 0, tiny, large; "large" is the number itself
     "identity": (-1, 0, 0, 0, 1),
     "relu": (0, 0, 0, 0, 1),
     "leaky_relu": (-0.01, 0, 0, 0, 1),
@@ -313,7 +313,7 @@ def test_a_network_that_diverges(backend: Backend, norm: str, dtype: str) -> Non
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_product_beyond_the_type(backend: Backend, dtype: str) -> None:
-    """Of a linear layer without a norm: infinity, and NaN where infinities of both signs meet."""
+    """A linear layer without a norm gives infinity, and NaN where infinities of both signs meet."""
     data = dtype_named(dtype)
     most = float(ml_finfo(data).max if data.itemsize == 2 else np.finfo(data).max)
     x = np.array([[most, 1], [-most, 1], [0, 1]], data)
@@ -327,7 +327,7 @@ def test_a_product_beyond_the_type(backend: Backend, dtype: str) -> None:
 
 
 def test_a_folded_layer_beyond_16_bits() -> None:
-    """What is too large becomes infinity, as everywhere."""
+    """A number that is too large becomes infinity, as everywhere."""
     weight, bias = np.full((1, 2), 60000, np.float16), np.zeros(1, np.float16)
     one = np.ones(1, np.float32)
     folded, moved = bn.fold_batch_norm(weight, bias, one * 1e30, None, one * 1e30, one)

@@ -177,7 +177,7 @@ def test_a_launch_that_failed_leaves_no_counter_behind(
     with pytest.raises(RuntimeError, match="cudaErrorLaunchTimeout"):
         bn.batch_norm_forward(x)
     monkeypatch.setattr(cupy.driver, "launch", run)
-    if dead:  # what cannot be cleared is dropped
+    if dead:  # a workspace that cannot be cleared is dropped
         assert alive(made) == 0
         cupy.driver.dead = False
     else:

@@ -80,7 +80,7 @@ def test_only_rounds_of_the_same_place_go_on() -> None:
     again, elsewhere = Rounds(CPU, ["layers", "layers"]), Rounds(Device(np, "cuda"), ["layers", "layers"])
     for rounds in (again, elsewhere):
         rounds.load_state(state)
-        rounds.load_state(None)  # of a checkpoint that has none
+        rounds.load_state(None)  # a checkpoint without a state
     assert again.ratio() == first.ratio()
     assert elsewhere.ratio().rounds == 0
 

@@ -149,13 +149,13 @@ def run(found: Plan, arrays: tuple, options: Options, call: Call = NEW) -> tuple
     Parameters
     ----------
     found : Plan
-        What `plan` returned.
+        Plan of the call, from `plan`.
     arrays : tuple
         Arrays ``found.kind.names``.
     options : Options
         Numbers of the call.
     call : Call
-        What ``found.kind.calls.replay`` returned.
+        Result of ``found.kind.calls.replay``.
 
     Returns
     -------

@@ -77,9 +77,9 @@ def fold_batch_norm(
     Parameters
     ----------
     weight : array, floating point
-        Of the layer; its axis `axis` has the C channels that come out. Never written.
+        Weight of the layer; its axis `axis` has the C output channels. Never written.
     bias : array, shape (C,), or None
-        Of the layer.
+        Bias of the layer.
     gamma, beta : array, shape (C,), or None
         Scale and shift of the batch norm; None is 1 and 0.
     running_mean, running_var : array, shape (C,), floating point

@@ -23,7 +23,7 @@ from bnkernels.runtime.workspace import MOST_BARRIERS, MOST_SPLITS, PARTIALS
 
 WIDTH = 32  # channels of a slice: 128 bytes of float32, four whole memory sectors per row
 SECTOR = 32  # bytes that memory moves at once
-THREADS = 512  # of a block, at most: what the kernels' launch bounds say
+THREADS = 512  # most threads per block: the launch bounds of the kernels
 SERIAL_LANES = 64  # that every thread merges itself, as in cuda/lib/reduce/rows.cuh
 REGISTERS = 4  # rows that each thread should have: enough to keep its loads in flight, and few in a row to add up
 FEW_BLOCKS = 132  # fewer leave multiprocessors of a large device without work

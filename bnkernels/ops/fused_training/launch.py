@@ -27,12 +27,12 @@ SIZES = (
 )
 SCALARS = "beta1 beta2 one_minus_beta1 one_minus_beta2 optimizer_eps correction eps alpha"
 ARGUMENTS = arguments_type(POINTERS, SIZES, SCALARS, "activation optimizer subwarp_size")
-EXAMPLES = 8  # of a thread, as in cuda/lib/gemm/subwarp.cuh
+EXAMPLES = 8  # per thread, as in cuda/lib/gemm/subwarp.cuh
 SUBWARPS = (8, 16, 32)  # threads that share a neuron
 MOST_EXAMPLES_OF_BLOCK = EXAMPLES * SUBWARPS[-1]
 MOST_EXAMPLES = gemm.MOST_ROWS
 THREADS = {np.dtype(np.float32): 512, np.dtype(np.float64): 256}  # at most: the launch bounds of cuda/fused_training.cu
-FEWEST_THREADS = 128  # of a block, however few neurons there are
+FEWEST_THREADS = 128  # per block, however few neurons there are
 CLUSTER = 8  # blocks, as in cuda/lib/sync/grid_barrier.cuh
 OPTIMIZERS = {"sgd": 0, "momentum": 1, "adam": 2}  # the number of each is also that of its states
 
