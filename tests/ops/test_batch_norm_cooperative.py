@@ -1,4 +1,4 @@
-"""The kernels that spread over the device: right, each byte read once, whatever the blocks' order and the device."""
+"""Cooperative batch-norm kernels: right values, each byte read once, whatever the blocks' order and the device."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def check_against_oracle(
     oracle.assert_within(as_matrix(backend.asnumpy(y)), exact.y, exact.z_bound, "y")
     mean, mean_low, rstd = backend.asnumpy(statistics)
     mean_bound = 4 * u * np.sqrt(exact.var) + 8 * rows * u * u * np.abs(as_matrix(x).astype("f8")).max(0)
-    assert (np.abs(mean.astype(oracle.Wide) + mean_low - exact.mean) <= mean_bound).all()
+    assert (np.abs(mean.astype(oracle.Extended) + mean_low - exact.mean) <= mean_bound).all()
     oracle.assert_within(rstd, exact.rstd, oracle.SLACK * u * exact.rstd, "rstd")
     new_mean, new_var = 0.375 + 0.25 * exact.mean, 1.5 + 0.25 * exact.var * rows / (rows - 1)
     oracle.assert_within(backend.asnumpy(on[3]), new_mean, 4 * u * (1 + np.abs(exact.mean)), "running_mean")
@@ -191,7 +191,7 @@ def test_results_may_replace_what_they_are_made_of(
 
 
 @pytest.mark.emulator
-def test_a_meeting_turns_over_one_bit_of_a_counter(emulated: EmulatorRuntime, rng: np.random.Generator) -> None:
+def test_a_grid_barrier_flips_one_bit_of_a_counter(emulated: EmulatorRuntime, rng: np.random.Generator) -> None:
     """True for any number of blocks: the next launch may have another."""
     x = emulated.asarray(rng.standard_normal((5000, 8)).astype("f4"))
     with tiny(emulated):
@@ -200,11 +200,11 @@ def test_a_meeting_turns_over_one_bit_of_a_counter(emulated: EmulatorRuntime, rn
         counters = emulated.workspace_array.view(np.uint32)[: PARTIALS // 4]
         for _ in range(2):
             before = counters.copy()
-            again, _ = bn.batch_norm_forward(x)
+            repeated, _ = bn.batch_norm_forward(x)
             used = counters != before
             assert used.sum() == launch.grid[0], "one of every group"
             assert set((counters ^ before)[used].tolist()) == {2**31}
-            np.testing.assert_array_equal(again, y)
+            np.testing.assert_array_equal(repeated, y)
     assert set(counters.tolist()) <= {0, 2**31}
 
 

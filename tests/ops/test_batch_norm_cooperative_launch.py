@@ -1,4 +1,4 @@
-"""When and how batch norm spreads over the device: every row is covered, and the limits of any device are kept."""
+"""Launch choice of cooperative batch norm: every row is covered, and the limits of any device are respected."""
 
 from __future__ import annotations
 

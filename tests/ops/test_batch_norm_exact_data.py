@@ -102,13 +102,13 @@ def make_case(rng: np.random.Generator, shape: tuple[int, int, int], dtype: np.d
         "dresidual": g,
         "frozen_dx": along(gamma * rstd) * g,
     }
-    wide = accumulator(dtype)
+    acc_dtype = accumulator(dtype)
     for name, array in expected.items():
-        np.testing.assert_array_equal(array.astype(wide), array, err_msg=f"{name} has too many bits")
-        expected[name] = array.astype(dtype if array.ndim == 3 else wide)
+        np.testing.assert_array_equal(array.astype(acc_dtype), array, err_msg=f"{name} has too many bits")
+        expected[name] = array.astype(dtype if array.ndim == 3 else acc_dtype)
     x = centred + along(mean)
     np.testing.assert_array_equal(x.astype(dtype).astype(np.float64), x, err_msg="x has too many bits")
-    vectors = (array.astype(wide) for array in (gamma, beta, mean, var))
+    vectors = (array.astype(acc_dtype) for array in (gamma, beta, mean, var))
     return Case(*(array.astype(dtype) for array in (x, dy, residual)), *vectors, expected)
 
 
@@ -177,7 +177,7 @@ def test_exact_data_in_strides_of_any_sign(backend: Backend, rng: np.random.Gene
 
 @contextmanager
 def small_device(backend: Backend) -> Iterator[None]:
-    """Let the emulator be a device that has to spread what is above 64 KiB, its blocks and threads in another order."""
+    """Let the emulator be a device that needs cooperative kernels above 64 KiB, blocks and threads in another order."""
     if backend.name != "emulator":
         yield
         return

@@ -38,11 +38,11 @@ def as_rows(array: np.ndarray, axis: int) -> np.ndarray:
 def make_tensors(rng: np.random.Generator, shape: tuple[int, ...], axis: int, dtype: Any) -> tuple[np.ndarray, ...]:
     """Return x, dy and a residual, and gamma and beta in the accumulator's type."""
     channels = shape[axis]
-    wide = np.dtype("float32") if np.dtype(dtype).itemsize == 2 else np.dtype(dtype)
+    acc_dtype = np.dtype("float32") if np.dtype(dtype).itemsize == 2 else np.dtype(dtype)
     x, dy, residual = (rng.standard_normal(shape) + offset for offset in (2, 0.3, -0.1))
     gamma = rng.uniform(0.5, 2, channels) * rng.choice([-1, 1], channels)
     tensors = (array.astype(dtype) for array in (x, dy, residual))
-    return *tensors, gamma.astype(wide), rng.standard_normal(channels).astype(wide)
+    return *tensors, gamma.astype(acc_dtype), rng.standard_normal(channels).astype(acc_dtype)
 
 
 def assert_tensor(backend: Backend, got: Any, exact: np.ndarray, bound: np.ndarray, axis: int, what: str) -> None:

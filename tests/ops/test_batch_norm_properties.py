@@ -98,7 +98,7 @@ def test_training_follows_the_formulas(backend: Backend, case: Case) -> None:
     u, rows = oracle.unit_roundoff(dtype), len(case.x)
     oracle.assert_within(backend.asnumpy(y), exact.y, exact.z_bound, "y")
     assert_gradients(backend, grads, oracle.backward(case.dy, case.x, case.gamma, case.beta, *options.values()))
-    old, new = (1 - case.momentum) * oracle.Wide(0.5), case.momentum * exact.mean
+    old, new = (1 - case.momentum) * oracle.Extended(0.5), case.momentum * exact.mean
     mean_bound = oracle.SLACK * u * (old + case.momentum * np.abs(case.x).max(0))
     oracle.assert_within(backend.asnumpy(running[0]), old + new, mean_bound, "running_mean")
     new_var = (1 - case.momentum) * 2 + case.momentum * exact.var * rows / (rows - 1)

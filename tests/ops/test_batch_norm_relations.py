@@ -1,6 +1,6 @@
 """Relations between two results that hold without knowing the right one: no oracle takes part, so none can be wrong.
 
-The large shapes take the kernels that spread over the device, on the emulator in several blocks a slice of channels.
+The large shapes take the cooperative kernels, on the emulator in several blocks a slice of channels.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ Arrays = dict[str, np.ndarray]
 
 def make_arrays(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype) -> Arrays:
     """Return inputs in which nothing is symmetric, with gamma of both signs."""
-    channels, wide = shape[1], accumulator(dtype)
+    channels, acc_dtype = shape[1], accumulator(dtype)
     tensors = {name: (rng.standard_normal(shape) + 0.3).astype(dtype) for name in ("x", "dy", "residual")}
     gamma = rng.uniform(0.5, 2, channels) * rng.choice([-1, 1], channels)
     vectors = {"gamma": gamma, "beta": rng.standard_normal(channels), "mean": rng.standard_normal(channels)}
     vectors["var"] = rng.uniform(0.5, 2, channels)
-    return tensors | {name: vector.astype(wide) for name, vector in vectors.items()}
+    return tensors | {name: vector.astype(acc_dtype) for name, vector in vectors.items()}
 
 
 def run(backend: Backend, arrays: Arrays, eps: float = 1e-5, activation: str = "relu") -> Arrays:

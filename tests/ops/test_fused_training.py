@@ -27,7 +27,8 @@ from tools import backends
 from tools.backends import Backend
 from tools.emulator import EmulatorRuntime
 
-# One hidden layer to five; widths that no warp divides, one neuron, wider than the block has teams; teams of 8, 16, 32.
+# One hidden layer to five; widths that no warp divides, one neuron, more neurons than subwarps, which have 8 to 32
+# threads.
 ARCHITECTURES = [
     ((7, 20, 10), 64),
     ((5, 3), 6),

@@ -208,14 +208,14 @@ def test_one_launch_that_costs_no_barrier_more_with_batch_norm(
 
 
 @pytest.mark.emulator
-@pytest.mark.parametrize(("norm", "meetings"), [("batch", 5), ("none", 5), ("layer", 2)])
+@pytest.mark.parametrize(("norm", "barriers"), [("batch", 5), ("none", 5), ("layer", 2)])
 def test_a_step_is_so_many_meetings(
-    backend: Backend, group: str, rng: np.random.Generator, norm: str, meetings: int
+    backend: Backend, group: str, rng: np.random.Generator, norm: str, barriers: int
 ) -> None:
     if group == "cluster" or backends.emulated_runtime().build not in ("plain", "coverage"):
         pytest.skip("counted by what is written to the counter")
     record, counts = counts_of_a_step(norm, rng)
-    assert counts["barrier_counter"] == meetings * record.launch.blocks
+    assert counts["barrier_counter"] == barriers * record.launch.blocks
 
 
 @pytest.mark.emulator

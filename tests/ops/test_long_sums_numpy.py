@@ -14,7 +14,7 @@ import pytest
 import bnkernels as bn
 from benchmarks.accuracy import contract as accuracy
 from tools.backends import Backend
-from tools.oracle import Wide
+from tools.oracle import Extended
 
 REASON = "compiled CPU kernels: long float64 sums of NumPy lose digits"
 FEW = 6.0  # last places, as docs/accuracy.md promises
@@ -32,7 +32,7 @@ def signs(rows: int) -> np.ndarray:
 
 def last_places(found: np.ndarray, exact: np.ndarray) -> float:
     """Return the largest error, in last places of the exact number."""
-    return float((np.abs(found.astype(Wide) - exact) / np.abs(exact)).max() / np.finfo(np.float64).eps)
+    return float((np.abs(found.astype(Extended) - exact) / np.abs(exact)).max() / np.finfo(np.float64).eps)
 
 
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)
@@ -45,10 +45,10 @@ def test_a_long_channel_keeps_the_contract(backend: Backend, rows: int, masked: 
     on_x, dy = backend.arrays(x, np.broadcast_to(size, x.shape))
     _, statistics = bn.batch_norm_forward(on_x, eps=accuracy.EPS, **options)
     _, _, dbeta = bn.batch_norm_backward(dy, on_x, None, None, statistics, **options)
-    squares = size.astype(Wide) ** 2
+    squares = size.astype(Extended) ** 2
     off = {
-        "rstd": last_places(backend.asnumpy(statistics)[2], 1 / np.sqrt(squares + Wide(accuracy.EPS))),
-        "dbeta": last_places(backend.asnumpy(dbeta), size.astype(Wide) * rows),
+        "rstd": last_places(backend.asnumpy(statistics)[2], 1 / np.sqrt(squares + Extended(accuracy.EPS))),
+        "dbeta": last_places(backend.asnumpy(dbeta), size.astype(Extended) * rows),
     }
     assert max(off.values()) <= FEW, off
 
@@ -58,7 +58,7 @@ def test_a_long_row_keeps_the_contract(backend: Backend) -> None:
     size = np.array([0.7, 1.3])
     x = backend.asarray((signs(100_000) * size).T)
     _, statistics = bn.layer_norm_forward(x, eps=accuracy.EPS)
-    exact = 1 / np.sqrt(size.astype(Wide) ** 2 + Wide(accuracy.EPS))
+    exact = 1 / np.sqrt(size.astype(Extended) ** 2 + Extended(accuracy.EPS))
     assert last_places(backend.asnumpy(statistics)[2], exact) <= FEW
 
 
@@ -71,7 +71,7 @@ def test_the_running_mean_is_the_whole_mean(backend: Backend, masked: bool) -> N
     options = {"mask": backend.asarray(np.ones(len(x), bool))} if masked else {}
     running = backend.asarray(np.zeros(1))
     bn.batch_norm_forward(backend.asarray(x), None, None, running, None, momentum=1.0, **options)
-    assert last_places(backend.asnumpy(running), small.astype(Wide).sum(keepdims=True) / 4) <= FEW
+    assert last_places(backend.asnumpy(running), small.astype(Extended).sum(keepdims=True) / 4) <= FEW
 
 
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)
