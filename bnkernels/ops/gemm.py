@@ -10,7 +10,7 @@ MIN_BLOCKS = 1  # resident blocks of a multiprocessor, promised by the launch bo
 THREADS, TILE_K = 256, 32  # PRODUCT_THREADS and TILE_K of cuda/lib/gemm/matrix.cuh
 MOST_ROWS, MOST_NEURONS = 512, 1024  # beyond, a library's product is faster than what a launch costs
 COLUMN_TILES = (1, 2, 4, 8)  # tiles per block; a tile has the columns of one thread
-ROW_LANES = (8, 16, 32)  # threads that share the rows
+SUBWARPS = (8, 16, 32)  # threads that share the rows of a tile
 
 
 def columns(acc_dtype: np.dtype) -> int:
@@ -34,5 +34,5 @@ def shared_numbers(width: int, acc_dtype: np.dtype) -> int:
 
     Those of ordinary arithmetic, which older GPUs use for every type; tensor cores need less.
     """
-    factors = max(TILE_K * (8 * lanes + 4 + width) for lanes in ROW_LANES)
-    return max(factors, *(THREADS // lanes * columns(acc_dtype) * (8 * lanes + 4) for lanes in ROW_LANES))
+    factors = max(TILE_K * (8 * threads + 4 + width) for threads in SUBWARPS)
+    return max(factors, *(THREADS // threads * columns(acc_dtype) * (8 * threads + 4) for threads in SUBWARPS))

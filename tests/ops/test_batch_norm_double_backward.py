@@ -149,7 +149,7 @@ def test_second_derivative_is_0_at_infinity_and_nan_at_nan(
         assert np.isnan(found[4])
 
 
-# Lanes that merge in one level and in two, more rows than lanes hold, a slice that is not full.
+# Workers that merge in one level and in two, more rows than workers hold, a slice that is not full.
 SHAPES = [(2, 1), (3, 5), (64, 20), (65, 33), (257, 7), (1100, 3)]
 
 

@@ -13,7 +13,7 @@ from tools import oracle
 from tools.backends import Backend
 from tools.emulator import EmulatorRuntime
 
-# Short and long inner axes, one below, at and above a sector; lanes that merge in one level and two; held and streamed.
+# Short and long inner axes, one below, at and above a sector; workers that merge in one level or two; held; streamed.
 TENSORS = [
     ((6, 5, 7), 1),
     ((3, 4, 5, 6), 1),

@@ -13,7 +13,7 @@ from tools import oracle
 from tools.backends import Backend
 from tools.emulator import EmulatorRuntime
 
-# Few rows and many; lanes that merge in one level and in two; rows held and read again; masks of either extent.
+# Few rows and many; workers that merge in one level and in two; rows held and read again; masks of either extent.
 CASES = [
     ((6, 3), 1, (6,)),
     ((64, 20), 1, (64,)),

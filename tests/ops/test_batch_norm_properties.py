@@ -164,7 +164,7 @@ def test_channels_know_nothing_of_each_other(backend: Backend, case: Case, data:
         grads = bn.batch_norm_backward(dy, x, *parameters, statistics, activation=case.activation)
         return [backend.asnumpy(array) for array in (y, *grads)]
 
-    # The number of lanes, and with it the order of the sums, depends on the width of a slice and so on the number of
+    # The number of workers, and with it the order of the sums, depends on the width of a slice and so on the number of
     # channels: all of them, or as many again, compare bit for bit; fewer within rounding.
     exact = len(order) == channels and backend.name != "numpy"
     tolerance = 0 if exact else 2000 * np.finfo(case.x.dtype).eps
