@@ -179,7 +179,7 @@ def counted_in_full(case: Case) -> list[Count]:
 
 
 def count_of(record: LaunchRecord, case: Case, workspace: np.ndarray | None) -> Count:
-    """Return what a launch did."""
+    """Return the counts of a launch."""
     total = record.counts.total
     others = None if workspace is None else workspace.ctypes.data
     data = [
@@ -233,7 +233,7 @@ def channels_of_slice(case: Case, launch: Launch) -> int:
 
 
 def counted_by_slices(case: Case, small: Case, times: int) -> tuple[list[Count], str]:
-    """Return what each launch of the case does, from a count of fewer slices; and on what was counted."""
+    """Return the counts of each launch of the case, from fewer slices, and the shape that was counted."""
     counts = [
         Count(*count[:2], launch, count.barriers, *(figure * times for figure in count[4:]))
         for count, (_, _, launch) in zip(counted_in_full(small), planned(case), strict=True)
@@ -242,7 +242,7 @@ def counted_by_slices(case: Case, small: Case, times: int) -> tuple[list[Count],
 
 
 def counted(case: Case) -> tuple[list[Count], str]:
-    """Return what each launch of a call of the case does, and on what it was counted.
+    """Return the counts of each launch of a call of the case, and the shape that was counted.
 
     Raises
     ------

@@ -43,7 +43,7 @@ def count() -> list[dict[str, Any]]:
 
 
 def row_of(record: LaunchRecord) -> dict[str, Any]:
-    """Return what a launch did."""
+    """Return the counts of a launch."""
     total = record.counts.total
     return {
         "source": record.source,

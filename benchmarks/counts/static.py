@@ -63,13 +63,13 @@ def rows(cases: Iterable[Case] | None = None) -> list[Row]:
 
 
 def describe(case: Case) -> Row:
-    """Return what identifies a case."""
+    """Return the fields that identify a case."""
     names = ("op", "direction", "dtype", "layout", "epilogue")
     return {"shape": extent(case.shape)} | {name: getattr(case, name) for name in names}
 
 
 def row_of(case: Case, count: Count, registers: Mapping[str, int]) -> Row:
-    """Return what is known of a launch."""
+    """Return all figures of a launch."""
     launch = count.launch
     blocks, threads, moved = prod(launch.grid), prod(launch.block), count.read + count.written
     row: Row = {"source": count.source, "kernel": count.kernel, "blocks": blocks}
@@ -94,7 +94,7 @@ def row_of(case: Case, count: Count, registers: Mapping[str, int]) -> Row:
 
 
 def document_of(found: list[Row]) -> dict[str, Any]:
-    """Return what ``static.json`` holds."""
+    """Return the content of ``static.json``."""
     return {"predicted_for": PREDICTED.name, "nvrtc": nvrtc.NEWEST, "rows": found}
 
 

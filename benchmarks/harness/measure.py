@@ -180,7 +180,7 @@ def time_together(runners: Sequence[Runner], rows: dict[str, Row], place: Host |
 
 
 def kinds_of(runner: Runner, row: Row, place: Host | Gpu) -> tuple[dict[str, Callable[[], float]], float]:
-    """Return what is measured of a runner, by kind, and the seconds that a round of all of it takes."""
+    """Return the measurements of a runner by kind, and the seconds that a round of all of them takes."""
     clock, first = runner.clock, runner.calls[0]
     estimate = clock.batch([first] * 3, keep=False).run()
     count = int(min(MOST_CALLS, max(1, BATCH_SECONDS / max(estimate, 1e-9))))
@@ -210,7 +210,7 @@ def burst(clock: Clock, call: Call, count: int, wait: bool = False) -> float:
 
 
 def nodes_of(batch: Batch, calls: int) -> Row:
-    """Return how many kernels a call launches, and which; why that is not known, where it is not."""
+    """Return the number and names of the kernels that a call launches, or the reason why they are not known."""
     if batch.nodes is None:
         return {}
     if batch.nodes.count is None:

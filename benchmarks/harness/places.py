@@ -43,7 +43,7 @@ class Host:
         """Need nothing: memory goes back by itself."""
 
     def limits(self, nbytes: int) -> tuple[Provider, ...]:
-        """Return what no case that moves so many bytes is faster than."""
+        """Return the providers of a lower bound: no case that moves this number of bytes is faster."""
         return (Provider(COPY, "cpu", lambda case, arrays: self._copy(nbytes)),)
 
     def clock(self, engine: str) -> Clock:
@@ -104,7 +104,7 @@ class Gpu:
             self._clocks["torch"].torch.cuda.empty_cache()
 
     def limits(self, nbytes: int) -> tuple[Provider, ...]:
-        """Return what no case that moves so many bytes is faster than."""
+        """Return the providers of a lower bound: no case that moves this number of bytes is faster."""
         makers = {COPY: self._copy, COPY_MEMCPY: self._memcpy, EMPTY: self._empty}
         return tuple(
             Provider(name, "cuda", lambda case, arrays, make=make: make(nbytes), engine="cupy")
@@ -119,7 +119,7 @@ class Gpu:
         return self._clocks[engine]
 
     def sets(self, nbytes: int, held: int, providers: int) -> int:
-        """Return how many sets of buffers rotate: three times the cache in all, as far as half of the memory goes.
+        """Return the number of sets of buffers that rotate: three times the cache in all, at most half of the memory.
 
         Parameters
         ----------
@@ -170,7 +170,7 @@ class Gpu:
 
 
 def halves(xp: Any, nbytes: int) -> tuple[Any, Any]:
-    """Return source and target of a copy that reads and writes so many bytes in all."""
+    """Return source and target of a copy that reads and writes this number of bytes in all."""
     size = max(nbytes // 2 // 16 * 16, 16)
     return xp.ones(size, "uint8"), xp.zeros(size, "uint8")
 
@@ -196,7 +196,7 @@ def cast(case: Case, arrays: Arrays) -> Arrays:
 
 
 def copies(arrays: Arrays, count: int) -> Sequence[Arrays]:
-    """Return so many sets of copies."""
+    """Return this number of sets of copies."""
     return [{name: array.copy() for name, array in arrays.items()} for _ in range(count)]
 
 

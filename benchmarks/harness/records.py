@@ -38,7 +38,7 @@ WIDTH = 24  # characters of a time with its quartiles
 
 
 def key_of(row: Row) -> tuple[str, ...]:
-    """Return what says which case a row belongs to."""
+    """Return the fields that identify the case of a row."""
     return tuple(row[name] for name in CASE)
 
 

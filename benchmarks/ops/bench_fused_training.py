@@ -147,7 +147,7 @@ def sample_of(network: NetworkSpec, sizes: dict[str, int], optimizer: str = "sgd
 
 
 def sample_of_mlp(norm: str, hidden: int, rows: int, **more: int) -> Sample:
-    """Return a training of a network with one hidden layer by mini-batches of so many rows."""
+    """Return a training of a network with one hidden layer by mini-batches of a number of rows."""
     model = bn.MLP((6, hidden, 3), norm=norm, activation="tanh")
     sizes = {"K": 6, "N": rows, "S": 2, "E": 2 * rows, "P": model.parameters.size, **more}
     return sample_of(model.fused, sizes | ({"R": model.running.size} if model.running.size else {}))

@@ -59,7 +59,7 @@ def launches(case: Case) -> tuple[Launch, Launch, Launch]:
 
 
 def rows_of_block(case: Case) -> int:
-    """Return how many examples a block adds up."""
+    """Return the number of examples that a block adds up."""
     return max(FEWEST_ROWS, ceil_div(case.shape[0], MOST_BLOCKS))
 
 
@@ -104,7 +104,7 @@ def prepare(case: Case, arrays: Arrays) -> Call:
 
 
 def describe(case: Case, arrays: Arrays) -> str:
-    """Return how many blocks of examples there are."""
+    """Return the number of blocks of examples."""
     return f"blocks of examples: {launches(case)[0].grid[1]}"
 
 

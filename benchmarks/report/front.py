@@ -71,7 +71,7 @@ def pytorch(times: Mapping[str, float]) -> float | None:
 
 
 def cost(ratios: Mapping[str, Any]) -> str:
-    """Return what batch norm costs a training step, ours and PyTorch's."""
+    """Return the cost of batch norm in a training step, ours and PyTorch's."""
     if "with / without" not in ratios:
         return ""
     ours = f"A step of ours with batch norm takes {ratios['with / without']['median']:.2f} times one without"

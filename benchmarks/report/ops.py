@@ -17,7 +17,7 @@ QUESTION = ("64x20", "float32", "")
 
 
 def kind_of(rows: Sequence[Row]) -> str:
-    """Return what the rows are compared by: from cold caches on a GPU, hot on a CPU."""
+    """Return the kind of time that rows are compared by: from cold caches on a GPU, hot on a CPU."""
     return "cold" if any("cold_us_median" in row for row in rows) else "hot"
 
 
@@ -80,7 +80,7 @@ def short(status: str) -> str:
 
 
 def of_the_question(documents: Documents) -> str:
-    """Return how long everybody needs for the size of the question, in every place."""
+    """Return the times of all providers for the size of the question, in every place."""
     return by_place(documents, of_place)
 
 

@@ -13,7 +13,7 @@ MAKERS = (*ours.MAKERS, *expression.MAKERS, *pytorch.MAKERS, *jax_xla.MAKERS)
 
 
 def makers(place: str, only: tuple[str, ...] = ()) -> dict[str, Maker]:
-    """Return who makes steps at a place, by name.
+    """Return the makers of steps at a place, by name.
 
     Parameters
     ----------

@@ -167,7 +167,7 @@ def measure(optimizers: Sequence[str], rounds: int, place: str = "cpu", only: Se
 
 
 def ratios_of(times: Mapping[Variant, np.ndarray], optimizer: str, place: str = "cpu") -> dict[str, dict[str, float]]:
-    """Return the ratios of interest, round by round: both sides of each saw the same mood of the machine."""
+    """Return the ratios of interest, round by round: both sides of each saw the same clocks and load."""
 
     def us(maker: str, norm: str) -> np.ndarray | None:
         return times.get(Variant(maker, norm, optimizer))

@@ -36,7 +36,7 @@ LAYERS, CLASSES, BATCH, UNITS = 5, 10, 128, 128  # where an axis does not say ot
 OPTIMIZER, RATE = "adam", 1e-5  # Adam's first steps follow signs, also those of rounding; a small rate keeps them small
 CHECKED = 3  # steps whose losses have to be right
 LOSS_ROUNDINGS = 64  # float32 roundings: right variants stay below 8 at this rate, a misplaced eps is above 300
-MOST_STEPS, ROUND_US = 20, 20_000  # a round of a variant: so many steps, or about so many microseconds
+MOST_STEPS, ROUND_US = 20, 20_000  # steps of a variant's round, or microseconds, about
 BLOCK, MOST_BLOCKS = 3, 10  # rounds are taken in blocks; an unfinished block is lost
 LEFT_OUT = ("PyTorch, fused optimiser",)  # unless asked for: on the same side of both step times
 
@@ -121,7 +121,7 @@ def prepare(point: Point, makers: Mapping[str, Maker], batches: Batches) -> Read
 
 
 def steps_per_round(networks: Mapping[tuple[str, str], Step], batches: Batches) -> int:
-    """Return how many steps of the slowest variant fill a round."""
+    """Return the number of steps of the slowest variant that fill a round."""
     slowest = max(stopwatch(step, batches, warm_up=0)() for step in networks.values())
     return int(np.clip(ROUND_US // slowest, 1, MOST_STEPS))
 
@@ -188,7 +188,7 @@ def figures_of(figures: Mapping[tuple[str, str], np.ndarray], name: str, norm: s
     us = figures[name, norm]
     found: Row = {f"us_{quantile}": figure for quantile, figure in quantiles(us).items()}
     if norm != "none" and (name, "none") in figures:
-        ratios = quantiles(us / figures[name, "none"])  # round by round: both saw the same moods of the machine
+        ratios = quantiles(us / figures[name, "none"])  # round by round: both saw the same clocks and load
         found |= {f"ratio_{quantile}": figure for quantile, figure in ratios.items()}
     return found | {"rounds": len(us), "steps_per_round": count}
 
@@ -297,7 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the files go; default the device's results")
     parser.add_argument("--quick", action="store_true", help="three small points: to see that it works")
     parser.add_argument(
-        "--seconds", type=float, default=170, metavar="S", help="begin no point after so many seconds; default 170"
+        "--seconds", type=float, default=170, metavar="S", help="begin no point after S seconds; default 170"
     )
     parser.add_argument(
         "--only", nargs="+", default=(), metavar="NAME", help="which frameworks, as the table names them"

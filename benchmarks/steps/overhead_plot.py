@@ -108,7 +108,7 @@ def draw(axis: str, rows: Sequence[Row]) -> bytes:
         axes.set_xlabel(label)
     panels[0].set_ylabel("time with / time without")
     bottom, top = panels[0].get_ylim()
-    panels[0].set_ylim(min(0.8, bottom), top + 0.1 * (top - bottom))  # room for who is missing
+    panels[0].set_ylim(min(0.8, bottom), top + 0.1 * (top - bottom))  # room for the names of those missing
     lines = [line for axes in reversed(panels) for line in axes.get_lines() if not line.get_label().startswith("_")]
     by_name = {line.get_label(): line for line in lines}  # the last one wins: that of batch norm, where there is one
     names = sorted(by_name, key=lambda name: [*COLOURS, name].index(name))
@@ -122,7 +122,7 @@ def draw(axis: str, rows: Sequence[Row]) -> bytes:
 
 
 def _panel(axes: Any, rows: Sequence[Row], norm: str, published: dict[str, dict[int, float]]) -> None:
-    """Draw one norm, and say who cannot do it."""
+    """Draw one norm, with the names of those that cannot do it."""
     title, line, marker = NORMS[norm]
     axes.set_title(title, fontsize=10)
     axes.axhline(1, color="#555555", linewidth=1, linestyle=":")

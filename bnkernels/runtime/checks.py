@@ -58,7 +58,7 @@ def _name(kind: type) -> str:
 
 
 def signature(array: Any) -> Signature | None:
-    """Return what a cached check needs to know of an array; None for None. `arguments` refuses what is no array."""
+    """Return the signature of an array for cached checks; None for None. `arguments` refuses what is no array."""
     if array is None:
         return None
     try:
@@ -134,7 +134,7 @@ def arguments(
 
 
 def _way_out(argument: Argument, dtype: Any) -> str:
-    """Return how to get an argument of another data type."""
+    """Return advice to get an argument of another data type."""
     if argument.dtype.kind == "c":
         return f"pass {argument.name}.real, or what else shall stand for complex numbers"
     return f"convert it with {argument.name}.astype('{dtype}')"

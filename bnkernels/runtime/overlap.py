@@ -112,7 +112,7 @@ def _byte_ranges(runtime: Runtime, arrays: tuple) -> list[tuple[int, int]]:
 
 @lru_cache(maxsize=1024)
 def _reach(shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype) -> tuple[int, int] | None:
-    """Return where the memory of an array starts and ends, in bytes from its first element; None if it has none."""
+    """Return start and end of the memory of an array, in bytes from its first element; None if it has none."""
     if 0 in shape:
         return None
     ends = [(extent - 1) * stride for extent, stride in zip(shape, strides, strict=True)]

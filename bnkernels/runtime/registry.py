@@ -39,7 +39,7 @@ def register(runtime: Runtime) -> None:
 
 
 def runtime_of(kind: type, name: str = "") -> Runtime | None:
-    """Return what runs kernels on arrays of this type, or None for NumPy arrays, which take the NumPy path.
+    """Return the runtime of arrays of this type, or None for NumPy arrays, which take the NumPy path.
 
     Raises TypeError for anything else, with the `name` of the argument: also for those of NumPy's arrays that mean more
     than their numbers, or multiply in another way.

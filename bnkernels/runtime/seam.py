@@ -136,7 +136,7 @@ class Runtime(Protocol):
         """
 
     def capture(self, work: Callable[[], None], like: Any) -> Callable[[], None]:
-        """Return what repeats the launches that `work` makes, on the current stream; nothing runs yet.
+        """Return a callable that repeats the launches that `work` makes, on the current stream; nothing runs yet.
 
         `work` has run before, so that all kernels are compiled. It must neither allocate nor synchronise, and every
         repetition gets the same addresses and scalars. A repetition goes to the device of `like`, whatever the current

@@ -61,7 +61,7 @@ def render(table: Table) -> str:
 
 
 def excesses(table: Table) -> list[str]:
-    """Return what no kernel may use on any architecture, one line each.
+    """Return the forbidden resources that kernels use, one line each.
 
     Spills and a stack are slow memory; shared memory is asked for at the launch, so that Python can count it. Loads
     through the read-only cache do not see what the launch itself writes, and any array may be written: blocks read

@@ -231,7 +231,7 @@ class Binding:
         return _fact(self._library(source), source, entry_point, "min_blocks")
 
     def argument_bytes(self, source: str, entry_point: str) -> int:
-        """Return how large the struct is that a kernel takes."""
+        """Return the size of a kernel's argument struct, in bytes."""
         return _fact(self._library(source), source, entry_point, "argument_bytes")
 
     def _library(self, source: str) -> ctypes.CDLL:

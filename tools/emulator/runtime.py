@@ -138,7 +138,7 @@ class EmulatorRuntime(seam.Runtime):
         self.launches.append(LaunchRecord(source, entry_point, launch, counts))
 
     def capture(self, work: Callable[[], None], like: Any) -> Callable[[], None]:
-        """Return what repeats the launches that `work` makes, as they were: nothing else of it runs again.
+        """Return a callable that repeats the launches that `work` makes, as they were: nothing else of it runs again.
 
         Raises
         ------
@@ -165,7 +165,7 @@ class EmulatorRuntime(seam.Runtime):
         return self._binding.build
 
     def argument_bytes(self, source: str, entry_point: str) -> int:
-        """Return how large the struct is that a kernel takes."""
+        """Return the size of a kernel's argument struct, in bytes."""
         return self._binding.argument_bytes(source, entry_point)
 
     def reset(self) -> None:

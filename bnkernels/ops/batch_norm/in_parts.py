@@ -242,7 +242,7 @@ def batch_norm_gradient_sums(
     mask: Any = None,
     out: Any = None,
 ) -> Any:
-    """Return what the gradient of every input depends on: sums over this part of the mini-batch.
+    """Return the sums that the gradient of every input depends on, over this part of the mini-batch.
 
     Parameters
     ----------

@@ -136,7 +136,7 @@ def _plan(variant: str, struct: str, problem: Problem, launch: Launch, **more: i
 
 
 def slice_width(channels: int, inner: int, dtype: np.dtype) -> int:
-    """Return how many channels a block owns.
+    """Return the number of channels that a block owns.
 
     Neighbouring threads have to read neighbouring addresses. With an inner axis of a sector or more these are rows of
     one channel, so a block owns one. Without it, or with a short one, whose sectors the rows after share, they are
@@ -279,7 +279,7 @@ class _Block:
         self.most_held = (most - self.partial) // self.row
 
     def rows_of_thread(self, splits: int) -> int:
-        """Return the rows of a thread, at most, with so many blocks a slice."""
+        """Return the most rows per thread, with `splits` blocks a slice."""
         return ceil_div(self.rows, splits * self.workers)
 
     def keeps_all(self, splits: int) -> bool:
@@ -287,7 +287,7 @@ class _Block:
         return self.rows_of_thread(splits) <= self.most_held
 
     def splits(self) -> int:
-        """Return how many blocks share a slice: enough to keep it on the chip, and to have work for all."""
+        """Return the number of blocks that share a slice: enough to keep it on the chip, and to have work for all."""
         most = min(self.resident, MOST_SPLITS, FAN_IN * self.workers, self.rows // self.workers)
         splits = 1
         while 2 * splits <= most and (2 * splits * self.slices <= self.resident or not self.keeps_all(splits)):
@@ -303,7 +303,7 @@ class _Block:
         return self.rows_of_thread(splits) * self.row
 
     def plan(self, splits: int, groups: int) -> LaunchPlan:
-        """Return the choice with so many blocks a slice, and so many groups of them."""
+        """Return the plan with `splits` blocks a slice, and `groups` groups of them."""
         held = min(self.rows_of_thread(splits), self.most_held)
         block = (self.columns, self.workers, 1)
         launch = Launch((groups, splits, 1), block, self.partial + held * self.row, cooperative=splits > 1)

@@ -178,7 +178,7 @@ def _centred(x: np.ndarray, of: _Normalisation, valid: np.ndarray | None) -> np.
 
 
 def _before_activation(centred: np.ndarray, of: _Normalisation, residual: np.ndarray | None) -> np.ndarray:
-    """Return what the activation sees; the same in both passes."""
+    """Return the argument of the activation; the same in both passes."""
     z = np.multiply(centred, of.scale, out=np.empty(centred.shape, of.scale.dtype), casting="same_kind")
     z += of.shift
     if residual is not None:
