@@ -18,13 +18,15 @@ from benchmarks.gpu.device import SOURCES, Gpu
 from bnkernels.runtime import registry
 from tests.runtime.test_cuda_runtime import forget_the_runtime
 from tools.compile.nvrtc import CompileError
+from tools.emulator import EmulatorRuntime
 from tools.fake_cupy import streams
 
 REPLACED = ("cupy", "cupy_backends.cuda.api.driver", "cuda.bindings.driver")
 
 
 @pytest.fixture
-def cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
+def cupy(emulated: EmulatorRuntime, monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
+    """Put the stand-in in CuPy's place. The emulator comes first: it registers once, and must stay registered."""
     for name in REPLACED:
         monkeypatch.setitem(sys.modules, name, types.ModuleType("a placeholder"))  # puts back what was there
         monkeypatch.delitem(sys.modules, name)
