@@ -9,7 +9,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 URL = os.environ.get("BNKERNELS_URL", "").rstrip("/")  # public address of the repository, given by whoever publishes
 
-# Of NVIDIA's packages and of CuPy.
+# Platforms of NVIDIA's packages and of CuPy.
 PLATFORMS = (
     "(sys_platform == 'linux' and (platform_machine == 'x86_64' or platform_machine == 'aarch64') "
     "or sys_platform == 'win32' and platform_machine == 'AMD64')"

@@ -1,4 +1,4 @@
-"""Batch normalisation for CuPy: CUDA kernels that need one launch, with NumPy twins of the same signatures."""
+"""Batch normalisation for CuPy: CUDA kernels that need one launch each way, and the same ops on NumPy."""
 
 from bnkernels import _process  # noqa: F401  first, for an interrupt while the command loads the rest
 from bnkernels._version import __version__  # noqa: F401

@@ -1,4 +1,4 @@
-"""What all tests share: GPU skips that can be forbidden, and a report of what was skipped and why."""
+"""Fixtures and hooks of all tests: GPU skips that can be forbidden, and a report of what was skipped and why."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--every", type=int, default=1, metavar="N", help="run only every Nth of the chosen tests")
 
 
-@pytest.hookimpl(trylast=True)  # of those that -m and -k leave
+@pytest.hookimpl(trylast=True)  # after -m and -k have chosen
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out and count the tests that need a GPU where none is; begin with the slow ones on several processors."""
     need_a_gpu = [item for item in items if item.get_closest_marker("cuda")]

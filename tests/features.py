@@ -1,4 +1,4 @@
-"""What batch norm can do, and how many tests stand behind each line: ``make features``, ``python -m tests.features``.
+"""Features of batch norm, and the number of tests behind each: ``make features``, ``python -m tests.features``.
 
 A line without tests is a feature that does not exist, and the command says so by its exit status.
 """
@@ -26,10 +26,10 @@ class Feature(NamedTuple):
 
 FEATURES = [
     Feature("float32 and float64", r"test_batch_norm\.py.*float(32|64)"),
-    Feature("float16 and bfloat16", r"test_batch_norm_(half|spread)\.py.*b?float16"),
+    Feature("float16 and bfloat16", r"test_batch_norm_(half|cooperative)\.py.*b?float16"),
     Feature("parameters in the data's 16 bits", r"parameters_in_16_bits"),
     Feature("gamma, beta absent", r"gamma_and_beta_are_optional"),
-    Feature("channels in any axis", r"test_batch_norm_(layouts|spread)\.py.*(axis|channels_last|inner|extended)"),
+    Feature("channels in any axis", r"test_batch_norm_(layouts|cooperative)\.py.*(axis|channels_last|inner|extended)"),
     Feature("any strides, misaligned views", r"strides|views_give|no_vector_starts|no_strides_describe"),
     Feature("nine activations", r"test_batch_norm_activations\.py.*(relu|sigmoid|tanh|gelu|silu|elu|identity)"),
     Feature("NaN passes through every activation", r"nan_everywhere"),

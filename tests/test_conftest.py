@@ -32,7 +32,7 @@ def run(folder: Path, *options: str, **environment: str) -> tuple[int, str]:
 
 
 def test_what_does_not_run_is_counted_by_reason(tmp_path: Path) -> None:
-    options = ["-n", "1"] if importlib.util.find_spec("xdist") else []  # whose processes have to send the counts
+    options = ["-n", "1"] if importlib.util.find_spec("xdist") else []  # its processes have to send the counts
     status, printed = run(tmp_path, *options, BNKERNELS_REQUIRE_GPU="0")
     assert status == 0
     assert "\n    3 x needs a GPU: " in printed

@@ -1,11 +1,17 @@
-"""Docstrings of public names follow numpydoc, and their examples run."""
+"""Docstrings of public names follow numpydoc, and their examples run; no text begins in the middle of a sentence."""
 
 from __future__ import annotations
 
+import ast
 import doctest
 import importlib
 import inspect
+import io
 import pkgutil
+import re
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from numpydoc.validate import validate
@@ -19,6 +25,11 @@ NOT_IMPORTED = {"bnkernels.runtime.cuda", "bnkernels.__main__"}  # one needs CuP
 MODULES = [
     module.name for module in pkgutil.walk_packages(bnkernels.__path__, "bnkernels.") if module.name not in NOT_IMPORTED
 ]
+ROOT = Path(__file__).parents[1]
+SOURCES = [*ROOT.glob("*.py")] + [
+    p for f in ("bnkernels", "tools", "benchmarks", "tests") for p in (ROOT / f).rglob("*.py")
+]
+FRAGMENT = re.compile(r"(of|what|whatever|who|whose|whoever|so many|so much|how)\b", re.IGNORECASE)
 
 
 def public_names() -> list[str]:
@@ -45,3 +56,29 @@ def test_examples_run(name: str) -> None:
 
 def test_examples_are_found() -> None:
     assert doctest.testmod(environment).attempted > 0
+
+
+def texts(path: Path) -> Iterator[str]:
+    """Yield the beginnings of docstrings, of the descriptions in them, and of comments."""
+    source = path.read_text(encoding="utf-8")
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            first, *lines = node.value.value.splitlines() or [""]
+            yield first
+            indents = [len(line) - len(line.lstrip()) for line in lines]
+            yield from (
+                line.strip()
+                for above, before, line, indent in zip(lines, indents, lines[1:], indents[1:], strict=False)
+                if above.strip() and before < indent
+            )
+    above = ""
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT and not (token.line.lstrip().startswith("#") and above.startswith("#")):
+            yield token.string.lstrip("#: ")
+        if token.type != tokenize.NL:
+            above = token.line.lstrip()
+
+
+def test_texts_name_their_thing_first() -> None:
+    found = [f"{path.relative_to(ROOT)}: {text}" for path in SOURCES for text in texts(path) if FRAGMENT.match(text)]
+    assert found == []

@@ -37,7 +37,7 @@ FLOORS = [  # from the bottom: a module imports from its own room, and from thos
     {"cli"},
     {"__main__"},
 ]
-MOST_LINES = 350  # of a file that does not say why it has more
+MOST_LINES = 350  # most, without a reason at the top of the file
 CUPY_IMPORTERS = {"runtime.cuda", "train.environment"}
 
 

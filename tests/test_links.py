@@ -1,4 +1,4 @@
-"""What the documents name exists: links and their anchors, files of the tree, targets of make, modules to run."""
+"""Names in the documents exist: links and their anchors, files of the tree, targets of make, modules to run."""
 
 from __future__ import annotations
 

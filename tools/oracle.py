@@ -12,37 +12,39 @@ import numpy as np
 
 from bnkernels.runtime.arguments import accumulator
 
-Wide = np.longdouble
+Extended = np.longdouble
 SLACK = 12  # roundings on the longest path of one element, with room for those of exp and tanh
 PI = "3.14159265358979323846264338327950288"
 ALPHA = {"leaky_relu": "0.01", "elu": "1"}
 PIECEWISE_LINEAR = ("identity", "relu", "leaky_relu")
 # Half the distance from 1 to the next number, and half of the smallest number.
-STORED = {"float16": (Wide(2) ** -11, Wide(2) ** -25), "bfloat16": (Wide(2) ** -8, Wide(2) ** -134)}
+STORED = {"float16": (Extended(2) ** -11, Extended(2) ** -25), "bfloat16": (Extended(2) ** -8, Extended(2) ** -134)}
 
 
 def erfc(x: np.ndarray) -> np.ndarray:
     """Return the complementary error function: a series of positive terms below 1.5, a continued fraction above."""
     size = np.abs(x)
-    small = np.minimum(size, Wide(1.5))
-    term = total = 2 * small / np.sqrt(Wide(PI)) * np.exp(-small * small)
+    small = np.minimum(size, Extended(1.5))
+    term = total = 2 * small / np.sqrt(Extended(PI)) * np.exp(-small * small)
     for n in range(1, 80):
         term = term * (2 * small * small / (2 * n + 1))
         total = total + term
-    large = np.clip(size, Wide(1.5), 100)
+    large = np.clip(size, Extended(1.5), 100)
     fraction = large
     for n in range(300, 0, -1):
-        fraction = large + Wide(n) / 2 / fraction
-    positive = np.where(size < 1.5, 1 - total, np.exp(-large * large) / (np.sqrt(Wide(PI)) * fraction))
+        fraction = large + Extended(n) / 2 / fraction
+    positive = np.where(size < 1.5, 1 - total, np.exp(-large * large) / (np.sqrt(Extended(PI)) * fraction))
     return np.where(x < 0, 2 - positive, positive)
 
 
 def _gated(z: np.ndarray, activation: str) -> tuple[np.ndarray, np.ndarray]:
     """Return gate and gate' of an activation z gate(z)."""
     if activation == "gelu":
-        return erfc(-z / np.sqrt(Wide(2))) / 2, np.exp(-z * z / 2) / np.sqrt(2 * Wide(PI))
-    c, cubic = 2 * np.sqrt(2 / Wide(PI)), Wide("0.044715")
-    argument, slope = (z, Wide(1)) if activation == "silu" else (c * (z + cubic * z**3), c * (1 + 3 * cubic * z * z))
+        return erfc(-z / np.sqrt(Extended(2))) / 2, np.exp(-z * z / 2) / np.sqrt(2 * Extended(PI))
+    c, cubic = 2 * np.sqrt(2 / Extended(PI)), Extended("0.044715")
+    argument, slope = (
+        (z, Extended(1)) if activation == "silu" else (c * (z + cubic * z**3), c * (1 + 3 * cubic * z * z))
+    )
     return 1 / (1 + np.exp(-argument)), slope / ((1 + np.exp(-argument)) * (1 + np.exp(argument)))
 
 
@@ -52,10 +54,10 @@ def activate(z: np.ndarray, activation: str, alpha: float | None = None) -> np.n
         return {
             "identity": lambda: z,
             "relu": lambda: np.where(z <= 0, 0, z),
-            "leaky_relu": lambda: np.where(z <= 0, Wide(ALPHA[activation] if alpha is None else alpha) * z, z),
+            "leaky_relu": lambda: np.where(z <= 0, Extended(ALPHA[activation] if alpha is None else alpha) * z, z),
             "sigmoid": lambda: 1 / (1 + np.exp(-z)),
             "tanh": lambda: np.tanh(z),
-            "elu": lambda: np.where(z <= 0, Wide(ALPHA[activation] if alpha is None else alpha) * np.expm1(z), z),
+            "elu": lambda: np.where(z <= 0, Extended(ALPHA[activation] if alpha is None else alpha) * np.expm1(z), z),
         }.get(activation, lambda: z * _gated(z, activation)[0])()
 
 
@@ -65,10 +67,14 @@ def derivative(z: np.ndarray, activation: str, alpha: float | None = None) -> np
         return {
             "identity": lambda: np.ones_like(z),
             "relu": lambda: np.where(z <= 0, 0, np.ones_like(z)),
-            "leaky_relu": lambda: np.where(z <= 0, Wide(ALPHA[activation] if alpha is None else alpha), Wide(1)),
+            "leaky_relu": lambda: np.where(
+                z <= 0, Extended(ALPHA[activation] if alpha is None else alpha), Extended(1)
+            ),
             "sigmoid": lambda: activate(z, activation) * (1 - activate(z, activation)),
             "tanh": lambda: 1 - np.tanh(z) ** 2,
-            "elu": lambda: np.where(z <= 0, Wide(ALPHA[activation] if alpha is None else alpha) * np.exp(z), Wide(1)),
+            "elu": lambda: np.where(
+                z <= 0, Extended(ALPHA[activation] if alpha is None else alpha) * np.exp(z), Extended(1)
+            ),
         }.get(activation, lambda: _gated(z, activation)[0] + z * _gated(z, activation)[1])()
 
 
@@ -84,26 +90,26 @@ class Forward(NamedTuple):
     z_bound: np.ndarray
 
 
-def unit_roundoff(dtype: np.dtype) -> Wide:
+def unit_roundoff(dtype: np.dtype) -> Extended:
     """Return half the distance from 1 to the next number of the type that data of this type is computed in."""
-    return Wide(np.finfo(accumulator(dtype)).eps) / 2
+    return Extended(np.finfo(accumulator(dtype)).eps) / 2
 
 
 def forward(x, gamma, beta, eps, activation="identity", running=None, residual=None, alpha=None) -> Forward:
     """Return the forward of matrices, with batch statistics or the `running` pair (mean, variance)."""
     u = unit_roundoff(x.dtype)
-    wide = x.astype(Wide)
-    gamma = np.ones(x.shape[1], Wide) if gamma is None else gamma.astype(Wide)
-    beta = np.zeros(x.shape[1], Wide) if beta is None else beta.astype(Wide)
-    mean, var = (wide.mean(0), wide.var(0)) if running is None else (a.astype(Wide) for a in running)
-    rstd = 1 / np.sqrt(var + Wide(accumulator(x.dtype).type(eps)))
-    xhat = (wide - mean) * rstd
+    exact_x = x.astype(Extended)
+    gamma = np.ones(x.shape[1], Extended) if gamma is None else gamma.astype(Extended)
+    beta = np.zeros(x.shape[1], Extended) if beta is None else beta.astype(Extended)
+    mean, var = (exact_x.mean(0), exact_x.var(0)) if running is None else (a.astype(Extended) for a in running)
+    rstd = 1 / np.sqrt(var + Extended(accumulator(x.dtype).type(eps)))
+    xhat = (exact_x - mean) * rstd
     z = gamma * xhat + beta
     # The mean is known to about u^2 of the largest value; eps is rounded to the data type before it is added.
-    conditioning = u * u * len(x) * np.abs(wide).max(0, initial=0) * rstd if running is None else 0
+    conditioning = u * u * len(x) * np.abs(exact_x).max(0, initial=0) * rstd if running is None else 0
     z_bound = SLACK * (u * (np.abs(gamma * xhat) + np.abs(beta) + np.abs(gamma)) + np.abs(gamma) * conditioning)
     if residual is not None:
-        z = z + residual.astype(Wide)
+        z = z + residual.astype(Extended)
         z_bound = z_bound + u * np.abs(z)
     return Forward(mean, var, rstd, xhat, z, activate(z, activation, alpha), z_bound)
 
@@ -125,8 +131,8 @@ def backward(dy, x, gamma, beta, eps, activation="identity", running=None, resid
     """Return the gradients of `forward`."""
     u = unit_roundoff(x.dtype)
     f = forward(x, gamma, beta, eps, activation, running, residual, alpha)
-    scale = f.rstd if gamma is None else gamma.astype(Wide) * f.rstd
-    dy = dy.astype(Wide)
+    scale = f.rstd if gamma is None else gamma.astype(Extended) * f.rstd
+    dy = dy.astype(Extended)
     g = dy * derivative(f.z, activation, alpha)
     # An error of z changes g by at most that error times dy, where phi is curved.
     g_bound = SLACK * u * np.abs(g) + (0 if activation in PIECEWISE_LINEAR else np.abs(dy) * f.z_bound)
@@ -148,7 +154,7 @@ def backward(dy, x, gamma, beta, eps, activation="identity", running=None, resid
 def assert_within(actual: np.ndarray, exact: np.ndarray, bound: np.ndarray, what: str) -> None:
     """Fail, with the worst element, unless every |actual - exact| is at most its bound; NaN and infinity fail."""
     assert actual.shape == exact.shape, f"{what}: shape {actual.shape}, expected {exact.shape}"
-    error = np.abs(actual.astype(Wide) - exact)
+    error = np.abs(actual.astype(Extended) - exact)
     if actual.dtype.name in STORED:
         relative, least = STORED[actual.dtype.name]
         bound = bound + relative * (np.abs(exact) + bound) + least

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tools import oracle
-from tools.oracle import SLACK, Wide
+from tools.oracle import SLACK, Extended
 
 OUTPUTS = ("ddy", "dx", "dgamma", "dbeta", "dresidual")
 
@@ -47,7 +47,7 @@ class Sized:
 
 def exactly(array: np.ndarray | None, absent: float = 0.0) -> Sized:
     """Return an input as it is."""
-    value = np.array(absent, Wide) if array is None else array.astype(Wide)
+    value = np.array(absent, Extended) if array is None else array.astype(Extended)
     return Sized(value, np.abs(value))
 
 
@@ -65,7 +65,7 @@ def second_derivative(z: np.ndarray, activation: str, alpha: float | None = None
     gate, density = oracle._gated(z, activation)
     if activation == "gelu":
         return density * (2 - z * z)
-    c, cubic = 2 * np.sqrt(2 / Wide(oracle.PI)), Wide("0.044715")
+    c, cubic = 2 * np.sqrt(2 / Extended(oracle.PI)), Extended("0.044715")
     slope, curve = (1, 0) if activation == "silu" else (c * (1 + 3 * cubic * z * z), 6 * c * cubic * z)
     with np.errstate(over="ignore"):
         flat = density / slope  # the sigmoid's own derivative
@@ -92,7 +92,7 @@ def double_backward(arrays: dict, eps: float, activation: str = "identity", alph
     w = scale * project(ddx) + ddgamma * xhat + ddbeta + ddresidual
     q, e = w * dy * bend, (ddx * project(g)).sum()
     h = gamma * q + ddgamma * g - scale * (ddx * (g * xhat).mean() + g * (ddx * xhat).mean())
-    share = exactly(np.array(1 / Wide(len(x))))
+    share = exactly(np.array(1 / Extended(len(x))))
     dx = rstd * (project(h) - xhat * (scale * e * share))
     found = (w * slope, dx, (q * xhat).sum() + rstd * e, q.sum(), q)
     return {name: (result.value, SLACK * u * result.size) for name, result in zip(OUTPUTS, found, strict=True)}

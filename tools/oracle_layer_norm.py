@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tools import oracle
-from tools.oracle import PIECEWISE_LINEAR, SLACK, Wide, unit_roundoff
+from tools.oracle import PIECEWISE_LINEAR, SLACK, Extended, unit_roundoff
 
 
 class Exact(NamedTuple):
@@ -29,12 +29,12 @@ def exact(x, dy, gamma, beta, eps, activation="identity") -> Exact:
     """Return the layer norm of a matrix and its gradients."""
     u = unit_roundoff(x.dtype)
     rows = oracle.forward(x.T, None, None, eps)  # as the channels of a batch norm
-    scale = np.ones(x.shape[1], Wide) if gamma is None else gamma.astype(Wide)
-    shift = np.zeros(x.shape[1], Wide) if beta is None else beta.astype(Wide)
+    scale = np.ones(x.shape[1], Extended) if gamma is None else gamma.astype(Extended)
+    shift = np.zeros(x.shape[1], Extended) if beta is None else beta.astype(Extended)
     xhat, xhat_bound = rows.xhat.T, SLACK * u * (1 + np.abs(rows.xhat.T))
     z = scale * xhat + shift
     bound = np.abs(scale) * rows.z_bound.T + SLACK * u * (np.abs(scale * xhat) + np.abs(shift))
-    dy = dy.astype(Wide)
+    dy = dy.astype(Extended)
     g = dy * oracle.derivative(z, activation)
     g_bound = SLACK * u * np.abs(g) + (0 if activation in PIECEWISE_LINEAR else np.abs(dy) * bound)
     product_bound = g_bound * np.abs(xhat) + np.abs(g) * xhat_bound + SLACK * u * np.abs(g * xhat)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-RUNTIME_ATTRIBUTE = "cudaDevAttr"  # how names of its runtime module begin that are keys of `Device.attributes`
+RUNTIME_ATTRIBUTE = "cudaDevAttr"  # prefix of its runtime module's names that are keys of `Device.attributes`
 
 
 @cache

@@ -18,7 +18,7 @@ from benchmarks.accuracy import variance
 from benchmarks.harness.timing import RESULTS, facts, version_of, write_json
 from bnkernels.runtime.arguments import accumulator
 from tools import backends
-from tools.oracle import SLACK, STORED, Wide
+from tools.oracle import SLACK, STORED, Extended
 
 ROWS, CHANNELS = 20000, 4  # no power of two, by which a mean would be exact
 INNER = 100  # rows of an example where PyTorch sees (N, C, L), for which it sums in another way
@@ -85,11 +85,11 @@ def errors(case: Case, results: Results) -> Errors:
     type it is kept in. The mean is taken in two parts, and so is the exact one: even extended precision does not hold
     a large mean to the last place of float64 data.
     """
-    x, gamma, beta, dy = (array.astype(Wide) for array in case)
+    x, gamma, beta, dy = (array.astype(Extended) for array in case)
     first = x.mean(0)
     rest = (x - first).mean(0)
     centred = (x - first) - rest
-    rstd = 1 / np.sqrt((centred * centred).mean(0) + Wide(EPS))
+    rstd = 1 / np.sqrt((centred * centred).mean(0) + Extended(EPS))
     xhat = centred * rstd
     dgamma, dbeta = (dy * xhat).sum(0), dy.sum(0)
     size, size_of_sum = 1 + np.abs(xhat), (np.abs(dy) * (1 + np.abs(xhat))).sum(0)
@@ -103,8 +103,8 @@ def errors(case: Case, results: Results) -> Errors:
         "dgamma": (dgamma, size_of_sum),
         "dbeta": (dbeta, np.abs(dy).sum(0)),
     }
-    off = {"mean": ((results["mean"].astype(Wide) - first) + (results["mean_low"] - rest)) * rstd}
-    off |= {name: (results[name].astype(Wide) - value) / unit for name, (value, unit) in exact.items()}
+    off = {"mean": ((results["mean"].astype(Extended) - first) + (results["mean_low"] - rest)) * rstd}
+    off |= {name: (results[name].astype(Extended) - value) / unit for name, (value, unit) in exact.items()}
     return {name: worst(error) / last_place(results[name].dtype) for name, error in off.items()}
 
 

@@ -97,8 +97,8 @@ def normalise(moments: Callable[[np.ndarray], Moments]) -> Callable[[np.ndarray]
 
 def rounded_mean(x: np.ndarray) -> np.ndarray:
     """Return the batch norm with perfect moments of which the mean is rounded to one float32."""
-    wide = x.astype(np.float64)
-    return (x - wide.mean(0).astype(np.float32)) / np.sqrt(wide.var(0) + EPS)
+    exact_x = x.astype(np.float64)
+    return (x - exact_x.mean(0).astype(np.float32)) / np.sqrt(exact_x.var(0) + EPS)
 
 
 def shifted_pair(x: np.ndarray) -> np.ndarray:
@@ -141,8 +141,8 @@ METHODS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 def error(y: np.ndarray, x: np.ndarray) -> float:
     """Return the largest error of `y`, in units of 2^-23 (1 + |y|): about the last place of float32."""
-    wide = x.astype(np.longdouble)
-    exact = (wide - wide.mean(0)) / np.sqrt(wide.var(0) + np.longdouble(EPS))
+    exact_x = x.astype(np.longdouble)
+    exact = (exact_x - exact_x.mean(0)) / np.sqrt(exact_x.var(0) + np.longdouble(EPS))
     return float(np.max(np.abs(y - exact) / (1 + np.abs(exact))) * 2**23)
 
 
@@ -150,8 +150,8 @@ def main() -> None:
     """Compute the table, print it and write it."""
     methods = {name: method for name, method in METHODS.items() if method is not torch or version_of("torch")}
     table = {}
-    for name, wide in samples().items():
-        x = wide.astype(np.float32)
+    for name, exact_x in samples().items():
+        x = exact_x.astype(np.float32)
         table[name] = {method: float(f"{error(compute(x), x):.2g}") for method, compute in methods.items()}
         print(name, table[name])
     write_json(RESULTS / "numerics.json", {**facts("torch"), "rows": ROWS, "methods": list(METHODS), "errors": table})

@@ -55,7 +55,7 @@ EXTRA = [
     *(Case(f"{rule}_update", "", (size,)) for size in (1568, 1_000_000) for rule in ("sgd", "momentum", "adam")),
 ]
 CASES = [*bench_batch_norm.CASES, *EXTRA]
-# How many arrays an update reads. It writes all of them but the gradients.
+# Arrays that an update reads. It writes all of them but the gradients.
 UPDATES = {"sgd": 2, "momentum": 3, "adam": 4}
 
 

@@ -22,11 +22,11 @@ from typing import NamedTuple
 from benchmarks.counts.devices import Architecture, Device
 
 WARP = 32
-REGISTERS = 65536  # of an SM, 32 bits each; also the most that one block gets
+REGISTERS = 65536  # 32-bit registers per SM; also the most that one block gets
 PARTITIONS = 4
 REGISTER_UNIT = 256
-MAX_REGISTERS = 255  # of a thread
-MAX_THREADS = 1024  # of a block
+MAX_REGISTERS = 255  # per thread
+MAX_THREADS = 1024  # per block
 SM_BYTES_PER_CLOCK = 128
 
 

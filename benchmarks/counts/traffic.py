@@ -72,12 +72,12 @@ def on_chip(case: Case, count: Count) -> float:
     """Return the share of the inputs that a launch can keep: all of its registers', or what its shared memory holds."""
     if "cooperative" not in count.kernel:
         return 1.0
-    (columns, lanes, _), (_, together, _) = count.launch.block, count.launch.grid
+    (columns, workers, _), (_, together, _) = count.launch.block, count.launch.grid
     inner = "inner" in count.kernel
     numbers = VECTOR // case.itemsize
-    partial = {"forward": 3, "backward": 2}[case.direction] * 4 * lanes * (1 if inner else columns * numbers)
-    held = (count.launch.shared_bytes - partial) // (PLANES[case.direction] * VECTOR)  # of a block, rows of 16 bytes
-    rows = case.size // case.shape[1] * (1 if inner else columns * numbers) // numbers  # of a slice
+    partial = {"forward": 3, "backward": 2}[case.direction] * 4 * workers * (1 if inner else columns * numbers)
+    held = (count.launch.shared_bytes - partial) // (PLANES[case.direction] * VECTOR)  # rows of 16 bytes per block
+    rows = case.size // case.shape[1] * (1 if inner else columns * numbers) // numbers  # per slice
     return min(1.0, held * together / rows)
 
 

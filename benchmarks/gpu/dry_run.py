@@ -27,7 +27,7 @@ from bnkernels.runtime.seam import Launch
 from bnkernels.train.trainer import TrainingConfig
 
 DEVICE = "emulator"
-SHORTER: dict[str, dict[str, Any]] = {  # what a module's names become, because the emulator is slow
+SHORTER: dict[str, dict[str, Any]] = {  # replacements of a module's names: the emulator is slow
     "benchmarks.steps.bench_train_step": {"SEEDS": 1, "TrainingConfig": functools.partial(TrainingConfig, epochs=1)}
 }
 
@@ -40,7 +40,7 @@ def stand_in() -> types.ModuleType:
     if importlib.util.find_spec("torch"):
         importlib.import_module("torch")  # imports the bindings of the driver, and must not get the stand-in below
     cupy = streams.make(backends.emulated_runtime())
-    cupy.driver.twins.update(TWINS)
+    cupy.driver.host_kernels.update(HOST_KERNELS)
     sys.modules |= {
         "cupy": cupy,
         "cupy_backends.cuda.api.driver": types.SimpleNamespace(launchKernel=launch_kernel(cupy)),
@@ -128,7 +128,7 @@ def nothing(launch: Launch, *args: Any) -> None:
     """Leave no trace."""
 
 
-TWINS: dict[str, Callable[..., None]] = {
+HOST_KERNELS: dict[str, Callable[..., None]] = {
     "bnk_count_struct": count_struct,
     "bnk_count_arguments": count_arguments,
     "bnk_nothing": nothing,

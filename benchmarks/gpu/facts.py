@@ -21,10 +21,10 @@ from benchmarks.gpu.device import CLUSTERS, Gpu, UnavailableError, expect
 from benchmarks.gpu.launch_facts import Arguments, launches, raw_kernel_struct
 from benchmarks.harness.timing import facts, write_json
 
-NODES = 200  # of the graph of empty kernels
+NODES = 200  # empty kernels of the graph
 BARRIERS = (200, 1200)  # rounds of a short and of a long row: their difference is that of barriers alone
 COPY_BYTES = 2**30
-MOST_ROWS_AT_ONCE = 512  # of a block that copies slices: 256 threads of 16 bytes, 8 times, for a slice of 64 bytes
+MOST_ROWS_AT_ONCE = 512  # per block that copies slices: 256 threads of 16 bytes, 8 times, for a slice of 64 bytes
 SLICES = (64, 128, 256)  # bytes of a row that a block owns
 ROWS = {"131072-byte rows": 2**17, "4096-byte rows": 2**12}  # 1024 channels of float32 are 4096 bytes
 
@@ -230,7 +230,7 @@ def measure(
                 found[name] = fact(gpu)
         except UnavailableError as reason:
             found[name] = {"unavailable": str(reason)}
-        except Exception as problem:  # whatever a driver answers; the others are measured all the same
+        except Exception as problem:  # any error of a driver; the other facts are measured all the same
             found[name] = {"error": f"{type(problem).__name__}: {' '.join(str(problem).split())[:300]}"}
     bad = [name for name, fact in found.items() if is_bad(fact)]
     document["outcome"] = f"failed: {', '.join(bad)}" if bad else "ok"

@@ -33,7 +33,7 @@ class Arguments:
         self.separate = (*self.arrays, self.count, np.int64(64), np.int64(20), np.float32(0.5))
         self.struct = np.array((*addresses, 64, 20, 0.5), ARGUMENTS)
         self._pointers = (ctypes.c_void_p * 1)(self.struct.ctypes.data)
-        self.packed = ctypes.addressof(self._pointers)  # what cuLaunchKernel takes
+        self.packed = ctypes.addressof(self._pointers)  # the argument of cuLaunchKernel
 
 
 def launches(gpu: Gpu) -> dict[str, Any]:
@@ -157,7 +157,7 @@ def empty(gpu: Gpu, given: Arguments) -> Call:
     return lambda: gpu.cupy.empty((64, 20), "float32")
 
 
-WAYS: dict[str, tuple[Maker, bool]] = {  # how it is called, and whether it launches a kernel that counts
+WAYS: dict[str, tuple[Maker, bool]] = {  # the way, and whether it launches a kernel that counts
     "RawKernel, arrays and scalars": (raw_kernel_many, True),
     "RawKernel, one struct": (raw_kernel_struct, True),
     "Function, one struct": (function_struct, True),

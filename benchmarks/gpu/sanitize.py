@@ -33,7 +33,7 @@ from bnkernels.runtime import registry, source
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 EXIT = 66
-NUMBERS = 63  # of the planted kernels' arrays, for 64 threads
+NUMBERS = 63  # in each array of the planted kernels, for 64 threads
 COMPLETE = "all ran and computed what NumPy computes"
 SUMMARY = re.compile(r"(?:ERROR SUMMARY|RACECHECK SUMMARY): (\d+)")
 EMULATED = {  # a build of the emulator for each tool, and a bug of tools/emulator/planted.cu

@@ -28,7 +28,7 @@ from benchmarks.harness.timing import ROOT, write_json
 COUNTS, ALLOWED = "BNKERNELS_SUITE_COUNTS", "BNKERNELS_SUITE_ALLOWED_SKIPS"
 CUDA_SECONDS = 150
 NOTHING = "(?!)"  # a pattern that nothing matches
-# What a GPU machine may lack without blame: tools of development, other frameworks, address space.
+# Optional software of a GPU machine: tools of development, other frameworks, address space.
 MISSING_TOOLS = (
     r"ruff|clang-format|numpydoc|nbmake|hypothesis|sklearn|scikit-learn|matplotlib|needs make|needs g\+\+|g\+\+|"
     r"NVRTC is not installed|PyTorch is not installed|'torch'|'jax'|'triton'|threadpoolctl|"
@@ -192,7 +192,7 @@ def measure(seconds: float, dry_run: bool, out: Path) -> dict[str, Any]:
     document["skips_are_failures"] = skips_are_failures()
     for plan in plans(seconds, dry_run):
         write_json(out, document)
-        # What the first run leaves of its time is the second one's.
+        # The second run also gets the time that the first one leaves.
         left = end - time.monotonic() if plan.name == "rest" else min(plan.seconds, end - time.monotonic())
         document[plan.name] = run(plan._replace(seconds=max(left, 1)))
     runs = {name: value["outcome"] for name, value in document.items() if isinstance(value, dict)}

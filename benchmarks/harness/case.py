@@ -18,7 +18,7 @@ Call = Callable[[], tuple]
 
 LAYOUTS = ("NC", "NCL", "NCHW", "NHWC")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
-EPILOGUES = ("", "relu", "add_relu")  # what follows the normalisation: nothing, an activation, a residual sum before it
+EPILOGUES = ("", "relu", "add_relu")  # after the normalisation: nothing, an activation, a residual sum before it
 EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
 
 

@@ -125,7 +125,7 @@ def ready(provider: Provider, case: Case, sets: Sequence[dict], exact: tuple | N
         return one_line(problem)
     except WrongResultError as problem:
         return f"wrong result: {problem}"
-    except Exception as problem:  # of any framework; the row says what happened, and the others are measured
+    except Exception as problem:  # any error of a framework becomes its row; the others are measured
         return f"failed: {type(problem).__name__}: {one_line(problem)}"
 
 

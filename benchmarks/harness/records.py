@@ -34,7 +34,7 @@ COLUMNS = (
 FIGURES = ("kernels", "percent_of_copy", "times_empty")
 TITLES = {"cold": "cold us", "hot": "hot us", "host": "host us", "end_to_end": "end to end us"}
 TITLES |= {"kernels": "kernels", "percent_of_copy": "% of copy", "times_empty": "x empty"}
-WIDTH = 24  # of a time with its spread
+WIDTH = 24  # characters of a time with its quartiles
 
 
 def key_of(row: Row) -> tuple[str, ...]:

@@ -112,7 +112,7 @@ def filled(name: str, shape: tuple[int, ...], sizes: Sizes, rng: np.random.Gener
         return rng.integers(sizes[BELOW[name]], size=shape)
     numbers = np.zeros(shape) if name == "counter" else rng.uniform(0.5, 2, shape)
     if name in ("parts", "sums"):
-        numbers[..., 0 if name == "parts" else 2, :] = sizes["N"]  # how many rows they are of
+        numbers[..., 0 if name == "parts" else 2, :] = sizes["N"]  # the count of rows
     return numbers
 
 

@@ -43,20 +43,20 @@ def ours(case: Case, arrays: Arrays) -> Call:
 
 def formulas(case: Case, arrays: Arrays) -> Call:
     """Prepare what a user would write. The sums of 16-bit data are computed in float32."""
-    axes, wide = expression.axes_of(case)
+    axes, broadcast = expression.axes_of(case)
     gamma = arrays["gamma"]
     ddx, g, x = (arrays[name].astype(gamma.dtype, copy=False) for name in ("ddx", "dy", "x"))
-    mean, rstd = x.mean(axis=axes).reshape(wide), ((x.var(axis=axes) + EPSILON) ** -0.5).reshape(wide)
+    mean, rstd = x.mean(axis=axes).reshape(broadcast), ((x.var(axis=axes) + EPSILON) ** -0.5).reshape(broadcast)
     count = case.size // case.shape[1]
     average = partial(type(x).mean, axis=axes, keepdims=True)
 
     def call() -> tuple:
-        xhat, scale = (x - mean) * rstd, gamma.reshape(wide) * rstd
+        xhat, scale = (x - mean) * rstd, gamma.reshape(broadcast) * rstd
         project_g = g - average(g) - xhat * average(g * xhat)
         ddy = scale * (ddx - average(ddx) - xhat * average(ddx * xhat))
         e = (ddx * project_g).sum(axis=axes)
         h = -scale * (ddx * average(g * xhat) + g * average(ddx * xhat))
-        dx = rstd * (h - average(h) - xhat * (average(h * xhat) + scale * e.reshape(wide) / count))
+        dx = rstd * (h - average(h) - xhat * (average(h * xhat) + scale * e.reshape(broadcast) / count))
         dtype = arrays["x"].dtype
         return ddy.astype(dtype, copy=False), dx.astype(dtype, copy=False), rstd.reshape(-1) * e
 

@@ -77,9 +77,9 @@ def torch_formulas(case: Case, arrays: Arrays) -> Call:
     weight = mask.to(gamma.dtype)[:, None]
 
     def forward() -> Any:
-        wide = x.to(gamma.dtype)
+        acc_x = x.to(gamma.dtype)
         count = weight.sum()
-        centred = (wide - (wide * weight).sum(0) / count) * weight
+        centred = (acc_x - (acc_x * weight).sum(0) / count) * weight
         rstd = ((centred * centred).sum(0) / count + EPSILON).rsqrt()
         return ((centred * rstd * gamma + beta) * weight).to(x.dtype)
 

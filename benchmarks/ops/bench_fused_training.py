@@ -93,8 +93,8 @@ def layers(case: Case, arrays: Arrays) -> Call:
 
 def reference(case: Case, arrays: Arrays, xp: Any) -> tuple:
     """Return the right losses from float64 arrays."""
-    host = getattr(xp, "asnumpy", np.asarray)
-    on_host = {name: host(array) for name, array in arrays.items()}
+    to_host = getattr(xp, "asnumpy", np.asarray)
+    on_host = {name: to_host(array) for name, array in arrays.items()}
     model = network_of(case, None)
     given = model.parameters, (), model.running if model.running.size else None, on_host["x"], on_host["labels"]
     return (xp.asarray(bn.fused_training(model.fused, *given, batch=case.shape[0], lr=LR)),)

@@ -55,7 +55,7 @@ def indexing(case: Case, arrays: Arrays) -> Call:
 def eager(case: Case, arrays: Arrays) -> Call:
     """Prepare PyTorch's indexing."""
     x, labels, indices = (pytorch.tensor_of(arrays[name]) for name in ("x", "labels", "indices"))
-    rows = indices[0].long()  # what PyTorch asks for
+    rows = indices[0].long()  # PyTorch needs int64
     return lambda: (x[rows], labels[rows])
 
 

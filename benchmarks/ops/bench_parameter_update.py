@@ -18,7 +18,7 @@ from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Op, o
 from benchmarks.harness.samples import Sample, take
 from benchmarks.peers import expression, pytorch
 
-SIZES = [1568, 1_000_000]  # of 64-20-10 with batch norm, padding included; and beyond a core's own caches
+SIZES = [1568, 1_000_000]  # 64-20-10 with batch norm, padded; and beyond a core's own caches
 LR = 0.01
 STATES = {"sgd": (), "momentum": ("first",), "adam": ("first", "second")}
 

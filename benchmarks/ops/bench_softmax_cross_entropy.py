@@ -61,7 +61,7 @@ def eager(case: Case, arrays: Arrays) -> Call:
     torch = pytorch.load()
     logits, labels = (pytorch.tensor_of(arrays[name]) for name in ("logits", "labels"))
     logits.requires_grad_()
-    labels = labels.long()  # what PyTorch asks for
+    labels = labels.long()  # PyTorch needs int64
 
     def call() -> tuple:
         losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")

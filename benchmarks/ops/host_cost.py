@@ -32,7 +32,7 @@ from bnkernels.runtime import registry, seam
 ROUNDS, CALLS = 1000, 100  # the best round had the machine to itself
 MOST_US = 4.0
 ROWS, CHANNELS = 64, 20
-TRAINING = ("batch_norm_forward", "batch_norm_backward")  # what the verdicts are about
+TRAINING = ("batch_norm_forward", "batch_norm_backward")  # the ops of the verdicts
 ELSEWHERE = "batch_norm_forward, x at a new address"
 ARGUMENT = "the argument, as CuPy converts it"
 MANY = 100  # arguments at once: the error at the end of a launch that cannot be costs more than one
@@ -196,7 +196,7 @@ def torch_calls() -> Calls:
     names |= {"mean": torch.zeros(1), "var": torch.ones(1), "gamma": torch.ones(1), "beta": torch.zeros(1)}
     return {
         "PyTorch, 1 x 1, inference": ("batch_norm(one, mean, var, gamma, beta)", names),
-        # Of one value per channel it refuses to take statistics.
+        # It refuses to take statistics of one value per channel.
         "PyTorch, 2 x 1, training": ("batch_norm(two, mean, var, gamma, beta, training=True)", names),
     }
 

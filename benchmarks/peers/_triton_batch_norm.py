@@ -245,7 +245,7 @@ def keep_sums(sums, by_gamma, by_beta, channels, exists, CHANNELS):
 
 
 @triton.jit
-def spread(dx, centred, g, scale, rstd, by_gamma, by_beta, places, mask, ROWS):
+def write_dx(dx, centred, g, scale, rstd, by_gamma, by_beta, places, mask, ROWS):
     """Write the gradient of x."""
     shared = (by_beta / ROWS)[None, :] + centred * (by_gamma * rstd / ROWS)[None, :]
     tl.store(dx + places, (g - shared) * scale[None, :], mask=mask)
@@ -276,7 +276,7 @@ def backward_held(
     centred, g = gradient(x, dy, residual, mean, scale, shift, places, mask, RELU)
     by_gamma, by_beta = tl.sum(g * centred, axis=0) * rstd, tl.sum(g, axis=0)
     keep_sums(sums, by_gamma, by_beta, channels, exists, CHANNELS)
-    spread(dx, centred, g, scale, rstd, by_gamma, by_beta, places, mask, ROWS)
+    write_dx(dx, centred, g, scale, rstd, by_gamma, by_beta, places, mask, ROWS)
     if dresidual is not None:
         tl.store(dresidual + places, g, mask=mask)
 
@@ -347,4 +347,4 @@ def backward_apply(
     for start in range(first, last, BLOCK_ROWS):
         places, mask = tile_of(start, last, channels, CHANNELS, LENGTH, BLOCK_ROWS)
         centred, g = gradient(x, dy, None, mean, scale, shift, places, mask, RELU)
-        spread(dx, centred, g, scale, rstd, by_gamma, by_beta, places, mask, ROWS)
+        write_dx(dx, centred, g, scale, rstd, by_gamma, by_beta, places, mask, ROWS)

@@ -76,7 +76,7 @@ def _products() -> Any:
 def prepare_kernels(case: Case, arrays: Arrays) -> Call:
     """Prepare a case in the style of Chainer."""
     cupy = _cupy()
-    axes, wide = axes_of(case)
+    axes, broadcast = axes_of(case)
     x, gamma, beta = arrays["x"], arrays["gamma"], arrays["beta"]
     normalise, update, gradient = _kernels()
     count = case.size // case.shape[1]
@@ -86,7 +86,7 @@ def prepare_kernels(case: Case, arrays: Arrays) -> Call:
         return mean, variance, 1 / cupy.sqrt(variance + gamma.dtype.type(EPSILON))
 
     def output(mean: Any, rstd: Any) -> Any:
-        y = normalise(x, *(vector.reshape(wide) for vector in (mean, rstd, gamma, beta)))
+        y = normalise(x, *(vector.reshape(broadcast) for vector in (mean, rstd, gamma, beta)))
         if case.epilogue == "add_relu":
             y += arrays["residual"]
         return cupy.maximum(y, 0, out=y) if case.epilogue else y
@@ -106,8 +106,8 @@ def prepare_kernels(case: Case, arrays: Arrays) -> Call:
     def backward() -> tuple:
         dz = arrays["dy"] * (h > 0) if case.epilogue else arrays["dy"]
         dbeta = dz.sum(axis=axes, dtype=gamma.dtype)
-        dgamma = _products()(dz, x, mean.reshape(wide), rstd.reshape(wide), axis=axes)
-        vectors = (vector.reshape(wide) for vector in (mean, rstd, gamma, dgamma, dbeta))
+        dgamma = _products()(dz, x, mean.reshape(broadcast), rstd.reshape(broadcast), axis=axes)
+        vectors = (vector.reshape(broadcast) for vector in (mean, rstd, gamma, dgamma, dbeta))
         dx = gradient(dz, x, *vectors, 1 / count)
         return (dx, dgamma, dbeta, dz) if case.epilogue == "add_relu" else (dx, dgamma, dbeta)
 
@@ -126,8 +126,8 @@ def fused(kind: Case) -> Callable[..., Any]:
 
 def unfused(kind: Case, xp: Any) -> Callable[..., Any]:
     """Return a kind of cases as a function of arrays and numbers, in the words that fusion understands."""
-    axes, wide = axes_of(kind)
-    expand = tuple(slice(None) if extent == -1 else None for extent in wide)  # fusion has no reshape
+    axes, broadcast = axes_of(kind)
+    expand = tuple(slice(None) if extent == -1 else None for extent in broadcast)  # fusion has no reshape
 
     def forward(x: Any, gamma: Any, beta: Any, running: tuple[Any, Any], count: float, step: float) -> Any:
         running_mean, running_var = running
@@ -169,7 +169,7 @@ def prepare_fused(case: Case, arrays: Arrays, make: Callable[[Case], Callable[..
     if case.itemsize == 2:
         raise NotSupportedError("not supported: cupy.fuse keeps the sums of 16-bit data in 16 bits")
     function, a = make(replace(case, shape=(0,) * len(case.shape))), arrays
-    axes, wide = axes_of(case)
+    axes, broadcast = axes_of(case)
     count = float(case.size // case.shape[1])
     first = [a["residual"]] if case.epilogue == "add_relu" else []
     if case.direction == "forward":
@@ -177,7 +177,7 @@ def prepare_fused(case: Case, arrays: Arrays, make: Callable[[Case], Callable[..
         given = (*first, a["x"], a["gamma"], a["beta"], *running, count, MOMENTUM * count / (count - 1))
         return lambda: (function(*given), *running)
     mean, rstd = a["x"].mean(axis=axes), (a["x"].var(axis=axes) + EPSILON) ** -0.5
-    h = (a["x"] - mean.reshape(wide)) * (rstd * a["gamma"]).reshape(wide) + a["beta"].reshape(wide)
+    h = (a["x"] - mean.reshape(broadcast)) * (rstd * a["gamma"]).reshape(broadcast) + a["beta"].reshape(broadcast)
     if first:
         h += first[0]
     masks = [h] if case.epilogue else []

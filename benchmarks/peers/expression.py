@@ -39,11 +39,11 @@ def axes_of(case: Case) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 def forward(case: Case, a: Arrays) -> tuple[Any, Any, Any, Any]:
     """Return the output, and mean, variance and 1/deviation of every channel."""
-    axes, wide = axes_of(case)
+    axes, broadcast = axes_of(case)
     x = a["x"].astype(a["gamma"].dtype, copy=False)
     mean, variance = x.mean(axis=axes), x.var(axis=axes)
     rstd = (variance + EPSILON) ** -0.5
-    y = (x - mean.reshape(wide)) * (a["gamma"] * rstd).reshape(wide) + a["beta"].reshape(wide)
+    y = (x - mean.reshape(broadcast)) * (a["gamma"] * rstd).reshape(broadcast) + a["beta"].reshape(broadcast)
     if case.epilogue == "add_relu":
         y += a["residual"]
     if case.epilogue:
@@ -61,14 +61,14 @@ def update(case: Case, a: Arrays, mean: Any, variance: Any) -> None:
 
 def backward(case: Case, a: Arrays, h: Any, mean: Any, rstd: Any) -> tuple:
     """Return the gradients, by the formulas of Ioffe and Szegedy (2015)."""
-    axes, wide = axes_of(case)
+    axes, broadcast = axes_of(case)
     dz = a["dy"] * (h > 0) if case.epilogue else a["dy"]
     g = dz.astype(a["gamma"].dtype, copy=False)
-    xhat = (a["x"] - mean.reshape(wide)) * rstd.reshape(wide)
+    xhat = (a["x"] - mean.reshape(broadcast)) * rstd.reshape(broadcast)
     dbeta, dgamma = g.sum(axis=axes), (g * xhat).sum(axis=axes)
     count = case.size // case.shape[1]
-    g = g - (dbeta.reshape(wide) + xhat * dgamma.reshape(wide)) / count
-    g *= (a["gamma"] * rstd).reshape(wide)
+    g = g - (dbeta.reshape(broadcast) + xhat * dgamma.reshape(broadcast)) / count
+    g *= (a["gamma"] * rstd).reshape(broadcast)
     gradients = g.astype(a["x"].dtype, copy=False), dgamma, dbeta
     return (*gradients, dz) if case.epilogue == "add_relu" else gradients
 

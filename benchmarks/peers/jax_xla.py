@@ -113,26 +113,26 @@ def forward(
 def backward(dy: Any, x: Any, gamma: Any, y: Any, mean: Any, rstd: Any, case: Case) -> tuple:
     """Return the gradients."""
     jnp = load().numpy
-    axes, wide = _axes(x, case)
+    axes, broadcast = _axes(x, case)
     g = jnp.where(y > 0, dy, jnp.zeros_like(dy)) if case.epilogue else dy
-    wide_g = g.astype(mean.dtype)
-    scaled = (x.astype(mean.dtype) - wide(mean)) * wide(rstd)
-    dbeta = wide_g.sum(axes)
-    dgamma = (wide_g * scaled).sum(axes)
+    acc_g = g.astype(mean.dtype)
+    scaled = (x.astype(mean.dtype) - broadcast(mean)) * broadcast(rstd)
+    dbeta = acc_g.sum(axes)
+    dgamma = (acc_g * scaled).sum(axes)
     count = x.size // x.shape[case.channel_axis]
-    dx = wide(gamma * rstd) * (wide_g - wide(dbeta / count) - scaled * wide(dgamma / count))
+    dx = broadcast(gamma * rstd) * (acc_g - broadcast(dbeta / count) - scaled * broadcast(dgamma / count))
     return dx.astype(x.dtype), dgamma, dbeta, *((g,) if case.epilogue == "add_relu" else ())
 
 
 def _normalise(x: Any, gamma: Any, beta: Any, residual: Any, case: Case) -> tuple:
     """Return y, mean and variance."""
     jnp = load().numpy
-    axes, wide = _axes(x, case)
+    axes, broadcast = _axes(x, case)
     single = x.astype(gamma.dtype)
     mean = single.mean(axes)
     variance = jnp.maximum((single * single).mean(axes) - mean * mean, 0)
     rstd = load().lax.rsqrt(variance + EPSILON)
-    y = ((single - wide(mean)) * wide(gamma * rstd) + wide(beta)).astype(x.dtype)
+    y = ((single - broadcast(mean)) * broadcast(gamma * rstd) + broadcast(beta)).astype(x.dtype)
     if residual is not None:
         y = y + residual
     return jnp.maximum(y, 0) if case.epilogue else y, mean, variance

@@ -80,7 +80,7 @@ def backend_of(x: Any, gamma: Any, beta: Any) -> str:
     select = getattr(torch._C, "_select_batch_norm_backend", None)
     if select is None:
         raise NotSupportedError(f"PyTorch {torch.__version__} does not tell which kernels it chooses")
-    # Of the running statistics, only their presence matters to the choice.
+    # The choice depends on the presence of running statistics, not on their values.
     return select(x, gamma, beta, gamma, gamma, True, EPSILON).name.lower()
 
 
@@ -99,7 +99,7 @@ def prepare(case: Case, arrays: Arrays, backend: str = NATIVE) -> Call:
     case, arrays
         See `benchmarks.harness.case.Provider`.
     backend : {"native", "cudnn"}
-        Whose kernels compute. PyTorch's own can do every case; cuDNN's only where PyTorch would choose them.
+        Library of the kernels. PyTorch's own can do every case; cuDNN's only where PyTorch would choose them.
 
     Raises
     ------

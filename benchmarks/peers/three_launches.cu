@@ -3,7 +3,7 @@
 // Formulas:  those of cuda/batch_norm_forward.cu and cuda/batch_norm_backward.cu.
 // Arrays:    x, dy, y, dx (N, C), C order; all other vectors (C,); all of float. running_mean and running_var are
 //            updated. partial (3, blocks, C) in the forward, (2, blocks, C) in the backward: a block of examples each.
-// Launch:    sums and apply: grid (ceil(C / blockDim.x), blocks of examples), any block (channels, lanes), a channel
+// Launch:    sums and apply: grid (ceil(C / blockDim.x), blocks of examples), any block (channels, workers), a channel
 //            per column of threads. finalise: grid (ceil(C / blockDim.x)). Shared memory of sums and finalise:
 //            3 (forward) or 2 (backward) floats per thread.
 // Traffic:   forward reads x twice; backward reads x and dy twice. The partial results are small beside that.
@@ -70,8 +70,8 @@ __device__ __forceinline__ float through_relu(float value, float z, int relu) {
 
 // ---- forward --------------------------------------------------------------------------------------------------------
 
-// Merges the moments of the block's lanes; the result is valid in lane 0, which must have values of its own.
-__device__ __forceinline__ Moments merge_lanes(const Moments& own) {
+// Merges the moments of the block's workers; the result is valid in worker 0, which must have values of its own.
+__device__ __forceinline__ Moments merge_workers(const Moments& own) {
     BNK_DYNAMIC_SHARED(float, shared);
     const int threads = blockDim.x * blockDim.y, slot = threadIdx.y * blockDim.x + threadIdx.x;
     shared[slot] = own.count;
@@ -80,8 +80,8 @@ __device__ __forceinline__ Moments merge_lanes(const Moments& own) {
     __syncthreads();
     if (threadIdx.y != 0) return own;
     Accumulator all = {own.mean, 0.0f, 0.0f, 0.0f};
-    for (int lane = slot; lane < threads; lane += blockDim.x)
-        all.add({shared[lane], shared[threads + lane], shared[2 * threads + lane]});
+    for (int worker = slot; worker < threads; worker += blockDim.x)
+        all.add({shared[worker], shared[threads + worker], shared[2 * threads + worker]});
     return all.moments();
 }
 
@@ -93,7 +93,7 @@ __device__ __forceinline__ void forward_sums(const Forward& a) {
         for (long long row = at.first; row < at.last; row += blockDim.y)
             own.add({1.0f, a.x[row * a.channels + at.c], 0.0f});
     }
-    const Moments all = merge_lanes(own.moments());
+    const Moments all = merge_workers(own.moments());
     if (!at.active || threadIdx.y != 0) return;
     const long long plane = a.blocks * a.channels, slot = blockIdx.y * a.channels + at.c;
     a.partial[slot] = all.count;
@@ -111,7 +111,7 @@ __device__ __forceinline__ void forward_finalise(const Forward& a) {
             own.add({slot[0], slot[plane], slot[2 * plane]});
         }
     }
-    const Moments all = merge_lanes(own.moments());
+    const Moments all = merge_workers(own.moments());
     if (c >= a.channels || threadIdx.y != 0) return;
     a.mean[c] = all.mean;
     a.rstd[c] = 1.0f / sqrt(all.m2 / all.count + a.eps);
@@ -147,8 +147,8 @@ struct Sums {
     float g, product;
 };
 
-// Adds up the sums of the block's lanes; the result is valid in lane 0.
-__device__ __forceinline__ Sums add_lanes(Sums own) {
+// Adds up the sums of the block's workers; the result is valid in worker 0.
+__device__ __forceinline__ Sums add_workers(Sums own) {
     BNK_DYNAMIC_SHARED(float, shared);
     const int threads = blockDim.x * blockDim.y, slot = threadIdx.y * blockDim.x + threadIdx.x;
     shared[slot] = own.g;
@@ -173,7 +173,7 @@ __device__ __forceinline__ void backward_sums(const Backward& a) {
             own.product = fma(e.g, e.xhat, own.product);
         }
     }
-    own = add_lanes(own);
+    own = add_workers(own);
     if (!at.active || threadIdx.y != 0) return;
     const long long slot = blockIdx.y * a.channels + at.c;
     a.partial[slot] = own.g;
@@ -189,7 +189,7 @@ __device__ __forceinline__ void backward_finalise(const Backward& a) {
             all.g += slot[0];
             all.product += slot[plane];
         }
-    all = add_lanes(all);
+    all = add_workers(all);
     if (c >= a.channels || threadIdx.y != 0) return;
     a.dbeta[c] = all.g;
     a.dgamma[c] = all.product;

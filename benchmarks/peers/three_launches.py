@@ -22,7 +22,7 @@ SOURCE = Path(__file__).with_suffix(".cu")
 SIZES = "rows channels rows_of_block blocks"
 FORWARD = arguments_type("x gamma beta running_mean running_var mean rstd partial y", SIZES, "momentum eps", "relu")
 BACKWARD = arguments_type("x dy gamma beta mean rstd dgamma dbeta partial dx", SIZES, "", "relu")
-WIDTH, LANES, LANES_TO_FINALISE = 32, 8, 32  # threads of a block: channels, and examples or blocks of examples
+WIDTH, WORKERS, WORKERS_TO_FINALISE = 32, 8, 32  # threads of a block: channels, and examples or blocks of examples
 FEWEST_ROWS, MOST_BLOCKS = 64, 512  # so that a block has work, and the few that finalise have not too much
 PHASES = ("sums", "finalise", "apply")
 GRADIENTS = ("dx", "dgamma", "dbeta")
@@ -52,10 +52,10 @@ def launches(case: Case) -> tuple[Launch, Launch, Launch]:
     planes = 3 if case.direction == "forward" else 2
     columns, blocks = ceil_div(channels, WIDTH), ceil_div(rows, rows_of_block(case))
 
-    def launch(blocks: int, lanes: int, planes: int) -> Launch:
-        return Launch((columns, blocks, 1), (WIDTH, lanes, 1), planes * WIDTH * lanes * 4)
+    def launch(blocks: int, workers: int, planes: int) -> Launch:
+        return Launch((columns, blocks, 1), (WIDTH, workers, 1), planes * WIDTH * workers * 4)
 
-    return launch(blocks, LANES, planes), launch(1, LANES_TO_FINALISE, planes), launch(blocks, LANES, 0)
+    return launch(blocks, WORKERS, planes), launch(1, WORKERS_TO_FINALISE, planes), launch(blocks, WORKERS, 0)
 
 
 def rows_of_block(case: Case) -> int:

@@ -17,9 +17,9 @@ from benchmarks.peers.pytorch import absent as absent_pytorch
 from benchmarks.peers.pytorch import load, tensor_of
 
 SECTOR = 32  # bytes: the least that global memory delivers
-HELD_BYTES = {"forward": 128 << 10, "backward": 64 << 10}  # of one operand in registers; the backward has two or three
-TILE_BYTES = 16 << 10  # of the accumulators of a range of rows
-MERGED_BYTES = 32 << 10  # of what the last program reads at once
+HELD_BYTES = {"forward": 128 << 10, "backward": 64 << 10}  # one operand in registers; the backward has two or three
+TILE_BYTES = 16 << 10  # accumulators of a range of rows
+MERGED_BYTES = 32 << 10  # read by the last program at once
 PROGRAMS_PER_MULTIPROCESSOR = 4
 MOST_ELEMENTS = 2**31 - 1
 
@@ -89,16 +89,16 @@ def sizes_of(case: Case) -> tuple[int, int, int]:
 def plan_of(case: Case, multiprocessors: int) -> Plan:
     """Choose: hold all rows if they fit; else split them so far that every multiprocessor has a few programs."""
     rows, channels, length = sizes_of(case)
-    wide = 8 if case.accumulator == "float64" else 4
+    acc_bytes = 8 if case.accumulator == "float64" else 4
     width = min(power_of_two(-(-SECTOR // (length * case.itemsize))), power_of_two(channels))
     held = power_of_two(rows) * width
-    if held * wide <= HELD_BYTES[case.direction]:
-        warps = min(max(held // 256, 1), 16)  # of more warps, a thread has 64 registers, which is too few
+    if held * acc_bytes <= HELD_BYTES[case.direction]:
+        warps = min(max(held // 256, 1), 16)  # with more warps a thread has 64 registers, which is too few
         return Plan(power_of_two(rows), width, 0, 1, warps)
     width = min(2 * width, power_of_two(channels)) if length == 1 else width
-    block_rows = min(TILE_BYTES // wide // width, power_of_two(rows))
+    block_rows = min(TILE_BYTES // acc_bytes // width, power_of_two(rows))
     wanted = max(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // -(-channels // width), 1)
-    wanted = min(wanted, MERGED_BYTES // wide // width)
+    wanted = min(wanted, MERGED_BYTES // acc_bytes // width)
     split_rows = -(-rows // (wanted * block_rows)) * block_rows
     return Plan(block_rows, width, split_rows, -(-rows // split_rows), 8)
 
@@ -205,12 +205,12 @@ def _backward(case: Case, tensors: dict[str, Any], saved: Any, plan: Plan) -> Ca
     constants["SPLIT_ROWS"], merged = plan.split_rows, power_of_two(plan.splits)
     partials, tickets = _shared(case, gamma, plan)
     # The gradient of the residual is that behind the activation, which the second kernel then need not compute again.
-    behind, again = (dy, relu) if residual is None else (dresidual, False)
+    behind, recompute = (dy, relu) if residual is None else (dresidual, False)
 
     def in_two() -> tuple:
         shared = (partials, tickets)
         add_up(x, dy, residual, gamma, beta, saved, sums, dresidual, *shared, RELU=relu, MERGED=merged, **constants)
-        apply(x, behind, gamma, beta, saved, dx, sums, RELU=again, **constants)
+        apply(x, behind, gamma, beta, saved, dx, sums, RELU=recompute, **constants)
         return outputs
 
     return in_two

@@ -24,7 +24,7 @@ from benchmarks.steps import overhead_plot
 
 README, GENERATED = ROOT / "README.md", ROOT / "docs" / "generated"
 BASELINE = ROOT / "tools" / "compile" / "baseline.json"
-ARCHITECTURES = ("80", "90", "120")  # of which the registers are shown: A100, H100, RTX 50
+ARCHITECTURES = ("80", "90", "120")  # columns of the register table: A100, H100, RTX 50
 
 
 def load(path: Path) -> Any:

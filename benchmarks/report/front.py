@@ -14,7 +14,7 @@ OURS, PYTORCH = "bnkernels", ("PyTorch", "torch.compile")
 OPTIMIZER = "sgd"
 STEPS = {"batch": "training step with batch norm", "none": "training step without"}
 
-Line = tuple[str, float, float | None, float | None]  # what; µs of ours, of the fastest PyTorch, and of a copy
+Line = tuple[str, float, float | None, float | None]  # name; µs of ours, of the fastest PyTorch, and of a copy
 
 
 def speed(cases: Documents, steps: Documents) -> str:

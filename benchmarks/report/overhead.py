@@ -1,4 +1,4 @@
-"""What a normalisation costs a training step: pictures and table, from the files of the overhead benchmark."""
+"""Overhead of a normalisation in a training step: pictures and table, from the files of the overhead benchmark."""
 
 from __future__ import annotations
 

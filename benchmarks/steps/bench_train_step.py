@@ -29,7 +29,7 @@ SIZES = (64, 20, 10)
 BATCH = 64
 WARM_UP, TIMED = 2, 20  # steps of a round; all come from the first epoch, and all are checked
 NORMS = ("batch", "none")
-LOSS_ROUNDINGS = 64  # of float32, relative to 1 + loss: correct variants stay below 4, a misplaced eps is far above
+LOSS_ROUNDINGS = 64  # float32 roundings of 1 + loss: correct variants stay below 4, a misplaced eps is far above
 SEEDS = 5
 
 OURS, TORCH = "bnkernels", "PyTorch"
@@ -103,7 +103,7 @@ def checked(makers: Mapping[str, Maker], optimizer: str, batches: Batches) -> tu
             raise
         except NotSupportedError as error:
             failed[name] = str(error)
-        except Exception as error:  # of a framework: the others go on, and the reason is shown
+        except Exception as error:  # any error of a framework is shown; the others go on
             failed[name] = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         else:
             networks |= made

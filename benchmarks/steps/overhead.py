@@ -35,7 +35,7 @@ NORMS = ("none", "batch", "layer")
 LAYERS, CLASSES, BATCH, UNITS = 5, 10, 128, 128  # where an axis does not say otherwise
 OPTIMIZER, RATE = "adam", 1e-5  # Adam's first steps follow signs, also those of rounding; a small rate keeps them small
 CHECKED = 3  # steps whose losses have to be right
-LOSS_ROUNDINGS = 64  # of float32: right variants stay below 8 at this rate, a misplaced eps is above 300
+LOSS_ROUNDINGS = 64  # float32 roundings: right variants stay below 8 at this rate, a misplaced eps is above 300
 MOST_STEPS, ROUND_US = 20, 20_000  # a round of a variant: so many steps, or about so many microseconds
 BLOCK, MOST_BLOCKS = 3, 10  # rounds are taken in blocks; an unfinished block is lost
 LEFT_OUT = ("PyTorch, fused optimiser",)  # unless asked for: on the same side of both step times
@@ -112,7 +112,7 @@ def prepare(point: Point, makers: Mapping[str, Maker], batches: Batches) -> Read
                 ready.refused[name, norm] = str(error)
             except WrongResultError as error:
                 ready.refused[name, norm] = f"wrong: {error}"
-            except Exception as error:  # of a framework: the others go on, and the reason is shown
+            except Exception as error:  # any error of a framework is shown; the others go on
                 words = " ".join(str(error).split())[:200]
                 ready.refused[name, norm] = f"failed: {type(error).__name__}: {words}"
             else:
@@ -168,7 +168,7 @@ def measure_point(point: Point, makers: Mapping[str, Maker], until: float) -> tu
     count, figures, interrupted = 0, {}, False
     if ready.networks:
         count = steps_per_round(ready.networks, batches)
-        warm_up = CHECKED if count > CHECKED else 1  # of CHECKED steps there is a compiled `lax.scan`
+        warm_up = CHECKED if count > CHECKED else 1  # the `lax.scan` of CHECKED steps is compiled already
         turns = [batches[i % len(batches)] for i in range(warm_up + count)]
         # By number: NumPy, which shuffles the names, would take tuples apart.
         watches = {str(i): stopwatch(step, turns, warm_up) for i, step in enumerate(ready.networks.values())}

@@ -120,7 +120,7 @@ class GraphStep(TorchStep):
         if self.inputs is None or self.inputs[0].shape != prepared[0].shape:
             self.inputs = tuple(tensor.clone() for tensor in prepared)
             self.replay = self.capture(self._work)
-            self.reset()  # what the warm-up has trained
+            self.reset()  # the warm-up has trained it
         return prepared
 
     def _work(self) -> None:

@@ -192,9 +192,9 @@ class ActivationLayer:
         """Return the activations, in the place of `z` where the backward does not need that."""
         h = self.phi.forward(self.xp, z)
         if training:
-            self.kept = h if self.phi.from_output else z
+            self.saved = h if self.phi.from_output else z
         return h
 
     def backward(self, dh: Any) -> Any:
         """Return the gradient of the input."""
-        return self.phi.backward(self.xp, dh, self.kept)
+        return self.phi.backward(self.xp, dh, self.saved)

@@ -281,8 +281,8 @@ class MLP:
             `0.weight`, `0.gamma`, `0.running_mean`, ...; and `0.batches`, the number of mini-batches seen. Without
             running statistics, the parameters alone.
         """
-        host = getattr(self.xp, "asnumpy", np.array)
-        arrays = {name: np.array(host(array)) for name, array in (self._parameters | self._running).items()}
+        to_host = getattr(self.xp, "asnumpy", np.array)
+        arrays = {name: np.array(to_host(array)) for name, array in (self._parameters | self._running).items()}
         return arrays | {name: np.array(norm.batches) for name, norm in self._norms.items()}
 
     def load_state(self, state: dict[str, np.ndarray]) -> None:

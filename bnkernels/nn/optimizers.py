@@ -41,8 +41,8 @@ class Optimizer(ABC):
 
     def state(self) -> dict[str, np.ndarray]:
         """Return copies of the state on the host, by name; `steps` is the number of steps made."""
-        host = getattr(self.xp, "asnumpy", np.array)
-        return {name: np.array(host(array)) for name, array in self.arrays.items()} | {"steps": np.array(self.steps)}
+        to_host = getattr(self.xp, "asnumpy", np.array)
+        return {name: np.array(to_host(array)) for name, array in self.arrays.items()} | {"steps": np.array(self.steps)}
 
     def load_state(self, state: dict[str, np.ndarray]) -> None:
         """Take the state from what `state` returned.

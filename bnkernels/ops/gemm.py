@@ -9,8 +9,8 @@ from bnkernels.runtime.seam import ceil_div
 MIN_BLOCKS = 1  # resident blocks of a multiprocessor, promised by the launch bounds of the kernels
 THREADS, TILE_K = 256, 32  # PRODUCT_THREADS and TILE_K of cuda/lib/gemm/matrix.cuh
 MOST_ROWS, MOST_NEURONS = 512, 1024  # beyond, a library's product is faster than what a launch costs
-COLUMN_TILES = (1, 2, 4, 8)  # of a block, each as wide as what a thread multiplies
-ROW_LANES = (8, 16, 32)  # threads that share the rows
+COLUMN_TILES = (1, 2, 4, 8)  # tiles per block; a tile has the columns of one thread
+SUBWARPS = (8, 16, 32)  # threads that share the rows of a tile
 
 
 def columns(acc_dtype: np.dtype) -> int:
@@ -34,5 +34,5 @@ def shared_numbers(width: int, acc_dtype: np.dtype) -> int:
 
     Those of ordinary arithmetic, which older GPUs use for every type; tensor cores need less.
     """
-    factors = max(TILE_K * (8 * lanes + 4 + width) for lanes in ROW_LANES)
-    return max(factors, *(THREADS // lanes * columns(acc_dtype) * (8 * lanes + 4) for lanes in ROW_LANES))
+    factors = max(TILE_K * (8 * threads + 4 + width) for threads in SUBWARPS)
+    return max(factors, *(THREADS // threads * columns(acc_dtype) * (8 * threads + 4) for threads in SUBWARPS))

@@ -16,9 +16,9 @@ ARGUMENTS = arguments_type(
     "x labels indices schedule x_out labels_out scalars_out counter", "batch inputs scalars", "", ""
 )
 THREADS = 256
-NUMBERS = 4  # that a thread copies
+NUMBERS = 4  # copied per thread
 MAX_BLOCKS = 256
-HALF, LOW = 32, 2**32 - 1  # of a random number's counter
+HALF, LOW = 32, 2**32 - 1  # bits and mask of the lower half of a 64-bit counter
 
 
 def _shape(args: dict[str, check.Argument | None]) -> tuple[int, int, int]:

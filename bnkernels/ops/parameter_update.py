@@ -23,7 +23,7 @@ THREADS = 256
 MAX_BLOCKS = 1024  # several per multiprocessor of the largest GPU; threads stride over the rest
 MOMENTUM, BETA1, BETA2, ADAM_EPS = 0.9, 0.9, 0.999, 1e-8  # the usual ones
 STATES = {"sgd": (), "momentum": ("velocity",), "adam": ("first", "second")}
-CONSTANTS = {  # of the argument: beta1 to eps
+CONSTANTS = {  # members beta1 to eps of the argument
     "sgd": (0, 0, 0, 0, 0),
     "momentum": (MOMENTUM, 0, 0, 0, 0),
     "adam": (BETA1, BETA2, 1 - BETA1, 1 - BETA2, ADAM_EPS),

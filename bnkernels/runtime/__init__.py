@@ -1,1 +1,1 @@
-"""How a kernel gets launched; knows no op."""
+"""Kernel launches: checks, arguments, devices; knows no op."""

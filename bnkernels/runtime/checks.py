@@ -44,7 +44,7 @@ def shown(value: Any) -> str:
         return f"an integer of {value.bit_length()} bits"
     try:
         text = repr(value)
-    except Exception:  # whatever a stranger's class does, the message must come out
+    except Exception:  # a foreign class may raise anything; the message must come out
         text = object.__repr__(value)
     return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
 

@@ -17,7 +17,7 @@ from bnkernels.runtime.seam import SHARED_BYTES, WORKSPACE_BYTES, Launch, Limits
 from bnkernels.runtime.source import OPTIONS, read
 
 CPointer = cupy.cuda.function.CPointer
-Key = tuple[int, str, tuple[tuple[str, int], ...], bool]  # of a kernel: device, name, constants, much shared memory
+Key = tuple[int, str, tuple[tuple[str, int], ...], bool]  # kernel: device, name, constants, opt-in to shared memory
 LEGACY, PER_THREAD = 1, 2  # the handles of default streams, as 0 is: of a device, and of a thread
 
 

@@ -11,8 +11,8 @@ import numpy as np
 MAX_THREADS = 1024
 MAX_GRID = (2**31 - 1, 65535, 65535)
 MAX_SHARED_BYTES = 227 * 1024  # the most that any device grants a block
-WORKSPACE_BYTES = 2**20  # of a stream
-SHARED_BYTES = 48 * 1024  # what every supported device grants a block without opting in
+WORKSPACE_BYTES = 2**20  # per stream
+SHARED_BYTES = 48 * 1024  # per block; granted by every supported device without opt-in
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ class LaunchPlan(NamedTuple):
     arguments : numpy.dtype
         Layout of its argument.
     splits : int
-        Number of blocks that share a slice, a matrix or a network, and wait for one another.
+        Number of blocks that share a slice, a matrix or a network; above 1 they exchange partial results, and wait for
+        one another or leave the sum to the last.
     width : int
         Number of columns of a matrix product that a block owns at a time.
     held : int
@@ -90,13 +91,13 @@ class Limits(NamedTuple):
     """Limits of a device, for launch choices. The defaults are what every supported device grants."""
 
     sms: int
-    shared_bytes: int  # of a block, at most, which asks for it where it is more than `SHARED_BYTES`
+    shared_bytes: int  # most per block; above `SHARED_BYTES` a kernel opts in
     shared_bytes_of_sm: int
     cooperative: bool  # whether the blocks of a launch may wait for one another
     clusters: bool = False  # whether blocks may be launched in clusters
     threads_of_sm: int = 1024
     blocks_of_sm: int = 16
-    reserved_bytes: int = 1024  # of shared memory that a block costs beside its own
+    reserved_bytes: int = 1024  # shared memory that each block costs beside its own
 
 
 class Runtime(Protocol):

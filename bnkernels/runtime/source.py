@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-# How CUDA sources are compiled, everywhere. Without contraction a kernel rounds exactly where its source says, as on
+# Compiler options of all CUDA sources. Without contraction a kernel rounds exactly where its source says, as on
 # the tests' emulator. CuPy adds -ftz=true: float32 numbers below 1.2e-38 are flushed to zero.
 OPTIONS = ("--std=c++17", "--fmad=false")
 

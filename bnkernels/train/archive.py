@@ -12,7 +12,7 @@ from typing import IO, BinaryIO
 
 import numpy as np
 
-COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # what numpy.savez and numpy.savez_compressed write
+COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # those of numpy.savez and numpy.savez_compressed
 LONGEST_NAME = 1000  # bytes; a zip file could take 65,535
 PIECE = 2**20  # bytes read at a time, so that no second copy of an array is made
 

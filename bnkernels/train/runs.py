@@ -22,7 +22,7 @@ from bnkernels.train.files import FULL, check_replaceable, locked, write_atomica
 from bnkernels.train.plots import draw_curves
 from bnkernels.train.step_time import StepTimeRatio
 
-TARGET_ACCURACY = 0.95  # of "steps to 95 %"
+TARGET_ACCURACY = 0.95  # that of "steps to 95 %"
 CHECKPOINT_NAME = "checkpoint.npz"
 
 

@@ -40,8 +40,8 @@ def test_the_contract_is_kept(backend: Backend, name: str, shape: tuple[int, int
 
 def results(case: accuracy.Case) -> accuracy.Results:
     """Return right results of a case in float32: those of the formulas in float64."""
-    wide = accuracy.Case(*(array.astype(np.float64) for array in case))
-    found = accuracy.ours(accuracy.backends.make("numpy"), wide)
+    double = accuracy.Case(*(array.astype(np.float64) for array in case))
+    found = accuracy.ours(accuracy.backends.make("numpy"), double)
     mean = found["mean"].astype(np.float32)
     rounded = {name: a.astype(np.float32) for name, a in found.items()}
     return rounded | {"mean": mean, "mean_low": (found["mean"] - mean).astype(np.float32)}

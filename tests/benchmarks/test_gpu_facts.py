@@ -88,7 +88,7 @@ def test_out_of_time_is_told(cupy: types.ModuleType) -> None:
     ],
 )
 def test_a_kernel_that_does_nothing_has_no_time(cupy: types.ModuleType, fact: str, kernel: str, message: str) -> None:
-    cupy.driver.twins[kernel] = gpu_dry_run.nothing
+    cupy.driver.host_kernels[kernel] = gpu_dry_run.nothing
     found = measure(fact=gpu_facts.FACTS[fact])["facts"]["fact"]
     assert message in found["error"]
 
@@ -134,7 +134,7 @@ def test_every_kernel_compiles_and_has_a_twin(nvrtc: types.ModuleType, path: Pat
     if path.stem == "planted":
         assert set(found) == {f"bnk_planted_{tool}" for tool in sanitize.TOOLS}
     else:
-        assert set(found) <= set(gpu_dry_run.TWINS), "a kernel without a twin is in no dry run"
+        assert set(found) <= set(gpu_dry_run.HOST_KERNELS), "a kernel without a host version is in no dry run"
 
 
 def test_the_struct_of_the_counting_kernel_has_the_size_that_python_packs(nvrtc: types.ModuleType) -> None:
@@ -174,7 +174,7 @@ def test_the_stand_in_refuses_what_cuda_refuses(cupy: types.ModuleType) -> None:
     start.record(stream)
     end.record(stream)
     assert np.isnan(cupy.cuda.get_elapsed_time(start, end)), "a time of the stand-in looks like a figure"
-    with pytest.raises(RuntimeError, match="no twin of the kernel bnk_unknown"):
+    with pytest.raises(RuntimeError, match="no host version of the kernel bnk_unknown"):
         cupy.RawKernel('extern "C" __global__ void bnk_unknown() {}', "bnk_unknown")
 
 

@@ -200,7 +200,7 @@ def run_suite(
     allowed: str = gpu_suite.NOTHING,
     seconds: float = 60,
 ) -> dict[str, Any]:
-    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # what a planted test does not need
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # a planted test needs no plugins
     (folder / "test_it.py").write_text(text)
     return gpu_suite.run(Run("planted", ["--rootdir", str(folder), str(folder / "test_it.py")], allowed, seconds))
 

@@ -1,4 +1,4 @@
-"""What a capture holds, asked of a stand-in for the driver: its calls have the signatures of the driver API."""
+"""Nodes of a capture, from a stand-in for the driver whose calls have the signatures of the driver API."""
 
 from __future__ import annotations
 

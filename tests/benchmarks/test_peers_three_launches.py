@@ -18,7 +18,7 @@ from tools.compile import ptx
 from tools.emulator import EmulatorRuntime
 from tools.fake_cupy import streams
 
-# One block of examples and its edges; several blocks; more blocks than lanes that finalise; a single channel.
+# One block of examples and its edges; several blocks; more blocks than workers that finalise; a single channel.
 SHAPES = [(2, 3), (64, 20), (65, 33), (200, 70), (64 * 33 + 1, 2), (130, 1)]
 
 

@@ -29,8 +29,8 @@ def check(case: Case, by_example: bool, threads: int | None) -> None:
     call = three_phase.prepare(case, own, by_example, threads)
     found = [np.array(output, np.float64) for output in call()]
     assert measure.error_of(case, found, exact) < 1e-5
-    again = call()
-    np.testing.assert_array_equal(again[0], found[0])
+    repeated = call()
+    np.testing.assert_array_equal(repeated[0], found[0])
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])

@@ -61,19 +61,19 @@ def inputs(case: Case) -> Arrays:
 
 def exact(case: Case, arrays: Arrays) -> tuple:
     """Return the outputs in float64, by formulas of this test's own."""
-    wide = {name: array.astype(np.float64) for name, array in arrays.items()}
+    double = {name: array.astype(np.float64) for name, array in arrays.items()}
     axes = tuple(axis for axis in range(len(case.shape)) if axis != case.channel_axis % len(case.shape))
-    broad = {name: np.expand_dims(vector, axes) for name, vector in wide.items() if vector.ndim == 1}
-    x, count = wide["x"], case.size // case.shape[1]
+    broad = {name: np.expand_dims(vector, axes) for name, vector in double.items() if vector.ndim == 1}
+    x, count = double["x"], case.size // case.shape[1]
     mean, var = x.mean(axes, keepdims=True), x.var(axes, keepdims=True)
     rstd = 1 / np.sqrt(var + 1e-5)
     xhat = (x - mean) * rstd
-    z = broad["gamma"] * xhat + broad["beta"] + wide.get("residual", 0)
+    z = broad["gamma"] * xhat + broad["beta"] + double.get("residual", 0)
     if case.direction == "forward":
-        new_mean = 0.9 * wide["running_mean"] + 0.1 * mean.ravel()
-        new_var = 0.9 * wide["running_var"] + 0.1 * var.ravel() * count / (count - 1)
+        new_mean = 0.9 * double["running_mean"] + 0.1 * mean.ravel()
+        new_var = 0.9 * double["running_var"] + 0.1 * var.ravel() * count / (count - 1)
         return np.maximum(z, 0) if case.epilogue else z, new_mean, new_var
-    g = wide["dy"] * (z > 0) if case.epilogue else wide["dy"]
+    g = double["dy"] * (z > 0) if case.epilogue else double["dy"]
     dgamma, dbeta = (g * xhat).sum(axes, keepdims=True), g.sum(axes, keepdims=True)
     dx = broad["gamma"] * rstd * (g - (dbeta + xhat * dgamma) / count)
     return dx, dgamma.ravel(), dbeta.ravel(), *((g,) if case.epilogue == "add_relu" else ())
@@ -85,9 +85,9 @@ def check(case: Case, prepare: Callable) -> None:
     call = prepare(case, {name: array.copy() for name, array in arrays.items()})
     found = [to_float64(output).copy() for output in call()]
     error_of(case, found, exact(case, arrays))
-    again = [to_float64(output) for output in call()]
+    repeated = [to_float64(output) for output in call()]
     same = slice(0, 1) if case.direction == "forward" else slice(None)
-    for first, second in zip(found[same], again[same], strict=True):
+    for first, second in zip(found[same], repeated[same], strict=True):
         np.testing.assert_array_equal(first, second)
 
 

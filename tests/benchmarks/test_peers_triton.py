@@ -83,7 +83,7 @@ def print_interpreted() -> None:
     for case, how in RUNS:
         try:
             results[f"{case} {how}"] = errors(case, arrays_of(case), cut(case, how))
-        except NotSupportedError as refusal:  # of bfloat16, without ml_dtypes
+        except NotSupportedError as refusal:  # bfloat16 without ml_dtypes
             results[f"{case} {how}"] = str(refusal)
     for how in (HELD, SPLIT, ALONE):
         arrays = arrays_of(FAR)

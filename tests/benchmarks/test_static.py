@@ -94,7 +94,7 @@ def test_waves_and_work_for_the_sms() -> None:
     ("work", "cold", "bound", "seconds"),
     [
         (Work(1, 1000, 1000, 1), True, "launch", 1.1e-6),
-        (Work(132, 480_000_000, 480_000_000, 1), True, "DRAM", 1e-4),  # of 4.8e12 bytes a second
+        (Work(132, 480_000_000, 480_000_000, 1), True, "DRAM", 1e-4),  # at 4.8e12 bytes a second
         (Work(132, 48_000_000, 48_000_000, 1), True, "DRAM", 1e-5),
         (Work(132, 33_454_080, 33_454_080, 1), False, "launch", 1.1e-6),  # fits in L2: 1e-6 s through 132 SMs
         (Work(132, 480_000_000, 480_000_000, 1), False, "DRAM", 1e-4),  # does not

@@ -1,4 +1,4 @@
-"""What the kernels move, counted access by access, against the Traffic field of each header in ``cuda/``."""
+"""Bytes that the kernels move, counted access by access, against the Traffic field of each header in ``cuda/``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import bnkernels as bn
 from benchmarks.counts import counting, traffic
 from benchmarks.counts.devices import RTX_5090
 from benchmarks.harness.case import Case
-from bnkernels.ops.batch_norm.launch import SERIAL_LANES
+from bnkernels.ops.batch_norm.launch import SERIAL_WORKERS
 from tools.emulator import Counts, EmulatorRuntime, LaunchRecord
 
 pytestmark = pytest.mark.emulator
@@ -26,8 +26,8 @@ STREAMED += [((257, 32), "float32"), ((129, 33), "float64")]
 
 
 def barriers(record: LaunchRecord) -> int:
-    """Return the barriers of a reduction: a second one where its lanes merge in two levels."""
-    return 2 if record.launch.block[1] > SERIAL_LANES else 1
+    """Return the barriers of a reduction: a second one where its workers merge in two levels."""
+    return 2 if record.launch.block[1] > SERIAL_WORKERS else 1
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_64_by_20_is_one_launch_one_barrier_and_each_byte_once(counted: Emulator
     for running in (running_mean, running_var):
         assert_moved(counts, running, reads=1, writes=1)
     for vector in (gamma, beta):
-        assert_moved(counts, vector, reads=16)  # by each of the 16 lanes
+        assert_moved(counts, vector, reads=16)  # by each of the 16 workers
     assert_only(counts, x, y, statistics, running_mean, running_var, gamma, beta)
 
     dx, dgamma, dbeta = bn.batch_norm_backward(dy, x, gamma, beta, statistics, activation="relu")
@@ -180,7 +180,7 @@ def test_softmax_cross_entropy_reads_three_times_and_writes_once(
     counts = only_launch(counted, "softmax_cross_entropy_i64")
     assert counts.barriers == 0
     assert_moved(counts, logits, reads=3)
-    assert_moved(counts, labels, reads=32)  # by each lane of the row's warp
+    assert_moved(counts, labels, reads=32)  # by each worker of the row's warp
     assert_moved(counts, loss, writes=1)
     assert_moved(counts, dlogits, writes=1)
     assert_only(counts, logits, labels, loss, dlogits)

@@ -117,7 +117,7 @@ def test_a_wrong_label_or_index_changes_nothing_on_numpy(optimizer: str, name: s
     """It was found in its mini-batch, when all before it had been trained on."""
     a = make_arrays("fused_training")
     a["indices"] = np.arange(12, dtype="int32").reshape(2, 6)
-    a[name].reshape(-1)[11] = value  # of the last step
+    a[name].reshape(-1)[11] = value  # in the last step
     state = tuple(np.ones_like(a["parameters"]) for _ in range({"sgd": 0, "momentum": 1, "adam": 2}[optimizer]))
     given = a["parameters"], state, a["running"], a["x"], a["labels"]
     for indices in (a["indices"], None) if name == "labels" else (a["indices"],):

@@ -47,7 +47,7 @@ def test_forward_and_backward_match_extended_precision(
     u = oracle.unit_roundoff(x.dtype)
     mean, mean_low, rstd = backend.asnumpy(statistics)
     oracle.assert_within(backend.asnumpy(y), exact.y, exact.z_bound, "y")
-    two_parts = mean.astype(oracle.Wide) + mean_low
+    two_parts = mean.astype(oracle.Extended) + mean_low
     mean_bound = 4 * u * np.sqrt(exact.var) + 8 * len(x) * u * u * np.abs(x).max(0)
     assert (np.abs(two_parts - exact.mean) <= mean_bound).all()  # far below u * mean: what one number would lose
     oracle.assert_within(rstd, exact.rstd, oracle.SLACK * u * exact.rstd, "rstd")

@@ -38,12 +38,12 @@ def test_activation_and_gradient_at_any_size(
     size = np.concatenate([np.logspace(-9, 1.3, 200), np.linspace(0.01, 12, 100)])
     z = np.concatenate([-size, size]).astype(dtype).reshape(-1, 4)
     h, gradient = alone(backend, z, activation, alpha, np.full_like(z, -3))
-    wide, u = z.astype(oracle.Wide), oracle.unit_roundoff(z.dtype)
-    exact, slope = oracle.activate(wide, activation, alpha), oracle.derivative(wide, activation, alpha)
+    exact_z, u = z.astype(oracle.Extended), oracle.unit_roundoff(z.dtype)
+    exact, slope = oracle.activate(exact_z, activation, alpha), oracle.derivative(exact_z, activation, alpha)
     # z is rounded relative to itself: a tail that falls like exp(-z^2 / 2) then moves by z^2 of that.
-    least = np.finfo(dtype).tiny * np.abs(wide)  # a gate that is flushed to zero, times z
-    oracle.assert_within(h, exact, oracle.SLACK * u * np.abs(exact) * (1 + wide * wide) + least, "h")
-    error = oracle.SLACK * u * (np.abs(slope) + np.abs(wide) + 1)
+    least = np.finfo(dtype).tiny * np.abs(exact_z)  # a gate that is flushed to zero, times z
+    oracle.assert_within(h, exact, oracle.SLACK * u * np.abs(exact) * (1 + exact_z * exact_z) + least, "h")
+    error = oracle.SLACK * u * (np.abs(slope) + np.abs(exact_z) + 1)
     oracle.assert_within(gradient, -3 * slope, 3 * error, "gradient")
 
 

@@ -1,4 +1,4 @@
-"""The kernels that spread over the device: right, each byte read once, whatever the blocks' order and the device."""
+"""Cooperative batch-norm kernels: right values, each byte read once, whatever the blocks' order and the device."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ml_dtypes = pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed:
 KIB = 1024
 TINY = Limits(2, 64 * KIB, 66 * KIB, cooperative=True)  # four blocks that hold 32 KiB each: all is large for it
 DTYPES = [np.dtype("float32"), np.dtype("float16"), np.dtype(ml_dtypes.bfloat16)]
-# Of (outer, C, inner): one block a slice, all blocks on one slice, groups that take several slices in turn, a last
+# Shapes (outer, C, inner): one block a slice, all blocks on one slice, groups that take several slices in turn, a last
 # slice that is not whole, a last chunk that is not, rows that do not fit and are read twice; then the same along inner.
 SHAPES = [(600, 64, 1), (1111, 16, 1), (257, 200, 1), (700, 104, 1), (5000, 8, 1)]
 SHAPES += [(5, 6, 1024), (3, 4, 2504), (2, 2, 17000), (300, 3, 40)]
@@ -93,7 +93,7 @@ def check_against_oracle(
     oracle.assert_within(as_matrix(backend.asnumpy(y)), exact.y, exact.z_bound, "y")
     mean, mean_low, rstd = backend.asnumpy(statistics)
     mean_bound = 4 * u * np.sqrt(exact.var) + 8 * rows * u * u * np.abs(as_matrix(x).astype("f8")).max(0)
-    assert (np.abs(mean.astype(oracle.Wide) + mean_low - exact.mean) <= mean_bound).all()
+    assert (np.abs(mean.astype(oracle.Extended) + mean_low - exact.mean) <= mean_bound).all()
     oracle.assert_within(rstd, exact.rstd, oracle.SLACK * u * exact.rstd, "rstd")
     new_mean, new_var = 0.375 + 0.25 * exact.mean, 1.5 + 0.25 * exact.var * rows / (rows - 1)
     oracle.assert_within(backend.asnumpy(on[3]), new_mean, 4 * u * (1 + np.abs(exact.mean)), "running_mean")
@@ -191,8 +191,8 @@ def test_results_may_replace_what_they_are_made_of(
 
 
 @pytest.mark.emulator
-def test_a_meeting_turns_over_one_bit_of_a_counter(emulated: EmulatorRuntime, rng: np.random.Generator) -> None:
-    """Whatever the number of blocks: the next launch may have another."""
+def test_a_grid_barrier_flips_one_bit_of_a_counter(emulated: EmulatorRuntime, rng: np.random.Generator) -> None:
+    """True for any number of blocks: the next launch may have another."""
     x = emulated.asarray(rng.standard_normal((5000, 8)).astype("f4"))
     with tiny(emulated):
         y, _ = bn.batch_norm_forward(x)
@@ -200,11 +200,11 @@ def test_a_meeting_turns_over_one_bit_of_a_counter(emulated: EmulatorRuntime, rn
         counters = emulated.workspace_array.view(np.uint32)[: PARTIALS // 4]
         for _ in range(2):
             before = counters.copy()
-            again, _ = bn.batch_norm_forward(x)
+            repeated, _ = bn.batch_norm_forward(x)
             used = counters != before
             assert used.sum() == launch.grid[0], "one of every group"
             assert set((counters ^ before)[used].tolist()) == {2**31}
-            np.testing.assert_array_equal(again, y)
+            np.testing.assert_array_equal(repeated, y)
     assert set(counters.tolist()) <= {0, 2**31}
 
 
@@ -291,7 +291,7 @@ def test_strided_rows_are_read_where_they_lie(emulated: EmulatorRuntime, rng: np
 def test_blocks_that_are_not_resident_together_are_a_deadlock(
     emulated: EmulatorRuntime, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What happens to a launch that is not cooperative: seen here, and not as a GPU that hangs."""
+    """A launch that is not cooperative is an error here, and not a GPU that hangs."""
     launch = emulated.launch
 
     def alone(source: str, entry_point: str, given: Any, *rest: Any) -> None:
@@ -304,7 +304,7 @@ def test_blocks_that_are_not_resident_together_are_a_deadlock(
         with emulated.device_limits(TINY), emulated.schedule(resident=2), pytest.raises(EmulatorError, match=waiting):
             bn.batch_norm_forward(x)
     finally:
-        emulated.workspace_array[:] = 0  # whoever meets next counts on it
+        emulated.workspace_array[:] = 0  # the next grid barrier counts on it
 
 
 @pytest.mark.emulator

@@ -1,4 +1,4 @@
-"""When and how batch norm spreads over the device: every row is covered, and the limits of any device are kept."""
+"""Launch choice of cooperative batch norm: every row is covered, and the limits of any device are respected."""
 
 from __future__ import annotations
 
@@ -40,27 +40,27 @@ def test_a_choice_covers_all_rows_and_keeps_all_limits(
     choice = cooperative(kind, problem, limits) if in_vectors(kind, problem) else None
     if choice is None:
         return
-    (groups, together, _), (columns, lanes, _) = choice.launch.grid, choice.launch.block
+    (groups, together, _), (columns, workers, _) = choice.launch.grid, choice.launch.block
     rows = outer * inner // (1 if inner == 1 else count)
     assert choice.kernel.startswith(f"bnk_batch_norm_{direction}_cooperative_" + ("inner_" if inner > 1 else ""))
     assert choice.splits == together
-    assert columns * lanes <= (192 if direction == "backward" and inner == 1 and count == 8 else 256)
-    assert lanes * together <= rows, "every lane has a row"
-    assert lanes % 4 == 0 or inner == 1
+    assert columns * workers <= (192 if direction == "backward" and inner == 1 and count == 8 else 256)
+    assert workers * together <= rows, "every worker has a row"
+    assert workers % 4 == 0 or inner == 1
     assert together & (together - 1) == 0
-    assert together <= FAN_IN * lanes
+    assert together <= FAN_IN * workers
     assert choice.launch.cooperative == (together > 1)
     if together > 1:
         assert limits.cooperative
-        held = resident(limits, columns * lanes, choice.launch.shared_bytes, MIN_BLOCKS)
+        held = resident(limits, columns * workers, choice.launch.shared_bytes, MIN_BLOCKS)
         assert groups * together <= held == 2 * limits.sms, "all blocks are resident"
         assert groups <= MOST_BARRIERS
     assert 2 * (choice.launch.shared_bytes + limits.reserved_bytes) <= limits.shared_bytes_of_sm
     assert choice.launch.shared_bytes <= min(limits.shared_bytes, MAX_SHARED_BYTES)
     assert choice.held >= 1
-    partial = choice.launch.shared_bytes - choice.held * columns * lanes * 16 * (1 + (direction == "backward"))
+    partial = choice.launch.shared_bytes - choice.held * columns * workers * 16 * (1 + (direction == "backward"))
     width = 1 if inner > 1 else columns * count
-    assert partial == (3 if direction == "forward" else 2) * width * lanes * 4
+    assert partial == (3 if direction == "forward" else 2) * width * workers * 4
     assert partial % 16 == 0
     assert PARTIALS + 2 * groups * together * 3 * width * 4 <= WORKSPACE_BYTES
 
@@ -103,5 +103,5 @@ def test_large_shapes_take_the_whole_device_and_stay_on_the_chip() -> None:
             assert prod(choice.launch.grid) >= 0.9 * 2 * H200.sms
             assert choice.launch.shared_bytes > SHARED_BYTES
             count = 16 // np.dtype(dtype).itemsize
-            lanes = choice.launch.grid[1] * choice.launch.block[1]
-            assert choice.held * lanes * (count if shape[2] > 1 else 1) >= shape[0] * shape[2]
+            workers = choice.launch.grid[1] * choice.launch.block[1]
+            assert choice.held * workers * (count if shape[2] > 1 else 1) >= shape[0] * shape[2]

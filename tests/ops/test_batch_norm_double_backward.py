@@ -26,11 +26,11 @@ Arrays = dict[str, Any]
 
 def make(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any = "float64", axis: int = 1) -> Arrays:
     """Return all inputs by name: gamma of both signs, nothing symmetric."""
-    wide = "float32" if np.dtype(dtype).itemsize == 2 else dtype
+    acc_dtype = "float32" if np.dtype(dtype).itemsize == 2 else dtype
     channels = shape[axis]
     arrays = {name: (rng.standard_normal(shape) + 0.4).astype(dtype) for name in LIKE_X}
-    arrays |= {name: rng.standard_normal(channels).astype(wide) for name in VECTORS}
-    arrays["gamma"] = (rng.uniform(0.5, 2, channels) * rng.choice([-1, 1], channels)).astype(wide)
+    arrays |= {name: rng.standard_normal(channels).astype(acc_dtype) for name in VECTORS}
+    arrays["gamma"] = (rng.uniform(0.5, 2, channels) * rng.choice([-1, 1], channels)).astype(acc_dtype)
     return arrays
 
 
@@ -130,7 +130,7 @@ def second_alone(backend: Backend, z: np.ndarray, activation: str, alpha: float 
 def test_second_derivative_at_any_size(backend: Backend, activation: str, alpha: float | None, dtype: str) -> None:
     size = np.concatenate([np.logspace(-9, 1.3, 200), np.linspace(0.01, 12, 100)])
     z = np.concatenate([-size, size]).astype(dtype).reshape(-1, 4)
-    exact = second_derivative(z.astype(oracle.Wide), activation, alpha)
+    exact = second_derivative(z.astype(oracle.Extended), activation, alpha)
     bound = oracle.SLACK * oracle.unit_roundoff(z.dtype) * (1 + np.abs(exact)) * (1 + np.minimum(np.abs(z), 4))
     oracle.assert_within(second_alone(backend, z, activation, alpha), exact, bound, "phi''")
 
@@ -149,7 +149,7 @@ def test_second_derivative_is_0_at_infinity_and_nan_at_nan(
         assert np.isnan(found[4])
 
 
-# Lanes that merge in one level and in two, more rows than lanes hold, a slice that is not full.
+# Workers that merge in one level and in two, more rows than workers hold, a slice that is not full.
 SHAPES = [(2, 1), (3, 5), (64, 20), (65, 33), (257, 7), (1100, 3)]
 
 
@@ -203,7 +203,7 @@ def test_views_give_the_bits_of_a_dense_array(
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_the_hessian_is_symmetric(backend: Backend, rng: np.random.Generator, activation: str) -> None:
-    """Of <dy, y> over x, gamma, beta and residual together: <a, H b> = <b, H a>."""
+    """Hessian of <dy, y> over x, gamma, beta and residual together: <a, H b> = <b, H a>."""
     arrays, other = make(rng, (40, 5)), make(rng, (40, 5))
     a, b = ({name: given[name] for name in INCOMING} for given in (arrays, other))
     of_a, of_b = (run(backend, arrays | given, activation=activation) for given in (a, b))

@@ -1,4 +1,4 @@
-"""What the double backward promises beside its values: memory, special values, errors, traffic, and its benchmark."""
+"""Promises of the double backward beside its values: memory, special values, errors, traffic, and its benchmark."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.harness.clocks import HostClock
 from benchmarks.harness.measure import error_of
 from benchmarks.harness.places import cast, to_float64
 from benchmarks.ops.bench_batch_norm_double_backward import OP
-from bnkernels.ops.batch_norm.launch import SERIAL_LANES
+from bnkernels.ops.batch_norm.launch import SERIAL_WORKERS
 from tests.ops.test_batch_norm_double_backward import (
     LIKE_X,
     VECTORS,
@@ -98,7 +98,7 @@ def test_one_launch_reads_every_input_twice(emulated: EmulatorRuntime, shape: tu
     emulated.reset()
     found = call(on, statistics, activation="tanh")
     (record,) = emulated.launches
-    assert record.counts.barriers == (2 if record.launch.block[1] > SERIAL_LANES else 1)
+    assert record.counts.barriers == (2 if record.launch.block[1] > SERIAL_WORKERS else 1)
     for name in LIKE_X:
         assert record.counts.of(on[name]).bytes_read == 2 * on[name].nbytes
     for array in found:

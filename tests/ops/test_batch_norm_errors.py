@@ -1,4 +1,4 @@
-"""What the batch-norm ops refuse: messages say what was expected, what came and the way out, and nothing happens."""
+"""Refusals of the batch-norm ops: messages say what was expected, what came and the way out, and nothing happens."""
 
 from __future__ import annotations
 
@@ -227,7 +227,7 @@ def test_overlap_names_both_arrays_and_what_may_be(backend: Backend) -> None:
 
 
 def test_running_statistics_overlap_without_out(backend: Backend) -> None:
-    """What is updated in place must not be read elsewhere, whether or not the outputs are given."""
+    """An array updated in place must not be read elsewhere, whether or not the outputs are given."""
     on = on_backend(backend, "forward")
     on["running_var"] = on["running_mean"]
     with refused(backend, ValueError, "running_mean overlaps running_var", *on.values()):

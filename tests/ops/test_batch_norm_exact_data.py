@@ -39,14 +39,14 @@ KEPT, NEW = 0.75, 0.25  # weights of the old and of the new running statistics
 TINY = Limits(2, 64 * 1024, 66 * 1024, cooperative=True)  # four blocks that hold 32 KiB each
 
 DTYPES = ["float16", "bfloat16", "float32", "float64"]
-# Of (outer, C, inner): one level of merging, two, streamed; an inner axis; a short one.
+# Shapes (outer, C, inner): one level of merging, two, streamed; an inner axis; a short one.
 SHAPES = [(64, 20, 1), (1024, 3, 1), (4096, 3, 1), (16, 6, 64), (32, 5, 4)]
 # Rows of 16 bytes, large: blocks that share a slice of channels, and more than they keep; the same along inner.
 LARGE = [(1024, 64, 1), (4096, 16, 1), (16, 6, 1024)]
 
 
 class Case(NamedTuple):
-    """What goes in, tensors as (outer, C, inner), and what must come out, by name."""
+    """Inputs, tensors as (outer, C, inner), and the outputs expected, by name."""
 
     x: np.ndarray
     dy: np.ndarray
@@ -102,13 +102,13 @@ def make_case(rng: np.random.Generator, shape: tuple[int, int, int], dtype: np.d
         "dresidual": g,
         "frozen_dx": along(gamma * rstd) * g,
     }
-    wide = accumulator(dtype)
+    acc_dtype = accumulator(dtype)
     for name, array in expected.items():
-        np.testing.assert_array_equal(array.astype(wide), array, err_msg=f"{name} has too many bits")
-        expected[name] = array.astype(dtype if array.ndim == 3 else wide)
+        np.testing.assert_array_equal(array.astype(acc_dtype), array, err_msg=f"{name} has too many bits")
+        expected[name] = array.astype(dtype if array.ndim == 3 else acc_dtype)
     x = centred + along(mean)
     np.testing.assert_array_equal(x.astype(dtype).astype(np.float64), x, err_msg="x has too many bits")
-    vectors = (array.astype(wide) for array in (gamma, beta, mean, var))
+    vectors = (array.astype(acc_dtype) for array in (gamma, beta, mean, var))
     return Case(*(array.astype(dtype) for array in (x, dy, residual)), *vectors, expected)
 
 
@@ -177,7 +177,7 @@ def test_exact_data_in_strides_of_any_sign(backend: Backend, rng: np.random.Gene
 
 @contextmanager
 def small_device(backend: Backend) -> Iterator[None]:
-    """Let the emulator be a device that has to spread what is above 64 KiB, its blocks and threads in another order."""
+    """Let the emulator be a device that needs cooperative kernels above 64 KiB, blocks and threads in another order."""
     if backend.name != "emulator":
         yield
         return

@@ -153,10 +153,10 @@ def test_a_launch_covers_groups_and_rows_and_keeps_all_limits() -> None:
             dtype = np.dtype(name)
             for kind in (FORWARD, INFERENCE, BACKWARD, INPUT_GRADIENT):
                 chosen = masked_grouped(kind, Problem(*sizes, dtype))
-                launch, (width, lanes, _) = chosen.launch, chosen.launch.block
+                launch, (width, workers, _) = chosen.launch, chosen.launch.block
                 assert launch.grid[0] * width >= sizes[2] > (launch.grid[0] - 1) * width
                 assert launch.grid[2] == 1 or kind in (INFERENCE, INPUT_GRADIENT)
-                assert lanes & (lanes - 1) == 0 or lanes <= 64
+                assert workers & (workers - 1) == 0 or workers <= 64
                 assert chosen.splits == (launch.grid[1] if kind is BACKWARD else 1)
                 if chosen.splits > 1:  # counters and partial results fit the workspace
                     assert launch.grid[0] <= 2048

@@ -27,9 +27,9 @@ def bits_of(array: np.ndarray) -> np.ndarray:
     """Return the bits, with one for all NaN and for both zeros: neither is told from its like by arithmetic here."""
     bits = array.view(np.uint16).copy()
     with np.errstate(invalid="ignore"):
-        wide = array.astype(np.float32)
-    bits[np.isnan(wide)] = 0xFFFF
-    bits[wide == 0] = 0
+        single = array.astype(np.float32)
+    bits[np.isnan(single)] = 0xFFFF
+    bits[single == 0] = 0
     return bits
 
 
@@ -115,8 +115,8 @@ def test_16_bits_are_the_bits_of_float32_rounded(
 
     tolerance = 0 if backend.name != "numpy" else 1e-6
     single = run(*(array.astype(np.float32) for array in (x, dy, residual)))
-    for half, wide in zip(run(x, dy, residual), single, strict=True):
+    for half, full in zip(run(x, dy, residual), single, strict=True):
         if half.dtype == dtype and backend.name != "numpy":
-            np.testing.assert_array_equal(half.view(np.uint16), wide.astype(dtype).view(np.uint16))
+            np.testing.assert_array_equal(half.view(np.uint16), full.astype(dtype).view(np.uint16))
         else:
-            np.testing.assert_allclose(half.astype(np.float32), wide.astype(half.dtype).astype(np.float32), tolerance)
+            np.testing.assert_allclose(half.astype(np.float32), full.astype(half.dtype).astype(np.float32), tolerance)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from bnkernels.ops.batch_norm.launch import SERIAL_LANES, one_block, slice_width
+from bnkernels.ops.batch_norm.launch import SERIAL_WORKERS, one_block, slice_width
 from bnkernels.ops.batch_norm.problem import BACKWARD, FORWARD, INFERENCE, INFERENCE_BACKWARD, Pass, Problem
 from bnkernels.runtime import source
 from bnkernels.runtime.arguments import accumulator, suffix
@@ -17,7 +17,7 @@ from bnkernels.runtime.seam import MAX_GRID, MAX_SHARED_BYTES, MAX_THREADS, Laun
 
 ml_dtypes = pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed: there is no bfloat16")
 
-# One below, at and above the rows that 1, 12, 16, 64 or 512 lanes of 4, 8 or 16 values hold, and slices of 32 channels.
+# One below, at and above the rows of 1, 12, 16, 64 or 512 workers of 4, 8 or 16 values, and slices of 32 channels.
 ROWS = [1, 2, 3, 4, 5, 15, 16, 17, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1023, 1024, 1025, 4097, 8192, 8193, 20000]
 CHANNELS = [1, 2, 3, 5, 8, 13, 19, 20, 21, 31, 32, 33, 63, 64, 65, 100, 1000, 5000]
 INNER = [1, 2, 7, 8, 15, 16, 49, 1000]
@@ -27,7 +27,7 @@ DTYPES = [np.dtype(dtype) for dtype in ("float16", ml_dtypes.bfloat16, "float32"
 
 
 class Facts(NamedTuple):
-    """What ``cuda/`` says of a kernel: the most threads of a block, the values a thread holds, inner = 1 alone."""
+    """Facts of a kernel in ``cuda/``: most threads per block, values per thread, whether for inner = 1 alone."""
 
     threads: int
     values: int | None
@@ -92,8 +92,8 @@ def test_the_sources_tell_of_every_kernel() -> None:
     assert FACTS["backward_two_pass_f32"] == (512, None, False)
 
 
-def test_python_and_the_kernels_agree_when_lanes_merge_in_groups() -> None:
-    assert constant("SERIAL_WORKERS") == SERIAL_LANES
+def test_python_and_the_kernels_agree_when_workers_merge_in_groups() -> None:
+    assert constant("SERIAL_WORKERS") == SERIAL_WORKERS
     assert constant("SERIAL_WORKERS") % constant("MERGE_FAN_IN") == 0
 
 
@@ -110,16 +110,16 @@ def test_training_plans_cover_everything_within_limits(kind: Pass, dtype: np.dty
     for outer, channels, inner in SHAPES:
         kernel, launch = plan(kind, outer, channels, dtype, inner)
         facts = FACTS[kernel]
-        width, lanes, _ = launch.block
+        width, workers, _ = launch.block
         assert_covers_channels(launch, channels)
         assert_within_limits(launch, facts.threads)
         assert launch.grid[1:] == (1, 1)  # a block owns its channels alone
-        assert launch.shared_bytes == TRAINING[kind] * width * lanes * accumulator(dtype).itemsize
-        assert lanes <= outer * inner  # no lane without a row
-        assert lanes <= SERIAL_LANES or lanes & (lanes - 1) == 0
+        assert launch.shared_bytes == TRAINING[kind] * width * workers * accumulator(dtype).itemsize
+        assert workers <= outer * inner  # no worker without a row
+        assert workers <= SERIAL_WORKERS or workers & (workers - 1) == 0
         assert inner == 1 or not facts.matrix
         if facts.values is not None:
-            assert facts.values * lanes >= outer * inner
+            assert facts.values * workers >= outer * inner
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -129,9 +129,9 @@ def test_rows_are_two_pass_only_where_no_block_could_hold_them(kind: Pass, dtype
     for outer, channels, inner in SHAPES:
         kernel, launch = plan(kind, outer, channels, dtype, inner)
         values = FACTS[kernel].values
-        lanes = 512 // launch.block[0]
-        lanes = lanes if lanes <= SERIAL_LANES else 1 << (lanes.bit_length() - 1)
-        assert (values is None) == (outer * inner > most * lanes), (outer, channels, inner)
+        workers = 512 // launch.block[0]
+        workers = workers if workers <= SERIAL_WORKERS else 1 << (workers.bit_length() - 1)
+        assert (values is None) == (outer * inner > most * workers), (outer, channels, inner)
         assert (values == 4) == (inner == 1 and outer <= 4 * launch.block[1]), (outer, channels, inner)
 
 
@@ -162,11 +162,11 @@ def test_inference_plans_cover_everything_within_limits(outer: int, dtype: np.dt
         (kernel, launch), rows = plan(INFERENCE, outer, channels, dtype, inner), outer * inner
         assert_covers_channels(launch, channels)
         assert_within_limits(launch, FACTS[kernel].threads)
-        lanes, tiles = launch.block[1], launch.grid[1]
+        workers, tiles = launch.block[1], launch.grid[1]
         assert launch.shared_bytes == 0
-        assert lanes * (tiles - 1) < rows  # no block without a row
-        assert tiles == MAX_GRID[1] or lanes * tiles * 8 >= rows  # a thread strides, but not far
-        assert lanes * tiles < 2**31  # the kernel counts its lanes in 32 bits
+        assert workers * (tiles - 1) < rows  # no block without a row
+        assert tiles == MAX_GRID[1] or workers * tiles * 8 >= rows  # a thread strides, but not far
+        assert workers * tiles < 2**31  # the kernel counts its workers in 32 bits
 
 
 @pytest.mark.parametrize(
@@ -177,8 +177,8 @@ def test_each_element_has_one_owner(outer: int, channels: int, inner: int, dtype
     """Thread (i, j) of block b owns channel w b + i and rows j, j + l, ...: together all, and none twice."""
     for _, launch in (plan(kind, outer, channels, dtype, inner) for kind in TRAINING):
         owners = np.zeros((outer * inner, channels), int)
-        width, lanes, _ = launch.block
-        for block, i, j in product(range(launch.grid[0]), range(width), range(lanes)):
+        width, workers, _ = launch.block
+        for block, i, j in product(range(launch.grid[0]), range(width), range(workers)):
             if (channel := width * block + i) < channels:
-                owners[j::lanes, channel] += 1
+                owners[j::workers, channel] += 1
         np.testing.assert_array_equal(owners, 1)

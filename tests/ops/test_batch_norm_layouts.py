@@ -13,7 +13,7 @@ from tools import oracle
 from tools.backends import Backend
 from tools.emulator import EmulatorRuntime
 
-# Short and long inner axes, one below, at and above a sector; lanes that merge in one level and two; held and streamed.
+# Short and long inner axes, one below, at and above a sector; workers that merge in one level or two; held; streamed.
 TENSORS = [
     ((6, 5, 7), 1),
     ((3, 4, 5, 6), 1),
@@ -38,11 +38,11 @@ def as_rows(array: np.ndarray, axis: int) -> np.ndarray:
 def make_tensors(rng: np.random.Generator, shape: tuple[int, ...], axis: int, dtype: Any) -> tuple[np.ndarray, ...]:
     """Return x, dy and a residual, and gamma and beta in the accumulator's type."""
     channels = shape[axis]
-    wide = np.dtype("float32") if np.dtype(dtype).itemsize == 2 else np.dtype(dtype)
+    acc_dtype = np.dtype("float32") if np.dtype(dtype).itemsize == 2 else np.dtype(dtype)
     x, dy, residual = (rng.standard_normal(shape) + offset for offset in (2, 0.3, -0.1))
     gamma = rng.uniform(0.5, 2, channels) * rng.choice([-1, 1], channels)
     tensors = (array.astype(dtype) for array in (x, dy, residual))
-    return *tensors, gamma.astype(wide), rng.standard_normal(channels).astype(wide)
+    return *tensors, gamma.astype(acc_dtype), rng.standard_normal(channels).astype(acc_dtype)
 
 
 def assert_tensor(backend: Backend, got: Any, exact: np.ndarray, bound: np.ndarray, axis: int, what: str) -> None:
@@ -106,7 +106,7 @@ def test_channels_last_has_the_bits_of_the_matrix(
         np.testing.assert_array_equal(backend.asnumpy(tensor).reshape(matrix.shape), backend.asnumpy(matrix))
 
 
-# What happens to an array of shape (4, 6, 8, 10), and whether three strides still describe it, channels in axis 1.
+# Views of an array of shape (4, 6, 8, 10), channels in axis 1, and whether three strides describe them.
 VIEWS = {
     "channels last in memory": (lambda a: np.moveaxis(np.moveaxis(a, 1, -1).copy(), -1, 1), True),
     "batch last in memory": (lambda a: np.moveaxis(np.moveaxis(a, 0, -1).copy(), -1, 0), True),

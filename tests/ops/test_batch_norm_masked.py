@@ -13,7 +13,7 @@ from tools import oracle
 from tools.backends import Backend
 from tools.emulator import EmulatorRuntime
 
-# Few rows and many; lanes that merge in one level and in two; rows held and read again; masks of either extent.
+# Few rows and many; workers that merge in one level and in two; rows held and read again; masks of either extent.
 CASES = [
     ((6, 3), 1, (6,)),
     ((64, 20), 1, (64,)),
@@ -181,12 +181,12 @@ def test_results_may_replace_what_they_are_made_of(backend: Backend, rng: np.ran
     on_x, on_dy, on_mask = backend.arrays(x, dy, mask)
     y, statistics = bn.batch_norm_forward(on_x, mask=on_mask)
     grads = bn.batch_norm_backward(on_dy, on_x, None, None, statistics, mask=on_mask)
-    again, kept = backend.arrays(x, x)
-    same, _ = bn.batch_norm_forward(again, mask=on_mask, out=(again, backend.empty((3, 4), "float64")))
-    assert same is again
-    np.testing.assert_array_equal(*map(backend.asnumpy, (again, y)))
+    in_place, other = backend.arrays(x, x)
+    same, _ = bn.batch_norm_forward(in_place, mask=on_mask, out=(in_place, backend.empty((3, 4), "float64")))
+    assert same is in_place
+    np.testing.assert_array_equal(*map(backend.asnumpy, (in_place, y)))
     out = (on_dy, *(backend.empty((4,), "float64") for _ in range(2)))
-    found = bn.batch_norm_backward(on_dy, kept, None, None, statistics, mask=on_mask, out=out)
+    found = bn.batch_norm_backward(on_dy, other, None, None, statistics, mask=on_mask, out=out)
     assert found[0] is on_dy
     for one, two in zip(found, grads, strict=True):
         np.testing.assert_array_equal(*map(backend.asnumpy, (one, two)))

@@ -17,15 +17,15 @@ from tools.backends import Backend
 def test_parameters_in_16_bits_are_those_numbers_in_float32(
     backend: Backend, rng: np.random.Generator, dtype: str, given: str
 ) -> None:
-    narrow = dtype_named(dtype)
-    x, dy = (rng.standard_normal((200, 12)).astype(narrow) for _ in range(2))
-    vectors = {name: rng.uniform(-2, 2, 12).astype(narrow) for name in given.split()}
+    data = dtype_named(dtype)
+    x, dy = (rng.standard_normal((200, 12)).astype(data) for _ in range(2))
+    vectors = {name: rng.uniform(-2, 2, 12).astype(data) for name in given.split()}
     results = []
-    for wide in (False, True):
+    for single in (False, True):
         on_x, on_dy, gamma, beta, mean, var = backend.arrays(
             *(x, dy),
             *(
-                vectors[name].astype("float32" if wide else narrow) if name in vectors else None
+                vectors[name].astype("float32" if single else data) if name in vectors else None
                 for name in ("gamma", "beta")
             ),
             *(np.zeros(12, "float32"), np.ones(12, "float32")),
@@ -37,7 +37,7 @@ def test_parameters_in_16_bits_are_those_numbers_in_float32(
         frozen_grads = bn.batch_norm_inference_backward(on_dy, on_x, gamma, beta, mean, var, **options)
         results.append([backend.asnumpy(array) for array in (y, *grads, frozen, *frozen_grads, mean, var)])
     for i, (got, want) in enumerate(zip(*results, strict=True)):
-        assert got.dtype == (narrow if i < 8 else np.float32)
+        assert got.dtype == (data if i < 8 else np.float32)
         step = float(np.finfo(np.float16).eps if dtype == "float16" else 2**-7)
         # Two roundings to 16 bits that may fall on either side.
         np.testing.assert_allclose(got.astype("float64"), want.astype("float64"), rtol=step, atol=step)
@@ -51,9 +51,9 @@ def test_parameters_in_16_bits_with_out_and_their_gradients_type(backend: Backen
     found = bn.batch_norm_backward(on_dy, on_x, gamma, beta, statistics, out=out)
     assert all(got is given for got, given in zip(found, out, strict=True))
     assert np.isfinite(backend.asnumpy(out[1])).all()
-    wide = (out[0], *(backend.empty((3,), "float32") for _ in range(2)))
+    others = (out[0], *(backend.empty((3,), "float32") for _ in range(2)))
     with pytest.raises(TypeError, match="dgamma must be float16, got float32"):
-        bn.batch_norm_backward(on_dy, on_x, gamma, beta, statistics, out=wide)
+        bn.batch_norm_backward(on_dy, on_x, gamma, beta, statistics, out=others)
 
 
 @pytest.mark.parametrize(("gamma", "beta"), [("float16", "float32"), ("float32", "float16"), ("float64", None)])

@@ -98,7 +98,7 @@ def test_training_follows_the_formulas(backend: Backend, case: Case) -> None:
     u, rows = oracle.unit_roundoff(dtype), len(case.x)
     oracle.assert_within(backend.asnumpy(y), exact.y, exact.z_bound, "y")
     assert_gradients(backend, grads, oracle.backward(case.dy, case.x, case.gamma, case.beta, *options.values()))
-    old, new = (1 - case.momentum) * oracle.Wide(0.5), case.momentum * exact.mean
+    old, new = (1 - case.momentum) * oracle.Extended(0.5), case.momentum * exact.mean
     mean_bound = oracle.SLACK * u * (old + case.momentum * np.abs(case.x).max(0))
     oracle.assert_within(backend.asnumpy(running[0]), old + new, mean_bound, "running_mean")
     new_var = (1 - case.momentum) * 2 + case.momentum * exact.var * rows / (rows - 1)
@@ -164,7 +164,7 @@ def test_channels_know_nothing_of_each_other(backend: Backend, case: Case, data:
         grads = bn.batch_norm_backward(dy, x, *parameters, statistics, activation=case.activation)
         return [backend.asnumpy(array) for array in (y, *grads)]
 
-    # The number of lanes, and with it the order of the sums, depends on the width of a slice and so on the number of
+    # The number of workers, and with it the order of the sums, depends on the width of a slice and so on the number of
     # channels: all of them, or as many again, compare bit for bit; fewer within rounding.
     exact = len(order) == channels and backend.name != "numpy"
     tolerance = 0 if exact else 2000 * np.finfo(case.x.dtype).eps

@@ -1,6 +1,6 @@
-"""What must hold between two results, whatever the right one is: no oracle takes part, so none can be wrong.
+"""Relations between two results that hold without knowing the right one: no oracle takes part, so none can be wrong.
 
-The large shapes take the kernels that spread over the device, on the emulator in several blocks a slice of channels.
+The large shapes take the cooperative kernels, on the emulator in several blocks a slice of channels.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ Arrays = dict[str, np.ndarray]
 
 def make_arrays(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype) -> Arrays:
     """Return inputs in which nothing is symmetric, with gamma of both signs."""
-    channels, wide = shape[1], accumulator(dtype)
+    channels, acc_dtype = shape[1], accumulator(dtype)
     tensors = {name: (rng.standard_normal(shape) + 0.3).astype(dtype) for name in ("x", "dy", "residual")}
     gamma = rng.uniform(0.5, 2, channels) * rng.choice([-1, 1], channels)
     vectors = {"gamma": gamma, "beta": rng.standard_normal(channels), "mean": rng.standard_normal(channels)}
     vectors["var"] = rng.uniform(0.5, 2, channels)
-    return tensors | {name: vector.astype(wide) for name, vector in vectors.items()}
+    return tensors | {name: vector.astype(acc_dtype) for name, vector in vectors.items()}
 
 
 def run(backend: Backend, arrays: Arrays, eps: float = 1e-5, activation: str = "relu") -> Arrays:
@@ -99,7 +99,7 @@ def at_channels(arrays: Arrays, order: np.ndarray) -> Arrays:
 def test_permuted_channels_give_permuted_bits(
     backend: Backend, rng: np.random.Generator, shape: tuple[int, ...]
 ) -> None:
-    """Whoever computes a channel, in whichever place of whichever block, computes the same."""
+    """A channel has the same bits in any place of any block."""
     arrays, order = make_arrays(rng, shape, np.dtype("float32")), rng.permutation(shape[1])
     want, got = at_channels(run(backend, arrays), order), run(backend, at_channels(arrays, order))
     if backend.name != "numpy":

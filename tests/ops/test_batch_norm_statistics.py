@@ -14,9 +14,9 @@ from tests.ops.test_batch_norm_layouts import as_rows, make_tensors
 from tests.ops.test_batch_norm_masked import dtype_named, make_mask
 from tools import oracle
 from tools.backends import Backend
-from tools.oracle import Wide
+from tools.oracle import Extended
 
-# How many examples each part has: one, uneven ones, empty ones among them.
+# Numbers of examples of the parts: a single part, uneven ones, empty ones among them.
 SPLITS = [(40,), (10, 25, 5), (0, 39, 0, 1)]
 
 
@@ -90,15 +90,15 @@ def test_moments_of_a_large_mean_keep_their_digits(
     parts = [bn.batch_norm_moments(backend.asarray(part)) for part in parts_of(x, (100, 399, 1))]
     moments = np.stack([backend.asnumpy(part) for part in parts])
     statistics, merged = bn.batch_norm_statistics(backend.asarray(moments), eps=1e-30)
-    _, mean, low, m2 = backend.asnumpy(merged).astype(Wide)
-    wide = x.astype(Wide)
+    _, mean, low, m2 = backend.asnumpy(merged).astype(Extended)
+    exact_x = x.astype(Extended)
     u = oracle.unit_roundoff(x.dtype)
     oracle.assert_within(
-        (mean + low).astype("float64"), wide.mean(0), 1e-15 * offset + 8 * u * u * offset + 8 * u, "mean"
+        (mean + low).astype("float64"), exact_x.mean(0), 1e-15 * offset + 8 * u * u * offset + 8 * u, "mean"
     )
-    oracle.assert_within(m2, wide.var(0) * 500, 16 * u * wide.var(0) * 500, "m2")
-    np.testing.assert_array_equal(backend.asnumpy(statistics)[:2].astype(Wide), [mean, low])
-    oracle.assert_within(backend.asnumpy(statistics)[2], 1 / wide.std(0), 16 * u / wide.std(0), "rstd")
+    oracle.assert_within(m2, exact_x.var(0) * 500, 16 * u * exact_x.var(0) * 500, "m2")
+    np.testing.assert_array_equal(backend.asnumpy(statistics)[:2].astype(Extended), [mean, low])
+    oracle.assert_within(backend.asnumpy(statistics)[2], 1 / exact_x.std(0), 16 * u / exact_x.std(0), "rstd")
 
 
 def test_constant_parts_have_exactly_no_variance(backend: Backend) -> None:

@@ -10,7 +10,7 @@ import pytest
 import bnkernels as bn
 from tools import oracle
 from tools.backends import Backend
-from tools.oracle import Wide
+from tools.oracle import Extended
 
 EPS = 1e-3
 
@@ -26,10 +26,12 @@ def make(rng: np.random.Generator, dtype: str) -> dict[str, np.ndarray]:
 
 def r_and_d(arrays: dict[str, np.ndarray], r_max: float, d_max: float) -> tuple[np.ndarray, np.ndarray]:
     """Return r and d in extended precision."""
-    x, mean, var = (arrays[name].astype(Wide) for name in ("x", "running_mean", "running_var"))
-    running = np.sqrt(var + Wide(arrays["x"].dtype.type(EPS)))
-    r = np.sqrt(x.var(0) + Wide(arrays["x"].dtype.type(EPS))) / running
-    return np.clip(r, 1 / Wide(r_max), Wide(r_max)), np.clip((x.mean(0) - mean) / running, -Wide(d_max), Wide(d_max))
+    x, mean, var = (arrays[name].astype(Extended) for name in ("x", "running_mean", "running_var"))
+    running = np.sqrt(var + Extended(arrays["x"].dtype.type(EPS)))
+    r = np.sqrt(x.var(0) + Extended(arrays["x"].dtype.type(EPS))) / running
+    return np.clip(r, 1 / Extended(r_max), Extended(r_max)), np.clip(
+        (x.mean(0) - mean) / running, -Extended(d_max), Extended(d_max)
+    )
 
 
 def run(backend: Backend, arrays: dict[str, np.ndarray], renorm: Any, activation: str = "tanh", **more: Any) -> dict:
@@ -56,7 +58,7 @@ def test_renorm_is_algorithm_1(
     u = oracle.unit_roundoff(np.dtype(dtype))
     oracle.assert_within(found["statistics"][3], r, 8 * u * r, "r")
     oracle.assert_within(found["statistics"][4], d, 8 * u * (1 + np.abs(d)) * r, "d")
-    gamma, beta = (arrays[name].astype(Wide) for name in ("gamma", "beta"))
+    gamma, beta = (arrays[name].astype(Extended) for name in ("gamma", "beta"))
     exact = oracle.forward(arrays["x"], gamma * r, gamma * d + beta, EPS, "tanh")
     # Roundings of d move z by gamma times as much.
     slack = 2 * exact.z_bound + 8 * u * np.abs(gamma) * (1 + np.abs(d)) * (1 + r)

@@ -137,13 +137,13 @@ def test_gradients_of_the_smallest_eps(backend: Backend, of: str, dtype: str) ->
     else:
         _, statistics = bn.layer_norm_forward(on_x, eps=eps)
         dx, dgamma, dbeta = bn.layer_norm_backward(on_dy, on_x, None, None, statistics)
-    wide = dy.astype(np.float64)
-    wanted = (wide - wide.mean(0 if of == "channels" else 1, keepdims=True)) / np.sqrt(eps)
+    exact_dy = dy.astype(np.float64)
+    wanted = (exact_dy - exact_dy.mean(0 if of == "channels" else 1, keepdims=True)) / np.sqrt(eps)
     with np.errstate(over="ignore"):
         wanted = wanted.astype(accumulator(data)).astype(data).astype(np.float64)
     np.testing.assert_allclose(backend.asnumpy(dx).astype(np.float64), wanted, rtol=4 * STEPS[dtype])
     np.testing.assert_array_equal(backend.asnumpy(dgamma), 0)
-    np.testing.assert_array_equal(backend.asnumpy(dbeta), wide.sum(0))
+    np.testing.assert_array_equal(backend.asnumpy(dbeta), exact_dy.sum(0))
     assert np.isinf(wanted).any() == (dtype == "float16")
 
 

@@ -27,7 +27,8 @@ from tools import backends
 from tools.backends import Backend
 from tools.emulator import EmulatorRuntime
 
-# One hidden layer to five; widths that no warp divides, one neuron, wider than the block has teams; teams of 8, 16, 32.
+# One hidden layer to five; widths that no warp divides, one neuron, more neurons than subwarps, which have 8 to 32
+# threads.
 ARCHITECTURES = [
     ((7, 20, 10), 64),
     ((5, 3), 6),
@@ -273,7 +274,7 @@ def network_on(backend: Backend, norm: str, **changes: Any) -> Learner:
 def test_the_engines_take_over_from_each_other(
     backend: Backend, rng: np.random.Generator, name: str, norm: str
 ) -> None:
-    """What the fused engine leaves in a checkpoint, the layers go on with, and the other way round."""
+    """Layers continue from a checkpoint of the fused engine, and the other way round."""
     if backend.name == "numpy":
         pytest.skip("needs a device")
     x, y = backend.arrays(*make_data(rng, (6, 8, 3), 20 * 16, "float64"))

@@ -167,7 +167,7 @@ def test_many_models_are_trained_in_one_launch(
     given = (models[0].fused, parameters, (), running if running.size else None, *backend.arrays(x, y))
     losses = bn.fused_training(*given, batch=batch, lr=RATES["sgd"])
     for found, own in zip((losses, parameters, running), zip(*alone, strict=True), strict=True):
-        # Of a grid each model has fewer blocks than alone, and sums in another order.
+        # In a grid each model has fewer blocks than alone, and sums in another order.
         np.testing.assert_allclose(backend.asnumpy(found), np.stack(own), rtol=0 if group == "cluster" else 1e-9)
 
 
@@ -208,14 +208,14 @@ def test_one_launch_that_costs_no_barrier_more_with_batch_norm(
 
 
 @pytest.mark.emulator
-@pytest.mark.parametrize(("norm", "meetings"), [("batch", 5), ("none", 5), ("layer", 2)])
+@pytest.mark.parametrize(("norm", "barriers"), [("batch", 5), ("none", 5), ("layer", 2)])
 def test_a_step_is_so_many_meetings(
-    backend: Backend, group: str, rng: np.random.Generator, norm: str, meetings: int
+    backend: Backend, group: str, rng: np.random.Generator, norm: str, barriers: int
 ) -> None:
     if group == "cluster" or backends.emulated_runtime().build not in ("plain", "coverage"):
         pytest.skip("counted by what is written to the counter")
     record, counts = counts_of_a_step(norm, rng)
-    assert counts["barrier_counter"] == meetings * record.launch.blocks
+    assert counts["barrier_counter"] == barriers * record.launch.blocks
 
 
 @pytest.mark.emulator
@@ -312,7 +312,7 @@ def test_what_does_not_fit_names_the_limits_and_the_way_out(backend: Backend, rn
 def test_the_engines_take_over_from_each_other(
     backend: Backend, group: str, rng: np.random.Generator, norm: str
 ) -> None:
-    """What groups leave in a checkpoint the layers go on with, and the other way round."""
+    """Layers continue from a checkpoint of a multi-block launch, and the other way round."""
     x, y = backend.arrays(*make_data(rng, (6, 8, 3), 6 * 16, "float64"))
     options = {"optimizer": "adam", "dtype": "float64", "activation": "tanh", "lr": 0.01}
     ends = []

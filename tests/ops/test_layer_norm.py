@@ -18,11 +18,11 @@ from tests.regress.refusal import refused
 from tools import backends, oracle
 from tools.backends import Backend
 from tools.emulator import EmulatorRuntime
-from tools.oracle import Wide, accumulator, unit_roundoff
+from tools.oracle import Extended, accumulator, unit_roundoff
 from tools.oracle_layer_norm import exact
 
 # One value; the question's layer; rows of no whole units; of a few; of more units than a warp has threads; one that
-# several warps share; with teams that have no row.
+# several warps share; and row workers without a row.
 SHAPES = [(1, 1), (64, 20), (5, 3), (33, 7), (9, 64), (300, 4), (6, 161), (3, 1100), (40, 256)]
 H200 = Limits(132, 227 * 1024, 228 * 1024, True)
 
@@ -43,10 +43,12 @@ def assert_right(
     y, statistics = bn.layer_norm_forward(on_x, *vectors, eps=eps, activation=activation)
     right, u = exact(x, dy, gamma, beta, eps, activation), unit_roundoff(x.dtype)
     oracle.assert_within(backend.asnumpy(y), right.y, right.y_bound, "y")
-    mean, low, rstd = backend.asnumpy(statistics).astype(Wide)
-    largest = float(np.abs(x.astype(Wide)).max())
+    mean, low, rstd = backend.asnumpy(statistics).astype(Extended)
+    largest = float(np.abs(x.astype(Extended)).max())
     slack = (
-        u * largest if x.dtype == np.float64 and backend.name == "numpy" else max(4 * u * u, Wide(2) ** -62) * largest
+        u * largest
+        if x.dtype == np.float64 and backend.name == "numpy"
+        else max(4 * u * u, Extended(2) ** -62) * largest
     )
     np.testing.assert_allclose(mean + low, right.mean, rtol=0, atol=float(slack))
     np.testing.assert_allclose(rstd, right.rstd, rtol=float(8 * u))
@@ -133,10 +135,10 @@ def test_in_place(backend: Backend, rng: np.random.Generator) -> None:
     x, dy, *vectors = backend.arrays(*arrays)
     y, statistics = bn.layer_norm_forward(x, *vectors)
     grads = bn.layer_norm_backward(dy, x, *vectors, statistics)
-    again = bn.layer_norm_backward(dy, x, *vectors, statistics, out=(dy, *backend.arrays(*arrays[2:])))
-    for got, wanted in zip(again, grads, strict=True):
+    repeated = bn.layer_norm_backward(dy, x, *vectors, statistics, out=(dy, *backend.arrays(*arrays[2:])))
+    for got, wanted in zip(repeated, grads, strict=True):
         np.testing.assert_array_equal(backend.asnumpy(got), backend.asnumpy(wanted))
-    assert again[0] is dy
+    assert repeated[0] is dy
     bn.layer_norm_forward(x, *vectors, out=(x, statistics))
     np.testing.assert_array_equal(backend.asnumpy(x), backend.asnumpy(y))
 

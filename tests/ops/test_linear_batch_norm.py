@@ -21,9 +21,9 @@ from tools import backends, oracle
 from tools.backends import Backend
 from tools.emulator import EmulatorRuntime
 from tools.emulator.build import CUDA, CUDA_VARIABLE, ROOT, read_sources, write_sources
-from tools.oracle import Wide, accumulator, unit_roundoff
+from tools.oracle import Extended, accumulator, unit_roundoff
 
-# (N, K, M): the question's; one of everything; all three team sizes and two tiles of rows; more terms than fit at once;
+# (N, K, M): the question's; one of everything; all three subwarp sizes and two tiles of rows; more terms than fit;
 # sizes that nothing divides; a tile of rows in the backward that is not the first.
 SIZES = [
     (64, 64, 20),
@@ -55,7 +55,7 @@ def assert_product(
     got: np.ndarray, a: np.ndarray, b: np.ndarray, what: str, a_bound: Any = 0, b_bound: Any = 0
 ) -> None:
     """Check a product of matrices that are off by as much themselves."""
-    a, b = a.astype(Wide), b.astype(Wide)
+    a, b = a.astype(Extended), b.astype(Extended)
     terms = a.shape[1] + 8
     if got.dtype.itemsize == 2:  # tensor cores cut off 8 terms, the sum so far and the new one, each at two roundings
         terms = 20 * ceil_div(terms, 8)
@@ -79,7 +79,7 @@ def test_is_a_product_and_its_batch_norm(
     assert_product(host_z, x, weight, "z")
     exact = oracle.forward(host_z, gamma, beta, 1e-3, activation)
     oracle.assert_within(backend.asnumpy(y), exact.y, exact.z_bound, "y")
-    mean, low, rstd = backend.asnumpy(statistics).astype(Wide)
+    mean, low, rstd = backend.asnumpy(statistics).astype(Extended)
     np.testing.assert_allclose(mean + low, exact.mean, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(rstd, exact.rstd, rtol=1e-5)
 
@@ -220,7 +220,7 @@ def test_one_launch_each_with_as_many_barriers_with_batch_norm_as_without(
     # Two chunks of the terms, one more than that behind the partial sums, and one behind the activation.
     assert forward.counts.barriers == 2 * 2 + 2 + 1
     assert backward.launch.cooperative
-    # Around the derivatives, a product of two chunks, the meeting, and two products of one chunk.
+    # Around the derivatives, a product of two chunks, the grid barrier, and two products of one chunk.
     assert backward.counts.barriers == 3 + (2 * 2 + 2) + 2 + 2 * (2 + 2)
     if emulated.build not in ("plain", "coverage"):
         return
@@ -265,7 +265,7 @@ def test_the_order_of_blocks_and_threads_changes_no_bit(
 @pytest.mark.slow
 @pytest.mark.emulator
 def test_16_bits_without_tensor_cores(emulated: EmulatorRuntime, tmp_path: Path) -> None:
-    """What sm_75 runs, in a process of its own with kernels of its own."""
+    """Code path of sm_75, in a process of its own with kernels of its own."""
     sources, product = read_sources(CUDA), "lib/gemm/product.cuh"
     changed = sources[product].replace("#if BNK_TENSOR_CORES\n    if constexpr", "#if 0\n    if constexpr")
     assert changed != sources[product]

@@ -17,7 +17,7 @@ from tests.regress.refusal import refused
 from tools import backends, oracle
 from tools.backends import Backend
 from tools.emulator import EmulatorRuntime
-from tools.oracle import Wide
+from tools.oracle import Extended
 from tools.oracle_layer_norm import exact
 
 LAYER: dict[str, Any] = {"norm": "layer"}
@@ -39,7 +39,7 @@ def test_is_a_product_and_its_layer_norm(
     assert_product(host_z, x, weight, "z")
     right = exact(host_z, dy, gamma, beta, 1e-3, activation)
     oracle.assert_within(backend.asnumpy(y), right.y, right.y_bound, "y")
-    mean, low, rstd = backend.asnumpy(statistics).astype(Wide)
+    mean, low, rstd = backend.asnumpy(statistics).astype(Extended)
     np.testing.assert_allclose(mean + low, right.mean, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(rstd, right.rstd, rtol=1e-5)
 
@@ -75,9 +75,9 @@ def test_without_what_is_optional(backend: Backend, rng: np.random.Generator) ->
     right = exact(backend.asnumpy(z), backend.asnumpy(dy), None, None, 1e-5)
     oracle.assert_within(backend.asnumpy(y), right.y, right.y_bound, "y")
     grads = bn.linear_batch_norm_backward(dy, x, weight, None, None, z, statistics, **LAYER)
-    again = bn.linear_batch_norm_backward(dy, x, weight, None, None, z, statistics, **LAYER, input_gradient=False)
-    assert again[0] is None
-    for got, wanted in zip(again[1:], grads[1:], strict=True):
+    repeated = bn.linear_batch_norm_backward(dy, x, weight, None, None, z, statistics, **LAYER, input_gradient=False)
+    assert repeated[0] is None
+    for got, wanted in zip(repeated[1:], grads[1:], strict=True):
         np.testing.assert_array_equal(backend.asnumpy(got), backend.asnumpy(wanted))
 
 

@@ -14,7 +14,7 @@ import pytest
 import bnkernels as bn
 from benchmarks.accuracy import contract as accuracy
 from tools.backends import Backend
-from tools.oracle import Wide
+from tools.oracle import Extended
 
 REASON = "compiled CPU kernels: long float64 sums of NumPy lose digits"
 FEW = 6.0  # last places, as docs/accuracy.md promises
@@ -32,23 +32,23 @@ def signs(rows: int) -> np.ndarray:
 
 def last_places(found: np.ndarray, exact: np.ndarray) -> float:
     """Return the largest error, in last places of the exact number."""
-    return float((np.abs(found.astype(Wide) - exact) / np.abs(exact)).max() / np.finfo(np.float64).eps)
+    return float((np.abs(found.astype(Extended) - exact) / np.abs(exact)).max() / np.finfo(np.float64).eps)
 
 
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize(("rows", "masked"), [(100_000, True), (100_000, False), (7834, False)])
 def test_a_long_channel_keeps_the_contract(backend: Backend, rows: int, masked: bool) -> None:
-    """Of 100000 rows, with a mask of which all are valid and without, and of one that NumPy takes whole."""
+    """Channels of 100000 rows, without a mask and with one of all rows; and one that NumPy takes whole."""
     size = np.array([0.7, 1.3])
     x = signs(rows) * size
     options = {"mask": backend.asarray(np.ones(rows, bool))} if masked else {}
     on_x, dy = backend.arrays(x, np.broadcast_to(size, x.shape))
     _, statistics = bn.batch_norm_forward(on_x, eps=accuracy.EPS, **options)
     _, _, dbeta = bn.batch_norm_backward(dy, on_x, None, None, statistics, **options)
-    squares = size.astype(Wide) ** 2
+    squares = size.astype(Extended) ** 2
     off = {
-        "rstd": last_places(backend.asnumpy(statistics)[2], 1 / np.sqrt(squares + Wide(accuracy.EPS))),
-        "dbeta": last_places(backend.asnumpy(dbeta), size.astype(Wide) * rows),
+        "rstd": last_places(backend.asnumpy(statistics)[2], 1 / np.sqrt(squares + Extended(accuracy.EPS))),
+        "dbeta": last_places(backend.asnumpy(dbeta), size.astype(Extended) * rows),
     }
     assert max(off.values()) <= FEW, off
 
@@ -58,7 +58,7 @@ def test_a_long_row_keeps_the_contract(backend: Backend) -> None:
     size = np.array([0.7, 1.3])
     x = backend.asarray((signs(100_000) * size).T)
     _, statistics = bn.layer_norm_forward(x, eps=accuracy.EPS)
-    exact = 1 / np.sqrt(size.astype(Wide) ** 2 + Wide(accuracy.EPS))
+    exact = 1 / np.sqrt(size.astype(Extended) ** 2 + Extended(accuracy.EPS))
     assert last_places(backend.asnumpy(statistics)[2], exact) <= FEW
 
 
@@ -71,13 +71,13 @@ def test_the_running_mean_is_the_whole_mean(backend: Backend, masked: bool) -> N
     options = {"mask": backend.asarray(np.ones(len(x), bool))} if masked else {}
     running = backend.asarray(np.zeros(1))
     bn.batch_norm_forward(backend.asarray(x), None, None, running, None, momentum=1.0, **options)
-    assert last_places(backend.asnumpy(running), small.astype(Wide).sum(keepdims=True) / 4) <= FEW
+    assert last_places(backend.asnumpy(running), small.astype(Extended).sum(keepdims=True) / 4) <= FEW
 
 
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize("masked", [False, True])
 def test_equal_columns_have_equal_bits(backend: Backend, rng: np.random.Generator, masked: bool) -> None:
-    """Whatever their number: NumPy's product adds the columns at the end of a row in another order."""
+    """True for any number of them, though NumPy's product adds the columns at the end of a row in another order."""
 
     def statistics(x: np.ndarray) -> Any:
         options = {"mask": backend.asarray(np.ones(len(x), bool))} if masked else {}

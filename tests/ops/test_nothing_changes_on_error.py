@@ -1,4 +1,4 @@
-"""What an op refuses, it refuses before it has written anything: read-only outputs, overlaps through any memory."""
+"""Refusals of an op come before it has written anything: read-only outputs, overlaps through any memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NUMPY = backends.make("numpy")
 
 @pytest.mark.parametrize("op", EVERY)
 def test_unspoilt_calls_write_every_output_and_no_input(backend: Backend, op: str) -> None:
-    """What the tests below refuse is refused for its fault alone."""
+    """The calls of the tests below are refused for their fault alone."""
     arrays = make_arrays(op)
     on = {name: backend.asarray(array) for name, array in arrays.items()}
     run(op, on)

@@ -18,7 +18,7 @@ from tools.emulator import EmulatorRuntime
 
 SIZES = [1, 255, 256, 257, 1530]  # around a block, and the parameters of the network of the question
 DTYPES = ["float32", "float64"]
-RULES = {"sgd": 0, "momentum": 1, "adam": 2}  # how many arrays of state
+RULES = {"sgd": 0, "momentum": 1, "adam": 2}  # number of arrays of state
 STEPS = 20
 LR, MOMENTUM, BETA1, BETA2 = 0.1, 0.9, 0.9, 0.999
 EPS = 0.25  # so large that a misplaced one is gross
@@ -38,29 +38,29 @@ class Exact:
 
     def __init__(self, rule: str, parameters: np.ndarray) -> None:
         self.rule, self.u = rule, oracle.unit_roundoff(parameters.dtype)
-        zero = np.zeros(parameters.shape, oracle.Wide)
-        self.parameters, self.first, self.second = parameters.astype(oracle.Wide), zero, zero
+        zero = np.zeros(parameters.shape, oracle.Extended)
+        self.parameters, self.first, self.second = parameters.astype(oracle.Extended), zero, zero
         self.bounds = {"parameters": zero, "first": zero, "second": zero}
 
     def decay(self, name: str, keep: float, new: np.ndarray) -> None:
         """Set an array of state to ``keep`` times itself plus `new`."""
-        kept = oracle.Wide(keep) * getattr(self, name)
+        kept = oracle.Extended(keep) * getattr(self, name)
         setattr(self, name, kept + new)
         rounding = oracle.SLACK * self.u * (np.abs(kept) + np.abs(new))
         self.bounds[name] = keep * self.bounds[name] + rounding
 
     def step(self, gradients: np.ndarray, number: int) -> None:
         """Make one step."""
-        g = gradients.astype(oracle.Wide)
+        g = gradients.astype(oracle.Extended)
         if self.rule == "sgd":
             change, of_change = LR * g, 0
         elif self.rule == "momentum":
             self.decay("first", MOMENTUM, g)
             change, of_change = LR * self.first, LR * self.bounds["first"]
         else:
-            self.decay("first", BETA1, (1 - oracle.Wide(BETA1)) * g)
-            self.decay("second", BETA2, (1 - oracle.Wide(BETA2)) * g * g)
-            correction1, correction2 = 1 - oracle.Wide(BETA1) ** number, 1 - oracle.Wide(BETA2) ** number
+            self.decay("first", BETA1, (1 - oracle.Extended(BETA1)) * g)
+            self.decay("second", BETA2, (1 - oracle.Extended(BETA2)) * g * g)
+            correction1, correction2 = 1 - oracle.Extended(BETA1) ** number, 1 - oracle.Extended(BETA2) ** number
             root = np.sqrt(self.second / correction2) + EPS
             change = LR * self.first / correction1 / root
             of_root = self.bounds["second"] / np.where(self.second == 0, 1, self.second)  # relative, and halved below
@@ -96,7 +96,7 @@ def test_the_first_adam_step_is_the_learning_rate(backend: Backend, gradient: fl
     """The corrections undo the first decay exactly, so the step is lr times the sign, to the last digits."""
     parameters, gradients, first, second = backend.arrays(*(np.full(5, value, dtype) for value in (0, gradient, 0, 0)))
     bn.adam_update(parameters, gradients, first, second, step=1, lr=LR, eps=0.0)
-    error = np.abs(backend.asnumpy(parameters).astype(oracle.Wide) + LR * np.sign(gradient))
+    error = np.abs(backend.asnumpy(parameters).astype(oracle.Extended) + LR * np.sign(gradient))
     assert (error <= oracle.SLACK * oracle.unit_roundoff(np.dtype(dtype)) * LR).all()
 
 
@@ -298,7 +298,7 @@ def test_numbers_from_a_schedule_make_the_same_steps(
         update(rule, direct, 3 + i, **({"eps": 1e-8} if rule == "adam" else {}))
         bn.scheduled_update(rule, *scheduled[:2], tuple(scheduled[2:]), schedule[i])
     for one, two in zip(direct, scheduled, strict=True):
-        if backend.name == "numpy" and rule == "adam":  # whose corrections have been rounded to the data's type
+        if backend.name == "numpy" and rule == "adam":  # its corrections have been rounded to the data's type
             np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-7)
         else:
             np.testing.assert_array_equal(backend.asnumpy(one), backend.asnumpy(two))

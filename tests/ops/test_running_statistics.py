@@ -17,7 +17,7 @@ from tools import oracle
 from tools.backends import Backend
 from tools.emulator import EmulatorRuntime
 
-# Rows in registers, streamed, in several axes, and so many that the spread kernels take them.
+# Rows in registers, streamed, in several axes, and so many that the cooperative kernels take them.
 SHAPES = [(2, 3), (64, 20), (1100, 20), (5, 3, 4, 6), (4096, 32), (16, 8, 1024)]
 MODES: dict[str, dict[str, Any]] = {
     "momentum": {"momentum": 0.25},
@@ -34,10 +34,10 @@ def test_running_variance_is_over_n_or_n_minus_1(
     backend: Backend, rng: np.random.Generator, shape: tuple[int, ...], dtype: str, unbiased: bool
 ) -> None:
     x = (3 + rng.standard_normal(shape)).astype(dtype)
-    channels, wide = shape[1], "float64" if dtype == "float64" else "float32"
-    on = backend.arrays(x, None, None, np.full(channels, 0.5, wide), np.full(channels, 2.0, wide))
+    channels, acc_dtype = shape[1], "float64" if dtype == "float64" else "float32"
+    on = backend.arrays(x, None, None, np.full(channels, 0.5, acc_dtype), np.full(channels, 2.0, acc_dtype))
     y, statistics = bn.batch_norm_forward(*on, momentum=0.25, unbiased=unbiased)
-    rows = np.moveaxis(x, 1, -1).reshape(-1, channels).astype(oracle.Wide)
+    rows = np.moveaxis(x, 1, -1).reshape(-1, channels).astype(oracle.Extended)
     u, count = oracle.unit_roundoff(x.dtype), len(rows)
     new_var = 0.75 * 2 + 0.25 * ((rows - rows.mean(0)) ** 2).sum(0) / (count - unbiased)
     oracle.assert_within(backend.asnumpy(on[4]), new_var, oracle.SLACK * u * new_var, "running_var")

@@ -26,13 +26,13 @@ def exact(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarra
     """
     rows, classes = logits.shape
     u = oracle.unit_roundoff(logits.dtype)
-    shifted = logits.astype(oracle.Wide) - logits.max(1, keepdims=True)
+    shifted = logits.astype(oracle.Extended) - logits.max(1, keepdims=True)
     exponentials = np.exp(shifted)
     total = exponentials.sum(1, keepdims=True)
     p = exponentials / total
     at_label = shifted[np.arange(rows), labels]
     loss = np.log(total[:, 0]) - at_label
-    dlogits = (p - np.eye(classes, dtype=oracle.Wide)[labels]) / rows
+    dlogits = (p - np.eye(classes, dtype=oracle.Extended)[labels]) / rows
     of_total = u * (classes + oracle.SLACK + (p * np.abs(shifted)).sum(1))  # relative
     loss_bound = of_total + oracle.SLACK * u * (np.abs(loss) + np.abs(at_label))
     of_p = p * (u * np.abs(shifted) + of_total[:, None] + oracle.SLACK * u)
@@ -118,7 +118,7 @@ def test_gradient_matches_central_differences(backend: Backend, rng: np.random.G
 def test_gradient_of_a_row_sums_to_zero(backend: Backend, rng: np.random.Generator, dtype: str) -> None:
     logits, labels = make_case(rng, (64, 10), dtype)
     _, dlogits = bn.softmax_cross_entropy(*backend.arrays(logits, labels))
-    sums = backend.asnumpy(dlogits).astype(oracle.Wide).sum(1)
+    sums = backend.asnumpy(dlogits).astype(oracle.Extended).sum(1)
     assert (np.abs(sums) <= oracle.SLACK * oracle.unit_roundoff(logits.dtype) * 2 / 64).all()
 
 

@@ -1,6 +1,6 @@
 """Legal numbers at the edges of their types, in every op: the values that are promised, and no warning.
 
-Warnings are errors in this suite, so that a NumPy twin that warns of what is right and documented fails here.
+Warnings are errors in this suite, so that a NumPy path that warns of what is right and documented fails here.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ Results = dict[str, np.ndarray]
 
 def arguments(backend: Backend, dtype: np.dtype) -> tuple[Any, Any, Any, Any, Any]:
     """Return gamma, beta, dy, and running statistics."""
-    wide = accumulator(dtype)
+    acc_dtype = accumulator(dtype)
     dy = (np.arange(ROWS * CHANNELS).reshape(ROWS, CHANNELS) % 7 - 2.5).astype(dtype)
     vectors = (np.full(CHANNELS, 2.0), BETA, np.zeros(CHANNELS), np.ones(CHANNELS))
-    gamma, beta, mean, var = backend.arrays(*(vector.astype(wide) for vector in vectors))
+    gamma, beta, mean, var = backend.arrays(*(vector.astype(acc_dtype) for vector in vectors))
     return gamma, beta, backend.asarray(dy), mean, var
 
 
@@ -100,9 +100,9 @@ def twice(backend: Backend, x: np.ndarray, **options: Any) -> Results:
 
 def layer(backend: Backend, x: np.ndarray, **options: Any) -> Results:
     """Layer norm of the columns of x, each of which is an example."""
-    wide = accumulator(x.dtype)
+    acc_dtype = accumulator(x.dtype)
     dy = backend.asarray((np.arange(x.size).reshape(x.T.shape) % 7 - 2.5).astype(x.dtype))
-    gamma, beta = backend.arrays(np.full(ROWS, 2, wide), np.full(ROWS, 0.5, wide))
+    gamma, beta = backend.arrays(np.full(ROWS, 2, acc_dtype), np.full(ROWS, 0.5, acc_dtype))
     on_x = backend.asarray(x.T)
     y, statistics = bn.layer_norm_forward(on_x, gamma, beta, eps=EPS, **options)
     dx, *_ = bn.layer_norm_backward(dy, on_x, gamma, beta, statistics, **options)
@@ -168,7 +168,7 @@ def look_at_a_special_channel(
     zeros = accumulator(data).type(0).reshape(1, 1)
     phi_of_beta = alone(backend, zeros.astype(data), beta, activation)[0, 0]
     if kind == "large and small" and data == np.float16:
-        return  # whose squares are within float32
+        return  # the squares are within float32
     if family == "renormalised":
         return  # which shifts by the running statistics
     np.testing.assert_allclose(own["y"], phi_of_beta, rtol=0, atol=1e-7 if kind == "subnormal" else 0)
@@ -178,8 +178,8 @@ def look_at_a_special_channel(
 
 def alone(backend: Backend, x: np.ndarray, beta: np.ndarray, activation: str) -> np.ndarray:
     """Return phi(beta), which an inference without a mean gives."""
-    wide = accumulator(x.dtype)
-    vectors = backend.arrays(beta[0].astype(wide), *(np.full(x.shape[1], value, wide) for value in (0, 1)))
+    acc_dtype = accumulator(x.dtype)
+    vectors = backend.arrays(beta[0].astype(acc_dtype), *(np.full(x.shape[1], value, acc_dtype) for value in (0, 1)))
     y = bn.batch_norm_inference(backend.asarray(x), None, *vectors, eps=EPS, activation=activation)
     return backend.asnumpy(y).astype(np.float64)
 
@@ -215,11 +215,11 @@ def test_layouts_and_sizes_of_other_kernels(
 def test_running_statistics_at_the_edges(backend: Backend, dtype: str) -> None:
     """Inference with a variance of 0, infinity and NaN, a mean beyond 16 bits; no example changes another."""
     data = dtype_named(dtype)
-    wide = accumulator(data)
-    mean = np.array([1, 1, 1, 1e5, np.inf, 0], wide)
-    var = np.array([0, np.inf, np.nan, 1, 1, np.finfo(wide).max], wide)
+    acc_dtype = accumulator(data)
+    mean = np.array([1, 1, 1, 1e5, np.inf, 0], acc_dtype)
+    var = np.array([0, np.inf, np.nan, 1, 1, np.finfo(acc_dtype).max], acc_dtype)
     x = np.ones((3, 6), data)
-    gamma, beta, on_mean, on_var = backend.arrays(np.full(6, 2, wide), np.full(6, 0.5, wide), mean, var)
+    gamma, beta, on_mean, on_var = backend.arrays(np.full(6, 2, acc_dtype), np.full(6, 0.5, acc_dtype), mean, var)
     on_x, dy = backend.arrays(x, x)
     y = backend.asnumpy(bn.batch_norm_inference(on_x, gamma, beta, on_mean, on_var, eps=EPS)).astype(np.float64)
     wanted = [0.5, 0.5, np.nan, 0.5 - 2 * 99999 / np.sqrt(1.001), -np.inf, 0.5]
@@ -237,7 +237,7 @@ def test_running_statistics_at_the_edges(backend: Backend, dtype: str) -> None:
 
 
 STEPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
-LIMITS = {  # of phi, at -large, -tiny, 0, tiny, large; "large" is the number itself
+LIMITS = {  # limits of phi at -large, -tiny, 0, tiny, large; "large" is the number itself
     "identity": (-1, 0, 0, 0, 1),
     "relu": (0, 0, 0, 0, 1),
     "leaky_relu": (-0.01, 0, 0, 0, 1),
@@ -313,7 +313,7 @@ def test_a_network_that_diverges(backend: Backend, norm: str, dtype: str) -> Non
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_product_beyond_the_type(backend: Backend, dtype: str) -> None:
-    """Of a linear layer without a norm: infinity, and NaN where infinities of both signs meet."""
+    """A linear layer without a norm gives infinity, and NaN where infinities of both signs meet."""
     data = dtype_named(dtype)
     most = float(ml_finfo(data).max if data.itemsize == 2 else np.finfo(data).max)
     x = np.array([[most, 1], [-most, 1], [0, 1]], data)
@@ -327,7 +327,7 @@ def test_a_product_beyond_the_type(backend: Backend, dtype: str) -> None:
 
 
 def test_a_folded_layer_beyond_16_bits() -> None:
-    """What is too large becomes infinity, as everywhere."""
+    """A number that is too large becomes infinity, as everywhere."""
     weight, bias = np.full((1, 2), 60000, np.float16), np.zeros(1, np.float16)
     one = np.ones(1, np.float32)
     folded, moved = bn.fold_batch_norm(weight, bias, one * 1e30, None, one * 1e30, one)

@@ -99,12 +99,12 @@ CONSTANT = {case: row for case, row in CASES.items() if (row[1] == row[1][0]).al
 def test_the_mean_of_equal_numbers_is_that_number(backend: Backend, case: str) -> None:
     dtype, x, _ = CASES[case]
     x = x.astype(dtype_named(dtype))
-    wide = accumulator(x.dtype)
-    running = backend.asarray(np.zeros(x.shape[1], wide))
+    acc_dtype = accumulator(x.dtype)
+    running = backend.asarray(np.zeros(x.shape[1], acc_dtype))
     moments = backend.asnumpy(bn.batch_norm_moments(backend.asarray(x)))
     bn.batch_norm_forward(backend.asarray(x), None, None, running, None, momentum=1.0)
-    np.testing.assert_array_equal(moments[1], x[0].astype(wide))
-    np.testing.assert_array_equal(backend.asnumpy(running), x[0].astype(wide))
+    np.testing.assert_array_equal(moments[1], x[0].astype(acc_dtype))
+    np.testing.assert_array_equal(backend.asnumpy(running), x[0].astype(acc_dtype))
 
 
 @pytest.mark.parametrize(

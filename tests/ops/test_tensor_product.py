@@ -1,4 +1,4 @@
-"""Products of 16-bit numbers on tensor cores: the emulator's twin by the PTX ISA, then exact sums of every shape."""
+"""Products of 16-bit numbers on tensor cores: the host version by the PTX ISA, then exact sums of every shape."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ def integers(rng: np.random.Generator, shape: tuple[int, ...], dtype: str, most:
 
 @pytest.mark.emulator
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_twin_has_the_fragments_of_the_ptx_isa(
+def test_the_host_version_has_the_fragments_of_the_ptx_isa(
     emulated: EmulatorRuntime, rng: np.random.Generator, dtype: str
 ) -> None:
-    """PTX ISA 9.2, section 9.7.14.5.8, element by element; the kernel and the twin could be wrong together."""
+    """PTX ISA 9.2, section 9.7.14.5.8, element by element; the kernel and the host version could be wrong together."""
     if emulated.build != "plain":
         pytest.skip("one build shows where the numbers go")
     runtime = EmulatorRuntime("plain", read_sources(CUDA) | {"fragments.cu": FRAGMENTS})

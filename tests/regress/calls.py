@@ -9,12 +9,12 @@ import numpy as np
 from benchmarks.ops import every_sample
 
 EVERY = {name.removeprefix("batch_norm_"): sample for name, sample in every_sample().items()}
-CALLS = {  # whose arrays have the shapes that their names say
+CALLS = {  # calls whose arrays have the shapes of their names
     op: call for op, call in EVERY.items() if not call.specs and not {"residual", "scalars"} & {*call.reads}
 }
 ARRAYS = [(op, name) for op, call in CALLS.items() for name in call.names]
 EVERY_OUTPUT = [(op, name) for op, call in EVERY.items() for name in call.writes]
-SAID = {"parts": "moments"}  # what messages call an array
+SAID = {"parts": "moments"}  # names of arrays in messages
 STATE = {"fused_training": {"velocity": "first"}}
 
 

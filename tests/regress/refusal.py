@@ -1,4 +1,4 @@
-"""What must hold when an op refuses its arguments: the right error, nothing written, nothing launched."""
+"""Requirements when an op refuses its arguments: the right error, nothing written, nothing launched."""
 
 from __future__ import annotations
 

@@ -75,10 +75,10 @@ def test_cupy_3894_slices_of_channels_with_fewer_groups(
 
 
 @pytest.mark.parametrize("op", ["layer_norm", "linear_batch_norm", "linear_layer_norm"])
-def test_cupy_3894_as_many_blocks_meet_as_there_are(
+def test_cupy_3894_the_grid_barrier_counts_the_blocks_launched(
     emulated: EmulatorRuntime, op: str, rng: np.random.Generator
 ) -> None:
-    """A meeting that counted on the planned grid would wait for ever; the next launch, of all blocks, would too."""
+    """A grid barrier that counted on the planned grid would never end, nor would that of the next launch."""
     x, dy = (emulated.asarray(rng.standard_normal((100, 300)).astype("f4")) for _ in range(2))
     weight = emulated.asarray(rng.standard_normal((300, 300)).astype("f4"))
 
@@ -95,9 +95,9 @@ def test_cupy_3894_as_many_blocks_meet_as_there_are(
         cut = gradients()
     planned, launched = (record.launch.grid[0] for record in emulated.launches if record.launch.cooperative)
     assert planned > launched == 3
-    for one, two, again in zip(whole, cut, gradients(), strict=True):
+    for one, two, repeated in zip(whole, cut, gradients(), strict=True):
         np.testing.assert_allclose(two, one, rtol=1e-5, atol=1e-5)
-        np.testing.assert_array_equal(again, one)
+        np.testing.assert_array_equal(repeated, one)
 
 
 def test_cupy_3894_a_grid_of_two_dimensions_is_refused(

@@ -96,7 +96,7 @@ def test_cupy_raw_kernel_abi_members_agree(struct: str, accumulator: np.dtype) -
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("op", CALLS)
 def test_cupy_raw_kernel_abi_of_every_launch(op: str, dtype: str) -> None:
-    """What is launched is packed as the kernel of that data type reads it, and every pointer is where it belongs."""
+    """The argument is packed as the kernel of that data type reads it, and every pointer is where it belongs."""
     on = record_of(make_arrays(op, dtype))
     with recording() as runtime:
         CALLS[op].run(on)

@@ -1,4 +1,4 @@
-"""Wide loads from dense views that start in the middle of a vector."""
+"""Vector loads from dense views that start in the middle of a vector."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_flashinfer_634_halves_at_every_offset(
     backend: Backend, rng: np.random.Generator, name: str, offset: int
 ) -> None:
     """Eight halves have 16 bytes. The data are exact, so whichever kernel takes the misaligned array, the bits are."""
-    shape = (1024, 40, 1) if offset in (1, 4) else (16, 40, 1)  # the first of them spreads where it is aligned
+    shape = (1024, 40, 1) if offset in (1, 4) else (16, 40, 1)  # the first is cooperative if aligned
     case = make_case(rng, shape, np.dtype(np.float16))
     x, dy = (
         misaligned(backend, array[..., 0], offset if of == name else 0)

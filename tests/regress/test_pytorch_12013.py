@@ -26,13 +26,13 @@ def test_pytorch_12013_empty_batch_leaves_the_statistics(backend: Backend, shape
         backends.emulated_runtime().reset()
     channels = shape[1]
     x = backend.asarray(np.zeros(shape, dtype))
-    wide = accumulator(np.dtype(dtype))
-    mean, var = running = backend.arrays(np.full(channels, 0.5, wide), np.full(channels, 2, wide))
+    acc_dtype = accumulator(np.dtype(dtype))
+    mean, var = running = backend.arrays(np.full(channels, 0.5, acc_dtype), np.full(channels, 2, acc_dtype))
     y, statistics = bn.batch_norm_forward(x, None, None, *running)
     dx, dgamma, dbeta = bn.batch_norm_backward(x, x, None, None, statistics, activation="relu")
     assert y.shape == dx.shape == shape
     assert y.dtype == dx.dtype == np.dtype(dtype)
-    assert dgamma.dtype == dbeta.dtype == wide
+    assert dgamma.dtype == dbeta.dtype == acc_dtype
     for array, expected in ((mean, 0.5), (var, 2), (statistics, 0), (dgamma, 0), (dbeta, 0)):
         np.testing.assert_array_equal(backend.asnumpy(array), expected)
     assert statistics.shape == (3, channels)

@@ -38,7 +38,7 @@ def test_pytorch_162489_infinite_variance_gives_beta(backend: Backend, dtype: st
 def test_pytorch_162489_in_any_kernel(
     backend: Backend, rng: np.random.Generator, shape: tuple[int, ...], dtype: str
 ) -> None:
-    """Of 16-bit data too, and where the large value is one row's of many that several blocks share."""
+    """True for 16-bit data too, and where the large value is in one of many rows that several blocks share."""
     (x, dy), data = rng.standard_normal((2, *shape)), dtype_named(dtype)
     x[1, 3] = 1e30
     beta = rng.standard_normal(8).astype(np.float32)

@@ -93,13 +93,13 @@ def test_flashinfer_3391_last_row_of_a_huge_array(emulated: EmulatorRuntime) -> 
     rows, channels = FAR + 1, 3
     x, y = sparse(emulated, rows, channels), sparse(emulated, rows, channels)
     mean, var = emulated.asarray(np.float32([1, 0, 0])), emulated.asarray(np.ones(3, np.float32))
-    # The grid strides over rows: block k owns rows k L .. k L + L - 1 of every G L, for L lanes and G blocks.
-    lanes, blocks = 512 // channels, 65535
+    # The grid strides over rows: block k owns rows k L .. k L + L - 1 of every G L, for L workers and G blocks.
+    workers, blocks = 512 // channels, 65535
     x[-1] = [1, 2, 3]
-    with emulated.only_blocks([(rows - 1) // lanes % blocks]):
+    with emulated.only_blocks([(rows - 1) // workers % blocks]):
         bn.batch_norm_inference(x, None, None, mean, var, eps=1e-30, out=y)
     assert emulated.launches[-1].launch.grid == (1, blocks, 1)
-    assert emulated.launches[-1].launch.block == (channels, lanes, 1)
+    assert emulated.launches[-1].launch.block == (channels, workers, 1)
     np.testing.assert_array_equal(y[-1], [0, 2, 3])
 
     labels = emulated.sparse((rows,), np.int64)

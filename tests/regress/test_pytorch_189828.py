@@ -60,7 +60,7 @@ def test_pytorch_189828_gaps_in_any_array_that_must_have_none(backend: Backend, 
 
 @pytest.mark.parametrize("op", CALLS)
 def test_unspoilt_calls_write_every_output_and_no_input(backend: Backend, op: str) -> None:
-    """What the tests above refuse is refused for its fault alone, and every array of the table takes part."""
+    """The calls of the tests above are refused for their fault alone, and every array of the table takes part."""
     arrays = make_arrays(op)
     on = {name: backend.asarray(array) for name, array in arrays.items()}
     CALLS[op].run(on)

@@ -33,7 +33,7 @@ def test_pytorch_5410_constant_channel_is_exactly_beta(backend: Backend, rows: i
 def test_pytorch_5410_constant_channels_of_any_size_and_type(
     backend: Backend, shape: tuple[int, ...], dtype: str
 ) -> None:
-    """The larger ones spread over the device; 16-bit constants are summed in float32, up to the largest there is."""
+    """The larger take cooperative kernels; 16-bit constants are summed in float32, up to the largest there is."""
     data = dtype_named(dtype)
     constants = np.array([100, 1000, 65504, 0.1, -1 / 3, 0, 16777215, 6.1e-5])
     constants[6] = constants[6] if dtype != "float16" else -65504

@@ -19,10 +19,10 @@ def test_pytorch_61924_every_combination_of_none(
 ) -> None:
     """All four combinations, in training and in inference, give the formula's values and all three gradients."""
     x, dy = (rng.standard_normal((20, 4)).astype(dtype) for _ in range(2))
-    wide = accumulator(x.dtype)  # of 16-bit data, float32: apex 403 and oneflow 7574 failed on the mixture
-    gamma = np.array([2, -1, 0.5, 3], wide) if has_gamma else None
-    beta = np.array([0.5, 0.25, -1, 0], wide) if has_beta else None
-    running = rng.standard_normal(4).astype(wide), rng.uniform(0.5, 2, 4).astype(wide)
+    acc_dtype = accumulator(x.dtype)  # float32 for 16-bit data: apex 403 and oneflow 7574 failed on the mixture
+    gamma = np.array([2, -1, 0.5, 3], acc_dtype) if has_gamma else None
+    beta = np.array([0.5, 0.25, -1, 0], acc_dtype) if has_beta else None
+    running = rng.standard_normal(4).astype(acc_dtype), rng.uniform(0.5, 2, 4).astype(acc_dtype)
     on, on_dy = backend.arrays(x, gamma, beta), backend.asarray(dy)
     on_running = backend.arrays(*running)
 

@@ -16,8 +16,8 @@ from tools.backends import Backend
 def test_pytorch_70901_seventy_five_thousand_rows(backend: Backend, rng: np.random.Generator, dtype: str) -> None:
     """75,000 overflowed a half-precision count, and the mean became 0."""
     x = (rng.standard_normal((75000, 1)) + 2).astype(dtype)
-    wide = accumulator(x.dtype)
-    running = backend.arrays(np.zeros(1, wide), np.zeros(1, wide))
+    acc_dtype = accumulator(x.dtype)
+    running = backend.arrays(np.zeros(1, acc_dtype), np.zeros(1, acc_dtype))
     y, _ = bn.batch_norm_forward(backend.asarray(x), None, None, *running, momentum=1.0)
     exact = oracle.forward(x, None, None, 1e-5)
     u = oracle.unit_roundoff(x.dtype)
@@ -39,5 +39,5 @@ def test_onnxruntime_831_training_and_inference_agree(
     rows = x.size // channels
     exact = oracle.forward(as_rows(x, 1), None, None, 1e-5)
     oracle.assert_within(as_rows(backend.asnumpy(trained), 1), exact.y, exact.z_bound, "training")
-    biased = np.sqrt(oracle.Wide(rows - 1) / rows)  # running_var is the unbiased one
+    biased = np.sqrt(oracle.Extended(rows - 1) / rows)  # running_var is the unbiased one
     oracle.assert_within(as_rows(frozen, 1), exact.y * biased, exact.z_bound, "inference")

@@ -19,7 +19,7 @@ def check_against_oracle(
     The oracle takes `offset` off first, which is exact: for float64 it has too few digits to spare otherwise.
     """
     near = x - x.dtype.type(offset)
-    np.testing.assert_array_equal(near.astype(oracle.Wide) + offset, x)
+    np.testing.assert_array_equal(near.astype(oracle.Extended) + offset, x)
     dy = np.linspace(-1, 2, x.size, dtype=x.dtype).reshape(x.shape)
     on_x = backend.asarray(x)
     y, statistics = bn.batch_norm_forward(on_x, eps=eps)
@@ -48,7 +48,7 @@ def test_tensorflow_118701_offsets(
 def test_tensorflow_118701_large_tensors(
     backend: Backend, rng: np.random.Generator, shape: tuple[int, ...], offset: float
 ) -> None:
-    """Images of three channels, as upstream, and a matrix: both spread over the device."""
+    """Images of three channels, as upstream, and a matrix: both take the cooperative kernels."""
     x = (offset + rng.standard_normal(shape)).astype(np.float32)
     dy = np.linspace(-1, 2, x.size, dtype=np.float32).reshape(shape)
     on_x = backend.asarray(x)

@@ -8,7 +8,7 @@ import pytest
 import bnkernels as bn
 from tools.backends import Backend
 
-# What the variance is about. CuPy compiles float32 kernels so that they flush subnormal numbers: there, a normal one.
+# Approximate variances. CuPy compiles float32 kernels so that they flush subnormal numbers: there, a normal one.
 VARIANCES = {"float32": 5e-39, "float64": 1e-308}
 
 

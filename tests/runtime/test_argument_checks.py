@@ -1,4 +1,4 @@
-"""What every op says of an array of a wrong kind: containers, data types and byte order, layouts."""
+"""Messages of every op about an array of a wrong kind: containers, data types and byte order, layouts."""
 
 from __future__ import annotations
 

@@ -297,7 +297,7 @@ import bnkernels, bnkernels.train.trainer, bnkernels.cli
 
 
 def test_why_no_cuda_without_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "cupy", None)  # what an import of a package that is not installed meets
+    monkeypatch.setitem(sys.modules, "cupy", None)  # as if it were not installed
     forget_the_runtime()
     reason = registry.why_no_cuda()
     assert reason is not None

@@ -103,9 +103,10 @@ def test_a_workspace_is_not_made_while_a_graph_is_captured(cupy: types.ModuleTyp
 def test_what_waits_and_takes_much_memory_gets_the_carveout(cupy: types.ModuleType, rng: np.random.Generator) -> None:
     bn.batch_norm_forward(cupy.asarray(batch(rng, 20_000, 8)[0]))
     bn.batch_norm_forward(cupy.asarray(batch(rng)[0]))
-    spread, small = cupy.driver.kernels
+    waiting, small = cupy.driver.kernels
     limits = registry.runtime_of(cupy.ndarray).limits(cupy.asarray(np.zeros(1)))
-    assert (spread.max_dynamic_shared_size_bytes, spread.preferred_shared_memory_carveout) == (limits.shared_bytes, 100)
+    found = waiting.max_dynamic_shared_size_bytes, waiting.preferred_shared_memory_carveout
+    assert found == (limits.shared_bytes, 100)
     assert (small.max_dynamic_shared_size_bytes, small.preferred_shared_memory_carveout) == (SHARED_BYTES, -1)
 
 
@@ -177,7 +178,7 @@ def test_a_launch_that_failed_leaves_no_counter_behind(
     with pytest.raises(RuntimeError, match="cudaErrorLaunchTimeout"):
         bn.batch_norm_forward(x)
     monkeypatch.setattr(cupy.driver, "launch", run)
-    if dead:  # what cannot be cleared is dropped
+    if dead:  # a workspace that cannot be cleared is dropped
         assert alive(made) == 0
         cupy.driver.dead = False
     else:

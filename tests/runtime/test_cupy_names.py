@@ -23,7 +23,7 @@ FILES = [
     for path in sorted((ROOT / folder).rglob("*.py"))
     if path.name != "dry_run.py"  # it puts the stand-in in CuPy's place, and speaks to that
 ]
-# What names stand for, in files that speak of nothing else by them.
+# Types of names, in files that use them for nothing else.
 VARIABLES = {
     "bnkernels/runtime/cuda.py": {
         **dict.fromkeys(("array", "like", "memory", "found"), "ndarray"),
@@ -47,7 +47,7 @@ VARIABLES = {
     "benchmarks/gpu/sanitize.py": {"kernel": "RawKernel"},
     "benchmarks/peers/three_launches.py": {"kernel": "RawKernel"},
 }
-RESULTS = {  # of calls
+RESULTS = {  # types of the results of calls
     **dict.fromkeys(("zeros", "empty", "full", "ones", "arange", "asarray", "from_dlpack", "empty_like"), "ndarray"),
     "cuda.get_current_stream": "cuda.Stream",
     "cuda.Stream.end_capture": "cuda.Graph",
@@ -67,7 +67,7 @@ MODULES = {"cupy_backends.cuda.api.driver": "cuda.driver"}
 
 
 class Thing(NamedTuple):
-    """What an expression stands for: something of CuPy's by its path, or an instance of the class there."""
+    """Meaning of an expression: a name of CuPy by its path, or an instance of the class there."""
 
     path: str
     instance: bool = False

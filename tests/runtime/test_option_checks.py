@@ -1,4 +1,4 @@
-"""What every op says of a wrong option: its name, what was expected, what came in few words, and the way out."""
+"""Messages of every op about a wrong option: its name, what was expected, what came in few words, and the way out."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from tools.fake_cupy import streams as fake_cupy_streams
 from tools.real_cupy import attribute_keys, members, real, signature
 
 MAKERS = {"fake_cupy": fake_cupy.make, "fake_cupy_streams": fake_cupy_streams.make}
-CLASSES = {  # of the stand-in, and where CuPy has theirs
+CLASSES = {  # class of the stand-in, and the path of CuPy's
     fake_cupy.Device: "cuda.Device",
     fake_cupy.Array: "ndarray",
     arrays.Array: "ndarray",
@@ -39,7 +39,7 @@ CLASSES = {  # of the stand-in, and where CuPy has theirs
     fake_cupy_streams.Event: "cuda.Event",
     fake_cupy_streams.Random: "random.Generator",
 }
-OWN = {  # what tests look at, and what the parts of the stand-in ask of one another
+OWN = {  # for tests, and for other parts of the stand-in
     "module": {"driver"},
     "ndarray": {"driver", "view_of"},
     "RawKernel": {"driver", "run"},
@@ -169,7 +169,7 @@ STREAM = types.SimpleNamespace(ptr=0)
 
 def outcome(module: Any, call: Callable[[Any, Any], Any]) -> type:
     """Return the error of a launch: TypeError for what CuPy refuses, RuntimeError from the driver for the rest."""
-    function = module.Function.__new__(module.Function)  # of no kernel, so that no driver runs it
+    function = module.Function.__new__(module.Function)  # without a kernel, so that no driver runs it
     with pytest.raises((TypeError, RuntimeError)) as caught:
         call(function, module.CPointer(address_of(RECORD)))
     return TypeError if issubclass(caught.type, TypeError) else RuntimeError

@@ -79,13 +79,13 @@ def test_outputs_come_back_as_they_went_in(device: Device) -> None:
 def test_what_is_computed_follows_the_values() -> None:
     backend = backends.make("emulator")
     arrays = make_arrays("forward")
-    on, twin = ({name: make(array) for name, array in arrays.items()} for make in (backend.asarray, np.array))
+    on, reference = ({name: make(array) for name, array in arrays.items()} for make in (backend.asarray, np.array))
     for step in range(3):
-        for mine in (on, twin):
+        for mine in (on, reference):
             mine["x"][...] = arrays["x"] * (step + 1)
             run("forward", mine)
         for name in EVERY["forward"].writes:
-            np.testing.assert_allclose(backend.asnumpy(on[name]), twin[name], rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(backend.asnumpy(on[name]), reference[name], rtol=1e-5, atol=1e-6)
 
 
 # ---- another array --------------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ def limits_of(device: Device) -> Limits:
 
 
 def batch_norm_plans(limits: Limits) -> Iterator[Plan]:
-    """Yield those of the spread kernels; what does not spread does not wait either."""
+    """Yield those of the cooperative kernels; no other batch-norm kernel waits."""
     examples, channels = (4000, 70_000, 10**6), (16, 64, 1000, 4096)
     shapes = [(n, c, 1) for n, c in product(examples, channels)]
     shapes += [(n, c, inner) for n, c, inner in product((1, 8, 256), (1, 3, 64, 256), (3136, 50_176, 10**6))]

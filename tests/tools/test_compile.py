@@ -80,7 +80,7 @@ def test_ptx_takes_what_python_packs_and_rounds_as_the_source_says(
 
 
 def test_data_move_16_bytes_at_a_time_where_they_lie_in_vectors() -> None:
-    """In the spread kernels all data; what is left in single words are vectors of channels and partial results."""
+    """All data of the cooperative kernels; only vectors of channels and partial results move in single words."""
     for stem, loads, stores in (("batch_norm_forward_cooperative", 2, 1), ("batch_norm_backward_cooperative", 3, 2)):
         entries = nvrtc.ptx(source.read(stem), nvrtc.OLDEST_ARCHITECTURE).split(".visible .entry")[1:]
         assert len(entries) == 6

@@ -11,14 +11,14 @@ from tests.train.test_data_files import write_npz
 
 
 def test_digits_are_scaled_and_split_the_same_way_every_time():
-    data, again = load_dataset(), load_dataset()
+    data, repeated = load_dataset(), load_dataset()
     assert data.x_train.shape == (1437, 64)
     assert data.x_test.shape == (360, 64)
     assert data.x_train.dtype == np.float32
     assert data.y_train.dtype == np.int32
     assert (data.x_train.min(), data.x_train.max()) == (0, 1)
     assert set(data.y_test) == set(range(10))
-    assert data.digest == again.digest
+    assert data.digest == repeated.digest
 
 
 def test_digits_of_training_and_test_are_all_digits_once():

@@ -229,7 +229,7 @@ def everything(trainer: Trainer) -> Any:
 def test_a_configuration_larger_than_the_file_builds_nothing(run: Path, place: tuple[str, ...], value: Any) -> None:
     meta, arrays = load_checkpoint(run / "checkpoint.npz")
     path = rewritten(run, changed(meta, place, value), arrays)
-    if place[-1] == "batch_size":  # of no network's size; evaluating needs none
+    if place[-1] == "batch_size":  # no size of the network, and not needed to evaluate
         assert predict(path, device="cpu")["test_examples"] > 0
     else:
         with pytest.raises(CheckpointError):

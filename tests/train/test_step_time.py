@@ -77,11 +77,11 @@ def test_only_rounds_of_the_same_place_go_on() -> None:
     for _ in range(4):
         first.add(5, {"batch": 2.0, "none": 1.0})
     state = json.loads(json.dumps(first.state()))
-    again, elsewhere = Rounds(CPU, ["layers", "layers"]), Rounds(Device(np, "cuda"), ["layers", "layers"])
-    for rounds in (again, elsewhere):
+    restored, elsewhere = Rounds(CPU, ["layers", "layers"]), Rounds(Device(np, "cuda"), ["layers", "layers"])
+    for rounds in (restored, elsewhere):
         rounds.load_state(state)
-        rounds.load_state(None)  # of a checkpoint that has none
-    assert again.ratio() == first.ratio()
+        rounds.load_state(None)  # a checkpoint without a state
+    assert restored.ratio() == first.ratio()
     assert elsewhere.ratio().rounds == 0
 
 

@@ -118,8 +118,8 @@ def test_the_labels_stay_with_their_examples():
 
 
 def test_the_same_configuration_gives_the_same_bits_and_another_seed_does_not():
-    first, again, other = (trained(config(seed=seed), blobs()) for seed in (0, 0, 1))
-    assert states(first.learners) == states(again.learners)
+    first, repeated, other = (trained(config(seed=seed), blobs()) for seed in (0, 0, 1))
+    assert states(first.learners) == states(repeated.learners)
     assert states(first.learners) != states(other.learners)
 
 

@@ -17,7 +17,7 @@ from tools.compile import nvrtc, sass
 
 FOLDER = Path(__file__).parent
 
-FIGURES = ("registers", "instructions")  # of a baseline
+FIGURES = ("registers", "instructions")  # keys of a baseline
 FORBIDDEN = {
     "spill_stores": "bytes of spill stores",
     "spill_loads": "bytes of spill loads",

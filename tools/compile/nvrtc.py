@@ -38,7 +38,7 @@ VERSIONS = _pinned()
 OLDEST, NEWEST = VERSIONS[0], VERSIONS[-1]
 OLDEST_ARCHITECTURE = 75  # that kernels are written for; old compilers know older ones
 
-_ERROR_COMPILATION = 6  # of enum nvrtcResult
+_ERROR_COMPILATION = 6  # NVRTC_ERROR_COMPILATION of enum nvrtcResult
 _KERNEL = re.compile(
     r"Compiling entry function '(?P<kernel>\w+)'.*?"
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
@@ -52,7 +52,7 @@ class CompileError(Exception):
 
 
 class Resources(NamedTuple):
-    """What one kernel needs: registers of a thread, and bytes; its machine code, if that was disassembled."""
+    """Resources of one kernel: registers per thread, bytes, and its machine code if that was disassembled."""
 
     registers: int
     spill_stores: int

@@ -1,4 +1,4 @@
-"""What the PTX of the kernels tells: how arguments are passed, and which floating-point instructions there are."""
+"""PTX of the kernels: parameters of the entry points, and floating-point instructions that are not allowed."""
 
 from __future__ import annotations
 

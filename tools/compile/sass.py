@@ -10,7 +10,7 @@ from tempfile import NamedTemporaryFile
 from typing import NamedTuple
 
 PACKAGE = "nvidia-cuda-nvdisasm"
-ARCHITECTURES = (80, 90, 120)  # whose instructions the baseline holds
+ARCHITECTURES = (80, 90, 120)  # architectures of the baseline
 
 _SECTION = re.compile(r"^\t\.section\t\.(nv\.info|text)\.(\w+),", re.MULTILINE)
 _THREADS = re.compile(r"EIATTR_MAX_THREADS.*?\.word\s+0x([0-9a-f]+)", re.DOTALL)

@@ -40,7 +40,7 @@ class Build:
     engine: tuple[str, ...]  # flags for the engine, which is never instrumented
     kernel: tuple[str, ...]  # flags for the kernels
     link: tuple[str, ...] = ()
-    sanitizer: str | None = None  # whose library must be in the process before all others
+    sanitizer: str | None = None  # its library must be in the process before all others
 
 
 BUILDS: Mapping[str, Build] = {

@@ -69,7 +69,7 @@ class Driver:
         Every later call of the device fails, as after an illegal address.
     captures : dict of int to list of callable
         The work of every stream under capture.
-    twins : dict of str to callable
+    host_kernels : dict of str to callable
         Python functions for the kernels that the emulator cannot compile, by name: see
         `tools.fake_cupy.streams`.
     """
@@ -88,7 +88,7 @@ class Driver:
         self.pointers: dict[int, fake_cupy_kernels.Function] = {}
         self.invalid: set[int] = set()  # captures
         self.captures: dict[int, list[Callable[[], None]]] = {}
-        self.twins: dict[str, Callable[..., None]] = {}
+        self.host_kernels: dict[str, Callable[..., None]] = {}
         self._modules: dict[tuple, EmulatorRuntime] = {}
         self._memory: dict[int, weakref.WeakSet[Array]] = defaultdict(weakref.WeakSet)
         self._thread = threading.local()
@@ -186,10 +186,10 @@ class Driver:
 
     def launch_twin(self, name: str, launch: Launch, args: tuple) -> None:
         """Run what stands for a kernel of someone else."""
-        if name not in self.twins:
-            raise RuntimeError(f"the stand-in for CuPy has no twin of the kernel {name}")
+        if name not in self.host_kernels:
+            raise RuntimeError(f"the stand-in for CuPy has no host version of the kernel {name}")
         self.launches.append(LaunchRecord(self.device, self.streams[self.device].ptr, name, launch))
-        self.enqueue(functools.partial(self.twins[name], launch, *args))
+        self.enqueue(functools.partial(self.host_kernels[name], launch, *args))
 
     def _holds(self, address: int, device: int) -> bool:
         offsets = ((address - array.data.ptr, array.nbytes) for array in self._memory[device])

@@ -64,7 +64,7 @@ class Function:
         stream: Any = None,
         enable_cooperative_groups: bool = False,
     ) -> None:
-        """Launch: a kernel of ours, whose one argument is a struct, on the emulator; any other through its twin."""
+        """Launch: a kernel of ours, with one struct as argument, on the emulator; any other as its host version."""
         for name, given in (("grid", grid), ("block", block)):
             if type(given) is not tuple:
                 raise TypeError(f"Argument '{name}' has incorrect type (expected tuple, got {type(given).__name__})")
@@ -119,7 +119,7 @@ class RawKernel:
 
     def run(self, launch: Launch, values: list) -> None:
         """Do what the driver does with a launch."""
-        if self.name in self.driver.twins:
+        if self.name in self.driver.host_kernels:
             args = tuple(value._array if isinstance(value, CNumpyArray) else value for value in values)
             self.driver.launch_twin(self.name, launch, args)
             return

@@ -4,7 +4,7 @@ Benchmarks run on it without a GPU, to see that they would run with one. Arithme
 here. Events answer NaN for a time, so that no figure can come out of a rehearsal.
 
 A kernel that is not the project's cannot run on the emulator. It is compiled by NVRTC where that is installed, and then
-its twin runs, a Python function that does the same: ``driver.twins[name](launch, *arguments)``.
+its host version runs, a Python function that does the same: ``driver.host_kernels[name](launch, *arguments)``.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _nothing(launch: Launch, *args: Any) -> None:
     """Stand for a kernel that leaves no trace: an empty one, or one that only reads."""
 
 
-TWINS: dict[str, Callable[..., None]] = {"bnk_copy": _copy, "bnk_empty": _nothing, "bnk_flush": _nothing}
+HOST_KERNELS: dict[str, Callable[..., None]] = {"bnk_copy": _copy, "bnk_empty": _nothing, "bnk_flush": _nothing}
 
 
 @functools.cache
@@ -95,8 +95,8 @@ def raw_kernel(driver: package.Driver) -> Callable[..., RawKernel]:
     ) -> RawKernel:
         if type(code) is not str or type(options) is not tuple:
             raise TypeError(f"code must be a str and options a tuple, got {type(code)} and {options!r}")
-        if name not in driver.twins:
-            raise RuntimeError(f"the stand-in for CuPy has no twin of the kernel {name}")
+        if name not in driver.host_kernels:
+            raise RuntimeError(f"the stand-in for CuPy has no host version of the kernel {name}")
         if f" {name}(" not in code and "##" not in code:
             raise RuntimeError(f"CUDA_ERROR_NOT_FOUND: {name}")
         compile_for_gpus(code)
@@ -138,7 +138,7 @@ def make(emulator: EmulatorRuntime, devices: int = 1) -> types.ModuleType:
     cupy.driver, cupy.__version__, cupy.RawModule = driver, "a stand-in", base.RawModule
     cupy.ndarray = driver.array_type = type("ndarray", (Array,), {"__module__": "cupy", "driver": driver})
     driver.new = lambda values: cupy.ndarray(emulator.asarray(np.asarray(values)), driver.device)
-    driver.twins.update(TWINS)
+    driver.host_kernels.update(HOST_KERNELS)
     cupy.empty = lambda shape, dtype=float: cupy.ndarray(emulator.empty(_shape(shape), np.dtype(dtype)), driver.device)
     cupy.zeros = lambda shape, dtype=float: driver.new(np.zeros(shape, dtype))
     cupy.empty_like = lambda prototype: cupy.empty(prototype.shape, prototype.dtype)

@@ -153,13 +153,13 @@ def run(
     Parameters
     ----------
     found : Plan
-        What `plan` returned.
+        Plan of the call, from `plan`.
     arrays : tuple
         Arrays ``found.kind.names``.
     options : Options
         Numbers of the call.
     call : Call
-        What ``found.kind.calls.replay`` returned.
+        Result of ``found.kind.calls.replay``.
     saved : dict, optional
         Place for intermediate values of a forward on NumPy, which its backward takes from it.
 

@@ -77,9 +77,9 @@ def fold_batch_norm(
     Parameters
     ----------
     weight : array, floating point
-        Of the layer; its axis `axis` has the C channels that come out. Never written.
+        Weight of the layer; its axis `axis` has the C output channels. Never written.
     bias : array, shape (C,), or None
-        Of the layer.
+        Bias of the layer.
     gamma, beta : array, shape (C,), or None
         Scale and shift of the batch norm; None is 1 and 0.
     running_mean, running_var : array, shape (C,), floating point
@@ -134,8 +134,8 @@ def fold_batch_norm(
     if bias is not None and bias.shape != (channels,):
         raise ValueError(f"bias must have the shape ({channels},), got {bias.shape}")
     scale, shift = _scale_shift(gamma, beta, running_mean, running_var, eps)
-    wide = tuple(channels if i == axis % ndim else 1 for i in range(ndim))
-    folded = weight.astype("float64") * scale.reshape(wide)
+    broadcast = tuple(channels if i == axis % ndim else 1 for i in range(ndim))
+    folded = weight.astype("float64") * scale.reshape(broadcast)
     moved = shift if bias is None else scale * bias.astype("float64") + shift
     return folded.astype(weight.dtype), moved.astype(weight.dtype)
 

@@ -1,7 +1,7 @@
 """Launch choice of batch norm: which kernel, with which grid and argument, as a pure function of pass and problem.
 
 `choose` answers. A one-block kernel owns a slice of neighbouring channels for the whole mini-batch: `width` threads
-side by side, one per channel, times `lanes` threads that share the channel's rows; no block waits for another. Plain
+side by side, one per channel, times `workers` threads that share the channel's rows; no block waits for another. Plain
 ones keep their rows in registers, or read them twice (two_pass); a masked_grouped one knows every option. A cooperative
 kernel moves 16 bytes at a time and keeps what it read in shared memory, so that every byte is read once: up to `splits`
 blocks share a slice and wait for one another, see ``cooperative_slices.cuh``. The thresholds follow from sizes of the
@@ -23,8 +23,8 @@ from bnkernels.runtime.workspace import MOST_BARRIERS, MOST_SPLITS, PARTIALS
 
 WIDTH = 32  # channels of a slice: 128 bytes of float32, four whole memory sectors per row
 SECTOR = 32  # bytes that memory moves at once
-THREADS = 512  # of a block, at most: what the kernels' launch bounds say
-SERIAL_LANES = 64  # that every thread merges itself, as in cuda/lib/reduce/rows.cuh
+THREADS = 512  # most threads per block: the launch bounds of the kernels
+SERIAL_WORKERS = 64  # that every thread merges itself, as in cuda/lib/reduce/rows.cuh
 REGISTERS = 4  # rows that each thread should have: enough to keep its loads in flight, and few in a row to add up
 FEW_BLOCKS = 132  # fewer leave multiprocessors of a large device without work
 INFERENCE_ROWS = 8  # rows per thread of the inference kernel, which has no reason to keep blocks few
@@ -150,18 +150,18 @@ def slice_width(channels: int, inner: int, dtype: np.dtype) -> int:
     return 1 if inner * dtype.itemsize >= SECTOR else min(channels, WIDTH)
 
 
-def _lanes(wanted: int, width: int) -> int:
-    """Return the lanes of a block: as many as wanted and possible, above 64 a power of two, for equal groups."""
-    lanes = min(wanted, THREADS // width)
-    return lanes if lanes <= SERIAL_LANES else 1 << (lanes.bit_length() - 1)
+def _workers(wanted: int, width: int) -> int:
+    """Return the workers of a block: as many as wanted and possible, above 64 a power of two, for equal groups."""
+    workers = min(wanted, THREADS // width)
+    return workers if workers <= SERIAL_WORKERS else 1 << (workers.bit_length() - 1)
 
 
-def variant_of(problem: Problem, lanes: int) -> str:
+def variant_of(problem: Problem, workers: int) -> str:
     """Return the first training kernel whose threads can keep all rows in registers, or that reads them twice."""
     most = 8 if problem.dtype.itemsize == 8 else 16  # in the same registers
-    if problem.inner == 1 and problem.rows <= REGISTERS * lanes:
+    if problem.inner == 1 and problem.rows <= REGISTERS * workers:
         return f"registers{REGISTERS}"
-    return f"registers{most}" if problem.rows <= most * lanes else "two_pass"
+    return f"registers{most}" if problem.rows <= most * workers else "two_pass"
 
 
 def one_block(kind: Pass, problem: Problem) -> LaunchPlan:
@@ -169,17 +169,17 @@ def one_block(kind: Pass, problem: Problem) -> LaunchPlan:
     rows, width = problem.rows, slice_width(problem.channels, problem.inner, problem.dtype)
     slices, frozen = ceil_div(problem.channels, width), kind.stage == Stage.FROZEN
     if frozen and kind.direction == "forward":
-        lanes = min(ceil_div(rows, INFERENCE_ROWS), THREADS // width)
-        tiles = min(ceil_div(rows, lanes * INFERENCE_ROWS), MAX_GRID[1])
-        return _plan("inference", "inference", problem, Launch((slices, tiles, 1), (width, lanes, 1)))
-    lanes = _lanes(rows if frozen else ceil_div(rows, REGISTERS), width)
+        workers = min(ceil_div(rows, INFERENCE_ROWS), THREADS // width)
+        tiles = min(ceil_div(rows, workers * INFERENCE_ROWS), MAX_GRID[1])
+        return _plan("inference", "inference", problem, Launch((slices, tiles, 1), (width, workers, 1)))
+    workers = _workers(rows if frozen else ceil_div(rows, REGISTERS), width)
     variant, planes = kind.direction, 10  # shared values of a thread
     if frozen:
         variant, planes = "inference_backward", 2
     elif variant != "double_backward":
-        variant, planes = f"{variant}_{variant_of(problem, lanes)}", QUANTITIES[variant]
-    shared = planes * width * lanes * accumulator(problem.dtype).itemsize
-    return _plan(variant, kind.direction, problem, Launch((slices, 1, 1), (width, lanes, 1), shared))
+        variant, planes = f"{variant}_{variant_of(problem, workers)}", QUANTITIES[variant]
+    shared = planes * width * workers * accumulator(problem.dtype).itemsize
+    return _plan(variant, kind.direction, problem, Launch((slices, 1, 1), (width, workers, 1), shared))
 
 
 def masked_grouped(kind: Pass, problem: Problem) -> LaunchPlan:
@@ -197,14 +197,14 @@ def masked_grouped(kind: Pass, problem: Problem) -> LaunchPlan:
     backward, width = kind.direction == "backward", slice_width(problem.channels, problem.inner, dtype)
     while width * dtype.itemsize > SECTOR and ceil_div(problem.channels, width) * groups < FEW_BLOCKS:
         width //= 2
-    slices, lanes = ceil_div(problem.channels, width), _lanes(ceil_div(rows, REGISTERS), width)
+    slices, workers = ceil_div(problem.channels, width), _workers(ceil_div(rows, REGISTERS), width)
     together, tiles, splits = min(groups, MAX_GRID[1]), 1, 1
     if kind.stage == Stage.APPLY or (kind.stage == Stage.FROZEN and not backward):
-        tiles = min(ceil_div(rows, lanes * INFERENCE_ROWS), MAX_GRID[2])
+        tiles = min(ceil_div(rows, workers * INFERENCE_ROWS), MAX_GRID[2])
     elif backward:  # these blocks add up what they found, and few are added faster
         together = splits = min(groups, max(1, ceil_div(2 * FEW_BLOCKS, slices)))
-    shared = (3 if backward else 4) * width * lanes * accumulator(dtype).itemsize
-    launch, name = Launch((slices, together, tiles), (width, lanes, 1), shared), f"{kind.direction}_masked_grouped"
+    shared = (3 if backward else 4) * width * workers * accumulator(dtype).itemsize
+    launch, name = Launch((slices, together, tiles), (width, workers, 1), shared), f"{kind.direction}_masked_grouped"
     return _plan(name, name, problem, launch, splits=splits)
 
 
@@ -243,7 +243,7 @@ def cooperative(kind: Pass, problem: Problem, limits: Limits) -> LaunchPlan | No
     size = problem.dtype.itemsize
     widths = [size] if problem.inner > 1 else [min(width, problem.channels * size) for width in WIDTHS]
     blocks = [_Block(kind.direction, problem, width, limits) for width in widths]
-    blocks = [block for block in blocks if block.most_held > 0 and block.rows >= block.lanes]
+    blocks = [block for block in blocks if block.most_held > 0 and block.rows >= block.workers]
     if not blocks:
         return None
     alone = [block for block in blocks if block.keeps_all(1)]
@@ -269,18 +269,18 @@ class _Block:
         self.channels = width // size
         self.columns = max(1, self.channels // count)
         # Eight channels a thread take more registers in the backward: launch bounds of its kernels.
-        self.lanes = (192 if direction == "backward" and not inner and count == 8 else 256) // self.columns
+        self.workers = (192 if direction == "backward" and not inner and count == 8 else 256) // self.columns
         self.rows = problem.rows // (count if inner else 1)
         self.slices = ceil_div(problem.channels, self.channels)
-        self.partial = QUANTITIES[direction] * self.channels * self.lanes * 4
-        self.row = PLANES[direction] * self.columns * self.lanes * VECTOR  # bytes of a row of all threads
+        self.partial = QUANTITIES[direction] * self.channels * self.workers * 4
+        self.row = PLANES[direction] * self.columns * self.workers * VECTOR  # bytes of a row of all threads
         most = most_shared(limits, MIN_BLOCKS)  # while one waits for its data or for other blocks, the other works
-        self.resident = resident(limits, self.columns * self.lanes, most, MIN_BLOCKS)
+        self.resident = resident(limits, self.columns * self.workers, most, MIN_BLOCKS)
         self.most_held = (most - self.partial) // self.row
 
     def rows_of_thread(self, splits: int) -> int:
         """Return the rows of a thread, at most, with so many blocks a slice."""
-        return ceil_div(self.rows, splits * self.lanes)
+        return ceil_div(self.rows, splits * self.workers)
 
     def keeps_all(self, splits: int) -> bool:
         """Return whether all rows stay on the chip."""
@@ -288,7 +288,7 @@ class _Block:
 
     def splits(self) -> int:
         """Return how many blocks share a slice: enough to keep it on the chip, and to have work for all."""
-        most = min(self.resident, MOST_SPLITS, FAN_IN * self.lanes, self.rows // self.lanes)
+        most = min(self.resident, MOST_SPLITS, FAN_IN * self.workers, self.rows // self.workers)
         splits = 1
         while 2 * splits <= most and (2 * splits * self.slices <= self.resident or not self.keeps_all(splits)):
             splits *= 2
@@ -305,7 +305,7 @@ class _Block:
     def plan(self, splits: int, groups: int) -> LaunchPlan:
         """Return the choice with so many blocks a slice, and so many groups of them."""
         held = min(self.rows_of_thread(splits), self.most_held)
-        block = (self.columns, self.lanes, 1)
+        block = (self.columns, self.workers, 1)
         launch = Launch((groups, splits, 1), block, self.partial + held * self.row, cooperative=splits > 1)
         needed = PARTIALS + 2 * groups * self.exchanged(splits)
         if needed > rt.WORKSPACE_BYTES:

@@ -22,7 +22,7 @@ from bnkernels.runtime.replay import ReplayCache
 
 GRADIENTS = ("dx", "dgamma", "dbeta", "dresidual")
 PARAMETERS = ("gamma", "beta", "dgamma", "dbeta")
-TENSORS = ("y", "out", "dx", "dresidual", "ddy", "x", "dy", "residual", "ddx", "ddresidual")  # of the shape of x
+TENSORS = ("y", "out", "dx", "dresidual", "ddy", "x", "dy", "residual", "ddx", "ddresidual")  # arrays of the shape of x
 
 
 class Stage(IntEnum):
@@ -30,7 +30,7 @@ class Stage(IntEnum):
 
     WHOLE = 0
     COLLECT = 1  # sums over the rows
-    APPLY = 2  # what follows from sums that are given
+    APPLY = 2  # the rest, from given sums
     FROZEN = 3  # with running statistics
 
 
@@ -141,12 +141,12 @@ class Problem(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What the signatures of a call decide."""
+    """Plan of a call, decided by its signatures alone."""
 
     kind: Pass
     runtime: rt.Runtime | None  # None: NumPy
     problem: Problem
-    axis: int  # of the channels, counted from the front of a group
+    axis: int  # channel axis, counted from the front of a group
     grouped: bool
     acc_dtype: np.dtype
     outputs: dict[str, tuple[tuple[int, ...], np.dtype]]  # shape and data type of what is returned

@@ -292,7 +292,7 @@ def merge(
 ) -> None:
     """Write the statistics and the moments of all parts together, and update the running statistics."""
     dtype = moments.dtype
-    given = np.where(moments[:, :1] > 0, moments, 0).astype(DOUBLE)  # of an empty part nothing but the count counts
+    given = np.where(moments[:, :1] > 0, moments, 0).astype(DOUBLE)  # an empty part counts by its count alone
     counts, highs, lows, m2s = given[:, 0], given[:, 1], given[:, 2], given[:, 3]
     count = counts.sum(0)
     divisor, some = np.maximum(count, 1), count > 0

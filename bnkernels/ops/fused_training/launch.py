@@ -27,12 +27,11 @@ SIZES = (
 )
 SCALARS = "beta1 beta2 one_minus_beta1 one_minus_beta2 optimizer_eps correction eps alpha"
 ARGUMENTS = arguments_type(POINTERS, SIZES, SCALARS, "activation optimizer subwarp_size")
-EXAMPLES = 8  # of a thread, as in cuda/lib/gemm/subwarp.cuh
-SUBWARPS = (8, 16, 32)  # threads that share a neuron
-MOST_EXAMPLES_OF_BLOCK = EXAMPLES * SUBWARPS[-1]
+EXAMPLES = 8  # per thread, as in cuda/lib/gemm/subwarp.cuh
+MOST_EXAMPLES_OF_BLOCK = EXAMPLES * gemm.SUBWARPS[-1]
 MOST_EXAMPLES = gemm.MOST_ROWS
 THREADS = {np.dtype(np.float32): 512, np.dtype(np.float64): 256}  # at most: the launch bounds of cuda/fused_training.cu
-FEWEST_THREADS = 128  # of a block, however few neurons there are
+FEWEST_THREADS = 128  # per block, however few neurons there are
 CLUSTER = 8  # blocks, as in cuda/lib/sync/grid_barrier.cuh
 OPTIMIZERS = {"sgd": 0, "momentum": 1, "adam": 2}  # the number of each is also that of its states
 
@@ -56,7 +55,7 @@ class Problem(NamedTuple):
     @property
     def subwarp_size(self) -> int:
         """The threads of a block that share a neuron."""
-        return next((size for size in SUBWARPS if EXAMPLES * size >= self.batch), SUBWARPS[-1])
+        return next((size for size in gemm.SUBWARPS if EXAMPLES * size >= self.batch), gemm.SUBWARPS[-1])
 
     @property
     def constants(self) -> tuple[tuple[str, int], ...]:

@@ -23,7 +23,7 @@ ARGUMENTS = {
     ),
 }
 MIN_BLOCKS = 2  # resident blocks of a multiprocessor, promised by the launch bounds of the kernels
-THREADS = 256  # of a block
+THREADS = 256  # per block
 ALONE = 4  # vectors of a thread up to which a warp has a row for itself: no barriers
 SMALL = 2**14  # elements up to which one block is faster than several and a grid barrier
 
