@@ -9,7 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from bnkernels.ops.activations import activation_named
+from bnkernels.ops.batch_norm.call import plan, run
 from bnkernels.ops.batch_norm.inference import batch_norm_inference
+from bnkernels.ops.batch_norm.problem import BACKWARD, FORWARD, Options
 from bnkernels.ops.batch_norm.training import batch_norm_backward, batch_norm_forward
 from bnkernels.ops.layer_norm.op import layer_norm_backward, layer_norm_forward
 from bnkernels.runtime import checks as check
@@ -94,7 +96,8 @@ class BatchNorm:
         self.momentum, self.unbiased = momentum, check.boolean("unbiased", unbiased)
         self.eps, self.activation = check.epsilon(eps, parameters["gamma"]), activation
         self.batches = 0  # on the host: a counter on the device would cost a launch per step
-        activation_named(activation)
+        self._options = Options(activation_named(activation), self.eps, momentum or 0.0, self.unbiased)
+        self._saved: dict[str, Any] = {}
         if runtime_of(type(parameters["gamma"])) is None:
             written = {"running_mean": running_mean, "running_var": running_var}
             for name, array in (written | {f"gradient of {key}": array for key, array in gradients.items()}).items():
@@ -103,16 +106,20 @@ class BatchNorm:
 
     def forward(self, x: Any, *, training: bool) -> Any:
         """Return the output, of the shape of `x`, (N, C)."""
-        vectors = self.parameters["gamma"], self.parameters["beta"], self.running_mean, self.running_var
+        vectors, running = (self.parameters["gamma"], self.parameters["beta"]), (self.running_mean, self.running_var)
         options = {"eps": self.eps, "activation": self.activation}
         if not training and self.running_mean is not None:
-            return batch_norm_inference(x, *vectors, **options)
+            return batch_norm_inference(x, *vectors, *running, **options)
         momentum = 1 / (self.batches + 1) if self.momentum is None else self.momentum
         runtime = runtime_of(type(x), "x")
-        # With out= a repeated call is replayed: a memory pool gives the same addresses step by step.
-        out = empty(runtime, x.shape, x), empty(runtime, (3, *vectors[0].shape), x, accumulator(x.dtype))
-        options |= {"momentum": momentum, "unbiased": self.unbiased}
-        y, statistics = batch_norm_forward(x, *vectors, **options, out=out)
+        if runtime is None:  # the layer's own arrays were checked when it was made
+            arrays, saved = (None, None, *running, x, None, None, *vectors), self._saved if training else None
+            options = self._options if self.momentum is not None else self._options._replace(momentum=momentum)
+            y, statistics = run(plan(FORWARD, arrays, 1, apart=True), arrays, options, saved=saved)
+        else:  # with out= a repeated call is replayed: a memory pool gives the same addresses step by step
+            out = empty(runtime, x.shape, x), empty(runtime, (3, *vectors[0].shape), x, accumulator(x.dtype))
+            options |= {"momentum": momentum, "unbiased": self.unbiased}
+            y, statistics = batch_norm_forward(x, *vectors, *running, **options, out=out)
         if training:
             self.x, self.statistics = x, statistics
             self.batches += 1
@@ -122,6 +129,10 @@ class BatchNorm:
         """Write the gradients of the parameters; return that of the input, in the place of `dy`, which is C-ordered."""
         vectors = self.parameters["gamma"], self.parameters["beta"]
         out = dy, self.gradients["gamma"], self.gradients["beta"]
+        if runtime_of(type(dy), "dy") is None:
+            overlap.writable("dy", dy)
+            arrays = (*out, None, dy, self.x, None, None, *vectors, self.statistics)
+            return run(plan(BACKWARD, arrays, 1, apart=True), arrays, self._options, saved=self._saved)[0]
         return batch_norm_backward(dy, self.x, *vectors, self.statistics, activation=self.activation, out=out)[0]
 
 

@@ -11,38 +11,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from bnkernels.ops.batch_norm.in_parts import ARGUMENTS as STATISTICS
-from bnkernels.ops.batch_norm.launch import ARGUMENTS as BATCH_NORM
-from bnkernels.ops.fused_training.launch import ARGUMENTS as FUSED_TRAINING
-from bnkernels.ops.layer_norm.launch import ARGUMENTS as LAYER_NORM
-from bnkernels.ops.linear_batch_norm.launch import ARGUMENTS as LINEAR_BATCH_NORM
-from bnkernels.ops.mini_batch import ARGUMENTS as MINI_BATCH
-from bnkernels.ops.parameter_update import ARGUMENTS as PARAMETER_UPDATE
-from bnkernels.ops.softmax_cross_entropy import ARGUMENTS as SOFTMAX_CROSS_ENTROPY
 from bnkernels.runtime import source
 from bnkernels.runtime.arguments import SUFFIX
+from tests.argument_structs import LAYOUTS
 from tests.regress.calls import CALLS, make_arrays
 from tests.regress.device import record_of, recording
 
-LAYOUTS = {
-    "BatchNormForward": BATCH_NORM["forward"],
-    "BatchNormInference": BATCH_NORM["inference"],
-    "BatchNormBackward": BATCH_NORM["backward"],
-    "BatchNormDoubleBackward": BATCH_NORM["double_backward"],
-    "BatchNormForwardCooperative": dict.fromkeys(SUFFIX, BATCH_NORM["forward_cooperative"][np.dtype("f4")]),
-    "BatchNormBackwardCooperative": dict.fromkeys(SUFFIX, BATCH_NORM["backward_cooperative"][np.dtype("f4")]),
-    "BatchNormForwardMaskedGrouped": BATCH_NORM["forward_masked_grouped"],
-    "BatchNormBackwardMaskedGrouped": BATCH_NORM["backward_masked_grouped"],
-    "BatchNormStatistics": STATISTICS,
-    "FusedTraining": FUSED_TRAINING,
-    "LayerNormForward": LAYER_NORM["forward"],
-    "LayerNormBackward": LAYER_NORM["backward"],
-    "LinearBatchNormForward": LINEAR_BATCH_NORM["forward"],
-    "LinearBatchNormBackward": LINEAR_BATCH_NORM["backward"],
-    "MiniBatch": MINI_BATCH,
-    "SoftmaxCrossEntropy": SOFTMAX_CROSS_ENTROPY,
-    "ParameterUpdate": PARAMETER_UPDATE,
-}
+FLOAT = np.dtype(np.float32)
 
 
 def argument_structs() -> dict[str, list[tuple[str, str]]]:
@@ -68,7 +43,7 @@ def numpy_type(kind: str, accumulator: np.dtype) -> np.dtype:
     return {
         "long long": np.dtype(np.int64),
         "int": np.dtype(np.int32),
-        "float": np.dtype(np.float32),
+        "float": FLOAT,
         "A": accumulator,
         "T": accumulator,
     }[kind]
@@ -81,8 +56,9 @@ def test_every_argument_struct_has_its_record() -> None:
 @pytest.mark.parametrize("accumulator", SUFFIX, ids=str)
 @pytest.mark.parametrize("struct", LAYOUTS)
 def test_cupy_raw_kernel_abi_members_agree(struct: str, accumulator: np.dtype) -> None:
-    layout = LAYOUTS[struct][accumulator]
-    members = [(name, numpy_type(kind, accumulator)) for name, kind in argument_structs()[struct]]
+    declared = argument_structs()[struct]
+    layout = LAYOUTS[struct][FLOAT if "float" in dict(declared).values() else accumulator]
+    members = [(name, numpy_type(kind, accumulator)) for name, kind in declared]
     assert [(name, layout.fields[name][0]) for name in layout.names] == members
     offsets = [layout.fields[name][1] for name in layout.names]
     for (before, after), (name, kind), (_, next_kind) in zip(pairwise(offsets), members, members[1:], strict=False):

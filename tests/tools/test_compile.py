@@ -11,33 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bnkernels.ops import parameter_update
-from bnkernels.ops.batch_norm.in_parts import ARGUMENTS as STATISTICS
-from bnkernels.ops.batch_norm.launch import ARGUMENTS as BATCH_NORM
-from bnkernels.ops.fused_training.launch import ARGUMENTS as FUSED_TRAINING
-from bnkernels.ops.layer_norm.launch import ARGUMENTS as LAYER_NORM
-from bnkernels.ops.linear_batch_norm.launch import ARGUMENTS as LINEAR_BATCH_NORM
-from bnkernels.ops.mini_batch import ARGUMENTS as MINI_BATCH
-from bnkernels.ops.softmax_cross_entropy import ARGUMENTS as SOFTMAX_CROSS_ENTROPY
 from bnkernels.runtime import source
+from tests.argument_structs import LAYOUTS, struct_of
 from tools.compile import __main__ as command
 from tools.compile import nvrtc, ptx, sass
 
 ARCHITECTURE = 90
-LAYOUTS = {
-    **{f"bnk_batch_norm_{kernel}": layout for kernel, layout in BATCH_NORM.items()},
-    "bnk_batch_norm_inference_backward": BATCH_NORM["backward"],
-    "bnk_batch_norm_statistics": STATISTICS,
-    "bnk_fused_training": FUSED_TRAINING,
-    "bnk_fused_training_layer_norm": FUSED_TRAINING,
-    "bnk_fused_training_grid": FUSED_TRAINING,
-    "bnk_fused_training_grid_layer_norm": FUSED_TRAINING,
-    **{f"bnk_layer_norm_{direction}": layout for direction, layout in LAYER_NORM.items()},
-    **{f"bnk_linear_{norm}_norm_{way}": of for norm in ("batch", "layer") for way, of in LINEAR_BATCH_NORM.items()},
-    "bnk_mini_batch": MINI_BATCH,
-    "bnk_parameter_update": parameter_update.ARGUMENTS,
-    "bnk_softmax_cross_entropy": SOFTMAX_CROSS_ENTROPY,
-}
 # By the end of a kernel's name, the type that it computes in.
 DTYPES = {"f16": np.dtype(np.float32), "bf16": np.dtype(np.float32)}
 DTYPES |= {"f32": np.dtype(np.float32), "f64": np.dtype(np.float64)}
@@ -72,8 +51,7 @@ def test_ptx_takes_what_python_packs_and_rounds_as_the_source_says(
         monkeypatch.setattr(nvrtc, "OPTIONS", source.OPTIONS)
     assembly = nvrtc.ptx(source.read(stem), nvrtc.OLDEST_ARCHITECTURE, version)
     for kernel, size in ptx.parameter_bytes(assembly).items():
-        layout = max((layout for layout in LAYOUTS if kernel.startswith(layout + "_")), key=len)
-        assert LAYOUTS[layout][DTYPES[kernel.rpartition("_")[2]]].itemsize == size, kernel
+        assert LAYOUTS[struct_of(stem, kernel)][DTYPES[kernel.rpartition("_")[2]]].itemsize == size, kernel
     assert ptx.float_atomics(assembly) == []
     assert ".rn" in assembly or stem == "mini_batch", "only a copy computes nothing"
     assert ptx.contractible(assembly) == [], "a product and a sum are contracted by fma only"

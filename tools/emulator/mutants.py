@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -19,7 +20,8 @@ MASKED_GROUPED = (
     *("tests/ops/test_batch_norm_statistics.py", "tests/ops/test_batch_norm_parameters.py"),
 )
 MULTI_BLOCK = "tests/ops/test_fused_training_drawn.py", "tests/ops/test_fused_training_group.py"
-TESTS = {  # the quickest first: the first failure ends a run
+# Tests of headers, and of kernels that need others than tests/ops/test_X*.py. The quickest first: a failure ends a run.
+TESTS = {
     "lib/numbers/half.cuh": ("tests/ops/test_batch_norm_half.py",),
     "lib/numbers/activation.cuh": ("tests/ops/test_batch_norm_activations.py", *DOUBLE),
     **dict.fromkeys(("lib/numbers/pair.cuh", "lib/reduce/rows.cuh", "batch_norm_backward.cu"), BATCH_NORM),
@@ -75,19 +77,9 @@ TESTS = {  # the quickest first: the first failure ends a run
         ),
     ),
     "lib/gemm/tensor_product.cuh": ("tests/ops/test_tensor_product.py", "tests/ops/test_linear_batch_norm.py"),
-    **dict.fromkeys(
-        ("lib/reduce/vector_rows.cuh", "layer_norm_forward.cu", "layer_norm_backward.cu"),
-        ("tests/ops/test_layer_norm.py",),
-    ),
-    "batch_norm_statistics.cu": ("tests/ops/test_batch_norm_statistics.py",),
+    "lib/reduce/vector_rows.cuh": ("tests/ops/test_layer_norm.py",),
     "lib/reduce/sums.cuh": ("tests/ops/test_batch_norm.py", *DOUBLE),
-    "batch_norm_double_backward.cu": DOUBLE,
-    **dict.fromkeys(
-        ("lib/reduce/warp.cuh", "softmax_cross_entropy.cu"),
-        ("tests/ops/test_softmax_cross_entropy.py", "tests/regress"),
-    ),
-    "mini_batch.cu": ("tests/ops/test_mini_batch.py",),
-    "parameter_update.cu": ("tests/ops/test_parameter_update.py", "tests/regress"),
+    "lib/reduce/warp.cuh": ("tests/ops/test_softmax_cross_entropy.py", "tests/regress"),
 }
 TIME_LIMIT = 120  # seconds; a mutant that hangs is noticed too
 AT_ONCE = 2
@@ -116,13 +108,23 @@ class Mutant:
             raise EmulatorError(f"{self.name}: expected once in cuda/{self.file}, found {count} times: {self.original}")
         return originals | {self.file: originals[self.file].replace(self.original, self.mutated)}
 
+    def tests(self) -> tuple[str, ...]:
+        """Return the tests that must notice: of ``cuda/X_forward.cu`` those in ``tests/ops/test_X*.py``."""
+        if self.file in TESTS:
+            return TESTS[self.file]
+        op = re.sub(r"(_forward|_backward)?\.cu$", "", self.file)
+        found = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob(f"tests/ops/test_{op}*.py"))
+        if not found:
+            raise EmulatorError(f"{self.name}: cuda/{self.file} needs tests/ops/test_{op}*.py or a row in TESTS")
+        return tuple(found)
+
 
 def check(mutants: list[Mutant]) -> int:
     """Run the tests on the unchanged kernels, then on every mutant; return 0 if all were caught."""
     originals = read_sources(CUDA)
     mutated = [mutant.sources(originals) for mutant in mutants]
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        needed = sorted({(build, TESTS[m.file], m.select) for m in mutants for build in m.builds})
+        needed = sorted({(build, m.tests(), m.select) for m in mutants for build in m.builds})
         for run, outcome in zip(needed, pool.map(lambda run: _run(originals, *run), needed), strict=True):
             if outcome.status != PASSED:
                 print(f"the kernels as they are fail {run}:\n{outcome.text}")
@@ -141,7 +143,7 @@ class _Outcome:
 def _is_caught(mutant: Mutant, sources: dict[str, str]) -> bool:
     """Try one mutant and print a line about it."""
     for build in mutant.builds:
-        outcome = _run(sources, build, TESTS[mutant.file], mutant.select)
+        outcome = _run(sources, build, mutant.tests(), mutant.select)
         if outcome.status not in (PASSED, FAILED, REPORTED) or "g++ does not compile" in outcome.text:
             print(f"NOT A VERDICT  {mutant.name} ({build}):\n{outcome.text}", flush=True)
             return False

@@ -35,13 +35,15 @@ from bnkernels.runtime.workspace import PARTIALS, barrier_counters
 AXES = "group", "outer", "channel", "inner"
 
 
-def plan(kind: Pass, arrays: tuple, axis: Any, grouped: Any = False, renorm: Any = None) -> Plan:
-    """Check the arrays ``kind.names`` and how they share memory; return the plan of the call."""
+def plan(
+    kind: Pass, arrays: tuple, axis: Any, grouped: Any = False, renorm: Any = None, *, apart: bool = False
+) -> Plan:
+    """Check the arrays ``kind.names``, and unless they are known to lie `apart` their overlaps; plan the call."""
     found = _planned(
         *(kind, check.integer("axis", axis), check.boolean("grouped", grouped), renorm is not None),
         *check.signatures(arrays),
     )
-    if any(array is not None for array in arrays[: kind.written]):
+    if not apart and any(array is not None for array in arrays[: kind.written]):
         overlap.check_outputs(found.runtime, kind.names, arrays, kind.written, kind.in_place)
     return found
 
@@ -143,7 +145,9 @@ def _with_strides(found: Plan, args: dict[str, check.Argument | None]) -> Plan:
     return found._replace(problem=problem._replace(strides=tuple(given)), members=members, copied=tuple(copied))
 
 
-def run(found: Plan, arrays: tuple, options: Options, call: Call = NEW) -> tuple[Any, ...]:
+def run(
+    found: Plan, arrays: tuple, options: Options, call: Call = NEW, saved: dict[str, Any] | None = None
+) -> tuple[Any, ...]:
     """Run a call on its arrays; return its outputs, made new where they are None.
 
     Parameters
@@ -156,6 +160,8 @@ def run(found: Plan, arrays: tuple, options: Options, call: Call = NEW) -> tuple
         Numbers of the call.
     call : Call
         Result of ``found.kind.calls.replay``.
+    saved : dict, optional
+        Place for intermediate values of a forward on NumPy, which its backward takes from it.
 
     Returns
     -------
@@ -171,7 +177,10 @@ def run(found: Plan, arrays: tuple, options: Options, call: Call = NEW) -> tuple
         for array in outputs:
             array[...] = 0
     elif found.runtime is None:
-        (cpu if found.matrix else reference).run(found, given, options)
+        if found.matrix:
+            cpu.run(found, given, options, saved)
+        else:
+            reference.run(found, given, options)
     else:
         check.one_device(found.runtime, found.kind.names, arrays)
         _launch(found, given, options, call)

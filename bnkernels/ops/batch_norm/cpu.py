@@ -23,17 +23,17 @@ BLOCK = 2**14  # elements worked on at a time beyond this size: their float64 st
 
 
 @np.errstate(all="ignore")  # as kernels do, which have no warnings
-def run(plan: Plan, arrays: dict[str, Any], options: Options) -> None:
-    """Write what a pass over matrices writes."""
+def run(plan: Plan, arrays: dict[str, Any], options: Options, saved: dict[str, Any] | None = None) -> None:
+    """Write what a pass over matrices writes; a small forward leaves in `saved` what its backward takes from there."""
     if plan.kind.direction == "backward":
         if plan.kind.stage == Stage.FROZEN or arrays["x"].size > BLOCK:
             reference.run(plan, arrays, options)
         else:
-            _backward(arrays, options.phi)
+            _backward(arrays, options.phi, saved or {})
     elif plan.kind.stage == Stage.FROZEN:
         _inference(arrays, options)
     else:
-        _forward(arrays, options)
+        _forward(arrays, options, saved)
 
 
 class _Sums:
@@ -157,7 +157,7 @@ def _activate(phi: Activation, z: np.ndarray) -> None:
         z[...] = h
 
 
-def _forward(arrays: dict[str, Any], options: Options) -> None:
+def _forward(arrays: dict[str, Any], options: Options, saved: dict[str, Any] | None) -> None:
     """Write the output, the statistics and the running statistics."""
     x, statistics, residual, beta, phi = *(arrays[n] for n in ("x", "statistics", "residual", "beta")), options.phi
     large = x.size > BLOCK
@@ -178,6 +178,8 @@ def _forward(arrays: dict[str, Any], options: Options) -> None:
         _write_blocks(x, residual, (statistics[0], statistics[1]), scale, beta, phi, arrays["y"])
     else:
         _activate(phi, _affine(centred, scale, beta, residual, arrays["y"]))
+        if saved is not None:
+            saved |= {"centred": centred, "y": arrays["y"]}
 
 
 def _inference(arrays: dict[str, Any], options: Options) -> None:
@@ -203,13 +205,17 @@ def _write_blocks(
         _activate(phi, _affine(_centred(x[rows], *mean), scale, beta, added, out[rows]))
 
 
-def _backward(arrays: dict[str, Any], phi: Activation) -> None:
+def _backward(arrays: dict[str, Any], phi: Activation, saved: dict[str, Any]) -> None:
     """Write the gradients of a small matrix."""
     dy, x, dresidual, (mean, mean_low, rstd) = (arrays[name] for name in ("dy", "x", "dresidual", "statistics"))
     over_batch, scale = _sums(len(x)), _scale(arrays["gamma"], rstd)
-    centred = _centred(x, mean, mean_low)
+    centred, y = saved.pop("centred", None), saved.pop("y", None)
+    if centred is None:
+        centred = _centred(x, mean, mean_low)
     if phi.is_identity:
         g = dy.astype(DOUBLE)
+    elif phi.from_output and y is not None:
+        g = phi.backward(np, dy, y).astype(DOUBLE)
     else:
         z = _affine(centred, scale, arrays["beta"], arrays["residual"], np.empty_like(dy))
         g = phi.backward(np, dy, phi.forward(np, z) if phi.from_output else z).astype(DOUBLE)

@@ -23,9 +23,8 @@ from bnkernels.runtime.arguments import SUFFIX, addresses, arguments_type, empty
 from bnkernels.runtime.replay import ReplayCache
 
 NAMES = ("statistics", "merged", "running_mean", "running_var", "moments")
-ARGUMENTS = arguments_type(
-    "moments merged statistics running_mean running_var", "parts channels", "momentum correction eps", ""
-)
+POINTERS = "moments merged statistics running_mean running_var"
+ARGUMENTS = {"statistics": arguments_type(POINTERS, "parts channels", "momentum correction eps", "")}
 THREADS = 128
 CALLS = ReplayCache()
 IDENTITY = activation_named("identity")
@@ -147,7 +146,7 @@ def batch_norm_statistics(
     check.one_device(runtime, NAMES, arrays)
     pointers = addresses(runtime, moments, merged, statistics, running_mean, running_var)
     numbers = moments.shape[0], channels, options[0], float(options[1]), options[2]
-    arguments = pack(ARGUMENTS[moments.dtype], *pointers, *numbers)
+    arguments = pack(ARGUMENTS["statistics"][moments.dtype], *pointers, *numbers)
     kernel = f"bnk_batch_norm_statistics_{suffix(moments.dtype)}"
     call.launch(runtime, "batch_norm_statistics", kernel, launch, arguments, moments)
     return statistics, merged
