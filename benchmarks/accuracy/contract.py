@@ -60,7 +60,7 @@ def data_type(name: str) -> np.dtype:
 def make(x: np.ndarray, dtype: str) -> Case | None:
     """Return the case of an input in a data type; None where the type has no such numbers."""
     rng = np.random.default_rng(1)
-    kept = accumulator(data_type(dtype))
+    acc_dtype = accumulator(data_type(dtype))
     gamma = rng.uniform(0.5, 2, x.shape[1]) * rng.choice([-1, 1], x.shape[1])
     beta = rng.integers(-16, 17, x.shape[1]) / 8  # in every data type: a constant channel gives exactly that
     dy = rng.standard_normal(x.shape) + 0.3
@@ -68,7 +68,7 @@ def make(x: np.ndarray, dtype: str) -> Case | None:
         x = x.astype(data_type(dtype))
     if not np.isfinite(x.astype(np.float64)).all():
         return None
-    return Case(x, gamma.astype(kept), beta.astype(kept), dy.astype(x.dtype))
+    return Case(x, gamma.astype(acc_dtype), beta.astype(acc_dtype), dy.astype(x.dtype))
 
 
 def promise(case: Case) -> Errors:

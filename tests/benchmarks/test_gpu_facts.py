@@ -128,7 +128,7 @@ def test_figures_become_rows_with_units() -> None:
 
 @pytest.mark.parametrize("architecture", [75, 80, 90, 100, 120])
 @pytest.mark.parametrize("path", sorted(SOURCES.glob("*.cu")), ids=lambda path: path.stem)
-def test_every_kernel_compiles_and_has_a_twin(nvrtc: types.ModuleType, path: Path, architecture: int) -> None:
+def test_every_kernel_compiles_and_has_a_host_version(nvrtc: types.ModuleType, path: Path, architecture: int) -> None:
     found = nvrtc.resources(path.read_text(), architecture)
     assert all(kernel.spill_stores == 0 for kernel in found.values())
     if path.stem == "barriers":
