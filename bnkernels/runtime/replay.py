@@ -77,8 +77,8 @@ class ReplayCache:
         Parameters
         ----------
         out : tuple of arrays or None
-            Arrays that the op writes. Without the first of them the call is neither replayed nor recorded: its outputs
-            are new arrays.
+            Arrays that the op writes, ``(out,)`` where it is one. Without the first of them, or a tuple, the call is
+            neither replayed nor recorded: its outputs are new arrays.
         given : tuple
             All other arrays, None where absent.
         *options

@@ -33,7 +33,9 @@ def test_the_generated_pages_are_what_the_report_writes() -> None:
 
 
 def test_a_reader_is_through_the_readme_in_a_few_minutes() -> None:
-    assert len(documents.README.read_text(encoding="utf-8").split()) <= 900
+    """Tables aside: a row more for a new op is no more to read."""
+    lines = documents.README.read_text(encoding="utf-8").splitlines()
+    assert sum(len(line.split()) for line in lines if not line.startswith("|")) <= 700
 
 
 @pytest.mark.emulator

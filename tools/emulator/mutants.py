@@ -20,7 +20,7 @@ MASKED_GROUPED = (
     *("tests/ops/test_batch_norm_statistics.py", "tests/ops/test_batch_norm_parameters.py"),
 )
 MULTI_BLOCK = "tests/ops/test_fused_training_drawn.py", "tests/ops/test_fused_training_group.py"
-# Tests of headers, and of kernels that need others than tests/ops/test_X*.py. The quickest first: a failure ends a run.
+# Tests of headers, and of kernels for which `Mutant.tests` finds too many. The quickest first: a failure ends a run.
 TESTS = {
     "lib/numbers/half.cuh": ("tests/ops/test_batch_norm_half.py",),
     "lib/numbers/activation.cuh": ("tests/ops/test_batch_norm_activations.py", *DOUBLE),
@@ -109,14 +109,14 @@ class Mutant:
         return originals | {self.file: originals[self.file].replace(self.original, self.mutated)}
 
     def tests(self) -> tuple[str, ...]:
-        """Return the tests that must notice: of ``cuda/X_forward.cu`` those in ``tests/ops/test_X*.py``."""
+        """Return the tests that must notice: of ``cuda/X_forward.cu`` ``tests/ops/test_X*.py`` and regressions."""
         if self.file in TESTS:
             return TESTS[self.file]
         op = re.sub(r"(_forward|_backward)?\.cu$", "", self.file)
         found = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob(f"tests/ops/test_{op}*.py"))
         if not found:
             raise EmulatorError(f"{self.name}: cuda/{self.file} needs tests/ops/test_{op}*.py or a row in TESTS")
-        return tuple(found)
+        return (*found, "tests/regress")
 
 
 def check(mutants: list[Mutant]) -> int:
