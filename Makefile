@@ -55,7 +55,7 @@ emulate: $(TEST) ## run the op tests on emulated kernels under AddressSanitizer 
 		tests/ops/test_layer_norm.py::test_the_order_of_blocks_and_threads_changes_no_bit \
 		tests/ops/test_linear_layer_norm.py::test_the_order_of_blocks_and_threads_changes_no_bit \
 		tests/ops/test_linear_batch_norm.py::test_the_order_of_blocks_and_threads_changes_no_bit \
-		tests/ops/test_fused_training_group.py::test_the_order_of_blocks_and_threads_changes_no_bit
+		tests/ops/test_fused_training_multi_block.py::test_the_order_of_blocks_and_threads_changes_no_bit
 
 mutants: $(TEST) ## plant bugs in the kernels: the tests must catch every one
 	$(RUN) -m tools.emulator mutants $(ARGS)

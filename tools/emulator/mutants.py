@@ -19,7 +19,7 @@ MASKED_GROUPED = (
     *("tests/ops/test_batch_norm_masked.py", "tests/ops/test_batch_renorm.py", "tests/ops/test_batch_norm_groups.py"),
     *("tests/ops/test_batch_norm_statistics.py", "tests/ops/test_batch_norm_parameters.py"),
 )
-MULTI_BLOCK = "tests/ops/test_fused_training_drawn.py", "tests/ops/test_fused_training_group.py"
+MULTI_BLOCK = "tests/ops/test_fused_training_drawn.py", "tests/ops/test_fused_training_multi_block.py"
 # Tests of headers, and of kernels for which `Mutant.tests` finds too many. The quickest first: a failure ends a run.
 TESTS = {
     "lib/numbers/half.cuh": ("tests/ops/test_batch_norm_half.py",),
@@ -27,7 +27,7 @@ TESTS = {
     **dict.fromkeys(("lib/numbers/pair.cuh", "lib/reduce/rows.cuh", "batch_norm_backward.cu"), BATCH_NORM),
     "lib/reduce/moments.cuh": (*BATCH_NORM, "tests/ops/test_batch_norm_statistics.py"),
     "batch_norm_forward.cu": (*BATCH_NORM, "tests/ops/test_running_statistics.py"),
-    "lib/sync/grid_barrier.cuh": (*COOPERATIVE, "tests/ops/test_fused_training_group.py"),
+    "lib/sync/grid_barrier.cuh": (*COOPERATIVE, "tests/ops/test_fused_training_multi_block.py"),
     **dict.fromkeys(
         (
             "lib/reduce/cooperative_slices.cuh",
