@@ -96,7 +96,7 @@ class BatchNorm:
         self.momentum, self.unbiased = momentum, check.boolean("unbiased", unbiased)
         self.eps, self.activation = check.epsilon(eps, parameters["gamma"]), activation
         self.batches = 0  # on the host: a counter on the device would cost a launch per step
-        self._options = Options(activation_named(activation), self.eps, momentum or 0.0, self.unbiased)
+        self._phi = activation_named(activation)
         self._saved: dict[str, Any] = {}
         if runtime_of(type(parameters["gamma"])) is None:
             written = {"running_mean": running_mean, "running_var": running_var}
@@ -114,7 +114,7 @@ class BatchNorm:
         runtime = runtime_of(type(x), "x")
         if runtime is None:  # the layer's own arrays were checked when it was made
             arrays, saved = (None, None, *running, x, None, None, *vectors), self._saved if training else None
-            options = self._options if self.momentum is not None else self._options._replace(momentum=momentum)
+            options = Options(self._phi, self.eps, momentum, self.unbiased)
             y, statistics = run(plan(FORWARD, arrays, 1, apart=True), arrays, options, saved=saved)
         else:  # with out= a repeated call is replayed: a memory pool gives the same addresses step by step
             out = empty(runtime, x.shape, x), empty(runtime, (3, *vectors[0].shape), x, accumulator(x.dtype))
@@ -132,7 +132,7 @@ class BatchNorm:
         if runtime_of(type(dy), "dy") is None:
             overlap.writable("dy", dy)
             arrays = (*out, None, dy, self.x, None, None, *vectors, self.statistics)
-            return run(plan(BACKWARD, arrays, 1, apart=True), arrays, self._options, saved=self._saved)[0]
+            return run(plan(BACKWARD, arrays, 1, apart=True), arrays, Options(self._phi), saved=self._saved)[0]
         return batch_norm_backward(dy, self.x, *vectors, self.statistics, activation=self.activation, out=out)[0]
 
 
