@@ -14,7 +14,8 @@ PLATFORMS = (
     "(sys_platform == 'linux' and (platform_machine == 'x86_64' or platform_machine == 'aarch64') "
     "or sys_platform == 'win32' and platform_machine == 'AMD64')"
 )
-TRAIN = ["scikit-learn>=1.5", "threadpoolctl>=3.1", "tqdm>=4.66", "matplotlib>=3.8"]
+CPU = ["numba>=0.61", "scipy>=1.13"]  # compiled kernels for NumPy arrays; Numba calls SciPy's BLAS
+TRAIN = [*CPU, "scikit-learn>=1.5", "threadpoolctl>=3.1", "tqdm>=4.66", "matplotlib>=3.8"]
 NOTEBOOKS = [*TRAIN, "nbmake>=1.5", "ipykernel>=6.29"]
 TEST = [
     *NOTEBOOKS,
@@ -86,6 +87,7 @@ setup(
     python_requires=">=3.10",
     install_requires=["numpy>=2"],
     extras_require={
+        "cpu": CPU,
         "train": TRAIN,
         "cuda12": [f"cupy-cuda12x[ctk]{CUPY}"],
         "cuda13": [f"cupy-cuda13x[ctk]{CUPY}"],

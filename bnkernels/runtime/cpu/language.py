@@ -1,0 +1,226 @@
+"""Language of the CPU kernels: Numba's decorators, arrays at addresses, and the four data types in memory.
+
+A kernel takes the argument struct of its CUDA twin, with the same members. An address is turned into an array without
+a reference count, and a kernel's own arrays lie on its stack: LLVM then knows that nothing else can alias them, and
+vectorises loops over them. Loops run over one-dimensional arrays from their start; two-dimensional indexing, or an
+offset within the brackets, is not vectorised.
+
+All kernels compute in the type of the accumulator, float32 or float64, and sum in float64. Numbers of 16 bits are
+converted in lines, rounded to nearest even, which two instructions of x86-64 and of ARM do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+from numba.np.arrayobj import make_array, populate_array
+
+# Contraction gives fused multiply-adds. Nothing may be reordered, and NaN and infinity count.
+_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "nsz"}}
+kernel = numba.njit(cache=True, **_OPTIONS)  # called from Python, and a function of its own in kernels
+device = numba.njit(forceinline=True, cache=True, **_OPTIONS)  # part of every kernel that calls it
+
+LINE = 1024  # numbers that are worked on at a time: 4 KiB of float32, and a few such lines fit into the L1 cache
+SAME, FLOAT16, BFLOAT16 = 0, 1, 2  # storage of data: in the accumulator's type, or in 16 bits
+STORAGE = {"float32": SAME, "float64": SAME, "float16": FLOAT16, "bfloat16": BFLOAT16}
+SINGLE, DOUBLE = np.float32, np.float64
+
+
+def _view(context: Any, builder: Any, array_type: types.Array, data: Any, count: Any) -> Any:
+    """Return an array without a reference count."""
+    array = make_array(array_type)(context, builder)
+    itemsize = context.get_constant(types.intp, context.get_abi_sizeof(context.get_data_type(array_type.dtype)))
+    populate_array(array, data=data, shape=[count], strides=[itemsize], itemsize=itemsize, meminfo=None)
+    return array._getvalue()
+
+
+def _pointer(context: Any, builder: Any, dtype: types.Type, address: Any) -> Any:
+    return builder.inttoptr(address, context.get_data_type(dtype).as_pointer())
+
+
+def _array_at(dtype: types.Type) -> Any:
+    """Return the intrinsic that makes arrays of a data type at addresses."""
+
+    @intrinsic
+    def array_at(typing_context: Any, address: Any, offset: Any, count: Any) -> Any:
+        """Return the array of `count` numbers that begins `offset` numbers behind the address."""
+        array_type = types.Array(dtype, 1, "C")
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            address, offset, count = arguments
+            data = builder.gep(_pointer(context, builder, dtype, address), [offset])
+            return _view(context, builder, array_type, data, count)
+
+        return array_type(types.uint64, types.intp, types.intp), generate
+
+    return array_at
+
+
+int8s, int32s, int64s = _array_at(types.uint8), _array_at(types.int32), _array_at(types.int64)
+float16s, bfloat16s = _array_at(types.int16), _array_at(types.uint16)  # told apart by these types
+doubles = _array_at(types.float64)
+
+
+@intrinsic
+def numbers(typing_context: Any, like: Any, address: Any, offset: Any, count: Any) -> Any:
+    """Return the array of `count` numbers of the type of `like`, `offset` numbers behind the address."""
+    array_type = types.Array(like, 1, "C")
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _, address, offset, count = arguments
+        data = builder.gep(_pointer(context, builder, like, address), [offset])
+        return _view(context, builder, array_type, data, count)
+
+    return array_type(like, types.uint64, types.intp, types.intp), generate
+
+
+@intrinsic
+def part(typing_context: Any, array: Any, offset: Any, count: Any) -> Any:
+    """Return `count` numbers of an array from an offset on; a slice would count references."""
+    array_type = types.Array(array.dtype, 1, "C")
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        whole, offset, count = arguments
+        data = builder.gep(make_array(array)(context, builder, whole).data, [offset])
+        return _view(context, builder, array_type, data, count)
+
+    return array_type(array, types.intp, types.intp), generate
+
+
+@intrinsic
+def stack(typing_context: Any, like: Any, count: Any) -> Any:
+    """Return a new array of a literal number of numbers of the type of `like`, until the kernel returns."""
+    if not isinstance(count, types.IntegerLiteral):
+        return None
+    array_type, size = types.Array(like, 1, "C"), count.literal_value
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        with builder.goto_entry_block():  # once per call, however often the line is executed
+            data = builder.alloca(context.get_data_type(like), size=ir.Constant(ir.IntType(64), size))
+            data.align = 64
+        return _view(context, builder, array_type, data, context.get_constant(types.intp, size))
+
+    return array_type(like, count), generate
+
+
+@intrinsic
+def _half_to_float(typing_context: Any, half: Any) -> Any:
+    """Return the float32 of a float16, given as its bits."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.int16), generate
+
+
+@intrinsic
+def _float_to_half(typing_context: Any, number: Any) -> Any:
+    """Return the bits of the nearest float16."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), ir.IntType(16))
+
+    return types.int16(types.float32), generate
+
+
+@intrinsic
+def as_float(typing_context: Any, bits: Any) -> Any:
+    """Return the float32 of these 32 bits."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.uint32), generate
+
+
+@intrinsic
+def as_bits(typing_context: Any, number: Any) -> Any:
+    """Return the 32 bits of a float32."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.uint32(types.float32), generate
+
+
+@device
+def _to_bfloat16(number):
+    """Return the bits of the nearest bfloat16, as uint32; NaN stays NaN."""
+    bits = as_bits(np.float32(number))
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    quiet = (bits >> np.uint32(16)) | np.uint32(64)
+    return rounded if (bits & np.uint32(0x7FFFFFFF)) <= np.uint32(0x7F800000) else quiet
+
+
+@device
+def _widen_float16(source, line):
+    for i in range(len(line)):
+        line[i] = _half_to_float(source[i])
+
+
+@device
+def _widen_bfloat16(source, line):
+    for i in range(len(line)):
+        line[i] = as_float(np.uint32(np.uint32(source[i]) << np.uint32(16)))
+
+
+@device
+def gather(address, storage, offset, stride, line):
+    """Read numbers that do not lie next to one another."""
+    count = len(line)
+    reach = (count - 1) * abs(stride) + 1
+    start = offset if stride >= 0 else offset + (count - 1) * stride
+    at = 0 if stride >= 0 else (count - 1) * -stride
+    if storage == FLOAT16:
+        halves = float16s(address, start, reach)
+        for i in range(count):
+            line[i] = _half_to_float(halves[at + i * stride])
+    elif storage == BFLOAT16:
+        truncated = bfloat16s(address, start, reach)
+        for i in range(count):
+            line[i] = as_float(np.uint32(np.uint32(truncated[at + i * stride]) << np.uint32(16)))
+    else:
+        source = numbers(line[0], address, start, reach)
+        for i in range(count):
+            line[i] = source[at + i * stride]
+
+
+@device
+def load(address, storage, offset, stride, line):
+    """Return as many numbers as `line` has: where they lie, if they can be read there, else converted in `line`."""
+    count = len(line)
+    if stride != 1 and count > 1:
+        gather(address, storage, offset, stride, line)
+    elif storage == FLOAT16:
+        _widen_float16(float16s(address, offset, count), line)
+    elif storage == BFLOAT16:
+        _widen_bfloat16(bfloat16s(address, offset, count), line)
+    else:
+        return numbers(line[0], address, offset, count)
+    return line
+
+
+@device
+def place(address, storage, offset, line):
+    """Return where to compute numbers that are to be stored: there, or in `line`, which `store` then converts."""
+    if storage == SAME:
+        return numbers(line[0], address, offset, len(line))
+    return line
+
+
+@device
+def store(address, storage, offset, line):
+    """Write a line that `place` gave, contiguously, if it is not there already."""
+    if storage == FLOAT16:
+        halves = float16s(address, offset, len(line))
+        for i in range(len(line)):
+            halves[i] = _float_to_half(np.float32(line[i]))
+    elif storage == BFLOAT16:
+        truncated = bfloat16s(address, offset, len(line))
+        for i in range(len(line)):
+            truncated[i] = np.uint16(_to_bfloat16(line[i]))
