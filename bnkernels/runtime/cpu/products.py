@@ -25,8 +25,7 @@ from bnkernels.runtime.cpu.language import kernel
 from bnkernels.runtime.cpu.vectors import FLAGS, first_lanes, lanes_of, pointer_of, read, spread, vector_of, write
 
 VECTORS = 3  # columns of a tile
-WORTH_BLAS = 2**62  # multiply-adds from which on the BLAS is faster
-"""Chosen by benchmarks."""
+WORTH_BLAS = 2**23  # multiply-adds from which on the BLAS is faster, as measured: 128 x 256 x 256
 
 
 @intrinsic
@@ -47,27 +46,24 @@ def _tile(
     add: Any,
     rows: Any,
     vectors: Any,
-    masked: Any,
 ) -> Any:
     """Compute a tile of literally so many rows and vectors; only its first `columns` are read and written."""
-    if not all(isinstance(size, types.IntegerLiteral) for size in (rows, vectors, masked)):
+    if not all(isinstance(size, types.IntegerLiteral) for size in (rows, vectors)):
         return None
-    sizes = rows.literal_value, vectors.literal_value, masked.literal_value
+    sizes = rows.literal_value, vectors.literal_value
     lanes = lanes_of(c.dtype)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         a_, a_at, a_row, a_column, b_, b_at, b_row, c_, c_at, c_row, depth, columns, add = arguments[:13]
-        row_count, vector_count, is_masked = sizes
+        row_count, vector_count = sizes
         a_, b_, c_ = (
             pointer_of(context, builder, kind, array) for kind, array in ((a, a_), (b, b_), (c, c_))
         )
         number = context.get_constant
         element = c_.type.pointee
         kind = vector_of(element, lanes)
-        mask = None
-        if is_masked:
-            before = number(types.intp, (vector_count - 1) * lanes)
-            mask = first_lanes(builder, builder.sub(columns, before), lanes)
+        before = number(types.intp, (vector_count - 1) * lanes)
+        mask = first_lanes(builder, builder.sub(columns, before), lanes)
         masks = [None] * (vector_count - 1) + [mask]
         tile = [
             [cgutils.alloca_once(builder, kind) for _ in range(vector_count)] for _ in range(row_count)
@@ -104,64 +100,7 @@ def _tile(
         return context.get_dummy_value()
 
     given = a, types.intp, types.intp, types.intp, b, types.intp, types.intp, c, types.intp, types.intp
-    return types.void(*given, types.intp, types.intp, types.intp, rows, vectors, masked), generate
-
-
-def _strip(rows, vectors, masked):
-    """Return the kernel of the rows of a strip of columns, in tiles of so many rows, then of one."""
-
-    @kernel
-    def strip(m, columns, depth, a, a_at, a_row, a_column, b, b_at, b_row, c, c_at, c_row, add):
-        i = 0
-        while i + rows <= m:
-            _tile(
-                a, a_at + i * a_row, a_row, a_column, b, b_at, b_row, c, c_at + i * c_row, c_row, depth, columns, add,
-                rows, vectors, masked,
-            )  # fmt: skip
-            i += rows
-        while i < m:
-            _tile(
-                a, a_at + i * a_row, a_row, a_column, b, b_at, b_row, c, c_at + i * c_row, c_row, depth, columns, add,
-                1, vectors, masked,
-            )  # fmt: skip
-            i += 1
-
-    return strip
-
-
-_one, _two, _three = _strip(8, 1, 0), _strip(4, 2, 0), _strip(4, 3, 0)
-_one_masked, _two_masked, _three_masked = _strip(8, 1, 1), _strip(4, 2, 1), _strip(4, 3, 1)
-
-
-@kernel
-def product(m, n, depth, a, a_at, a_row, a_column, b, b_at, b_row, c, c_at, c_row, add):
-    """Write the product of a (m, depth) and b (depth, n) to c, or add it if `add`.
-
-    Each matrix is an array, an offset in it, and the distance of its rows; a also has one of its columns.
-    """
-    lanes = 32 // c.itemsize
-    vectors = (n + lanes - 1) // lanes
-    strips = (vectors + 2) // 3
-    done = 0
-    for number in range(strips):
-        width = (vectors - done + strips - number - 1) // (strips - number)
-        j = done * lanes
-        columns = min(n - j, width * lanes)
-        b_from, c_from = b_at + j, c_at + j
-        if columns == width * lanes:
-            if width == 3:
-                _three(m, columns, depth, a, a_at, a_row, a_column, b, b_from, b_row, c, c_from, c_row, add)
-            elif width == 2:
-                _two(m, columns, depth, a, a_at, a_row, a_column, b, b_from, b_row, c, c_from, c_row, add)
-            else:
-                _one(m, columns, depth, a, a_at, a_row, a_column, b, b_from, b_row, c, c_from, c_row, add)
-        elif width == 3:
-            _three_masked(m, columns, depth, a, a_at, a_row, a_column, b, b_from, b_row, c, c_from, c_row, add)
-        elif width == 2:
-            _two_masked(m, columns, depth, a, a_at, a_row, a_column, b, b_from, b_row, c, c_from, c_row, add)
-        else:
-            _one_masked(m, columns, depth, a, a_at, a_row, a_column, b, b_from, b_row, c, c_from, c_row, add)
-        done += width
+    return types.void(*given, types.intp, types.intp, types.intp, rows, vectors), generate
 
 
 @intrinsic
@@ -219,6 +158,48 @@ def _gemm(
 
 
 @kernel
-def blas_product(m, n, depth, a, a_at, a_row, a_turned, b, b_at, b_row, b_turned, c, c_at, c_row, add):
-    """Write or add the product of two matrices, either of which may be turned, by the BLAS."""
-    _gemm(m, n, depth, a, a_at, a_row, a_turned, b, b_at, b_row, b_turned, c, c_at, c_row, add)
+def product(m, n, depth, a, a_at, a_row, a_column, b, b_at, b_row, b_column, c, c_at, c_row, add):
+    """Write the product of a (m, depth) and b (depth, n) to c, or add it if `add`.
+
+    Of each matrix an array is given, an offset in it, and the distances of rows and columns, those of c next to one
+    another. Where those of b are not, the BLAS computes.
+    """
+    if b_column != 1 or worth_blas(m, n, depth):
+        _gemm(
+            m, n, depth, a, a_at, max(a_row, a_column), int(a_column != 1),
+            b, b_at, max(b_row, b_column), int(b_column != 1), c, c_at, c_row, add,
+        )  # fmt: skip
+        return
+    lanes = 32 // c.itemsize
+    vectors = (n + lanes - 1) // lanes
+    strips, done = (vectors + 2) // 3, 0
+    for number in range(strips):
+        width = (vectors - done + strips - number - 1) // (strips - number)
+        b_from, c_from, columns = b_at + done * lanes, c_at + done * lanes, min(n - done * lanes, width * lanes)
+        done += width
+        i = 0
+        while i < m:
+            a_from, to = a_at + i * a_row, c_from + i * c_row
+            if i + 4 > m:
+                if width == 3:
+                    _tile(a, a_from, a_row, a_column, b, b_from, b_row, c, to, c_row, depth, columns, add, 1, 3)
+                elif width == 2:
+                    _tile(a, a_from, a_row, a_column, b, b_from, b_row, c, to, c_row, depth, columns, add, 1, 2)
+                else:
+                    _tile(a, a_from, a_row, a_column, b, b_from, b_row, c, to, c_row, depth, columns, add, 1, 1)
+                i += 1
+            elif width == 3:
+                _tile(a, a_from, a_row, a_column, b, b_from, b_row, c, to, c_row, depth, columns, add, 4, 3)
+                i += 4
+            elif width == 2:
+                _tile(a, a_from, a_row, a_column, b, b_from, b_row, c, to, c_row, depth, columns, add, 4, 2)
+                i += 4
+            else:
+                _tile(a, a_from, a_row, a_column, b, b_from, b_row, c, to, c_row, depth, columns, add, 4, 1)
+                i += 4
+
+
+@kernel
+def worth_blas(m, n, depth):
+    """Return whether the BLAS is faster."""
+    return m * n * depth >= WORTH_BLAS

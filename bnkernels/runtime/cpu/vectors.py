@@ -6,15 +6,13 @@ them. LLVM cuts them in two where registers are narrower. Sums are vectors of fl
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.core.typing.templates import AbstractTemplate, infer_global, signature
-from numba.extending import intrinsic, lower_builtin, models, register_model
+from numba.extending import intrinsic, models, register_model
 from numba.np.arrayobj import make_array
 
 BYTES = 32
@@ -144,18 +142,6 @@ def splat(typing_context: Any, number: Any) -> Any:
 
 
 @intrinsic
-def widen(typing_context: Any, vector: Any) -> Any:
-    """Return a vector in float64."""
-    wide = Vector(types.float64, vector.lanes)
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        kind = vector_of(ir.DoubleType(), vector.lanes)
-        return arguments[0] if vector.dtype == types.float64 else builder.fpext(arguments[0], kind)
-
-    return wide(vector), generate
-
-
-@intrinsic
 def splat_wide(typing_context: Any, number: Any, like: Any) -> Any:
     """Return a vector of equal float64 with the lanes of another vector."""
     vector = Vector(types.float64, like.lanes)
@@ -186,6 +172,95 @@ def where_at_most(typing_context: Any, left: Any, right: Any, one: Any, other: A
         return builder.select(builder.fcmp_ordered("<=", left, right), one, other)
 
     return one(left, right, one, other), generate
+
+
+@intrinsic
+def rectified(typing_context: Any, y: Any, slope: Any, vector: Any) -> Any:
+    """Return a vector where y is above 0 or NaN, elsewhere `slope` times it, and 0 where both are 0."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        y, slope, vector = arguments
+        zero = ir.Constant(y.type, None)
+        below = builder.select(  # not slope times infinity
+            builder.fcmp_ordered("==", slope, zero), zero, builder.fmul(slope, vector, flags=FLAGS)
+        )
+        return builder.select(builder.fcmp_ordered("<=", y, zero), below, vector)
+
+    return vector(y, slope, vector), generate
+
+
+def _elementwise(of_values: Callable[..., Any]) -> Any:
+    """Return the intrinsic that computes with vectors of one type; operators of Numba's compile much longer."""
+    count = of_values.__code__.co_argcount - 1
+
+    def typed(*vectors: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return of_values(builder, *arguments)
+
+        return vectors[0](*vectors), generate
+
+    if count == 2:
+
+        @intrinsic
+        def of_two(typing_context: Any, a: Any, b: Any) -> Any:
+            return typed(a, b)
+
+        return of_two
+
+    @intrinsic
+    def of_three(typing_context: Any, a: Any, b: Any, c: Any) -> Any:
+        return typed(a, b, c)
+
+    return of_three
+
+
+def _product_and_sum(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    return builder.fadd(builder.fmul(a, b, flags=FLAGS), c, flags=FLAGS)
+
+
+add = _elementwise(lambda builder, a, b: builder.fadd(a, b, flags=FLAGS))
+subtract = _elementwise(lambda builder, a, b: builder.fsub(a, b, flags=FLAGS))
+multiply = _elementwise(lambda builder, a, b: builder.fmul(a, b, flags=FLAGS))
+multiply_add = _elementwise(_product_and_sum)
+# (a - b) - c
+distance = _elementwise(lambda builder, a, b, c: builder.fsub(builder.fsub(a, b, flags=FLAGS), c, flags=FLAGS))
+
+
+def _wide(builder: Any, vector: Any) -> Any:
+    """Return a vector in float64."""
+    kind = vector_of(ir.DoubleType(), vector.type.count)
+    return vector if vector.type == kind else builder.fpext(vector, kind)
+
+
+@intrinsic
+def widen(typing_context: Any, vector: Any) -> Any:
+    """Return a vector in float64."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return _wide(builder, *arguments)
+
+    return Vector(types.float64, vector.lanes)(vector), generate
+
+
+@intrinsic
+def add_wide(typing_context: Any, wide: Any, vector: Any) -> Any:
+    """Return a sum in float64 with a vector added."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fadd(arguments[0], _wide(builder, arguments[1]), flags=FLAGS)
+
+    return wide(wide, vector), generate
+
+
+@intrinsic
+def add_product(typing_context: Any, wide: Any, a: Any, b: Any) -> Any:
+    """Return a sum in float64 with the product of two vectors added."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        wide, a, b = arguments
+        return _product_and_sum(builder, _wide(builder, a), _wide(builder, b), wide)
+
+    return wide(wide, a, b), generate
 
 
 @intrinsic
@@ -222,22 +297,3 @@ def _folded(of_two: Callable[[Any, Any, Any], Any]) -> Any:
 
 total = _folded(lambda builder, left, right: builder.fadd(left, right, flags=FLAGS))
 largest = _folded(lambda builder, left, right: builder.select(builder.fcmp_ordered(">", left, right), left, right))
-
-
-def _binary(symbol: Callable, name: str) -> None:
-    """Let an operator work on two vectors."""
-
-    @infer_global(symbol)
-    class _Operator(AbstractTemplate):
-        def generic(self, arguments: Any, keywords: Any) -> Any:
-            left, right = arguments
-            return signature(left, left, right) if isinstance(left, Vector) and left == right else None
-
-    @lower_builtin(symbol, Vector, Vector)
-    def _compute(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return getattr(builder, name)(*arguments, flags=FLAGS)
-
-
-_binary(operator.add, "fadd")
-_binary(operator.sub, "fsub")
-_binary(operator.mul, "fmul")
