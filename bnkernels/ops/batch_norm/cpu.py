@@ -613,6 +613,8 @@ def _write_gradients(arguments, dy, x, residual, dx, dresidual, group, first, ch
             _spread_normalisation(a, SINGLE, normalisation, channels, count, columns)
         for number in range(3):
             spread(part(normalisation, number * LINE, channels), channels, a.inner, part(means, number * LINE, count))
+            if a.stage == FROZEN and number < SCALE:  # dx does not depend on x
+                spread(part(mean_g, 0, channels), channels, a.inner, part(means, number * LINE, count))
         spread(part(mean_g, 0, channels), channels, a.inner, part(means, 3 * LINE, count))
         spread(part(slope, 0, channels), channels, a.inner, part(means, 4 * LINE, count))
         for row in range(_rows_before(a, block), _rows_before(a, block + 1)):
@@ -625,6 +627,8 @@ def _write_gradients(arguments, dy, x, residual, dx, dresidual, group, first, ch
             g, values = _gradient(a, dy, x, residual, group, row, first, column, own, columns, lines)
             if dresidual.address != 0:
                 store(dresidual.address, dresidual.storage, place, g, own)
+            if a.stage == FROZEN:
+                values = line_of(lines, 5)
             out = dx.address + np.uint64(place * (8 if double else 4)) if direct else line_of(lines, 4)
             if double:
                 _gradient_of_input(DOUBLE, g, values, columns, means, out, own)
