@@ -79,7 +79,7 @@ def _layout(network, batch, dtype, parameters):
     weights = max((below[PITCH] * layer[OUTPUTS] for below, layer in pairwise(table)), default=0)
     sizes = of_layers, 2 * batch * widest, rows * widest, rows * widest, weights, batch * network.layers[0].inputs
     *starts, count = accumulate(_whole(size, lanes) for size in (*sizes, parameters))
-    return np.array(table), (rows, widest, sums, *starts), (count, sums + 2 * widest + rows, batch)
+    return np.array(table), (rows, widest, sums, *starts), (count, sums + 2 * widest, batch)
 
 
 def _whole(count, lanes):
@@ -101,7 +101,7 @@ def _models(arguments):
     gathered = numbers(a.alpha, a.space, a.gathered_at, batch * inputs)
     gradients = numbers(a.alpha, a.space, a.gradients_at, count)
     sums, found = doubles(a.wide, 0, a.sums), doubles(a.wide, a.sums, 2 * a.widest)
-    totals, classes = doubles(a.wide, a.sums + 2 * a.widest, a.rows), int32s(a.classes, 0, batch)
+    classes = int32s(a.classes, 0, batch)
     x, labels = numbers(a.alpha, a.x, 0, rows * inputs), int32s(a.labels, 0, rows)
     for turn in range(a.first_model * a.steps, a.last_model * a.steps):
         model, step = turn // a.steps, turn % a.steps
@@ -119,19 +119,18 @@ def _models(arguments):
                 _copy(part(x, row * inputs, inputs), part(gathered, i * inputs, inputs))
         examples = x if a.order == IN_ORDER else gathered
         examples_at = step * batch * inputs if a.order == IN_ORDER else zero
-        parts, wide = (work, slopes, h, y, weights), (sums, found, totals)
+        parts = work, slopes, h, y, weights
         momentum = schedule[3 * step]
-        loss = _forward(a, layers, momentum, parameters, running, examples, examples_at, classes, parts, wide)
+        loss = _forward(a, layers, momentum, parameters, running, examples, examples_at, classes, parts, sums)
         numbers(a.alpha, a.losses, turn, 1)[0] = loss / batch
-        _backward(a, layers, parameters, examples, examples_at, gradients, parts, wide)
+        _backward(a, layers, parameters, examples, examples_at, gradients, parts, sums, found)
         _update(a, rates[model], schedule[3 * step + 1], schedule[3 * step + 2], parameters, gradients, model * count)
 
 
 @inner
-def _forward(a, layers, momentum, parameters, running, x, x_at, labels, parts, wide):
+def _forward(a, layers, momentum, parameters, running, x, x_at, labels, parts, sums):
     """Write z of all layers, and the gradients of the mean loss over the logits; return the sum of the losses."""
     work, _, h, _, _ = parts
-    sums, _, totals = wide
     batch, rows, code, alpha, loss = a.batch, a.rows, a.activation, a.alpha, 0.0
     for at_layer in range(0, len(layers), COLUMNS):
         layer, below = part(layers, at_layer, COLUMNS), part(layers, max(at_layer - COLUMNS, 0), COLUMNS)
@@ -153,17 +152,16 @@ def _forward(a, layers, momentum, parameters, running, x, x_at, labels, parts, w
                 block.normalise_rows(work, z, pitch, count, outputs, a.eps, layer[RSTDS] + at)
             elif at_layer + COLUMNS == len(layers):
                 own = part(labels, at, count)
-                loss += block.cross_entropy(work, z, pitch, outputs, layer[VECTORS], own, batch, totals)
+                loss += block.cross_entropy(work, z, pitch, outputs, layer[VECTORS], own, batch, h)
         if norm == BATCH:
             _batch_norm(a, layer, momentum, parameters, running, sums, work)
     return loss
 
 
 @inner
-def _backward(a, layers, parameters, x, x_at, gradients, parts, wide):
+def _backward(a, layers, parameters, x, x_at, gradients, parts, sums, found):
     """Write all gradients."""
     work, slopes, h, y, weights = parts
-    sums, found, _ = wide
     batch, rows, code, alpha, half = a.batch, a.rows, a.activation, a.alpha, a.batch * a.widest
     for at_layer in range(len(layers) - COLUMNS, -1, -COLUMNS):
         layer, below = part(layers, at_layer, COLUMNS), part(layers, max(at_layer - COLUMNS, 0), COLUMNS)

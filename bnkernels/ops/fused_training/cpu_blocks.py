@@ -10,6 +10,7 @@ import numpy as np
 
 from bnkernels.ops.activations_cpu import activate, differentiate
 from bnkernels.runtime.cpu.language import inner, part
+from bnkernels.runtime.cpu.mathematics import exp, log
 from bnkernels.runtime.cpu.vectors import (
     add,
     add_product,
@@ -211,28 +212,34 @@ def cross_entropy(z, at, pitch, columns, of_layer, labels, batch, totals):
         for j in range(0, columns, lanes):
             store(z, row + j, subtract(load(z, row + j), highest))
         loss -= z[row + labels[i]]
-    _exponentials(part(z, at, rows * pitch))
+    _map_exp(part(z, at, rows * pitch))
     for i in range(rows):
         row = at + i * pitch
         found = splat_wide(0.0, load(z, row))
         for j in range(0, columns, lanes):
             found = add_wide(found, first(load(z, row + j), columns - j, dtype(0)))
         sum_ = total(found)
-        totals[i] = sum_
+        totals[i] = dtype(sum_)
         scale = splat(dtype(1 / (sum_ * batch)))
         for j in range(0, columns, lanes):
             store(z, row + j, multiply(load(z, row + j), scale))
         z[row + labels[i]] -= dtype(1 / batch)
+    _map_log(part(totals, 0, rows))
     for i in range(rows):
-        loss += np.log(totals[i])
+        loss += totals[i]
     return loss
 
 
 @inner
-def _exponentials(z):
-    """Write exp(z) over z."""
+def _map_exp(z):
     for i in range(len(z)):
-        z[i] = np.exp(z[i])
+        z[i] = exp(z[i])
+
+
+@inner
+def _map_log(z):
+    for i in range(len(z)):
+        z[i] = log(z[i])
 
 
 @inner
