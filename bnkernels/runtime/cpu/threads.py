@@ -18,6 +18,7 @@ WORTH_SHARING = 2**20  # numbers from which on threads save more than the 100 us
 
 _pool: ThreadPoolExecutor | None = None
 _threads = 0  # 0: not yet asked for
+_given = False  # by `set_num_threads`
 
 
 def get_num_threads() -> int:
@@ -53,9 +54,17 @@ def set_num_threads(threads: int) -> None:
     ValueError
         If it is less than 1.
     """
-    global _threads
-    _threads = check.integer("threads", threads, 1)
+    global _threads, _given
+    _threads, _given = check.integer("threads", threads, 1), True
     _forget_pool()
+
+
+def described() -> str:
+    """Return the number of threads and where it comes from."""
+    number = get_num_threads()
+    if _given:
+        return f"{number}, set by bnkernels.set_num_threads"
+    return f"{number}, " + (f"set by {VARIABLE}" if os.environ.get(VARIABLE) else "the processors of this process")
 
 
 def _processors() -> int:
