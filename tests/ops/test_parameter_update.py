@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import bnkernels as bn
-from bnkernels.ops.parameter_update import parameter_update_launch
+from bnkernels.ops.parameter_update.op import parameter_update_launch
 from tests.regress.refusal import refused
 from tools import oracle
 from tools.backends import Backend, emulated_runtime
