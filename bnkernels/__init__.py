@@ -25,7 +25,7 @@ from bnkernels.ops.parameter_update.op import (
     sgd_update,
     update_schedule,
 )
-from bnkernels.ops.softmax_cross_entropy import softmax_cross_entropy
+from bnkernels.ops.softmax_cross_entropy.op import softmax_cross_entropy
 from bnkernels.runtime.cpu.threads import get_num_threads, set_num_threads
 
 __all__ = [
