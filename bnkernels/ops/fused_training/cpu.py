@@ -19,7 +19,7 @@ import numpy as np
 
 from bnkernels.ops.activations import activation_named
 from bnkernels.ops.fused_training import cpu_blocks as block
-from bnkernels.ops.parameter_update import ADAM_EPS, BETA1, BETA2, MOMENTUM, STATES
+from bnkernels.ops.parameter_update.op import ADAM_EPS, BETA1, BETA2, MOMENTUM, STATES
 from bnkernels.runtime.arguments import addresses, arguments_type, pack
 from bnkernels.runtime.cpu.language import doubles, inner, int32s, int64s, kernel, numbers, part
 from bnkernels.runtime.cpu.products import product, worth_blas
