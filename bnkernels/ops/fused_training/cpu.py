@@ -13,6 +13,7 @@ Numerics: elements and products in the type of the data; sums of columns, rows a
 Determinism: blocks follow from the sizes; a model is computed by one thread.
 """
 
+from functools import lru_cache
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -25,7 +26,9 @@ from bnkernels.runtime.cpu.language import doubles, inner, int32s, int64s, kerne
 from bnkernels.runtime.cpu.products import product, worth_blas
 from bnkernels.runtime.cpu.threads import share
 
-INPUTS, OUTPUTS, WEIGHT, GAMMA, SHIFT, MEAN, VARIANCE, NORM, PITCH, Z, VECTORS, SUMS, RSTDS, COLUMNS = range(14)  # of the table
+INPUTS, OUTPUTS, WEIGHT, GAMMA, SHIFT, MEAN, VARIANCE, NORM, PITCH, Z, VECTORS, SUMS, RSTDS, COLUMNS = range(
+    14
+)  # of the table
 NONE, BATCH, LAYER = range(3)  # norms
 COUNT = 6  # vectors of a layer, see cpu_blocks.py
 BLOCK, FEWEST_ROWS = 2**14, 128  # numbers of a block, of which several fit into the L2 cache; rows that the BLAS needs
@@ -64,6 +67,7 @@ def _train_models(values, dtype, counts, first, last):
     _models(arguments)
 
 
+@lru_cache(maxsize=16)
 def _layout(network, batch, dtype, parameters):
     """Return the table of the layers, where parts of a model's memory start, and its counts of numbers."""
     lanes = 32 // dtype.itemsize
@@ -144,7 +148,21 @@ def _forward(a, layers, momentum, parameters, running, x, x_at, labels, parts, s
                 h_, h_at, h_row = h, layers[Z], below[PITCH]
                 block.activations(work, below[Z] + at * h_row, h_row, count, below[VECTORS], code, alpha, h)
             product(
-                count, outputs, inputs, h_, h_at, h_row, ONE, parameters, layer[WEIGHT], outputs, ONE, work, z, pitch, at < 0
+                count,
+                outputs,
+                inputs,
+                h_,
+                h_at,
+                h_row,
+                ONE,
+                parameters,
+                layer[WEIGHT],
+                outputs,
+                ONE,
+                work,
+                z,
+                pitch,
+                at < 0,
             )
             if norm == BATCH:
                 block.statistics(work, z, pitch, count, at, sums, layer[SUMS])
@@ -187,7 +205,21 @@ def _backward(a, layers, parameters, x, x_at, gradients, parts, sums, found):
                 z = below[Z] + at * h_row
                 block.activations(work, z, h_row, count, below[VECTORS], code, alpha, h)
             product(
-                inputs, outputs, count, h_, h_at, ONE, h_row, g, dz, pitch, ONE, gradients, layer[WEIGHT], outputs, at > 0
+                inputs,
+                outputs,
+                count,
+                h_,
+                h_at,
+                ONE,
+                h_row,
+                g,
+                dz,
+                pitch,
+                ONE,
+                gradients,
+                layer[WEIGHT],
+                outputs,
+                at > 0,
             )
             if at_layer > 0:
                 dh = lower + at * h_row
@@ -206,7 +238,7 @@ def _copy(source, target):
 @inner
 def _drawn(seed, place, rows):
     """Return the row that `random_rows` draws for a place."""
-    counter, key = np.uint64(place), np.uint64(seed)
+    counter, key = np.uint64(place), np.uint64(seed) & LOWER  # the bits of a seed of 32 are read as a signed number
     low, high = counter & LOWER, counter >> HALF
     for _ in range(10):
         product_ = low * np.uint64(0xD256D193)

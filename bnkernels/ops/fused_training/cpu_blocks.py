@@ -66,7 +66,9 @@ def statistics(z, at, pitch, rows, seen, sums, sums_at):
             apart = subtract(mean, before)
             part_of_mean = multiply(apart, splat_wide(rows * of_all, like))
             mean = add(before, part_of_mean)
-            square = add(square, multiply_add(multiply(apart, part_of_mean), splat_wide(np.float64(seen), like), squares))
+            square = add(
+                square, multiply_add(multiply(apart, part_of_mean), splat_wide(np.float64(seen), like), squares)
+            )
         store(sums, sums_at + j, mean)
         store(sums, sums_at + pitch + j, square)
 

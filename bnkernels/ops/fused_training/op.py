@@ -14,7 +14,7 @@ import numpy as np
 from bnkernels.ops.activations import activation_named
 from bnkernels.ops.fused_training import reference
 from bnkernels.ops.fused_training.launch import MOST_EXAMPLES, OPTIMIZERS, Problem, choose, why_not
-from bnkernels.ops.fused_training.spec import MOST, LayerSpec, NetworkSpec, check_network, check_offsets, check_rows
+from bnkernels.ops.fused_training.spec import LayerSpec, NetworkSpec, check_network, check_offsets, check_rows
 from bnkernels.ops.mini_batch.op import check_seed
 from bnkernels.ops.parameter_update.op import ADAM_EPS, BETA1, BETA2, state_names, update_schedule
 from bnkernels.runtime import checks as check
@@ -127,7 +127,7 @@ def fused_training(
     if (seed is None) != (steps is None) or (seed is not None and indices is not None):
         raise ValueError("seed and steps go together, and without indices: they draw the mini-batches")
     runtime, args = OPERANDS.check(*arrays)
-    models, steps = _sizes(args, network, batch, steps, MOST if runtime is None else MOST_EXAMPLES)
+    models, steps = _sizes(args, network, batch, steps, None if runtime is None else MOST_EXAMPLES)
     rates = np.array([check.number("lr", rate, 0) for rate in _of_each("lr", lr, models)])
     seeds = None if seed is None else np.array([check_seed(one) for one in _of_each("seed", seed, models)], np.uint32)
     losses = empty(runtime, (*parameters.shape[:-1], steps), parameters) if out is None else out
@@ -209,14 +209,16 @@ def _of_each(name: str, given: Any, models: int) -> list[Any]:
 
 
 def _sizes(
-    args: dict[str, check.Argument | None], network: NetworkSpec, batch: int, drawn: int | None, most: int
+    args: dict[str, check.Argument | None], network: NetworkSpec, batch: int, drawn: int | None, most: int | None
 ) -> tuple[int, int]:
     """Check all arrays; return the numbers of models and of steps, which are `drawn` if given."""
     parameters, x = args["parameters"], args["x"]
     check.float32_or_float64(parameters)
-    if not 2 <= batch <= most:
-        way_out = "; train larger mini-batches layer by layer" if batch > most else ""
-        raise ValueError(f"batch must be from 2 to {most}, got {check.shown(batch)}{way_out}")
+    if most is None and batch < 2:
+        raise ValueError(f"batch must be at least 2, got {check.shown(batch)}")
+    if most is not None and not 2 <= batch <= most:
+        wanted = f"batch must be from 2 to {most}"
+        raise ValueError(f"{wanted}, got {check.shown(batch)}; train larger mini-batches layer by layer")
     inputs = network.layers[0].inputs
     if len(x.shape) != 2 or x.shape[1] != inputs or x.shape[0] >= 2**31:
         raise ValueError(f"x must have the shape (rows, {inputs}), of less than 2**31 rows, got {x.shape}")

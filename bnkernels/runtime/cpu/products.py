@@ -56,18 +56,14 @@ def _tile(
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         a_, a_at, a_row, a_column, b_, b_at, b_row, c_, c_at, c_row, depth, columns, add = arguments[:13]
         row_count, vector_count = sizes
-        a_, b_, c_ = (
-            pointer_of(context, builder, kind, array) for kind, array in ((a, a_), (b, b_), (c, c_))
-        )
+        a_, b_, c_ = (pointer_of(context, builder, kind, array) for kind, array in ((a, a_), (b, b_), (c, c_)))
         number = context.get_constant
         element = c_.type.pointee
         kind = vector_of(element, lanes)
         before = number(types.intp, (vector_count - 1) * lanes)
         mask = first_lanes(builder, builder.sub(columns, before), lanes)
         masks = [None] * (vector_count - 1) + [mask]
-        tile = [
-            [cgutils.alloca_once(builder, kind) for _ in range(vector_count)] for _ in range(row_count)
-        ]
+        tile = [[cgutils.alloca_once(builder, kind) for _ in range(vector_count)] for _ in range(row_count)]
         c_rows = [
             builder.gep(c_, [builder.add(c_at, builder.mul(c_row, number(types.intp, i)))]) for i in range(row_count)
         ]
@@ -146,9 +142,7 @@ def _gemm(
         )
         function = cgutils.get_or_insert_function(builder.module, kind, "numba_xxgemm")
         alpha, beta, a_, b_, c_ = (builder.bitcast(each, pointer) for each in (*alphas, a_, b_, c_))
-        builder.call(
-            function, [char(ord(letter)), *turns, n, m, depth, alpha, b_, b_row, a_, a_row, beta, c_, c_row]
-        )
+        builder.call(function, [char(ord(letter)), *turns, n, m, depth, alpha, b_, b_row, a_, a_row, beta, c_, c_row])
         return context.get_dummy_value()
 
     integers = types.intp
