@@ -85,6 +85,9 @@ class Engine(ABC):
     def why_not(model: MLP, config: TrainingConfig) -> str | None:
         """Return why the engine cannot train a model, or None if it can."""
 
+    def warm_up(self, x: Any, y: Any) -> None:
+        """Compile, or load what is compiled, before steps are timed; no model changes."""
+
     @abstractmethod
     def run(self, x: Any, y: Any, start: int, steps: int) -> None:
         """Make `steps` steps of every model, beginning with mini-batch `start` of `x` and `y`."""
@@ -181,6 +184,21 @@ class FusedEngine(Engine):
         if runtime is None:
             return None if why_reference() is None else "it needs the compiled kernels of bnkernels[cpu]"
         return why_not(_problem(model, config), runtime.limits(model.parameters))
+
+    def warm_up(self, x: Any, y: Any) -> None:
+        """Train a copy of the first model for a step on a CPU, where a kernel would else be compiled in the first."""
+        config, (model, optimizer) = self.config, self.trained[0]
+        if runtime_of(type(model.parameters)) is None:
+            parameters, running, *state = (
+                array.copy() for array in (model.parameters, model.running, *optimizer.arrays.values())
+            )
+            given = (
+                parameters,
+                tuple(state),
+                running if running.size else None,
+                *(a[: config.batch_size] for a in (x, y)),
+            )
+            fused_training(model.fused, *given, batch=config.batch_size, optimizer=config.optimizer, lr=config.lr)
 
     def run(self, x: Any, y: Any, start: int, steps: int) -> None:
         """Make the steps in one launch; several models are copied into the rows of one array, and back."""

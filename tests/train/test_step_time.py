@@ -110,6 +110,23 @@ def test_a_turn_of_compiled_steps_is_long_enough_to_be_timed() -> None:
     assert {norm: len(each) for norm, each in times.items()} == {"batch": 3, "none": 3}
 
 
+def test_what_is_compiled_is_compiled_before_a_step_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And on a copy: not a bit of the network changes."""
+    config = TrainingConfig(hidden=(8,), batch_size=16, optimizer="adam", lr=0.1, device="cpu")
+    learner = make_learner("batch", config, (6, 8, 3), np)
+    before = {name: array.tobytes() for name, array in learner.arrays().items()}
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((3 * 16, 6)).astype("float32"), np.arange(3 * 16, dtype="int32") % 3
+    learner.engine.warm_up(x, y)
+    assert {name: array.tobytes() for name, array in learner.arrays().items()} == before
+    warmed = []
+    monkeypatch.setattr(learner.engine, "warm_up", lambda x, y: warmed.append(learner.step))
+    rounds = Rounds(CPU, [])
+    for last in (1, 3):
+        rounds.train({"batch": learner}, x, y, 0, last, lambda: False)
+    assert warmed == [0]
+
+
 def test_a_stopped_and_resumed_run_keeps_its_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bnkernels.train.runs.draw_curves", lambda history, title: b"a picture")
     np.savez(tmp_path / "x.npz", x=np.random.default_rng(0).standard_normal((100, 6)), y=np.arange(100) % 3)

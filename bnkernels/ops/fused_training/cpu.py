@@ -13,6 +13,7 @@ Numerics: elements and products in the type of the data; sums of columns, rows a
 Determinism: blocks follow from the sizes; a model is computed by one thread.
 """
 
+import threading
 from functools import lru_cache
 from itertools import accumulate, pairwise
 
@@ -31,7 +32,10 @@ INPUTS, OUTPUTS, WEIGHT, GAMMA, SHIFT, MEAN, VARIANCE, NORM, PITCH, Z, VECTORS, 
 )  # of the table
 NONE, BATCH, LAYER = range(3)  # norms
 COUNT = 6  # vectors of a layer, see cpu_blocks.py
-BLOCK, FEWEST_ROWS = 2**14, 128  # numbers of a block, of which several fit into the L2 cache; rows that the BLAS needs
+BLOCK = 2**14  # numbers of a block, of which several fit into the L2 cache
+FEWEST_ROWS, ROWS_OF_BLAS, WIDE = 128, 512, 256  # of a block, and of one of layers so wide that the BLAS multiplies
+SAME_SETS = 256  # bytes: rows at multiples of it fall into few sets of the L1 cache, and push each other out
+MOST_KEPT = 2**27  # bytes of a model's memory that the next call may take over: the system clears new memory slowly
 IN_ORDER, NAMED, DRAWN = range(3)  # rows of the mini-batches
 POINTERS = "layers schedule rates seeds parameters first second running x labels indices losses space wide classes"
 SIZES = (
@@ -60,11 +64,24 @@ def train(network, batch, optimizer, arrays, losses, rates, seeds, schedule, ste
 
 def _train_models(values, dtype, counts, first, last):
     """Train the models of a range, one after the other, in memory of their own."""
-    own = np.zeros(counts[0], dtype), np.zeros(counts[1]), np.zeros(counts[2], np.int32)
+    own = _memory(dtype, counts)
     arguments = pack(ARGUMENTS[dtype], *values)
     arguments["space"], arguments["wide"], arguments["classes"] = addresses(None, *own)
     arguments["first_model"], arguments["last_model"] = first, last
     _models(arguments)
+
+
+def _memory(dtype, counts):
+    """Return arrays of so many numbers of the type, of float64 and of int32, for this thread."""
+    if getattr(_kept, "key", None) == (dtype, counts):
+        return _kept.arrays
+    arrays = np.zeros(counts[0], dtype), np.zeros(counts[1]), np.zeros(counts[2], np.int32)
+    if sum(array.nbytes for array in arrays) <= MOST_KEPT:
+        _kept.key, _kept.arrays = (dtype, counts), arrays
+    return arrays
+
+
+_kept = threading.local()
 
 
 @lru_cache(maxsize=16)
@@ -74,12 +91,13 @@ def _layout(network, batch, dtype, parameters):
     table, of_layers, sums = [], 0, 0
     for layer in network.layers:
         pitch = _whole(layer.outputs, lanes)
+        pitch += lanes * (pitch * dtype.itemsize % SAME_SETS == 0)
         norm = NONE if layer.gamma < 0 else LAYER if network.norm == "layer" else BATCH
         rstds = of_layers + pitch * (batch + COUNT)
         table.append((*layer, norm, pitch, of_layers, of_layers + pitch * batch, sums, rstds))
         of_layers, sums = rstds + _whole(batch, lanes), sums + 3 * pitch
     widest = max(row[PITCH] for row in table)
-    rows = min(max(BLOCK // widest, FEWEST_ROWS), batch)
+    rows = min(max(BLOCK // widest, ROWS_OF_BLAS if widest >= WIDE else FEWEST_ROWS), batch)
     weights = max((below[PITCH] * layer[OUTPUTS] for below, layer in pairwise(table)), default=0)
     sizes = of_layers, 2 * batch * widest, rows * widest, rows * widest, weights, batch * network.layers[0].inputs
     *starts, count = accumulate(_whole(size, lanes) for size in (*sizes, parameters))
@@ -254,6 +272,7 @@ def _affine(layer, parameters, vectors):
     at, pitch = layer[VECTORS], layer[PITCH]
     for j in range(layer[OUTPUTS]):
         gamma = parameters[layer[GAMMA] + j] if layer[GAMMA] >= 0 else parameters.dtype.type(1)
+        vectors[at + block.HIGH * pitch + j] = vectors[at + block.LOW * pitch + j] = 0
         vectors[at + block.SCALE * pitch + j] = gamma
         vectors[at + block.SHIFT * pitch + j] = parameters[layer[SHIFT] + j]
 

@@ -98,15 +98,14 @@ def normalise_rows(z, at, pitch, rows, columns, eps, rstds_at):
 
 @inner
 def normalised(z, at, pitch, rows, of_layer, alpha, h):
-    """Write y = ((z - high) - low) * scale + shift, with alpha as its slope below 0."""
-    slope = splat(alpha)
-    for j in range(0, pitch, 32 // z.itemsize):
-        column = of_layer + j
-        high, low = load(z, column + HIGH * pitch), load(z, column + LOW * pitch)
-        scale, shift = load(z, column + SCALE * pitch), load(z, column + SHIFT * pitch)
-        for o in range(j, rows * pitch + j, pitch):
-            y = multiply_add(distance(load(z, at + o), high, low), scale, shift)
-            store(h, o, rectified(y, slope, y))
+    """Write y = ((z - high) - low) * scale + shift, with alpha as its slope below 0; row by row, as memory lies."""
+    slope, lanes = splat(alpha), 32 // z.itemsize
+    for o in range(0, rows * pitch, pitch):
+        for j in range(0, pitch, lanes):
+            column = of_layer + j
+            apart = distance(load(z, at + o + j), load(z, column + HIGH * pitch), load(z, column + LOW * pitch))
+            y = multiply_add(apart, load(z, column + SCALE * pitch), load(z, column + SHIFT * pitch))
+            store(h, o + j, rectified(y, slope, y))
 
 
 @inner
@@ -157,15 +156,15 @@ def activations_backward(z, at, pitch, rows, of_layer, code, alpha, h, y, g, g_a
 
 @inner
 def batch_norm_backward(z, at, pitch, rows, of_layer, g, g_at):
-    """Write dz over g, given the means of both sums."""
-    for j in range(0, pitch, 32 // z.itemsize):
-        column = of_layer + j
-        high, low = load(z, column + HIGH * pitch), load(z, column + LOW * pitch)
-        scale = load(z, column + SCALE * pitch)
-        of_sum, of_product = load(z, column + OF_SUM * pitch), load(z, column + OF_PRODUCT * pitch)
-        for o in range(j, rows * pitch + j, pitch):
-            apart = multiply(distance(load(z, at + o), high, low), of_product)
-            store(g, g_at + o, multiply(distance(load(g, g_at + o), of_sum, apart), scale))
+    """Write dz over g, given the means of both sums; row by row, as memory lies."""
+    lanes = 32 // z.itemsize
+    for o in range(0, rows * pitch, pitch):
+        for j in range(0, pitch, lanes):
+            column, to = of_layer + j, g_at + o + j
+            apart = distance(load(z, at + o + j), load(z, column + HIGH * pitch), load(z, column + LOW * pitch))
+            apart = multiply(apart, load(z, column + OF_PRODUCT * pitch))
+            dz = distance(load(g, to), load(z, column + OF_SUM * pitch), apart)
+            store(g, to, multiply(dz, load(z, column + SCALE * pitch)))
 
 
 @inner

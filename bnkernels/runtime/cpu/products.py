@@ -80,15 +80,27 @@ def _tile(
             builder.gep(a_, [builder.add(a_at, builder.mul(a_row, number(types.intp, i)))]) for i in range(row_count)
         ]
         b_start = builder.gep(b_, [b_at])
-        with cgutils.for_range(builder, depth) as loop:
-            b_line = builder.gep(b_start, [builder.mul(loop.index, b_row)])
-            right = [read(builder, b_line, start, lanes, m) for start, m in zip(starts, masks, strict=True)]
-            a_offset = builder.mul(loop.index, a_column)
-            for row, pointers in zip(a_rows, tile, strict=True):
-                left = spread(builder, builder.load(builder.gep(row, [a_offset])), lanes)
-                for factor, pointer in zip(right, pointers, strict=True):
-                    product = builder.fmul(left, factor, flags=FLAGS)
-                    builder.store(builder.fadd(builder.load(pointer), product, flags=FLAGS), pointer)
+
+        def add_products(masks: list[Any]) -> None:
+            with cgutils.for_range(builder, depth) as loop:
+                b_line = builder.gep(b_start, [builder.mul(loop.index, b_row)])
+                right = [read(builder, b_line, start, lanes, m) for start, m in zip(starts, masks, strict=True)]
+                a_offset = builder.mul(loop.index, a_column)
+                for row, pointers in zip(a_rows, tile, strict=True):
+                    left = spread(builder, builder.load(builder.gep(row, [a_offset])), lanes)
+                    for factor, pointer in zip(right, pointers, strict=True):
+                        product = builder.fmul(left, factor, flags=FLAGS)
+                        builder.store(builder.fadd(builder.load(pointer), product, flags=FLAGS), pointer)
+
+        if row_count == 1:
+            add_products(masks)
+        else:  # a mask takes a register, which the tile needs
+            whole = builder.icmp_signed("==", columns, number(types.intp, vector_count * lanes))
+            with builder.if_else(whole) as (then, otherwise):
+                with then:
+                    add_products([None] * vector_count)
+                with otherwise:
+                    add_products(masks)
         for row, pointers in zip(c_rows, tile, strict=True):
             for start, of_vector, pointer in zip(starts, masks, pointers, strict=True):
                 write(builder, row, start, builder.load(pointer), of_vector)
