@@ -20,7 +20,7 @@ from bnkernels.train.config import ConfigError, TrainingConfig
 STEPS_IN_TURN = 10  # steps of one of several models before it is the next one's turn
 STEPS_PER_LAUNCH = 1000  # a few milliseconds, after which training can be interrupted
 RATE = 2e10  # multiplications and additions per second of a thread: a low guess, so that calls end early
-SECONDS_PER_CALL, SECONDS_PER_TURN = 0.05, 0.005  # of compiled steps: to be interrupted, and to be timed
+SECONDS_PER_CALL, SECONDS_PER_TURN = 0.05, 0.005  # compiled steps, to be interrupted and to be timed
 
 
 class Engine(ABC):
@@ -85,7 +85,7 @@ class Engine(ABC):
     def why_not(model: MLP, config: TrainingConfig) -> str | None:
         """Return why the engine cannot train a model, or None if it can."""
 
-    def warm_up(self, x: Any, y: Any) -> None:
+    def warm_up(self, x: Any, y: Any) -> None:  # noqa: B027  most engines compile what they call op by op
         """Compile, or load what is compiled, before steps are timed; no model changes."""
 
     @abstractmethod

@@ -1,15 +1,19 @@
 """CPU kernels of fused training: all steps of a network in one call, a network per thread.
 
-Formulas: those of `reference.py`. A layer is one sweep forward and one backward over blocks of rows. Forward: the block
-    of the layer before, normalised and activated anew, times the weights, and the statistics of the product. Backward:
-    dz of the block, its part of the gradient of the weights, and dz times the turned weights, with phi' and the sums
-    that the norm below needs. Then all parameters are updated at once.
-Arrays: parameters, state and running statistics of M models, one behind the other; x in place, or the rows drawn
-    or named, copied. Of every layer only z is kept, (batch, pitch); all else belongs to a block.
-Traffic: forward reads z of the layer before and writes its own; backward reads dz, z and z below and writes dz below.
-    A norm adds work within the cache alone: two passes of the block in the forward, one in the backward.
+Formulas: those of `reference.py`. A layer is one sweep forward and one backward over blocks of rows. Forward takes the
+block of the layer before, normalises and activates it anew, multiplies it with the weights and adds up the statistics
+of the product. Backward makes dz of the block, its part of the gradient of the weights, and dz times the turned
+weights, with phi' and the sums that the norm below needs. Then all parameters are updated at once.
+
+Arrays: parameters, state and running statistics of M models, one behind the other; x in place, or the rows drawn or
+named, copied. Every layer keeps z, (batch, pitch); all else belongs to a block.
+
+Traffic: forward reads z of the layer before and writes its own; backward reads dz, z and z below and writes dz below. A
+norm adds work within the cache alone: two passes of a block in the forward, one in the backward.
+
 Numerics: elements and products in the type of the data; sums of columns, rows and losses in float64; means as two
-    numbers; variances around the mean of the block, merged by Chan's formula.
+numbers; variances around the mean of the block, merged by Chan's formula.
+
 Determinism: blocks follow from the sizes; a model is computed by one thread.
 """
 
@@ -33,7 +37,7 @@ INPUTS, OUTPUTS, WEIGHT, GAMMA, SHIFT, MEAN, VARIANCE, NORM, PITCH, Z, VECTORS, 
 NONE, BATCH, LAYER = range(3)  # norms
 COUNT = 6  # vectors of a layer, see cpu_blocks.py
 BLOCK = 2**14  # numbers of a block, of which several fit into the L2 cache
-FEWEST_ROWS, ROWS_OF_BLAS, WIDE = 128, 512, 256  # of a block, and of one of layers so wide that the BLAS multiplies
+FEWEST_ROWS, ROWS_OF_BLAS, WIDE = 128, 512, 256  # rows of a block; more where layers are wide and the BLAS multiplies
 SAME_SETS = 256  # bytes: rows at multiples of it fall into few sets of the L1 cache, and push each other out
 MOST_KEPT = 2**27  # bytes of a model's memory that the next call may take over: the system clears new memory slowly
 IN_ORDER, NAMED, DRAWN = range(3)  # rows of the mini-batches

@@ -27,6 +27,35 @@ VECTORS = 3  # columns of a tile
 WORTH_BLAS = 2**23  # multiply-adds from which on the BLAS is faster, as measured: 128 x 256 x 256
 
 
+def _rows(builder: Any, data: Any, start: Any, row: Any, count: int) -> list[Any]:
+    """Return the pointers to the first rows from an offset on."""
+    return [builder.gep(data, [builder.add(start, builder.mul(row, row.type(i)))]) for i in range(count)]
+
+
+def _add_products(
+    builder: Any,
+    tile: list[list[Any]],
+    lanes: int,
+    masks: list[Any],
+    a_rows: list[Any],
+    a_column: Any,
+    b_start: Any,
+    b_row: Any,
+    depth: Any,
+    starts: list[Any],
+) -> None:
+    """Add the products of rows of a and of vectors of b to a tile, over the depth."""
+    with cgutils.for_range(builder, depth) as loop:
+        b_line = builder.gep(b_start, [builder.mul(loop.index, b_row)])
+        right = [read(builder, b_line, start, lanes, mask) for start, mask in zip(starts, masks, strict=True)]
+        a_offset = builder.mul(loop.index, a_column)
+        for row, pointers in zip(a_rows, tile, strict=True):
+            left = spread(builder, builder.load(builder.gep(row, [a_offset])), lanes)
+            for factor, pointer in zip(right, pointers, strict=True):
+                product = builder.fmul(left, factor, flags=FLAGS)
+                builder.store(builder.fadd(builder.load(pointer), product, flags=FLAGS), pointer)
+
+
 @intrinsic
 def _tile(
     typing_context: Any,
@@ -63,9 +92,7 @@ def _tile(
         mask = first_lanes(builder, builder.sub(columns, before), lanes)
         masks = [None] * (vector_count - 1) + [mask]
         tile = [[cgutils.alloca_once(builder, kind) for _ in range(vector_count)] for _ in range(row_count)]
-        c_rows = [
-            builder.gep(c_, [builder.add(c_at, builder.mul(c_row, number(types.intp, i)))]) for i in range(row_count)
-        ]
+        c_rows = _rows(builder, c_, c_at, c_row, row_count)
         starts = [number(types.intp, v * lanes) for v in range(vector_count)]
         with builder.if_else(builder.icmp_signed("!=", add, add.type(0))) as (then, otherwise):
             with then:
@@ -76,31 +103,18 @@ def _tile(
                 for pointers in tile:
                     for pointer in pointers:
                         builder.store(ir.Constant(kind, None), pointer)
-        a_rows = [
-            builder.gep(a_, [builder.add(a_at, builder.mul(a_row, number(types.intp, i)))]) for i in range(row_count)
-        ]
-        b_start = builder.gep(b_, [b_at])
-
-        def add_products(masks: list[Any]) -> None:
-            with cgutils.for_range(builder, depth) as loop:
-                b_line = builder.gep(b_start, [builder.mul(loop.index, b_row)])
-                right = [read(builder, b_line, start, lanes, m) for start, m in zip(starts, masks, strict=True)]
-                a_offset = builder.mul(loop.index, a_column)
-                for row, pointers in zip(a_rows, tile, strict=True):
-                    left = spread(builder, builder.load(builder.gep(row, [a_offset])), lanes)
-                    for factor, pointer in zip(right, pointers, strict=True):
-                        product = builder.fmul(left, factor, flags=FLAGS)
-                        builder.store(builder.fadd(builder.load(pointer), product, flags=FLAGS), pointer)
+        a_rows, b_start = _rows(builder, a_, a_at, a_row, row_count), builder.gep(b_, [b_at])
+        factors = a_rows, a_column, b_start, b_row, depth, starts
 
         if row_count == 1:
-            add_products(masks)
+            _add_products(builder, tile, lanes, masks, *factors)
         else:  # a mask takes a register, which the tile needs
             whole = builder.icmp_signed("==", columns, number(types.intp, vector_count * lanes))
             with builder.if_else(whole) as (then, otherwise):
                 with then:
-                    add_products([None] * vector_count)
+                    _add_products(builder, tile, lanes, [None] * vector_count, *factors)
                 with otherwise:
-                    add_products(masks)
+                    _add_products(builder, tile, lanes, masks, *factors)
         for row, pointers in zip(c_rows, tile, strict=True):
             for start, of_vector, pointer in zip(starts, masks, pointers, strict=True):
                 write(builder, row, start, builder.load(pointer), of_vector)
