@@ -55,8 +55,8 @@ def test_the_main_job_answers_the_question(capsys):
     assert min(map(float, accuracies)) > 96
     assert re.search(r"^steps to 95 % +\d+ +\d+$", out, re.MULTILINE)
     assert re.search(r"^µs per step +[\d.]+ +[\d.]+$", out, re.MULTILINE)
-    verdict = r"takes [\d.]+ times a step without \(quartiles [\d.]+ and [\d.]+ of 1099 rounds\). Accepted wisdom: 3 to"
-    busy = r"No verdict .*: half of 1099 rounds lie between [\d.]+ and [\d.]+, more than 15 % from the median, "
+    verdict = r"takes [\d.]+ times a step without \(quartiles [\d.]+ and [\d.]+ of (1099|49) rounds\). Accepted wisdom: 3 to"
+    busy = r"No verdict .*: half of (1099|49) rounds lie between [\d.]+ and [\d.]+, more than 15 % from the median, "
     assert re.search(f"{verdict}|{busy}", out)
     (files,) = re.findall(r"^Files: (.*)$", out, re.MULTILINE)
     names = [re.fullmatch(r"runs/digits-\d{8}-\d{6}/(.*)", file)[1] for file in files.split(", ")]
@@ -156,7 +156,8 @@ def test_json_is_one_document_and_the_content_of_metrics(capsys):
     ratio = result["summary"]["step_time_ratio"]
     low, high = ratio["quartiles"]
     assert 0 < low <= ratio["median"] <= high
-    assert (ratio["rounds"], ratio["steps"]) == (9, 10)
+    assert ratio["steps"] == 10
+    assert ratio["rounds"] in (9, 1)  # of a step, or with compiled steps of an epoch
     assert ratio["why_no_verdict"] == "10 steps of each were timed, and 200 are needed"
 
 
