@@ -41,7 +41,7 @@ from bnkernels.ops.batch_norm.cpu.rows import (
     spread,
     store,
 )
-from bnkernels.ops.batch_norm.cpu.sums import fold
+from bnkernels.ops.batch_norm.cpu.sums import fold, whole_sum
 from bnkernels.runtime.cpu.language import LINE, cast, kernel, numbers, part, stack
 
 # Lines of a row, in float64.
@@ -258,10 +258,10 @@ def double_backward(arguments, first_task, last_task):
                 continue
             if step == 2:
                 for i in range(len(totals)):
-                    totals[i] += rests[i]
+                    totals[i] = whole_sum(totals[i], rests[i])
                 _conclude(a, first, channels, normalisation, totals, constants)
             _pass(a, tensors, outputs, first, channels, normalisation, step, totals, rests, constants)
             if step == 0:
                 for i in range(len(totals)):
-                    totals[i], rests[i] = totals[i] + rests[i], 0.0
+                    totals[i], rests[i] = whole_sum(totals[i], rests[i]), 0.0
                 _choose_w(a, first, channels, normalisation, totals, constants)
