@@ -17,7 +17,7 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, models, register_model
 from numba.np.arrayobj import make_array, populate_array
 
 # Contraction gives fused multiply-adds. Nothing may be reordered, and NaN and infinity count.
@@ -29,6 +29,25 @@ LINE = 1024  # numbers that are worked on at a time: 4 KiB of float32, and a few
 SAME, FLOAT16, BFLOAT16 = 0, 1, 2  # storage of data: in the accumulator's type, or in 16 bits
 STORAGE = {"float32": SAME, "float64": SAME, "float16": FLOAT16, "bfloat16": BFLOAT16}
 SINGLE, DOUBLE = np.float32, np.float64
+HEAD = object.__basicsize__  # bytes of an array object in front of the address of its numbers
+
+
+class View(types.Array):
+    """Type of an array that owns nothing: no reference is counted, which in short loops takes most of the time."""
+
+    def __init__(self, dtype: types.Type) -> None:
+        super().__init__(dtype, 1, "C", name=f"view({dtype})")
+
+
+@register_model(View)
+class _ViewModel(models.StructModel):
+    """The members of Numba's arrays; what owns the memory is a mere pointer."""
+
+    def __init__(self, manager: Any, view: View) -> None:
+        of_axes = types.UniTuple(types.intp, 1)
+        names = "meminfo", "parent", "nitems", "itemsize", "data", "shape", "strides"
+        of = types.voidptr, types.voidptr, types.intp, types.intp, types.CPointer(view.dtype), of_axes, of_axes
+        super().__init__(manager, view, list(zip(names, of, strict=True)))
 
 
 def _view(context: Any, builder: Any, array_type: types.Array, data: Any, count: Any) -> Any:
@@ -49,7 +68,7 @@ def _array_at(dtype: types.Type) -> Any:
     @intrinsic
     def array_at(typing_context: Any, address: Any, offset: Any, count: Any) -> Any:
         """Return the array of `count` numbers that begins `offset` numbers behind the address."""
-        array_type = types.Array(dtype, 1, "C")
+        array_type = View(dtype)
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             address, offset, count = arguments
@@ -63,13 +82,19 @@ def _array_at(dtype: types.Type) -> Any:
 
 int8s, int32s, int64s = _array_at(types.uint8), _array_at(types.int32), _array_at(types.int64)
 float16s, bfloat16s = _array_at(types.int16), _array_at(types.uint16)  # told apart by these types
-doubles = _array_at(types.float64)
+singles, doubles = _array_at(types.float32), _array_at(types.float64)
+
+
+@device
+def address(identity):
+    """Return the address of a NumPy array's first number, of which the kernel was given the `id`; 0 for 0."""
+    return int64s(np.uint64(identity + HEAD), 0, 1)[0] if identity else 0
 
 
 @intrinsic
 def numbers(typing_context: Any, like: Any, address: Any, offset: Any, count: Any) -> Any:
     """Return the array of `count` numbers of the type of `like`, `offset` numbers behind the address."""
-    array_type = types.Array(like, 1, "C")
+    array_type = View(like)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _, address, offset, count = arguments
@@ -82,7 +107,7 @@ def numbers(typing_context: Any, like: Any, address: Any, offset: Any, count: An
 @intrinsic
 def part(typing_context: Any, array: Any, offset: Any, count: Any) -> Any:
     """Return `count` numbers of an array from an offset on; a slice would count references."""
-    array_type = types.Array(array.dtype, 1, "C")
+    array_type = View(array.dtype)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         whole, offset, count = arguments
@@ -97,7 +122,7 @@ def stack(typing_context: Any, like: Any, count: Any) -> Any:
     """Return a new array of a literal number of numbers of the type of `like`, until the kernel returns."""
     if not isinstance(count, types.IntegerLiteral):
         return None
-    array_type, size = types.Array(like, 1, "C"), count.literal_value
+    array_type, size = View(like), count.literal_value
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         with builder.goto_entry_block():  # once per call, however often the line is executed
@@ -108,8 +133,35 @@ def stack(typing_context: Any, like: Any, count: Any) -> Any:
     return array_type(like, count), generate
 
 
+@device
+def is_double(like):
+    """Return whether this is a float64."""
+    return numbers(like, np.uint64(0), 0, 0).itemsize == 8
+
+
 @intrinsic
-def _half_to_float(typing_context: Any, half: Any) -> Any:
+def address_of(typing_context: Any, array: Any) -> Any:
+    """Return the address of an array's first number."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data = make_array(array)(context, builder, arguments[0]).data
+        return builder.ptrtoint(data, context.get_value_type(types.uint64))
+
+    return types.uint64(array), generate
+
+
+@intrinsic
+def cast(typing_context: Any, number: Any, like: Any) -> Any:
+    """Return a number in the type of another."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return context.cast(builder, arguments[0], number, like)
+
+    return like(number, like), generate
+
+
+@intrinsic
+def half_to_float(typing_context: Any, half: Any) -> Any:
     """Return the float32 of a float16, given as its bits."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -119,7 +171,7 @@ def _half_to_float(typing_context: Any, half: Any) -> Any:
 
 
 @intrinsic
-def _float_to_half(typing_context: Any, number: Any) -> Any:
+def float_to_half(typing_context: Any, number: Any) -> Any:
     """Return the bits of the nearest float16."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -149,7 +201,7 @@ def as_bits(typing_context: Any, number: Any) -> Any:
 
 
 @device
-def _to_bfloat16(number):
+def to_bfloat16(number):
     """Return the bits of the nearest bfloat16, as uint32; NaN stays NaN."""
     bits = as_bits(np.float32(number))
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
@@ -160,7 +212,7 @@ def _to_bfloat16(number):
 @device
 def _widen_float16(source, line):
     for i in range(len(line)):
-        line[i] = _half_to_float(source[i])
+        line[i] = half_to_float(source[i])
 
 
 @device
@@ -169,17 +221,23 @@ def _widen_bfloat16(source, line):
         line[i] = as_float(np.uint32(np.uint32(source[i]) << np.uint32(16)))
 
 
-@device
+@kernel
 def gather(address, storage, offset, stride, line):
-    """Read numbers that do not lie next to one another."""
+    """Read numbers from memory into a line."""
     count = len(line)
+    if stride == 1 and storage == FLOAT16:
+        _widen_float16(float16s(address, offset, count), line)
+        return
+    if stride == 1 and storage == BFLOAT16:
+        _widen_bfloat16(bfloat16s(address, offset, count), line)
+        return
     reach = (count - 1) * abs(stride) + 1
     start = offset if stride >= 0 else offset + (count - 1) * stride
     at = 0 if stride >= 0 else (count - 1) * -stride
     if storage == FLOAT16:
         halves = float16s(address, start, reach)
         for i in range(count):
-            line[i] = _half_to_float(halves[at + i * stride])
+            line[i] = half_to_float(halves[at + i * stride])
     elif storage == BFLOAT16:
         truncated = bfloat16s(address, start, reach)
         for i in range(count):
@@ -193,15 +251,9 @@ def gather(address, storage, offset, stride, line):
 @device
 def load(address, storage, offset, stride, line):
     """Return as many numbers as `line` has: where they lie, if they can be read there, else converted in `line`."""
-    count = len(line)
-    if stride != 1 and count > 1:
-        gather(address, storage, offset, stride, line)
-    elif storage == FLOAT16:
-        _widen_float16(float16s(address, offset, count), line)
-    elif storage == BFLOAT16:
-        _widen_bfloat16(bfloat16s(address, offset, count), line)
-    else:
-        return numbers(line[0], address, offset, count)
+    if storage == SAME and (stride == 1 or len(line) == 1):
+        return numbers(line[0], address, offset, len(line))
+    gather(address, storage, offset, stride, line)
     return line
 
 
@@ -213,14 +265,14 @@ def place(address, storage, offset, line):
     return line
 
 
-@device
+@kernel
 def store(address, storage, offset, line):
     """Write a line that `place` gave, contiguously, if it is not there already."""
     if storage == FLOAT16:
         halves = float16s(address, offset, len(line))
         for i in range(len(line)):
-            halves[i] = _float_to_half(np.float32(line[i]))
+            halves[i] = float_to_half(np.float32(line[i]))
     elif storage == BFLOAT16:
         truncated = bfloat16s(address, offset, len(line))
         for i in range(len(line)):
-            truncated[i] = np.uint16(_to_bfloat16(line[i]))
+            truncated[i] = np.uint16(to_bfloat16(line[i]))
