@@ -43,14 +43,20 @@ from bnkernels.runtime.cpu.language import (
 )
 from bnkernels.runtime.cpu.sums import add, dot, total
 from bnkernels.runtime.cpu.threads import share
+from bnkernels.runtime.cpu.vectors import WIDTH, fill, fold, get, put, widen
 from bnkernels.runtime.seam import ceil_div
 
 HELD = 8192  # columns of a row whose intermediate values are held
 GROUP = 8  # rows whose columns are summed in the accumulator's type
 HEIGHT = 64  # rows of a block, unless there would be too many blocks
+FOUR = 4 * WIDTH  # numbers that are added in the accumulator's type
 MOST_SUMS = 2**17  # pairs of sums of columns: 2 MiB
 MOST_TOGETHER, FEWEST_TOGETHER = 64, 8  # short rows that are normalised together: at most, or else one by one
-SMALL_SINGLE, SMALL_DOUBLE = 2.0**-66, 2.0**-600  # scales at which neither sums nor squares overflow
+SMALL_SINGLE, SMALL_DOUBLE, LARGE_DOUBLE = (
+    2.0**-66,
+    2.0**-600,
+    2.0**600,
+)  # scales at which neither sums nor squares overflow
 
 
 def forward(
@@ -136,16 +142,41 @@ def _moments(x, storage, offset, columns, scale, line, d):
         values, centred = part(line, 0, min(LINE, columns - start)), part(d, 0, min(LINE, columns - start))
         if storage == SAME or columns > LINE:
             values = load(x, storage, offset + start, 1, values)
-        if scale == 1:
+        if scale != 1:
             for j in range(len(values)):
-                centred[j] = values[j] - mean
-        else:
-            for j in range(len(values)):
-                centred[j] = values[j] * factor - mean
-        if is_double(mean):
-            rests = add(rests, total(centred))
-        squares = add(squares, dot(centred, centred))
+                centred[j] = values[j] * factor
+            values = centred
+        rest, square = _centre(values, mean, centred)
+        rests, squares = add(rests, rest), add(squares, square)
     return _of_sums(columns, exact, mean, rests[0] + rests[1], squares[0] + squares[1])
+
+
+@device
+def _centre(values, mean, centred):
+    """Write the numbers less the mean; return their sum, which only float64 has a use for, and that of their squares.
+
+    Four float32 squares are added before float64 takes them.
+    """
+    zero, zeros = cast(0, mean), fill(0.0)
+    sums, squares, means = zeros, zeros, fill(mean)
+    whole, eights = len(values) // FOUR * FOUR, len(values) // WIDTH * WIDTH
+    for i in range(0, whole, FOUR):
+        sum_, square = fill(zero), fill(zero)
+        for k in range(i, i + FOUR, WIDTH):
+            d = get(values, k) - means
+            put(centred, k, d)
+            sum_, square = sum_ + d, square + d * d
+        sums, squares = sums + widen(sum_), squares + widen(square)
+    for i in range(whole, eights, WIDTH):
+        d = get(values, i) - means
+        put(centred, i, d)
+        sums, squares = sums + widen(d), squares + widen(d * d)
+    rest, rest_square = 0.0, 0.0
+    for i in range(eights, len(values)):
+        last = values[i] - mean
+        centred[i] = last
+        rest, rest_square = rest + last, rest_square + np.float64(last * last)
+    return fold(sums) + rest, fold(squares) + rest_square
 
 
 @device
@@ -215,11 +246,7 @@ def _short_rows(storage, x, gamma, beta, y, of_rows, n, count, columns, eps, alp
         means[i] /= columns
     for i in range(count):
         row, centred, mean = part(values, i * columns, columns), part(d, i * columns, columns), cast(means[i], eps)
-        for j in range(columns):
-            centred[j] = row[j] - mean
-        variances[i] = dot(centred, centred)
-        if is_double(eps):
-            rests[i] = total(centred)
+        rests[i], variances[i] = _centre(row, mean, centred)
     largest = 0.0
     for i in range(count):
         mean, rest, variance = _of_sums(columns, means[i], cast(means[i], eps), rests[i], variances[i])
@@ -280,35 +307,58 @@ def _gradients(storage, dy, x, offset, of_row, weights, shifts, alpha, code, xha
 
 
 @device
-def _sums_of(gradient, weights, xhat, scale, h):
-    """Write the gradients of a part of a row times gamma and `scale`; return their sum, and that with `xhat`."""
-    factor = cast(scale, h[0])
-    if scale == 1:
-        for j in range(len(h)):
-            h[j] = gradient[j] * weights[j]
-    else:
-        for j in range(len(h)):
-            h[j] = gradient[j] * factor * weights[j]
-    return total(h), dot(h, xhat)
+def _add_up(gradient, weights, xhat, of_beta, of_gamma):
+    """Add a part of a row to the sums of columns; return the sums of the scaled gradients and of them with `xhat`.
+
+    Four float32 numbers are added before float64 takes them.
+    """
+    zero = cast(0, xhat[0])
+    sums, products = fill(0.0), fill(0.0)
+    whole, eights = len(xhat) // FOUR * FOUR, len(xhat) // WIDTH * WIDTH
+    for i in range(0, whole, FOUR):
+        sum_, product = fill(zero), fill(zero)
+        for k in range(i, i + FOUR, WIDTH):
+            g, x = get(gradient, k), get(xhat, k)
+            put(of_beta, k, get(of_beta, k) + g)
+            put(of_gamma, k, get(of_gamma, k) + g * x)
+            h = g * get(weights, k)
+            sum_, product = sum_ + h, product + h * x
+        sums, products = sums + widen(sum_), products + widen(product)
+    for i in range(whole, eights, WIDTH):
+        g, x = get(gradient, i), get(xhat, i)
+        put(of_beta, i, get(of_beta, i) + g)
+        put(of_gamma, i, get(of_gamma, i) + g * x)
+        h = g * get(weights, i)
+        sums, products = sums + widen(h), products + widen(h * x)
+    rest, rest_product = 0.0, 0.0
+    for i in range(eights, len(xhat)):
+        of_beta[i] += gradient[i]
+        of_gamma[i] += gradient[i] * xhat[i]
+        scaled = gradient[i] * weights[i]
+        rest, rest_product = rest + scaled, rest_product + np.float64(scaled * xhat[i])
+    return fold(sums) + rest, fold(products) + rest_product
+
+
+@kernel
+def _add_scaled(gradient, weights, xhat, g, line):
+    """Write float64 gradients, scaled so that their sums do not overflow; return these as `_add_up` does."""
+    for j in range(len(g)):
+        g[j] = gradient[j] * SMALL_DOUBLE
+        line[j] = g[j] * weights[j]
+    return total(line), dot(line, xhat)
 
 
 @device
-def _write(dx, storage, offset, h, xhat, rstd, scale, mean, slope, line):
-    """Write `dx` of a part of a row, from gradients times `scale`."""
+def _write(dx, storage, offset, gradient, weights, xhat, rstd, mean, slope, line):
+    """Write `dx` of a part of a row; it may lie where the gradients lie."""
     out, mean, slope = place(dx, storage, offset, line), cast(mean, rstd), cast(slope, rstd)
-    for j in range(len(out)):
-        out[j] = rstd * ((h[j] - mean) - xhat[j] * slope)
-    if scale != 1:
-        for j in range(len(out)):
-            out[j] *= cast(1 / scale, rstd)
-    store(dx, storage, offset, out)
-
-
-@device
-def _add_columns(gradient, xhat, of_beta, of_gamma):
-    for j in range(len(of_beta)):
-        of_beta[j] += gradient[j]
-        of_gamma[j] += gradient[j] * xhat[j]
+    eights = len(out) // WIDTH * WIDTH
+    rstds, means, slopes = fill(rstd), fill(mean), fill(slope)
+    for i in range(0, eights, WIDTH):
+        put(out, i, rstds * ((get(gradient, i) * get(weights, i) - means) - get(xhat, i) * slopes))
+    for i in range(eights, len(out)):
+        out[i] = rstd * ((gradient[i] * weights[i] - mean) - xhat[i] * slope)
+    return out
 
 
 @device
@@ -353,16 +403,19 @@ def _backward(
         end = min(rows, (block + 1) * height)
         for start in range(block * height, end, GROUP):
             for n in range(start, min(start + GROUP, end)):
-                of_row, scale = (of_rows[n], of_rows[rows + n], of_rows[2 * rows + n]), 1.0
-                given = dy, x, n * columns, of_row, weights, shifts
-                gradient = _gradients(storage, *given, alpha, code, xhat, g, line)
-                _add_columns(gradient, xhat, of_beta, of_gamma)
-                sum_h, sum_product = _sums_of(gradient, weights, xhat, scale, line)
-                if is_double(like) and not np.isfinite(sum_h + sum_product):
-                    scale = SMALL_DOUBLE
-                    sum_h, sum_product = _sums_of(gradient, weights, xhat, scale, line)
-                means = sum_h / columns, sum_product / columns
-                _write(dx, storage, n * columns, line, xhat, of_row[2], scale, *means, g)
+                of_row, offset = (of_rows[n], of_rows[rows + n], of_rows[2 * rows + n]), n * columns
+                gradient = _gradients(storage, dy, x, offset, of_row, weights, shifts, alpha, code, xhat, g, line)
+                sum_h, product = _add_up(gradient, weights, xhat, of_beta, of_gamma)
+                scaled = is_double(like) and not np.isfinite(sum_h + product)
+                if scaled:
+                    sum_h, product = _add_scaled(gradient, weights, xhat, g, line)
+                    gradient = g
+                means = sum_h / columns, product / columns
+                out = _write(dx, storage, offset, gradient, weights, xhat, of_row[2], *means, line)
+                if scaled:
+                    for j in range(columns):
+                        out[j] *= LARGE_DOUBLE
+                store(dx, storage, offset, out)
             _flush(of_beta, beta_sums)
             _flush(of_gamma, gamma_sums)
     if height >= rows:
@@ -391,29 +444,32 @@ def _merge(like, sums, blocks, columns, dgamma, dbeta):
 def _backward_rows(
     like, storage, dy, x, gamma, beta, statistics, sums, rows, columns, alpha, code, first, last
 ):  # fmt: skip
-    """Write the two means of long rows, and the scale of their gradients."""
-    xhat, g, line, h = stack(like, LINE), stack(like, LINE), stack(like, LINE), stack(like, LINE)
-    ones, zeros = stack(like, LINE), stack(like, LINE)
+    """Write the two means of long rows, and whether their gradients are scaled."""
+    xhat, g, line = stack(like, LINE), stack(like, LINE), stack(like, LINE)
+    ones, zeros, of_beta, of_gamma = stack(like, LINE), stack(like, LINE), stack(like, LINE), stack(like, LINE)
     _fill(ones, cast(1, like)), _fill(zeros, like)
     dy, x, sums, alpha = address(dy), address(x), doubles(address(sums), 0, 3 * rows), cast(alpha, like)
     of_rows = numbers(like, address(statistics), 0, 3 * rows)
     for n in range(first, last):
-        of_row, scale = (of_rows[n], of_rows[rows + n], of_rows[2 * rows + n]), 1.0
+        of_row, scaled = (of_rows[n], of_rows[rows + n], of_rows[2 * rows + n]), False
         while True:
-            pair, product_pair = (0.0, 0.0), (0.0, 0.0)
+            pair, products = (0.0, 0.0), (0.0, 0.0)
             for start in range(0, columns, LINE):
                 count = min(LINE, columns - start)
                 weights, shifts = _vector(like, gamma, start, part(ones, 0, count)), part(zeros, 0, count)
                 lines = part(xhat, 0, count), part(g, 0, count), part(line, 0, count)
                 given = dy, x, n * columns + start, of_row, weights, _vector(like, beta, start, shifts)
                 gradient = _gradients(storage, *given, alpha, code, *lines)
-                sum_h, sum_product = _sums_of(gradient, weights, lines[0], scale, part(h, 0, count))
-                pair, product_pair = add(pair, sum_h), add(product_pair, sum_product)
-            sum_h, sum_product = pair[0] + pair[1], product_pair[0] + product_pair[1]
-            if scale != 1 or not is_double(like) or np.isfinite(sum_h + sum_product):
+                if scaled:
+                    sum_h, product = _add_scaled(gradient, weights, *lines)
+                else:
+                    sum_h, product = _add_up(gradient, weights, lines[0], of_beta, of_gamma)
+                pair, products = add(pair, sum_h), add(products, product)
+            sum_h, product = pair[0] + pair[1], products[0] + products[1]
+            if scaled or not is_double(like) or np.isfinite(sum_h + product):
                 break
-            scale = SMALL_DOUBLE
-        sums[n], sums[rows + n], sums[2 * rows + n] = sum_h / columns, sum_product / columns, scale
+            scaled = True
+        sums[n], sums[rows + n], sums[2 * rows + n] = sum_h / columns, product / columns, scaled
 
 
 @kernel
@@ -434,12 +490,19 @@ def _backward_columns(
         shifts = _vector(like, beta, start, shifts)
         lines = part(xhat, 0, count), part(g, 0, count), part(line, 0, count)
         for n in range(rows):
-            of_row = of_rows[n], of_rows[rows + n], of_rows[2 * rows + n]
-            offset, (mean, slope, scale) = n * columns + start, (means[n], means[rows + n], means[2 * rows + n])
+            of_row, offset = (of_rows[n], of_rows[rows + n], of_rows[2 * rows + n]), n * columns + start
             gradient = _gradients(storage, dy, x, offset, of_row, weights, shifts, alpha, code, *lines)
-            _add_columns(gradient, lines[0], part(of_beta, 0, count), part(of_gamma, 0, count))
-            _sums_of(gradient, weights, lines[0], scale, lines[2])
-            _write(dx, storage, offset, lines[2], lines[0], of_row[2], scale, mean, slope, lines[1])
+            _add_up(gradient, weights, lines[0], part(of_beta, 0, count), part(of_gamma, 0, count))
+            scaled = is_double(like) and means[2 * rows + n] != 0
+            if scaled:
+                _add_scaled(gradient, weights, *lines)
+                gradient = lines[1]
+            given = gradient, weights, lines[0], of_row[2], means[n], means[rows + n]
+            out = _write(dx, storage, offset, *given, lines[2])
+            if scaled:
+                for j in range(count):
+                    out[j] *= LARGE_DOUBLE
+            store(dx, storage, offset, out)
             if n % GROUP == GROUP - 1 or n == rows - 1:
                 _flush(of_beta, part(beta_sums, 0, count))
                 _flush(of_gamma, part(gamma_sums, 0, count))
