@@ -41,7 +41,7 @@ from bnkernels.runtime.cpu.language import (
     stack,
     store,
 )
-from bnkernels.runtime.cpu.sums import add, dot, total
+from bnkernels.runtime.cpu.sums import MOST_SUMS, add, fill_line, flush, merge, round_to, total
 from bnkernels.runtime.cpu.threads import share
 from bnkernels.runtime.cpu.vectors import WIDTH, fill, fold, get, put, widen
 from bnkernels.runtime.seam import ceil_div
@@ -50,7 +50,6 @@ HELD = 8192  # columns of a row whose intermediate values are held
 GROUP = 8  # rows whose columns are summed in the accumulator's type
 HEIGHT = 64  # rows of a block, unless there would be too many blocks
 FOUR = 4 * WIDTH  # numbers that are added in the accumulator's type
-MOST_SUMS = 2**17  # pairs of sums of columns: 2 MiB
 MOST_TOGETHER, FEWEST_TOGETHER = 64, 8  # short rows that are normalised together: at most, or else one by one
 SMALL_SINGLE, SMALL_DOUBLE, LARGE_DOUBLE = (
     2.0**-66,
@@ -70,10 +69,9 @@ def forward(
     statistics: np.ndarray,
 ) -> None:
     """Write `y` and `statistics`."""
-    rows, columns, dtype = problem
-    scale, shift = 0 if gamma is None else id(gamma), 0 if beta is None else id(beta)
-    given = *_types(dtype), id(x), scale, shift, id(y), id(statistics), rows, columns, eps, phi.alpha, phi.code
-    share(_forward, rows, rows * columns, *given)
+    like, storage, _, _ = _plan(problem)
+    given = like, storage, id(x), _id(gamma), _id(beta), id(y), id(statistics), problem.rows, problem.columns
+    share(_forward, problem.rows, x.size, *given, eps, phi.alpha, phi.code)
 
 
 def backward(
@@ -89,32 +87,30 @@ def backward(
     dbeta: np.ndarray,
 ) -> None:
     """Write the gradients; `dx` may be `dy`."""
-    rows, columns, dtype = problem
-    scale, shift = 0 if gamma is None else id(gamma), 0 if beta is None else id(beta)
-    given = *_types(dtype), id(dy), id(x), scale, shift, id(statistics)
+    (rows, columns, _), (like, storage, height, blocks) = problem, _plan(problem)
+    given = like, storage, id(dy), id(x), _id(gamma), _id(beta), id(statistics)
     outputs, numbers = (id(dx), id(dgamma), id(dbeta)), (rows, columns, phi.alpha, phi.code)
     if columns > HELD:
         sums = np.empty(3 * rows)
         share(_backward_rows, rows, x.size, *given, id(sums), *numbers)
         share(_backward_columns, ceil_div(columns, LINE), x.size, *given, *outputs, id(sums), *numbers)
         return
-    height, blocks = _blocks(rows, columns)
     sums = np.empty(2 * blocks * columns)
     share(_backward, blocks, x.size, *given, *outputs, id(sums), *numbers, height)
     if blocks > 1:
-        _merge(given[0], id(sums), blocks, columns, id(dgamma), id(dbeta))
+        merge(like, id(sums), 0, 2 * columns, blocks, columns, id(dbeta))
+        merge(like, id(sums), columns, 2 * columns, blocks, columns, id(dgamma))
 
 
-@lru_cache(maxsize=16)
-def _types(dtype: np.dtype) -> tuple[Any, int]:
-    """Return a number of the accumulator's type, and how data are stored."""
-    return (np.float64(0) if dtype == np.float64 else np.float32(0)), STORAGE[dtype.name]
+def _id(array: np.ndarray | None) -> int:
+    return 0 if array is None else id(array)
 
 
-def _blocks(rows: int, columns: int) -> tuple[int, int]:
-    """Return height and number of the blocks of rows."""
-    height = max(HEIGHT, GROUP * ceil_div(ceil_div(rows, MOST_SUMS // columns), GROUP))
-    return height, ceil_div(rows, height)
+@lru_cache(maxsize=1024)
+def _plan(problem: Problem) -> tuple[Any, int, int, int]:
+    """Return a zero of the accumulator's type, the storage of the data, and height and number of the blocks of rows."""
+    height = GROUP * ceil_div(max(HEIGHT, ceil_div(problem.rows, max(1, MOST_SUMS // (2 * problem.columns)))), GROUP)
+    return problem.acc_dtype.type(0), STORAGE[problem.dtype.name], height, ceil_div(problem.rows, height)
 
 
 @device
@@ -272,7 +268,10 @@ def _short_rows(storage, x, gamma, beta, y, of_rows, n, count, columns, eps, alp
 @kernel
 def _forward(like, storage, x, gamma, beta, y, statistics, rows, columns, eps, alpha, code, first, last):
     line, d, ones, zeros = stack(like, LINE), stack(like, LINE), stack(like, LINE), stack(like, LINE)
-    _fill(part(ones, 0, min(LINE, columns)), cast(1, like)), _fill(part(zeros, 0, min(LINE, columns)), cast(0, like))
+    (
+        fill_line(part(ones, 0, min(LINE, columns)), cast(1, like)),
+        fill_line(part(zeros, 0, min(LINE, columns)), cast(0, like)),
+    )
     x, y, of_rows = address(x), address(y), numbers(like, address(statistics), 0, 3 * rows)
     eps, alpha = cast(eps, like), cast(alpha, like)
     together = min(MOST_TOGETHER, LINE // columns)
@@ -345,7 +344,10 @@ def _add_scaled(gradient, weights, xhat, g, line):
     for j in range(len(g)):
         g[j] = gradient[j] * SMALL_DOUBLE
         line[j] = g[j] * weights[j]
-    return total(line), dot(line, xhat)
+    sum_h = total(line)
+    for j in range(len(g)):
+        line[j] *= xhat[j]
+    return sum_h, total(line)
 
 
 @device
@@ -361,26 +363,6 @@ def _write(dx, storage, offset, gradient, weights, xhat, rstd, mean, slope, line
     return out
 
 
-@device
-def _flush(line, sums):
-    """Add a line to float64 sums and clear it."""
-    for j in range(len(sums)):
-        sums[j] += line[j]
-        line[j] = 0
-
-
-@device
-def _fill(line, number):
-    for j in range(len(line)):
-        line[j] = number
-
-
-@device
-def _round(sums, array):
-    for j in range(len(sums)):
-        array[j] = sums[j]
-
-
 @kernel
 def _backward(
     like, storage, dy, x, gamma, beta, statistics, dx, dgamma, dbeta, sums, rows, columns, alpha, code, height, first,
@@ -392,14 +374,14 @@ def _backward(
     xhat, g, line = part(xhat, 0, columns), part(g, 0, columns), part(line, 0, columns)
     ones, zeros = part(ones, 0, columns), part(zeros, 0, columns)
     of_beta, of_gamma = part(of_beta, 0, columns), part(of_gamma, 0, columns)
-    _fill(ones, cast(1, like)), _fill(zeros, like), _fill(of_beta, like), _fill(of_gamma, like)
+    fill_line(ones, cast(1, like)), fill_line(zeros, like), fill_line(of_beta, like), fill_line(of_gamma, like)
     weights, shifts = _vector(like, gamma, 0, ones), _vector(like, beta, 0, zeros)
     dy, x, dx, sums, alpha = address(dy), address(x), address(dx), address(sums), cast(alpha, like)
     of_rows = numbers(like, address(statistics), 0, 3 * rows)
     for block in range(first, last):
         beta_sums = doubles(sums, 2 * block * columns, columns)
         gamma_sums = doubles(sums, (2 * block + 1) * columns, columns)
-        _fill(beta_sums, 0.0), _fill(gamma_sums, 0.0)
+        fill_line(beta_sums, 0.0), fill_line(gamma_sums, 0.0)
         end = min(rows, (block + 1) * height)
         for start in range(block * height, end, GROUP):
             for n in range(start, min(start + GROUP, end)):
@@ -416,28 +398,11 @@ def _backward(
                     for j in range(columns):
                         out[j] *= LARGE_DOUBLE
                 store(dx, storage, offset, out)
-            _flush(of_beta, beta_sums)
-            _flush(of_gamma, gamma_sums)
+            flush(of_beta, beta_sums)
+            flush(of_gamma, gamma_sums)
     if height >= rows:
-        _round(doubles(sums, 0, columns), numbers(like, address(dbeta), 0, columns))
-        _round(doubles(sums, columns, columns), numbers(like, address(dgamma), 0, columns))
-
-
-@kernel
-def _merge(like, sums, blocks, columns, dgamma, dbeta):
-    """Write the sums of all blocks, added in order."""
-    high, low, sums = stack(0.0, LINE), stack(0.0, LINE), address(sums)
-    for which in range(2):
-        out = numbers(like, address(dgamma if which else dbeta), 0, columns)
-        for start in range(0, columns, LINE):
-            count = min(LINE, columns - start)
-            _fill(part(high, 0, count), 0.0), _fill(part(low, 0, count), 0.0)
-            for block in range(blocks):
-                more = doubles(sums, (2 * block + which) * columns + start, count)
-                for j in range(count):
-                    high[j], low[j] = add((high[j], low[j]), more[j])
-            for j in range(count):
-                out[start + j] = high[j] + low[j]
+        round_to(doubles(sums, 0, columns), numbers(like, address(dbeta), 0, columns))
+        round_to(doubles(sums, columns, columns), numbers(like, address(dgamma), 0, columns))
 
 
 @kernel
@@ -447,7 +412,7 @@ def _backward_rows(
     """Write the two means of long rows, and whether their gradients are scaled."""
     xhat, g, line = stack(like, LINE), stack(like, LINE), stack(like, LINE)
     ones, zeros, of_beta, of_gamma = stack(like, LINE), stack(like, LINE), stack(like, LINE), stack(like, LINE)
-    _fill(ones, cast(1, like)), _fill(zeros, like)
+    fill_line(ones, cast(1, like)), fill_line(zeros, like)
     dy, x, sums, alpha = address(dy), address(x), doubles(address(sums), 0, 3 * rows), cast(alpha, like)
     of_rows = numbers(like, address(statistics), 0, 3 * rows)
     for n in range(first, last):
@@ -480,12 +445,12 @@ def _backward_columns(
     xhat, g, line = stack(like, LINE), stack(like, LINE), stack(like, LINE)
     ones, zeros = stack(like, LINE), stack(like, LINE)
     of_beta, of_gamma, beta_sums, gamma_sums = stack(like, LINE), stack(like, LINE), stack(0.0, LINE), stack(0.0, LINE)
-    _fill(ones, cast(1, like)), _fill(zeros, like), _fill(of_beta, like), _fill(of_gamma, like)
+    fill_line(ones, cast(1, like)), fill_line(zeros, like), fill_line(of_beta, like), fill_line(of_gamma, like)
     dy, x, dx, alpha = address(dy), address(x), address(dx), cast(alpha, like)
     means, of_rows = doubles(address(sums), 0, 3 * rows), numbers(like, address(statistics), 0, 3 * rows)
     for start in range(first * LINE, min(last * LINE, columns), LINE):
         count = min(LINE, columns - start)
-        _fill(beta_sums, 0.0), _fill(gamma_sums, 0.0)
+        fill_line(beta_sums, 0.0), fill_line(gamma_sums, 0.0)
         weights, shifts = _vector(like, gamma, start, part(ones, 0, count)), part(zeros, 0, count)
         shifts = _vector(like, beta, start, shifts)
         lines = part(xhat, 0, count), part(g, 0, count), part(line, 0, count)
@@ -504,7 +469,7 @@ def _backward_columns(
                     out[j] *= LARGE_DOUBLE
             store(dx, storage, offset, out)
             if n % GROUP == GROUP - 1 or n == rows - 1:
-                _flush(of_beta, part(beta_sums, 0, count))
-                _flush(of_gamma, part(gamma_sums, 0, count))
-        _round(part(beta_sums, 0, count), numbers(like, address(dbeta), start, count))
-        _round(part(gamma_sums, 0, count), numbers(like, address(dgamma), start, count))
+                flush(of_beta, part(beta_sums, 0, count))
+                flush(of_gamma, part(gamma_sums, 0, count))
+        round_to(part(beta_sums, 0, count), numbers(like, address(dbeta), start, count))
+        round_to(part(gamma_sums, 0, count), numbers(like, address(dgamma), start, count))
