@@ -9,6 +9,7 @@ float32 for 16-bit T, else T.
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -133,7 +134,7 @@ def linear_batch_norm_forward(
         elif norm == "layer":
             layer_norm_forward(z, gamma, beta, **options, out=(y, statistics))
         elif runtime is None:
-            (kernels(CPU) or reference).forward(z, beta, phi, y)
+            on_cpu().forward(z, beta, phi, y)
         else:
             options |= {"eps": NEGLIGIBLE, "out": y}
             batch_norm_inference(z, None, beta, *_no_statistics(runtime, x, problem), **options)
@@ -239,7 +240,7 @@ def linear_batch_norm_backward(
         elif norm == "layer":
             layer_norm_backward(dy, z, gamma, beta, statistics, **options, out=(dz, dgamma, dbeta))
         elif runtime is None:
-            (kernels(CPU) or reference).backward(dy, z, beta, phi, dz, dbeta)
+            on_cpu().backward(dy, z, beta, phi, dz, dbeta)
         else:
             unused, running = empty(runtime, dbeta.shape, dbeta), _no_statistics(runtime, x, problem)
             options |= {"eps": NEGLIGIBLE, "out": (dz, unused, dbeta)}
@@ -256,6 +257,11 @@ def linear_batch_norm_backward(
     return outputs
 
 
+def on_cpu() -> ModuleType:
+    """Return the module that adds biases, activates and converts NumPy arrays."""
+    return kernels(CPU) or reference
+
+
 @np.errstate(all="ignore")  # kernels have no warnings either
 def _multiply(runtime: Runtime | None, a: Any, b: Any, out: Any) -> None:
     """Write the product, summed in the accumulator's type."""
@@ -263,7 +269,7 @@ def _multiply(runtime: Runtime | None, a: Any, b: Any, out: Any) -> None:
     if a.dtype.itemsize > 2 or (runtime is not None and a.dtype == np.float16):  # cuBLAS sums float16 in float32
         xp.matmul(a, b, out=out)
     elif runtime is None:
-        cpu = kernels(CPU) or reference
+        cpu = on_cpu()
         cpu.round_into(np.matmul(cpu.single(a), cpu.single(b)), out)
     else:
         out[...] = xp.matmul(a.astype(np.float32), b.astype(np.float32)).astype(out.dtype)
