@@ -81,7 +81,8 @@ def share(work: Callable[..., Any], tasks: int, size: int, *arguments: Any) -> N
         First arguments of the kernel.
     """
     global _pool
-    if size < WORTH_SHARING or (threads := min(get_num_threads(), tasks)) == 1:
+    threads = min(get_num_threads(), tasks) if size >= WORTH_SHARING else 1
+    if threads == 1:
         work(*arguments, 0, tasks)
         return
     if _pool is None:
