@@ -60,6 +60,7 @@ from bnkernels.ops.batch_norm.cpu.sums import (
     quantity_of,
     recentre,
     rows_before,
+    whole_sum,
 )
 from bnkernels.runtime.cpu.language import LINE, device, kernel, numbers, part, stack
 
@@ -173,7 +174,7 @@ def _conclude(arguments, first, channels, counts, state):
         rests = quantity_of(a, state, group, RESTS, first, channels)
         square_rests = quantity_of(a, state, group, SQUARE_RESTS, first, channels)
         for i in range(channels):
-            sums[i], squares[i] = sums[i] + rests[i], squares[i] + square_rests[i]
+            sums[i], squares[i] = whole_sum(sums[i], rests[i]), whole_sum(squares[i], square_rests[i])
             dbeta[i] += sums[i] / unit[i]
             dgamma[i] += squares[i] / unit[i] * slope[i] + (bend[i] * (sums[i] / unit[i]) if bend[i] != 0.0 else 0.0)
             if a.stage == COLLECT:

@@ -3,7 +3,13 @@
 import numpy as np
 
 from bnkernels.ops.activations_cpu import activate
-from bnkernels.ops.batch_norm.cpu.normalisation import COLLECT, before_activation, normalise, spread_normalisation
+from bnkernels.ops.batch_norm.cpu.normalisation import (
+    COLLECT,
+    before_activation,
+    normalise,
+    rstd_of,
+    spread_normalisation,
+)
 from bnkernels.ops.batch_norm.cpu.rows import (
     DOUBLE,
     FLOAT64,
@@ -47,6 +53,7 @@ from bnkernels.ops.batch_norm.cpu.sums import (
     quantity_of,
     recentre,
     rows_before,
+    whole_sum,
 )
 from bnkernels.runtime.cpu.language import LINE, device, kernel, numbers, part, stack
 
@@ -139,8 +146,9 @@ def _conclude(arguments, group, first, channels, count, state):
     rests = quantity_of(a, state, group, RESTS, first, channels)
     square_rests = quantity_of(a, state, group, SQUARE_RESTS, first, channels)
     for i in range(channels):
-        distance = (sums[i] + rests[i]) / max(count, 1)
-        m2 = (squares[i] + square_rests[i]) - (sums[i] + rests[i]) * distance
+        total = whole_sum(sums[i], rests[i])
+        distance = total / max(count, 1)
+        m2 = whole_sum(squares[i], square_rests[i]) - total * distance
         m2 = 0.0 if m2 < 0.0 else m2 / unit[i] / unit[i]
         distance /= unit[i]
         some = count > 0
@@ -155,12 +163,12 @@ def _conclude(arguments, group, first, channels, count, state):
             continue
         low = get(out, acc, at + step)
         put(out, acc, at + 2 * step, m2 / max(count, 1))  # rounded as the variance is
-        put(out, acc, at + 2 * step, 1.0 / np.sqrt(get(out, acc, at + 2 * step) + a.eps) if some else 0.0)
+        put(out, acc, at + 2 * step, rstd_of(acc, get(out, acc, at + 2 * step), a.eps) if some else 0.0)
         running = group * step + first + i
         if a.statistic_rows == 5:
             r, d = 1.0, 0.0
             if some:
-                running_rstd = 1.0 / np.sqrt(get(a.running_var, acc, running) + a.eps)
+                running_rstd = rstd_of(acc, get(a.running_var, acc, running), a.eps)
                 r = min(max(running_rstd / get(out, acc, at + 2 * step), 1.0 / a.r_max), a.r_max)
                 d = ((mean - get(a.running_mean, acc, running)) + low) * running_rstd
                 d = min(max(d, -a.d_max), a.d_max)

@@ -2,13 +2,21 @@
 
 import numpy as np
 
-from bnkernels.ops.batch_norm.cpu.rows import accumulator_of, get, line_of, spread
+from bnkernels.ops.batch_norm.cpu.rows import FLOAT64, accumulator_of, get, line_of, spread
 from bnkernels.ops.batch_norm.problem import Stage
-from bnkernels.runtime.cpu.language import LINE, kernel, numbers, part, stack
+from bnkernels.runtime.cpu.language import LINE, device, kernel, numbers, part, stack
 
 WHOLE, COLLECT, APPLY, FROZEN = (int(stage) for stage in Stage)
 # Lines of a normalisation, a number for a channel each, see `normalise`.
 MEAN, LOW, SCALE, SCALE_SHIFT, SLOPE, BEND, RSTD = range(7)
+
+
+@device
+def rstd_of(acc, var, eps):
+    """Return ``1 / sqrt(var + eps)`` in the accumulator's type, whose numbers these are."""
+    if acc == FLOAT64:
+        return 1.0 / np.sqrt(var + eps)
+    return np.float64(np.float32(1) / np.sqrt(np.float32(var) + np.float32(eps)))
 
 
 @kernel
@@ -26,7 +34,7 @@ def normalise(arguments, group, first, channels, normalisation):
         r, bend, low = 1.0, 0.0, 0.0
         if a.stage == FROZEN:
             mean = get(a.running_mean, acc, group * step + channel)
-            rstd = 1.0 / np.sqrt(get(a.running_var, acc, group * step + channel) + a.eps)
+            rstd = rstd_of(acc, get(a.running_var, acc, group * step + channel), a.eps)
         else:
             at = group * a.statistic_rows * step + channel
             mean, low = get(a.statistics, acc, at), get(a.statistics, acc, at + step)

@@ -19,6 +19,12 @@ SHIFT, UNIT, SUMS, SQUARES, RESTS, SQUARE_RESTS, OF_BLOCK = 0, 1, 2, 3, 4, 5, 4
 SMALL_UNIT = 2.0**-64  # units in which a float64 sum that overflows is formed anew
 
 
+@device
+def whole_sum(total, rest):
+    """Return a sum with what rounding took from it; what is not finite has no such rest."""
+    return total + rest if np.isfinite(total) else total
+
+
 @kernel
 def add_row(row, count, columns):
     """Add the float32 row at an address, and its squares, about the shift."""
@@ -207,7 +213,7 @@ def recentre(arguments, group, first, channels, count, state):
     sums = quantity_of(a, state, group, SUMS, first, channels)
     rests = quantity_of(a, state, group, RESTS, first, channels)
     for i in range(channels):
-        mean = shift[i] + (sums[i] + rests[i]) / max(count, 1)
+        mean = shift[i] + whole_sum(sums[i], rests[i]) / max(count, 1)
         if np.isfinite(mean):
             shift[i] = mean
         else:
