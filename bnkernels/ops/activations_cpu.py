@@ -7,7 +7,17 @@ reference; here everything is computed in the type of the line.
 import math
 
 from bnkernels.runtime.cpu.language import device, kernel
-from bnkernels.runtime.cpu.mathematics import constant, exp, expm1, normal, select, sigmoid, tanh
+from bnkernels.runtime.cpu.mathematics import (
+    constant,
+    exp,
+    expm1,
+    keep_where,
+    maximum,
+    normal,
+    select,
+    sigmoid,
+    tanh,
+)
 
 LINEAR, SIGMOID, TANH, ELU, SILU, GELU_TANH, GELU = range(7)
 _A = 2 * math.sqrt(2 / math.pi)  # gelu_tanh(z) = z sigmoid(z (a + b z^2))
@@ -45,7 +55,8 @@ def _gate_derivative(z, gate, density):
 
 @device
 def _elu(z, alpha):
-    return select(z <= constant(z, 0.0), alpha * expm1(z), z)
+    zero = constant(z, 0.0)
+    return maximum(z, zero) + alpha * expm1(select(z <= zero, z, zero))
 
 
 @device
@@ -73,24 +84,23 @@ def _gelu_second(z):
 
 
 @device
-def _linear(alpha, z, values):
-    """Multiply values by the slope at z; for alpha = 0, minus infinity gives 0."""
-    zero, slope = z.dtype.type(0), z.dtype.type(alpha)
-    if slope == z.dtype.type(1):
-        return
-    if slope == zero:
-        for i in range(len(z)):
-            values[i] = select(z[i] <= zero, zero, values[i])
-    else:
-        for i in range(len(z)):
-            values[i] = select(z[i] <= zero, slope * values[i], values[i])
+def _leaky(slope, z, values):
+    """Multiply values by the slope at z."""
+    zero, one = z.dtype.type(0), z.dtype.type(1)
+    for i in range(len(z)):
+        values[i] *= select(z[i] <= zero, slope, one)
 
 
 @kernel
 def activate(code, alpha, z):
     """Write phi(z) over z."""
+    zero, one, slope = z.dtype.type(0), z.dtype.type(1), z.dtype.type(alpha)
     if code == LINEAR:
-        _linear(alpha, z, z)
+        if slope == zero:
+            for i in range(len(z)):
+                z[i] = maximum(z[i], zero)
+        elif slope != one:
+            _leaky(slope, z, z)
     elif code == SIGMOID:
         for i in range(len(z)):
             z[i] = sigmoid(z[i])[0]
@@ -98,9 +108,8 @@ def activate(code, alpha, z):
         for i in range(len(z)):
             z[i] = tanh(z[i])
     elif code == ELU:
-        scale = z.dtype.type(alpha)
         for i in range(len(z)):
-            z[i] = _elu(z[i], scale)
+            z[i] = _elu(z[i], slope)
     elif code == SILU:
         for i in range(len(z)):
             z[i] = _times_gate(z[i], sigmoid(z[i])[0])
@@ -115,9 +124,13 @@ def activate(code, alpha, z):
 @kernel
 def differentiate(code, alpha, z, g):
     """Multiply g by phi'(z)."""
-    one = z.dtype.type(1)
+    zero, one, slope = z.dtype.type(0), z.dtype.type(1), z.dtype.type(alpha)
     if code == LINEAR:
-        _linear(alpha, z, g)
+        if slope == zero:
+            for i in range(len(z)):
+                g[i] = keep_where(not (z[i] <= zero), g[i])
+        elif slope != one:
+            _leaky(slope, z, g)
     elif code == SIGMOID:
         for i in range(len(z)):
             g[i] *= sigmoid(z[i])[1]
@@ -126,9 +139,8 @@ def differentiate(code, alpha, z, g):
             h = tanh(z[i])
             g[i] *= one - h * h
     elif code == ELU:
-        scale = z.dtype.type(alpha)
         for i in range(len(z)):
-            g[i] *= _elu_slope(z[i], scale)
+            g[i] *= _elu_slope(z[i], slope)
     elif code == SILU:
         for i in range(len(z)):
             gate, density = sigmoid(z[i])
@@ -146,7 +158,7 @@ def differentiate(code, alpha, z, g):
 @kernel
 def second(code, alpha, z, out):
     """Write phi''(z) to out, which may be z; 0 at the kinks of piecewise linear activations."""
-    zero, one, two = z.dtype.type(0), z.dtype.type(1), z.dtype.type(2)
+    zero, one, slope = z.dtype.type(0), z.dtype.type(1), z.dtype.type(alpha)
     if code == LINEAR:
         for i in range(len(z)):
             out[i] = select(z[i] == z[i], zero, z[i])
@@ -157,11 +169,10 @@ def second(code, alpha, z, out):
     elif code == TANH:
         for i in range(len(z)):
             h = tanh(z[i])
-            out[i] = -two * h * (one - h * h)
+            out[i] = -(h + h) * (one - h * h)
     elif code == ELU:
-        scale = z.dtype.type(alpha)
         for i in range(len(z)):
-            out[i] = select(z[i] > zero, zero, scale * exp(z[i]))
+            out[i] = select(z[i] > zero, zero, slope * exp(z[i]))
     elif code == SILU:
         for i in range(len(z)):
             out[i] = _silu_second(z[i])
