@@ -6,9 +6,8 @@ reference; here everything is computed in the type of the line.
 
 import math
 
-from bnkernels.runtime.cpu.language import device, kernel
+from bnkernels.runtime.cpu.language import cast, device, kernel
 from bnkernels.runtime.cpu.mathematics import (
-    constant,
     exp,
     expm1,
     keep_where,
@@ -28,7 +27,7 @@ _B = 0.044715 * _A
 
 @device
 def _where_dense(density, value):
-    zero = constant(density, 0.0)
+    zero = cast(0.0, density)
     return select(density == zero, zero, value)
 
 
@@ -36,51 +35,51 @@ def _where_dense(density, value):
 def _gelu_tanh_gate(z):
     """Return the gate, its density, and the derivative of what the gate's sigmoid is of."""
     square = z * z
-    gate, fall = sigmoid(z * (constant(z, _B) * square + constant(z, _A)))
-    slope = constant(z, 3 * _B) * square + constant(z, _A)
+    gate, fall = sigmoid(z * (cast(_B, z) * square + cast(_A, z)))
+    slope = cast(3 * _B, z) * square + cast(_A, z)
     return gate, _where_dense(fall, fall * slope), slope
 
 
 @device
 def _times_gate(z, gate):
-    zero = constant(z, 0.0)
+    zero = cast(0.0, z)
     return select(gate == zero, zero, z) * gate
 
 
 @device
 def _gate_derivative(z, gate, density):
-    zero = constant(z, 0.0)
+    zero = cast(0.0, z)
     return gate + select(density == zero, zero, z) * density
 
 
 @device
 def _elu(z, alpha):
-    zero = constant(z, 0.0)
+    zero = cast(0.0, z)
     return maximum(z, zero) + alpha * expm1(select(z <= zero, z, zero))
 
 
 @device
 def _elu_slope(z, alpha):
-    return select(z <= constant(z, 0.0), alpha * exp(z), constant(z, 1.0))
+    return select(z <= cast(0.0, z), alpha * exp(z), cast(1.0, z))
 
 
 @device
 def _silu_second(z):
     gate, density = sigmoid(z)
-    return _where_dense(density, density * (constant(z, 2.0) + z * (constant(z, 1.0) - (gate + gate))))
+    return _where_dense(density, density * (cast(2.0, z) + z * (cast(1.0, z) - (gate + gate))))
 
 
 @device
 def _gelu_tanh_second(z):
     gate, density, slope = _gelu_tanh_gate(z)
-    bend = (constant(z, 1.0) - (gate + gate)) * slope + constant(z, 6 * _B) * z / slope  # gate'' / gate'
-    return _where_dense(density, density * (constant(z, 2.0) + z * bend))
+    bend = (cast(1.0, z) - (gate + gate)) * slope + cast(6 * _B, z) * z / slope  # gate'' / gate'
+    return _where_dense(density, density * (cast(2.0, z) + z * bend))
 
 
 @device
 def _gelu_second(z):
     _, density = normal(z)
-    return _where_dense(density, density * (constant(z, 2.0) - z * z))
+    return _where_dense(density, density * (cast(2.0, z) - z * z))
 
 
 @device

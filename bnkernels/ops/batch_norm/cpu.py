@@ -339,7 +339,10 @@ def _before_activation(like, row, added, columns, out, count):
     """Write the argument of the activation to an address; `added` is 0 where there is no residual."""
     x, z, residual = numbers(like, row, 0, count), numbers(like, out, 0, count), numbers(like, added, 0, count)
     mean, low = numbers(like, line_of(columns, MEAN), 0, count), numbers(like, line_of(columns, LOW), 0, count)
-    scale, shift = numbers(like, line_of(columns, SCALE), 0, count), numbers(like, line_of(columns, SCALE_SHIFT), 0, count)
+    scale, shift = (
+        numbers(like, line_of(columns, SCALE), 0, count),
+        numbers(like, line_of(columns, SCALE_SHIFT), 0, count),
+    )
     if added == 0:
         for i in range(count):
             z[i] = ((x[i] - mean[i]) - low[i]) * scale[i] + shift[i]
