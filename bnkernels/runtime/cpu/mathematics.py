@@ -2,8 +2,8 @@
 
 Loops that call libm are not vectorised, and take 5 ns a number. The functions here take 0.3 to 1 ns in float32. exp and
 log are right to 1 last place, the others to 1.5 to 5 (``tests/runtime/test_mathematics.py`` has the bounds), also for
-subnormal numbers, infinity and NaN. The coefficients are minimax fits of the relative error (Remez's exchange algorithm in 40 digits),
-rounded to float32 one after the other, the rest fitted again each time.
+subnormal numbers, infinity and NaN. The coefficients are minimax fits of the relative error (Remez's exchange algorithm
+in 40 digits), rounded to float32 one after the other, the rest fitted again each time.
 """
 
 from __future__ import annotations
