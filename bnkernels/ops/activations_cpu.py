@@ -83,11 +83,8 @@ def _gelu_second(z):
 
 
 @device
-def _leaky(slope, z, values):
-    """Multiply values by the slope at z."""
-    zero, one = z.dtype.type(0), z.dtype.type(1)
-    for i in range(len(z)):
-        values[i] *= select(z[i] <= zero, slope, one)
+def _leaky_slope(z, alpha):
+    return select(z <= cast(0.0, z), alpha, cast(1.0, z))
 
 
 @kernel
@@ -99,7 +96,8 @@ def activate(code, alpha, z):
             for i in range(len(z)):
                 z[i] = maximum(z[i], zero)
         elif slope != one:
-            _leaky(slope, z, z)
+            for i in range(len(z)):
+                z[i] *= _leaky_slope(z[i], slope)
     elif code == SIGMOID:
         for i in range(len(z)):
             z[i] = sigmoid(z[i])[0]
@@ -129,7 +127,8 @@ def differentiate(code, alpha, z, g):
             for i in range(len(z)):
                 g[i] = keep_where(not (z[i] <= zero), g[i])
         elif slope != one:
-            _leaky(slope, z, g)
+            for i in range(len(z)):
+                g[i] *= _leaky_slope(z[i], slope)
     elif code == SIGMOID:
         for i in range(len(z)):
             g[i] *= sigmoid(z[i])[1]
