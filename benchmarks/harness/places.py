@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import cache, partial
 from importlib import import_module
@@ -14,6 +16,7 @@ import numpy as np
 from benchmarks.harness.case import Arrays, Call, Case, Provider, native_dtype
 from benchmarks.harness.clocks import Clock, CupyClock, Device, HostClock, JaxClock, TorchClock
 from bnkernels.runtime import registry
+from bnkernels.runtime.cpu.threads import set_num_threads
 
 SEED = 0
 COPY, EMPTY = "copy", "empty kernel"  # the limits: bytes, and a launch that does nothing
@@ -34,6 +37,14 @@ class Host:
 
     def __init__(self) -> None:
         self.random = partial(np.random.default_rng(SEED).standard_normal, dtype=np.float32)
+        self.threads = 1
+
+    def use_threads(self, count: int) -> None:
+        """Let everybody whose threads can be set compute with so many from now on."""
+        self.threads = count
+        set_num_threads(count)
+        if "torch" in sys.modules:
+            sys.modules["torch"].set_num_threads(count)
 
     def working(self) -> Any:
         """Need nothing."""
@@ -48,7 +59,7 @@ class Host:
 
     def clock(self, engine: str) -> Clock:
         """Return the clock of an engine."""
-        return JaxClock("cpu") if engine == "jax" else HostClock()
+        return JaxClock("cpu") if engine == "jax" else HostClock(alone=self.threads > 1)
 
     def sets(self, nbytes: int, held: int, providers: int) -> int:
         """Return 1: nothing rotates."""
@@ -56,6 +67,14 @@ class Host:
 
     def _copy(self, nbytes: int) -> Call:
         source, target = halves(np, nbytes)
+        if self.threads > 1:
+            pool, parts = ThreadPoolExecutor(self.threads), [np.array_split(a, self.threads) for a in (target, source)]
+
+            def call_of_threads() -> tuple:
+                list(pool.map(np.copyto, *parts))
+                return (target,)
+
+            return call_of_threads
 
         def call() -> tuple:
             np.copyto(target, source)
@@ -95,6 +114,9 @@ class Gpu:
     def working(self) -> Any:
         """Make the clocks' stream the current one: everything happens on it, in order."""
         return self.device.working()
+
+    def use_threads(self, count: int) -> None:
+        """Need nothing: the work is not the CPU's."""
 
     def release(self) -> None:
         """Give the memory of the last case back, CuPy's and PyTorch's."""
