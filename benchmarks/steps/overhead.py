@@ -29,6 +29,7 @@ from benchmarks.harness.timing import facts, interleave, quantiles, results_fold
 from benchmarks.steps import overhead_plot
 from benchmarks.steps.expression import ExpressionStep
 from benchmarks.steps.step import Batches, Maker, Step, check_losses, initial_state, stopwatch
+from bnkernels.runtime.cpu.threads import set_num_threads
 from bnkernels.train.checkpoint import write_atomically
 
 NORMS = ("none", "batch", "layer")
@@ -307,6 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.plot:
         print(*overhead_plot.plot(options.plot), sep="\n")
         return
+    set_num_threads(1)
     try:
         makers = steps.makers(options.place, tuple(options.only))
     except ValueError as error:
