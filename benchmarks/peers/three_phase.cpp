@@ -37,7 +37,7 @@ Range share(int64_t count, int thread, int threads) {
 
 class Barrier {
   public:
-    Barrier(int threads, int cores) : threads_(threads), spins_(threads <= cores ? 1 << 14 : 0) {}
+    Barrier(int threads, int cores) : threads_(threads), spins_(threads <= cores ? 4000 : 0) {}
     void arrive_and_wait() {
         const uint32_t round = round_.load(std::memory_order_acquire);
         if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
