@@ -1,8 +1,8 @@
 """``make bench``: everything that this machine can measure, into ``benchmarks/results/<device>/``, then the reports.
 
-On a CPU it takes about a quarter of an hour. Every part writes its own file, keeps what it has when it is interrupted, and does
-not stop the others. What is counted and not measured depends on the sources alone: `benchmarks.counts.static`, on its
-own.
+On a CPU it takes about a quarter of an hour. Every part writes its own file, keeps what it has when it is interrupted,
+and does not stop the others. What is counted and not measured depends on the sources alone: `benchmarks.counts.static`,
+on its own.
 """
 
 from __future__ import annotations

@@ -139,7 +139,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def text(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the rows as lines for a terminal."""
     return "\n".join(
-        f"{row['shape']:10}{row['partition']:26}{row['threads']:3} threads {row['us']['median']:10.4g} us" for row in rows
+        f"{row['shape']:10}{row['partition']:26}{row['threads']:3} threads {row['us']['median']:10.4g} us"
+        for row in rows
     )
 
 

@@ -12,7 +12,7 @@ from benchmarks.peers import EPSILON, expression, pytorch
 
 SHAPES = [((64, 20), "NC"), ((256, 1024), "NC"), ((8192, 1024), "NC"), ((32, 64, 56, 56), "NCHW")]
 MERGED = (8, 1024)  # parts, channels
-ROWS = 256.0  # of every part
+ROWS = 256.0  # rows of every part
 
 
 def inputs(case: Case, random: Callable[..., Any]) -> Arrays:

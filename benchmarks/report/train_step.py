@@ -30,7 +30,7 @@ def of_place(document: Mapping[str, Any]) -> str:
     networks = dict.fromkeys(row["network"] for row in document["ratios"])
     return paragraphs(
         "Microseconds per training step: median (p20 to p80) of interleaved rounds of "
-        f"{document['protocol']['steps_per_round']} steps; below them ratios of times, each the median over the rounds.",
+        f"{document['protocol']['steps_per_round']} steps; ratios of times, each the median over the rounds.",
         *(of_network(document, network) for network in networks),
         missing(document["absent"]),
         accuracy(document["accuracy"]) if document["accuracy"] else "",

@@ -213,7 +213,7 @@ def measure(quick: bool = False, place: str = "cpu", only: Sequence[str] = ()) -
     return document | {"targets": targets(accuracy, ratios) if place == "cpu" else []}
 
 
-Times = Mapping[tuple[str, str], np.ndarray]  # of every round, by maker and norm
+Times = Mapping[tuple[str, str], np.ndarray]  # microseconds of every round, by maker and norm
 
 
 def fastest(times: Times, names: str, norm: str) -> np.ndarray | None:

@@ -32,9 +32,7 @@ class OurStep(ArrayStep):
         Activation of the hidden layers.
     """
 
-    def __init__(
-        self, state: State, optimizer: str, lr: float, *, xp: Any = np, activation: str = "relu"
-    ) -> None:
+    def __init__(self, state: State, optimizer: str, lr: float, *, xp: Any = np, activation: str = "relu") -> None:
         self.state, self.xp = state, xp
         self.model = MLP(sizes_of(state), norm=norm_of(state), activation=activation, xp=xp)
         self.optimizer = make_optimizer(optimizer, self.model, lr)

@@ -269,35 +269,6 @@ def write(folder: Path, about: Mapping[str, Any], rows: Sequence[Row]) -> None:
     write_json(folder / "overhead.json", {**about, "rows": kept})
 
 
-def targets(rows: Sequence[Row]) -> list[Row]:
-    """Return the targets on a CPU with the largest ratio of any point, that of the faster of our engines.
-
-    Parameters
-    ----------
-    rows : sequence of dict
-        Rows as `write` writes them.
-
-    Returns
-    -------
-    list of dict
-        Target, what was found (None where nothing was), and whether it is met.
-    """
-
-    def fastest(names: str, norm: str) -> dict[tuple[str, int], float]:
-        these = [r for r in rows if r["framework"].startswith(names) and r["norm"] == norm and r["status"] == MEASURED]
-        points = {(row["axis"], row["value"]) for row in these}
-        return {p: min(r["us_median"] for r in these if (r["axis"], r["value"]) == p) for p in points}
-
-    ours, plain, torch = fastest("bnkernels", "batch"), fastest("bnkernels", "none"), fastest("PyTorch", "none")
-    found = []
-    for name, other, limit in (("ours without", plain, 1.15), ("PyTorch's without", torch, 1.0)):
-        ratios = [us / other[point] for point, us in ours.items() if point in other]
-        worst = max(ratios, default=None)
-        target = f"five layers, every width and batch size: ours with batch norm / {name} <= {limit:g}"
-        found.append({"target": target, "found": worst, "met": None if worst is None else worst <= limit})
-    return found
-
-
 def table(rows: Sequence[Row]) -> str:
     """Return the ratios as lines for a terminal: a line per framework and norm, a column per point of the axis."""
     lines = []
