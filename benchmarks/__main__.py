@@ -17,9 +17,9 @@ from benchmarks.harness import records
 from benchmarks.harness.case import DTYPES, EPILOGUES, LAYOUTS, Case, Op, Provider
 from benchmarks.harness.measure import Row, measure, new_row
 from benchmarks.harness.places import place_of, why_absent
+from benchmarks.harness.targets import LAYOUT_OF, TARGETS, Target
 from benchmarks.harness.timing import facts, results_folder
 from benchmarks.ops import every_op
-from benchmarks.targets import LAYOUT_OF, TARGETS, Target
 
 OPS = every_op()
 PACKAGES = ("torch", "triton", "jax", "ml_dtypes")

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 from benchmarks.harness.measure import OK, Row
 from benchmarks.harness.places import COPY
+from benchmarks.harness.targets import TARGETS, Target
 from benchmarks.report import ops
 from benchmarks.report.text import ABSENT, figure, origin, paragraphs, table
-from benchmarks.targets import TARGETS, Target
 
 FEW_BYTES = 2**16  # less than about 10 us of a copy: such a call is as long as its Python part
 OUTCOMES = {True: "met", False: "**missed**", None: ABSENT}

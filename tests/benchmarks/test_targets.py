@@ -12,7 +12,7 @@ import benchmarks.__main__ as command
 from benchmarks.harness import clocks, measure
 from benchmarks.harness.case import Arrays, Call, Case, Op, Provider, cores, one_thread
 from benchmarks.harness.places import COPY, Host
-from benchmarks.targets import QUESTION, TARGETS, Target
+from benchmarks.harness.targets import QUESTION, TARGETS, Target
 from bnkernels.runtime.cpu.threads import get_num_threads
 
 
