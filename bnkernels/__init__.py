@@ -19,7 +19,7 @@ from bnkernels.ops.layer_norm.op import layer_norm_backward, layer_norm_forward
 from bnkernels.ops.linear_batch_norm.op import linear_batch_norm_backward, linear_batch_norm_forward
 from bnkernels.ops.mini_batch import mini_batch, random_rows
 from bnkernels.ops.parameter_update import adam_update, momentum_update, scheduled_update, sgd_update, update_schedule
-from bnkernels.ops.softmax_cross_entropy import softmax_cross_entropy
+from bnkernels.ops.softmax_cross_entropy.op import softmax_cross_entropy
 
 __all__ = [
     "MLP",

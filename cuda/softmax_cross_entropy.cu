@@ -14,7 +14,7 @@
 //            order. Rows are independent of each other, bit for bit.
 // Reference: P. Blanchard, D. J. Higham and N. J. Higham, Accurately computing the log-sum-exp and softmax functions,
 //            IMA J. Numer. Anal. 41, 2021.
-// Called by: bnkernels/ops/softmax_cross_entropy.py
+// Called by: bnkernels/ops/softmax_cross_entropy/op.py
 #include "lib/kernel.cuh"
 #include "lib/reduce/warp.cuh"
 

@@ -1,46 +1,173 @@
-"""Activations of the CPU kernels: in place on a line of numbers, by code and alpha as in ``activation.cuh``."""
+"""Activations of the CPU kernels: of a line of numbers in place, by code and alpha as in ``activation.cuh``.
 
-import numpy as np
+One loop an activation, without branches inside, so that it vectorises. The array forms in ``activations.py`` are the
+reference; here everything is computed in the type of the line.
+"""
 
-from bnkernels.runtime.cpu.language import kernel
+import math
+
+from bnkernels.runtime.cpu.language import device, kernel
+from bnkernels.runtime.cpu.mathematics import constant, exp, expm1, normal, select, sigmoid, tanh
+
+LINEAR, SIGMOID, TANH, ELU, SILU, GELU_TANH, GELU = range(7)
+_A = 2 * math.sqrt(2 / math.pi)  # gelu_tanh(z) = z sigmoid(z (a + b z^2))
+_B = 0.044715 * _A
+
+# Gates: h = z gate(z), with the derivative of the gate, its density. At infinity that is 0, and beats infinite z.
+
+
+@device
+def _where_dense(density, value):
+    zero = constant(density, 0.0)
+    return select(density == zero, zero, value)
+
+
+@device
+def _gelu_tanh_gate(z):
+    """Return the gate, its density, and the derivative of what the gate's sigmoid is of."""
+    square = z * z
+    gate, fall = sigmoid(z * (constant(z, _B) * square + constant(z, _A)))
+    slope = constant(z, 3 * _B) * square + constant(z, _A)
+    return gate, _where_dense(fall, fall * slope), slope
+
+
+@device
+def _times_gate(z, gate):
+    zero = constant(z, 0.0)
+    return select(gate == zero, zero, z) * gate
+
+
+@device
+def _gate_derivative(z, gate, density):
+    zero = constant(z, 0.0)
+    return gate + select(density == zero, zero, z) * density
+
+
+@device
+def _elu(z, alpha):
+    return select(z <= constant(z, 0.0), alpha * expm1(z), z)
+
+
+@device
+def _elu_slope(z, alpha):
+    return select(z <= constant(z, 0.0), alpha * exp(z), constant(z, 1.0))
+
+
+@device
+def _silu_second(z):
+    gate, density = sigmoid(z)
+    return _where_dense(density, density * (constant(z, 2.0) + z * (constant(z, 1.0) - (gate + gate))))
+
+
+@device
+def _gelu_tanh_second(z):
+    gate, density, slope = _gelu_tanh_gate(z)
+    bend = (constant(z, 1.0) - (gate + gate)) * slope + constant(z, 6 * _B) * z / slope  # gate'' / gate'
+    return _where_dense(density, density * (constant(z, 2.0) + z * bend))
+
+
+@device
+def _gelu_second(z):
+    _, density = normal(z)
+    return _where_dense(density, density * (constant(z, 2.0) - z * z))
+
+
+@device
+def _linear(alpha, z, values):
+    """Multiply values by the slope at z; for alpha = 0, minus infinity gives 0."""
+    zero, slope = z.dtype.type(0), z.dtype.type(alpha)
+    if slope == z.dtype.type(1):
+        return
+    if slope == zero:
+        for i in range(len(z)):
+            values[i] = select(z[i] <= zero, zero, values[i])
+    else:
+        for i in range(len(z)):
+            values[i] = select(z[i] <= zero, slope * values[i], values[i])
 
 
 @kernel
 def activate(code, alpha, z):
     """Write phi(z) over z."""
-    zero, one = z.dtype.type(0), z.dtype.type(1)
-    if code == 0:
-        if alpha == one:
-            return
-        if alpha == zero:
-            for i in range(len(z)):
-                z[i] = zero if z[i] <= zero else z[i]
-        else:
-            for i in range(len(z)):
-                z[i] = alpha * z[i] if z[i] <= zero else z[i]
-    elif code == 1:
+    if code == LINEAR:
+        _linear(alpha, z, z)
+    elif code == SIGMOID:
         for i in range(len(z)):
-            z[i] = one / (one + np.exp(-z[i]))
-    elif code == 2:
+            z[i] = sigmoid(z[i])[0]
+    elif code == TANH:
         for i in range(len(z)):
-            z[i] = np.tanh(z[i])
+            z[i] = tanh(z[i])
+    elif code == ELU:
+        scale = z.dtype.type(alpha)
+        for i in range(len(z)):
+            z[i] = _elu(z[i], scale)
+    elif code == SILU:
+        for i in range(len(z)):
+            z[i] = _times_gate(z[i], sigmoid(z[i])[0])
+    elif code == GELU_TANH:
+        for i in range(len(z)):
+            z[i] = _times_gate(z[i], _gelu_tanh_gate(z[i])[0])
+    elif code == GELU:
+        for i in range(len(z)):
+            z[i] = _times_gate(z[i], normal(z[i])[0])
 
 
 @kernel
 def differentiate(code, alpha, z, g):
     """Multiply g by phi'(z)."""
-    zero, one = z.dtype.type(0), z.dtype.type(1)
-    if code == 0:
-        if alpha == one:
-            return
+    one = z.dtype.type(1)
+    if code == LINEAR:
+        _linear(alpha, z, g)
+    elif code == SIGMOID:
         for i in range(len(z)):
-            below = zero if alpha == zero else alpha * g[i]
-            g[i] = below if z[i] <= zero else g[i]
-    elif code == 1:
+            g[i] *= sigmoid(z[i])[1]
+    elif code == TANH:
         for i in range(len(z)):
-            h = one / (one + np.exp(-z[i]))
-            g[i] *= h * (one - h)
-    elif code == 2:
-        for i in range(len(z)):
-            h = np.tanh(z[i])
+            h = tanh(z[i])
             g[i] *= one - h * h
+    elif code == ELU:
+        scale = z.dtype.type(alpha)
+        for i in range(len(z)):
+            g[i] *= _elu_slope(z[i], scale)
+    elif code == SILU:
+        for i in range(len(z)):
+            gate, density = sigmoid(z[i])
+            g[i] *= _gate_derivative(z[i], gate, density)
+    elif code == GELU_TANH:
+        for i in range(len(z)):
+            gate, density, _ = _gelu_tanh_gate(z[i])
+            g[i] *= _gate_derivative(z[i], gate, density)
+    elif code == GELU:
+        for i in range(len(z)):
+            gate, density = normal(z[i])
+            g[i] *= _gate_derivative(z[i], gate, density)
+
+
+@kernel
+def second(code, alpha, z, out):
+    """Write phi''(z) to out, which may be z; 0 at the kinks of piecewise linear activations."""
+    zero, one, two = z.dtype.type(0), z.dtype.type(1), z.dtype.type(2)
+    if code == LINEAR:
+        for i in range(len(z)):
+            out[i] = select(z[i] == z[i], zero, z[i])
+    elif code == SIGMOID:
+        for i in range(len(z)):
+            gate, density = sigmoid(z[i])
+            out[i] = density * (one - (gate + gate))
+    elif code == TANH:
+        for i in range(len(z)):
+            h = tanh(z[i])
+            out[i] = -two * h * (one - h * h)
+    elif code == ELU:
+        scale = z.dtype.type(alpha)
+        for i in range(len(z)):
+            out[i] = select(z[i] > zero, zero, scale * exp(z[i]))
+    elif code == SILU:
+        for i in range(len(z)):
+            out[i] = _silu_second(z[i])
+    elif code == GELU_TANH:
+        for i in range(len(z)):
+            out[i] = _gelu_tanh_second(z[i])
+    elif code == GELU:
+        for i in range(len(z)):
+            out[i] = _gelu_second(z[i])

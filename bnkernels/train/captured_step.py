@@ -20,7 +20,7 @@ from bnkernels.ops.linear_batch_norm.op import linear_batch_norm_backward, linea
 from bnkernels.ops.linear_batch_norm.problem import Problem
 from bnkernels.ops.mini_batch import mini_batch
 from bnkernels.ops.parameter_update import scheduled_update, update_schedule
-from bnkernels.ops.softmax_cross_entropy import softmax_cross_entropy
+from bnkernels.ops.softmax_cross_entropy.op import softmax_cross_entropy
 from bnkernels.runtime.registry import runtime_of
 
 

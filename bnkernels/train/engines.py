@@ -11,7 +11,7 @@ from bnkernels.nn.mlp import MLP
 from bnkernels.nn.optimizers import Optimizer
 from bnkernels.ops.fused_training.launch import Problem, choose, why_not
 from bnkernels.ops.fused_training.op import fused_training
-from bnkernels.ops.softmax_cross_entropy import softmax_cross_entropy
+from bnkernels.ops.softmax_cross_entropy.op import softmax_cross_entropy
 from bnkernels.runtime.registry import runtime_of
 from bnkernels.train.captured_step import CapturedStep, why_not_captured
 from bnkernels.train.config import ConfigError, TrainingConfig

@@ -10,7 +10,7 @@ import numpy as np
 
 from bnkernels.nn.mlp import MLP
 from bnkernels.nn.optimizers import make_optimizer
-from bnkernels.ops.softmax_cross_entropy import softmax_cross_entropy
+from bnkernels.ops.softmax_cross_entropy.op import softmax_cross_entropy
 from bnkernels.train.checkpoint import CheckpointError
 from bnkernels.train.config import TrainingConfig
 from bnkernels.train.engines import choose_engine

@@ -18,7 +18,7 @@ from benchmarks.steps.ours import FusedStep, GraphStep
 from bnkernels.nn.mlp import MLP
 from bnkernels.nn.optimizers import make_optimizer
 from bnkernels.ops.fused_training.launch import OPTIMIZERS, Problem, shared_bytes
-from bnkernels.ops.softmax_cross_entropy import softmax_cross_entropy
+from bnkernels.ops.softmax_cross_entropy.op import softmax_cross_entropy
 from bnkernels.train.config import ConfigError, TrainingConfig
 from bnkernels.train.learner import Learner
 from tests.regress.refusal import refused

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from bnkernels.ops.batch_norm import cpu, reference
+from bnkernels.ops.batch_norm import reference
 from bnkernels.ops.batch_norm.launch import VECTOR, choose
 from bnkernels.ops.batch_norm.problem import (
     DOUBLE_BACKWARD,
@@ -28,7 +28,8 @@ from bnkernels.ops.batch_norm.problem import (
 )
 from bnkernels.runtime import checks as check
 from bnkernels.runtime import overlap, registry
-from bnkernels.runtime.arguments import accumulator, empty, pack
+from bnkernels.runtime.arguments import accumulator, empty, host_pointer, pack
+from bnkernels.runtime.cpu import kernels
 from bnkernels.runtime.replay import NEW, Call
 from bnkernels.runtime.workspace import PARTIALS, barrier_counters
 
@@ -80,7 +81,7 @@ def _planned(kind: Pass, axis: int, grouped: bool, renormalised: bool, *signatur
     members |= {"stage": int(kind.stage), "statistic_rows": rows, "params_in_storage_type": int(in_storage_type)}
     runtime, acc_dtype = registry.runtime_of(x.kind), accumulator(x.dtype)
     found = Plan(kind, runtime, problem, axis, grouped, acc_dtype, outputs, positions, rows, matrix, members)
-    return found if runtime is None or found.empty else _with_strides(found, args)
+    return found if found.empty else _with_strides(found, args)
 
 
 def _check_arrays(
@@ -176,25 +177,22 @@ def run(
     if found.empty:
         for array in outputs:
             array[...] = 0
+    elif found.runtime is None and (cpu := kernels("bnkernels.ops.batch_norm.cpu")) is None:
+        reference.run(found, given, options)
     elif found.runtime is None:
-        if found.matrix:
-            cpu.run(found, given, options, saved)
-        else:
-            reference.run(found, given, options)
+        cpu.run(found, _members(found, given, options))
     else:
         check.one_device(found.runtime, found.kind.names, arrays)
         _launch(found, given, options, call)
     return outputs
 
 
-def _launch(found: Plan, given: dict[str, Any], options: Options, call: Call) -> None:
-    """Launch the kernel, its argument packed by the names of its members."""
-    runtime, x = found.runtime, given["x"]
+def _members(found: Plan, given: dict[str, Any], options: Options) -> dict[str, Any]:
+    """Return the members of a kernel's argument that do not depend on the launch, by name."""
     for name in found.copied:
         given[name] = _copy(found, name, given[name])
-    members = {name: runtime.pointer(array) for name, array in given.items() if array is not None}
-    aligned = not any(members.get(name, 0) % VECTOR for name in TENSORS)
-    chosen = choose(found.kind, found.problem, runtime.limits(x) if aligned else None)
+    pointer = host_pointer if found.runtime is None else found.runtime.pointer
+    members = {name: pointer(array) for name, array in given.items() if array is not None}
     members |= found.members
     if "out" in members:
         members["y"] = members["out"]
@@ -203,13 +201,21 @@ def _launch(found: Plan, given: dict[str, Any], options: Options, call: Call) ->
     elif "statistics" in members:
         start, row = members["statistics"], found.problem.channels * found.acc_dtype.itemsize
         members |= {"mean": start, "mean_low": start + row, "rstd": start + 2 * row}
+    phi, (r_max, d_max) = options.phi, options.renorm or (1.0, 0.0)
+    members |= {"momentum": options.momentum, "eps": float(found.acc_dtype.type(options.eps)), "alpha": phi.alpha, "activation": phi.code}
+    members |= {"divisor": found.problem.rows - options.unbiased, "correction": options.unbiased}
+    return members | {"r_max": r_max, "d_max": d_max}
+
+
+def _launch(found: Plan, given: dict[str, Any], options: Options, call: Call) -> None:
+    """Launch the kernel, its argument packed by the names of its members."""
+    runtime, x, members = found.runtime, given["x"], _members(found, given, options)
+    aligned = not any(members.get(name, 0) % VECTOR for name in TENSORS)
+    chosen = choose(found.kind, found.problem, runtime.limits(x) if aligned else None)
     if chosen.splits > 1:
         start = runtime.workspace(x)  # it begins with counters of blocks that never wait
         members |= {"partial": start + PARTIALS, "barrier_counter": barrier_counters(start), "finished_blocks": start}
-    phi, (r_max, d_max) = options.phi, options.renorm or (1.0, 0.0)
-    members |= {"held": chosen.held, "momentum": options.momentum, "eps": options.eps, "alpha": phi.alpha}
-    members |= {"divisor": found.problem.rows - options.unbiased, "correction": options.unbiased}
-    members |= {"r_max": r_max, "d_max": d_max, "activation": phi.code}
+    members["held"] = chosen.held
     arguments = pack(chosen.arguments, *[members.get(name, 0) for name in chosen.arguments.names])
     replayable = not found.copied and chosen.splits == 1  # copies are of this call, the workspace is of the stream
     call.launch(runtime, chosen.source, chosen.kernel, chosen.launch, arguments, x, replayable)
@@ -219,5 +225,6 @@ def _copy(found: Plan, name: str, array: Any) -> Any:
     """Return an input in C order: the mask over all positions of a channel."""
     if name == "mask":
         array = array.reshape(array.shape + (1,) * (len(found.positions) - len(array.shape)))
-        array = found.runtime.xp.broadcast_to(array, found.positions)
-    return found.runtime.contiguous(array)
+        xp = np if found.runtime is None else found.runtime.xp
+        array = xp.broadcast_to(array, found.positions)
+    return np.ascontiguousarray(array) if found.runtime is None else found.runtime.contiguous(array)

@@ -11,7 +11,7 @@ from bnkernels.ops.batch_norm.training import batch_norm_backward, batch_norm_fo
 from bnkernels.ops.fused_training.spec import LayerSpec, NetworkSpec
 from bnkernels.ops.layer_norm.op import layer_norm_backward, layer_norm_forward
 from bnkernels.ops.parameter_update import adam_update, momentum_update, sgd_update
-from bnkernels.ops.softmax_cross_entropy import softmax_cross_entropy
+from bnkernels.ops.softmax_cross_entropy.op import softmax_cross_entropy
 
 
 @np.errstate(all="ignore")  # kernels have no warnings either

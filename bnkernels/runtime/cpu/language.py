@@ -63,7 +63,7 @@ def _array_at(dtype: types.Type) -> Any:
 
 int8s, int32s, int64s = _array_at(types.uint8), _array_at(types.int32), _array_at(types.int64)
 float16s, bfloat16s = _array_at(types.int16), _array_at(types.uint16)  # told apart by these types
-doubles = _array_at(types.float64)
+singles, doubles = _array_at(types.float32), _array_at(types.float64)
 
 
 @intrinsic
@@ -108,8 +108,35 @@ def stack(typing_context: Any, like: Any, count: Any) -> Any:
     return array_type(like, count), generate
 
 
+@device
+def is_double(like):
+    """Return whether this is a float64."""
+    return numbers(like, np.uint64(0), 0, 0).itemsize == 8
+
+
 @intrinsic
-def _half_to_float(typing_context: Any, half: Any) -> Any:
+def address_of(typing_context: Any, array: Any) -> Any:
+    """Return the address of an array's first number."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data = make_array(array)(context, builder, arguments[0]).data
+        return builder.ptrtoint(data, context.get_value_type(types.uint64))
+
+    return types.uint64(array), generate
+
+
+@intrinsic
+def cast(typing_context: Any, number: Any, like: Any) -> Any:
+    """Return a number in the type of another."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return context.cast(builder, arguments[0], number, like)
+
+    return like(number, like), generate
+
+
+@intrinsic
+def half_to_float(typing_context: Any, half: Any) -> Any:
     """Return the float32 of a float16, given as its bits."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -119,7 +146,7 @@ def _half_to_float(typing_context: Any, half: Any) -> Any:
 
 
 @intrinsic
-def _float_to_half(typing_context: Any, number: Any) -> Any:
+def float_to_half(typing_context: Any, number: Any) -> Any:
     """Return the bits of the nearest float16."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -149,7 +176,7 @@ def as_bits(typing_context: Any, number: Any) -> Any:
 
 
 @device
-def _to_bfloat16(number):
+def to_bfloat16(number):
     """Return the bits of the nearest bfloat16, as uint32; NaN stays NaN."""
     bits = as_bits(np.float32(number))
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
@@ -160,7 +187,7 @@ def _to_bfloat16(number):
 @device
 def _widen_float16(source, line):
     for i in range(len(line)):
-        line[i] = _half_to_float(source[i])
+        line[i] = half_to_float(source[i])
 
 
 @device
@@ -169,17 +196,23 @@ def _widen_bfloat16(source, line):
         line[i] = as_float(np.uint32(np.uint32(source[i]) << np.uint32(16)))
 
 
-@device
+@kernel
 def gather(address, storage, offset, stride, line):
-    """Read numbers that do not lie next to one another."""
+    """Read numbers from memory into a line."""
     count = len(line)
+    if stride == 1 and storage == FLOAT16:
+        _widen_float16(float16s(address, offset, count), line)
+        return
+    if stride == 1 and storage == BFLOAT16:
+        _widen_bfloat16(bfloat16s(address, offset, count), line)
+        return
     reach = (count - 1) * abs(stride) + 1
     start = offset if stride >= 0 else offset + (count - 1) * stride
     at = 0 if stride >= 0 else (count - 1) * -stride
     if storage == FLOAT16:
         halves = float16s(address, start, reach)
         for i in range(count):
-            line[i] = _half_to_float(halves[at + i * stride])
+            line[i] = half_to_float(halves[at + i * stride])
     elif storage == BFLOAT16:
         truncated = bfloat16s(address, start, reach)
         for i in range(count):
@@ -193,15 +226,9 @@ def gather(address, storage, offset, stride, line):
 @device
 def load(address, storage, offset, stride, line):
     """Return as many numbers as `line` has: where they lie, if they can be read there, else converted in `line`."""
-    count = len(line)
-    if stride != 1 and count > 1:
-        gather(address, storage, offset, stride, line)
-    elif storage == FLOAT16:
-        _widen_float16(float16s(address, offset, count), line)
-    elif storage == BFLOAT16:
-        _widen_bfloat16(bfloat16s(address, offset, count), line)
-    else:
-        return numbers(line[0], address, offset, count)
+    if storage == SAME and (stride == 1 or len(line) == 1):
+        return numbers(line[0], address, offset, len(line))
+    gather(address, storage, offset, stride, line)
     return line
 
 
@@ -213,14 +240,14 @@ def place(address, storage, offset, line):
     return line
 
 
-@device
+@kernel
 def store(address, storage, offset, line):
     """Write a line that `place` gave, contiguously, if it is not there already."""
     if storage == FLOAT16:
         halves = float16s(address, offset, len(line))
         for i in range(len(line)):
-            halves[i] = _float_to_half(np.float32(line[i]))
+            halves[i] = float_to_half(np.float32(line[i]))
     elif storage == BFLOAT16:
         truncated = bfloat16s(address, offset, len(line))
         for i in range(len(line)):
-            truncated[i] = np.uint16(_to_bfloat16(line[i]))
+            truncated[i] = np.uint16(to_bfloat16(line[i]))

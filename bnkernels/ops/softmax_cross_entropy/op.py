@@ -6,13 +6,16 @@ from typing import Any
 
 import numpy as np
 
+from bnkernels.ops.softmax_cross_entropy import reference
 from bnkernels.runtime import checks as check
 from bnkernels.runtime import seam as rt
 from bnkernels.runtime.arguments import SUFFIX, addresses, arguments_type, empty, pack
+from bnkernels.runtime.cpu import kernels
 from bnkernels.runtime.operands import Operands
 from bnkernels.runtime.replay import ReplayCache
 
 ARGUMENTS = arguments_type("logits labels loss dlogits", "rows classes", "", "")
+CPU = "bnkernels.ops.softmax_cross_entropy.cpu"
 LABELS = {np.dtype(np.int32): "i32", np.dtype(np.int64): "i64"}
 WARPS = 8  # examples of a block: enough warps to hide the latency of exp, few enough to spread 64 examples
 
@@ -85,7 +88,7 @@ def softmax_cross_entropy(logits: Any, labels: Any, *, out: tuple[Any, Any] | No
     if shape[0] == 0:
         return loss, dlogits
     if runtime is None:
-        _reference(logits, labels, loss, dlogits)
+        (kernels(CPU) or reference).softmax_cross_entropy(logits, labels, loss, dlogits)
         return loss, dlogits
     arguments = pack(ARGUMENTS[logits.dtype], *addresses(runtime, logits, labels, loss, dlogits), *shape)
     kernel = f"bnk_softmax_cross_entropy_{LABELS[labels.dtype]}_{SUFFIX[logits.dtype]}"
@@ -103,21 +106,3 @@ def softmax_cross_entropy_launch(rows: int) -> rt.Launch:
     Launch(grid=(8, 1, 1), block=(32, 8, 1), shared_bytes=0, cooperative=False)
     """
     return rt.Launch((rt.ceil_div(rows, WARPS), 1, 1), (32, WARPS, 1))
-
-
-@np.errstate(all="ignore")  # kernels have no warnings either
-def _reference(logits: np.ndarray, labels: np.ndarray, loss: np.ndarray, dlogits: np.ndarray) -> None:
-    rows, classes = logits.shape
-    if labels.min() < 0 or labels.max() >= classes:
-        wrong = labels[(labels < 0) | (labels >= classes)][0]
-        raise ValueError(f"labels must be from 0 to {classes - 1}, the classes of logits; got {wrong}")
-    of_label = np.arange(0, rows * classes, classes) + labels  # flat indices
-    np.subtract(logits, logits.max(axis=1, keepdims=True), out=dlogits)
-    flat = dlogits.reshape(-1)
-    at_label = flat[of_label]
-    np.exp(dlogits, out=dlogits)
-    total = dlogits.sum(axis=1, keepdims=True)
-    np.subtract(np.log(total[:, 0]), at_label, out=loss)
-    total *= rows
-    dlogits /= total
-    flat[of_label] -= 1 / rows

@@ -1,0 +1,371 @@
+"""Rows of a mini-batch for the CPU kernels of batch norm: which numbers are worked on together, and their sums.
+
+A tensor is (groups, outer, C, inner), see ``problem.py``. All channels of an outer position make a row, (C inner)
+numbers, which a kernel streams through in lines: narrow columns would take another page of memory with every row. Short
+rows are taken together, `wide` of them as one, where they lie next to one another.
+
+    slice   some channels, few enough for a line, or a single one; no two slices share a sum
+    piece   columns of a slice, at most a line
+    block   rows that one task sums, where there are too few slices to share
+
+Sums are about a shift near the mean, eight rows at a time, in float64. Float64 data are summed with what rounding
+loses, by Knuth's two-sum. Both are functions of the shapes alone, the same for every column.
+
+Kernels pass addresses of rows, so that all but the loops over numbers is compiled once for all data types. The
+accumulators of a piece lie in one array: LLVM compares at most eight pairs of addresses before a loop that it
+vectorises, and these are eight rows against one array.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from bnkernels.ops.batch_norm.problem import Problem
+from bnkernels.runtime.cpu.language import (
+    LINE,
+    address_of,
+    as_float,
+    bfloat16s,
+    device,
+    doubles,
+    float16s,
+    float_to_half,
+    half_to_float,
+    int8s,
+    kernel,
+    numbers,
+    part,
+    singles,
+    to_bfloat16,
+)
+
+FLOAT32, FLOAT64, FLOAT16, BFLOAT16 = range(4)
+STORAGE = {"float32": FLOAT32, "float64": FLOAT64, "float16": FLOAT16, "bfloat16": BFLOAT16}
+SINGLE, DOUBLE = np.float32(0), np.float64(0)  # what tells a loop the type of the numbers at its addresses
+TOGETHER = 8  # rows that are summed before their sum is added
+WIDE = 512  # numbers that rows are joined up to
+# Lines of a piece's accumulators.
+SHIFT, SUMS, SQUARES, UNIT, RESTS, SQUARE_RESTS, LOW = (number * LINE for number in range(7))
+
+
+class Tensor(NamedTuple):
+    """A group of a tensor in memory: its first number, and the strides of its rows; address 0: not given."""
+
+    address: int
+    storage: int
+    start: int
+    outer: int
+    channel: int
+    inner: int
+
+
+class Slices(NamedTuple):
+    """How the channels are worked on: `wide` rows as one, of `rows`; `channels` a slice, of `count`."""
+
+    wide: int
+    rows: int
+    channels: int
+    count: int
+
+
+def slices_of(problem: Problem, masked: bool) -> Slices:
+    """Return the slices of a tensor."""
+    outer, channels, inner, wide = problem.outer, problem.channels, problem.inner, 1
+    row = channels * inner
+    in_order = (row, inner, 1) if inner > 1 else (row, 1, 0)
+    if not masked and all(strides[: 2 + (inner > 1)] == in_order[: 2 + (inner > 1)] for strides in problem.strides):
+        while 2 * wide * row <= WIDE and 2 * wide * TOGETHER <= outer:
+            wide *= 2
+    each = channels if wide > 1 else 1 if inner > LINE // 2 else min(channels, LINE // inner)
+    return Slices(wide, -(-outer // wide), each, -(-channels // each))
+
+
+@device
+def piece_length(columns):
+    """Return the columns of a piece: all of a slice's, or equal parts of a single channel's."""
+    pieces = (columns + LINE - 1) // LINE
+    return (columns + pieces - 1) // pieces
+
+
+@device
+def get(address, storage, at):
+    """Return a number from memory."""
+    if storage == FLOAT32:
+        return np.float64(singles(address, at, 1)[0])
+    if storage == FLOAT64:
+        return doubles(address, at, 1)[0]
+    if storage == FLOAT16:
+        return np.float64(half_to_float(float16s(address, at, 1)[0]))
+    return np.float64(as_float(np.uint32(np.uint32(bfloat16s(address, at, 1)[0]) << np.uint32(16))))
+
+
+@kernel
+def put(address, storage, at, number):
+    """Write a number to memory, rounded to nearest even; return what was written."""
+    if storage == FLOAT32:
+        singles(address, at, 1)[0] = np.float32(number)
+    elif storage == FLOAT64:
+        doubles(address, at, 1)[0] = number
+    elif storage == FLOAT16:
+        float16s(address, at, 1)[0] = float_to_half(np.float32(number))
+    else:
+        bfloat16s(address, at, 1)[0] = np.uint16(to_bfloat16(np.float32(number)))
+
+
+@kernel
+def _gather(address, storage, at, stride, out, count):
+    """Copy numbers from memory to the address of a line; those of 16 bits as float32."""
+    if storage == FLOAT64:
+        line = doubles(out, 0, count)
+        for i in range(count):
+            line[i] = doubles(address, at + i * stride, 1)[0]
+        return
+    line = singles(out, 0, count)
+    if stride == 1 and storage == FLOAT16:
+        halves = float16s(address, at, count)
+        for i in range(count):
+            line[i] = half_to_float(halves[i])
+    elif stride == 1 and storage == BFLOAT16:
+        truncated = bfloat16s(address, at, count)
+        for i in range(count):
+            line[i] = as_float(np.uint32(np.uint32(truncated[i]) << np.uint32(16)))
+    else:
+        for i in range(count):
+            line[i] = np.float32(get(address, storage, at + i * stride))
+
+
+@kernel
+def load_row(a, tensor, row, first, column, count, line):
+    """Return the address of `count` numbers of a row, from `column` of channel `first` on: in memory, or `line`."""
+    at = tensor.start + row * a.wide * tensor.outer + first * tensor.channel
+    stride, inner = tensor.channel if a.inner == 1 else tensor.inner, a.inner
+    size = 8 if tensor.storage == FLOAT64 else 4
+    if inner == 1 or column + count <= inner or tensor.channel == inner * stride:
+        at += column * stride
+        if stride == 1 and tensor.storage <= FLOAT64:
+            return tensor.address + np.uint64(at * size)
+        _gather(tensor.address, tensor.storage, at, stride, line, count)
+        return line
+    for number in range(count // inner):
+        out = line + np.uint64(number * inner * size)
+        _gather(tensor.address, tensor.storage, at + number * tensor.channel, stride, out, inner)
+    return line
+
+
+@kernel
+def copy_line(like, source, out, count):
+    """Copy a line."""
+    line, copy = numbers(like, source, 0, count), numbers(like, out, 0, count)
+    for i in range(count):
+        copy[i] = line[i]
+
+
+@kernel
+def store(address, storage, at, source, count):
+    """Write a line to an output."""
+    if storage == FLOAT64:
+        copy_line(DOUBLE, source, address + np.uint64(8 * at), count)
+        return
+    line = singles(source, 0, count)
+    if storage == FLOAT32:
+        copy_line(SINGLE, source, address + np.uint64(4 * at), count)
+    elif storage == FLOAT16:
+        halves = float16s(address, at, count)
+        for i in range(count):
+            halves[i] = float_to_half(line[i])
+    else:
+        truncated = bfloat16s(address, at, count)
+        for i in range(count):
+            truncated[i] = np.uint16(to_bfloat16(line[i]))
+
+
+@kernel
+def spread(values, channels, inner, out):
+    """Write to each column the number of its channel; of a piece of a single channel all are equal."""
+    if channels == 1:
+        for i in range(len(out)):
+            out[i] = values[0]
+        return
+    row = min(channels * inner, len(out))
+    if inner == 1:
+        for i in range(row):
+            out[i] = values[i]
+    else:
+        for channel in range(channels):
+            run, value = part(out, channel * inner, inner), values[channel]
+            for i in range(inner):
+                run[i] = value
+    for start in range(row, len(out), row):
+        copy = part(out, start, row)
+        for i in range(row):
+            copy[i] = out[i]
+
+
+@kernel
+def add_sums(more, more_rests, sums, rests):
+    """Add sums, each with what rounding took from it."""
+    for i in range(len(sums)):
+        a, b = sums[i], more[i]
+        total = a + b
+        back = total - a
+        sums[i] = total
+        rests[i] += more_rests[i] + ((a - (total - back)) + (b - back))
+
+
+@kernel
+def fold(sums, rests, channels, inner, columns, out, out_rests):
+    """Add the sums of all columns of a channel to that channel's."""
+    count = columns
+    while channels > 1 and count > channels * inner:  # joined rows, of which there is a power of two
+        count //= 2
+        add_sums(part(sums, count, count), part(rests, count, count), part(sums, 0, count), part(rests, 0, count))
+    length = channels if inner == 1 and channels > 1 else 1  # sums that end up next to one another
+    for channel in range(0, channels, length):
+        start, count = channel * inner, columns if channels == 1 else inner
+        while count > 1:
+            half = count // 2
+            far = start + count - half
+            add_sums(part(sums, far, half), part(rests, far, half), part(sums, start, half), part(rests, start, half))
+            count -= half
+        of_sums, of_rests = part(sums, start, length), part(rests, start, length)
+        add_sums(of_sums, of_rests, part(out, channel, length), part(out_rests, channel, length))
+
+
+@kernel
+def add_row(row, count, columns):
+    """Add the float32 row at an address, and its squares, about the shift."""
+    x = singles(row, 0, count)
+    shift, sums, squares = part(columns, SHIFT, count), part(columns, SUMS, count), part(columns, SQUARES, count)
+    for i in range(count):
+        d = np.float64(x[i]) - shift[i]
+        sums[i] += d
+        squares[i] += d * d
+
+
+@kernel
+def add_rows(rows, count, columns):
+    """Add the eight float32 rows at these addresses, and their squares, about the shift."""
+    x0, x1, x2, x3 = (
+        singles(rows[0], 0, count),
+        singles(rows[1], 0, count),
+        singles(rows[2], 0, count),
+        singles(rows[3], 0, count),
+    )
+    x4, x5, x6, x7 = (
+        singles(rows[4], 0, count),
+        singles(rows[5], 0, count),
+        singles(rows[6], 0, count),
+        singles(rows[7], 0, count),
+    )
+    shift, sums, squares = part(columns, SHIFT, count), part(columns, SUMS, count), part(columns, SQUARES, count)
+    for i in range(count):
+        k = shift[i]
+        d0, d1, d2, d3 = np.float64(x0[i]) - k, np.float64(x1[i]) - k, np.float64(x2[i]) - k, np.float64(x3[i]) - k
+        d4, d5, d6, d7 = np.float64(x4[i]) - k, np.float64(x5[i]) - k, np.float64(x6[i]) - k, np.float64(x7[i]) - k
+        sums[i] += ((d0 + d1) + (d2 + d3)) + ((d4 + d5) + (d6 + d7))
+        squares[i] += ((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)) + ((d4 * d4 + d5 * d5) + (d6 * d6 + d7 * d7))
+
+
+@kernel
+def add_row_exactly(row, count, columns):
+    """Add a float64 row in units, and its squares, about the shift, with what rounding loses."""
+    x, shift, unit = doubles(row, 0, count), part(columns, SHIFT, count), part(columns, UNIT, count)
+    sums, squares = part(columns, SUMS, count), part(columns, SQUARES, count)
+    rests, square_rests = part(columns, RESTS, count), part(columns, SQUARE_RESTS, count)
+    for i in range(count):
+        a, b = x[i] * unit[i], shift[i] * unit[i]
+        d = a - b
+        back = d - a
+        rest = (a - (d - back)) - (b + back)
+        total = sums[i] + d
+        back = total - sums[i]
+        rests[i] += rest + ((sums[i] - (total - back)) + (d - back))
+        sums[i] = total
+        square = d * d
+        total = squares[i] + square
+        back = total - squares[i]
+        square_rests[i] += (squares[i] - (total - back)) + (square - back)
+        squares[i] = total
+
+
+@kernel
+def add_product(gradient, row, count, columns):
+    """Add a row of float32 gradients, and its products with the distances of `row` from the mean, which is the shift."""
+    g, x = singles(gradient, 0, count), singles(row, 0, count)
+    mean, sums, products = part(columns, SHIFT, count), part(columns, SUMS, count), part(columns, SQUARES, count)
+    for i in range(count):
+        value = np.float64(g[i])
+        sums[i] += value
+        products[i] += value * (np.float64(x[i]) - mean[i])
+
+
+@kernel
+def add_products(gradients, rows, count, columns):
+    """Add four rows of float32 gradients, and their products with the distances from the mean."""
+    g0, g1 = singles(gradients[0], 0, count), singles(gradients[1], 0, count)
+    g2, g3 = singles(gradients[2], 0, count), singles(gradients[3], 0, count)
+    x0, x1 = singles(rows[0], 0, count), singles(rows[1], 0, count)
+    x2, x3 = singles(rows[2], 0, count), singles(rows[3], 0, count)
+    mean, sums, products = part(columns, SHIFT, count), part(columns, SUMS, count), part(columns, SQUARES, count)
+    for i in range(count):
+        m = mean[i]
+        a, b, c, d = np.float64(g0[i]), np.float64(g1[i]), np.float64(g2[i]), np.float64(g3[i])
+        sums[i] += (a + b) + (c + d)
+        a, b = a * (np.float64(x0[i]) - m), b * (np.float64(x1[i]) - m)
+        c, d = c * (np.float64(x2[i]) - m), d * (np.float64(x3[i]) - m)
+        products[i] += (a + b) + (c + d)
+
+
+@kernel
+def add_product_exactly(gradient, row, count, columns):
+    """Add a row of float64 gradients in units, and its products, with what rounding loses."""
+    g, x = doubles(gradient, 0, count), doubles(row, 0, count)
+    mean, low, unit = part(columns, SHIFT, count), part(columns, LOW, count), part(columns, UNIT, count)
+    sums, products = part(columns, SUMS, count), part(columns, SQUARES, count)
+    rests, product_rests = part(columns, RESTS, count), part(columns, SQUARE_RESTS, count)
+    for i in range(count):
+        value = g[i] * unit[i]
+        total = sums[i] + value
+        back = total - sums[i]
+        rests[i] += (sums[i] - (total - back)) + (value - back)
+        sums[i] = total
+        product = value * ((x[i] - mean[i]) - low[i])
+        total = products[i] + product
+        back = total - products[i]
+        product_rests[i] += (products[i] - (total - back)) + (product - back)
+        products[i] = total
+
+
+@device
+def valid(a, group, outer, inner):
+    """Return whether a position counts."""
+    at = group * a.mask_group + outer * a.mask_outer + inner * a.mask_inner
+    return a.mask == 0 or int8s(a.mask, at, 1)[0] != 0
+
+
+@kernel
+def count_valid(a, group):
+    """Return the number of positions that count."""
+    if a.mask == 0:
+        return a.outer * a.inner
+    count = 0
+    for outer in range(a.outer):
+        for inner in range(a.inner):
+            count += 1 if valid(a, group, outer, inner) else 0
+    return count
+
+
+@kernel
+def clear(a, like, group, row, column, values, line, count):
+    """Write `values` to the columns of the line at an address that do not count."""
+    out, at = numbers(like, line, 0, count), column % a.inner
+    for i in range(count):
+        if not valid(a, group, row, at):
+            out[i] = values[i]
+        at = at + 1 if at + 1 < a.inner else 0
+
+
+@device
+def line_of(lines, number):
+    """Return the address of a line in an array of float64 lines."""
+    return address_of(lines) + np.uint64(8 * LINE * number)
