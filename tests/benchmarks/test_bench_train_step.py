@@ -17,6 +17,7 @@ from benchmarks.steps import bench_train_step as bench
 from benchmarks.steps.expression import ExpressionStep
 from benchmarks.steps.ours import OurStep
 from benchmarks.steps.step import Batches, Maker, State, check_losses, initial_state
+from bnkernels.runtime import cpu
 
 BATCHES = bench.QUESTION.mini_batches()
 OPTIMIZERS = ("sgd", "momentum", "adam")
@@ -143,6 +144,7 @@ def test_a_run_writes_what_the_report_reads(monkeypatch: pytest.MonkeyPatch) -> 
         for network in bench.NETWORKS
         for norm in bench.NORMS
     }
+    assert document["engine"] == cpu.engine()
     assert all(row["us"]["p20"] <= row["us"]["median"] <= row["us"]["p80"] for row in document["rows"])
     assert [target["met"] for target in document["targets"]][1] is None  # nobody has PyTorch
     assert "### 784-100-100-100-10, mini-batches of 60" in report.figures({"cpu": document})

@@ -64,6 +64,7 @@ def results() -> dict:
         "place": "cpu",
         "device": "a CPU",
         "versions": {"NumPy": "2.0", "torch": None},
+        "engine": "compiled by Numba",
         "threads": 1,
         "commit": "0123abc",
         "date": "2026-01-02",
@@ -82,7 +83,7 @@ def results() -> dict:
 
 def test_the_training_step_shows_the_run_and_says_what_is_missing() -> None:
     text = train_step.figures({"cpu": results(), "cuda": None})
-    assert "On a CPU, a CPU, 1 thread; NumPy 2.0; commit 0123abc, 2026-01-02." in text
+    assert "On a CPU, a CPU, 1 thread; ours compiled by Numba; NumPy 2.0; commit 0123abc, 2026-01-02." in text
     assert "| bnkernels, no norm | 100 (90 to 120) |" in text
     assert text.count("PyTorch") == 1
     assert "Not measured: PyTorch (not installed)." in text
