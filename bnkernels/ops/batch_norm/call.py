@@ -202,7 +202,12 @@ def _members(found: Plan, given: dict[str, Any], options: Options) -> dict[str, 
         start, row = members["statistics"], found.problem.channels * found.acc_dtype.itemsize
         members |= {"mean": start, "mean_low": start + row, "rstd": start + 2 * row}
     phi, (r_max, d_max) = options.phi, options.renorm or (1.0, 0.0)
-    members |= {"momentum": options.momentum, "eps": float(found.acc_dtype.type(options.eps)), "alpha": phi.alpha, "activation": phi.code}
+    members |= {
+        "momentum": options.momentum,
+        "eps": float(found.acc_dtype.type(options.eps)),
+        "alpha": phi.alpha,
+        "activation": phi.code,
+    }
     members |= {"divisor": found.problem.rows - options.unbiased, "correction": options.unbiased}
     return members | {"r_max": r_max, "d_max": d_max}
 
