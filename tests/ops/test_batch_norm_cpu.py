@@ -13,29 +13,29 @@ numba = pytest.importorskip("numba", reason="the kernels are compiled by Numba")
 from llvmlite import binding  # noqa: E402
 from numba import types  # noqa: E402
 
-from bnkernels.ops.batch_norm import cpu, cpu_rows  # noqa: E402
+from bnkernels.ops.batch_norm.cpu import backward, normalisation, rows, sums  # noqa: E402
 
 ADDRESS, COUNT, COLUMNS, SINGLE = types.uint64, types.intp, types.Array(types.float64, 1, "C"), types.float32
 FLOAT64_SUM, FLOAT32_LINE = r"v(add|fmadd\w+)pd\s.*%ymm", r"v(sub|fmadd\w+)ps\s.*%ymm"
 LOOPS = {  # kernel: the types of its arguments, and an instruction on four or eight numbers that it must have
-    "add_row": (cpu_rows.add_row, (ADDRESS, COUNT, COLUMNS), FLOAT64_SUM),
-    "add_rows": (cpu_rows.add_rows, (types.UniTuple(ADDRESS, 8), COUNT, COLUMNS), FLOAT64_SUM),
-    "add_row_exactly": (cpu_rows.add_row_exactly, (ADDRESS, COUNT, COLUMNS), FLOAT64_SUM),
-    "add_product": (cpu_rows.add_product, (ADDRESS, ADDRESS, COUNT, COLUMNS), FLOAT64_SUM),
-    "add_products": (cpu_rows.add_products, (*[types.UniTuple(ADDRESS, 4)] * 2, COUNT, COLUMNS), FLOAT64_SUM),
-    "add_product_exactly": (cpu_rows.add_product_exactly, (ADDRESS, ADDRESS, COUNT, COLUMNS), FLOAT64_SUM),
+    "add_row": (sums.add_row, (ADDRESS, COUNT, COLUMNS), FLOAT64_SUM),
+    "add_rows": (sums.add_rows, (types.UniTuple(ADDRESS, 8), COUNT, COLUMNS), FLOAT64_SUM),
+    "add_row_exactly": (sums.add_row_exactly, (ADDRESS, COUNT, COLUMNS), FLOAT64_SUM),
+    "add_product": (sums.add_product, (ADDRESS, ADDRESS, COUNT, COLUMNS), FLOAT64_SUM),
+    "add_products": (sums.add_products, (*[types.UniTuple(ADDRESS, 4)] * 2, COUNT, COLUMNS), FLOAT64_SUM),
+    "add_product_exactly": (sums.add_product_exactly, (ADDRESS, ADDRESS, COUNT, COLUMNS), FLOAT64_SUM),
     "before the activation": (
-        cpu._before_activation,
+        normalisation.before_activation,
         (SINGLE, ADDRESS, ADDRESS, COLUMNS, ADDRESS, COUNT),
         FLOAT32_LINE,
     ),
     "gradient of the input": (
-        cpu._gradient_of_input,
+        backward._gradient_of_input,
         (SINGLE, ADDRESS, ADDRESS, COLUMNS, COLUMNS, ADDRESS, COUNT),
         r"vcvtpd2ps\w?\s.*%ymm",
     ),
-    "from float16": (cpu_rows._gather, (ADDRESS, COUNT, COUNT, COUNT, ADDRESS, COUNT), r"vcvtph2ps\s.*%ymm"),
-    "to float16": (cpu_rows.store, (ADDRESS, COUNT, COUNT, ADDRESS, COUNT), r"vcvtps2ph\s.*%ymm"),
+    "from float16": (rows._gather, (ADDRESS, COUNT, COUNT, COUNT, ADDRESS, COUNT), r"vcvtph2ps\s.*%ymm"),
+    "to float16": (rows.store, (ADDRESS, COUNT, COUNT, ADDRESS, COUNT), r"vcvtps2ph\s.*%ymm"),
 }
 
 
