@@ -29,6 +29,7 @@ from bnkernels.ops.batch_norm.cpu.rows import (
     FLOAT64,
     SINGLE,
     accumulator_of,
+    copy_line,
     get,
     input_of,
     line_of,
@@ -81,9 +82,14 @@ def _prepare(a, like, tensors, row, first, column, own, columns, means, lines, s
         second(a.activation, alpha, numbers(like, z, 0, own), bend)
     _widen(like, values, part(lines, C * LINE, own))
     _widen(like, line_of(scratch, 3), part(lines, SLOPE_OF_ROW * LINE, own))
-    _widen(like, line_of(scratch, 4), part(lines, K * LINE, own))
     dys = load_row(a, dy, row, first, column, own, line_of(scratch, 0))
-    _widen(like, dys, part(lines, G * LINE, own))
+    copy_line(like, dys, line_of(scratch, 1), own)
+    g_like = numbers(like, line_of(scratch, 1), 0, own)
+    for i in range(own):
+        bend[i] = bend[i] * g_like[i] if a.activation != 0 else bend[i]  # of a linear piece 0, whatever dy is
+    differentiate(a.activation, alpha, numbers(like, z, 0, own), g_like)
+    _widen(like, line_of(scratch, 1), part(lines, G * LINE, own))
+    _widen(like, line_of(scratch, 4), part(lines, K * LINE, own))
     if given != 0:
         given = load_row(a, ddx, row, first, column, own, line_of(scratch, 0))
     _widen(like, given, part(lines, V * LINE, own))
@@ -91,13 +97,9 @@ def _prepare(a, like, tensors, row, first, column, own, columns, means, lines, s
     if given != 0:
         given = load_row(a, ddresidual, row, first, column, own, line_of(scratch, 0))
     _widen(like, given, part(lines, ADDED * LINE, own))
-    g, c = part(lines, G * LINE, own), part(lines, C * LINE, own)
-    k, d = part(lines, K * LINE, own), part(lines, SLOPE_OF_ROW * LINE, own)
-    mean, low = part(means, 0, own), part(means, LINE, own)
+    c, mean, low = part(lines, C * LINE, own), part(means, 0, own), part(means, LINE, own)
     for i in range(own):
         c[i] = (c[i] - mean[i]) - low[i]
-        k[i] *= g[i]
-        g[i] *= d[i]
 
 
 @kernel
