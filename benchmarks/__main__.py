@@ -16,7 +16,7 @@ from tqdm import tqdm
 from benchmarks.harness import records
 from benchmarks.harness.case import DTYPES, EPILOGUES, LAYOUTS, Case, Op, Provider
 from benchmarks.harness.measure import Row, measure, new_row
-from benchmarks.harness.places import place_of, why_absent
+from benchmarks.harness.places import keep_memory, place_of, why_absent
 from benchmarks.harness.targets import LAYOUT_OF, TARGETS, Target
 from benchmarks.harness.timing import facts, results_folder
 from benchmarks.ops import every_op
@@ -211,4 +211,5 @@ def shape(text: str) -> tuple[int, ...]:
 
 
 if __name__ == "__main__":
+    keep_memory()
     sys.exit(main())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import sys
 from collections.abc import Callable, Sequence
@@ -21,11 +22,22 @@ from bnkernels.runtime.cpu.threads import set_num_threads
 SEED = 0
 COPY, EMPTY = "copy", "empty kernel"  # the limits: bytes, and a launch that does nothing
 COPY_MEMCPY = "copy, cudaMemcpy"  # the other way to copy; the faster of the two is the limit
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def why_absent(place: str) -> str | None:
     """Return why this machine has no such place, or None."""
     return None if place == "cpu" else registry.why_no_cuda()
+
+
+def keep_memory() -> None:
+    """Let freed memory be used again, however much: new pages in every call would be most of the time of large outputs.
+
+    It favours those that allocate their outputs. For the process of a benchmark; elsewhere than with glibc, nothing.
+    """
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1)):
+            mallopt(option, value)
 
 
 class Host:

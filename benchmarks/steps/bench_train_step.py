@@ -18,6 +18,7 @@ import numpy as np
 
 from benchmarks import steps
 from benchmarks.harness.case import NotSupportedError, WrongResultError
+from benchmarks.harness.places import keep_memory
 from benchmarks.harness.timing import facts, interleave, quantiles, round4, write_json
 from benchmarks.steps.expression import ExpressionStep
 from benchmarks.steps.step import Batches, Maker, Step, check_losses, initial_state, stopwatch
@@ -314,4 +315,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    keep_memory()
     main()

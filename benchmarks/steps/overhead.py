@@ -25,6 +25,7 @@ import numpy as np
 
 from benchmarks import steps
 from benchmarks.harness.case import NotSupportedError, WrongResultError
+from benchmarks.harness.places import keep_memory
 from benchmarks.harness.timing import facts, interleave, quantiles, results_folder, write_json
 from benchmarks.steps import overhead_plot
 from benchmarks.steps.expression import ExpressionStep
@@ -347,4 +348,5 @@ def finish(folder: Path, rows: Sequence[Row], interrupted: bool) -> None:
 
 
 if __name__ == "__main__":
+    keep_memory()
     main()

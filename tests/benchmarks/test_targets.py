@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import threading
 
@@ -13,6 +14,7 @@ from benchmarks.harness import clocks, measure
 from benchmarks.harness.case import Arrays, Call, Case, Op, Provider, cores, one_thread
 from benchmarks.harness.places import COPY, Host
 from benchmarks.harness.targets import QUESTION, TARGETS, Target
+from benchmarks.harness.timing import ROOT
 from bnkernels.runtime.cpu.threads import get_num_threads
 
 
@@ -90,3 +92,22 @@ def test_a_batch_of_threads_waits_until_the_others_sleep(monkeypatch: pytest.Mon
         made.clear()
         clocks.HostClock(rests).batch([lambda: made.append("call")] * 2, keep=False).run()
         assert made == (["rest", "call", "call", "call"] if rests else ["call", "call"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc alone can be told")
+def test_memory_that_was_freed_is_used_again() -> None:
+    """In a process of its own: pages that a call touches for the first time are counted by the system."""
+    program = """if True:
+        import resource
+        import numpy as np
+        from benchmarks.harness.places import keep_memory
+        def faults():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            np.ones(2**24, np.uint8)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        keep_memory()
+        faults()
+        print(faults())
+    """
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 100
