@@ -175,7 +175,8 @@ def run(found: Plan, arrays: tuple, options: Options, call: Call = NEW) -> tuple
     elif found.runtime is None and (cpu := kernels("bnkernels.ops.batch_norm.cpu")) is None:
         reference.run(found, given, options)
     elif found.runtime is None:
-        cpu.run(found, _members(found, given, options))
+        work = cpu.work(found, _members(found, given, options))
+        call.compute(work, given["x"], replayable=not found.copied)  # a copy is of this call
     else:
         check.one_device(found.runtime, found.kind.names, arrays)
         _launch(found, given, options, call)

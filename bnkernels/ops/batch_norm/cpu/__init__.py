@@ -16,6 +16,7 @@ Bits       depend on shapes and strides alone: neither on the number of threads 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -69,8 +70,8 @@ def _division(problem: Problem, masked: bool) -> tuple[dict[str, int], int]:
     return dict(zip(DIVISION, division, strict=True)), max(1, IN_CACHE * count // (size * problem.groups))
 
 
-def run(plan: Plan, members: dict[str, Any]) -> None:
-    """Compute a pass, from the members of its argument."""
+def work(plan: Plan, members: dict[str, Any]) -> Callable[[Any], None]:
+    """Return what computes a pass, from the members of its argument; it may be called again and by several threads."""
     problem, stage = plan.problem, plan.kind.stage
     division, together = _division(problem, "mask" in members)
     members |= division
@@ -78,26 +79,15 @@ def run(plan: Plan, members: dict[str, Any]) -> None:
     blocks, slices = division["blocks"], division["slices"]
     size = problem.rows * problem.channels * problem.groups
     if plan.kind is DOUBLE_BACKWARD:
-        share(double_backward, slices, size, arguments)
-        return
-    counts = np.full(problem.groups, problem.rows)
-    if "mask" in members:
-        count_all(arguments, counts)
-    state = np.empty(problem.groups * (SUMS + OF_BLOCK * blocks) * problem.channels)
+        return lambda like: share(double_backward, slices, size, arguments)
     form, write = KERNELS[plan.kind.direction]
     forms = stage in (Stage.WHOLE, Stage.COLLECT) or (stage == Stage.FROZEN and plan.kind.direction == "backward")
-    writes = stage != Stage.COLLECT
-    if blocks > 1:
-        steps = [(CHOOSE, 1), (SUM, blocks), (CONCLUDE, 1)]
-        if problem.dtype == np.float64:
-            steps[2:2] = [(CENTRE, 1), (SUM, blocks)]
-        for step, tasks in steps if forms else []:
-            share(form, tasks, size if tasks > 1 else 0, arguments, counts, state, step)
-        if writes:
-            share(write, blocks, size, arguments, counts, state)
-        return
+    writes, masked = stage != Stage.COLLECT, "mask" in members
+    numbers = problem.groups * (SUMS + OF_BLOCK * blocks) * problem.channels
+    all_rows = np.full(problem.groups, problem.rows)
 
-    def compute(first: int, last: int) -> None:
+    def slice_by_slice(counts: np.ndarray, state: np.ndarray, first: int, last: int) -> None:
+        """Compute slices, a few at a time."""
         for start in range(first, last, together):
             stop = min(last, start + together)
             if forms:
@@ -105,4 +95,23 @@ def run(plan: Plan, members: dict[str, Any]) -> None:
             if writes:
                 write(arguments, counts, state, start, stop)
 
-    share(compute, slices, size)
+    def compute(like: Any) -> None:
+        counts, state = all_rows, np.empty(numbers)
+        if masked:
+            counts = all_rows.copy()
+            count_all(arguments, counts)
+        if size < WORTH_SHARING:
+            slice_by_slice(counts, state, 0, slices)
+            return
+        if blocks == 1:
+            share(slice_by_slice, slices, size, counts, state)
+            return
+        steps = [(CHOOSE, 1), (SUM, blocks), (CONCLUDE, 1)]
+        if problem.dtype == np.float64:
+            steps[2:2] = [(CENTRE, 1), (SUM, blocks)]
+        for step, tasks in steps if forms else []:
+            share(form, tasks, size if tasks > 1 else 0, arguments, counts, state, step)
+        if writes:
+            share(write, blocks, size, arguments, counts, state)
+
+    return compute
