@@ -1,7 +1,7 @@
 """Layer norm on the CPU, forward and backward, compiled by Numba.
 
 Formulas:  Of ``cuda/layer_norm_forward.cu`` and ``cuda/layer_norm_backward.cu``.
-Arrays:    Those of the CUDA kernels, each given by its `id`; 0 for none.
+Arrays:    Those of the CUDA kernels, given by their addresses; 0 for none.
 Tasks:     Forward: rows. Backward: blocks of `height` rows; of rows too long to be held, the rows and then lines of
            columns.
 Traffic:   A row is read from memory once as long as it fits into the cache, and written once; gamma and beta stay in
@@ -16,6 +16,7 @@ Order:     A row knows of no other. Sums of columns are of blocks that the shape
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -24,11 +25,11 @@ import numpy as np
 from bnkernels.ops.activations import Activation
 from bnkernels.ops.activations_cpu import activate, differentiate
 from bnkernels.ops.layer_norm.problem import Problem
+from bnkernels.runtime.arguments import addresses, host_pointer
 from bnkernels.runtime.cpu.language import (
     LINE,
     SAME,
     STORAGE,
-    address,
     cast,
     device,
     doubles,
@@ -67,11 +68,12 @@ def forward(
     phi: Activation,
     y: np.ndarray,
     statistics: np.ndarray,
-) -> None:
-    """Write `y` and `statistics`."""
-    like, storage, _, _ = _plan(problem)
-    given = like, storage, id(x), _id(gamma), _id(beta), id(y), id(statistics), problem.rows, problem.columns
-    share(_forward, problem.rows, x.size, *given, eps, phi.alpha, phi.code)
+) -> Callable[[Any], None]:
+    """Return what writes `y` and `statistics`."""
+    (rows, columns, _), (like, storage, _, _) = problem, _plan(problem)
+    pointers = addresses(None, x, gamma, beta, y, statistics)
+    given = like, storage, *pointers, rows, columns, eps, phi.alpha, phi.code
+    return lambda _: share(_forward, rows, rows * columns, *given)
 
 
 def backward(
@@ -85,25 +87,26 @@ def backward(
     dx: np.ndarray,
     dgamma: np.ndarray,
     dbeta: np.ndarray,
-) -> None:
-    """Write the gradients; `dx` may be `dy`."""
+) -> Callable[[Any], None]:
+    """Return what writes the gradients; `dx` may be `dy`."""
     (rows, columns, _), (like, storage, height, blocks) = problem, _plan(problem)
-    given = like, storage, id(dy), id(x), _id(gamma), _id(beta), id(statistics)
-    outputs, numbers = (id(dx), id(dgamma), id(dbeta)), (rows, columns, phi.alpha, phi.code)
-    if columns > HELD:
+    given = like, storage, *addresses(None, dy, x, gamma, beta, statistics)
+    outputs, numbers = addresses(None, dx, dgamma, dbeta), (rows, columns, phi.alpha, phi.code)
+
+    def by_rows(_: Any) -> None:
+        sums = np.empty(2 * blocks * columns)
+        share(_backward, blocks, rows * columns, *given, *outputs, host_pointer(sums), *numbers, height)
+        if blocks > 1:
+            for offset, out in ((0, outputs[2]), (columns, outputs[1])):
+                merge(like, host_pointer(sums), offset, 2 * columns, blocks, columns, out)
+
+    def by_columns(_: Any) -> None:
         sums = np.empty(3 * rows)
-        share(_backward_rows, rows, x.size, *given, id(sums), *numbers)
-        share(_backward_columns, ceil_div(columns, LINE), x.size, *given, *outputs, id(sums), *numbers)
-        return
-    sums = np.empty(2 * blocks * columns)
-    share(_backward, blocks, x.size, *given, *outputs, id(sums), *numbers, height)
-    if blocks > 1:
-        merge(like, id(sums), 0, 2 * columns, blocks, columns, id(dbeta))
-        merge(like, id(sums), columns, 2 * columns, blocks, columns, id(dgamma))
+        share(_backward_rows, rows, rows * columns, *given, host_pointer(sums), *numbers)
+        lines = ceil_div(columns, LINE)
+        share(_backward_columns, lines, rows * columns, *given, *outputs, host_pointer(sums), *numbers)
 
-
-def _id(array: np.ndarray | None) -> int:
-    return 0 if array is None else id(array)
+    return by_rows if columns <= HELD else by_columns
 
 
 @lru_cache(maxsize=1024)
@@ -116,7 +119,7 @@ def _plan(problem: Problem) -> tuple[Any, int, int, int]:
 @device
 def _vector(like, array, first, line):
     """Return numbers of gamma or beta from the first on; where there is none, `line`."""
-    return numbers(like, address(array), first, len(line)) if array else line
+    return numbers(like, array, first, len(line)) if array else line
 
 
 @device
@@ -272,7 +275,7 @@ def _forward(like, storage, x, gamma, beta, y, statistics, rows, columns, eps, a
         fill_line(part(ones, 0, min(LINE, columns)), cast(1, like)),
         fill_line(part(zeros, 0, min(LINE, columns)), cast(0, like)),
     )
-    x, y, of_rows = address(x), address(y), numbers(like, address(statistics), 0, 3 * rows)
+    of_rows = numbers(like, statistics, 0, 3 * rows)
     eps, alpha = cast(eps, like), cast(alpha, like)
     together = min(MOST_TOGETHER, LINE // columns)
     if together >= FEWEST_TOGETHER:
@@ -376,8 +379,8 @@ def _backward(
     of_beta, of_gamma = part(of_beta, 0, columns), part(of_gamma, 0, columns)
     fill_line(ones, cast(1, like)), fill_line(zeros, like), fill_line(of_beta, like), fill_line(of_gamma, like)
     weights, shifts = _vector(like, gamma, 0, ones), _vector(like, beta, 0, zeros)
-    dy, x, dx, sums, alpha = address(dy), address(x), address(dx), address(sums), cast(alpha, like)
-    of_rows = numbers(like, address(statistics), 0, 3 * rows)
+    alpha = cast(alpha, like)
+    of_rows = numbers(like, statistics, 0, 3 * rows)
     for block in range(first, last):
         beta_sums = doubles(sums, 2 * block * columns, columns)
         gamma_sums = doubles(sums, (2 * block + 1) * columns, columns)
@@ -401,8 +404,8 @@ def _backward(
             flush(of_beta, beta_sums)
             flush(of_gamma, gamma_sums)
     if height >= rows:
-        round_to(doubles(sums, 0, columns), numbers(like, address(dbeta), 0, columns))
-        round_to(doubles(sums, columns, columns), numbers(like, address(dgamma), 0, columns))
+        round_to(doubles(sums, 0, columns), numbers(like, dbeta, 0, columns))
+        round_to(doubles(sums, columns, columns), numbers(like, dgamma, 0, columns))
 
 
 @kernel
@@ -413,8 +416,8 @@ def _backward_rows(
     xhat, g, line = stack(like, LINE), stack(like, LINE), stack(like, LINE)
     ones, zeros, of_beta, of_gamma = stack(like, LINE), stack(like, LINE), stack(like, LINE), stack(like, LINE)
     fill_line(ones, cast(1, like)), fill_line(zeros, like)
-    dy, x, sums, alpha = address(dy), address(x), doubles(address(sums), 0, 3 * rows), cast(alpha, like)
-    of_rows = numbers(like, address(statistics), 0, 3 * rows)
+    means, alpha = doubles(sums, 0, 3 * rows), cast(alpha, like)
+    of_rows = numbers(like, statistics, 0, 3 * rows)
     for n in range(first, last):
         of_row, scaled = (of_rows[n], of_rows[rows + n], of_rows[2 * rows + n]), False
         while True:
@@ -434,7 +437,7 @@ def _backward_rows(
             if scaled or not is_double(like) or np.isfinite(sum_h + product):
                 break
             scaled = True
-        sums[n], sums[rows + n], sums[2 * rows + n] = sum_h / columns, product / columns, scaled
+        means[n], means[rows + n], means[2 * rows + n] = sum_h / columns, product / columns, scaled
 
 
 @kernel
@@ -446,8 +449,8 @@ def _backward_columns(
     ones, zeros = stack(like, LINE), stack(like, LINE)
     of_beta, of_gamma, beta_sums, gamma_sums = stack(like, LINE), stack(like, LINE), stack(0.0, LINE), stack(0.0, LINE)
     fill_line(ones, cast(1, like)), fill_line(zeros, like), fill_line(of_beta, like), fill_line(of_gamma, like)
-    dy, x, dx, alpha = address(dy), address(x), address(dx), cast(alpha, like)
-    means, of_rows = doubles(address(sums), 0, 3 * rows), numbers(like, address(statistics), 0, 3 * rows)
+    alpha = cast(alpha, like)
+    means, of_rows = doubles(sums, 0, 3 * rows), numbers(like, statistics, 0, 3 * rows)
     for start in range(first * LINE, min(last * LINE, columns), LINE):
         count = min(LINE, columns - start)
         fill_line(beta_sums, 0.0), fill_line(gamma_sums, 0.0)
@@ -471,5 +474,5 @@ def _backward_columns(
             if n % GROUP == GROUP - 1 or n == rows - 1:
                 flush(of_beta, part(beta_sums, 0, count))
                 flush(of_gamma, part(gamma_sums, 0, count))
-        round_to(part(beta_sums, 0, count), numbers(like, address(dbeta), start, count))
-        round_to(part(gamma_sums, 0, count), numbers(like, address(dgamma), start, count))
+        round_to(part(beta_sums, 0, count), numbers(like, dbeta, start, count))
+        round_to(part(gamma_sums, 0, count), numbers(like, dgamma, start, count))
