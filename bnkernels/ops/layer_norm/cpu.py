@@ -44,7 +44,7 @@ from bnkernels.runtime.cpu.language import (
 )
 from bnkernels.runtime.cpu.sums import MOST_SUMS, add, fill_line, flush, merge, round_to, total
 from bnkernels.runtime.cpu.threads import share
-from bnkernels.runtime.cpu.vectors import WIDTH, fill, fold, get, put, widen
+from bnkernels.runtime.cpu.vectors import WIDTH, fill, fold, get, prefetch, put, widen
 from bnkernels.runtime.seam import ceil_div
 
 HELD = 8192  # columns of a row whose intermediate values are held
@@ -161,6 +161,8 @@ def _centre(values, mean, centred):
     whole, eights = len(values) // FOUR * FOUR, len(values) // WIDTH * WIDTH
     for i in range(0, whole, FOUR):
         sum_, square = fill(zero), fill(zero)
+        prefetch(values, i + len(values))  # the next row
+        prefetch(values, i + len(values) + FOUR // 2)
         for k in range(i, i + FOUR, WIDTH):
             d = get(values, k) - means
             put(centred, k, d)
@@ -294,8 +296,12 @@ def _gradients(storage, dy, x, offset, of_row, weights, shifts, alpha, code, xha
     values = load(x, storage, offset, 1, line)
     if rstd == 0:  # the distance from the mean may be beyond the type
         mean, low = rstd, rstd
-    for j in range(len(xhat)):
-        xhat[j] = ((values[j] - mean) - low) * rstd
+    eights, means, lows, rstds = len(xhat) // WIDTH * WIDTH, fill(mean), fill(low), fill(rstd)
+    for i in range(0, eights, WIDTH):
+        prefetch(values, i + len(xhat))  # the next row
+        put(xhat, i, ((get(values, i) - means) - lows) * rstds)
+    for i in range(eights, len(xhat)):
+        xhat[i] = ((values[i] - mean) - low) * rstd
     gradient = load(dy, storage, offset, 1, g)
     if code == 0 and alpha == 1:
         return gradient
@@ -319,6 +325,8 @@ def _add_up(gradient, weights, xhat, of_beta, of_gamma):
     whole, eights = len(xhat) // FOUR * FOUR, len(xhat) // WIDTH * WIDTH
     for i in range(0, whole, FOUR):
         sum_, product = fill(zero), fill(zero)
+        prefetch(gradient, i + len(xhat))  # the next row
+        prefetch(gradient, i + len(xhat) + FOUR // 2)
         for k in range(i, i + FOUR, WIDTH):
             g, x = get(gradient, k), get(xhat, k)
             put(of_beta, k, get(of_beta, k) + g)
