@@ -13,19 +13,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, models, register_model
 from numba.np.arrayobj import make_array, populate_array
 
+from bnkernels.runtime.cpu.caching import cached
+
 # Contraction gives fused multiply-adds. Nothing may be reordered, and NaN and infinity count.
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "nsz"}}
-kernel = numba.njit(cache=True, **_OPTIONS)  # called from Python, and a function of its own in kernels
-device = numba.njit(
-    forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True, cache=True, **_OPTIONS
-)  # part of every kernel that calls it
+kernel = cached(**_OPTIONS)  # called from Python, and a function of its own in kernels
+device = cached(forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)  # part of its callers
 
 LINE = 1024  # numbers that are worked on at a time: 4 KiB of float32, and a few such lines fit into the L1 cache
 SAME, FLOAT16, BFLOAT16 = 0, 1, 2  # storage of data: in the accumulator's type, or in 16 bits
