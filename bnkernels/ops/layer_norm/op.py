@@ -1,6 +1,6 @@
 """Layer normalisation of every example over its features: forward and backward, one launch each.
 
-CuPy arrays run ``cuda/layer_norm_*.cu``, NumPy arrays ``cpu.py``, or ``reference.py`` where Numba is missing. Below, C
+CuPy arrays run ``cuda/layer_norm_*.cu``, NumPy arrays ``cpu``, or ``reference.py`` where Numba is missing. Below, C
 is the length of the last axis, over which is normalised; T is the data type of `x`, and A that of the accumulator:
 float32 for 16-bit T, else T.
 """

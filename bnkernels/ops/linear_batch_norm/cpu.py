@@ -1,4 +1,4 @@
-"""What surrounds the products of linear layers on the CPU, compiled by Numba: bias, activation and 16 bits.
+"""Bias, activation and 16-bit storage around the products of linear layers on the CPU.
 
 Formulas:  y = phi(z + beta);  dz = dy phi'(z + beta),  dbeta = sum_n dz
 Arrays:    z, y, dy, dz (N, M) of type T, C order; y may be z, and dz may be dy or none. beta, dbeta (M,) of the
@@ -128,13 +128,8 @@ def _forward(like, storage, z, beta, y, columns, alpha, code, first, last):
 def _backward(
     like, storage, dy, z, beta, dz, dbeta, sums, rows, columns, alpha, code, height, first, last
 ):  # fmt: skip
-    line, g, shifted, of_beta, beta_sums = (
-        stack(like, LINE),
-        stack(like, LINE),
-        stack(like, LINE),
-        stack(like, LINE),
-        stack(0.0, LINE),
-    )
+    line, g, shifted = stack(like, LINE), stack(like, LINE), stack(like, LINE)
+    of_beta, beta_sums = stack(like, LINE), stack(0.0, LINE)
     fill_line(of_beta, like)
     summed, written, alpha, identity = dbeta != 0, dz != 0, cast(alpha, like), code == 0 and alpha == 1
     for block in range(first, last):
