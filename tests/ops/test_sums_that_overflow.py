@@ -119,7 +119,7 @@ def test_a_constant_product_is_beta(backend: Backend, case: str) -> None:
     np.testing.assert_array_equal(backend.asnumpy(y).astype(np.float64), 0)
 
 
-# In the backward NumPy's float64 overflows as the kernels do: dy is not shifted.
+# In the backward NumPy's float64 overflows as the kernels of a GPU do: dy is not shifted.
 GRADIENTS = {case: (*row[:2], NUMPY if row[0] != "float64" else ()) for case, row in CONSTANT.items()}
 
 
