@@ -21,8 +21,8 @@ from tests.regress.calls import EVERY, run
 from tools import backends
 
 BATCH_NORM = "bnkernels.ops.batch_norm.cpu"
-ROWS = {"N": 4000, "C": 100, "K": 40, "O": 3, "P": 200_000, "S": 2, "E": 8000}
-IMAGES = {"N": 40, "C": 12, "L": 800, "K": 5, "O": 3, "P": 3, "S": 2, "E": 80}
+ROWS = {"N": 700, "C": 100, "K": 40, "O": 3, "P": 200_000, "S": 2, "E": 1400}
+IMAGES = {"N": 10, "C": 12, "L": 500, "K": 5, "O": 3, "P": 3, "S": 2, "E": 80}
 NO_IMAGES = {op for op in EVERY if op.startswith(("layer_norm", "linear", "fused"))}
 
 
@@ -44,7 +44,8 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Compute by compiled kernels, those of batch norm in several blocks of rows."""
     with backends.entered("compiled"):
         batch_norm = cpu.kernels(BATCH_NORM)
-        monkeypatch.setattr(batch_norm, "WORTH_SHARING", 2 * batch_norm.BLOCK)
+        monkeypatch.setattr(batch_norm, "WORTH_SHARING", 2**15)
+        monkeypatch.setattr(batch_norm, "BLOCK", 2**14)
         batch_norm._division.cache_clear()
         yield
         batch_norm._division.cache_clear()
