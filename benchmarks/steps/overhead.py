@@ -25,10 +25,12 @@ import numpy as np
 
 from benchmarks import steps
 from benchmarks.harness.case import NotSupportedError, WrongResultError
+from benchmarks.harness.places import keep_memory
 from benchmarks.harness.timing import facts, interleave, quantiles, results_folder, write_json
 from benchmarks.steps import overhead_plot
 from benchmarks.steps.expression import ExpressionStep
 from benchmarks.steps.step import Batches, Maker, Step, check_losses, initial_state, stopwatch
+from bnkernels.runtime.cpu.threads import set_num_threads
 from bnkernels.train.checkpoint import write_atomically
 
 NORMS = ("none", "batch", "layer")
@@ -307,6 +309,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.plot:
         print(*overhead_plot.plot(options.plot), sep="\n")
         return
+    set_num_threads(1)
     try:
         makers = steps.makers(options.place, tuple(options.only))
     except ValueError as error:
@@ -345,4 +348,5 @@ def finish(folder: Path, rows: Sequence[Row], interrupted: bool) -> None:
 
 
 if __name__ == "__main__":
+    keep_memory()
     main()

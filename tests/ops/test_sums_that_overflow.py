@@ -1,7 +1,7 @@
 """Channels whose values are within range and whose sums are not: the mean is within range too, and so is the result.
 
-Compiled CPU kernels are right everywhere. Others are expected to fail: the kernels of a GPU add before they divide, and
-NumPy has nothing wider than float64. A case that passes fails here, strictly.
+The compiled kernels of NumPy arrays form such a sum anew in smaller units. Expected to fail elsewhere: the CUDA kernels
+add before they divide, and the reference has nothing wider than float64. A case that passes there fails here, strictly.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tests.ops.test_batch_norm_exact_data import dtype_named
 from tools.backends import NAMES, NUMPY, Backend
 
 KERNELS = "kernels at the limit: a sum overflows where no value does, and the channel becomes NaN"
-SUMS = "float64 sums of NumPy overflow where no value does, and the channel becomes NaN"
+SUMS = "float64 sums of the reference overflow where no value does, and the channel becomes NaN"
 MIXED = np.array([[1.0], [1], [-1], [-1]])
 # By name: the data type, x, and who is right today.
 CASES: dict[str, tuple[str, np.ndarray, tuple[str, ...]]] = {
@@ -119,7 +119,7 @@ def test_a_constant_product_is_beta(backend: Backend, case: str) -> None:
     np.testing.assert_array_equal(backend.asnumpy(y).astype(np.float64), 0)
 
 
-# In the backward the reference's float64 overflows as the kernels of a GPU do: dy is not shifted.
+# In the backward the reference's float64 overflows as the kernels do: dy is not shifted.
 GRADIENTS = {case: (*row[:2], NUMPY if row[0] != "float64" else ("compiled",)) for case, row in CONSTANT.items()}
 
 
