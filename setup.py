@@ -14,7 +14,9 @@ PLATFORMS = (
     "(sys_platform == 'linux' and (platform_machine == 'x86_64' or platform_machine == 'aarch64') "
     "or sys_platform == 'win32' and platform_machine == 'AMD64')"
 )
-CPU = ["numba>=0.61", "scipy>=1.13"]  # compiled kernels for NumPy arrays; Numba calls SciPy's BLAS
+# Platforms and Python versions that Numba surely has wheels for: elsewhere the NumPy reference computes.
+WHEELS = f"({PLATFORMS} or sys_platform == 'darwin' and platform_machine == 'arm64') and python_version < '3.15'"
+CPU = [f"numba>=0.61; {WHEELS}", "scipy>=1.13"]  # compiled kernels for NumPy arrays; Numba calls SciPy's BLAS
 TRAIN = [*CPU, "scikit-learn>=1.5", "threadpoolctl>=3.1", "tqdm>=4.66", "matplotlib>=3.8"]
 NOTEBOOKS = [*TRAIN, "nbmake>=1.5", "ipykernel>=6.29"]
 TEST = [
@@ -32,7 +34,7 @@ TEST = [
 ]
 CUPY = ">=14.0,<15"
 # Without a driver CuPy computes nothing, but can be imported: the tests' stand-in is compared with it.
-WHEELS = f"{PLATFORMS} and python_version < '3.15'"
+CUPY_WHEELS = f"{PLATFORMS} and python_version < '3.15'"
 
 
 def version() -> str:
@@ -91,7 +93,7 @@ setup(
         "train": TRAIN,
         "cuda12": [f"cupy-cuda12x[ctk]{CUPY}"],
         "cuda13": [f"cupy-cuda13x[ctk]{CUPY}"],
-        "without-gpu": [f"cupy-cuda13x{CUPY}; {WHEELS}"],  # never beside one of the two: they share their files
+        "without-gpu": [f"cupy-cuda13x{CUPY}; {CUPY_WHEELS}"],  # never beside one of the two: they share their files
         "notebooks": NOTEBOOKS,
         "benchmarks": [*TRAIN, "torch>=2.5", "ml_dtypes>=0.5"],  # more peers take part where they are installed
         "test": TEST,

@@ -17,9 +17,16 @@ from bnkernels.ops.batch_norm.training import batch_norm_backward, batch_norm_fo
 from bnkernels.ops.fused_training.op import fused_training
 from bnkernels.ops.layer_norm.op import layer_norm_backward, layer_norm_forward
 from bnkernels.ops.linear_batch_norm.op import linear_batch_norm_backward, linear_batch_norm_forward
-from bnkernels.ops.mini_batch import mini_batch, random_rows
-from bnkernels.ops.parameter_update import adam_update, momentum_update, scheduled_update, sgd_update, update_schedule
+from bnkernels.ops.mini_batch.op import mini_batch, random_rows
+from bnkernels.ops.parameter_update.op import (
+    adam_update,
+    momentum_update,
+    scheduled_update,
+    sgd_update,
+    update_schedule,
+)
 from bnkernels.ops.softmax_cross_entropy.op import softmax_cross_entropy
+from bnkernels.runtime.cpu.threads import get_num_threads, set_num_threads
 
 __all__ = [
     "MLP",
@@ -37,6 +44,7 @@ __all__ = [
     "batch_norm_statistics",
     "fold_batch_norm",
     "fused_training",
+    "get_num_threads",
     "layer_norm_backward",
     "layer_norm_forward",
     "linear_batch_norm_backward",
@@ -45,6 +53,7 @@ __all__ = [
     "momentum_update",
     "random_rows",
     "scheduled_update",
+    "set_num_threads",
     "sgd_update",
     "softmax_cross_entropy",
     "update_schedule",

@@ -9,7 +9,7 @@
 // Launch:    Block (256, 1, 1), grid (b, 1, 1), any b; no shared memory. The last block to finish increments the step.
 // Traffic:   N (K + 1) numbers and S scalars read and written once, and the counter.
 // Numerics:  none: a copy.
-// Called by: bnkernels/ops/mini_batch.py
+// Called by: bnkernels/ops/mini_batch/op.py
 #include "lib/kernel.cuh"
 
 template <typename T>

@@ -14,7 +14,7 @@
 //            lose four digits in float32). The root of s is taken before its division, and m divided before lr
 //            multiplies it: as long as s is finite, no intermediate result overflows. Elementwise, hence deterministic.
 // Reference: D. P. Kingma and J. Ba, Adam, 2015, arXiv:1412.6980, algorithm 1.
-// Called by: bnkernels/ops/parameter_update.py
+// Called by: bnkernels/ops/parameter_update/op.py
 #include "lib/kernel.cuh"
 
 template <typename T>

@@ -76,7 +76,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture(params=backends.PARAMETERS)
 def backend(request: pytest.FixtureRequest) -> Iterator[backends.Backend]:
     """Return each place an op runs in; afterwards nothing outside an emulated array may have been written."""
-    yield backends.make(request.param)
+    with backends.entered(request.param) as backend:
+        yield backend
     if request.param == "emulator":
         backends.emulated_runtime().check_guards()
 

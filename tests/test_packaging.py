@@ -121,10 +121,15 @@ def test_numpy_is_the_only_hard_dependency(wheel: Path) -> None:
     metadata = Parser().parsestr(archive.read(name).decode())
     requirements = metadata.get_all("Requires-Dist")
     assert set(metadata.get_all("Provides-Extra")) == {
-        *("train", "cuda12", "cuda13", "without-gpu", "test", "notebooks", "benchmarks")
+        *("cpu", "train", "cuda12", "cuda13", "without-gpu", "test", "notebooks", "benchmarks")
     }
     assert metadata["Requires-Python"] == ">=3.10"
     assert [line for line in requirements if "extra ==" not in line] == ["numpy>=2"]
+    numba = [line for line in requirements if line.startswith("numba")]
+    assert {re.search(r'extra == "(\w+)"', line)[1] for line in numba} == {
+        *("cpu", "train", "test", "notebooks", "benchmarks")
+    }
+    assert all('python_version < "3.15"' in line for line in numba)  # later ones compute by the reference
 
 
 def test_the_badge_names_the_versions_of_the_classifiers() -> None:
@@ -157,7 +162,7 @@ def test_importing_needs_only_numpy(python: Path, tmp_path: Path) -> None:
     code = "import sys, bnkernels; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
     imported = set(run([python, "-c", code], cwd=tmp_path, PYTHONPATH=str(ROOT)).split())
     assert "numpy" in imported
-    assert not imported & {"cupy", "sklearn", "scipy", "tqdm", "matplotlib", "torch"}
+    assert not imported & {"cupy", "numba", "sklearn", "scipy", "tqdm", "matplotlib", "torch"}
 
 
 def test_the_kernel_folder_is_no_package() -> None:

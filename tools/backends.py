@@ -1,21 +1,24 @@
-"""The three backends of an op: NumPy, emulated kernels, a GPU. One body of every test serves all."""
+"""The four backends of an op: NumPy's reference and compiled kernels, emulated kernels, a GPU. One test serves all."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
+from bnkernels.runtime import cpu
 from tools import emulator
 
-NAMES = ("numpy", "emulator", "cuda")
+NUMPY = ("reference", "compiled")  # engines of NumPy arrays
+NAMES = (*NUMPY, "emulator", "cuda")
 PARAMETERS = [
-    pytest.param("numpy", id="numpy"),
+    *(pytest.param(name, id=name) for name in NUMPY),
     pytest.param("emulator", id="emulator", marks=pytest.mark.emulator),
     pytest.param("cuda", id="cuda", marks=pytest.mark.cuda),
 ]
@@ -29,6 +32,11 @@ class Backend(NamedTuple):
     like: Callable[[np.ndarray], Any]  # a copy with the same strides
     asnumpy: Callable[[Any], np.ndarray]
     xp: Any  # the array module
+
+    @property
+    def is_numpy(self) -> bool:
+        """Whether its arrays are NumPy's, whatever computes them."""
+        return self.xp is np
 
     def arrays(self, *arrays: np.ndarray | None) -> list[Any]:
         """Return a copy of each; None stays None."""
@@ -100,9 +108,23 @@ def _like(base: Callable[[np.ndarray], Any], array: np.ndarray) -> Any:
     return cupy.lib.stride_tricks.as_strided(xp_flat[before:], array.shape, array.strides)
 
 
+@contextmanager
+def entered(name: str) -> Iterator[Backend]:
+    """Compute NumPy arrays by the engine of a backend meanwhile; skip where it is not installed."""
+    if name not in NUMPY:
+        yield make(name)
+        return
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(cpu.using(name))
+        except RuntimeError as error:
+            pytest.skip(str(error))
+        yield make(name)
+
+
 def make(name: str) -> Backend:
-    """Return a backend by name."""
-    if name == "numpy":
+    """Return a backend by name; "numpy" is that of NumPy arrays, computed by whichever engine is in use."""
+    if name in ("numpy", *NUMPY):
         copy = partial(np.array, order="C")
         return Backend(name, copy, lambda array: _like(copy, array), np.asarray, np)
     if name == "emulator":

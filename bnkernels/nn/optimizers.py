@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import numpy as np
 
 from bnkernels.nn.mlp import MLP
-from bnkernels.ops.parameter_update import adam_update, momentum_update, sgd_update
+from bnkernels.ops.parameter_update.op import adam_update, momentum_update, sgd_update
 from bnkernels.runtime import checks as check
 
 

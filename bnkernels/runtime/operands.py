@@ -43,8 +43,10 @@ class Operands:
         runtime = registry.runtime_of(type(arrays[self.written]))
         if runtime is not None:
             check.one_device(runtime, self.names, arrays)
-        if not all(array is None for array in arrays[: self.written]):
-            overlap.check_outputs(runtime, self.names, arrays, self.written, self._in_place)
+        for array in arrays[: self.written]:
+            if array is not None:
+                overlap.check_outputs(runtime, self.names, arrays, self.written, self._in_place)
+                break
         return runtime, problem
 
     def _checked(self, options: tuple, *signatures: check.Signature | None) -> Any:

@@ -18,8 +18,8 @@ from bnkernels.ops.gemm import MOST_NEURONS, MOST_ROWS
 from bnkernels.ops.linear_batch_norm.launch import choose
 from bnkernels.ops.linear_batch_norm.op import linear_batch_norm_backward, linear_batch_norm_forward
 from bnkernels.ops.linear_batch_norm.problem import Problem
-from bnkernels.ops.mini_batch import mini_batch
-from bnkernels.ops.parameter_update import scheduled_update, update_schedule
+from bnkernels.ops.mini_batch.op import mini_batch
+from bnkernels.ops.parameter_update.op import scheduled_update, update_schedule
 from bnkernels.ops.softmax_cross_entropy.op import softmax_cross_entropy
 from bnkernels.runtime.registry import runtime_of
 

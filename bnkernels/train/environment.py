@@ -8,6 +8,7 @@ import importlib
 import os
 import platform
 from collections.abc import Callable
+from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from bnkernels._version import __version__
-from bnkernels.runtime import registry, source
+from bnkernels.runtime import cpu, registry, source
+from bnkernels.runtime.cpu import threads
 
 _BLAS_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _CACHE = Path("~/.cupy/kernel_cache")
@@ -45,6 +47,10 @@ def report() -> str:
         "system": platform.platform,
         "CPU": _cpu,
         "BLAS": _blas,
+        "NumPy arrays": _numpy_arrays,
+        "Numba": lambda: metadata.version("numba"),
+        "SciPy": lambda: metadata.version("scipy"),
+        "CPU threads": threads.described,
         "CuPy": lambda: _cupy().__version__,
         "CUDA kernels": lambda: registry.why_no_cuda() or "can run",
         "CUDA driver": lambda: _release(_cupy().cuda.runtime.driverGetVersion()),
@@ -68,15 +74,20 @@ def versions(device: str) -> dict[str, str]:
     Returns
     -------
     dict of str to str
-        Versions, platform and device.
+        Versions, platform, device, and on a CPU what computes NumPy arrays.
     """
-    return {
+    found = {
         "bnkernels": __version__,
         "python": platform.python_version(),
         "numpy": np.__version__,
         "platform": platform.platform(),
         "device": device,
     }
+    if device.startswith("cpu"):
+        found["numpy_arrays"] = cpu.engine()
+        if cpu.why_reference() is None:
+            found["numba"] = metadata.version("numba")
+    return found
 
 
 def total_memory() -> int | None:
@@ -123,7 +134,7 @@ def _answer(fact: Callable[[], str]) -> str:
     """Return the fact, or why there is none: the report is for machines where anything at all may be broken."""
     try:
         return fact()
-    except ModuleNotFoundError as error:
+    except ModuleNotFoundError as error:  # and its subclass for packages without metadata
         return f"{error.name} is not installed"
     except Exception as error:
         return f"no answer ({type(error).__name__}: {' '.join(str(error).split())})"
@@ -144,6 +155,12 @@ def _blas() -> str:
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
     told = [f"{name}={os.environ[name]}" for name in _BLAS_THREADS if name in os.environ]
     return f"{blas['name']} {blas['version']}, threads: {' '.join(told) or 'not set'}"
+
+
+def _numpy_arrays() -> str:
+    """Return what computes NumPy arrays, and why it is not the compiled kernels."""
+    reason = cpu.why_reference()
+    return f"{cpu.engine()}, because {reason}" if reason else cpu.engine()
 
 
 def _cupy() -> ModuleType:

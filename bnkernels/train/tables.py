@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
+from bnkernels.runtime import cpu
 from bnkernels.train.config import LABELS
 from bnkernels.train.runs import TrainingResult
 from bnkernels.train.trainer import Trainer
@@ -21,9 +24,17 @@ def heading(trainer: Trainer) -> str:
         f"network {sizes}, {config.activation}, {config.dtype}\n"
         f"{trainer.total_steps} steps of {config.batch_size} examples, {config.optimizer} at {config.lr:g}, "
         f"seed {config.seed}{of_several(config.models)}\n"
-        f"device {trainer.device}; {engines(trainer)}\n\n"
+        f"device {trainer.device}; {engines(trainer)}\n{arrays(trainer)}\n"
         f"{'':13}{columns}\n{'epoch':>5}{'step':>8}{units}"
     )
+
+
+def arrays(trainer: Trainer) -> str:
+    """Return what computes on a CPU, and the way to something faster; empty on a GPU."""
+    if trainer.xp is not np:
+        return ""
+    reason = cpu.why_reference()
+    return f"NumPy arrays: {cpu.engine()}{f', because {reason}' if reason else ''}\n"
 
 
 def of_several(models: int) -> str:

@@ -113,10 +113,10 @@ def test_16_bits_are_the_bits_of_float32_rounded(
         grads = bn.batch_norm_backward(dy, x, gamma, None, statistics, **options)
         return [backend.asnumpy(array) for array in (y, statistics, *grads)]
 
-    tolerance = 0 if backend.name != "numpy" else 1e-6
+    tolerance = 0 if backend.name != "reference" else 1e-6
     single = run(*(array.astype(np.float32) for array in (x, dy, residual)))
     for half, full in zip(run(x, dy, residual), single, strict=True):
-        if half.dtype == dtype and backend.name != "numpy":
+        if half.dtype == dtype and backend.name != "reference":
             np.testing.assert_array_equal(half.view(np.uint16), full.astype(dtype).view(np.uint16))
         else:
             np.testing.assert_allclose(half.astype(np.float32), full.astype(half.dtype).astype(np.float32), tolerance)

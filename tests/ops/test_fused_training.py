@@ -194,7 +194,7 @@ def test_what_is_left_over_of_the_rows_is_not_used(backend: Backend, rng: np.ran
 
 
 def test_a_wrong_label_makes_the_loss_nan(backend: Backend, rng: np.random.Generator) -> None:
-    if backend.name == "numpy":
+    if backend.is_numpy:
         pytest.skip("NumPy looks, and raises: see test_a_wrong_label_or_index_changes_nothing_on_numpy")
     x, y = make_data(rng, (5, 9, 3), 20, "float32")
     y[3] = 7
@@ -274,7 +274,7 @@ def test_the_engines_take_over_from_each_other(
     backend: Backend, rng: np.random.Generator, name: str, norm: str
 ) -> None:
     """Layers continue from a checkpoint of the fused engine, and the other way round."""
-    if backend.name == "numpy":
+    if backend.is_numpy:
         pytest.skip("needs a device")
     x, y = backend.arrays(*make_data(rng, (6, 8, 3), 20 * 16, "float64"))
     options = {"optimizer": name, "dtype": "float64", "activation": "tanh", "lr": RATES[name]}
@@ -296,7 +296,7 @@ def test_the_engines_take_over_from_each_other(
 
 def test_the_engine_is_chosen_by_place_and_size_and_says_why(backend: Backend) -> None:
     small, large = network_on(backend, "batch"), network_on(backend, "batch", hidden=(2000, 2000))
-    if backend.name == "numpy":
+    if backend.is_numpy:
         assert str(small.engine) == str(large.engine) == "layers"
         with pytest.raises(
             ConfigError, match="the engine cannot be fused: it needs a GPU; take engine layers, or auto"
@@ -317,7 +317,7 @@ def test_the_engine_is_chosen_by_place_and_size_and_says_why(backend: Backend) -
 @pytest.mark.parametrize("name", RATES)
 def test_the_benchmarked_steps_are_right(backend: Backend, name: str, norm: str, kind: type[FusedStep]) -> None:
     """`check` raises unless the losses are those of float64."""
-    if backend.name == "numpy" and kind is GraphStep:
+    if backend.is_numpy and kind is GraphStep:
         pytest.skip("needs a device")
     variant = Variant("bnkernels fused", QUESTION, norm, name)
     step = variant.step(kind, xp=backend.xp)

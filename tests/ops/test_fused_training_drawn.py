@@ -19,7 +19,7 @@ SIZES, BATCH, STEPS = (5, 9, 3), 10, 4
 def form(request: pytest.FixtureRequest, backend: Backend, monkeypatch: pytest.MonkeyPatch) -> str:
     """Let one block train, or several."""
     if request.param == "group":
-        if backend.name == "numpy":
+        if backend.is_numpy:
             pytest.skip("needs a device")
         monkeypatch.setattr(launch, "_why_not_one", lambda *_: "a test wants groups")
     return request.param

@@ -43,7 +43,7 @@ NORMED = [(name, norm) for name in ("sgd", "adam") for norm in ("batch", "layer"
 @pytest.fixture(params=["grid", "cluster"])
 def group(request: pytest.FixtureRequest, backend: Backend, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Let groups train what one block could, and say what they are."""
-    if backend.name == "numpy":
+    if backend.is_numpy:
         pytest.skip("needs a device")
     monkeypatch.setattr(launch, "_why_not_one", lambda *_: "a test wants groups")
     monkeypatch.setattr(launch, "CLUSTER", launch.CLUSTER if request.param == "cluster" else 0)
@@ -298,7 +298,7 @@ def test_why_a_network_cannot_be_trained_in_one_launch(
 def test_what_does_not_fit_names_the_limits_and_the_way_out(backend: Backend, rng: np.random.Generator) -> None:
     sizes = (20, 1100, 3)
     x, y = make_data(rng, sizes, 60, "float32")
-    if backend.name == "numpy":
+    if backend.is_numpy:
         assert in_one(backend, MLP(sizes), "sgd", x, y, 60)[0].shape == (1,)
         return
     message = (

@@ -304,7 +304,7 @@ def test_a_network_that_diverges(backend: Backend, norm: str, dtype: str) -> Non
         given = model.fused, parameters, tuple(state), running, on_x, on_y
         losses = bn.fused_training(*given, batch=4, optimizer=optimizer, lr=large / 64)
         assert not np.isfinite(backend.asnumpy(losses)[-1])
-    if backend.name == "numpy":
+    if backend.is_numpy:
         model.parameters[:] = large
         logits = model.forward(x, training=True)
         model.backward(bn.softmax_cross_entropy(logits, y)[1])

@@ -15,20 +15,20 @@ import pytest
 import bnkernels as bn
 from bnkernels.runtime.arguments import accumulator
 from tests.ops.test_batch_norm_exact_data import dtype_named
-from tools.backends import Backend
+from tools.backends import NAMES, NUMPY, Backend
 
 KERNELS = "kernels at the limit: a sum overflows where no value does, and the channel becomes NaN"
-NUMPY = "compiled CPU kernels: float64 sums of NumPy overflow where no value does, and the channel becomes NaN"
+SUMS = "float64 sums of NumPy arrays overflow where no value does, and the channel becomes NaN"
 MIXED = np.array([[1.0], [1], [-1], [-1]])
 # By name: the data type, x, and who is right today.
 CASES: dict[str, tuple[str, np.ndarray, tuple[str, ...]]] = {
-    "2 of 2e38": ("float32", np.full((2, 1), 2e38), ("numpy",)),
-    "4 of both signs": ("float32", 3e38 * MIXED, ("numpy",)),
-    "5000 x 8 of 1e35": ("float32", np.full((5000, 8), 1e35), ("numpy",)),
-    "bfloat16: 2 of 2e38": ("bfloat16", np.full((2, 1), 2e38), ("numpy",)),
-    "bfloat16: 4 of both signs": ("bfloat16", 3e38 * MIXED, ("numpy",)),
-    "float64: 4 of 1e308": ("float64", np.full((4, 1), 1e308), ("numpy",)),
-    "float64: 5000 x 8 of 1e305": ("float64", np.full((5000, 8), 1e305), ("numpy",)),
+    "2 of 2e38": ("float32", np.full((2, 1), 2e38), NUMPY),
+    "4 of both signs": ("float32", 3e38 * MIXED, NUMPY),
+    "5000 x 8 of 1e35": ("float32", np.full((5000, 8), 1e35), NUMPY),
+    "bfloat16: 2 of 2e38": ("bfloat16", np.full((2, 1), 2e38), NUMPY),
+    "bfloat16: 4 of both signs": ("bfloat16", 3e38 * MIXED, NUMPY),
+    "float64: 4 of 1e308": ("float64", np.full((4, 1), 1e308), NUMPY),
+    "float64: 5000 x 8 of 1e305": ("float64", np.full((5000, 8), 1e305), NUMPY),
     "float64: 2 of both signs": ("float64", np.array([[1e308], [-1e308]]), ("emulator", "cuda")),
     "float64: 4 of both signs": ("float64", 1e308 * MIXED, ()),
 }
@@ -37,10 +37,10 @@ CASES: dict[str, tuple[str, np.ndarray, tuple[str, ...]]] = {
 def on_backends(right: tuple[str, ...], *values: Any) -> list[Any]:
     """Return the values on each backend, strictly expected to fail on those that are not `right`."""
     found = []
-    for name in ("numpy", "emulator", "cuda"):
-        marks = [] if name == "numpy" else [getattr(pytest.mark, name)]
+    for name in NAMES:
+        marks = [] if name in NUMPY else [getattr(pytest.mark, name)]
         if name not in right:
-            reason = NUMPY if name == "numpy" else KERNELS
+            reason = SUMS if name in NUMPY else KERNELS
             marks.append(pytest.mark.xfail(strict=True, raises=AssertionError, reason=reason))
         found.append(pytest.param(name, *values, marks=marks, id="-".join([name, *map(str, values)])))
     return found
@@ -120,7 +120,7 @@ def test_a_constant_product_is_beta(backend: Backend, case: str) -> None:
 
 
 # In the backward NumPy's float64 overflows as the kernels do: dy is not shifted.
-GRADIENTS = {case: (*row[:2], ("numpy",) if row[0] != "float64" else ()) for case, row in CONSTANT.items()}
+GRADIENTS = {case: (*row[:2], NUMPY if row[0] != "float64" else ()) for case, row in CONSTANT.items()}
 
 
 @pytest.mark.parametrize("op", ["batch norm", "layer norm"])

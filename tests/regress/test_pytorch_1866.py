@@ -21,7 +21,7 @@ LAYOUTS = {
 
 def assert_close(backend: Backend, got: np.ndarray, want: np.ndarray) -> None:
     """Compare the same result from two layouts: the same bits from kernels, rounding apart from NumPy's sums."""
-    tolerance = 0 if backend.name != "numpy" else 1e-6
+    tolerance = 0 if backend.name != "reference" else 1e-6
     np.testing.assert_allclose(backend.asnumpy(got), backend.asnumpy(want), rtol=tolerance, atol=tolerance)
 
 

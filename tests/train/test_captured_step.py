@@ -53,7 +53,7 @@ def captured(backend: Backend, model: MLP, name: str, batch: int) -> tuple[Captu
 def test_steps_are_those_of_the_layers(
     backend: Backend, rng: np.random.Generator, sizes: tuple[int, ...], batch: int, name: str, norm: str
 ) -> None:
-    if backend.name == "numpy":
+    if backend.is_numpy:
         pytest.skip("needs a device")
     x, y = make_data(rng, sizes, 5 * batch + 1, "float64")
     model = MLP(sizes, norm=norm, activation="tanh", dtype="float64", seed=3)
@@ -97,7 +97,7 @@ def test_an_allocation_in_a_capture_is_an_error(emulated: EmulatorRuntime) -> No
 def test_the_engine_takes_over_in_the_middle_of_an_epoch(
     backend: Backend, rng: np.random.Generator, name: str, norm: str
 ) -> None:
-    if backend.name == "numpy":
+    if backend.is_numpy:
         pytest.skip("needs a device")
     x, y = backend.arrays(*make_data(rng, (6, 8, 3), 10 * 16, "float64"))
     options = {"optimizer": name, "dtype": "float64", "activation": "tanh", "lr": RATES[name]}
@@ -117,7 +117,7 @@ def test_the_engine_takes_over_in_the_middle_of_an_epoch(
 
 
 def test_what_cannot_be_captured_says_why(backend: Backend) -> None:
-    if backend.name == "numpy":
+    if backend.is_numpy:
         assert why_not_captured(MLP((5, 8, 3)), 10) == "it needs a GPU"
         with pytest.raises(
             ConfigError, match="the engine cannot be graph: it needs a GPU; take engine layers, or auto"

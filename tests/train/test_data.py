@@ -36,7 +36,7 @@ def test_digits_take_no_path():
 
 
 def test_without_scikit_learn_the_digits_say_how_to_get_it(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
+    monkeypatch.setitem(__import__("sys").modules, "sklearn", None)
     with pytest.raises(DataError, match=r"pip install 'bnkernels\[train\]'"):
         load_dataset()
 

@@ -130,7 +130,7 @@ def config_of(models: int, **changes: Any) -> TrainingConfig:
 def test_members_are_learners_of_their_seed(
     backend: Backend, rng: np.random.Generator, name: str, norm: str, engine: str
 ) -> None:
-    if backend.name == "numpy" and engine != "layers":
+    if backend.is_numpy and engine != "layers":
         pytest.skip("needs a device")
     x, y = backend.arrays(*make_data(rng, (6, 8, 3), 10 * 16, "float64"))
     config = config_of(2, optimizer=name, dtype="float64", activation="tanh", lr=RATES[name], engine=engine)

@@ -51,7 +51,7 @@ def test_drawing_opens_no_window_and_imports_no_pyplot(monkeypatch):
 
 
 def test_without_matplotlib_the_message_says_how_to_get_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install 'bnkernels\[train\]'"):
         draw_curves({"batch": history([1])}, "title")
 

@@ -21,7 +21,7 @@ TRAIN = ["train", "--dataset", "digits", "--device", "cpu", "--norm", "batch", "
 
 @pytest.fixture(autouse=True)
 def packages() -> None:
-    for name in ("sklearn.datasets", "matplotlib", "tqdm"):
+    for name in ("sklearn", "matplotlib", "tqdm"):
         pytest.importorskip(name)
 
 

@@ -26,7 +26,7 @@ def small_images(rng: np.random.Generator) -> Dataset:
 
 
 def test_the_digits_become_binary_images_of_784_pixels() -> None:
-    pytest.importorskip("sklearn.datasets")
+    pytest.importorskip("sklearn")
     images = reproduce.binary_images()
     assert images.x_train.shape == (1437, 784)
     assert set(np.unique(images.x_train)) == {0.0, 1.0}

@@ -15,8 +15,8 @@ from bnkernels.ops.activations import activation_named
 from bnkernels.ops.fused_training import reference
 from bnkernels.ops.fused_training.launch import MOST_EXAMPLES, OPTIMIZERS, Problem, choose, why_not
 from bnkernels.ops.fused_training.spec import LayerSpec, NetworkSpec, check_network, check_offsets, check_rows
-from bnkernels.ops.mini_batch import check_seed, random_rows
-from bnkernels.ops.parameter_update import ADAM_EPS, BETA1, BETA2, state_names, update_schedule
+from bnkernels.ops.mini_batch.op import check_seed, random_rows
+from bnkernels.ops.parameter_update.op import ADAM_EPS, BETA1, BETA2, state_names, update_schedule
 from bnkernels.runtime import checks as check
 from bnkernels.runtime.arguments import addresses, empty, pack
 from bnkernels.runtime.operands import Operands

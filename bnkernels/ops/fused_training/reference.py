@@ -10,7 +10,7 @@ from bnkernels.ops.activations import Activation, activation_named
 from bnkernels.ops.batch_norm.training import batch_norm_backward, batch_norm_forward
 from bnkernels.ops.fused_training.spec import LayerSpec, NetworkSpec
 from bnkernels.ops.layer_norm.op import layer_norm_backward, layer_norm_forward
-from bnkernels.ops.parameter_update import adam_update, momentum_update, sgd_update
+from bnkernels.ops.parameter_update.op import adam_update, momentum_update, sgd_update
 from bnkernels.ops.softmax_cross_entropy.op import softmax_cross_entropy
 
 

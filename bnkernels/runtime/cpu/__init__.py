@@ -9,8 +9,9 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
+from typing import TextIO
 
 ENGINES = ("auto", "compiled", "reference")
 VARIABLE = "BNKERNELS_CPU_ENGINE"
@@ -18,7 +19,7 @@ PACKAGES = ("numba", "scipy")  # SciPy has the BLAS that Numba calls
 REFERENCE, COMPILED = "NumPy reference", "compiled by Numba"
 
 _wanted = ""  # set by `using`, above the environment variable
-_modules: dict[str, ModuleType] = {}  # compiled modules in use, by name
+_modules: dict[str, ModuleType | None] = {}  # modules in use, by name
 
 
 def kernels(name: str) -> ModuleType | None:
@@ -29,10 +30,11 @@ def kernels(name: str) -> ModuleType | None:
     name : str
         Full name of the module, such as ``bnkernels.ops.batch_norm.cpu``.
     """
-    module = _modules.get(name)
-    if module is None and why_reference() is None:
-        module = _modules[name] = importlib.import_module(name)
-    return module
+    try:
+        return _modules[name]
+    except KeyError:
+        module = _modules[name] = importlib.import_module(name) if why_reference() is None else None
+        return module
 
 
 def in_use() -> bool:
@@ -65,6 +67,13 @@ def why_reference() -> str | None:
 def engine() -> str:
     """Return in words what computes NumPy arrays."""
     return COMPILED if why_reference() is None else REFERENCE
+
+
+def compilation_shown(stream: TextIO | None) -> AbstractContextManager[None]:
+    """Return a context in which a stream tells of kernels that are compiled, which happens once per machine."""
+    if stream is None or why_reference() is not None:
+        return nullcontext()
+    return importlib.import_module("bnkernels.runtime.cpu.progress").compilation_shown(stream)
 
 
 @contextmanager

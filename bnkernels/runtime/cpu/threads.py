@@ -6,8 +6,10 @@ A kernel gives the same bits for any number of threads: what a task computes dep
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -17,7 +19,9 @@ VARIABLE = "BNKERNELS_NUM_THREADS"
 WORTH_SHARING = 2**20  # numbers from which on threads save more than the 100 us that waking them takes
 
 _pool: ThreadPoolExecutor | None = None
+_here = threading.local()  # has `worker` in threads of the pool
 _threads = 0  # 0: not yet asked for
+_given = False  # by `set_num_threads`
 
 
 def get_num_threads() -> int:
@@ -53,9 +57,17 @@ def set_num_threads(threads: int) -> None:
     ValueError
         If it is less than 1.
     """
-    global _threads
-    _threads = check.integer("threads", threads, 1)
+    global _threads, _given
+    _threads, _given = check.integer("threads", threads, 1), True
     _forget_pool()
+
+
+def described() -> str:
+    """Return the number of threads and where it comes from."""
+    number = get_num_threads()
+    if _given:
+        return f"{number}, set by bnkernels.set_num_threads"
+    return f"{number}, " + (f"set by {VARIABLE}" if os.environ.get(VARIABLE) else "the processors of this process")
 
 
 def _processors() -> int:
@@ -81,19 +93,21 @@ def share(work: Callable[..., Any], tasks: int, size: int, *arguments: Any) -> N
         First arguments of the kernel.
     """
     global _pool
-    threads = min(get_num_threads(), tasks) if size >= WORTH_SHARING else 1
-    if threads == 1:
+    threads = min(get_num_threads(), tasks) if size >= WORTH_SHARING and not hasattr(_here, "worker") else 1
+    if threads <= 1:  # also within a task of others: it would wait for threads that wait for it
         work(*arguments, 0, tasks)
         return
-    if _pool is None:
-        _pool = ThreadPoolExecutor(get_num_threads(), thread_name_prefix="bnkernels")
+    pool = _pool
+    if pool is None:
+        pool = _pool = ThreadPoolExecutor(get_num_threads(), "bnkernels", partial(setattr, _here, "worker", True))
     ends = [tasks * number // threads for number in range(threads + 1)]
-    others = [_pool.submit(work, *arguments, first, last) for first, last in pairwise(ends[1:])]
+    others = [pool.submit(work, *arguments, first, last) for first, last in pairwise(ends[1:])]
     try:
         work(*arguments, 0, ends[1])
     finally:
-        for other in others:
-            other.result()
+        wait(others)  # before the caller may take its arrays away
+    for other in others:
+        other.result()
 
 
 def _forget_pool() -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from bnkernels.ops.parameter_update import reference
 from bnkernels.runtime import checks as check
 from bnkernels.runtime import seam as rt
 from bnkernels.runtime.arguments import SUFFIX, addresses, arguments_type, pack
+from bnkernels.runtime.cpu import kernels
 from bnkernels.runtime.operands import Operands
 from bnkernels.runtime.replay import NEW, Call, ReplayCache
 
+CPU = "bnkernels.ops.parameter_update.cpu"
 ARGUMENTS = arguments_type(
     "parameters gradients first second scalars",
     "size",
@@ -82,7 +86,7 @@ def sgd_update(parameters: Any, gradients: Any, *, lr: float) -> None:
     if runtime is not None:
         _launch(runtime, call, "sgd", (parameters, gradients, None, None, None), (lr, *CONSTANTS["sgd"], 1, 1))
     else:
-        _sgd(parameters, gradients, lr)
+        _on_numpy().sgd(parameters, gradients, lr)
 
 
 def momentum_update(parameters: Any, gradients: Any, velocity: Any, *, lr: float, momentum: float = MOMENTUM) -> None:
@@ -123,7 +127,7 @@ def momentum_update(parameters: Any, gradients: Any, velocity: Any, *, lr: float
         arrays = parameters, gradients, velocity, None, None
         _launch(runtime, call, "momentum", arrays, (lr, momentum, 0, 0, 0, 0, 1, 1))
     else:
-        _momentum(parameters, gradients, velocity, lr, momentum)
+        _on_numpy().momentum(parameters, gradients, velocity, lr, momentum)
 
 
 def adam_update(
@@ -191,7 +195,7 @@ def adam_update(
         scalars = (lr, beta1, beta2, 1 - beta1, 1 - beta2, eps, *corrections)
         _launch(runtime, NEW, "adam", (parameters, gradients, first, second, None), scalars)  # no two steps are equal
     else:
-        _adam(parameters, gradients, first, second, lr, beta1, beta2, eps, *corrections)
+        _on_numpy().adam(parameters, gradients, first, second, lr, beta1, beta2, eps, *corrections)
 
 
 def scheduled_update(optimizer: str, parameters: Any, gradients: Any, state: tuple[Any, ...], scalars: Any) -> None:
@@ -232,11 +236,11 @@ def scheduled_update(optimizer: str, parameters: Any, gradients: Any, state: tup
         return
     lr, *corrections = scalars.tolist()
     if optimizer == "sgd":
-        _sgd(parameters, gradients, lr)
+        _on_numpy().sgd(parameters, gradients, lr)
     elif optimizer == "momentum":
-        _momentum(parameters, gradients, *state, lr, MOMENTUM)
+        _on_numpy().momentum(parameters, gradients, *state, lr, MOMENTUM)
     else:
-        _adam(parameters, gradients, *state, lr, BETA1, BETA2, ADAM_EPS, *corrections)
+        _on_numpy().adam(parameters, gradients, *state, lr, BETA1, BETA2, ADAM_EPS, *corrections)
 
 
 def state_names(optimizer: Any, state: Any) -> tuple[str, ...]:
@@ -296,41 +300,9 @@ def parameter_update_launch(size: int) -> rt.Launch:
     return rt.Launch((min(rt.ceil_div(size, THREADS), MAX_BLOCKS), 1, 1), (THREADS, 1, 1))
 
 
-@np.errstate(all="ignore")  # kernels have no warnings either
-def _sgd(parameters: np.ndarray, gradients: np.ndarray, lr: float) -> None:
-    parameters -= lr * gradients
-
-
-@np.errstate(all="ignore")  # kernels have no warnings either
-def _momentum(parameters: np.ndarray, gradients: np.ndarray, velocity: np.ndarray, lr: float, momentum: float) -> None:
-    velocity *= momentum
-    velocity += gradients
-    parameters -= lr * velocity
-
-
-@np.errstate(all="ignore")  # kernels have no warnings either
-def _adam(
-    parameters: np.ndarray,
-    gradients: np.ndarray,
-    first: np.ndarray,
-    second: np.ndarray,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    correction1: float,
-    root_correction2: float,
-) -> None:
-    first *= beta1
-    first += (1 - beta1) * gradients
-    second *= beta2
-    second += (1 - beta2) * gradients * gradients
-    root = np.sqrt(second)
-    root /= root_correction2
-    root += eps
-    np.divide(first, root, out=root)  # before lr multiplies: finite / infinite is 0
-    root *= lr / correction1
-    parameters -= root
+def _on_numpy() -> ModuleType:
+    """Return what computes NumPy arrays."""
+    return kernels(CPU) or reference
 
 
 def _launch(runtime: rt.Runtime, call: Call, rule: str, arrays: tuple, scalars: tuple[float, ...]) -> None:

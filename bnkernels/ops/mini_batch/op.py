@@ -6,12 +6,15 @@ from typing import Any
 
 import numpy as np
 
+from bnkernels.ops.mini_batch import reference
 from bnkernels.runtime import checks as check
 from bnkernels.runtime import seam as rt
 from bnkernels.runtime.arguments import SUFFIX, addresses, arguments_type, pack
+from bnkernels.runtime.cpu import kernels
 from bnkernels.runtime.operands import Operands
 from bnkernels.runtime.replay import ReplayCache
 
+CPU = "bnkernels.ops.mini_batch.cpu"
 ARGUMENTS = arguments_type(
     "x labels indices schedule x_out labels_out scalars_out counter", "batch inputs scalars", "", ""
 )
@@ -99,7 +102,7 @@ def mini_batch(
     x_out, labels_out, scalars = check.pack_outputs(out, OPERANDS.names[:3])
     runtime, sizes = OPERANDS.check(x_out, labels_out, scalars, counter, x, labels, schedule, indices)
     if runtime is None:
-        _reference(x, labels, schedule, counter, indices, x_out, labels_out, scalars)
+        _on_numpy(x, labels, schedule, counter, indices, x_out, labels_out, scalars)
         return out
     pointers = addresses(runtime, x, labels, indices, schedule, x_out, labels_out, scalars, counter)
     launch, arguments = mini_batch_launch(sizes[0] * sizes[1]), pack(ARGUMENTS[x.dtype], *pointers, *sizes)
@@ -119,7 +122,7 @@ def mini_batch_launch(size: int) -> rt.Launch:
     return rt.Launch((blocks, 1, 1), (THREADS, 1, 1))
 
 
-def _reference(
+def _on_numpy(
     x: np.ndarray,
     labels: np.ndarray,
     schedule: np.ndarray,
@@ -133,8 +136,12 @@ def _reference(
     steps = len(schedule) if indices is None else min(len(schedule), len(indices))
     if step >= steps or (indices is None and (step + 1) * batch > len(x)):
         raise IndexError(f"counter is at step {step}, and there is no such mini-batch of {batch}")
-    rows = slice(step * batch, (step + 1) * batch) if indices is None else indices[step]
-    x_out[...], labels_out[...], scalars[...] = x[rows], labels[rows], schedule[step]
+    if indices is None:
+        rows = slice(step * batch, (step + 1) * batch)
+        x_out[...], labels_out[...] = x[rows], labels[rows]
+    else:
+        (kernels(CPU) or reference).take(x, labels, indices[step], x_out, labels_out)
+    scalars[...] = schedule[step]
     counter[0] += 1
 
 

@@ -1,0 +1,1 @@
+"""One optimiser step over all parameters of a network at once."""

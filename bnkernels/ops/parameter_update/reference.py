@@ -1,0 +1,45 @@
+"""The optimisers' steps on NumPy arrays: the specification of the kernels."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+@np.errstate(all="ignore")  # kernels have no warnings either
+def sgd(parameters: np.ndarray, gradients: np.ndarray, lr: float) -> None:
+    """Make a step of plain gradient descent."""
+    parameters -= lr * gradients
+
+
+@np.errstate(all="ignore")
+def momentum(parameters: np.ndarray, gradients: np.ndarray, velocity: np.ndarray, lr: float, decay: float) -> None:
+    """Make a step with momentum."""
+    velocity *= decay
+    velocity += gradients
+    parameters -= lr * velocity
+
+
+@np.errstate(all="ignore")
+def adam(
+    parameters: np.ndarray,
+    gradients: np.ndarray,
+    first: np.ndarray,
+    second: np.ndarray,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    correction1: float,
+    root_correction2: float,
+) -> None:
+    """Make a step of Adam."""
+    first *= beta1
+    first += (1 - beta1) * gradients
+    second *= beta2
+    second += (1 - beta2) * gradients * gradients
+    root = np.sqrt(second)
+    root /= root_correction2
+    root += eps
+    np.divide(first, root, out=root)  # before lr multiplies: finite / infinite is 0
+    root *= lr / correction1
+    parameters -= root
