@@ -245,7 +245,7 @@ def report_numpy(rivals: Calls) -> None:
     kernels = import_module("bnkernels.ops.batch_norm.cpu")
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(kernels, "work", return_value=idle))
-        for kind in (FORWARD, BACKWARD, INFERENCE):  # what does nothing must not be replayed later
+        for kind in (FORWARD, BACKWARD, INFERENCE):  # no later call may replay one that does nothing
             stack.enter_context(mock.patch.object(kind.calls, "_entries", {}))
         report("NumPy's arrays", measured(our_calls(np.asarray) | rivals))
 
