@@ -22,7 +22,7 @@ from bnkernels.runtime.cpu.threads import set_num_threads
 SEED = 0
 COPY, EMPTY = "copy", "empty kernel"  # the limits: bytes, and a launch that does nothing
 COPY_MEMCPY = "copy, cudaMemcpy"  # the other way to copy; the faster of the two is the limit
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # options of glibc's mallopt
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # constants of glibc's malloc.h
 
 
 def why_absent(place: str) -> str | None:

@@ -60,7 +60,17 @@ def of_ops(document: Mapping[str, Any]) -> str:
         parts.append(table(["case", "ours, µs", "rival", "its µs", "a copy, µs", "ratio", "target", ""], lines))
     missed = [one for one in rows.values() if one and not one.met]
     roofline = "### Missed: what limits" if missed else ""
-    header = ["case", "bytes", "ours, GB/s", "a copy, GB/s", "a copy / rival", "target", "what limits"]
+    header = [
+        "case",
+        "bytes",
+        "ours, GB/s",
+        "a copy, GB/s",
+        "flops",
+        "Gflop/s",
+        "a copy / rival",
+        "target",
+        "what limits",
+    ]
     return paragraphs(*parts, roofline, table(header, map(limits, missed)) if missed else "")
 
 
@@ -106,7 +116,8 @@ def limits(one: Found) -> list[str]:
     else:
         what = "memory" if one.copy > 0.6 * ours else "arithmetic, or further passes over the data"
     rates = (f"{nbytes / us / 1e3:.3g}" for us in (ours, one.copy))
-    return [ops.name_of(one.ours), f"{nbytes:,}", *rates, f"{one.least:.2f}", f"{one.target.limit:g}", what]
+    flops = f"{one.target.flops:,}", f"{one.target.flops / ours / 1e3:.3g}"
+    return [ops.name_of(one.ours), f"{nbytes:,}", *rates, *flops, f"{one.least:.2f}", f"{one.target.limit:g}", what]
 
 
 def overhead_targets(rows: Sequence[Row]) -> list[Row]:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import types
 from numba.extending import intrinsic, overload
 
@@ -68,7 +68,12 @@ def maximum(typing_context: Any, a: Any, b: Any) -> Any:
     """Return the larger number; NaN if one is NaN."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return _of_two(builder, "llvm.maximum", *arguments, fastmath=("nsz",))
+        if binding.llvm_version_info >= (18,):
+            return _of_two(builder, "llvm.maximum", *arguments, fastmath=("nsz",))
+        # Older versions cannot compile it for x86, but make no masked stores either.
+        this, other = arguments
+        larger = builder.select(builder.fcmp_unordered(">", this, other), this, other)
+        return builder.select(builder.fcmp_unordered("uno", other, other), other, larger)
 
     return a(a, a), generate
 

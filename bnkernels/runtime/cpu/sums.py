@@ -5,7 +5,7 @@ from __future__ import annotations
 from bnkernels.runtime.cpu.language import LINE, address, device, doubles, kernel, numbers, part, stack
 from bnkernels.runtime.cpu.vectors import WIDTH, fill, fold, get, widen
 
-MOST_SUMS = 2**18  # of the columns of all blocks, in float64: 2 MiB
+MOST_SUMS = 2**18  # sums of the columns of all blocks, in float64: 2 MiB
 
 
 @device

@@ -10,7 +10,7 @@ Tasks      slices of channels, which share nothing; where there are few, blocks 
 Traffic    x, and in the backward dy, are read once where the rows of a slice fit into the cache, else twice (float64:
            three times); y, dx and dresidual are written once
 Numerics   numbers in the accumulator's type; sums, and dx, in float64; float64 data are summed about a first mean, with
-           what rounding loses
+           the rounding errors added
 Bits       depend on shapes and strides alone: neither on the number of threads nor on a column's place
 """
 

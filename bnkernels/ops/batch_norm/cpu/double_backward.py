@@ -49,7 +49,7 @@ from bnkernels.runtime.cpu.language import LINE, cast, kernel, numbers, part, st
 V, G, C, K, SLOPE_OF_ROW, ADDED = range(6)  # ddx, g, x - mean, dy phi'', phi', ddresidual
 # Lines of a slice's constants.
 OF_V, W0, W1, GAMMA, HG, HV, D0, D1, OF_DX = range(9)
-TOTALS = 7  # of g, g c, ddx, ddx c, ddx g; of q, q c
+TOTALS = 7  # sums of g, g c, ddx, ddx c, ddx g; and of q, q c
 
 
 @kernel
@@ -86,7 +86,7 @@ def _prepare(a, like, tensors, row, first, column, own, columns, means, lines, s
     copy_line(like, dys, line_of(scratch, 1), own)
     g_like = numbers(like, line_of(scratch, 1), 0, own)
     for i in range(own):
-        bend[i] = bend[i] * g_like[i] if a.activation != 0 else bend[i]  # of a linear piece 0, whatever dy is
+        bend[i] = bend[i] * g_like[i] if a.activation != 0 else bend[i]  # 0 in a linear piece, whatever dy is
     differentiate(a.activation, alpha, numbers(like, z, 0, own), g_like)
     _widen(like, line_of(scratch, 1), part(lines, G * LINE, own))
     _widen(like, line_of(scratch, 4), part(lines, K * LINE, own))

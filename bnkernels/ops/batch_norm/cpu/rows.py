@@ -37,7 +37,7 @@ from bnkernels.runtime.cpu.language import (
 
 FLOAT32, FLOAT64, FLOAT16, BFLOAT16 = range(4)
 STORAGE = {"float32": FLOAT32, "float64": FLOAT64, "float16": FLOAT16, "bfloat16": BFLOAT16}
-SINGLE, DOUBLE = np.float32(0), np.float64(0)  # what tells a loop the type of the numbers at its addresses
+SINGLE, DOUBLE = np.float32(0), np.float64(0)  # examples that give a loop the type of the numbers at its addresses
 TOGETHER = 8  # rows that are summed before their sum is added
 WIDE = 512  # numbers that rows are joined up to
 
@@ -54,7 +54,7 @@ class Tensor(NamedTuple):
 
 
 class Slices(NamedTuple):
-    """How the channels are worked on: `wide` rows as one, of `rows`; `channels` a slice, of `count`."""
+    """Division of the channels: `count` slices of `channels` each, `wide` rows taken as one of `rows`."""
 
     wide: int
     rows: int
