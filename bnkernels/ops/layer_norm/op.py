@@ -1,6 +1,6 @@
 """Layer normalisation of every example over its features: forward and backward, one launch each.
 
-CuPy arrays run ``cuda/layer_norm_*.cu``, NumPy arrays ``cpu.py``, or ``reference.py`` where Numba is missing. Below, C
+CuPy arrays run ``cuda/layer_norm_*.cu``, NumPy arrays ``cpu``, or ``reference.py`` where Numba is missing. Below, C
 is the length of the last axis, over which is normalised; T is the data type of `x`, and A that of the accumulator:
 float32 for 16-bit T, else T.
 """
@@ -92,7 +92,11 @@ def layer_norm_forward(
     if problem.rows == 0:
         return y, statistics
     if runtime is None:
-        (kernels(CPU) or reference).forward(problem, x, gamma, beta, eps, phi, y, statistics)
+        given = problem, x, gamma, beta, eps, phi, y, statistics
+        if cpu := kernels(CPU):
+            call.compute(cpu.forward(*given), x)
+        else:
+            reference.forward(*given)
         return y, statistics
     plan = choose_forward(problem, runtime.limits(x))
     pointers = addresses(runtime, x, gamma, beta, y, statistics)
@@ -169,8 +173,11 @@ def layer_norm_backward(
         dgamma[...], dbeta[...] = 0, 0
         return dx, dgamma, dbeta
     if runtime is None:
-        given = dy, x, gamma, beta, statistics, phi, dx, dgamma, dbeta
-        (kernels(CPU) or reference).backward(problem, *given)
+        given = problem, dy, x, gamma, beta, statistics, phi, dx, dgamma, dbeta
+        if cpu := kernels(CPU):
+            call.compute(cpu.backward(*given), x)
+        else:
+            reference.backward(*given)
         return dx, dgamma, dbeta
     plan, counter = choose_backward(problem, runtime.limits(x)), 0
     if plan.launch.cooperative:

@@ -1,4 +1,4 @@
-"""What surrounds the products of linear layers on the CPU, compiled by Numba: bias, activation and 16 bits.
+"""Bias, activation and 16-bit storage around the products of linear layers on the CPU.
 
 Formulas:  y = phi(z + beta);  dz = dy phi'(z + beta),  dbeta = sum_n dz
 Arrays:    z, y, dy, dz (N, M) of type T, C order; y may be z, and dz may be dy or none. beta, dbeta (M,) of the
@@ -18,12 +18,11 @@ import numpy as np
 
 from bnkernels.ops.activations import Activation
 from bnkernels.ops.activations_cpu import activate, differentiate
-from bnkernels.runtime.arguments import accumulator
+from bnkernels.runtime.arguments import accumulator, addresses, host_pointer
 from bnkernels.runtime.cpu.language import (
     LINE,
     SAME,
     STORAGE,
-    address,
     cast,
     device,
     doubles,
@@ -47,8 +46,7 @@ def forward(z: np.ndarray, beta: np.ndarray | None, phi: Activation, y: np.ndarr
     """Write the activations of ``z + beta``; `y` may be `z`."""
     rows, columns = z.shape
     like, storage = _types(z.dtype)
-    given = like, storage, id(z), 0 if beta is None else id(beta), id(y), columns, phi.alpha, phi.code
-    share(_forward, rows, z.size, *given)
+    share(_forward, rows, z.size, like, storage, *addresses(None, z, beta, y), columns, phi.alpha, phi.code)
 
 
 def backward(
@@ -69,10 +67,10 @@ def backward(
     height = GROUP * ceil_div(max(HEIGHT, ceil_div(rows, max(1, MOST_SUMS // columns))), GROUP)
     blocks = ceil_div(rows, height)
     sums = np.empty(blocks * columns) if dbeta is not None and blocks > 1 else None
-    given = [0 if array is None else id(array) for array in (dy, z, beta, dz, dbeta, sums)]
-    share(_backward, blocks, dy.size, like, storage, *given, rows, columns, phi.alpha, phi.code, height)
+    pointers = addresses(None, dy, z, beta, dz, dbeta, sums)
+    share(_backward, blocks, dy.size, like, storage, *pointers, rows, columns, phi.alpha, phi.code, height)
     if sums is not None:
-        merge(like, id(sums), 0, columns, blocks, columns, id(dbeta))
+        merge(like, host_pointer(sums), 0, columns, blocks, columns, host_pointer(dbeta))
 
 
 def single(array: np.ndarray) -> np.ndarray:
@@ -80,13 +78,15 @@ def single(array: np.ndarray) -> np.ndarray:
     if not array.flags.c_contiguous:
         return single(array.T).T
     found = np.empty(array.shape, np.float32)
-    share(_widen, ceil_div(array.size, LINE), array.size, *_types(array.dtype), id(array), id(found), array.size)
+    given = *_types(array.dtype), *addresses(None, array, found), array.size
+    share(_widen, ceil_div(array.size, LINE), array.size, *given)
     return found
 
 
 def round_into(array: np.ndarray, out: np.ndarray) -> None:
     """Round float32 numbers to 16 bits; both arrays are contiguous."""
-    share(_round, ceil_div(out.size, LINE), out.size, *_types(out.dtype), id(array), id(out), out.size)
+    given = *_types(out.dtype), *addresses(None, array, out), out.size
+    share(_round, ceil_div(out.size, LINE), out.size, *given)
 
 
 @lru_cache(maxsize=16)
@@ -99,7 +99,7 @@ def _types(dtype: np.dtype) -> tuple[Any, int]:
 def _added(values, beta, start, out):
     """Write values plus a part of beta."""
     if beta:
-        shifts = numbers(out[0], address(beta), start, len(out))
+        shifts = numbers(out[0], beta, start, len(out))
         for j in range(len(out)):
             out[j] = values[j] + shifts[j]
     else:
@@ -110,7 +110,7 @@ def _added(values, beta, start, out):
 @kernel
 def _forward(like, storage, z, beta, y, columns, alpha, code, first, last):
     line, result = stack(like, LINE), stack(like, LINE)
-    z, y, alpha, together = address(z), address(y), cast(alpha, like), max(1, LINE // columns)
+    alpha, together = cast(alpha, like), max(1, LINE // columns)
     for n in range(first, last, together):
         rows = min(together, last - n)
         for start in range(0, columns, LINE):
@@ -128,16 +128,10 @@ def _forward(like, storage, z, beta, y, columns, alpha, code, first, last):
 def _backward(
     like, storage, dy, z, beta, dz, dbeta, sums, rows, columns, alpha, code, height, first, last
 ):  # fmt: skip
-    line, g, shifted, of_beta, beta_sums = (
-        stack(like, LINE),
-        stack(like, LINE),
-        stack(like, LINE),
-        stack(like, LINE),
-        stack(0.0, LINE),
-    )
+    line, g, shifted = stack(like, LINE), stack(like, LINE), stack(like, LINE)
+    of_beta, beta_sums = stack(like, LINE), stack(0.0, LINE)
     fill_line(of_beta, like)
     summed, written, alpha, identity = dbeta != 0, dz != 0, cast(alpha, like), code == 0 and alpha == 1
-    dy, z, dz, dbeta, sums = address(dy), address(z), address(dz), address(dbeta), address(sums)
     for block in range(first, last):
         end = min(rows, (block + 1) * height)
         for start in range(0, columns, LINE):
@@ -173,7 +167,7 @@ def _backward(
 
 @kernel
 def _widen(like, storage, source, found, size, first, last):
-    line, source, found = stack(like, LINE), address(source), address(found)
+    line = stack(like, LINE)
     for start in range(first * LINE, min(last * LINE, size), LINE):
         count = min(LINE, size - start)
         values, out = load(source, storage, start, 1, part(line, 0, count)), numbers(like, found, start, count)
@@ -183,6 +177,5 @@ def _widen(like, storage, source, found, size, first, last):
 
 @kernel
 def _round(like, storage, source, out, size, first, last):
-    source, out = address(source), address(out)
     for start in range(first * LINE, min(last * LINE, size), LINE):
         store(out, storage, start, numbers(like, source, start, min(LINE, size - start)))

@@ -1,4 +1,4 @@
-"""NumPy reference of what surrounds the products of linear layers: bias, activation and 16 bits."""
+"""NumPy reference of bias, activation and 16-bit storage around the products of linear layers."""
 
 from __future__ import annotations
 

@@ -30,7 +30,6 @@ LINE = 1024  # numbers that are worked on at a time: 4 KiB of float32, and a few
 SAME, FLOAT16, BFLOAT16 = 0, 1, 2  # storage of data: in the accumulator's type, or in 16 bits
 STORAGE = {"float32": SAME, "float64": SAME, "float16": FLOAT16, "bfloat16": BFLOAT16}
 SINGLE, DOUBLE = np.float32, np.float64
-HEAD = object.__basicsize__  # bytes of an array object in front of the address of its numbers
 
 
 class View(types.Array):
@@ -84,12 +83,6 @@ def _array_at(dtype: types.Type) -> Any:
 int8s, int32s, int64s = _array_at(types.uint8), _array_at(types.int32), _array_at(types.int64)
 float16s, bfloat16s = _array_at(types.int16), _array_at(types.uint16)  # told apart by these types
 singles, doubles = _array_at(types.float32), _array_at(types.float64)
-
-
-@device
-def address(identity):
-    """Return the address of a NumPy array's first number, of which the kernel was given the `id`; 0 for 0."""
-    return int64s(np.uint64(identity + HEAD), 0, 1)[0] if identity else 0
 
 
 @intrinsic

@@ -12,6 +12,7 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic, models, overload, register_model
 from numba.np.arrayobj import make_array
 
@@ -51,6 +52,22 @@ def get(typing_context: Any, array: Any, index: Any) -> Any:
         return builder.load(pointer, align=align)
 
     return Vector(array.dtype)(array, types.intp), generate
+
+
+@intrinsic
+def prefetch(typing_context: Any, array: Any, index: Any) -> Any:
+    """Fetch what lies an index behind the start of an array into the cache; it may lie behind its end."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer, _ = _place(context, builder, array, *arguments)
+        number = ir.IntType(32)
+        byte = ir.IntType(8).as_pointer()
+        of = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        function = cgutils.get_or_insert_function(builder.module, of, "llvm.prefetch.p0")
+        builder.call(function, [builder.bitcast(pointer, byte), number(0), number(3), number(1)])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), generate
 
 
 @intrinsic

@@ -26,7 +26,7 @@ from bnkernels.ops.batch_norm.cpu.backward import gradient_sums, input_gradients
 from bnkernels.ops.batch_norm.cpu.double_backward import double_backward
 from bnkernels.ops.batch_norm.cpu.forward import statistics, write
 from bnkernels.ops.batch_norm.cpu.rows import STORAGE, count_valid, slices_of
-from bnkernels.ops.batch_norm.cpu.sums import ALL, CENTRE, CHOOSE, CONCLUDE, OF_BLOCK, SUM, SUMS
+from bnkernels.ops.batch_norm.cpu.sums import ALL, CENTRE, CHOOSE, CONCLUDE, OF_BLOCK, SUM, SUMS, TOTALS
 from bnkernels.ops.batch_norm.launch import ARGUMENTS
 from bnkernels.ops.batch_norm.problem import DOUBLE_BACKWARD, Plan, Problem, Stage
 from bnkernels.runtime.arguments import pack
@@ -36,9 +36,11 @@ from bnkernels.runtime.cpu.threads import WORTH_SHARING, share
 MOST_BLOCKS, BLOCK = 16, 2**17  # blocks of rows, and the numbers that each has at least
 FEW_SLICES = 4  # up to which rows are divided among threads, and not slices
 IN_CACHE = 2**17  # numbers of the slices that are summed before their output is written
+STATE = 2**16  # numbers of a state, about: half a mebibyte
 KERNELS = {"forward": (statistics, write), "backward": (gradient_sums, input_gradients)}
 # The argument of all kernels here: the members of their CUDA twins', and how a call is divided. All have 8 bytes.
-DIVISION = "storage", "wide", "rows", "slice_channels", "slices", "blocks"
+DIVISION = "storage", "wide", "rows", "slice_channels", "slices", "blocks", "state_channels", "state_groups"
+GROUPS = "first_group", "last_group"  # groups that one call of a kernel works on
 _TWINS = [
     ARGUMENTS[name][np.dtype(np.float64)]
     for name in ("forward_masked_grouped", "backward_masked_grouped", "double_backward")
@@ -48,7 +50,7 @@ LAYOUT = np.dtype(
         (name, np.dtype(np.int64) if twin[name] == np.int32 else twin[name])
         for name, twin in {name: twin for twin in _TWINS for name in twin.names}.items()
     ]
-    + [(name, np.int64) for name in DIVISION]
+    + [(name, np.int64) for name in DIVISION + GROUPS]
 )
 
 
@@ -66,47 +68,55 @@ def _division(problem: Problem, masked: bool) -> tuple[dict[str, int], int]:
     size, blocks = problem.rows * problem.channels, 1
     if problem.groups == 1 and problem.inner == 1 and count < FEW_SLICES and size >= WORTH_SHARING:
         blocks = min(MOST_BLOCKS, size // BLOCK)
-    division = (STORAGE[problem.dtype.name], wide, rows, channels, count, blocks)
-    return dict(zip(DIVISION, division, strict=True)), max(1, IN_CACHE * count // (size * problem.groups))
+    together = max(1, min(IN_CACHE * count // (size * problem.groups), STATE // (SUMS + OF_BLOCK) // channels))
+    width = problem.channels if blocks > 1 else min(problem.channels, together * channels)
+    groups = max(1, min(problem.groups, STATE // (SUMS + OF_BLOCK) // width))
+    division = (STORAGE[problem.dtype.name], wide, rows, channels, count, blocks, width, groups)
+    return dict(zip(DIVISION, division, strict=True)), together
 
 
 def work(plan: Plan, members: dict[str, Any]) -> Callable[[Any], None]:
     """Return what computes a pass, from the members of its argument; it may be called again and by several threads."""
     problem, stage = plan.problem, plan.kind.stage
     division, together = _division(problem, "mask" in members)
+    blocks, slices, of_state = division["blocks"], division["slices"], division["state_groups"]
     members |= division
-    arguments = pack(LAYOUT, *[members.get(name, 0) for name in LAYOUT.names])
-    blocks, slices = division["blocks"], division["slices"]
-    size = problem.rows * problem.channels * problem.groups
+    chunks = []  # the argument for some groups at a time
+    for first in range(0, problem.groups, of_state):
+        members |= {"first_group": first, "last_group": min(problem.groups, first + of_state)}
+        chunks.append(pack(LAYOUT, *[members.get(name, 0) for name in LAYOUT.names]))
+    arguments, size = chunks[0], problem.rows * problem.channels * problem.groups
     if plan.kind is DOUBLE_BACKWARD:
         return lambda like: share(double_backward, slices, size, arguments)
     form, write = KERNELS[plan.kind.direction]
     forms = stage in (Stage.WHOLE, Stage.COLLECT) or (stage == Stage.FROZEN and plan.kind.direction == "backward")
     writes, masked = stage != Stage.COLLECT, "mask" in members
-    numbers = problem.groups * (SUMS + OF_BLOCK * blocks) * problem.channels
+    numbers = (of_state * (SUMS + OF_BLOCK * blocks) + TOTALS) * division["state_channels"]
     all_rows = np.full(problem.groups, problem.rows)
 
-    def slice_by_slice(counts: np.ndarray, state: np.ndarray, first: int, last: int) -> None:
+    def slice_by_slice(counts: np.ndarray, first: int, last: int) -> None:
         """Compute slices, a few at a time."""
+        state = np.empty(numbers)
         for start in range(first, last, together):
             stop = min(last, start + together)
-            if forms:
-                form(arguments, counts, state, ALL, start, stop)
-            if writes:
-                write(arguments, counts, state, start, stop)
+            for some_groups in chunks:
+                if forms:
+                    form(some_groups, counts, state, ALL, start, stop)
+                if writes:
+                    write(some_groups, counts, state, start, stop)
 
     def compute(like: Any) -> None:
-        counts, state = all_rows, np.empty(numbers)
+        counts = all_rows
         if masked:
             counts = all_rows.copy()
             count_all(arguments, counts)
         if size < WORTH_SHARING:
-            slice_by_slice(counts, state, 0, slices)
+            slice_by_slice(counts, 0, slices)
             return
         if blocks == 1:
-            share(slice_by_slice, slices, size, counts, state)
+            share(slice_by_slice, slices, size, counts)
             return
-        steps = [(CHOOSE, 1), (SUM, blocks), (CONCLUDE, 1)]
+        state, steps = np.empty(numbers), [(CHOOSE, 1), (SUM, blocks), (CONCLUDE, 1)]
         if problem.dtype == np.float64:
             steps[2:2] = [(CENTRE, 1), (SUM, blocks)]
         for step, tasks in steps if forms else []:

@@ -60,6 +60,8 @@ from bnkernels.ops.batch_norm.cpu.sums import (
     quantity_of,
     recentre,
     rows_before,
+    state_from,
+    total_of,
     whole_sum,
 )
 from bnkernels.runtime.cpu.language import LINE, device, kernel, numbers, part, stack
@@ -163,10 +165,11 @@ def _conclude(arguments, first, channels, counts, state):
     normalisation = stack(1.0, 7168)
     slope, bend = part(normalisation, SLOPE * LINE, channels), part(normalisation, BEND * LINE, channels)
     rstd = part(normalisation, RSTD * LINE, channels)
-    dgamma, dbeta = stack(1.0, 1024), stack(1.0, 1024)
-    for i in range(channels):
-        dgamma[i], dbeta[i] = 0.0, 0.0
-    for group in range(a.groups):
+    dgamma, dbeta = total_of(a, state, 0, first, channels), total_of(a, state, 1, first, channels)
+    if a.first_group == 0:
+        for i in range(channels):
+            dgamma[i], dbeta[i] = 0.0, 0.0
+    for group in range(a.first_group, a.last_group):
         normalise(arguments, group, first, channels, normalisation)
         unit = quantity_of(a, state, group, UNIT, first, channels)
         sums = quantity_of(a, state, group, SUMS, first, channels)
@@ -181,7 +184,7 @@ def _conclude(arguments, first, channels, counts, state):
                 put(a.sums, acc, first + i, sums[i] / unit[i])
                 put(a.sums, acc, first + i + step, squares[i] / unit[i] * rstd[i])
                 put(a.sums, acc, first + i + 2 * step, np.float64(counts[group]))
-    if a.stage != COLLECT:
+    if a.stage != COLLECT and a.last_group == a.groups:
         for i in range(channels):
             put(a.dgamma, of_parameters, first + i, dgamma[i])
             put(a.dbeta, of_parameters, first + i, dbeta[i])
@@ -276,11 +279,11 @@ def _inputs(a, group):
 def gradient_sums(arguments, counts, state, step, first_task, last_task):
     """Form the sums of slices; or with several blocks of rows make one step, whose tasks are these."""
     a = arguments[()]
-    several = a.blocks > 1
+    several, state = a.blocks > 1, state_from(a, state, first_task)
     for number in range(0 if several else first_task, a.slices if several else last_task):
         first = number * a.slice_channels
         channels = min(a.slice_channels, a.channels - first)
-        for group in range(a.groups):
+        for group in range(a.first_group, a.last_group):
             dy, x, residual = _inputs(a, group)
             unit = quantity_of(a, state, group, UNIT, first, channels)
             shift = quantity_of(a, state, group, SHIFT, first, channels)
@@ -306,8 +309,8 @@ def gradient_sums(arguments, counts, state, step, first_task, last_task):
 def input_gradients(arguments, counts, state, first_task, last_task):
     """Write dx and dresidual of slices, or with several blocks of blocks of rows."""
     a = arguments[()]
-    several = a.blocks > 1
-    for group in range(a.groups):
+    several, state = a.blocks > 1, state_from(a, state, first_task)
+    for group in range(a.first_group, a.last_group):
         dy, x, residual = _inputs(a, group)
         dx, dresidual = output_of(a, a.dx, group), output_of(a, a.dresidual, group)
         for number in range(0 if several else first_task, a.slices if several else last_task):

@@ -53,6 +53,7 @@ from bnkernels.ops.batch_norm.cpu.sums import (
     quantity_of,
     recentre,
     rows_before,
+    state_from,
     whole_sum,
 )
 from bnkernels.runtime.cpu.language import LINE, device, kernel, numbers, part, stack
@@ -231,7 +232,8 @@ def statistics(arguments, counts, state, step, first_task, last_task):
     """Form the statistics of slices; or with several blocks of rows make one step, whose tasks are these."""
     a = arguments[()]
     several = a.blocks > 1
-    for group in range(a.groups):
+    state = state_from(a, state, first_task)
+    for group in range(a.first_group, a.last_group):
         x = input_of(a, a.x, group, (a.x_group, a.x_outer, a.x_channel, a.x_inner))
         count = counts[group]
         for number in range(0 if several else first_task, a.slices if several else last_task):
@@ -260,7 +262,7 @@ def write(arguments, counts, state, first_task, last_task):
     """Write the output of slices, or with several blocks of blocks of rows."""
     a = arguments[()]
     several = a.blocks > 1
-    for group in range(a.groups):
+    for group in range(a.first_group, a.last_group):
         x = input_of(a, a.x, group, (a.x_group, a.x_outer, a.x_channel, a.x_inner))
         strides = a.residual_group, a.residual_outer, a.residual_channel, a.residual_inner
         residual, y = input_of(a, a.residual, group, strides), output_of(a, a.y, group)

@@ -16,6 +16,7 @@ AT_SHIFT, AT_SUMS, AT_SQUARES, AT_UNIT, AT_RESTS, AT_SQUARE_RESTS, AT_LOW = (num
 ALL, CHOOSE, SUM, CENTRE, CONCLUDE = range(5)  # steps of the sums: all, or one for every block before the next
 # Rows of the state of a group, one number for a channel each; the last four once for every block.
 SHIFT, UNIT, SUMS, SQUARES, RESTS, SQUARE_RESTS, OF_BLOCK = 0, 1, 2, 3, 4, 5, 4
+TOTALS = 2  # rows behind them, see `total_of`
 SMALL_UNIT = 2.0**-64  # units in which a float64 sum that overflows is formed anew
 
 
@@ -178,10 +179,23 @@ def end_sums(a, columns, count, sums, squares, rests, square_rests):
 
 
 @device
+def state_from(a, state, first_task):
+    """Return the state such that channels are counted from the first: it holds those of these tasks alone."""
+    return part(state, 0 if a.blocks > 1 else -first_task * a.slice_channels, len(state))
+
+
+@device
 def quantity_of(a, state, group, row, first, channels):
     """Return a row of the state for the channels of a slice."""
-    rows = SUMS + OF_BLOCK * a.blocks
-    return part(state, (group * rows + row) * a.channels + first, channels)
+    row += (group - a.first_group) * (SUMS + OF_BLOCK * a.blocks)
+    return part(state, row * a.state_channels + first, channels)
+
+
+@device
+def total_of(a, state, number, first, channels):
+    """Return a row of the state behind those of all groups: a sum over groups."""
+    row = a.state_groups * (SUMS + OF_BLOCK * a.blocks) + number
+    return part(state, row * a.state_channels + first, channels)
 
 
 @device
