@@ -29,6 +29,21 @@ OTHERS = {  # op: its directions, and shapes
 }
 
 
+# Additions and multiplications for a number of the data, as the formulas have them; an exponential counts as 20.
+FLOPS = {
+    "batch_norm": {"forward": 8, "backward": 10},
+    "batch_norm_masked": {"forward": 8, "backward": 10},
+    "batch_norm_double_backward": {"double backward": 40},
+    "batch_norm_statistics": {"moments": 4, "merge": 10},
+    "layer_norm": {"forward alone": 8, "backward alone": 14},
+    "softmax_cross_entropy": {"forward+backward": 25},
+    "sgd_update": {"step": 2},
+    "momentum_update": {"step": 4},
+    "adam_update": {"step": 12},
+    "mini_batch": {"forward": 0},
+}
+
+
 class Target(NamedTuple):
     """One line.
 
@@ -51,6 +66,11 @@ class Target(NamedTuple):
     limit: float
     rivals: tuple[str, ...]
     below: bool = False
+
+    @property
+    def flops(self) -> int:
+        """Additions and multiplications of the case."""
+        return FLOPS[self.case.op][self.case.direction] * self.case.size
 
     def met(self, ratio: float) -> bool:
         """Tell whether a ratio meets it."""

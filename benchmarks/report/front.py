@@ -49,7 +49,7 @@ def op_lines(document: Mapping[str, Any]) -> list[Line]:
     for rows in ops.cases(document):
         first = rows[0]
         plain = first["op"] == "batch_norm" and (first["dtype"], first["epilogue"]) == ("float32", "")
-        if plain and first["shape"] in SHAPES[document["place"]] and first.get("threads", 1) == 1:
+        if plain and first["shape"] in SHAPES[document["place"]] and not ops.shared(first):
             kind = ops.kind_of(rows)
             times = {row["provider"]: us for row in rows if (us := ops.median(row, kind)) is not None}
             if OURS in times:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from benchmarks.harness.case import Case
 from benchmarks.harness.measure import OK, Row
 from benchmarks.harness.places import COPY
 from benchmarks.harness.targets import TARGETS, Target
@@ -59,14 +60,26 @@ def of_ops(document: Mapping[str, Any]) -> str:
         parts.append(table(["case", "ours, µs", "rival", "its µs", "a copy, µs", "ratio", "target", ""], lines))
     missed = [one for one in rows.values() if one and not one.met]
     roofline = "### Missed: what limits" if missed else ""
-    header = ["case", "bytes", "ours, GB/s", "a copy, GB/s", "a copy / rival", "target", "what limits"]
+    header = [
+        "case",
+        "bytes",
+        "ours, GB/s",
+        "a copy, GB/s",
+        "flops",
+        "Gflop/s",
+        "a copy / rival",
+        "target",
+        "what limits",
+    ]
     return paragraphs(*parts, roofline, table(header, map(limits, missed)) if missed else "")
 
 
 def found(target: Target, document: Mapping[str, Any]) -> Found | None:
     """Return what was measured for a target, or None."""
     for rows in ops.cases(document):
-        if ops.name_of(rows[0]) == ops.name_of(row_of(target)):
+        if ops.name_of(rows[0] | {"threads": 1}) == name_of(target.case) and target.case.all_cores == ops.shared(
+            rows[0]
+        ):
             timed = {row["provider"]: row for row in rows if ops.median(row, "hot") is not None}
             rivals = [
                 row for name, row in timed.items() if name in (target.rivals or timed.keys() - {ops.OURS, *ops.LIMITS})
@@ -77,18 +90,18 @@ def found(target: Target, document: Mapping[str, Any]) -> Found | None:
     return None
 
 
-def row_of(target: Target) -> Row:
-    """Return as much of a row of the target's case as its name needs."""
-    case = target.case
-    fields = {name: getattr(case, name) for name in ("op", "direction", "dtype", "layout", "epilogue", "threads")}
-    return fields | {"shape": "x".join(map(str, case.shape))}
+def name_of(case: Case) -> str:
+    """Return a case as the tables show it, but for the number of threads, which is that of a machine."""
+    fields = {name: getattr(case, name) for name in ("op", "direction", "dtype", "layout", "epilogue")}
+    return ops.name_of(fields | {"shape": "x".join(map(str, case.shape))})
 
 
 def line(target: Target, one: Found | None) -> list[str]:
     """Return the cells of a target."""
     limit = f"{'<' if target.below else '<='} {target.limit:g}"
     if one is None:
-        return [ops.name_of(row_of(target)), "", "", "", "", "", limit, ABSENT]
+        name = name_of(target.case) + (", all cores" if target.case.all_cores else "")
+        return [name, "", "", "", "", "", limit, ABSENT]
     times = figure(one.ours["hot_us_median"]), one.rival["provider"], figure(one.rival["hot_us_median"])
     return [ops.name_of(one.ours), *times, figure(one.copy), f"{one.ratio:.2f}", limit, OUTCOMES[one.met]]
 
@@ -103,7 +116,8 @@ def limits(one: Found) -> list[str]:
     else:
         what = "memory" if one.copy > 0.6 * ours else "arithmetic, or further passes over the data"
     rates = (f"{nbytes / us / 1e3:.3g}" for us in (ours, one.copy))
-    return [ops.name_of(one.ours), f"{nbytes:,}", *rates, f"{one.least:.2f}", f"{one.target.limit:g}", what]
+    flops = f"{one.target.flops:,}", f"{one.target.flops / ours / 1e3:.3g}"
+    return [ops.name_of(one.ours), f"{nbytes:,}", *rates, *flops, f"{one.least:.2f}", f"{one.target.limit:g}", what]
 
 
 def overhead_targets(rows: Sequence[Row]) -> list[Row]:

@@ -298,12 +298,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--place", choices=("cpu", "cuda"), default="cpu", help="where; default cpu")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the files go; default the device's results")
     parser.add_argument("--quick", action="store_true", help="three small points: to see that it works")
-    parser.add_argument(
-        "--seconds", type=float, default=170, metavar="S", help="begin no point after S seconds; default 170"
-    )
-    parser.add_argument(
-        "--only", nargs="+", default=(), metavar="NAME", help="which frameworks, as the table names them"
-    )
+    parser.add_argument("--seconds", type=float, default=170, metavar="S", help="begin no point later; default 170")
+    parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help="frameworks, as the table names them")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="only draw the pictures of the CSV in this folder")
     options = parser.parse_args(arguments)
     if options.plot:

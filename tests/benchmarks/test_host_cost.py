@@ -162,12 +162,12 @@ def test_stand_ins_are_launched_by_the_runtime(monkeypatch: pytest.MonkeyPatch) 
 
 def test_what_is_measured_is_the_repeated_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first call of each is kept and launched again; only that with a new address is not."""
-    kept: list[str] = []
+    kept: list[Any] = []
     record = ReplayCache.record
 
-    def counted(self: ReplayCache, key: list, source: str, entry_point: str, *rest: Any) -> None:
-        kept.append(entry_point)
-        record(self, key, source, entry_point, *rest)
+    def counted(self: ReplayCache, key: list, work: Any) -> None:
+        kept.append(work)
+        record(self, key, work)
 
     for kind in (FORWARD, INFERENCE, BACKWARD):
         monkeypatch.setitem(vars(kind), "calls", ReplayCache())
@@ -178,6 +178,13 @@ def test_what_is_measured_is_the_repeated_call(monkeypatch: pytest.MonkeyPatch) 
     assert len(kept) == len(repeated) == 3
     host_cost.measured({host_cost.ELSEWHERE: calls[host_cost.ELSEWHERE]})
     assert len(kept) == 3 + 1 + 3 * 2
+
+
+@pytest.mark.skipif(not NUMPY, reason="the compiled kernels need Numba and SciPy")
+def test_what_did_nothing_on_numpy_is_not_replayed_later() -> None:
+    caches = [dict(kind.calls._entries) for kind in (FORWARD, INFERENCE, BACKWARD)]
+    host_cost.report_numpy({})
+    assert caches == [kind.calls._entries for kind in (FORWARD, INFERENCE, BACKWARD)]
 
 
 def test_stand_ins_are_read_as_cupys_arrays_are() -> None:

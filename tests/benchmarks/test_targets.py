@@ -25,6 +25,7 @@ def test_every_target_is_a_case_of_an_op_with_rivals() -> None:
         names = {provider.name for provider in op.providers if provider.place == "cpu"}
         assert names & set(target.rivals) if target.rivals else len(names) > 1, target
         assert op.bytes_moved(target.case) > 0
+        assert target.flops >= 0
 
 
 def test_the_targets_are_measured_first_and_alone_where_asked(capsys: pytest.CaptureFixture) -> None:
