@@ -12,12 +12,15 @@ from bnkernels.nn.optimizers import Optimizer
 from bnkernels.ops.fused_training.launch import Problem, choose, why_not
 from bnkernels.ops.fused_training.op import fused_training
 from bnkernels.ops.softmax_cross_entropy.op import softmax_cross_entropy
+from bnkernels.runtime.cpu import why_reference
 from bnkernels.runtime.registry import runtime_of
 from bnkernels.train.captured_step import CapturedStep, why_not_captured
 from bnkernels.train.config import ConfigError, TrainingConfig
 
 STEPS_IN_TURN = 10  # steps of one of several models before it is the next one's turn
 STEPS_PER_LAUNCH = 1000  # a few milliseconds, after which training can be interrupted
+RATE = 2e10  # multiplications and additions per second of a thread: a low guess, so that calls end early
+SECONDS_PER_CALL, SECONDS_PER_TURN = 0.05, 0.005  # of compiled steps: to be interrupted, and to be timed
 
 
 class Engine(ABC):
@@ -38,6 +41,8 @@ class Engine(ABC):
         Name in `TrainingConfig.engine`.
     steps_at_once : int
         Largest number of steps of one `run`; between runs training can be interrupted.
+    steps_per_turn : int
+        Number of steps on a CPU beside which the cost of a `run` does not count, where steps are timed.
     """
 
     name: ClassVar[str]
@@ -47,6 +52,7 @@ class Engine(ABC):
     ) -> None:
         self.trained, self.config, self.remarks = trained, config, list(remarks)
         self.steps_at_once = 1 if len(trained) == 1 else STEPS_IN_TURN
+        self.steps_per_turn = 1
 
     def __str__(self) -> str:
         """Return the name, with the remarks if there are any."""
@@ -148,7 +154,7 @@ class GraphEngine(Engine):
 
 
 class FusedEngine(Engine):
-    """Makes many steps of all models in one launch."""
+    """Makes many steps of all models in one launch, or on a CPU in one call of a compiled kernel."""
 
     name = "fused"
 
@@ -156,19 +162,25 @@ class FusedEngine(Engine):
         self, trained: Sequence[tuple[MLP, Optimizer]], config: TrainingConfig, remarks: Sequence[str] = ()
     ) -> None:
         super().__init__(trained, config, remarks)
-        self.steps_at_once = STEPS_PER_LAUNCH
         model = trained[0][0]
-        limits = runtime_of(type(model.parameters)).limits(model.parameters)
-        blocks = choose(_problem(model, config), limits).splits
+        runtime = runtime_of(type(model.parameters))
+        if runtime is None:
+            seconds = 6 * config.batch_size * model.parameters.size * len(trained) / RATE
+            self.steps_at_once, self.steps_per_turn = (
+                max(1, int(most / seconds)) for most in (SECONDS_PER_CALL, SECONDS_PER_TURN)
+            )
+            return
+        self.steps_at_once = STEPS_PER_LAUNCH
+        blocks = choose(_problem(model, config), runtime.limits(model.parameters)).splits
         self.remarks += [f"{blocks} blocks"] if blocks > 1 else []
 
     @staticmethod
     def why_not(model: MLP, config: TrainingConfig) -> str | None:
-        """Return why a launch cannot train the model, or None."""
+        """Return why neither a launch nor a compiled kernel can train the model, or None."""
         runtime = runtime_of(type(model.parameters))
-        return (
-            "it needs a GPU" if runtime is None else why_not(_problem(model, config), runtime.limits(model.parameters))
-        )
+        if runtime is None:
+            return None if why_reference() is None else "it needs the compiled kernels of bnkernels[cpu]"
+        return why_not(_problem(model, config), runtime.limits(model.parameters))
 
     def run(self, x: Any, y: Any, start: int, steps: int) -> None:
         """Make the steps in one launch; several models are copied into the rows of one array, and back."""
@@ -228,9 +240,10 @@ def choose_engine(trained: Sequence[tuple[MLP, Optimizer]], config: TrainingConf
         If the engine that the configuration names cannot train them.
     """
     model, wanted, reasons = trained[0][0], config.engine, []
+    names = list(ENGINES) if wanted == "auto" else [wanted]
     if wanted == "auto" and runtime_of(type(model.parameters)) is None:
-        wanted = "layers"  # the only engine of a CPU needs no remark
-    for name in ENGINES if wanted == "auto" else (wanted,):
+        names.remove("graph")  # which no CPU has
+    for name in names:
         reason = ENGINES[name].why_not(model, config)
         if reason is None:
             return ENGINES[name](trained, config, reasons)

@@ -13,7 +13,6 @@ from bnkernels.runtime.registry import Device
 from bnkernels.train.ensemble import Ensemble
 from bnkernels.train.learner import Learner
 
-STEPS_PER_TURN = 1  # the shortest turn: load and clock are the same for all networks
 STEPS_PER_TURN_OF_GPU = 25  # launching, and waiting for the end, take little of such a turn
 FEWEST_STEPS = 200  # steps of each network, below which there is no verdict
 LARGEST_SPREAD = 0.15  # distance of a quartile from the median, relative to it, above which there is no verdict
@@ -95,7 +94,9 @@ class Rounds:
             Microseconds per step of each turn of each network.
         """
         times: dict[str, list[float]] = {norm: [] for norm in learners}
-        rounds = -(-(last - first) // (STEPS_PER_TURN if self._xp is np else STEPS_PER_TURN_OF_GPU))
+        engines = [learner.engine for learner in learners.values()]
+        turn = max(engine.steps_per_turn for engine in engines) if self._xp is np else STEPS_PER_TURN_OF_GPU
+        rounds = -(-(last - first) // turn)
         for number in range(rounds):
             start, stop = (first + (last - first) * i // rounds for i in (number, number + 1))
             turns = {}

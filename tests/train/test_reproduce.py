@@ -212,7 +212,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_run(
         (["--lr", "-1"], "lr must be a positive number, got -1.0"),
         (["--steps", str(10**20)], "steps must be at most"),
         (["--mnist", "/nowhere"], "MNIST's folder /nowhere does not exist"),
-        (["--engine", "fused", "--device", "cpu"], "the engine cannot be fused: it needs a GPU"),
+        (["--engine", "graph", "--device", "cpu"], "the engine cannot be graph: it needs a GPU"),
     ],
 )
 def test_bad_options_are_one_line(

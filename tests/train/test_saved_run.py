@@ -314,7 +314,8 @@ def test_a_stopped_run_with_its_checkpoint_elsewhere_is_continued_as_it_says(dat
     """Nothing of it is in its folder yet, so that the command names the folder."""
     elsewhere = tmp_path / "safe" / "c.npz"
     asked = iter(range(10**6))
-    stopped = train(config(data), folder=tmp_path / "run", checkpoint=elsewhere, should_stop=lambda: next(asked) >= 9)
+    options = config(data, engine="layers")  # which ask before every step
+    stopped = train(options, folder=tmp_path / "run", checkpoint=elsewhere, should_stop=lambda: next(asked) >= 9)
     assert stopped.status == "stopped"
     assert stopped.continuation == f"bnkernels train --resume {elsewhere} --out {tmp_path / 'run'}"
     with pytest.raises(CheckpointError, match=r"if it is right, give it as --out"):

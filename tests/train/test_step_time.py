@@ -86,7 +86,7 @@ def test_only_rounds_of_the_same_place_go_on() -> None:
 
 
 def test_the_networks_take_turns_and_none_is_always_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = TrainingConfig(hidden=(8,), batch_size=16, lr=0.1, device="cpu")
+    config = TrainingConfig(hidden=(8,), batch_size=16, lr=0.1, device="cpu", engine="layers")
     learners = {norm: make_learner(norm, config, (6, 8, 3), np) for norm in ("batch", "layer", "none")}
     made = []
     for norm, learner in learners.items():
@@ -100,10 +100,21 @@ def test_the_networks_take_turns_and_none_is_always_the_first(monkeypatch: pytes
     assert made == [*forward, *forward[::-1], *forward, *forward[::-1], *forward]
 
 
+def test_a_turn_of_compiled_steps_is_long_enough_to_be_timed() -> None:
+    """A call costs as much as a few of the smallest steps: the longest turn of all networks is that of each."""
+    config = TrainingConfig(hidden=(8,), batch_size=16, lr=0.1, device="cpu", engine="layers")
+    learners = {norm: make_learner(norm, config, (6, 8, 3), np) for norm in ("batch", "none")}
+    learners["none"].engine.steps_per_turn = 4
+    x, y = np.zeros((10 * 16, 6), "float32"), np.zeros(10 * 16, "int32")
+    times = Rounds(CPU, []).train(learners, x, y, 0, 10, lambda: False)
+    assert {norm: len(each) for norm, each in times.items()} == {"batch": 3, "none": 3}
+
+
 def test_a_stopped_and_resumed_run_keeps_its_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bnkernels.train.runs.draw_curves", lambda history, title: b"a picture")
     np.savez(tmp_path / "x.npz", x=np.random.default_rng(0).standard_normal((100, 6)), y=np.arange(100) % 3)
     options = {"dataset": "npz", "data": str(tmp_path / "x.npz"), "hidden": (8,), "batch_size": 16, "device": "cpu"}
+    options["engine"] = "layers"
     asked = iter(range(10**6))
     train(TrainingConfig(**options, steps=150), folder=tmp_path / "run", should_stop=lambda: next(asked) >= 99)
     result = resume(tmp_path / "run", steps=210)

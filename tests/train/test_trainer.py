@@ -71,7 +71,7 @@ def test_both_networks_learn(activation, optimizer, dtype):
 
 
 def test_both_networks_start_from_the_same_weights_and_see_the_same_batches(monkeypatch):
-    trainer = Trainer(config(epochs=2), blobs())
+    trainer = Trainer(config(epochs=2, engine="layers"), blobs())
     weights = [network.model.state()["0.weight"] for network in trainer.learners.values()]
     assert np.array_equal(*weights)
     seen = {}
@@ -93,7 +93,7 @@ def test_both_networks_start_from_the_same_weights_and_see_the_same_batches(monk
 
 def test_a_batch_holds_each_example_at_most_once_per_epoch(monkeypatch):
     data = blobs()
-    trainer = Trainer(config(norm="none"), data)
+    trainer = Trainer(config(norm="none", engine="layers"), data)
     rows = []
     model = trainer.learners["none"].model
     monkeypatch.setattr(
@@ -139,7 +139,7 @@ def test_steps_may_end_within_an_epoch():
 
 @pytest.mark.parametrize("stop_after", [0, 1, 5, 6, 7, 12, 17, 30, 47])
 def test_stopped_at_any_step_and_continued_the_bits_are_the_same(npz, tmp_path, stop_after):
-    options = config(dataset="npz", data=str(npz), optimizer="adam")
+    options = config(dataset="npz", data=str(npz), optimizer="adam", engine="layers")  # which ask before every step
     asked = iter(range(10**6))
     stopped = train(options, folder=tmp_path / "run", should_stop=lambda: next(asked) >= stop_after)
     assert stopped.status == "stopped"

@@ -1,7 +1,7 @@
 """Fused training: many steps of multilayer perceptrons in one launch, weights and optimiser state on the chip.
 
 CuPy arrays run ``cuda/fused_training.cu``, one block a network, or ``fused_training_multi_block.cu``, several a
-network; NumPy arrays run the same steps op by op.
+network; NumPy arrays run ``cpu.py``, or where nothing is compiled the same steps op by op.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ from bnkernels.ops.activations import activation_named
 from bnkernels.ops.fused_training import reference
 from bnkernels.ops.fused_training.launch import MOST_EXAMPLES, OPTIMIZERS, Problem, choose, why_not
 from bnkernels.ops.fused_training.spec import LayerSpec, NetworkSpec, check_network, check_offsets, check_rows
-from bnkernels.ops.mini_batch.op import check_seed, random_rows
+from bnkernels.ops.mini_batch.op import check_seed
 from bnkernels.ops.parameter_update.op import ADAM_EPS, BETA1, BETA2, state_names, update_schedule
 from bnkernels.runtime import checks as check
 from bnkernels.runtime.arguments import addresses, empty, pack
+from bnkernels.runtime.cpu import kernels
 from bnkernels.runtime.operands import Operands
 from bnkernels.runtime.seam import LaunchPlan, Runtime
 from bnkernels.runtime.workspace import barrier_counters
 
 __all__ = ["LayerSpec", "NetworkSpec", "fused_training"]
+CPU = "bnkernels.ops.fused_training.cpu"
 OPERANDS = Operands(
     "losses parameters first second running", "x labels indices", optional="losses first second running indices"
 )
@@ -65,7 +67,7 @@ def fused_training(
         Classes of the examples. On a GPU a wrong one makes the loss and the parameters NaN: to look would wait for the
         device.
     batch : int
-        Examples of a mini-batch, from 2 to 512.
+        Examples of a mini-batch, at least 2; on a GPU at most 512.
     indices : array, shape (steps, batch) or (M, steps, batch), int32, optional
         Rows of the mini-batches, of all models or of each. On a GPU they are not checked: to look would wait for the
         device. Without them the mini-batches are the rows in their order; what is left over is not used.
@@ -125,7 +127,7 @@ def fused_training(
     if (seed is None) != (steps is None) or (seed is not None and indices is not None):
         raise ValueError("seed and steps go together, and without indices: they draw the mini-batches")
     runtime, args = OPERANDS.check(*arrays)
-    models, steps = _sizes(args, network, batch, steps)
+    models, steps = _sizes(args, network, batch, steps, None if runtime is None else MOST_EXAMPLES)
     rates = np.array([check.number("lr", rate, 0) for rate in _of_each("lr", lr, models)])
     seeds = None if seed is None else np.array([check_seed(one) for one in _of_each("seed", seed, models)], np.uint32)
     losses = empty(runtime, (*parameters.shape[:-1], steps), parameters) if out is None else out
@@ -134,7 +136,8 @@ def fused_training(
         return losses
     if runtime is None:
         check_rows(network, labels, indices, steps, batch, seeds is not None)
-        _train_each(network, batch, optimizer, arrays[1:], losses, rates, seeds, before)
+        engine = kernels(CPU) or reference
+        engine.train(network, batch, optimizer, arrays[1:], losses, rates, seeds, schedule, before[0])
         return losses
     count = 0 if running is None else running.shape[-1]
     problem = Problem(network, batch, optimizer, parameters.dtype, parameters.shape[-1], count, models)
@@ -145,24 +148,6 @@ def fused_training(
         )
     _launch(runtime, problem, plan, arrays[1:], losses, (_table(network), schedule, rates, seeds), before[0])
     return losses
-
-
-def _train_each(
-    network: NetworkSpec, batch: int, optimizer: str, arrays: tuple, losses: Any, rates: Any, seeds: Any, before: tuple
-) -> None:
-    """Train one model after the other, on NumPy arrays: those of `OPERANDS` without the losses."""
-    (*updated, x, labels, indices), one_model = arrays, losses.ndim == 1
-    for model, rate in enumerate(rates.tolist()):
-        mine = (array if array is None or one_model else array[model] for array in (*updated, losses))
-        parameters, first, second, running, own_losses = mine
-        rows = indices[model] if indices is not None and indices.ndim == 3 else indices
-        if seeds is not None:
-            drawn = random_rows(int(seeds[model]), own_losses.size * batch, len(x), start=before[0] * batch)
-            rows = drawn.reshape(-1, batch)
-        state = tuple(moment for moment in (first, second) if moment is not None)
-        reference.train(
-            network, parameters, state, running, x, labels, rows, batch, optimizer, rate, before, own_losses
-        )
 
 
 def _launch(
@@ -224,13 +209,15 @@ def _of_each(name: str, given: Any, models: int) -> list[Any]:
 
 
 def _sizes(
-    args: dict[str, check.Argument | None], network: NetworkSpec, batch: int, drawn: int | None
+    args: dict[str, check.Argument | None], network: NetworkSpec, batch: int, drawn: int | None, most: int | None
 ) -> tuple[int, int]:
     """Check all arrays; return the numbers of models and of steps, which are `drawn` if given."""
     parameters, x = args["parameters"], args["x"]
     check.float32_or_float64(parameters)
-    if not 2 <= batch <= MOST_EXAMPLES:
-        wanted = f"batch must be from 2 to {MOST_EXAMPLES}"
+    if most is None and batch < 2:
+        raise ValueError(f"batch must be at least 2, got {check.shown(batch)}")
+    if most is not None and not 2 <= batch <= most:
+        wanted = f"batch must be from 2 to {most}"
         raise ValueError(f"{wanted}, got {check.shown(batch)}; train larger mini-batches layer by layer")
     inputs = network.layers[0].inputs
     if len(x.shape) != 2 or x.shape[1] != inputs or x.shape[0] >= 2**31:

@@ -10,33 +10,75 @@ from bnkernels.ops.activations import Activation, activation_named
 from bnkernels.ops.batch_norm.training import batch_norm_backward, batch_norm_forward
 from bnkernels.ops.fused_training.spec import LayerSpec, NetworkSpec
 from bnkernels.ops.layer_norm.op import layer_norm_backward, layer_norm_forward
+from bnkernels.ops.mini_batch.op import random_rows
 from bnkernels.ops.parameter_update.op import adam_update, momentum_update, sgd_update
 from bnkernels.ops.softmax_cross_entropy.op import softmax_cross_entropy
 
 
-@np.errstate(all="ignore")  # kernels have no warnings either
 def train(
+    network: NetworkSpec,
+    batch: int,
+    optimizer: str,
+    arrays: tuple[Any, ...],
+    losses: np.ndarray,
+    rates: np.ndarray,
+    seeds: np.ndarray | None,
+    schedule: np.ndarray,
+    steps_before: int,
+) -> None:
+    """Make all steps of one model after the other; write the losses.
+
+    Parameters
+    ----------
+    network, batch, optimizer
+        Arguments of `fused_training`.
+    arrays : tuple
+        Parameters, both arrays of state, running statistics, x, labels and indices, or None.
+    losses : array, shape (steps,) or (M, steps)
+        Losses, written.
+    rates, seeds : array, shape (M,)
+        Learning rate of every model, and its seed if it draws.
+    schedule : array, shape (steps, 3)
+        Momentum of the running statistics and Adam's corrections, of every step.
+    steps_before : int
+        Number of steps already made.
+    """
+    (*updated, x, labels, indices), one_model = arrays, losses.ndim == 1
+    for model, rate in enumerate(rates.tolist()):
+        parameters, first, second, running, own_losses = (
+            array if array is None or one_model else array[model] for array in (*updated, losses)
+        )
+        rows = indices[model] if indices is not None and indices.ndim == 3 else indices
+        if seeds is not None:
+            drawn = random_rows(int(seeds[model]), own_losses.size * batch, len(x), start=steps_before * batch)
+            rows = drawn.reshape(-1, batch)
+        rows = np.arange(own_losses.size * batch).reshape(-1, batch) if rows is None else rows
+        state = tuple(moment for moment in (first, second) if moment is not None)
+        given = network, parameters, state, running, x, labels, rows, optimizer, rate, schedule, steps_before
+        _train(*given, own_losses)
+
+
+@np.errstate(all="ignore")  # kernels have no warnings either
+def _train(
     network: NetworkSpec,
     parameters: np.ndarray,
     state: tuple[np.ndarray, ...],
     running: np.ndarray | None,
     x: np.ndarray,
     labels: np.ndarray,
-    indices: np.ndarray | None,
-    batch: int,
+    indices: np.ndarray,
     optimizer: str,
     lr: float,
-    before: tuple[int, int],
+    schedule: np.ndarray,
+    steps_before: int,
     losses: np.ndarray,
 ) -> None:
-    """Make all steps; write the losses. `before` counts the steps and the mini-batches before these."""
     gradients = np.zeros_like(parameters)
-    for step in range(len(losses)):
-        rows = slice(step * batch, (step + 1) * batch) if indices is None else indices[step]
-        momentum = 1 / (before[1] + step + 1) if network.momentum is None else network.momentum
+    for step, rows in enumerate(indices):
+        momentum = float(schedule[step, 0])
         losses[step] = _gradients(network, parameters, running, x[rows], labels[rows], momentum, gradients)
         if optimizer == "adam":
-            adam_update(parameters, gradients, *state, step=before[0] + step + 1, lr=lr)
+            adam_update(parameters, gradients, *state, step=steps_before + step + 1, lr=lr)
         elif optimizer == "momentum":
             momentum_update(parameters, gradients, *state, lr=lr)
         else:

@@ -25,6 +25,8 @@ from bnkernels.runtime.cpu.caching import cached
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "nsz"}}
 kernel = cached(**_OPTIONS)  # called from Python, and a function of its own in kernels
 device = cached(forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)  # part of its callers
+# Called from kernels only: without what Python would call, it compiles faster.
+inner = cached(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)
 
 LINE = 1024  # numbers that are worked on at a time: 4 KiB of float32, and a few such lines fit into the L1 cache
 SAME, FLOAT16, BFLOAT16 = 0, 1, 2  # storage of data: in the accumulator's type, or in 16 bits
