@@ -16,14 +16,14 @@ from tqdm import tqdm
 from benchmarks.harness import records
 from benchmarks.harness.case import DTYPES, EPILOGUES, LAYOUTS, Case, Op, Provider
 from benchmarks.harness.measure import Row, measure, new_row
-from benchmarks.harness.places import place_of, why_absent
+from benchmarks.harness.places import keep_memory, place_of, why_absent
+from benchmarks.harness.targets import LAYOUT_OF, TARGETS, Target
 from benchmarks.harness.timing import facts, results_folder
 from benchmarks.ops import every_op
 
 OPS = every_op()
 PACKAGES = ("torch", "triton", "jax", "ml_dtypes")
 CPU_LIMIT = 2**24  # elements; larger cases of the list are left to a GPU
-LAYOUT_OF = {1: "NC", 2: "NC", 3: "NCL", 4: "NCHW"}
 FAILURES = ("failed", "wrong")
 
 Task = tuple[Op, Case]
@@ -36,7 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.exit(f"error: nothing can be measured on {options.place}: {reason}")
     providers = {op.name: chosen(op, options) for op in OPS.values()}
     tasks = [(op, case) for op, case in wanted(options) if providers[op.name]]
-    tasks.sort(key=lambda task: EPILOGUES.index(task[1].epilogue))  # time that is short is spent on the plain ops first
+    # Time that is short is spent on the targets first, then on the plain ops.
+    order = {target.case: i for i, target in enumerate(targets_of(options.place))}
+    tasks.sort(key=lambda task: (order.get(task[1], len(order)), EPILOGUES.index(task[1].epilogue)))
     if not tasks:
         sys.exit("error: no case is left: python -m benchmarks --list shows what there is")
     if options.list:
@@ -126,11 +128,17 @@ class Run:
                 row["status"] = status
 
 
+def targets_of(place: str) -> Sequence[Target]:
+    """Return the targets of a place; those of a GPU are cases of the list."""
+    return TARGETS if place == "cpu" else ()
+
+
 def wanted(options: argparse.Namespace) -> Iterator[Task]:
-    """Yield the cases of the list that the options leave, or those that a shape makes."""
+    """Yield the cases of the list and of the targets that the options leave, or those that a shape makes."""
     for name in options.op or OPS:
         op = OPS[name]
-        cases = op.cases
+        aimed = [target.case for target in targets_of(options.place) if target.case.op == name]
+        cases = dict.fromkeys(aimed if options.targets else [*aimed, *op.cases])
         if options.shape:
             directions = dict.fromkeys(case.direction for case in op.cases)
             cases = [
@@ -179,6 +187,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--epilogue", **several, choices=EPILOGUES, help="'' is none")
     parser.add_argument("--providers", **several, choices=names, metavar="NAME", help="; ".join(names))
     parser.add_argument("--place", choices=("cpu", "cuda"), default="cpu" if why_absent("cuda") else "cuda")
+    parser.add_argument("--targets", action="store_true", help="only the cases that have a target on a CPU")
     parser.add_argument("--seconds", type=float, help="stop after so long; what is not measured says so")
     parser.add_argument("--seconds-per-case", type=float, default=2.0, help="of timed rounds (default: %(default)s)")
     parser.add_argument("--out", type=Path, metavar="PATH.json", help="write JSON there and CSV beside it")
@@ -202,4 +211,5 @@ def shape(text: str) -> tuple[int, ...]:
 
 
 if __name__ == "__main__":
+    keep_memory()
     sys.exit(main())

@@ -6,6 +6,7 @@ This module knows neither a framework nor how time is taken.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -46,6 +47,8 @@ class Case:
         Order of the axes in memory.
     epilogue : str
         Operation that is fused behind it where a provider can: ``""``, ``relu``, ``add_relu``.
+    all_cores : bool
+        Whether everybody computes with all cores of the CPU, instead of one thread.
     """
 
     op: str
@@ -54,6 +57,12 @@ class Case:
     dtype: str = "float32"
     layout: str = "NC"
     epilogue: str = ""
+    all_cores: bool = False
+
+    @property
+    def threads(self) -> int:
+        """Threads that everybody computes with on a CPU."""
+        return cores() if self.all_cores else 1
 
     @property
     def size(self) -> int:
@@ -87,7 +96,8 @@ class Case:
         """Return the case as the tables show it."""
         words = [self.op, self.direction, "x".join(map(str, self.shape)), self.dtype]
         words += [self.layout] if self.layout != "NC" else []
-        return " ".join(words + ([f"+{self.epilogue}"] if self.epilogue else []))
+        words += [f"+{self.epilogue}"] if self.epilogue else []
+        return " ".join(words + (["all cores"] if self.all_cores else []))
 
 
 @dataclass(frozen=True)
@@ -176,6 +186,23 @@ class Op:
     reference: Callable[[Case, Arrays, Any], tuple]
     bytes_moved: Callable[[Case], int]
     providers: Sequence[Provider]
+
+
+def cores() -> int:
+    """Return how many threads can run at the same time."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def one_thread(case: Case) -> None:
+    """Refuse a case for all cores.
+
+    Raises
+    ------
+    NotSupportedError
+        For such a case.
+    """
+    if case.all_cores:
+        raise NotSupportedError("it computes with one thread")
 
 
 def native_dtype(name: str) -> np.dtype:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -57,14 +57,28 @@ def made(calls: Sequence[Call], keep: bool) -> deque[tuple]:
 
 
 class HostClock:
-    """Calls that have computed when they return: NumPy, PyTorch on the CPU, threads."""
+    """Calls that have computed when they return: NumPy, PyTorch on the CPU, threads.
+
+    Parameters
+    ----------
+    alone : bool
+        Whether others' threads must have gone to sleep first: they spin for a while behind their last call, on cores
+        that the calls of this batch need.
+    """
 
     method = "wall"
+    REST = 5e-3  # seconds; threads of OpenMP spin for one or two thousandths
+
+    def __init__(self, alone: bool = False) -> None:
+        self.alone = alone
 
     def batch(self, calls: Sequence[Call], keep: bool) -> Batch:
         """Gather calls; the wall clock is read before the first and after the last."""
 
         def run() -> float:
+            if self.alone:
+                sleep(self.REST)
+                calls[0]()  # wakes the threads of this batch
             started = perf_counter()
             for call in calls:
                 call()

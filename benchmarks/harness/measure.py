@@ -57,6 +57,7 @@ def measure(
         Duration of the timed rounds, about; there are at least `ROUNDS` [0] of them.
     """
     nbytes = op.bytes_moved(case)
+    place.use_threads(case.threads)
     rows = {provider.name: new_row(case, provider, nbytes) for provider in providers}
     everybody = (*providers, *place.limits(nbytes))
     rows |= {limit.name: new_row(case, limit, nbytes) for limit in place.limits(nbytes)}
@@ -98,6 +99,7 @@ def new_row(case: Case, provider: Provider, nbytes: int) -> Row:
         "dtype": case.dtype,
         "layout": case.layout,
         "epilogue": case.epilogue,
+        "threads": case.threads,
         "place": provider.place,
         "provider": provider.name,
         "status": "not measured",

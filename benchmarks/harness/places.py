@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import cache, partial
 from importlib import import_module
@@ -14,15 +17,27 @@ import numpy as np
 from benchmarks.harness.case import Arrays, Call, Case, Provider, native_dtype
 from benchmarks.harness.clocks import Clock, CupyClock, Device, HostClock, JaxClock, TorchClock
 from bnkernels.runtime import registry
+from bnkernels.runtime.cpu.threads import set_num_threads
 
 SEED = 0
 COPY, EMPTY = "copy", "empty kernel"  # the limits: bytes, and a launch that does nothing
 COPY_MEMCPY = "copy, cudaMemcpy"  # the other way to copy; the faster of the two is the limit
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # constants of glibc's malloc.h
 
 
 def why_absent(place: str) -> str | None:
     """Return why this machine has no such place, or None."""
     return None if place == "cpu" else registry.why_no_cuda()
+
+
+def keep_memory() -> None:
+    """Let freed memory be used again, however much: new pages in every call would be most of the time of large outputs.
+
+    It favours those that allocate their outputs. For the process of a benchmark; elsewhere than with glibc, nothing.
+    """
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1)):
+            mallopt(option, value)
 
 
 class Host:
@@ -34,6 +49,14 @@ class Host:
 
     def __init__(self) -> None:
         self.random = partial(np.random.default_rng(SEED).standard_normal, dtype=np.float32)
+        self.threads = 1
+
+    def use_threads(self, count: int) -> None:
+        """Let everybody whose threads can be set compute with so many from now on."""
+        self.threads = count
+        set_num_threads(count)
+        if "torch" in sys.modules:
+            sys.modules["torch"].set_num_threads(count)
 
     def working(self) -> Any:
         """Need nothing."""
@@ -48,7 +71,7 @@ class Host:
 
     def clock(self, engine: str) -> Clock:
         """Return the clock of an engine."""
-        return JaxClock("cpu") if engine == "jax" else HostClock()
+        return JaxClock("cpu") if engine == "jax" else HostClock(alone=self.threads > 1)
 
     def sets(self, nbytes: int, held: int, providers: int) -> int:
         """Return 1: nothing rotates."""
@@ -56,6 +79,14 @@ class Host:
 
     def _copy(self, nbytes: int) -> Call:
         source, target = halves(np, nbytes)
+        if self.threads > 1:
+            pool, parts = ThreadPoolExecutor(self.threads), [np.array_split(a, self.threads) for a in (target, source)]
+
+            def call_of_threads() -> tuple:
+                list(pool.map(np.copyto, *parts))
+                return (target,)
+
+            return call_of_threads
 
         def call() -> tuple:
             np.copyto(target, source)
@@ -95,6 +126,9 @@ class Gpu:
     def working(self) -> Any:
         """Make the clocks' stream the current one: everything happens on it, in order."""
         return self.device.working()
+
+    def use_threads(self, count: int) -> None:
+        """Need nothing: the work is not the CPU's."""
 
     def release(self) -> None:
         """Give the memory of the last case back, CuPy's and PyTorch's."""

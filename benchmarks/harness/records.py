@@ -14,7 +14,7 @@ from benchmarks.harness.timing import write_json
 from bnkernels.train.checkpoint import write_atomically
 
 KINDS = ("cold", "hot", "host", "end_to_end")
-CASE = ("op", "direction", "shape", "dtype", "layout", "epilogue", "place")
+CASE = ("op", "direction", "shape", "dtype", "layout", "epilogue", "threads", "place")
 COLUMNS = (
     *CASE,
     "provider",
@@ -39,7 +39,7 @@ WIDTH = 24  # characters of a time with its quartiles
 
 def key_of(row: Row) -> tuple[str, ...]:
     """Return the fields that identify the case of a row."""
-    return tuple(row[name] for name in CASE)
+    return tuple(row.get(name, 1) for name in CASE)
 
 
 def write(path: Path, facts: Mapping[str, Any], rows: Sequence[Row]) -> None:
@@ -62,6 +62,7 @@ def block(rows: Sequence[Row]) -> list[str]:
     first = rows[0]
     title = " ".join(first[name] for name in ("op", "direction", "shape", "dtype", "layout"))
     title += f" +{first['epilogue']}" if first["epilogue"] else ""
+    title += f", {first['threads']} threads" if first["threads"] > 1 else ""
     kinds = [kind for kind in KINDS if any(f"{kind}_us_median" in row for row in rows)]
     figures = [name for name in FIGURES if any(name in row for row in rows)]
     header = "".join(f"{TITLES[name]:>{WIDTH if name in KINDS else 11}}" for name in (*kinds, *figures))

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from bnkernels.runtime import cpu
 from bnkernels.train.checkpoint import write_atomically
 from bnkernels.train.environment import report
 
@@ -84,7 +85,8 @@ def facts(*packages: str, place: str = "cpu") -> dict[str, Any]:
     Returns
     -------
     dict
-        Place, device, versions (None for what is not installed), threads of the CPU, commit and date.
+        Place, device, versions (None for what is not installed), on a CPU the engine of NumPy arrays, the usual number
+        of threads, commit and date.
     """
     about = dict(line.split(": ", 1) for line in report().splitlines())
     wanted = ["Python", "NumPy", "BLAS", "bnkernels"]
@@ -92,11 +94,14 @@ def facts(*packages: str, place: str = "cpu") -> dict[str, Any]:
     if place == "cuda":
         wanted += ["CuPy", "CUDA driver", "CUDA runtime", "NVRTC"]
         device = about["GPUs"].partition(",")[0]
+    else:
+        packages += ("numba",)
     return {
         "place": place,
         "device": device,
         "versions": {name: about[name].partition(",")[0] for name in wanted}
         | {name: version_of(name) for name in packages},
+        **({"engine": cpu.engine()} if place == "cpu" else {}),
         "threads": 1,
         "commit": commit(),
         "date": datetime.date.today().isoformat(),

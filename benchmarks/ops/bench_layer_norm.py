@@ -1,4 +1,4 @@
-"""Layer norm and silu: of every example over its features. A case's shape is (examples, features)."""
+"""Layer norm, alone or with silu: of every example over its features. A case's shape is (examples, features)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.harness.samples import Sample, take
 from benchmarks.peers import EPSILON, expression, pytorch, torch_compile
 
 SHAPES = [(64, 20), (256, 1024), (8192, 1024), (4096, 8192)]
-ACTIVATION = {"activation": "silu"}
+ALONE = ("forward alone", "backward alone")  # directions without silu
 
 
 def inputs(case: Case, random: Callable[..., Any]) -> Arrays:
@@ -27,18 +27,25 @@ def inputs(case: Case, random: Callable[..., Any]) -> Arrays:
     if case.epilogue or len(case.shape) != 2:
         raise NotSupportedError(f"{case.op} is for (examples, features) and no epilogue")
     vectors = {"gamma": abs(random(case.shape[1:])) + 0.5, "beta": random(case.shape[1:])}
-    return {"x": random(case.shape)} | ({"dy": random(case.shape)} if case.direction == "backward" else {}) | vectors
+    return {"x": random(case.shape)} | ({"dy": random(case.shape)} if is_backward(case) else {}) | vectors
+
+
+def is_backward(case: Case) -> bool:
+    """Tell whether the case is a backward."""
+    return case.direction.startswith("backward")
 
 
 def ours(case: Case, arrays: Arrays) -> Call:
     """Prepare our op."""
-    given = arrays["x"], arrays["gamma"], arrays["beta"]
-    out = bn.layer_norm_forward(*given, eps=EPSILON, **ACTIVATION)
-    if case.direction == "forward":
-        return lambda: bn.layer_norm_forward(*given, eps=EPSILON, **ACTIVATION, out=out)[:1]
+    given, options = (arrays["x"], arrays["gamma"], arrays["beta"]), {}
+    if case.direction not in ALONE:
+        options = {"activation": "silu"}
+    out = bn.layer_norm_forward(*given, eps=EPSILON, **options)
+    if not is_backward(case):
+        return lambda: bn.layer_norm_forward(*given, eps=EPSILON, **options, out=out)[:1]
     behind = arrays["dy"], *given, out[1]
-    grads = bn.layer_norm_backward(*behind, **ACTIVATION)
-    return lambda: bn.layer_norm_backward(*behind, **ACTIVATION, out=grads)
+    grads = bn.layer_norm_backward(*behind, **options)
+    return lambda: bn.layer_norm_backward(*behind, **options, out=grads)
 
 
 def formulas(case: Case, arrays: Arrays) -> Call:
@@ -51,19 +58,19 @@ def formulas(case: Case, arrays: Arrays) -> Call:
         rstd = (xp.square(d).mean(1, keepdims=True) + EPSILON) ** -0.5
         xhat = d * rstd
         z = gamma * xhat + beta
-        return z, 1 / (1 + xp.exp(-z)), xhat, rstd
+        return z, None if case.direction in ALONE else 1 / (1 + xp.exp(-z)), xhat, rstd
 
     def output() -> tuple:
         z, gate, *_ = forward()
-        return ((z * gate).astype(dtype, copy=False),)
+        return ((z if gate is None else z * gate).astype(dtype, copy=False),)
 
-    if case.direction == "forward":
+    if not is_backward(case):
         return output
     z, gate, xhat, rstd = forward()
     dy = arrays["dy"].astype(beta.dtype, copy=False)
 
     def backward() -> tuple:
-        g = dy * gate * (1 + z * (1 - gate))
+        g = dy if gate is None else dy * gate * (1 + z * (1 - gate))
         h = gamma * g
         dx = rstd * (h - h.mean(1, keepdims=True) - xhat * (h * xhat).mean(1, keepdims=True))
         return dx.astype(dtype, copy=False), (g * xhat).sum(0), g.sum(0)
@@ -72,8 +79,19 @@ def formulas(case: Case, arrays: Arrays) -> Call:
 
 
 def torch_eager(case: Case, arrays: Arrays) -> Call:
-    """Prepare the layer of PyTorch, whose autograd makes the backward."""
+    """Prepare the layer of PyTorch, whose autograd makes the backward; alone it is the operator that autograd calls."""
+    if case.direction == "backward alone":
+        return _torch_operator(case, arrays)
     return _torch(case, arrays, lambda layer: layer)
+
+
+def _torch_operator(case: Case, arrays: Arrays) -> Call:
+    dy, x, *vectors = (pytorch.tensor_of(arrays[name]) for name in ("dy", "x", "gamma", "beta"))
+    gamma, beta = (vector.to(x.dtype) for vector in vectors)
+    aten, features = pytorch.load().ops.aten, x.shape[1:]
+    _, mean, rstd = aten.native_layer_norm.default(x, features, gamma, beta, EPSILON)
+    given = dy, x, features, mean, rstd, gamma, beta, [True] * 3
+    return lambda: aten.native_layer_norm_backward.default(*given)
 
 
 def torch_compiled(case: Case, arrays: Arrays) -> Call:
@@ -87,10 +105,11 @@ def _torch(case: Case, arrays: Arrays, compiled: Callable[[Callable], Callable])
 
     def layer(x: Any, gamma: Any, beta: Any) -> Any:
         vectors = gamma.to(x.dtype), beta.to(x.dtype)
-        return torch.nn.functional.silu(torch.nn.functional.layer_norm(x, x.shape[1:], *vectors, EPSILON))
+        z = torch.nn.functional.layer_norm(x, x.shape[1:], *vectors, EPSILON)
+        return z if case.direction in ALONE else torch.nn.functional.silu(z)
 
     function, given = compiled(layer), [tensors[name] for name in ("x", "gamma", "beta")]
-    if case.direction == "forward":
+    if not is_backward(case):
         return lambda: (function(*given),)
     wanted = [tensor.requires_grad_() for tensor in given]
     y = function(*given)
@@ -104,7 +123,7 @@ def reference(case: Case, arrays: Arrays, xp: Any) -> tuple:
 
 def bytes_moved(case: Case) -> int:
     """Return the bytes of x, y and the vectors, or of dy, x, dx and both pairs of vectors."""
-    matrices, pairs = (2, 1) if case.direction == "forward" else (3, 2)
+    matrices, pairs = (3, 2) if is_backward(case) else (2, 1)
     vectors = 2 * pairs * case.shape[1] * (8 if case.dtype == "float64" else 4)
     return matrices * case.size * case.itemsize + vectors
 
@@ -116,7 +135,8 @@ OP = Op(
         for dtype in ("float32", "bfloat16")
         for shape in SHAPES
         for direction in ("forward", "backward")
-    ],
+    ]
+    + [Case("layer_norm", direction, (4096, 4096)) for direction in ALONE],
     inputs=inputs,
     reference=reference,
     bytes_moved=bytes_moved,

@@ -3,8 +3,9 @@
 ``make host-cost`` times `batch_norm_forward`, `batch_norm_backward` and `batch_norm_inference` with ``out=``, CuPy's
 launch replaced by a function that does nothing, in rounds interleaved with `torch.nn.functional.batch_norm` on one
 number. The arrays are stand-ins, whose attributes are made by C code at every look, as CuPy's are; where CuPy has a
-GPU, its own arrays are measured as well. The last line is the ratio. Exit status: 0, or 1 where PyTorch is absent and
-there is nothing to compare with. A verdict does not change it: other work on a machine can.
+GPU, its own arrays are measured as well; and so are NumPy's, with no kernel called. The last line is the ratio. Exit
+status: 0, or 1 where PyTorch is absent and there is nothing to compare with. A verdict does not change it: other work
+on a machine can.
 
 A row of its own, which the verdicts add, is what CuPy makes of the launch's argument, in CuPy's own code and without a
 driver. What is in no figure: CuPy's looks for the stream and the context, and the driver's call, some 2 us; nor, with
@@ -18,6 +19,7 @@ import timeit
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext, suppress
 from functools import cache
+from importlib import import_module
 from itertools import cycle
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +29,8 @@ import numpy as np
 
 import bnkernels as bn
 from benchmarks.harness.timing import interleave
-from bnkernels.runtime import registry, seam
+from bnkernels.ops.batch_norm.problem import BACKWARD, FORWARD, INFERENCE
+from bnkernels.runtime import cpu, registry, seam
 
 ROUNDS, CALLS = 1000, 100  # the best round had the machine to itself
 MOST_US = 4.0
@@ -230,10 +233,28 @@ def report(arrays: str, figures: dict[str, np.ndarray]) -> float | None:
     return ours / theirs[0]
 
 
+def idle(like: Any) -> None:
+    """Stand for the calls of compiled kernels."""
+
+
+def report_numpy(rivals: Calls) -> None:
+    """Print table and verdicts of NumPy's arrays, of a call that ends where the compiled kernels begin."""
+    if reason := cpu.why_reference():
+        print(f"\nNumPy's arrays: not measured: {reason}")
+        return
+    kernels = import_module("bnkernels.ops.batch_norm.cpu")
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(kernels, "work", return_value=idle))
+        for kind in (FORWARD, BACKWARD, INFERENCE):  # no later call may replay one that does nothing
+            stack.enter_context(mock.patch.object(kind.calls, "_entries", {}))
+        report("NumPy's arrays", measured(our_calls(np.asarray) | rivals))
+
+
 def main() -> int:
     """Measure, print; return the exit status."""
     rivals = torch_calls()
     argument = argument_row()
+    report_numpy(rivals)
     ratio = report("stand-ins for CuPy's arrays", measured(our_calls(standins().asarray) | rivals) | argument)
     absent = registry.why_no_cuda()
     with ExitStack() as stack:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.harness.case import EPS, Arrays, Call, Case, Provider, on_both
+from benchmarks.harness.case import EPS, Arrays, Call, Case, Provider, on_both, one_thread
 from benchmarks.harness.places import why_absent
 from benchmarks.peers import EPSILON, MOMENTUM
 
@@ -88,7 +88,12 @@ def reference(case: Case, arrays: Arrays, xp: Any) -> tuple:
 
 def providers(prepare: Callable[[Case, Arrays], Call]) -> tuple[Provider, Provider]:
     """Return the providers of an op that is written in NumPy or CuPy."""
-    return on_both(("NumPy expression", "CuPy expression"), prepare, why_absent)
+
+    def prepare_one(case: Case, arrays: Arrays) -> Call:
+        one_thread(case)
+        return prepare(case, arrays)
+
+    return on_both(("NumPy expression", "CuPy expression"), prepare_one, why_absent)
 
 
 PROVIDERS = providers(prepare)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Provider
+from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Provider, one_thread
 from benchmarks.peers import EPSILON, MOMENTUM
 
 ENVIRONMENT = {  # read when JAX first looks for devices
@@ -65,8 +65,9 @@ def prepare(case: Case, arrays: Arrays) -> Call:
     Raises
     ------
     NotSupportedError
-        For float64.
+        For float64, and for all cores.
     """
+    one_thread(case)  # the number of its threads is read when it starts
     if case.dtype == "float64":
         raise NotSupportedError("JAX computes in float32 unless jax_enable_x64 is set")
     jax = load()

@@ -1,7 +1,8 @@
 """PyTorch in eager mode: its batch norm, by its own kernels and by cuDNN's.
 
 Nothing here requires a gradient, so PyTorch records nothing: the backward is the very operators that autograd would
-call, without autograd. That favours PyTorch.
+call, without autograd. That favours PyTorch. On the CPU both are there a second time, writing into outputs that exist
+already.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 
 from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Provider, on_both
 from benchmarks.peers import EPSILON, MOMENTUM
+from bnkernels.runtime.cpu.threads import get_num_threads
 
 NATIVE, CUDNN = "native", "cudnn"
 NEEDED = {"forward": ("x", "gamma", "beta", "running_mean", "running_var"), "backward": ("x", "gamma", "beta", "dy")}
@@ -23,10 +25,10 @@ NEEDED = {"forward": ("x", "gamma", "beta", "running_mean", "running_var"), "bac
 
 @cache
 def load() -> ModuleType:
-    """Return PyTorch; on the CPU it computes with one thread, as everybody here does."""
+    """Return PyTorch; on the CPU it computes with as many threads as ours does."""
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(get_num_threads())
     return torch
 
 
@@ -137,6 +139,42 @@ def _forward(case: Case, tensors: dict[str, Any], default: bool) -> Call:
     return call
 
 
+def prepare_out(case: Case, arrays: Arrays) -> Call:
+    """Prepare the overloads of the operators that write into given outputs.
+
+    Raises
+    ------
+    NotSupportedError
+        For an epilogue: they would make it in passes of their own.
+    """
+    if case.epilogue:
+        raise NotSupportedError("for no epilogue")
+    aten, tensors = load().ops.aten, tensors_of(case, arrays)
+    x, gamma, beta = (tensors[name] for name in ("x", "gamma", "beta"))
+    if case.direction == "forward":
+        running = tensors["running_mean"], tensors["running_var"]
+        given = x, gamma, beta, *running, True, MOMENTUM, EPSILON
+        names = ("out", "save_mean", "save_invstd")
+        out = dict(zip(names, (x.clone(), gamma.clone(), gamma.clone()), strict=True))
+        y = in_memory_order(case, out["out"])
+
+        def forward() -> tuple:
+            aten.native_batch_norm.out(*given, **out)
+            return y, *running
+
+        return forward
+    _, *saved = normalise_and_save(x, gamma, beta)
+    given = tensors["dy"], x, gamma, None, None, *saved, True, EPSILON, [True] * 3
+    out = {f"out{i}": tensor.clone() for i, tensor in enumerate((x, gamma, beta))}
+    gradients = in_memory_order(case, out["out0"]), out["out1"], out["out2"]
+
+    def backward() -> tuple:
+        aten.native_batch_norm_backward.out(*given, **out)
+        return gradients
+
+    return backward
+
+
 def _backward(case: Case, tensors: dict[str, Any], backend: str) -> Call:
     """Prepare a backward: the forward is computed here."""
     relu_backward = load().ops.aten.threshold_backward.default
@@ -193,6 +231,7 @@ def _on_cuda(name: str, backend: str) -> Provider:
 
 PROVIDERS = (
     Provider("PyTorch eager", "cpu", prepare, partial(absent, "cpu"), describe=describe),
+    Provider("PyTorch eager, out=", "cpu", prepare_out, partial(absent, "cpu")),
     _on_cuda("PyTorch eager, native", NATIVE),
     _on_cuda("PyTorch eager, cuDNN", CUDNN),
 )

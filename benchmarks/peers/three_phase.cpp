@@ -6,9 +6,10 @@
 // By neuron: every thread owns neurons, for the whole mini-batch. Nobody waits between start and end.
 //
 // Same arithmetic in both: float data, double sums, statistics about the mean, merged after Chan, Golub and LeVeque.
-// Threads live as long as their pool and sleep in a std::barrier between calls. Called by: three_phase.py
+// Threads live as long as their pool. At a barrier they spin, which is the fastest way while every one of them has a
+// core; a while after the last call, and where there are more threads than cores, they sleep. Called by: three_phase.py
 #include <algorithm>
-#include <barrier>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <thread>
@@ -34,9 +35,38 @@ Range share(int64_t count, int thread, int threads) {
     return {count * thread / threads, count * (thread + 1) / threads};
 }
 
+class Barrier {
+  public:
+    Barrier(int threads, int cores) : threads_(threads), spins_(threads <= cores ? 4000 : 0) {}
+    void arrive_and_wait() {
+        const uint32_t round = round_.load(std::memory_order_acquire);
+        if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
+            arrived_.store(0, std::memory_order_relaxed);
+            round_.store(round + 1, std::memory_order_release);
+            round_.notify_all();
+            return;
+        }
+        for (int i = 0; i < spins_; ++i) {
+            if (round_.load(std::memory_order_acquire) != round) return;
+            relax();
+        }
+        round_.wait(round, std::memory_order_acquire);
+    }
+
+  private:
+    static void relax() {
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#endif
+    }
+    const int threads_, spins_;
+    alignas(64) std::atomic<int> arrived_{0};
+    alignas(64) std::atomic<uint32_t> round_{0};
+};
+
 class Pool {
   public:
-    explicit Pool(int threads) : threads_(threads), barrier_(threads) {
+    Pool(int threads, int cores) : threads_(threads), barrier_(threads, cores) {
         for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { serve(i); });
     }
     ~Pool() {
@@ -167,7 +197,7 @@ class Pool {
     }
 
     const int threads_;
-    std::barrier<> barrier_;
+    Barrier barrier_;
     const Job* job_ = nullptr;
     std::vector<double> first_, second_;  // a row per thread
     std::vector<double> mean_, factor_;   // per channel; of the backward the means of dz and of dz xhat
@@ -177,7 +207,7 @@ class Pool {
 }  // namespace
 
 extern "C" {
-void* bnk_pool_new(int threads) { return new Pool(threads); }
+void* bnk_pool_new(int threads, int cores) { return new Pool(threads, cores); }
 void bnk_pool_delete(void* pool) { delete static_cast<Pool*>(pool); }
 void bnk_pool_run(void* pool, const Job* job) { static_cast<Pool*>(pool)->run(*job); }
 }

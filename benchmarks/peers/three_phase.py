@@ -1,7 +1,8 @@
 """The naive answer to the question, with real threads and barriers on the CPU; and beside it the other partition.
 
 "Three phases": every example belongs to a thread; all add up, wait for one to form mean and variance, and go on. "By
-neuron": the same threads own neurons instead, and nobody waits. ``three_phase.cpp`` is both.
+neuron": the same threads own neurons instead, and nobody waits. ``three_phase.cpp`` is both; with one thread, plain
+loops.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Provider
+from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Provider, cores
 from benchmarks.harness.timing import ROOT
 from benchmarks.peers import EPSILON, MOMENTUM
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-shared", "-fPIC", "-pthread")
 MOST_THREADS = 1024
+BY_EXAMPLE, BY_NEURON = "three phases, C++", "by neuron, C++"
 ARRAYS = ("x", "dy", "gamma", "beta", "mean", "rstd", "running_mean", "running_var", "out", "dgamma", "dbeta")
 
 
@@ -67,7 +69,7 @@ class Pool:
     """Threads that wait for work; they end with the object."""
 
     def __init__(self, threads: int) -> None:
-        self._address = library().bnk_pool_new(threads)
+        self._address = library().bnk_pool_new(threads, cores())
         weakref.finalize(self, library().bnk_pool_delete, self._address)
 
     def run(self, job: Job) -> None:
@@ -75,12 +77,7 @@ class Pool:
         library().bnk_pool_run(self._address, job)
 
 
-def cores() -> int:
-    """Return how many threads can run at the same time."""
-    return len(os.sched_getaffinity(0))
-
-
-def prepare(case: Case, arrays: Arrays, by_example: bool, threads: int | None) -> Call:
+def prepare(case: Case, arrays: Arrays, by_example: bool, threads: int | None = None) -> Call:
     """Prepare a case.
 
     Parameters
@@ -89,8 +86,8 @@ def prepare(case: Case, arrays: Arrays, by_example: bool, threads: int | None) -
         See `benchmarks.harness.case.Provider`.
     by_example : bool
         Three phases, instead of by neuron.
-    threads : int or None
-        None gives every example a thread of its own.
+    threads : int, optional
+        Number of threads; by default that of the case.
 
     Raises
     ------
@@ -100,7 +97,7 @@ def prepare(case: Case, arrays: Arrays, by_example: bool, threads: int | None) -
     if (case.layout, case.dtype) != ("NC", "float32") or case.epilogue == "add_relu":
         raise NotSupportedError("not supported: written for float32 matrices without a residual")
     rows, channels = case.shape
-    threads = rows if threads is None else threads
+    threads = case.threads if threads is None else threads
     if threads > MOST_THREADS:
         raise NotSupportedError(f"not supported: {threads} threads, more than {MOST_THREADS}")
     backward = case.direction == "backward"
@@ -122,21 +119,13 @@ def prepare(case: Case, arrays: Arrays, by_example: bool, threads: int | None) -
     return call
 
 
-def describe(case: Case, arrays: Arrays, by_example: bool, threads: int | None) -> str:
-    """Return how many threads there are, and how often all of them wait within a call."""
-    threads = case.shape[0] if threads is None else threads
-    return f"threads: {threads}, barriers: {2 if by_example else 0}"
-
-
-def provider(name: str, by_example: bool, threads: int | None) -> Provider:
-    """Return one of the ways."""
-    how = {"by_example": by_example, "threads": threads}
-    return Provider(name, "cpu", partial(prepare, **how), absent, describe=partial(describe, **how))
-
-
-PROVIDERS = (
-    provider("three phases, a thread per example", True, None),
-    provider("three phases, a thread per core", True, cores()),
-    provider("by neuron, a thread per core", False, cores()),
-    provider("by neuron, one thread", False, 1),
+PROVIDERS = tuple(
+    Provider(
+        name,
+        "cpu",
+        partial(prepare, by_example=by_example),
+        absent,
+        describe=lambda case, arrays, barriers=2 * by_example: f"barriers: {barriers}",
+    )
+    for name, by_example in ((BY_EXAMPLE, True), (BY_NEURON, False))
 )

@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.counts import static
 from benchmarks.harness.timing import RESULTS, ROOT, results_folder
-from benchmarks.report import accuracy, front, gpu, ops, overhead, train_step
+from benchmarks.report import accuracy, front, gpu, ops, overhead, partition, targets, train_step
 from benchmarks.report.text import ABSENT, PLACES, Page, missing, paragraphs, table
 from benchmarks.steps import overhead_plot
 
@@ -104,7 +104,19 @@ def pages(results: Path = RESULTS, baseline: Path = BASELINE) -> dict[str, Page]
     protocol = "How it is measured: [benchmarks](../benchmarks.md)."
     counted = "Counted on the [emulator](../emulator.md), registers by NVRTC."
     return {
-        "training_step.md": Page("The training step of 64-20-10", protocol, train_step.figures(step)),
+        "targets.md": Page(
+            "Targets on a CPU",
+            "Medians of the same rounds: ours with outputs that exist already, beside the fastest of the rivals named "
+            f"and a copy of as many bytes. {protocol}",
+            targets.page(cases["cpu"], step["cpu"], cost["cpu"]),
+        ),
+        "partition.md": Page(
+            "By example or by neuron",
+            "Forward and backward of a batch-norm layer, compiled, with barriers that spin: cut by example all threads "
+            f"wait for one another twice each way, cut by neuron never. {protocol}",
+            partition.page(latest(results, "partition.json", "cpu"), "../../benchmarks/results"),
+        ),
+        "training_step.md": Page("Training steps", protocol, train_step.figures(step)),
         "overhead.md": Page(
             "What a normalisation costs a training step",
             f"Time of a step relative to the same framework's step without, in the same round. {protocol}",
@@ -207,5 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for folder in {path.parent for path in taken if path.name == "overhead.csv"}:
             overhead_plot.plot(folder)
     README.write_text(render(README.read_text(encoding="utf-8"), sections()), encoding="utf-8")
-    for name, page in pages().items():
+    written = pages()
+    for name, page in written.items():
         (GENERATED / name).write_text(str(page), encoding="utf-8")
+    print(written["targets.md"].body)

@@ -37,7 +37,13 @@ def name_of(row: Row) -> str:
     op = row["op"].replace("_", " ")
     layout = "" if row["layout"] == "NC" else f" {row['layout']}"
     epilogue = {"": "", "relu": " + ReLU", "add_relu": " + sum + ReLU"}[row["epilogue"]]
-    return f"{op} {row['direction']}{epilogue}, {row['shape'].replace('x', ' x ')} {row['dtype']}{layout}"
+    threads = f", {row['threads']} threads" if shared(row) else ""
+    return f"{op} {row['direction']}{epilogue}, {row['shape'].replace('x', ' x ')} {row['dtype']}{layout}{threads}"
+
+
+def shared(row: Row) -> bool:
+    """Tell whether everybody had several threads."""
+    return row.get("threads", 1) > 1
 
 
 def summary(document: Mapping[str, Any] | None) -> str:

@@ -43,7 +43,8 @@ def origin(document: Mapping[str, Any]) -> str:
     """Return the sentence that says where figures come from."""
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items() if version)
     threads = f", {document['threads']} thread" if document.get("place", "cpu") == "cpu" else ""
-    return f"{document['device']}{threads}; {versions}; commit {document['commit']}, {document['date']}."
+    engine = f"; ours {document['engine']}" if "engine" in document else ""
+    return f"{document['device']}{threads}{engine}; {versions}; commit {document['commit']}, {document['date']}."
 
 
 def missing(reasons: Mapping[str, str]) -> str:

@@ -26,12 +26,23 @@ class ExpressionStep(ArrayStep):
         ``numpy`` or ``cupy``: what computes.
     dtype : str
         In which precision.
+    activation : {'relu', 'sigmoid'}
+        Activation of the hidden layers.
     """
 
-    def __init__(self, state: State, optimizer: str, lr: float, *, xp: Any = np, dtype: str = "float32") -> None:
+    def __init__(
+        self,
+        state: State,
+        optimizer: str,
+        lr: float,
+        *,
+        xp: Any = np,
+        dtype: str = "float32",
+        activation: str = "relu",
+    ) -> None:
         self.state = {name: array.astype(dtype) for name, array in state.items() if array.dtype.kind == "f"}
         self.norm, self.last = norm_of(state), linears(state) - 1
-        self.optimizer, self.lr, self.xp, self.dtype = optimizer, lr, xp, dtype
+        self.optimizer, self.lr, self.xp, self.dtype, self.activation = optimizer, lr, xp, dtype, activation
         self.reset()
 
     def reset(self) -> None:
@@ -55,9 +66,9 @@ class ExpressionStep(ArrayStep):
         for i in range(last):
             z = h @ p[f"{i}.weight"]
             a, for_backward = self._norm(i, z) if self.norm != "none" else (z + p[f"{i}.bias"], ())
-            activations.append((h, a))
+            before, h = h, xp.maximum(a, 0) if self.activation == "relu" else 1 / (1 + xp.exp(-a))
+            activations.append((before, h))
             saved.append(for_backward)
-            h = xp.maximum(a, 0)
         logits = h @ p[f"{last}.weight"] + p[f"{last}.bias"]
         shifted = logits - logits.max(axis=1, keepdims=True)
         exponentials = xp.exp(shifted)
@@ -69,8 +80,8 @@ class ExpressionStep(ArrayStep):
         dz /= len(x)
         gradients = {f"{last}.weight": h.T @ dz, f"{last}.bias": dz.sum(axis=0)}
         for i in reversed(range(last)):
-            h, a = activations[i]
-            dz = (dz @ p[f"{i + 1}.weight"].T) * (a > 0)
+            h, y = activations[i]
+            dz = (dz @ p[f"{i + 1}.weight"].T) * ((y > 0) if self.activation == "relu" else y * (1 - y))
             if self.norm == "none":
                 gradients[f"{i}.bias"] = dz.sum(axis=0)
             else:

@@ -27,12 +27,14 @@ class JaxStep(Step):
         Name of the optimiser.
     lr : float
         Learning rate.
+    activation : {'relu', 'sigmoid'}
+        Activation of the hidden layers.
     """
 
-    def __init__(self, state: State, optimizer: str, lr: float) -> None:
+    def __init__(self, state: State, optimizer: str, lr: float, activation: str = "relu") -> None:
         self.jax = load()
         self.state = {name: array for name, array in state.items() if array.dtype.kind == "f"}
-        self.train, self.scan = jitted(optimizer, lr)
+        self.train, self.scan = jitted(optimizer, lr, activation)
         self.reset()
 
     def reset(self) -> None:
@@ -75,7 +77,9 @@ class ScanStep(JaxStep):
         return np.asarray(losses, np.float64)
 
 
-def mean_loss(parameters: dict[str, Any], running: dict[str, Any], x: Any, labels: Any) -> tuple[Any, dict[str, Any]]:
+def mean_loss(
+    parameters: dict[str, Any], running: dict[str, Any], x: Any, labels: Any, activation: str
+) -> tuple[Any, dict[str, Any]]:
     """Return the mean cross-entropy of the network, and the new running statistics."""
     import jax
     from jax import numpy as jnp
@@ -95,14 +99,14 @@ def mean_loss(parameters: dict[str, Any], running: dict[str, Any], x: Any, label
                 for name, new in ((f"{i}.running_mean", mean[0]), (f"{i}.running_var", unbiased)):
                     updated[name] = (1 - MOMENTUM) * running[name] + MOMENTUM * new
             x = (x - mean) * jax.lax.rsqrt(var + EPSILON) * parameters[f"{i}.gamma"] + parameters[f"{i}.beta"]
-        x = jax.nn.relu(x)
+        x = {"relu": jax.nn.relu, "sigmoid": jax.nn.sigmoid}[activation](x)
     logits = product(x, parameters[f"{last}.weight"]) + parameters[f"{last}.bias"]
     chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)
     return -chosen.mean(), updated
 
 
 @cache
-def jitted(optimizer: str, lr: float) -> tuple[Any, Any]:
+def jitted(optimizer: str, lr: float, activation: str) -> tuple[Any, Any]:
     """Return one training step and a scan over many, jitted; JAX itself tells the networks apart."""
     import jax
     from jax import numpy as jnp
@@ -120,7 +124,8 @@ def jitted(optimizer: str, lr: float) -> tuple[Any, Any]:
 
     def train(carry: Carry, batch: tuple[Any, Any]) -> tuple[Carry, Any]:
         parameters, running, first, second, steps = carry
-        (loss, running), gradients = jax.value_and_grad(mean_loss, has_aux=True)(parameters, running, *batch)
+        of_network = jax.value_and_grad(partial(mean_loss, activation=activation), has_aux=True)
+        (loss, running), gradients = of_network(parameters, running, *batch)
         new = {
             name: update(parameters[name], gradients[name], first[name], second[name], steps + 1) for name in parameters
         }

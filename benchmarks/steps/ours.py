@@ -28,11 +28,13 @@ class OurStep(ArrayStep):
         Learning rate.
     xp : module
         ``numpy`` or ``cupy``: what computes.
+    activation : {'relu', 'sigmoid'}
+        Activation of the hidden layers.
     """
 
-    def __init__(self, state: State, optimizer: str, lr: float, *, xp: Any = np) -> None:
+    def __init__(self, state: State, optimizer: str, lr: float, *, xp: Any = np, activation: str = "relu") -> None:
         self.state, self.xp = state, xp
-        self.model = MLP(sizes_of(state), norm=norm_of(state), xp=xp)
+        self.model = MLP(sizes_of(state), norm=norm_of(state), activation=activation, xp=xp)
         self.optimizer = make_optimizer(optimizer, self.model, lr)
         self.initial = self.optimizer.state()
         self.out: tuple[Any, Any] | None = None
@@ -60,7 +62,7 @@ class OurStep(ArrayStep):
 
 
 class FusedStep(OurStep):
-    """Many steps in one launch: all mini-batches of a `run`."""
+    """Many steps in one call, on a GPU one launch: all mini-batches of a `run`."""
 
     def prepare_all(self, batches: Batches) -> tuple[Any, Any]:
         """Return all examples and all labels, one mini-batch behind the other."""
@@ -113,6 +115,7 @@ class GraphStep(FusedStep):
 
 MAKERS = (
     Maker("bnkernels", "cpu", OurStep),
+    Maker("bnkernels fused", "cpu", FusedStep),
     Maker("bnkernels", "cuda", OurStep.on_cupy, why_no_cuda),
     Maker("bnkernels graph", "cuda", GraphStep.on_cupy, why_no_cuda),
     Maker("bnkernels fused", "cuda", FusedStep.on_cupy, why_no_cuda),

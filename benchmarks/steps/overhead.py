@@ -25,10 +25,12 @@ import numpy as np
 
 from benchmarks import steps
 from benchmarks.harness.case import NotSupportedError, WrongResultError
+from benchmarks.harness.places import keep_memory
 from benchmarks.harness.timing import facts, interleave, quantiles, results_folder, write_json
 from benchmarks.steps import overhead_plot
 from benchmarks.steps.expression import ExpressionStep
 from benchmarks.steps.step import Batches, Maker, Step, check_losses, initial_state, stopwatch
+from bnkernels.runtime.cpu.threads import set_num_threads
 from bnkernels.train.checkpoint import write_atomically
 
 NORMS = ("none", "batch", "layer")
@@ -296,17 +298,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--place", choices=("cpu", "cuda"), default="cpu", help="where; default cpu")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the files go; default the device's results")
     parser.add_argument("--quick", action="store_true", help="three small points: to see that it works")
-    parser.add_argument(
-        "--seconds", type=float, default=170, metavar="S", help="begin no point after S seconds; default 170"
-    )
-    parser.add_argument(
-        "--only", nargs="+", default=(), metavar="NAME", help="which frameworks, as the table names them"
-    )
+    parser.add_argument("--seconds", type=float, default=170, metavar="S", help="begin no point later; default 170")
+    parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help="frameworks, as the table names them")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="only draw the pictures of the CSV in this folder")
     options = parser.parse_args(arguments)
     if options.plot:
         print(*overhead_plot.plot(options.plot), sep="\n")
         return
+    set_num_threads(1)
     try:
         makers = steps.makers(options.place, tuple(options.only))
     except ValueError as error:
@@ -345,4 +344,5 @@ def finish(folder: Path, rows: Sequence[Row], interrupted: bool) -> None:
 
 
 if __name__ == "__main__":
+    keep_memory()
     main()

@@ -19,9 +19,11 @@ PUBLISHED = {
 }
 PUBLISHED_NOTE = "grey: published elsewhere, not measured here (TensorFlow 1.0, GTX 1070; read off a plot, ±0.1)"
 
+OURS = "bnkernels fused"
 # Okabe and Ito's colours, distinct in every kind of colour vision; ours is the black one and the thickest.
 COLOURS = {
-    "bnkernels": "#000000",
+    "bnkernels fused": "#000000",
+    "bnkernels": "#009E73",
     "NumPy expression": "#E69F00",
     "CuPy expression": "#E69F00",
     "PyTorch": "#D55E00",
@@ -137,7 +139,7 @@ def _panel(axes: Any, rows: Sequence[Row], norm: str, published: dict[str, dict[
         mine = sorted((row for row in measured if row["framework"] == name), key=lambda row: int(row["value"]))
         x = [int(row["value"]) for row in mine]
         median, low, high = ([float(row[f"ratio_{q}"]) for row in mine] for q in ("median", "p20", "p80"))
-        colour, width = COLOURS.get(name, "#009E73"), 2 if name == "bnkernels" else 1.3
+        colour, width = COLOURS.get(name, "#999999"), 2 if name == OURS else 1.3
         axes.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
         axes.plot(x, median, color=colour, linestyle=line, linewidth=width, marker=marker, markersize=4, label=name)
     axes.grid(alpha=0.25)

@@ -25,18 +25,29 @@ class TorchStep(Step):
         Learning rate.
     device : str
         ``cpu`` or ``cuda``.
+    activation : {'relu', 'sigmoid'}
+        Activation of the hidden layers.
     **options
         Options of the optimiser, such as ``fused``.
     """
 
-    def __init__(self, state: State, optimizer: str, lr: float, *, device: str = "cpu", **options: Any) -> None:
+    def __init__(
+        self,
+        state: State,
+        optimizer: str,
+        lr: float,
+        *,
+        device: str = "cpu",
+        activation: str = "relu",
+        **options: Any,
+    ) -> None:
         import torch
 
         torch.set_num_threads(1)
         if device == "cuda":  # products in float32, like everybody's
             torch.backends.cuda.matmul.allow_tf32 = False
         self.torch, self.device = torch, torch.device(device)
-        self.model = network(state).to(self.device)
+        self.model = network(state, activation).to(self.device)
         self.initial = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         make = {
             "sgd": torch.optim.SGD,
@@ -80,8 +91,8 @@ class TorchStep(Step):
 class CompiledStep(TorchStep):
     """Forward and loss compiled by torch.compile in its default mode, the backward with them; a fused optimiser."""
 
-    def __init__(self, state: State, optimizer: str, lr: float, *, device: str = "cpu") -> None:
-        super().__init__(state, optimizer, lr, device=device, fused=True)
+    def __init__(self, state: State, optimizer: str, lr: float, **where: Any) -> None:
+        super().__init__(state, optimizer, lr, fused=True, **where)
         self.loss = compiled_loss()
 
 
@@ -96,6 +107,8 @@ class GraphStep(TorchStep):
         ``cuda``.
     capture : callable
         Takes the work and returns what repeats it.
+    **options
+        Further options of `TorchStep`.
     """
 
     WARM_UPS = 3  # before a capture, as PyTorch's documentation wants them
@@ -108,9 +121,10 @@ class GraphStep(TorchStep):
         *,
         device: str = "cuda",
         capture: Callable[[Callable[[], None]], Callable[[], None]] | None = None,
+        **options: Any,
     ) -> None:
-        capturable = {"capturable": True} if optimizer == "adam" and device == "cuda" else {}
-        super().__init__(state, optimizer, lr, device=device, fused=True, **capturable)
+        options |= {"capturable": True} if optimizer == "adam" and device == "cuda" else {}
+        super().__init__(state, optimizer, lr, device=device, fused=True, **options)
         self.capture = capture or captured
         self.inputs: tuple[Any, Any] | None = None
 
@@ -154,7 +168,7 @@ def captured(work: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
-def network(state: State) -> Any:
+def network(state: State, activation: str = "relu") -> Any:
     """Return the network with these weights, as modules of PyTorch."""
     import torch
     from torch import nn
@@ -174,7 +188,7 @@ def network(state: State) -> Any:
                 names = {"weight": "gamma", "bias": "beta"}
                 names |= {name: name for name in ("running_mean", "running_var") if norm == "batch"}
                 layers.append(load(norms[norm](outputs), state, i, names))
-            layers.append(nn.ReLU())
+            layers.append({"relu": nn.ReLU, "sigmoid": nn.Sigmoid}[activation]())
     return nn.Sequential(*layers).to(torch.float32)
 
 

@@ -18,7 +18,7 @@ Batches = Sequence[tuple[np.ndarray, np.ndarray]]
 
 
 class Step(ABC):
-    """A network with its optimiser: linear, norm, ReLU for every hidden layer, linear, softmax cross-entropy.
+    """A network with its optimiser: linear, norm, activation for every hidden layer, linear, softmax cross-entropy.
 
     With a norm the hidden layers' linear maps have no bias. A subclass takes the state of an `MLP`, the name of the
     optimiser and its learning rate.
@@ -64,11 +64,11 @@ class ArrayStep(Step):
     xp: Any
 
     @classmethod
-    def on_cupy(cls, state: State, optimizer: str, lr: float) -> ArrayStep:
+    def on_cupy(cls, state: State, optimizer: str, lr: float, **options: Any) -> ArrayStep:
         """Return the step on a GPU."""
         import cupy
 
-        return cls(state, optimizer, lr, xp=cupy)
+        return cls(state, optimizer, lr, xp=cupy, **options)
 
     def to_host(self, losses: Any) -> np.ndarray:
         """Return losses as a NumPy array."""
@@ -91,7 +91,8 @@ class Maker:
     place : str
         ``cpu`` or ``cuda``.
     make : callable
-        ``make(state, optimizer, lr)`` returns a `Step`; raises `NotSupportedError` for a network it cannot train.
+        ``make(state, optimizer, lr)`` returns a `Step`, with ``activation="sigmoid"`` one of other activations; raises
+        `NotSupportedError` for a network it cannot train.
     absent : callable
         Returns why it cannot run on this machine at all, or None.
     slow_start : bool
@@ -102,7 +103,7 @@ class Maker:
 
     name: str
     place: str
-    make: Callable[[State, str, float], Step]
+    make: Callable[..., Step]
     absent: Callable[[], str | None] = lambda: None
     slow_start: bool = False
     default: bool = True

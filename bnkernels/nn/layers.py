@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from bnkernels.ops.activations import activation_named
-from bnkernels.ops.batch_norm.call import plan, run
 from bnkernels.ops.batch_norm.inference import batch_norm_inference
-from bnkernels.ops.batch_norm.problem import BACKWARD, FORWARD, Options
 from bnkernels.ops.batch_norm.training import batch_norm_backward, batch_norm_forward
 from bnkernels.ops.layer_norm.op import layer_norm_backward, layer_norm_forward
+from bnkernels.ops.linear_batch_norm.op import on_cpu
 from bnkernels.runtime import checks as check
 from bnkernels.runtime import overlap
 from bnkernels.runtime.arguments import accumulator, empty
 from bnkernels.runtime.registry import runtime_of
+
+IDENTITY = activation_named("identity")
 
 
 class Linear:
@@ -49,7 +52,10 @@ class Linear:
     def backward(self, dy: Any) -> Any:
         """Write the gradients of the parameters; return that of the input (None for the first layer)."""
         self.xp.matmul(self.x.T, dy, out=self.gradients["weight"])
-        if "bias" in self.gradients:
+        if "bias" in self.gradients and self.xp is np:
+            dy = np.ascontiguousarray(dy)
+            on_cpu().backward(dy, dy, None, IDENTITY, None, self.gradients["bias"])
+        elif "bias" in self.gradients:
             dy.sum(axis=0, out=self.gradients["bias"])
         return None if self.first else self.xp.matmul(dy, self.parameters["weight"].T)
 
@@ -96,8 +102,7 @@ class BatchNorm:
         self.momentum, self.unbiased = momentum, check.boolean("unbiased", unbiased)
         self.eps, self.activation = check.epsilon(eps, parameters["gamma"]), activation
         self.batches = 0  # on the host: a counter on the device would cost a launch per step
-        self._phi = activation_named(activation)
-        self._saved: dict[str, Any] = {}
+        activation_named(activation)
         if runtime_of(type(parameters["gamma"])) is None:
             written = {"running_mean": running_mean, "running_var": running_var}
             for name, array in (written | {f"gradient of {key}": array for key, array in gradients.items()}).items():
@@ -111,15 +116,11 @@ class BatchNorm:
         if not training and self.running_mean is not None:
             return batch_norm_inference(x, *vectors, *running, **options)
         momentum = 1 / (self.batches + 1) if self.momentum is None else self.momentum
+        # With out= a repeated call on a GPU is replayed: a memory pool gives the same addresses step by step.
         runtime = runtime_of(type(x), "x")
-        if runtime is None:  # the layer's own arrays were checked when it was made
-            arrays, saved = (None, None, *running, x, None, None, *vectors), self._saved if training else None
-            options = Options(self._phi, self.eps, momentum, self.unbiased)
-            y, statistics = run(plan(FORWARD, arrays, 1, apart=True), arrays, options, saved=saved)
-        else:  # with out= a repeated call is replayed: a memory pool gives the same addresses step by step
-            out = empty(runtime, x.shape, x), empty(runtime, (3, *vectors[0].shape), x, accumulator(x.dtype))
-            options |= {"momentum": momentum, "unbiased": self.unbiased}
-            y, statistics = batch_norm_forward(x, *vectors, *running, **options, out=out)
+        out = empty(runtime, x.shape, x), empty(runtime, (3, *vectors[0].shape), x, accumulator(x.dtype))
+        options |= {"momentum": momentum, "unbiased": self.unbiased}
+        y, statistics = batch_norm_forward(x, *vectors, *running, **options, out=out)
         if training:
             self.x, self.statistics = x, statistics
             self.batches += 1
@@ -129,10 +130,6 @@ class BatchNorm:
         """Write the gradients of the parameters; return that of the input, in the place of `dy`, which is C-ordered."""
         vectors = self.parameters["gamma"], self.parameters["beta"]
         out = dy, self.gradients["gamma"], self.gradients["beta"]
-        if runtime_of(type(dy), "dy") is None:
-            overlap.writable("dy", dy)
-            arrays = (*out, None, dy, self.x, None, None, *vectors, self.statistics)
-            return run(plan(BACKWARD, arrays, 1, apart=True), arrays, Options(self._phi), saved=self._saved)[0]
         return batch_norm_backward(dy, self.x, *vectors, self.statistics, activation=self.activation, out=out)[0]
 
 
@@ -173,28 +170,43 @@ class LayerNorm:
 
 
 class ActivationLayer:
-    """An activation on its own, for networks without a norm.
+    """A bias and an activation, for networks without a norm.
 
     Parameters
     ----------
+    parameters, gradients : dict of str to array
+        `bias`, shape (C,), with its gradient.
     name : str
         Name of the activation, one of `bnkernels.ops.activations.ACTIVATIONS`.
     xp : module
         Array module, ``numpy`` or ``cupy``.
     """
 
-    def __init__(self, name: str, xp: Any) -> None:
-        self.parameters: dict[str, Any] = {}
-        self.gradients: dict[str, Any] = {}
+    def __init__(self, parameters: dict[str, Any], gradients: dict[str, Any], name: str, xp: Any) -> None:
+        self.parameters, self.gradients = parameters, gradients
         self.phi, self.xp = activation_named(name), xp
 
     def forward(self, z: Any, *, training: bool) -> Any:
-        """Return the activations, in the place of `z` where the backward does not need that."""
-        h = self.phi.forward(self.xp, z)
+        """Return the activations of `z`, shape (N, C), in its place where the backward does not need that."""
+        bias = self.parameters["bias"]
+        if self.xp is np:
+            h = np.empty_like(z)
+            on_cpu().forward(z, bias, self.phi, h)
+            saved = z
+        else:
+            z += bias
+            h = self.phi.forward(self.xp, z)
+            saved = h if self.phi.from_output else z
         if training:
-            self.saved = h if self.phi.from_output else z
+            self.saved = saved
         return h
 
     def backward(self, dh: Any) -> Any:
-        """Return the gradient of the input."""
-        return self.phi.backward(self.xp, dh, self.saved)
+        """Write the gradient of the bias; return that of the input, on NumPy in the place of `dh`, C-ordered."""
+        of_bias = self.gradients["bias"]
+        if self.xp is np:
+            on_cpu().backward(dh, self.saved, self.parameters["bias"], self.phi, dh, of_bias)
+            return dh
+        dz = self.phi.backward(self.xp, dh, self.saved)
+        dz.sum(axis=0, out=of_bias)
+        return dz

@@ -158,7 +158,8 @@ class MLP:
         self._running_starts, self.running, self._running = self._flat(shapes)
         self._norms: dict[str, BatchNorm] = {}
         for i, (mine, grads, _) in enumerate(self.layer_arrays):
-            linear = [name for name in mine if name in ("weight", "bias")]
+            activated = i < len(self.sizes) - 2 and "bias" in mine and self.activation != "identity"
+            linear = [name for name in mine if name == "weight" or (name == "bias" and not activated)]
             self.layers.append(
                 Linear({n: mine[n] for n in linear}, {n: grads[n] for n in linear}, self.xp, first=i == 0)
             )
@@ -172,8 +173,9 @@ class MLP:
                     running[1][...] = 1
                     self._norms[f"{i}.batches"] = norm
                 self.layers.append(norm)
-            elif i < len(self.sizes) - 2 and self.activation != "identity":
-                self.layers.append(ActivationLayer(self.activation, self.xp))
+            elif activated:
+                biases = [{"bias": arrays["bias"]} for arrays in (mine, grads)]
+                self.layers.append(ActivationLayer(*biases, self.activation, self.xp))
 
     @np.errstate(all="ignore")  # kernels have no warnings either
     def forward(self, x: Any, *, training: bool) -> Any:

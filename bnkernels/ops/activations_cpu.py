@@ -6,8 +6,17 @@ reference; here everything is computed in the type of the line.
 
 import math
 
-from bnkernels.runtime.cpu.language import device, kernel
-from bnkernels.runtime.cpu.mathematics import constant, exp, expm1, normal, select, sigmoid, tanh
+from bnkernels.runtime.cpu.language import cast, device, kernel
+from bnkernels.runtime.cpu.mathematics import (
+    exp,
+    expm1,
+    keep_where,
+    maximum,
+    normal,
+    select,
+    sigmoid,
+    tanh,
+)
 
 LINEAR, SIGMOID, TANH, ELU, SILU, GELU_TANH, GELU = range(7)
 _A = 2 * math.sqrt(2 / math.pi)  # gelu_tanh(z) = z sigmoid(z (a + b z^2))
@@ -18,7 +27,7 @@ _B = 0.044715 * _A
 
 @device
 def _where_dense(density, value):
-    zero = constant(density, 0.0)
+    zero = cast(0.0, density)
     return select(density == zero, zero, value)
 
 
@@ -26,71 +35,69 @@ def _where_dense(density, value):
 def _gelu_tanh_gate(z):
     """Return the gate, its density, and the derivative of what the gate's sigmoid is of."""
     square = z * z
-    gate, fall = sigmoid(z * (constant(z, _B) * square + constant(z, _A)))
-    slope = constant(z, 3 * _B) * square + constant(z, _A)
+    gate, fall = sigmoid(z * (cast(_B, z) * square + cast(_A, z)))
+    slope = cast(3 * _B, z) * square + cast(_A, z)
     return gate, _where_dense(fall, fall * slope), slope
 
 
 @device
 def _times_gate(z, gate):
-    zero = constant(z, 0.0)
+    zero = cast(0.0, z)
     return select(gate == zero, zero, z) * gate
 
 
 @device
 def _gate_derivative(z, gate, density):
-    zero = constant(z, 0.0)
+    zero = cast(0.0, z)
     return gate + select(density == zero, zero, z) * density
 
 
 @device
 def _elu(z, alpha):
-    return select(z <= constant(z, 0.0), alpha * expm1(z), z)
+    zero = cast(0.0, z)
+    return maximum(z, zero) + alpha * expm1(select(z <= zero, z, zero))
 
 
 @device
 def _elu_slope(z, alpha):
-    return select(z <= constant(z, 0.0), alpha * exp(z), constant(z, 1.0))
+    return select(z <= cast(0.0, z), alpha * exp(z), cast(1.0, z))
 
 
 @device
 def _silu_second(z):
     gate, density = sigmoid(z)
-    return _where_dense(density, density * (constant(z, 2.0) + z * (constant(z, 1.0) - (gate + gate))))
+    return _where_dense(density, density * (cast(2.0, z) + z * (cast(1.0, z) - (gate + gate))))
 
 
 @device
 def _gelu_tanh_second(z):
     gate, density, slope = _gelu_tanh_gate(z)
-    bend = (constant(z, 1.0) - (gate + gate)) * slope + constant(z, 6 * _B) * z / slope  # gate'' / gate'
-    return _where_dense(density, density * (constant(z, 2.0) + z * bend))
+    bend = (cast(1.0, z) - (gate + gate)) * slope + cast(6 * _B, z) * z / slope  # gate'' / gate'
+    return _where_dense(density, density * (cast(2.0, z) + z * bend))
 
 
 @device
 def _gelu_second(z):
     _, density = normal(z)
-    return _where_dense(density, density * (constant(z, 2.0) - z * z))
+    return _where_dense(density, density * (cast(2.0, z) - z * z))
 
 
 @device
-def _linear(alpha, z, values):
-    """Multiply values by the slope at z; for alpha = 0, minus infinity gives 0."""
-    zero, slope = z.dtype.type(0), z.dtype.type(alpha)
-    if slope == z.dtype.type(1):
-        return
-    if slope == zero:
-        for i in range(len(z)):
-            values[i] = select(z[i] <= zero, zero, values[i])
-    else:
-        for i in range(len(z)):
-            values[i] = select(z[i] <= zero, slope * values[i], values[i])
+def _leaky_slope(z, alpha):
+    return select(z <= cast(0.0, z), alpha, cast(1.0, z))
 
 
 @kernel
 def activate(code, alpha, z):
     """Write phi(z) over z."""
+    zero, one, slope = z.dtype.type(0), z.dtype.type(1), z.dtype.type(alpha)
     if code == LINEAR:
-        _linear(alpha, z, z)
+        if slope == zero:
+            for i in range(len(z)):
+                z[i] = maximum(z[i], zero)
+        elif slope != one:
+            for i in range(len(z)):
+                z[i] *= _leaky_slope(z[i], slope)
     elif code == SIGMOID:
         for i in range(len(z)):
             z[i] = sigmoid(z[i])[0]
@@ -98,9 +105,8 @@ def activate(code, alpha, z):
         for i in range(len(z)):
             z[i] = tanh(z[i])
     elif code == ELU:
-        scale = z.dtype.type(alpha)
         for i in range(len(z)):
-            z[i] = _elu(z[i], scale)
+            z[i] = _elu(z[i], slope)
     elif code == SILU:
         for i in range(len(z)):
             z[i] = _times_gate(z[i], sigmoid(z[i])[0])
@@ -115,9 +121,14 @@ def activate(code, alpha, z):
 @kernel
 def differentiate(code, alpha, z, g):
     """Multiply g by phi'(z)."""
-    one = z.dtype.type(1)
+    zero, one, slope = z.dtype.type(0), z.dtype.type(1), z.dtype.type(alpha)
     if code == LINEAR:
-        _linear(alpha, z, g)
+        if slope == zero:
+            for i in range(len(z)):
+                g[i] = keep_where(not (z[i] <= zero), g[i])
+        elif slope != one:
+            for i in range(len(z)):
+                g[i] *= _leaky_slope(z[i], slope)
     elif code == SIGMOID:
         for i in range(len(z)):
             g[i] *= sigmoid(z[i])[1]
@@ -126,9 +137,8 @@ def differentiate(code, alpha, z, g):
             h = tanh(z[i])
             g[i] *= one - h * h
     elif code == ELU:
-        scale = z.dtype.type(alpha)
         for i in range(len(z)):
-            g[i] *= _elu_slope(z[i], scale)
+            g[i] *= _elu_slope(z[i], slope)
     elif code == SILU:
         for i in range(len(z)):
             gate, density = sigmoid(z[i])
@@ -146,7 +156,7 @@ def differentiate(code, alpha, z, g):
 @kernel
 def second(code, alpha, z, out):
     """Write phi''(z) to out, which may be z; 0 at the kinks of piecewise linear activations."""
-    zero, one, two = z.dtype.type(0), z.dtype.type(1), z.dtype.type(2)
+    zero, one, slope = z.dtype.type(0), z.dtype.type(1), z.dtype.type(alpha)
     if code == LINEAR:
         for i in range(len(z)):
             out[i] = select(z[i] == z[i], zero, z[i])
@@ -157,11 +167,10 @@ def second(code, alpha, z, out):
     elif code == TANH:
         for i in range(len(z)):
             h = tanh(z[i])
-            out[i] = -two * h * (one - h * h)
+            out[i] = -(h + h) * (one - h * h)
     elif code == ELU:
-        scale = z.dtype.type(alpha)
         for i in range(len(z)):
-            out[i] = select(z[i] > zero, zero, scale * exp(z[i]))
+            out[i] = select(z[i] > zero, zero, slope * exp(z[i]))
     elif code == SILU:
         for i in range(len(z)):
             out[i] = _silu_second(z[i])

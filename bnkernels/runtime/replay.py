@@ -1,17 +1,21 @@
 """Replay cache: a call with ``out=`` whose arrays and options equal an earlier one's is launched again, unchecked.
 
-What an op checks, and its kernel's argument, depend only on the options and on each array's type, address, device, data
-type, shape and strides: the key of a call. It is read anew on every call, so arrays may be reshaped in place, or freed
-and their addresses reused. No array is kept, and entries never change, so threads may share them.
+What an op checks, and its kernel's argument, depend only on the options and on each array's type, address, device (of a
+NumPy array the flags, such as whether it can be written), data type, shape and strides: the key of a call. It is read
+anew on every call, so arrays may be reshaped in place, or freed and their addresses reused. No array is kept, and
+entries never change, so threads may share them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from bnkernels.runtime import registry
+from bnkernels.runtime import cpu, registry
+from bnkernels.runtime.arguments import host_pointer
 from bnkernels.runtime.seam import Launch, Runtime
 
 MOST_ADDRESSES, MOST_EACH = 1024, 8  # an entry takes about 2 kB
@@ -54,9 +58,15 @@ class Call:
         `replayable` is False where the argument holds an address of this call alone, such as that of a copy. A
         cooperative launch is never recorded: the workspace that it uses is its stream's.
         """
-        runtime.launch(source, entry_point, launch, arguments, like)
-        if self._cache is not None and replayable and not launch.cooperative:
-            self._cache.record(self._key, source, entry_point, launch, arguments)
+        arguments.flags.writeable = False
+        enqueue = partial(runtime.launch, source, entry_point, launch, arguments)
+        self.compute(enqueue, like, replayable and not launch.cooperative)
+
+    def compute(self, work: Callable[[Any], None], like: Any, replayable: bool = True) -> None:
+        """Call ``work(like)``, which does all that is left after the checks, and record it."""
+        work(like)
+        if self._cache is not None and replayable:
+            self._cache.record(self._key, work)
 
 
 NEW, REPLAYED = Call(), Call(replayed=True)
@@ -93,32 +103,33 @@ class ReplayCache:
             return NEW
         arrays = out + given
         kind = type(arrays[0])
-        runtime = registry.runtimes.get(kind)
-        if runtime is None:
+        on_host = kind is np.ndarray and kind not in registry.runtimes
+        if (on_host and not cpu.in_use()) or (not on_host and kind not in registry.runtimes):
             return NEW
         key: list = []
         for array in arrays:
             if array is None:
                 key.append(None)
-            elif type(array) is kind:
+            elif type(array) is not kind:
+                return NEW
+            elif on_host:
+                key += (host_pointer(array), array.flags.num, array.dtype, array.shape, array.strides)
+            else:
                 data = array.data
                 key += (data.ptr, data.device_id, array.dtype, array.shape, array.strides)
-            else:
-                return NEW
         key.append(kind)
         key += map(type, options)
         key += options
-        for known, source, entry_point, launch, arguments in self._entries.get(key[0], ()):
+        for known, work in self._entries.get(key[0], ()):
             if known == key:
-                runtime.launch(source, entry_point, launch, arguments, arrays[0])
+                work(arrays[0])
                 return REPLAYED
         return Call(self, key) if IMMUTABLE.issuperset(map(type, options)) else NEW
 
-    def record(self, key: list, source: str, entry_point: str, launch: Launch, arguments: np.ndarray) -> None:
-        """Keep a launch that was made after all checks."""
-        arguments.flags.writeable = False
+    def record(self, key: list, work: Callable[[Any], None]) -> None:
+        """Keep what was done after all checks."""
         if len(self._entries) >= MOST_ADDRESSES:
             self._entries.clear()
         # A new tuple, not a changed one: another thread may be walking through it.
         others = self._entries.get(key[0], ())[: MOST_EACH - 1]
-        self._entries[key[0]] = ((key, source, entry_point, launch, arguments), *others)
+        self._entries[key[0]] = ((key, work), *others)

@@ -13,7 +13,15 @@ from benchmarks.harness.case import Arrays, Case, NotSupportedError, Op, Provide
 from benchmarks.harness.clocks import HostClock
 from benchmarks.harness.measure import error_of
 from benchmarks.harness.places import cast, to_float64
-from benchmarks.ops import bench_parameter_update, bench_softmax_cross_entropy, every_op, modules
+from benchmarks.ops import (
+    bench_batch_norm_statistics,
+    bench_layer_norm,
+    bench_parameter_update,
+    bench_softmax_cross_entropy,
+    every_op,
+    modules,
+)
+from benchmarks.peers import EPSILON
 
 ELSEWHERE = {"batch_norm", "batch_norm_double_backward", "fused_training", "mini_batch"}  # tested with the op
 OPS = [op for op in every_op().values() if op.name not in ELSEWHERE]
@@ -53,6 +61,29 @@ def test_the_first_call_is_the_reference(op: Op, provider: Provider, dtype: str)
     outputs = prepared(op, provider, case)()
     exact = op.reference(case, to_float64(arrays_of(op, case)), np)
     assert error_of(case, map(HostClock().to_float64, outputs), exact) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["bnkernels", "NumPy expression", "PyTorch eager"])
+def test_parts_are_merged_like_the_reference(name: str) -> None:
+    op, case = bench_batch_norm_statistics.OP, Case("batch_norm_statistics", "merge", (5, 7))
+    provider = next(p for p in op.providers if (p.name, p.place) == (name, "cpu"))
+    outputs = prepared(op, provider, case)()
+    exact = op.reference(case, to_float64(arrays_of(op, case)), np)
+    assert error_of(case, map(HostClock().to_float64, outputs), exact) < 1e-6
+    parts = arrays_of(op, case)["parts"].astype(np.float64)
+    second = (parts[:, 3] + parts[:, 0] * parts[:, 1] ** 2).sum(0) / parts[:, 0].sum(0)
+    np.testing.assert_allclose(exact[1] ** -2 - EPSILON, second - exact[0] ** 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize("direction", bench_layer_norm.ALONE)
+@pytest.mark.parametrize("name", ["bnkernels", "NumPy expression", "PyTorch eager"])
+def test_a_layer_norm_alone_is_the_reference(name: str, direction: str) -> None:
+    op, case = bench_layer_norm.OP, Case("layer_norm", direction, (6, 9))
+    provider = next(p for p in op.providers if (p.name, p.place) == (name, "cpu"))
+    call = prepared(op, provider, case)
+    exact = op.reference(case, to_float64(arrays_of(op, case)), np)
+    for _ in range(2):
+        assert error_of(case, map(HostClock().to_float64, call()), exact) < 1e-6
 
 
 @pytest.mark.parametrize("provider", UPDATES["adam"].providers[::2], ids=lambda p: p.name)

@@ -331,6 +331,7 @@ def test_everything_runs_all_parts_whatever_becomes_of_one(
         "benchmarks",
         "benchmarks.steps.bench_train_step",
         "benchmarks.steps.overhead",
+        "benchmarks.partition",
         "benchmarks.report",
     ]
     assert capsys.readouterr().out.count("failed (1)") == int(failing is not None)

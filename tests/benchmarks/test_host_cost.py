@@ -14,7 +14,7 @@ import pytest
 from benchmarks.ops import host_cost
 from bnkernels.ops.batch_norm.launch import ARGUMENTS
 from bnkernels.ops.batch_norm.problem import BACKWARD, FORWARD, INFERENCE
-from bnkernels.runtime import registry
+from bnkernels.runtime import cpu, registry
 from bnkernels.runtime.arguments import pack
 from bnkernels.runtime.replay import ReplayCache
 from tools import backends
@@ -24,6 +24,7 @@ from tools.real_cupy import real
 OURS = ["batch_norm_forward", "batch_norm_backward", "batch_norm_inference", host_cost.ELSEWHERE]
 THEIRS = ["PyTorch, 1 x 1, inference", "PyTorch, 2 x 1, training"]
 ARGUMENT = [host_cost.ARGUMENT] if host_cost.cuda_runtime() else []
+NUMPY = int(cpu.why_reference() is None)  # tables of NumPy's arrays
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +83,7 @@ def test_every_call_has_its_row_and_the_ratio_is_last(
     monkeypatch.setattr(registry, "why_no_cuda", lambda: "there is none")
     assert host_cost.main() == 0
     lines = capsys.readouterr().out.splitlines()
-    assert tables("\n".join(lines)) == [OURS + THEIRS + ARGUMENT]
+    assert tables("\n".join(lines)) == [OURS + THEIRS] * NUMPY + [OURS + THEIRS + ARGUMENT]
     assert "CuPy's own arrays: not measured: there is none" in lines
     label, ratio = lines[-1].rsplit(" ", 1)
     assert label == "ours / PyTorch's:"
@@ -99,7 +100,7 @@ def test_without_pytorch_there_is_no_ratio(monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setattr(registry, "why_no_cuda", lambda: "there is none")
     assert host_cost.main() == 1
     text = capsys.readouterr().out
-    assert tables(text) == [OURS + ARGUMENT]
+    assert tables(text) == [OURS] * NUMPY + [OURS + ARGUMENT]
     assert text.splitlines()[-1] == "no ratio: PyTorch is not installed; make host-cost installs it"
 
 
@@ -109,7 +110,7 @@ def test_cupys_own_arrays_are_measured_where_they_are(
     cupy: types.ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     assert host_cost.main() == 0
-    assert tables(capsys.readouterr().out) == [[*OURS, *THEIRS, host_cost.ARGUMENT]] * 2
+    assert tables(capsys.readouterr().out) == [OURS + THEIRS] * NUMPY + [[*OURS, *THEIRS, host_cost.ARGUMENT]] * 2
     assert not cupy.driver.launches
 
 
@@ -161,12 +162,12 @@ def test_stand_ins_are_launched_by_the_runtime(monkeypatch: pytest.MonkeyPatch) 
 
 def test_what_is_measured_is_the_repeated_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first call of each is kept and launched again; only that with a new address is not."""
-    kept: list[str] = []
+    kept: list[Any] = []
     record = ReplayCache.record
 
-    def counted(self: ReplayCache, key: list, source: str, entry_point: str, *rest: Any) -> None:
-        kept.append(entry_point)
-        record(self, key, source, entry_point, *rest)
+    def counted(self: ReplayCache, key: list, work: Any) -> None:
+        kept.append(work)
+        record(self, key, work)
 
     for kind in (FORWARD, INFERENCE, BACKWARD):
         monkeypatch.setitem(vars(kind), "calls", ReplayCache())
@@ -177,6 +178,13 @@ def test_what_is_measured_is_the_repeated_call(monkeypatch: pytest.MonkeyPatch) 
     assert len(kept) == len(repeated) == 3
     host_cost.measured({host_cost.ELSEWHERE: calls[host_cost.ELSEWHERE]})
     assert len(kept) == 3 + 1 + 3 * 2
+
+
+@pytest.mark.skipif(not NUMPY, reason="the compiled kernels need Numba and SciPy")
+def test_what_did_nothing_on_numpy_is_not_replayed_later() -> None:
+    caches = [dict(kind.calls._entries) for kind in (FORWARD, INFERENCE, BACKWARD)]
+    host_cost.report_numpy({})
+    assert caches == [kind.calls._entries for kind in (FORWARD, INFERENCE, BACKWARD)]
 
 
 def test_stand_ins_are_read_as_cupys_arrays_are() -> None:

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "accuracy": {"harness"},
     "gpu": {"harness", "ops"},
     "report": {"accuracy", "counts", "harness", "steps"},
-    "": {"harness", "ops"},  # the commands
+    "": {"harness", "ops", "peers"},  # the commands
 }
 MODULES = {
     ".".join(path.relative_to(FOLDER.parent).with_suffix("").parts).removesuffix(".__init__"): path

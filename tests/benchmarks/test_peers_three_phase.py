@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks.harness import measure
-from benchmarks.harness.case import Case, NotSupportedError
+from benchmarks.harness.case import Case, NotSupportedError, cores
 from benchmarks.harness.places import Host, cast, copies, to_float64
 from benchmarks.ops.bench_batch_norm import inputs
 from benchmarks.peers import expression, three_phase
@@ -20,7 +20,7 @@ from benchmarks.peers import expression, three_phase
 pytestmark = pytest.mark.skipif(three_phase.absent() is not None, reason="the threads need g++")
 
 
-def check(case: Case, by_example: bool, threads: int | None) -> None:
+def check(case: Case, by_example: bool, threads: int) -> None:
     """Compare the first call with the reference, and the second with the first where nothing is updated."""
     host = Host()
     arrays = cast(case, inputs(case, host.random))
@@ -35,11 +35,11 @@ def check(case: Case, by_example: bool, threads: int | None) -> None:
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("epilogue", ["", "relu"])
-@pytest.mark.parametrize("threads", [None, 1, 2, 3])
+@pytest.mark.parametrize("threads", [1, 2, 3, 64])
 @pytest.mark.parametrize("by_example", [True, False])
 @pytest.mark.parametrize("shape", [(2, 1), (7, 5), (64, 20), (33, 130)])
 def test_both_ways_are_right(
-    shape: tuple[int, int], by_example: bool, threads: int | None, epilogue: str, direction: str
+    shape: tuple[int, int], by_example: bool, threads: int, epilogue: str, direction: str
 ) -> None:
     check(Case("batch_norm", direction, shape, epilogue=epilogue), by_example, threads)
 
@@ -63,9 +63,9 @@ def test_what_it_is_not_written_for_is_refused(case: Case) -> None:
         three_phase.prepare(case, {}, by_example=True, threads=2)
 
 
-def test_a_thread_per_example_has_an_end() -> None:
+def test_the_number_of_threads_has_an_end() -> None:
     with pytest.raises(NotSupportedError, match="1025 threads"):
-        three_phase.prepare(Case("batch_norm", "forward", (1025, 2)), {}, by_example=True, threads=None)
+        three_phase.prepare(Case("batch_norm", "forward", (1025, 2)), {}, by_example=True, threads=1025)
 
 
 def test_the_threads_are_real_and_end_with_their_pool() -> None:
@@ -75,7 +75,7 @@ def test_the_threads_are_real_and_end_with_their_pool() -> None:
     case = Case("batch_norm", "forward", (64, 20))
     arrays = cast(case, inputs(case, Host().random))
     before = len(list(tasks.iterdir()))
-    call = three_phase.prepare(case, arrays, by_example=True, threads=None)
+    call = three_phase.prepare(case, arrays, by_example=True, threads=64)
     call()
     assert len(list(tasks.iterdir())) == before + 63  # and the caller's own
     del call
@@ -105,8 +105,18 @@ def test_pools_of_several_threads_do_not_disturb_each_other() -> None:
     assert not failures
 
 
+@pytest.mark.parametrize("all_cores", [False, True])
+def test_a_case_says_how_many_threads_there_are(all_cores: bool) -> None:
+    case = Case("batch_norm", "forward", (64, 20), all_cores=all_cores)
+    arrays = cast(case, inputs(case, Host().random))
+    with pytest.MonkeyPatch.context() as patch:
+        made: list[int] = []
+        patch.setattr(three_phase, "Pool", lambda threads: made.append(threads))
+        for provider in three_phase.PROVIDERS:
+            provider.prepare(case, arrays)
+    assert made == [cores() if all_cores else 1] * 2
+
+
 def test_the_rows_say_how_often_everybody_waits() -> None:
-    case = Case("batch_norm", "forward", (64, 20))
-    described = {provider.name: provider.describe(case, {}) for provider in three_phase.PROVIDERS}
-    assert described["three phases, a thread per example"] == "threads: 64, barriers: 2"
-    assert described["by neuron, one thread"] == "threads: 1, barriers: 0"
+    described = {provider.name: provider.describe(None, {}) for provider in three_phase.PROVIDERS}
+    assert described == {three_phase.BY_EXAMPLE: "barriers: 2", three_phase.BY_NEURON: "barriers: 0"}

@@ -120,6 +120,11 @@ def test_eager_mode_computes_the_case(case: Case, torch: ModuleType) -> None:
     check(case, by_name(pytorch.PROVIDERS, "PyTorch eager").prepare)
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if not case.epilogue], ids=str)
+def test_the_overloads_with_outputs_compute_the_case(case: Case, torch: ModuleType) -> None:
+    check(case, by_name(pytorch.PROVIDERS, "PyTorch eager, out=").prepare)
+
+
 def test_a_backend_that_pytorch_did_not_choose_computes_the_same(torch: ModuleType) -> None:
     case = Case("batch_norm", "forward", SHAPES["NHWC"], layout="NHWC", epilogue="add_relu")
     check(case, lambda case, arrays: pytorch._forward(case, pytorch.tensors_of(case, arrays), default=False))
@@ -138,10 +143,6 @@ def test_cudnn_gets_its_arguments_in_its_order(torch: ModuleType) -> None:
     schema = str(torch.ops.aten.cudnn_batch_norm_backward.default._schema)
     names = [argument.split()[-1] for argument in schema[schema.index("(") + 1 : schema.index(")")].split(", ")]
     assert names == "input grad_output weight running_mean running_var save_mean save_var epsilon reserveSpace".split()
-
-
-def test_eager_mode_on_the_cpu_has_one_thread(torch: ModuleType) -> None:
-    assert torch.get_num_threads() == 1
 
 
 @pytest.mark.parametrize("module", [pytorch, torch_compile, cudnn_frontend, apex])

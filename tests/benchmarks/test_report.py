@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.counts import kernels
-from benchmarks.report import documents, front, gpu, ops, overhead, train_step
+from benchmarks.report import documents, front, gpu, ops, overhead, partition, targets, train_step
 from benchmarks.report.text import ABSENT
 from tests.train.test_captured_step import cupy
 from tools.emulator import EmulatorRuntime
@@ -57,19 +57,21 @@ def test_without_results_nothing_is_claimed(tmp_path: Path) -> None:
 def results() -> dict:
     """Return a run of SGD on a machine without PyTorch, as `bench_train_step` writes it."""
     spread = {"median": 100.4, "p20": 90.0, "p80": 120.0}
-    rows = [{"maker": "bnkernels", "norm": norm, "optimizer": "sgd", "us": spread} for norm in ("batch", "none")]
+    case = {"network": "64-20-10", "batch": 64, "optimizer": "sgd", "rounds": 7}
+    rows = [{"maker": "bnkernels", "norm": norm, "us": spread} | case for norm in ("batch", "none")]
     reached = {"mean": 0.9712, "seeds": [0.97, 0.9724], "steps_to_95": [66, None]}
     return {
         "place": "cpu",
         "device": "a CPU",
         "versions": {"NumPy": "2.0", "torch": None},
+        "engine": "compiled by Numba",
         "threads": 1,
         "commit": "0123abc",
         "date": "2026-01-02",
-        "protocol": {"rounds": 7, "steps_per_round": 20},
+        "protocol": {"steps_per_round": 20},
         "rows": rows,
         "absent": {"PyTorch": "not installed"},
-        "ratios": {"sgd": {"with / without": {"median": 1.234, "p20": 1.0, "p80": 2.0}}},
+        "ratios": [case | {"ratios": {"with / without": {"median": 1.234, "p20": 1.0, "p80": 2.0}}}],
         "accuracy": {"batch": reached, "none": reached},
         "targets": [
             {"target": "a <= 1", "found": 2.0, "met": False},
@@ -81,16 +83,18 @@ def results() -> dict:
 
 def test_the_training_step_shows_the_run_and_says_what_is_missing() -> None:
     text = train_step.figures({"cpu": results(), "cuda": None})
-    assert "On a CPU, a CPU, 1 thread; NumPy 2.0; commit 0123abc, 2026-01-02." in text
+    assert "On a CPU, a CPU, 1 thread; ours compiled by Numba; NumPy 2.0; commit 0123abc, 2026-01-02." in text
     assert "| bnkernels, no norm | 100 (90 to 120) |" in text
     assert text.count("PyTorch") == 1
     assert "Not measured: PyTorch (not installed)." in text
-    assert "| ours: batch norm / no norm | 1.23 |" in text
+    assert "### 64-20-10, mini-batches of 64" in text
+    assert "| ours, the faster engine: batch norm / no norm | 1.23 |" in text
     assert "| batch norm | 0.9712 | 0.9700, 0.9724 | 66, never |" in text
-    assert "| a <= 1 | 2 | **not met** |" in text
+    assert text.endswith("On a GPU: not yet measured.")
+    text = targets.page(None, results(), None)
+    assert "| a <= 1 | 2 | **missed** |" in text
     assert "| b <= 1 | 0.5 | met |" in text
     assert "| c <= 1 | not yet measured | not yet measured |" in text
-    assert text.endswith("On a GPU: not yet measured.")
 
 
 def op_row(provider: str, status: str = "ok", us: float | None = None, kind: str = "cold", **more: object) -> dict:
@@ -144,12 +148,69 @@ def test_the_front_page_has_ours_beside_the_fastest_pytorch() -> None:
     steps = results() | {"place": "cuda"}
     text = front.speed({"cuda": cases}, {"cuda": steps})
     assert "| batch norm forward, 64 x 20 | 2 | 4 | 0.50 | 1 |" in text
-    assert "| training step with batch norm | 100 |  |  |  |" in text
+    assert "| 64-20-10, training step with batch norm | 100 |  |  |  |" in text
     assert text.startswith("On a CPU: not yet measured.\n\nOn a GPU, NVIDIA Made-Up, 2026-01-02:")
     assert text.endswith("A step of ours with batch norm takes 1.23 times one without.")
-    steps["ratios"]["sgd"]["PyTorch with / without"] = {"median": 1.1}
+    steps["ratios"][0]["ratios"]["PyTorch with / without"] = {"median": 1.1}
     assert front.speed({"cuda": cases}, {"cuda": steps}).endswith(", one of PyTorch's 1.10 times.")
     assert front.speed({"cuda": cases}, {"cuda": None}).count(ABSENT) == 2
+
+
+def test_a_target_is_a_ratio_to_the_fastest_of_its_rivals_with_the_roofline_of_those_missed() -> None:
+    question, large = {"layout": "NC", "threads": 1}, {"shape": "8192x1024", "threads": 1}
+    rows = [
+        op_row("bnkernels", us=9.0, kind="hot", bytes=10_000, **question),
+        op_row("PyTorch eager", us=20.0, kind="hot", **question),
+        op_row("PyTorch eager, out=", us=18.0, kind="hot", **question),
+        op_row("by neuron, C++", us=5.0, kind="hot", **question),  # no rival of this target
+        op_row("copy", us=1.0, kind="hot", **question),
+        op_row("bnkernels", us=900.0, kind="hot", bytes=8192 * 1024 * 8, **large),
+        op_row("PyTorch eager", us=1000.0, kind="hot", **large),
+        op_row("copy", us=800.0, kind="hot", **large),
+    ]
+    text = targets.page(results() | {"rows": rows}, None, None)
+    assert "| batch norm forward, 64 x 20 float32 | 9 | PyTorch eager, out= | 18 | 1 | 0.50 | <= 0.6 | met |" in text
+    assert (
+        "| batch norm forward, 8192 x 1024 float32 | 900 | PyTorch eager | 1000 | 800 | 0.90 | <= 0.7 | **missed**"
+        in text
+    )
+    roofline = text.partition("Missed: what limits")[2]
+    assert "| 67,108,864 | 74.6 | 83.9 | 67,108,864 | 74.6 | 0.80 | 0.7 | memory: a copy alone misses it |" in roofline
+    assert "64 x 20" not in roofline
+    assert "| batch norm forward, 8192 x 1024 float32, all cores |  |" in text  # on any machine
+    shared = [row | {"threads": 7} for row in rows if row["shape"] == "8192x1024"]
+    text = targets.page(results() | {"rows": shared}, None, None)
+    assert (
+        "| batch norm forward, 8192 x 1024 float32, 7 threads | 900 | PyTorch eager | 1000 | 800 | 0.90 | <= 0.8 |"
+        in text
+    )
+
+
+def test_the_targets_of_the_overhead_are_those_of_its_worst_point() -> None:
+    row = {"axis": "units", "status": "ok"}
+    us = {("bnkernels", "none"): (9, 90), ("bnkernels fused", "none"): (10, 80), ("bnkernels fused", "batch"): (11, 84)}
+    us |= {("PyTorch", "none"): (20, 84)}
+    rows = [
+        row | {"framework": framework, "norm": norm, "value": value, "us_median": t}
+        for (framework, norm), times in us.items()
+        for value, t in zip((32, 64), times, strict=True)
+    ]
+    first, second = targets.overhead_targets(rows)
+    assert first["found"] == pytest.approx(11 / 9)
+    assert not first["met"]
+    assert second["found"] == pytest.approx(1)
+    assert second["met"]
+
+
+def test_times_against_threads_are_a_row_for_every_partition() -> None:
+    rows = [
+        {"shape": "64x20", "partition": way, "threads": threads, "us": {"median": us}}
+        for way, us in (("by example", 7.0), ("by neuron", 5.0))
+        for threads in (1, 2)
+    ]
+    text = partition.page(results() | {"rows": rows, "cores": 2}, "results")
+    assert "| 64 x 20, by neuron | 5 | 5 |" in text
+    assert "](results/a-cpu/partition.png)" in text
 
 
 def test_a_case_that_nobody_measured_is_counted_and_not_shown() -> None:

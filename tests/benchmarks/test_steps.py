@@ -133,7 +133,7 @@ def test_wrong_losses_are_an_error(spoilt: float) -> None:
 
 
 def test_makers_are_found_by_place_and_name() -> None:
-    assert list(steps.makers("cpu"))[:2] == ["bnkernels", "NumPy expression"]
+    assert list(steps.makers("cpu"))[:3] == ["bnkernels", "bnkernels fused", "NumPy expression"]
     assert list(steps.makers("cuda"))[:4] == ["bnkernels", "bnkernels graph", "bnkernels fused", "CuPy expression"]
     assert "PyTorch, compiled" in steps.makers("cuda")
     assert "PyTorch, compiled" not in steps.makers("cpu")

@@ -13,9 +13,8 @@ import bnkernels as bn
 from benchmarks.harness.case import Case
 from benchmarks.harness.places import cast, to_float64
 from benchmarks.ops import bench_fused_training
-from benchmarks.steps.bench_train_step import SIZES, Variant, check, mini_batches
+from benchmarks.steps.bench_train_step import QUESTION, Variant, check
 from benchmarks.steps.ours import FusedStep, GraphStep
-from benchmarks.steps.step import initial_state
 from bnkernels.nn.mlp import MLP
 from bnkernels.nn.optimizers import make_optimizer
 from bnkernels.ops.activations import ACTIVATIONS
@@ -398,9 +397,9 @@ def test_the_benchmarked_steps_are_right(backend: Backend, name: str, norm: str,
     """`check` raises unless the losses are those of float64."""
     if backend.is_numpy and kind is GraphStep:
         pytest.skip("needs a device")
-    rate = DEFAULT_LEARNING_RATES[name]
-    step = kind(initial_state(SIZES, norm), name, rate, xp=backend.xp)
-    assert check(Variant("bnkernels fused", norm, name), step, mini_batches()[:4]) >= 0
+    variant = Variant("bnkernels fused", QUESTION, norm, name)
+    step = variant.step(kind, xp=backend.xp)
+    assert check(variant, step, QUESTION.mini_batches()[:4]) >= 0
     assert step.optimizer.steps == 4
 
 

@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 
 import bnkernels as bn
+from bnkernels.runtime.cpu import threads
 from tests.regress.refusal import refused
 from tools import oracle
 from tools.backends import Backend
 from tools.emulator import EmulatorRuntime
 
-# One element; the project's own; primes; more classes and rows than a warp and a block have.
-SHAPES = [(1, 1), (64, 10), (7, 33), (300, 1000)]
+# One element; the project's own; primes; more classes and rows than a warp and a block have; more than a block and a
+# line of the CPU kernels have.
+SHAPES = [(1, 1), (64, 10), (7, 33), (300, 1000), (67, 128), (9, 129), (5, 2500)]
 DTYPES = ["float32", "float64"]
 
 
@@ -123,9 +125,10 @@ def test_gradient_of_a_row_sums_to_zero(backend: Backend, rng: np.random.Generat
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_are_independent_bit_for_bit(backend: Backend, rng: np.random.Generator, dtype: str) -> None:
+@pytest.mark.parametrize("classes", [45, 150])
+def test_rows_are_independent_bit_for_bit(backend: Backend, rng: np.random.Generator, classes: int, dtype: str) -> None:
     """The same example in another mini-batch: equal but for the division by its size, here a power of two."""
-    logits, labels = make_case(rng, (64, 45), dtype)
+    logits, labels = make_case(rng, (64, classes), dtype)
     whole = bn.softmax_cross_entropy(*backend.arrays(logits, labels))
     loss, dlogits = (backend.asnumpy(array) for array in whole)
     for first, rows in ((0, 16), (13, 4), (63, 1)):
@@ -173,7 +176,7 @@ def test_a_label_out_of_range(backend: Backend, rng: np.random.Generator, dtype:
         np.testing.assert_array_equal(array, clean)
 
 
-@pytest.mark.parametrize("shape", [(64, 10), (7, 33)])
+@pytest.mark.parametrize("shape", [(64, 10), (7, 33), (5, 200), (3, 2500)])
 def test_out_may_be_the_logits(backend: Backend, rng: np.random.Generator, shape: tuple[int, int]) -> None:
     logits, labels = backend.arrays(*make_case(rng, shape, "float32"))
     loss, dlogits = bn.softmax_cross_entropy(logits, labels)
@@ -229,6 +232,20 @@ def test_same_bits_in_every_schedule(emulated: EmulatorRuntime, rng: np.random.G
         with emulated.schedule(seed=seed, resident=(1, 2, 64)[seed % 3]):
             for one, other in zip(want, bn.softmax_cross_entropy(logits, labels), strict=True):
                 np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("shape", [(105_000, 10), (530, 2000)])
+def test_threads_change_no_bit(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, shape: Any) -> None:
+    logits, labels = make_case(rng, shape, "float32")
+    assert logits.size >= threads.WORTH_SHARING
+    found = []
+    for number in (1, 2, 3):
+        monkeypatch.setattr(threads, "_threads", number)
+        monkeypatch.setattr(threads, "_pool", None)
+        found.append(bn.softmax_cross_entropy(logits, labels))
+    for loss, dlogits in found[1:]:
+        np.testing.assert_array_equal(loss, found[0][0])
+        np.testing.assert_array_equal(dlogits, found[0][1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

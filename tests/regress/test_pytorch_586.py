@@ -22,7 +22,8 @@ def test_pytorch_586_gradient_of_inference_is_a_scaling(backend: Backend, rng: n
     second = bn.batch_norm_inference_backward(backend.asarray(dy), *on)
 
     scale = gamma * (1 / np.sqrt(var + var.dtype.type(1e-5)))  # rounded as the op rounds
-    np.testing.assert_array_equal(backend.asnumpy(first[0]), dy * scale)
+    once = np.finfo(dtype).eps if backend.name == "compiled" else 0  # computes dx in float64 and rounds it once
+    np.testing.assert_allclose(backend.asnumpy(first[0]), dy * scale, rtol=once, atol=0)
     for one, other in zip(first, second, strict=True):
         np.testing.assert_array_equal(backend.asnumpy(one), backend.asnumpy(other))
     np.testing.assert_array_equal(backend.asnumpy(on[3]), mean)

@@ -101,7 +101,10 @@ def test_a_terminal_is_told_of_every_kernel_and_a_file_once(stream: io.StringIO,
 
     line = _Line(stream)
     outer, inner, other, last = events(
-        "bnkernels.ops.batch_norm.cpu", "bnkernels.ops.activations_cpu", "mine.cpu", "bnkernels.ops.activations_cpu"
+        "bnkernels.ops.batch_norm.cpu.forward",
+        "bnkernels.ops.activations_cpu",
+        "mine.cpu",
+        "bnkernels.ops.activations_cpu",
     )
     for call, event in (
         (line.on_start, outer),

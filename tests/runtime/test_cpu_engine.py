@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
 from bnkernels.runtime import cpu
@@ -82,9 +83,11 @@ def test_importing_the_package_loads_nothing_of_numba() -> None:
 
 
 def test_importing_the_package_takes_little_more_than_importing_numpy() -> None:
-    """50 ms of this process, at best of some: others may be at work."""
-    code = "import numpy, time; start = time.process_time(); import bnkernels; print(time.process_time() - start)"
-    assert min(float(python(code)) for _ in range(5)) < 0.05
+    """50 ms, or on a machine that is slow or busy three fifths of NumPy's own time; at best of some."""
+    now = "time.process_time()"
+    code = f"import time; a = {now}; import numpy; b = {now}; import bnkernels; print(b - a, {now} - b)"
+    of_numpy, ours = np.array([python(code).split() for _ in range(5)], float).min(0)
+    assert ours < max(0.05, 0.6 * of_numpy)
 
 
 def test_the_reference_loads_nothing_of_numba() -> None:

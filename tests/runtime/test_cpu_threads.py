@@ -15,25 +15,40 @@ import numpy as np
 import pytest
 
 import bnkernels as bn
+from bnkernels.runtime import cpu
 from bnkernels.runtime.cpu import threads
 from tests.regress.calls import EVERY, run
 from tools import backends
 
-ROWS = {"N": 4000, "C": 100, "K": 40, "O": 3, "P": 200_000, "S": 2, "E": 8000}
-IMAGES = {"N": 40, "C": 12, "L": 800, "K": 5, "O": 3, "P": 3, "S": 2, "E": 80}
+BATCH_NORM = "bnkernels.ops.batch_norm.cpu"
+ROWS = {"N": 700, "C": 100, "K": 40, "O": 3, "P": 200_000, "S": 2, "E": 1400}
+IMAGES = {"N": 10, "C": 12, "L": 500, "K": 5, "O": 3, "P": 3, "S": 2, "E": 80}
 NO_IMAGES = {op for op in EVERY if op.startswith(("layer_norm", "linear", "fused"))}
 
 
 @pytest.fixture(autouse=True)
 def own_pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Share work of any size, and leave the number of threads as it was."""
+    cpu.kernels(BATCH_NORM)  # imported before: it takes over the size from which on work is shared
     monkeypatch.setattr(threads, "WORTH_SHARING", 1)
-    for name in ("_threads", "_given", "_pool"):
-        monkeypatch.setattr(threads, name, getattr(threads, name))
     monkeypatch.setattr(threads, "_threads", 0)
+    monkeypatch.setattr(threads, "_given", False)
+    monkeypatch.setattr(threads, "_pool", None)
     monkeypatch.delenv(threads.VARIABLE, raising=False)
     yield
     threads._forget_pool()
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Compute by compiled kernels, those of batch norm in several blocks of rows."""
+    with backends.entered("compiled"):
+        batch_norm = cpu.kernels(BATCH_NORM)
+        monkeypatch.setattr(batch_norm, "WORTH_SHARING", 2**15)
+        monkeypatch.setattr(batch_norm, "BLOCK", 2**14)
+        batch_norm._division.cache_clear()
+        yield
+        batch_norm._division.cache_clear()
 
 
 def digest(op: str, arrays: dict[str, np.ndarray]) -> str:
@@ -63,19 +78,18 @@ def in_a_child(op: str, arrays: dict[str, np.ndarray]) -> str:
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("op", EVERY)
-def test_the_same_bits_whoever_computes(op: str, dtype: str) -> None:
+def test_the_same_bits_whoever_computes(compiled: None, op: str, dtype: str) -> None:
     """By 1, 2 and 3 threads, in 8 threads of Python at once, and in a forked child."""
     arrays = EVERY[op].arrays(ROWS if dtype == "float32" or op in NO_IMAGES else IMAGES, dtype)
-    with backends.entered("compiled"):
-        bn.set_num_threads(1)
-        wanted = digest(op, arrays)
-        for number in (2, 3):
-            bn.set_num_threads(number)
-            assert digest(op, arrays) == wanted, number
-        with ThreadPoolExecutor(8) as pool:
-            assert set(pool.map(digest, [op] * 8, [arrays] * 8)) == {wanted}
-        if hasattr(os, "fork"):
-            assert in_a_child(op, arrays) == wanted
+    bn.set_num_threads(1)
+    wanted = digest(op, arrays)
+    for number in (2, 3):
+        bn.set_num_threads(number)
+        assert digest(op, arrays) == wanted, number
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(digest, [op] * 8, [arrays] * 8)) == {wanted}
+    if hasattr(os, "fork"):
+        assert in_a_child(op, arrays) == wanted
 
 
 def test_all_processors_that_the_process_may_run_on_are_used() -> None:

@@ -162,3 +162,39 @@ def test_loops_of_float32_are_vectorised(name: str) -> None:
     (text,) = [loop.inspect_asm(found) for found in loop.signatures if found[0].dtype == numba.float32]
     assert re.search(r"vf\w+ps\s.*%ymm", text), "no packed multiply-add"
     assert not LIBM.search(text)
+
+
+@numba.njit(**language._OPTIONS)
+def raise_to(x, y):
+    """Raise the numbers of y to those of x."""
+    for i in range(len(x)):
+        y[i] = mathematics.maximum(x[i], y[i])
+
+
+@numba.njit(**language._OPTIONS)
+def clear_below(x, y):
+    """Set the numbers of y to 0 where those of x are not above 0."""
+    for i in range(len(x)):
+        y[i] = mathematics.keep_where(x[i] > 0, y[i])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_loops_that_keep_some_of_their_numbers(dtype: Any) -> None:
+    """The larger number, NaN if one is NaN; and numbers where a condition holds, whatever the others are."""
+    x = np.array([*SPECIAL, 1, -1] * 7, dtype)
+    y = np.repeat(np.array([*SPECIAL, 1, -1], dtype), 7)
+    for kernel, want in ((raise_to, np.maximum(x, y)), (clear_below, np.where(x > 0, y, 0))):
+        got = y.copy()
+        kernel(x, got)
+        np.testing.assert_array_equal(got, want)
+
+
+@needs_avx2
+@pytest.mark.parametrize("kernel", [raise_to, clear_below])
+def test_they_store_whole_vectors(kernel: Any) -> None:
+    """LLVM would make masked stores of branches and selections, which are slow on AMD's processors."""
+    x = np.ones(64, np.float32)
+    kernel(x, x.copy())
+    (text,) = [kernel.inspect_asm(found) for found in kernel.signatures if found[0].dtype == numba.float32]
+    assert re.search(r"vmovups\s+%ymm", text)
+    assert "maskmov" not in text

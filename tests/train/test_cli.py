@@ -1,5 +1,6 @@
 """The command line: every option, every refusal, and the main job itself."""
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 
 import bnkernels
 from bnkernels.cli import main
+from bnkernels.runtime import cpu
 from bnkernels.train.checkpoint import load_checkpoint
 
 
@@ -142,6 +144,18 @@ def test_device_auto_says_where_it_trains(capsys, monkeypatch):
     assert re.search(
         "\ndevice cpu, because no driver answers; engine (fused|layers .not fused: it needs the c.*)\n", out
     )
+
+
+def test_the_engine_of_numpy_arrays_and_the_way_to_a_faster_one_are_said_once(capsys, monkeypatch):
+    with cpu.using("compiled"):
+        assert run(capsys, *SMALL, "--epochs", "1", "--out", "one")[1].count("NumPy arrays: compiled by Numba\n") == 1
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in cpu.PACKAGES else real(name))
+    with cpu.using("auto"):
+        code, out, _ = run(capsys, *SMALL, "--epochs", "1", "--out", "two")
+    assert code == 0
+    said = "NumPy arrays: NumPy reference, because numba and scipy cannot be found; install bnkernels[cpu] for compiled"
+    assert out.count(said) == 1
 
 
 def test_json_is_one_document_and_the_content_of_metrics(capsys):

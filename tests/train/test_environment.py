@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import re
 import sys
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 
 import bnkernels
-from bnkernels.runtime import registry, source
+from bnkernels.runtime import cpu, registry, source
 from bnkernels.train import environment
 
 
@@ -44,6 +46,33 @@ def test_the_installation_is_described() -> None:
     assert platform.python_version() in found["Python"]
     assert re.fullmatch(r".+, \d+ cores", found["CPU"])
     assert re.fullmatch(re.escape(str(source.folder())) + r" \(SHA-256 [0-9a-f]{16}\)", found["kernel sources"])
+
+
+def test_the_engine_of_numpy_arrays_is_named_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the report, and in the documents of what ran on a CPU."""
+    pytest.importorskip("numba")
+    found, document = facts(), environment.versions("cpu, because")
+    assert found["NumPy arrays"] == document["numpy_arrays"] == "compiled by Numba"
+    assert found["Numba"] == document["numba"] == metadata.version("numba")
+    assert found["SciPy"] == metadata.version("scipy")
+    assert re.fullmatch(r"\d+, (the processors of this process|set by .+)", found["CPU threads"])
+    assert not {"numpy_arrays", "numba"} & environment.versions("cuda").keys()
+    with cpu.using("reference"):
+        assert facts()["NumPy arrays"] == "NumPy reference, because BNKERNELS_CPU_ENGINE is reference"
+        document = environment.versions("cpu")
+        assert (document["numpy_arrays"], "numba" in document) == ("NumPy reference", False)
+
+
+def test_a_missing_numba_is_a_fact_and_what_brings_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(environment.metadata, "version", missing)
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "numba" else real(name))
+    found = facts()
+    assert found["NumPy arrays"].startswith("NumPy reference, because numba cannot be found; install bnkernels[cpu]")
+    assert found["Numba"] == "numba is not installed"
 
 
 def test_an_absent_cupy_is_a_fact(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,13 +74,12 @@ def _planned(kind: Pass, axis: int, grouped: bool, renormalised: bool, *signatur
     by_stage = kind.stage in (Stage.COLLECT, Stage.APPLY)
     more = masked or grouped or rows == 5 or in_storage_type or by_stage
     problem = problem._replace(masked_grouped=more)
-    matrix = kind is not DOUBLE_BACKWARD and not more and len(x.shape) == 2 and axis == 1 and x.dtype.itemsize > 2
     front = axis + grouped
     positions = x.shape[:front] + x.shape[front + 1 :]
     members = {"groups": problem.groups, "outer": problem.outer, "channels": problem.channels, "inner": problem.inner}
     members |= {"stage": int(kind.stage), "statistic_rows": rows, "params_in_storage_type": int(in_storage_type)}
     runtime, acc_dtype = registry.runtime_of(x.kind), accumulator(x.dtype)
-    found = Plan(kind, runtime, problem, axis, grouped, acc_dtype, outputs, positions, rows, matrix, members)
+    found = Plan(kind, runtime, problem, axis, grouped, acc_dtype, outputs, positions, rows, members)
     return found if found.empty else _with_strides(found, args)
 
 
@@ -146,9 +145,7 @@ def _with_strides(found: Plan, args: dict[str, check.Argument | None]) -> Plan:
     return found._replace(problem=problem._replace(strides=tuple(given)), members=members, copied=tuple(copied))
 
 
-def run(
-    found: Plan, arrays: tuple, options: Options, call: Call = NEW, saved: dict[str, Any] | None = None
-) -> tuple[Any, ...]:
+def run(found: Plan, arrays: tuple, options: Options, call: Call = NEW) -> tuple[Any, ...]:
     """Run a call on its arrays; return its outputs, made new where they are None.
 
     Parameters
@@ -161,8 +158,6 @@ def run(
         Numbers of the call.
     call : Call
         Result of ``found.kind.calls.replay``.
-    saved : dict, optional
-        Place for intermediate values of a forward on NumPy, which its backward takes from it.
 
     Returns
     -------
@@ -180,7 +175,8 @@ def run(
     elif found.runtime is None and (cpu := kernels("bnkernels.ops.batch_norm.cpu")) is None:
         reference.run(found, given, options)
     elif found.runtime is None:
-        cpu.run(found, _members(found, given, options))
+        work = cpu.work(found, _members(found, given, options))
+        call.compute(work, given["x"], replayable=not found.copied)  # a copy is of this call
     else:
         check.one_device(found.runtime, found.kind.names, arrays)
         _launch(found, given, options, call)
@@ -202,7 +198,12 @@ def _members(found: Plan, given: dict[str, Any], options: Options) -> dict[str, 
         start, row = members["statistics"], found.problem.channels * found.acc_dtype.itemsize
         members |= {"mean": start, "mean_low": start + row, "rstd": start + 2 * row}
     phi, (r_max, d_max) = options.phi, options.renorm or (1.0, 0.0)
-    members |= {"momentum": options.momentum, "eps": float(found.acc_dtype.type(options.eps)), "alpha": phi.alpha, "activation": phi.code}
+    members |= {
+        "momentum": options.momentum,
+        "eps": float(found.acc_dtype.type(options.eps)),
+        "alpha": phi.alpha,
+        "activation": phi.code,
+    }
     members |= {"divisor": found.problem.rows - options.unbiased, "correction": options.unbiased}
     return members | {"r_max": r_max, "d_max": d_max}
 

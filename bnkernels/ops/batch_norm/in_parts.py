@@ -20,6 +20,7 @@ from bnkernels.runtime import checks as check
 from bnkernels.runtime import overlap, registry
 from bnkernels.runtime import seam as rt
 from bnkernels.runtime.arguments import SUFFIX, addresses, arguments_type, empty, pack, suffix
+from bnkernels.runtime.cpu import kernels
 from bnkernels.runtime.replay import ReplayCache
 
 NAMES = ("statistics", "merged", "running_mean", "running_var", "moments")
@@ -141,7 +142,8 @@ def batch_norm_statistics(
     if channels == 0:
         return statistics, merged
     if runtime is None:
-        reference.merge(moments, statistics, merged, running_mean, running_var, *options)
+        merging = kernels("bnkernels.ops.batch_norm.cpu.merging") or reference
+        merging.merge(moments, statistics, merged, running_mean, running_var, *options)
         return statistics, merged
     check.one_device(runtime, NAMES, arrays)
     pointers = addresses(runtime, moments, merged, statistics, running_mean, running_var)

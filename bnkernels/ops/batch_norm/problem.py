@@ -152,7 +152,6 @@ class Plan(NamedTuple):
     outputs: dict[str, tuple[tuple[int, ...], np.dtype]]  # shape and data type of what is returned
     positions: tuple[int, ...]  # the shape of x without its channels: that of a whole mask
     statistic_rows: int
-    matrix: bool  # whether x is a matrix in the accumulator's type, and no option is set that needs more
     members: dict[str, int]  # sizes, strides and codes of the kernel's argument
     copied: tuple[str, ...] = ()  # inputs that no such strides describe
 

@@ -11,7 +11,7 @@ import numpy as np
 from bnkernels.ops.activations_cpu import activate, differentiate
 from bnkernels.runtime.cpu.language import inner, part
 from bnkernels.runtime.cpu.mathematics import exp, log
-from bnkernels.runtime.cpu.vectors import (
+from bnkernels.runtime.cpu.registers import (
     add,
     add_product,
     add_wide,

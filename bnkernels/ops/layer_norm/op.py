@@ -1,7 +1,7 @@
 """Layer normalisation of every example over its features: forward and backward, one launch each.
 
-CuPy arrays run ``cuda/layer_norm_*.cu``, NumPy arrays ``reference.py``. Below,
-C is the length of the last axis, over which is normalised; T is the data type of `x`, and A that of the accumulator:
+CuPy arrays run ``cuda/layer_norm_*.cu``, NumPy arrays ``cpu``, or ``reference.py`` where Numba is missing. Below, C
+is the length of the last axis, over which is normalised; T is the data type of `x`, and A that of the accumulator:
 float32 for 16-bit T, else T.
 """
 
@@ -9,19 +9,19 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from bnkernels.ops.activations import Activation, activation_named
 from bnkernels.ops.layer_norm import reference
 from bnkernels.ops.layer_norm.launch import choose_backward, choose_forward
 from bnkernels.ops.layer_norm.problem import BACKWARD, FORWARD, VECTOR, Problem
 from bnkernels.runtime import checks as check
 from bnkernels.runtime.arguments import addresses, empty, pack
+from bnkernels.runtime.cpu import kernels
 from bnkernels.runtime.replay import ReplayCache
 from bnkernels.runtime.seam import LaunchPlan
 from bnkernels.runtime.workspace import barrier_counters
 
 FORWARD_CALLS, BACKWARD_CALLS = ReplayCache(), ReplayCache()
+CPU = "bnkernels.ops.layer_norm.cpu"
 
 
 def layer_norm_forward(
@@ -92,7 +92,11 @@ def layer_norm_forward(
     if problem.rows == 0:
         return y, statistics
     if runtime is None:
-        reference.forward(_matrix(x), gamma, beta, eps, phi, _matrix(y), statistics.reshape(3, -1))
+        given = problem, x, gamma, beta, eps, phi, y, statistics
+        if cpu := kernels(CPU):
+            call.compute(cpu.forward(*given), x)
+        else:
+            reference.forward(*given)
         return y, statistics
     plan = choose_forward(problem, runtime.limits(x))
     pointers = addresses(runtime, x, gamma, beta, y, statistics)
@@ -169,8 +173,11 @@ def layer_norm_backward(
         dgamma[...], dbeta[...] = 0, 0
         return dx, dgamma, dbeta
     if runtime is None:
-        flat = statistics.reshape(3, -1)
-        reference.backward(_matrix(dy), _matrix(x), gamma, beta, flat, phi, _matrix(dx), dgamma, dbeta)
+        given = problem, dy, x, gamma, beta, statistics, phi, dx, dgamma, dbeta
+        if cpu := kernels(CPU):
+            call.compute(cpu.backward(*given), x)
+        else:
+            reference.backward(*given)
         return dx, dgamma, dbeta
     plan, counter = choose_backward(problem, runtime.limits(x)), 0
     if plan.launch.cooperative:
@@ -188,8 +195,3 @@ def _codes(problem: Problem, plan: LaunchPlan, phi: Activation, rows: tuple[int,
     """Return the last members of the argument; `rows` are the addresses of what is read and written by vectors."""
     aligned16 = problem.columns % problem.count == 0 and all(address % VECTOR == 0 for address in rows)
     return phi.code, aligned16, plan.held
-
-
-def _matrix(array: np.ndarray) -> np.ndarray:
-    """Return a view (rows, C) of a C-ordered array."""
-    return array.reshape(-1, array.shape[-1])

@@ -10,6 +10,7 @@ from functools import lru_cache
 import numpy as np
 
 from bnkernels.ops.activations import Activation
+from bnkernels.ops.layer_norm.problem import Problem
 
 FLOAT64 = np.dtype(np.float64)
 
@@ -63,6 +64,7 @@ def _activated(
 
 @np.errstate(all="ignore")  # kernels have no warnings either
 def forward(
+    problem: Problem,
     x: np.ndarray,
     gamma: np.ndarray | None,
     beta: np.ndarray | None,
@@ -71,8 +73,9 @@ def forward(
     y: np.ndarray,
     statistics: np.ndarray,
 ) -> None:
-    """Write `y` and `statistics` (3, N)."""
-    acc_dtype = statistics.dtype
+    """Write `y` and `statistics`."""
+    acc_dtype, shape = problem.acc_dtype, (problem.rows, problem.columns)
+    x, y, statistics = x.reshape(shape), y.reshape(shape), statistics.reshape(3, -1)
     d = _centre(x, statistics)
     statistics[2] = rstd = 1 / np.sqrt(_means(d * d).astype(acc_dtype) + acc_dtype.type(eps))
     d *= rstd[:, None]
@@ -81,6 +84,7 @@ def forward(
 
 @np.errstate(all="ignore")  # kernels have no warnings either
 def backward(
+    problem: Problem,
     dy: np.ndarray,
     x: np.ndarray,
     gamma: np.ndarray | None,
@@ -92,7 +96,8 @@ def backward(
     dbeta: np.ndarray,
 ) -> None:
     """Write the gradients; `dx` may be `dy`."""
-    acc_dtype = statistics.dtype
+    acc_dtype, shape = problem.acc_dtype, (problem.rows, problem.columns)
+    dy, x, dx, statistics = dy.reshape(shape), x.reshape(shape), dx.reshape(shape), statistics.reshape(3, -1)
     mean, low, rstd = statistics.astype(FLOAT64)[:, :, None]
     xhat = x - mean
     xhat -= low

@@ -1,13 +1,15 @@
 """A linear layer with batch norm, layer norm or a bias, and an activation behind it: each way one launch.
 
 CuPy arrays run ``cuda/linear_batch_norm_*.cu``, up to 512 examples and 1024 inputs and outputs; beyond that, and on
-NumPy arrays, a library multiplies and the ops of the norm follow. Below, N is the number of examples, K that of the
-inputs and M that of the outputs; T is the data type of `x`, and A that of the accumulator: float32 for 16-bit T, else
-T.
+NumPy arrays, a library multiplies and the ops of the norm follow. Without a norm NumPy arrays run ``cpu.py``, or
+``reference.py`` where Numba is missing; their 16-bit data are multiplied in float32 copies. Below, N is the number of
+examples, K that of the inputs and M that of the outputs; T is the data type of `x`, and A that of the accumulator:
+float32 for 16-bit T, else T.
 """
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,15 +18,18 @@ from bnkernels.ops.activations import activation_named
 from bnkernels.ops.batch_norm.inference import batch_norm_inference, batch_norm_inference_backward
 from bnkernels.ops.batch_norm.training import batch_norm_backward, batch_norm_forward
 from bnkernels.ops.layer_norm.op import layer_norm_backward, layer_norm_forward
+from bnkernels.ops.linear_batch_norm import reference
 from bnkernels.ops.linear_batch_norm.launch import choose
 from bnkernels.ops.linear_batch_norm.problem import BACKWARD, FORWARD, Problem, check_norm, pack_gradients
 from bnkernels.runtime import checks as check
 from bnkernels.runtime.arguments import addresses, empty, pack
+from bnkernels.runtime.cpu import kernels
 from bnkernels.runtime.replay import ReplayCache
 from bnkernels.runtime.seam import Runtime
 from bnkernels.runtime.workspace import barrier_counters
 
 FORWARD_CALLS, BACKWARD_CALLS = ReplayCache(), ReplayCache()
+CPU = "bnkernels.ops.linear_batch_norm.cpu"
 NEGLIGIBLE = 1e-30  # an eps that a variance of 1 does not notice
 
 
@@ -128,6 +133,8 @@ def linear_batch_norm_forward(
             batch_norm_forward(z, gamma, beta, running_mean, running_var, **options)
         elif norm == "layer":
             layer_norm_forward(z, gamma, beta, **options, out=(y, statistics))
+        elif runtime is None:
+            on_cpu().forward(z, beta, phi, y)
         else:
             options |= {"eps": NEGLIGIBLE, "out": y}
             batch_norm_inference(z, None, beta, *_no_statistics(runtime, x, problem), **options)
@@ -232,6 +239,8 @@ def linear_batch_norm_backward(
             batch_norm_backward(dy, z, gamma, beta, statistics, **options, out=(dz, dgamma, dbeta))
         elif norm == "layer":
             layer_norm_backward(dy, z, gamma, beta, statistics, **options, out=(dz, dgamma, dbeta))
+        elif runtime is None:
+            on_cpu().backward(dy, z, beta, phi, dz, dbeta)
         else:
             unused, running = empty(runtime, dbeta.shape, dbeta), _no_statistics(runtime, x, problem)
             options |= {"eps": NEGLIGIBLE, "out": (dz, unused, dbeta)}
@@ -248,17 +257,25 @@ def linear_batch_norm_backward(
     return outputs
 
 
+def on_cpu() -> ModuleType:
+    """Return the module that adds biases, activates and converts NumPy arrays."""
+    return kernels(CPU) or reference
+
+
 @np.errstate(all="ignore")  # kernels have no warnings either
 def _multiply(runtime: Runtime | None, a: Any, b: Any, out: Any) -> None:
     """Write the product, summed in the accumulator's type."""
     xp = np if runtime is None else runtime.xp
-    if a.dtype.itemsize > 2 or (xp is not np and a.dtype == np.float16):  # cuBLAS sums float16 in float32
+    if a.dtype.itemsize > 2 or (runtime is not None and a.dtype == np.float16):  # cuBLAS sums float16 in float32
         xp.matmul(a, b, out=out)
-        return
-    out[...] = xp.matmul(a.astype(np.float32), b.astype(np.float32)).astype(out.dtype)
+    elif runtime is None:
+        cpu = on_cpu()
+        cpu.round_into(np.matmul(cpu.single(a), cpu.single(b)), out)
+    else:
+        out[...] = xp.matmul(a.astype(np.float32), b.astype(np.float32)).astype(out.dtype)
 
 
-def _no_statistics(runtime: Runtime | None, x: Any, problem: Problem) -> tuple[Any, Any]:
+def _no_statistics(runtime: Runtime, x: Any, problem: Problem) -> tuple[Any, Any]:
     """Return a mean of 0 and a variance of 1."""
     mean, var = (empty(runtime, (problem.outputs,), x, problem.acc_dtype) for _ in range(2))
     mean[...], var[...] = 0, 1

@@ -1,11 +1,11 @@
 """CPU kernel of a mini-batch.
 
-Formulas   x_out[n] = x[r], labels_out[n] = labels[r], r = rows[n], from the end where it is negative
-Arrays     x (E, K), labels (E,), rows (N,), x_out (N, K), labels_out (N,), C order; nothing is written if a row is
+Formulas:  x_out[n] = x[r], labels_out[n] = labels[r], r = rows[n], from the end where it is negative
+Arrays:    x (E, K), labels (E,), rows (N,), x_out (N, K), labels_out (N,), C order; nothing is written if a row is
            out of range
-Tasks      examples
-Traffic    N (K + 1) numbers and N rows read and written once
-Numerics   none: a copy
+Tasks:     examples
+Traffic:   N (K + 1) numbers and N rows read and written once
+Numerics:  none: a copy
 """
 
 from __future__ import annotations

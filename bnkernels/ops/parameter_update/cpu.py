@@ -1,11 +1,11 @@
 """CPU kernels of the optimisers' steps.
 
-Formulas   as in ``cuda/parameter_update.cu``
-Arrays     parameters, gradients and state, each (P,), of one type, float32 or float64; all but the gradients in place
-Tasks      blocks of `BLOCK` parameters
-Traffic    sgd 2 P numbers read and P written, momentum 3 P and 2 P, adam 4 P and 3 P: each once
-Numerics   numbers in the type of the arrays; factors are computed in float64 and rounded
-Bits       those of each parameter alone
+Formulas:  as in ``cuda/parameter_update.cu``
+Arrays:    parameters, gradients and state, each (P,), of one type, float32 or float64; all but the gradients in place
+Tasks:     blocks of `BLOCK` parameters
+Traffic:   sgd 2 P numbers read and P written, momentum 3 P and 2 P, adam 4 P and 3 P: each once
+Numerics:  numbers in the type of the arrays; factors are computed in float64 and rounded
+Order:     bits of a parameter depend on no other
 """
 
 from __future__ import annotations

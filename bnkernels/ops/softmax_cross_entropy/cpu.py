@@ -1,6 +1,6 @@
 """CPU kernels of softmax cross-entropy of (N, K) logits and N labels.
 
-Formulas: top[n]       = max_k logits[n,k], NaN ignored
+Formulas: top[n]       = max_k logits[n,k]
           total[n]     = sum_k exp(logits[n,k] - top[n])
           loss[n]      = log(total[n]) - (logits[n,label[n]] - top[n])
           dlogits[n,k] = (exp(logits[n,k] - top[n]) / total[n] - [k = label[n]]) / N     of the mean loss
@@ -19,12 +19,12 @@ import numpy as np
 
 from bnkernels.ops.softmax_cross_entropy.reference import label_out_of_range
 from bnkernels.runtime.cpu.language import DOUBLE, LINE, device, kernel, part, stack
-from bnkernels.runtime.cpu.mathematics import exp, select
+from bnkernels.runtime.cpu.mathematics import exp, maximum
 from bnkernels.runtime.cpu.threads import share
 
-SHORT = 64  # classes
-STRIP = 64  # examples of a block
-BLOCK = SHORT * STRIP
+SHORT = 128  # classes, at most
+STRIP = 64  # examples of a block, at most
+BLOCK = 4096
 LANES = LINE // 8
 
 
@@ -59,25 +59,26 @@ def short_rows(logits, labels, loss, dlogits, first, last):
     source, target = logits.reshape(logits.size), dlogits.reshape(dlogits.size)
     block, top, scale = stack(zero, BLOCK), stack(zero, STRIP), stack(zero, STRIP)
     total = stack(DOUBLE(0), STRIP)
-    for start in range(first, last, STRIP):
-        count = min(STRIP, last - start)
+    strip = min(STRIP, (BLOCK // classes) & ~7)
+    for start in range(first, last, strip):
+        count = min(strip, last - start)
         width = (count + 7) & ~7  # whole vectors
         for i in range(width):
             top[i] = -np.inf
             total[i] = 0.0
         for k in range(classes):
-            line = part(block, k * STRIP, width)
+            line = part(block, k * strip, width)
             column = part(source, start * classes + k, (count - 1) * classes + 1)
             for i in range(count):
                 line[i] = column[i * classes]
             for i in range(count, width):
                 line[i] = zero
             for i in range(width):
-                top[i] = select(line[i] > top[i], line[i], top[i])  # ignores NaN, which reaches the row through the sum
+                top[i] = maximum(line[i], top[i])
         for i in range(count):
-            loss[start + i] = block[labels[start + i] * STRIP + i] - top[i]
+            loss[start + i] = block[labels[start + i] * strip + i] - top[i]
         for k in range(classes):
-            line = part(block, k * STRIP, width)
+            line = part(block, k * strip, width)
             for i in range(width):
                 line[i] = exp(line[i] - top[i])
             for i in range(width):
@@ -88,13 +89,13 @@ def short_rows(logits, labels, loss, dlogits, first, last):
             total[i] = 1.0 / (total[i] * rows)
             scale[i] = total[i]
         for k in range(classes):
-            line = part(block, k * STRIP, count)
+            line = part(block, k * strip, count)
             column = part(target, start * classes + k, (count - 1) * classes + 1)
             for i in range(count):
                 column[i * classes] = line[i] * scale[i]
         for i in range(count):
             label = labels[start + i]
-            target[(start + i) * classes + label] = DOUBLE(block[label * STRIP + i]) * total[i] - 1.0 / rows
+            target[(start + i) * classes + label] = DOUBLE(block[label * strip + i]) * total[i] - 1.0 / rows
 
 
 @kernel
@@ -173,18 +174,14 @@ def eighths(line):
 
 
 @device
-def higher(one, other):
-    """Return the larger number; NaN may be lost, since the sum has it too."""
-    return select(one > other, one, other)
-
-
-@device
 def highest_of(line, highest):
     """Raise the lanes to the numbers of a line."""
     a, b, c, d, e, f, g, h = eighths(line)
     for j in range(len(a)):
-        this = higher(higher(higher(a[j], b[j]), higher(c[j], d[j])), higher(higher(e[j], f[j]), higher(g[j], h[j])))
-        highest[j] = higher(this, highest[j])
+        this = maximum(
+            maximum(maximum(a[j], b[j]), maximum(c[j], d[j])), maximum(maximum(e[j], f[j]), maximum(g[j], h[j]))
+        )
+        highest[j] = maximum(this, highest[j])
 
 
 @device
@@ -199,16 +196,20 @@ def add(line, sums):
 
 @device
 def highest_lane(highest):
+    """Return the largest of the lanes."""
     a, b, c, d, e, f, g, h = eighths(highest)
     top = a[0]
     for j in range(len(a)):
-        this = higher(higher(higher(a[j], b[j]), higher(c[j], d[j])), higher(higher(e[j], f[j]), higher(g[j], h[j])))
-        top = higher(this, top)
+        this = maximum(
+            maximum(maximum(a[j], b[j]), maximum(c[j], d[j])), maximum(maximum(e[j], f[j]), maximum(g[j], h[j]))
+        )
+        top = maximum(this, top)
     return top
 
 
 @device
 def sum_of_lanes(sums):
+    """Return the sum of the lanes."""
     a, b, c, d, e, f, g, h = eighths(sums)
     total = 0.0
     for j in range(len(a)):

@@ -13,11 +13,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, models, register_model
 from numba.np.arrayobj import make_array, populate_array
 
 from bnkernels.runtime.cpu.caching import cached
@@ -25,14 +24,32 @@ from bnkernels.runtime.cpu.caching import cached
 # Contraction gives fused multiply-adds. Nothing may be reordered, and NaN and infinity count.
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "nsz"}}
 kernel = cached(**_OPTIONS)  # called from Python, and a function of its own in kernels
-device = cached(forceinline=True, **_OPTIONS)  # part of every kernel that calls it
-# Called from kernels only, and cached as a part of them: without what Python would call, it compiles faster.
-inner = numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)
+device = cached(forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)  # part of its callers
+# Called from kernels only: without what Python would call, it compiles faster.
+inner = cached(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)
 
 LINE = 1024  # numbers that are worked on at a time: 4 KiB of float32, and a few such lines fit into the L1 cache
 SAME, FLOAT16, BFLOAT16 = 0, 1, 2  # storage of data: in the accumulator's type, or in 16 bits
 STORAGE = {"float32": SAME, "float64": SAME, "float16": FLOAT16, "bfloat16": BFLOAT16}
 SINGLE, DOUBLE = np.float32, np.float64
+
+
+class View(types.Array):
+    """Type of an array that owns nothing: no reference is counted, which in short loops takes most of the time."""
+
+    def __init__(self, dtype: types.Type) -> None:
+        super().__init__(dtype, 1, "C", name=f"view({dtype})")
+
+
+@register_model(View)
+class _ViewModel(models.StructModel):
+    """The members of Numba's arrays; what owns the memory is a mere pointer."""
+
+    def __init__(self, manager: Any, view: View) -> None:
+        of_axes = types.UniTuple(types.intp, 1)
+        names = "meminfo", "parent", "nitems", "itemsize", "data", "shape", "strides"
+        of = types.voidptr, types.voidptr, types.intp, types.intp, types.CPointer(view.dtype), of_axes, of_axes
+        super().__init__(manager, view, list(zip(names, of, strict=True)))
 
 
 def _view(context: Any, builder: Any, array_type: types.Array, data: Any, count: Any) -> Any:
@@ -53,7 +70,7 @@ def _array_at(dtype: types.Type) -> Any:
     @intrinsic
     def array_at(typing_context: Any, address: Any, offset: Any, count: Any) -> Any:
         """Return the array of `count` numbers that begins `offset` numbers behind the address."""
-        array_type = types.Array(dtype, 1, "C")
+        array_type = View(dtype)
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             address, offset, count = arguments
@@ -73,7 +90,7 @@ singles, doubles = _array_at(types.float32), _array_at(types.float64)
 @intrinsic
 def numbers(typing_context: Any, like: Any, address: Any, offset: Any, count: Any) -> Any:
     """Return the array of `count` numbers of the type of `like`, `offset` numbers behind the address."""
-    array_type = types.Array(like, 1, "C")
+    array_type = View(like)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _, address, offset, count = arguments
@@ -86,7 +103,7 @@ def numbers(typing_context: Any, like: Any, address: Any, offset: Any, count: An
 @intrinsic
 def part(typing_context: Any, array: Any, offset: Any, count: Any) -> Any:
     """Return `count` numbers of an array from an offset on; a slice would count references."""
-    array_type = types.Array(array.dtype, 1, "C")
+    array_type = View(array.dtype)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         whole, offset, count = arguments
@@ -101,7 +118,7 @@ def stack(typing_context: Any, like: Any, count: Any) -> Any:
     """Return a new array of a literal number of numbers of the type of `like`, until the kernel returns."""
     if not isinstance(count, types.IntegerLiteral):
         return None
-    array_type, size = types.Array(like, 1, "C"), count.literal_value
+    array_type, size = View(like), count.literal_value
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         with builder.goto_entry_block():  # once per call, however often the line is executed

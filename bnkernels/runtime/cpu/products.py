@@ -21,7 +21,7 @@ from numba.extending import intrinsic
 from numba.np.linalg import ensure_blas
 
 from bnkernels.runtime.cpu.language import kernel
-from bnkernels.runtime.cpu.vectors import FLAGS, first_lanes, lanes_of, pointer_of, read, spread, vector_of, write
+from bnkernels.runtime.cpu.registers import FLAGS, first_lanes, lanes_of, pointer_of, read, spread, vector_of, write
 
 VECTORS = 3  # columns of a tile
 WORTH_BLAS = 2**23  # multiply-adds from which on the BLAS is faster, as measured: 128 x 256 x 256

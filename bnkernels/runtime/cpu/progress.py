@@ -22,10 +22,10 @@ class _Line(Listener):
         """Say that a kernel is compiled: on a terminal each of them, elsewhere the first."""
         self._depth += 1
         name = event.data["dispatcher"].py_func.__module__
-        if self._depth > 1 or not name.startswith("bnkernels.") or (self._said and not self._terminal):
+        if self._depth > 1 or not name.startswith("bnkernels.ops.") or (self._said and not self._terminal):
             return
         self._said = True
-        words = name.removesuffix(".cpu").removesuffix("_cpu").rpartition(".")[2].replace("_", " ")
+        words = name.split(".")[2].removesuffix("_cpu").replace("_", " ")
         line = f"compiling CPU kernels (once per machine): {words} ..."
         print(f"{ERASE}{line}" if self._terminal else line, end="" if self._terminal else "\n", file=self._stream)
         self._stream.flush()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -18,7 +17,7 @@ from bnkernels.runtime import checks as check
 VARIABLE = "BNKERNELS_NUM_THREADS"
 WORTH_SHARING = 2**20  # numbers from which on threads save more than the 100 us that waking them takes
 
-_pool: ThreadPoolExecutor | None = None
+_pool: Any = None  # a ThreadPoolExecutor
 _here = threading.local()  # has `worker` in threads of the pool
 _threads = 0  # 0: not yet asked for
 _given = False  # by `set_num_threads`
@@ -92,22 +91,28 @@ def share(work: Callable[..., Any], tasks: int, size: int, *arguments: Any) -> N
     *arguments
         First arguments of the kernel.
     """
-    global _pool
     threads = min(get_num_threads(), tasks) if size >= WORTH_SHARING and not hasattr(_here, "worker") else 1
     if threads <= 1:  # also within a task of others: it would wait for threads that wait for it
         work(*arguments, 0, tasks)
         return
-    pool = _pool
-    if pool is None:
-        pool = _pool = ThreadPoolExecutor(get_num_threads(), "bnkernels", partial(setattr, _here, "worker", True))
+    pool = _pool or _new_pool()
     ends = [tasks * number // threads for number in range(threads + 1)]
     others = [pool.submit(work, *arguments, first, last) for first, last in pairwise(ends[1:])]
     try:
         work(*arguments, 0, ends[1])
     finally:
-        wait(others)  # before the caller may take its arrays away
+        for other in others:  # before the caller may take its arrays away
+            other.exception()
     for other in others:
         other.result()
+
+
+def _new_pool() -> Any:
+    global _pool
+    from concurrent.futures import ThreadPoolExecutor  # takes as long to import as half of this package
+
+    _pool = pool = ThreadPoolExecutor(get_num_threads(), "bnkernels", partial(setattr, _here, "worker", True))
+    return pool
 
 
 def _forget_pool() -> None:

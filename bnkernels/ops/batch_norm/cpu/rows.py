@@ -1,4 +1,4 @@
-"""Rows of a mini-batch for the CPU kernels of batch norm: which numbers are worked on together, and their sums.
+"""Rows of a mini-batch for the CPU kernels of batch norm: which numbers are worked on together.
 
 A tensor is (groups, outer, C, inner), see ``problem.py``. All channels of an outer position make a row, (C inner)
 numbers, which a kernel streams through in lines: narrow columns would take another page of memory with every row. Short
@@ -8,12 +8,8 @@ rows are taken together, `wide` of them as one, where they lie next to one anoth
     piece   columns of a slice, at most a line
     block   rows that one task sums, where there are too few slices to share
 
-Sums are about a shift near the mean, eight rows at a time, in float64. Float64 data are summed with what rounding
-loses, by Knuth's two-sum. Both are functions of the shapes alone, the same for every column.
-
-Kernels pass addresses of rows, so that all but the loops over numbers is compiled once for all data types. The
-accumulators of a piece lie in one array: LLVM compares at most eight pairs of addresses before a loop that it
-vectorises, and these are eight rows against one array.
+Kernels pass addresses of rows, so that all but the loops over numbers is compiled once for all data types. Below, `a`
+is the record of the kernel's argument.
 """
 
 from typing import NamedTuple
@@ -41,11 +37,9 @@ from bnkernels.runtime.cpu.language import (
 
 FLOAT32, FLOAT64, FLOAT16, BFLOAT16 = range(4)
 STORAGE = {"float32": FLOAT32, "float64": FLOAT64, "float16": FLOAT16, "bfloat16": BFLOAT16}
-SINGLE, DOUBLE = np.float32(0), np.float64(0)  # what tells a loop the type of the numbers at its addresses
+SINGLE, DOUBLE = np.float32(0), np.float64(0)  # examples that give a loop the type of the numbers at its addresses
 TOGETHER = 8  # rows that are summed before their sum is added
 WIDE = 512  # numbers that rows are joined up to
-# Lines of a piece's accumulators.
-SHIFT, SUMS, SQUARES, UNIT, RESTS, SQUARE_RESTS, LOW = (number * LINE for number in range(7))
 
 
 class Tensor(NamedTuple):
@@ -60,7 +54,7 @@ class Tensor(NamedTuple):
 
 
 class Slices(NamedTuple):
-    """How the channels are worked on: `wide` rows as one, of `rows`; `channels` a slice, of `count`."""
+    """Division of the channels: `count` slices of `channels` each, `wide` rows taken as one of `rows`."""
 
     wide: int
     rows: int
@@ -201,141 +195,6 @@ def spread(values, channels, inner, out):
             copy[i] = out[i]
 
 
-@kernel
-def add_sums(more, more_rests, sums, rests):
-    """Add sums, each with what rounding took from it."""
-    for i in range(len(sums)):
-        a, b = sums[i], more[i]
-        total = a + b
-        back = total - a
-        sums[i] = total
-        rests[i] += more_rests[i] + ((a - (total - back)) + (b - back))
-
-
-@kernel
-def fold(sums, rests, channels, inner, columns, out, out_rests):
-    """Add the sums of all columns of a channel to that channel's."""
-    count = columns
-    while channels > 1 and count > channels * inner:  # joined rows, of which there is a power of two
-        count //= 2
-        add_sums(part(sums, count, count), part(rests, count, count), part(sums, 0, count), part(rests, 0, count))
-    length = channels if inner == 1 and channels > 1 else 1  # sums that end up next to one another
-    for channel in range(0, channels, length):
-        start, count = channel * inner, columns if channels == 1 else inner
-        while count > 1:
-            half = count // 2
-            far = start + count - half
-            add_sums(part(sums, far, half), part(rests, far, half), part(sums, start, half), part(rests, start, half))
-            count -= half
-        of_sums, of_rests = part(sums, start, length), part(rests, start, length)
-        add_sums(of_sums, of_rests, part(out, channel, length), part(out_rests, channel, length))
-
-
-@kernel
-def add_row(row, count, columns):
-    """Add the float32 row at an address, and its squares, about the shift."""
-    x = singles(row, 0, count)
-    shift, sums, squares = part(columns, SHIFT, count), part(columns, SUMS, count), part(columns, SQUARES, count)
-    for i in range(count):
-        d = np.float64(x[i]) - shift[i]
-        sums[i] += d
-        squares[i] += d * d
-
-
-@kernel
-def add_rows(rows, count, columns):
-    """Add the eight float32 rows at these addresses, and their squares, about the shift."""
-    x0, x1, x2, x3 = (
-        singles(rows[0], 0, count),
-        singles(rows[1], 0, count),
-        singles(rows[2], 0, count),
-        singles(rows[3], 0, count),
-    )
-    x4, x5, x6, x7 = (
-        singles(rows[4], 0, count),
-        singles(rows[5], 0, count),
-        singles(rows[6], 0, count),
-        singles(rows[7], 0, count),
-    )
-    shift, sums, squares = part(columns, SHIFT, count), part(columns, SUMS, count), part(columns, SQUARES, count)
-    for i in range(count):
-        k = shift[i]
-        d0, d1, d2, d3 = np.float64(x0[i]) - k, np.float64(x1[i]) - k, np.float64(x2[i]) - k, np.float64(x3[i]) - k
-        d4, d5, d6, d7 = np.float64(x4[i]) - k, np.float64(x5[i]) - k, np.float64(x6[i]) - k, np.float64(x7[i]) - k
-        sums[i] += ((d0 + d1) + (d2 + d3)) + ((d4 + d5) + (d6 + d7))
-        squares[i] += ((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)) + ((d4 * d4 + d5 * d5) + (d6 * d6 + d7 * d7))
-
-
-@kernel
-def add_row_exactly(row, count, columns):
-    """Add a float64 row in units, and its squares, about the shift, with what rounding loses."""
-    x, shift, unit = doubles(row, 0, count), part(columns, SHIFT, count), part(columns, UNIT, count)
-    sums, squares = part(columns, SUMS, count), part(columns, SQUARES, count)
-    rests, square_rests = part(columns, RESTS, count), part(columns, SQUARE_RESTS, count)
-    for i in range(count):
-        a, b = x[i] * unit[i], shift[i] * unit[i]
-        d = a - b
-        back = d - a
-        rest = (a - (d - back)) - (b + back)
-        total = sums[i] + d
-        back = total - sums[i]
-        rests[i] += rest + ((sums[i] - (total - back)) + (d - back))
-        sums[i] = total
-        square = d * d
-        total = squares[i] + square
-        back = total - squares[i]
-        square_rests[i] += (squares[i] - (total - back)) + (square - back)
-        squares[i] = total
-
-
-@kernel
-def add_product(gradient, row, count, columns):
-    """Add a row of float32 gradients, and its products with the distances of `row` from the mean, which is the shift."""
-    g, x = singles(gradient, 0, count), singles(row, 0, count)
-    mean, sums, products = part(columns, SHIFT, count), part(columns, SUMS, count), part(columns, SQUARES, count)
-    for i in range(count):
-        value = np.float64(g[i])
-        sums[i] += value
-        products[i] += value * (np.float64(x[i]) - mean[i])
-
-
-@kernel
-def add_products(gradients, rows, count, columns):
-    """Add four rows of float32 gradients, and their products with the distances from the mean."""
-    g0, g1 = singles(gradients[0], 0, count), singles(gradients[1], 0, count)
-    g2, g3 = singles(gradients[2], 0, count), singles(gradients[3], 0, count)
-    x0, x1 = singles(rows[0], 0, count), singles(rows[1], 0, count)
-    x2, x3 = singles(rows[2], 0, count), singles(rows[3], 0, count)
-    mean, sums, products = part(columns, SHIFT, count), part(columns, SUMS, count), part(columns, SQUARES, count)
-    for i in range(count):
-        m = mean[i]
-        a, b, c, d = np.float64(g0[i]), np.float64(g1[i]), np.float64(g2[i]), np.float64(g3[i])
-        sums[i] += (a + b) + (c + d)
-        a, b = a * (np.float64(x0[i]) - m), b * (np.float64(x1[i]) - m)
-        c, d = c * (np.float64(x2[i]) - m), d * (np.float64(x3[i]) - m)
-        products[i] += (a + b) + (c + d)
-
-
-@kernel
-def add_product_exactly(gradient, row, count, columns):
-    """Add a row of float64 gradients in units, and its products, with what rounding loses."""
-    g, x = doubles(gradient, 0, count), doubles(row, 0, count)
-    mean, low, unit = part(columns, SHIFT, count), part(columns, LOW, count), part(columns, UNIT, count)
-    sums, products = part(columns, SUMS, count), part(columns, SQUARES, count)
-    rests, product_rests = part(columns, RESTS, count), part(columns, SQUARE_RESTS, count)
-    for i in range(count):
-        value = g[i] * unit[i]
-        total = sums[i] + value
-        back = total - sums[i]
-        rests[i] += (sums[i] - (total - back)) + (value - back)
-        sums[i] = total
-        product = value * ((x[i] - mean[i]) - low[i])
-        total = products[i] + product
-        back = total - products[i]
-        product_rests[i] += (products[i] - (total - back)) + (product - back)
-        products[i] = total
-
-
 @device
 def valid(a, group, outer, inner):
     """Return whether a position counts."""
@@ -369,3 +228,34 @@ def clear(a, like, group, row, column, values, line, count):
 def line_of(lines, number):
     """Return the address of a line in an array of float64 lines."""
     return address_of(lines) + np.uint64(8 * LINE * number)
+
+
+@device
+def input_of(a, address, group, strides):
+    """Return a group of an input."""
+    return Tensor(address, a.storage, group * strides[0], strides[1], strides[2], strides[3])
+
+
+@device
+def output_of(a, address, group):
+    """Return a group of an output, which lies in C order."""
+    size = a.channels * a.inner
+    return Tensor(address, a.storage, group * a.outer * size, size, a.inner, 1)
+
+
+@device
+def own_columns(a, row, count):
+    """Return the columns of a row of a piece: the last of joined rows may be shorter."""
+    return min(count, (a.outer - row * a.wide) * a.channels * a.inner) if a.wide > 1 else count
+
+
+@device
+def place_of(a, tensor, row, first, column):
+    """Return the place of a row of an output, in numbers."""
+    return tensor.start + row * a.wide * tensor.outer + first * tensor.channel + column
+
+
+@device
+def accumulator_of(a):
+    """Return the storage of statistics and parameters."""
+    return FLOAT64 if a.storage == FLOAT64 else FLOAT32

@@ -1,0 +1,273 @@
+"""CPU kernels of the forward of batch norm: the statistics of slices of channels, and their output."""
+
+import numpy as np
+
+from bnkernels.ops.activations_cpu import activate
+from bnkernels.ops.batch_norm.cpu.normalisation import (
+    COLLECT,
+    before_activation,
+    normalise,
+    rstd_of,
+    spread_normalisation,
+)
+from bnkernels.ops.batch_norm.cpu.rows import (
+    DOUBLE,
+    FLOAT64,
+    SINGLE,
+    TOGETHER,
+    accumulator_of,
+    clear,
+    copy_line,
+    get,
+    input_of,
+    line_of,
+    load_row,
+    output_of,
+    own_columns,
+    piece_length,
+    place_of,
+    put,
+    store,
+    valid,
+)
+from bnkernels.ops.batch_norm.cpu.sums import (
+    ALL,
+    AT_SHIFT,
+    CENTRE,
+    CHOOSE,
+    CONCLUDE,
+    OF_BLOCK,
+    RESTS,
+    SHIFT,
+    SQUARE_RESTS,
+    SQUARES,
+    SUM,
+    SUMS,
+    UNIT,
+    add_row,
+    add_row_exactly,
+    add_rows,
+    begin_sums,
+    end_sums,
+    merge,
+    quantity_of,
+    recentre,
+    rows_before,
+    state_from,
+    whole_sum,
+)
+from bnkernels.runtime.cpu.language import LINE, device, kernel, numbers, part, stack
+
+
+@kernel
+def _choose_shift(a, x, group, first, shift, unit):
+    """Write a number near the mean of each channel: the middle one of three, so that no outlier is taken."""
+    size = a.outer * a.inner
+    places = stack(np.int64(0), 3)
+    for number in range(3):
+        position = number * (size - 1) // 2
+        while position < size - 1 and not valid(a, group, position // a.inner, position % a.inner):
+            position += 1
+        while position > 0 and not valid(a, group, position // a.inner, position % a.inner):
+            position -= 1
+        places[number] = x.start + position // a.inner * x.outer + position % a.inner * x.inner
+    for i in range(len(shift)):
+        of_channel = (first + i) * x.channel
+        low = get(x.address, x.storage, places[0] + of_channel)
+        high = get(x.address, x.storage, places[1] + of_channel)
+        if low > high:
+            low, high = high, low
+        middle = max(low, min(high, get(x.address, x.storage, places[2] + of_channel)))
+        shift[i] = middle if np.isfinite(middle) else 0.0
+        unit[i] = 1.0
+
+
+@kernel
+def _sum(arguments, x, group, first, channels, block, state):
+    """Write the sums of the channels of a slice about their shift, over the rows of a block."""
+    a = arguments[()]
+    lines, columns, waiting = stack(1.0, 8192), stack(1.0, 7168), stack(np.uint64(0), 8)
+    shift = quantity_of(a, state, group, SHIFT, first, channels)
+    unit = quantity_of(a, state, group, UNIT, first, channels)
+    sums = quantity_of(a, state, group, SUMS + block * OF_BLOCK, first, channels)
+    squares = quantity_of(a, state, group, SQUARES + block * OF_BLOCK, first, channels)
+    rests = quantity_of(a, state, group, RESTS + block * OF_BLOCK, first, channels)
+    square_rests = quantity_of(a, state, group, SQUARE_RESTS + block * OF_BLOCK, first, channels)
+    for i in range(channels):
+        sums[i], squares[i], rests[i], square_rests[i] = 0.0, 0.0, 0.0, 0.0
+    exact, masked = x.storage == FLOAT64, a.mask != 0
+    whole = a.wide * channels * a.inner
+    length = piece_length(whole)
+    for column in range(0, whole, length):
+        count, found = min(length, whole - column), 0
+        begin_sums(a, channels, shift, unit, unit, columns, count)
+        for row in range(rows_before(a, block), rows_before(a, block + 1)):
+            if masked and a.inner == 1 and not valid(a, group, row, 0):
+                continue
+            own, line = own_columns(a, row, count), line_of(lines, found)
+            values = load_row(a, x, row, first, column, own, line)
+            if masked and a.inner > 1:
+                if exact:
+                    copy_line(DOUBLE, values, line, own)
+                    clear(a, DOUBLE, group, row, column, part(columns, AT_SHIFT, own), line, own)
+                else:
+                    copy_line(SINGLE, values, line, own)
+                    clear(a, SINGLE, group, row, column, part(columns, AT_SHIFT, own), line, own)
+                values = line
+            if exact:
+                add_row_exactly(values, own, columns)
+            elif own < count:
+                add_row(values, own, columns)
+            else:
+                waiting[found] = values
+                found += 1
+                if found == TOGETHER:
+                    add_rows(waiting, count, columns)
+                    found = 0
+        for number in range(found):
+            add_row(waiting[number], count, columns)
+        end_sums(a, columns, count, sums, squares, rests, square_rests)
+
+
+@device
+def _move(a, address, storage, at, new):
+    """Move a running statistic."""
+    put(address, storage, at, (1.0 - a.momentum) * get(address, storage, at) + a.momentum * new)
+
+
+@kernel
+def _conclude(arguments, group, first, channels, count, state):
+    """Write what the sums of a slice say: moments, or statistics and running statistics."""
+    a = arguments[()]
+    acc, step = accumulator_of(a), a.channels
+    shift = quantity_of(a, state, group, SHIFT, first, channels)
+    unit = quantity_of(a, state, group, UNIT, first, channels)
+    sums = quantity_of(a, state, group, SUMS, first, channels)
+    squares = quantity_of(a, state, group, SQUARES, first, channels)
+    rests = quantity_of(a, state, group, RESTS, first, channels)
+    square_rests = quantity_of(a, state, group, SQUARE_RESTS, first, channels)
+    for i in range(channels):
+        total = whole_sum(sums[i], rests[i])
+        distance = total / max(count, 1)
+        m2 = whole_sum(squares[i], square_rests[i]) - total * distance
+        m2 = 0.0 if m2 < 0.0 else m2 / unit[i] / unit[i]
+        distance /= unit[i]
+        some = count > 0
+        at = first + i if a.stage == COLLECT else (group * a.statistic_rows) * step + first + i
+        out = a.moments + np.uint64(step * (8 if acc == FLOAT64 else 4)) if a.stage == COLLECT else a.statistics
+        put(out, acc, at, shift[i] + distance if some else 0.0)
+        mean = get(out, acc, at)
+        put(out, acc, at + step, (shift[i] - mean) + distance if some else 0.0)
+        if a.stage == COLLECT:
+            put(a.moments, acc, at, np.float64(count))
+            put(out, acc, at + 2 * step, m2 if some else 0.0)
+            continue
+        low = get(out, acc, at + step)
+        put(out, acc, at + 2 * step, m2 / max(count, 1))  # rounded as the variance is
+        put(out, acc, at + 2 * step, rstd_of(acc, get(out, acc, at + 2 * step), a.eps) if some else 0.0)
+        running = group * step + first + i
+        if a.statistic_rows == 5:
+            r, d = 1.0, 0.0
+            if some:
+                running_rstd = rstd_of(acc, get(a.running_var, acc, running), a.eps)
+                r = min(max(running_rstd / get(out, acc, at + 2 * step), 1.0 / a.r_max), a.r_max)
+                d = ((mean - get(a.running_mean, acc, running)) + low) * running_rstd
+                d = min(max(d, -a.d_max), a.d_max)
+            put(out, acc, at + 3 * step, r)
+            put(out, acc, at + 4 * step, d)
+        if some and a.running_mean != 0:
+            _move(a, a.running_mean, acc, running, mean + low)
+        if count > a.correction and a.running_var != 0:
+            _move(a, a.running_var, acc, running, m2 / (count - a.correction))
+
+
+@kernel
+def _write_slice(arguments, x, residual, y, group, first, channels, block):
+    """Write the rows of a block of a slice of the output."""
+    a = arguments[()]
+    lines, columns, normalisation = stack(1.0, 4096), stack(1.0, 4096), stack(1.0, 7168)
+    double, masked = x.storage == FLOAT64, a.mask != 0
+    z, nothing = line_of(lines, 0), part(lines, 3 * LINE, LINE)
+    for i in range(LINE):
+        nothing[i] = 0.0
+    # In place a row is computed in a line: what may overlap is not vectorised.
+    direct = y.storage <= FLOAT64 and y.address != x.address and y.address != residual.address
+    normalise(arguments, group, first, channels, normalisation)
+    whole = a.wide * channels * a.inner
+    length = piece_length(whole)
+    for column in range(0, whole, length):
+        count = min(length, whole - column)
+        if double:
+            spread_normalisation(a, DOUBLE, normalisation, channels, count, columns)
+        else:
+            spread_normalisation(a, SINGLE, normalisation, channels, count, columns)
+        for row in range(rows_before(a, block), rows_before(a, block + 1)):
+            own, place = own_columns(a, row, count), place_of(a, y, row, first, column)
+            if masked and a.inner == 1 and not valid(a, group, row, 0):
+                store(y.address, y.storage, place, line_of(lines, 3), own)
+                continue
+            values = load_row(a, x, row, first, column, own, line_of(lines, 1))
+            added = residual.address
+            if added != 0:
+                added = load_row(a, residual, row, first, column, own, line_of(lines, 2))
+            if direct:
+                z = y.address + np.uint64(place * (8 if double else 4))
+            if double:
+                before_activation(DOUBLE, values, added, columns, z, own)
+                activate(a.activation, a.alpha, numbers(DOUBLE, z, 0, own))
+            else:
+                before_activation(SINGLE, values, added, columns, z, own)
+                activate(a.activation, np.float32(a.alpha), numbers(SINGLE, z, 0, own))
+            if masked and a.inner > 1:
+                if double:
+                    clear(a, DOUBLE, group, row, column, nothing, z, own)
+                else:
+                    clear(a, SINGLE, group, row, column, nothing, z, own)
+            if not direct:
+                store(y.address, y.storage, place, z, own)
+
+
+@kernel
+def statistics(arguments, counts, state, step, first_task, last_task):
+    """Form the statistics of slices; or with several blocks of rows make one step, whose tasks are these."""
+    a = arguments[()]
+    several = a.blocks > 1
+    state = state_from(a, state, first_task)
+    for group in range(a.first_group, a.last_group):
+        x = input_of(a, a.x, group, (a.x_group, a.x_outer, a.x_channel, a.x_inner))
+        count = counts[group]
+        for number in range(0 if several else first_task, a.slices if several else last_task):
+            first = number * a.slice_channels
+            channels = min(a.slice_channels, a.channels - first)
+            if step in (ALL, CHOOSE):
+                shift = quantity_of(a, state, group, SHIFT, first, channels)
+                _choose_shift(a, x, group, first, shift, quantity_of(a, state, group, UNIT, first, channels))
+            if step in (ALL, SUM):
+                blocks = range(first_task, last_task) if several else range(1)
+                for again in range(2 if step == ALL and a.storage == FLOAT64 else 1):
+                    if again:
+                        recentre(arguments, group, first, channels, count, state)
+                    for block in blocks:
+                        _sum(arguments, x, group, first, channels, block, state)
+            if step in (CENTRE, CONCLUDE):
+                merge(arguments, group, first, channels, state)
+            if step == CENTRE:
+                recentre(arguments, group, first, channels, count, state)
+            if step in (ALL, CONCLUDE):
+                _conclude(arguments, group, first, channels, count, state)
+
+
+@kernel
+def write(arguments, counts, state, first_task, last_task):
+    """Write the output of slices, or with several blocks of blocks of rows."""
+    a = arguments[()]
+    several = a.blocks > 1
+    for group in range(a.first_group, a.last_group):
+        x = input_of(a, a.x, group, (a.x_group, a.x_outer, a.x_channel, a.x_inner))
+        strides = a.residual_group, a.residual_outer, a.residual_channel, a.residual_inner
+        residual, y = input_of(a, a.residual, group, strides), output_of(a, a.y, group)
+        for number in range(0 if several else first_task, a.slices if several else last_task):
+            first = number * a.slice_channels
+            channels = min(a.slice_channels, a.channels - first)
+            for block in range(first_task if several else 0, last_task if several else 1):
+                _write_slice(arguments, x, residual, y, group, first, channels, block)

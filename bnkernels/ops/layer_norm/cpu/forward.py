@@ -1,0 +1,208 @@
+"""Layer norm forward on the CPU.
+
+Formulas:  Of ``cuda/layer_norm_forward.cu``.
+Arrays:    Those of the CUDA kernel, given by their addresses; 0 for none.
+Tasks:     Rows.
+Traffic:   A row is read from memory once as long as it fits into the cache, and written once; gamma and beta stay in
+           the cache.
+Numerics:  The mean is summed in float64, and so are the squares about it, float32 by fours. What the mean of float64
+           data lost by rounding is found beside them. Where the variance is beyond the type, the numbers are scaled
+           first: their sum may be beyond it too.
+Order:     A row knows of no other.
+"""
+
+import numpy as np
+
+from bnkernels.ops.activations_cpu import activate
+from bnkernels.runtime.cpu.language import (
+    LINE,
+    SAME,
+    cast,
+    device,
+    is_double,
+    kernel,
+    load,
+    numbers,
+    part,
+    place,
+    stack,
+    store,
+)
+from bnkernels.runtime.cpu.sums import add, fill_line, total
+from bnkernels.runtime.cpu.vectors import WIDTH, fill, fold, get, prefetch, put, widen
+
+FOUR = 4 * WIDTH  # numbers that are added in the accumulator's type
+MOST_TOGETHER, FEWEST_TOGETHER = 64, 8  # short rows that are normalised together: at most, or else one by one
+SMALL_SINGLE, SMALL_DOUBLE = 2.0**-66, 2.0**-600  # scales at which neither sums nor squares overflow
+
+
+@device
+def vector(like, array, first, line):
+    """Return numbers of gamma or beta from the first on; where there is none, `line`."""
+    return numbers(like, array, first, len(line)) if array else line
+
+
+@device
+def _moments(x, storage, offset, columns, scale, line, d):
+    """Return mean, remainder and variance of a row times `scale`; leave its last line less the mean in `d`."""
+    factor = cast(scale, line[0])
+    sums, rests, squares = (0.0, 0.0), (0.0, 0.0), (0.0, 0.0)
+    for start in range(0, columns, LINE):
+        values = load(x, storage, offset + start, 1, part(line, 0, min(LINE, columns - start)))
+        if scale != 1:
+            scaled = part(d, 0, len(values))
+            for j in range(len(values)):
+                scaled[j] = values[j] * factor
+            values = scaled
+        sums = add(sums, total(values))
+    exact = (sums[0] + sums[1]) / columns
+    mean = cast(exact, factor)
+    for start in range(0, columns, LINE):
+        values, centred = part(line, 0, min(LINE, columns - start)), part(d, 0, min(LINE, columns - start))
+        if storage == SAME or columns > LINE:
+            values = load(x, storage, offset + start, 1, values)
+        if scale != 1:
+            for j in range(len(values)):
+                centred[j] = values[j] * factor
+            values = centred
+        rest, square = _centre(values, mean, centred)
+        rests, squares = add(rests, rest), add(squares, square)
+    return _of_sums(columns, exact, mean, rests[0] + rests[1], squares[0] + squares[1])
+
+
+@device
+def _centre(values, mean, centred):
+    """Write the numbers less the mean; return their sum, which only float64 has a use for, and that of their squares.
+
+    Four float32 squares are added before float64 takes them.
+    """
+    zero, zeros = cast(0, mean), fill(0.0)
+    sums, squares, means = zeros, zeros, fill(mean)
+    whole, eights = len(values) // FOUR * FOUR, len(values) // WIDTH * WIDTH
+    for i in range(0, whole, FOUR):
+        sum_, square = fill(zero), fill(zero)
+        prefetch(values, i + len(values))  # the next row
+        prefetch(values, i + len(values) + FOUR // 2)
+        for k in range(i, i + FOUR, WIDTH):
+            d = get(values, k) - means
+            put(centred, k, d)
+            sum_, square = sum_ + d, square + d * d
+        sums, squares = sums + widen(sum_), squares + widen(square)
+    for i in range(whole, eights, WIDTH):
+        d = get(values, i) - means
+        put(centred, i, d)
+        sums, squares = sums + widen(d), squares + widen(d * d)
+    rest, rest_square = 0.0, 0.0
+    for i in range(eights, len(values)):
+        last = values[i] - mean
+        centred[i] = last
+        rest, rest_square = rest + last, rest_square + np.float64(last * last)
+    return fold(sums) + rest, fold(squares) + rest_square
+
+
+@device
+def _of_sums(columns, exact, mean, rest, squares):
+    """Return mean, what is left of it, and variance, from sums of the numbers less the mean and of their squares."""
+    rest = rest / columns if is_double(mean) else exact - mean
+    variance = squares / columns - rest * rest
+    return np.float64(mean), rest, 0.0 if variance < 0 else variance
+
+
+@device
+def _statistics(mean, rest, variance, back, eps):
+    """Return mean, mean_low and rstd of moments of numbers that were multiplied by 1 / `back`."""
+    exact = mean + rest
+    high = cast(exact, eps)
+    low = cast((exact - high) + (rest - (exact - mean)), eps)
+    variance = np.float64(cast(variance * np.float64(back) * np.float64(back), eps))
+    return high * back, low * back, cast(1 / np.sqrt(variance + np.float64(eps)), eps)
+
+
+@device
+def _normalise(centred, low, rstd, weights, shifts, z):
+    for j in range(len(z)):
+        z[j] = (centred[j] - low) * rstd * weights[j] + shifts[j]
+
+
+@kernel
+def _row(storage, x, gamma, beta, y, of_rows, n, columns, eps, alpha, code, line, d, ones, zeros):
+    """Normalise a row."""
+    scale, rows = 1.0, len(of_rows) // 3
+    while True:
+        mean, rest, variance = _moments(x, storage, n * columns, columns, scale, line, d)
+        if scale != 1 or np.isfinite(cast(variance, eps)):
+            break
+        scale = SMALL_DOUBLE if is_double(eps) else SMALL_SINGLE
+    high, low, rstd = _statistics(mean, rest, variance, cast(1 / scale, eps), eps)
+    of_rows[n], of_rows[rows + n], of_rows[2 * rows + n] = high, low, rstd
+    held = scale == 1 and columns <= LINE  # in `d`
+    if held:
+        low = cast(rest, eps)
+    if rstd == 0:  # the distance from the mean may be beyond the type
+        high, low, held = rstd, rstd, False
+    for start in range(0, columns, LINE):
+        count, offset = min(LINE, columns - start), n * columns + start
+        centred = part(d, 0, count)
+        if not held:
+            values = load(x, storage, offset, 1, part(line, 0, count))
+            for j in range(count):
+                centred[j] = values[j] - high
+        z = place(y, storage, offset, part(line, 0, count))
+        weights, shifts = vector(eps, gamma, start, part(ones, 0, count)), part(zeros, 0, count)
+        _normalise(centred, low, rstd, weights, vector(eps, beta, start, shifts), z)
+        if code != 0 or alpha != 1:
+            activate(code, alpha, z)
+        store(y, storage, offset, z)
+
+
+@device
+def _short_rows(storage, x, gamma, beta, y, of_rows, n, count, columns, eps, alpha, code, line, d, ones, zeros):
+    """Normalise rows that together are a line: step by step all of them, for a row is a chain of operations."""
+    means, rests, variances = stack(0.0, MOST_TOGETHER), stack(0.0, MOST_TOGETHER), stack(0.0, MOST_TOGETHER)
+    rows = len(of_rows) // 3
+    values = load(x, storage, n * columns, 1, part(line, 0, count * columns))
+    for i in range(count):
+        means[i] = total(part(values, i * columns, columns))
+    for i in range(count):
+        means[i] /= columns
+    for i in range(count):
+        row, centred, mean = part(values, i * columns, columns), part(d, i * columns, columns), cast(means[i], eps)
+        rests[i], variances[i] = _centre(row, mean, centred)
+    largest = 0.0
+    for i in range(count):
+        mean, rest, variance = _of_sums(columns, means[i], cast(means[i], eps), rests[i], variances[i])
+        high, low, rstd = _statistics(mean, rest, variance, cast(1.0, eps), eps)
+        of_rows[n + i], of_rows[rows + n + i], of_rows[2 * rows + n + i] = high, low, rstd
+        rests[i] = rest
+        largest += variance
+    if not np.isfinite(cast(largest, eps)):  # one of them, or nearly
+        for i in range(count):
+            _row(storage, x, gamma, beta, y, of_rows, n + i, columns, eps, alpha, code, line, d, ones, zeros)
+        return
+    z = place(y, storage, n * columns, part(line, 0, count * columns))
+    weights, shifts = vector(eps, gamma, 0, part(ones, 0, columns)), part(zeros, 0, columns)
+    shifts = vector(eps, beta, 0, shifts)
+    for i in range(count):
+        centred, rstd, out = part(d, i * columns, columns), of_rows[2 * rows + n + i], part(z, i * columns, columns)
+        _normalise(centred, cast(rests[i], eps), rstd, weights, shifts, out)
+    if code != 0 or alpha != 1:
+        activate(code, alpha, z)
+    store(y, storage, n * columns, z)
+
+
+@kernel
+def forward_rows(like, storage, x, gamma, beta, y, statistics, rows, columns, eps, alpha, code, first, last):
+    """Write `y` and the statistics of rows."""
+    line, d, ones, zeros = stack(like, LINE), stack(like, LINE), stack(like, LINE), stack(like, LINE)
+    fill_line(part(ones, 0, min(LINE, columns)), cast(1, like))
+    fill_line(part(zeros, 0, min(LINE, columns)), cast(0, like))
+    of_rows = numbers(like, statistics, 0, 3 * rows)
+    eps, alpha = cast(eps, like), cast(alpha, like)
+    together = min(MOST_TOGETHER, LINE // columns)
+    if together >= FEWEST_TOGETHER:
+        for n in range(first, last, together):
+            count = min(together, last - n)
+            _short_rows(storage, x, gamma, beta, y, of_rows, n, count, columns, eps, alpha, code, line, d, ones, zeros)
+    else:
+        for n in range(first, last):
+            _row(storage, x, gamma, beta, y, of_rows, n, columns, eps, alpha, code, line, d, ones, zeros)

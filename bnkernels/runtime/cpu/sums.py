@@ -1,0 +1,71 @@
+"""Sums of the CPU kernels: of a line, of more numbers than a float64 has digits for, and of blocks of rows."""
+
+from __future__ import annotations
+
+from bnkernels.runtime.cpu.language import LINE, device, doubles, kernel, numbers, part, stack
+from bnkernels.runtime.cpu.vectors import WIDTH, fill, fold, get, widen
+
+MOST_SUMS = 2**18  # sums of the columns of all blocks, in float64: 2 MiB
+
+
+@device
+def total(line):
+    """Return the float64 sum of a line, whose numbers are added in 32 lanes and these by halves."""
+    a, b, c, d = fill(0.0), fill(0.0), fill(0.0), fill(0.0)
+    whole, eights = len(line) // (4 * WIDTH) * (4 * WIDTH), len(line) // WIDTH * WIDTH
+    for i in range(0, whole, 4 * WIDTH):
+        a, b = a + widen(get(line, i)), b + widen(get(line, i + WIDTH))
+        c, d = c + widen(get(line, i + 2 * WIDTH)), d + widen(get(line, i + 3 * WIDTH))
+    a = (a + c) + (b + d)
+    for i in range(whole, eights, WIDTH):
+        a = a + widen(get(line, i))
+    rest = 0.0
+    for i in range(eights, len(line)):
+        rest += line[i]
+    return fold(a) + rest
+
+
+@device
+def add(pair, number):
+    """Return a pair `(high, low)` with a number added to it, whose rounding error goes to `low`."""
+    high, low = pair
+    both = high + number
+    added = both - high
+    return both, low + ((high - (both - added)) + (number - added))
+
+
+@device
+def fill_line(line, number):
+    """Write one number everywhere."""
+    for j in range(len(line)):
+        line[j] = number
+
+
+@device
+def flush(line, sums):
+    """Add a line to float64 sums and clear it."""
+    for j in range(len(sums)):
+        sums[j] += line[j]
+        line[j] = 0
+
+
+@device
+def round_to(sums, line):
+    """Write float64 sums into a line."""
+    for j in range(len(sums)):
+        line[j] = sums[j]
+
+
+@kernel
+def merge(like, sums, offset, step, blocks, columns, out):
+    """Add the sums of all blocks in order: `columns` of them every `step` numbers, from an offset on."""
+    high, low, out = stack(0.0, LINE), stack(0.0, LINE), numbers(like, out, 0, columns)
+    for start in range(0, columns, LINE):
+        count = min(LINE, columns - start)
+        fill_line(part(high, 0, count), 0.0), fill_line(part(low, 0, count), 0.0)
+        for block in range(blocks):
+            more = doubles(sums, offset + block * step + start, count)
+            for j in range(count):
+                high[j], low[j] = add((high[j], low[j]), more[j])
+        for j in range(count):
+            out[start + j] = high[j] + low[j]
