@@ -21,7 +21,7 @@ from bnkernels.ops.activations import ACTIVATIONS
 from bnkernels.ops.fused_training.launch import OPTIMIZERS, Problem, shared_bytes
 from bnkernels.ops.softmax_cross_entropy.op import softmax_cross_entropy
 from bnkernels.runtime.cpu import threads
-from bnkernels.train.config import DEFAULT_LEARNING_RATES, ConfigError, TrainingConfig
+from bnkernels.train.config import ConfigError, TrainingConfig
 from bnkernels.train.learner import Learner
 from tests.regress.refusal import refused
 from tools import backends
