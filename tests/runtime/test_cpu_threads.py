@@ -155,7 +155,7 @@ def test_little_work_wakes_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("guilty", [0, 1, 2])
 def test_an_exception_comes_out_when_all_have_ended(guilty: int) -> None:
-    """Whoever raises it: until then the others write into the caller's arrays."""
+    """The caller waits for all: until then the others write into the caller's arrays."""
     bn.set_num_threads(3)
     started, ended = threading.Barrier(3), []
 

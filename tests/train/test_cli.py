@@ -57,7 +57,9 @@ def test_the_main_job_answers_the_question(capsys):
     assert min(map(float, accuracies)) > 96
     assert re.search(r"^steps to 95 % +\d+ +\d+$", out, re.MULTILINE)
     assert re.search(r"^µs per step +[\d.]+ +[\d.]+$", out, re.MULTILINE)
-    verdict = r"takes [\d.]+ times a step without \(quartiles [\d.]+ and [\d.]+ of (1099|49) rounds\). Accepted wisdom: 3 to"
+    verdict = (
+        r"takes [\d.]+ times a step without \(quartiles [\d.]+ and [\d.]+ of (1099|49) rounds\). Accepted wisdom: 3 to"
+    )
     busy = r"No verdict .*: half of (1099|49) rounds lie between [\d.]+ and [\d.]+, more than 15 % from the median, "
     assert re.search(f"{verdict}|{busy}", out)
     (files,) = re.findall(r"^Files: (.*)$", out, re.MULTILINE)
@@ -171,7 +173,7 @@ def test_json_is_one_document_and_the_content_of_metrics(capsys):
     low, high = ratio["quartiles"]
     assert 0 < low <= ratio["median"] <= high
     assert ratio["steps"] == 10
-    assert ratio["rounds"] in (9, 1)  # of a step, or with compiled steps of an epoch
+    assert ratio["rounds"] in (9, 1)  # the end of a step, or with compiled steps of an epoch
     assert ratio["why_no_verdict"] == "10 steps of each were timed, and 200 are needed"
 
 

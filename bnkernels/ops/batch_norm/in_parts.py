@@ -28,7 +28,7 @@ POINTERS = "moments merged statistics running_mean running_var"
 ARGUMENTS = {"statistics": arguments_type(POINTERS, "parts channels", "momentum correction eps", "")}
 THREADS = 128
 CALLS = ReplayCache()
-IDENTITY = activation_named("identity")
+IDENTITY, CPU = activation_named("identity"), "bnkernels.ops.batch_norm.cpu.merging"
 
 
 def batch_norm_moments(x: Any, *, axis: int = 1, mask: Any = None, out: Any = None) -> Any:
@@ -142,8 +142,7 @@ def batch_norm_statistics(
     if channels == 0:
         return statistics, merged
     if runtime is None:
-        merging = kernels("bnkernels.ops.batch_norm.cpu.merging") or reference
-        merging.merge(moments, statistics, merged, running_mean, running_var, *options)
+        (kernels(CPU) or reference).merge(moments, statistics, merged, running_mean, running_var, *options)
         return statistics, merged
     check.one_device(runtime, NAMES, arrays)
     pointers = addresses(runtime, moments, merged, statistics, running_mean, running_var)

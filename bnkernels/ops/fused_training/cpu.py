@@ -33,7 +33,7 @@ from bnkernels.runtime.cpu.threads import share
 
 INPUTS, OUTPUTS, WEIGHT, GAMMA, SHIFT, MEAN, VARIANCE, NORM, PITCH, Z, VECTORS, SUMS, RSTDS, COLUMNS = range(
     14
-)  # of the table
+)  # entries of the table
 NONE, BATCH, LAYER = range(3)  # norms
 COUNT = 6  # vectors of a layer, see cpu_blocks.py
 BLOCK = 2**14  # numbers of a block, of which several fit into the L2 cache

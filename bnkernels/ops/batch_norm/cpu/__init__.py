@@ -67,7 +67,7 @@ def _division(problem: Problem, masked: bool) -> tuple[dict[str, int], int]:
     wide, rows, channels, count = slices_of(problem, masked)
     size, blocks = problem.rows * problem.channels, 1
     if problem.groups == 1 and problem.inner == 1 and count < FEW_SLICES and size >= WORTH_SHARING:
-        blocks = min(MOST_BLOCKS, size // BLOCK)
+        blocks = max(1, min(MOST_BLOCKS, size // BLOCK))
     together = max(1, min(IN_CACHE * count // (size * problem.groups), STATE // (SUMS + OF_BLOCK) // channels))
     width = problem.channels if blocks > 1 else min(problem.channels, together * channels)
     groups = max(1, min(problem.groups, STATE // (SUMS + OF_BLOCK) // width))

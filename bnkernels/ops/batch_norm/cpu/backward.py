@@ -25,7 +25,7 @@ from bnkernels.ops.batch_norm.cpu.rows import (
     accumulator_of,
     clear,
     copy_line,
-    get,
+    get_line,
     input_of,
     line_of,
     load_row,
@@ -64,10 +64,10 @@ from bnkernels.ops.batch_norm.cpu.sums import (
     total_of,
     whole_sum,
 )
-from bnkernels.runtime.cpu.language import LINE, device, kernel, numbers, part, stack
+from bnkernels.runtime.cpu.language import LINE, device, doubles, inner, kernel, numbers, part, singles, stack
 
 
-@kernel
+@inner
 def _gradient(a, dy, x, residual, group, row, first, column, own, columns, lines):
     """Return the addresses of a row of g, the gradient before the activation, and of the row of x.
 
@@ -109,7 +109,7 @@ def _gradient(a, dy, x, residual, group, row, first, column, own, columns, lines
     return g, values
 
 
-@kernel
+@inner
 def _sum_gradients(arguments, dy, x, residual, group, first, channels, block, state):
     """Write the sums of g and of g (x - mean) of the channels of a slice, over the rows of a block."""
     a = arguments[()]
@@ -156,7 +156,7 @@ def _sum_gradients(arguments, dy, x, residual, group, first, channels, block, st
         end_sums(a, sums_of, count, sums, squares, rests, square_rests)
 
 
-@kernel
+@inner
 def _conclude(arguments, first, channels, counts, state):
     """Write dgamma and dbeta of a slice, over all groups; or the sums, with the count."""
     a = arguments[()]
@@ -190,40 +190,69 @@ def _conclude(arguments, first, channels, counts, state):
             put(a.dbeta, of_parameters, first + i, dbeta[i])
 
 
-@kernel
-def _gradient_of_input(like, g, row, columns, means, out, count):
-    """Write a row of dx to an address: ``scale (g - mean of g - (x - mean) slope)``, computed in float64."""
-    gradient, x, dx = numbers(like, g, 0, count), numbers(like, row, 0, count), numbers(like, out, 0, count)
-    mean, low, scale = part(means, 0, count), part(means, LINE, count), part(means, 2 * LINE, count)
-    mean_g, slope = part(means, 3 * LINE, count), part(means, 4 * LINE, count)
+@inner
+def _gradient_of_input(g, row, means, out, count):
+    """Write a row of dx to an address, of float32: ``scale g + (factor x + shift)`` in float64."""
+    gradient, x, dx = singles(g, 0, count), singles(row, 0, count), singles(out, 0, count)
+    scale, factor, shift = part(means, 0, count), part(means, LINE, count), part(means, 2 * LINE, count)
     for i in range(count):
-        centred = (np.float64(x[i]) - mean[i]) - low[i]
-        dx[i] = scale[i] * ((np.float64(gradient[i]) - mean_g[i]) - centred * slope[i])
+        dx[i] = scale[i] * gradient[i] + (factor[i] * x[i] + shift[i])
 
 
-@kernel
+@inner
+def _gradient_of_input_exactly(g, row, means, out, count):
+    """Write a row of dx to an address, of float64: ``scale g + (factor ((x - mean) - mean_low) + shift)``."""
+    gradient, x, dx = doubles(g, 0, count), doubles(row, 0, count), doubles(out, 0, count)
+    scale, factor, shift = part(means, 0, count), part(means, LINE, count), part(means, 2 * LINE, count)
+    mean, low = part(means, 3 * LINE, count), part(means, 4 * LINE, count)
+    for i in range(count):
+        dx[i] = scale[i] * gradient[i] + (factor[i] * ((x[i] - mean[i]) - low[i]) + shift[i])
+
+
+@inner
+def _choose_factors(a, group, first, count, normalisation, state, factor, shift):
+    """Write factor and shift of ``dx = scale g + (factor c + shift)``, where c is x - mean, or of float32 data x."""
+    channels, acc, step = len(factor), accumulator_of(a), a.channels
+    lines = stack(1.0, 3072)
+    sums, products = part(lines, 0, channels), part(lines, LINE, channels)
+    divisor = part(lines, 2 * LINE, channels)
+    for i in range(channels):
+        sums[i], products[i], divisor[i] = 0.0, 0.0, max(count, 1)
+    if a.stage == APPLY:
+        get_line(a.sums, acc, first, 1, sums)
+        get_line(a.sums, acc, first + step, 1, products)
+        get_line(a.sums, acc, first + 2 * step, 1, divisor)
+        for i in range(channels):
+            divisor[i] = max(divisor[i], 1.0)
+    elif a.stage == WHOLE:
+        unit = quantity_of(a, state, group, UNIT, first, channels)
+        of_g = quantity_of(a, state, group, SUMS, first, channels)
+        of_products = quantity_of(a, state, group, SQUARES, first, channels)
+        for i in range(channels):
+            divisor[i] *= unit[i]
+            sums[i], products[i] = of_g[i], of_products[i] * normalisation[RSTD * LINE + i]
+    for i in range(channels):
+        scale, rstd, n = normalisation[SCALE * LINE + i], normalisation[RSTD * LINE + i], divisor[i]
+        factor[i] = -scale * (products[i] / n * rstd)
+        shift[i] = -scale * (sums[i] / n)
+        if a.storage != FLOAT64:
+            shift[i] -= factor[i] * (normalisation[MEAN * LINE + i] + normalisation[LOW * LINE + i])
+        if a.stage == FROZEN:
+            shift[i] = 0.0
+
+
+@inner
 def _write_gradients(arguments, dy, x, residual, dx, dresidual, group, first, channels, count_of_group, block, state):
     """Write the rows of a block of a slice of dx and dresidual."""
     a = arguments[()]
     lines, columns, means = stack(1.0, 6144), stack(1.0, 4096), stack(1.0, 5120)
-    normalisation, slope, mean_g = stack(1.0, 7168), stack(1.0, 1024), stack(1.0, 1024)
-    acc, step, double, masked = accumulator_of(a), a.channels, x.storage == FLOAT64, a.mask != 0
-    nothing = part(lines, 5 * LINE, LINE)
+    normalisation, factors = stack(1.0, 7168), stack(1.0, 2048)
+    double, masked, nothing = x.storage == FLOAT64, a.mask != 0, part(lines, 5 * LINE, LINE)
     for i in range(LINE):
         nothing[i] = 0.0
     normalise(arguments, group, first, channels, normalisation)
-    for i in range(channels):
-        mean_g[i], slope[i] = 0.0, 0.0
-        rstd = normalisation[RSTD * LINE + i]
-        if a.stage == APPLY:
-            divisor = max(get(a.sums, acc, first + i + 2 * step), 1.0)
-            mean_g[i] = get(a.sums, acc, first + i) / divisor
-            slope[i] = get(a.sums, acc, first + i + step) * rstd / divisor
-        elif a.stage == WHOLE:
-            unit = quantity_of(a, state, group, UNIT, first, channels)[i]
-            divisor = np.float64(max(count_of_group, 1))
-            mean_g[i] = quantity_of(a, state, group, SUMS, first, channels)[i] / divisor / unit
-            slope[i] = quantity_of(a, state, group, SQUARES, first, channels)[i] / divisor / unit * rstd * rstd
+    factor, shift = part(factors, 0, channels), part(factors, LINE, channels)
+    _choose_factors(a, group, first, count_of_group, normalisation, state, factor, shift)
     direct = dx.storage <= FLOAT64 and dx.address != x.address and dx.address != dy.address
     direct = direct and dx.address != residual.address
     whole = a.wide * channels * a.inner
@@ -232,14 +261,13 @@ def _write_gradients(arguments, dy, x, residual, dx, dresidual, group, first, ch
         count = min(length, whole - column)
         if double:
             spread_normalisation(a, DOUBLE, normalisation, channels, count, columns)
+            spread(part(normalisation, MEAN * LINE, channels), channels, a.inner, part(means, 3 * LINE, count))
+            spread(part(normalisation, LOW * LINE, channels), channels, a.inner, part(means, 4 * LINE, count))
         else:
             spread_normalisation(a, SINGLE, normalisation, channels, count, columns)
-        for number in range(3):
-            spread(part(normalisation, number * LINE, channels), channels, a.inner, part(means, number * LINE, count))
-            if a.stage == FROZEN and number < SCALE:  # dx does not depend on x
-                spread(part(mean_g, 0, channels), channels, a.inner, part(means, number * LINE, count))
-        spread(part(mean_g, 0, channels), channels, a.inner, part(means, 3 * LINE, count))
-        spread(part(slope, 0, channels), channels, a.inner, part(means, 4 * LINE, count))
+        spread(part(normalisation, SCALE * LINE, channels), channels, a.inner, part(means, 0, count))
+        spread(factor, channels, a.inner, part(means, LINE, count))
+        spread(shift, channels, a.inner, part(means, 2 * LINE, count))
         for row in range(rows_before(a, block), rows_before(a, block + 1)):
             own, place = own_columns(a, row, count), place_of(a, dx, row, first, column)
             if masked and a.inner == 1 and not valid(a, group, row, 0):
@@ -250,13 +278,13 @@ def _write_gradients(arguments, dy, x, residual, dx, dresidual, group, first, ch
             g, values = _gradient(a, dy, x, residual, group, row, first, column, own, columns, lines)
             if dresidual.address != 0:
                 store(dresidual.address, dresidual.storage, place, g, own)
-            if a.stage == FROZEN:
+            if a.stage == FROZEN:  # dx does not depend on x
                 values = line_of(lines, 5)
             out = dx.address + np.uint64(place * (8 if double else 4)) if direct else line_of(lines, 4)
             if double:
-                _gradient_of_input(DOUBLE, g, values, columns, means, out, own)
+                _gradient_of_input_exactly(g, values, means, out, own)
             else:
-                _gradient_of_input(SINGLE, g, values, columns, means, out, own)
+                _gradient_of_input(g, values, means, out, own)
             if masked and a.inner > 1:
                 if double:
                     clear(a, DOUBLE, group, row, column, nothing, out, own)

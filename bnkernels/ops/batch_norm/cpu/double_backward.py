@@ -43,7 +43,7 @@ from bnkernels.ops.batch_norm.cpu.rows import (
     store,
 )
 from bnkernels.ops.batch_norm.cpu.sums import fold, whole_sum
-from bnkernels.runtime.cpu.language import LINE, cast, kernel, numbers, part, stack
+from bnkernels.runtime.cpu.language import LINE, cast, inner, kernel, numbers, part, stack
 
 # Lines of a row, in float64.
 V, G, C, K, SLOPE_OF_ROW, ADDED = range(6)  # ddx, g, x - mean, dy phi'', phi', ddresidual
@@ -52,7 +52,7 @@ OF_V, W0, W1, GAMMA, HG, HV, D0, D1, OF_DX = range(9)
 TOTALS = 7  # sums of g, g c, ddx, ddx c, ddx g; and of q, q c
 
 
-@kernel
+@inner
 def _widen(like, source, out):
     """Write a line in float64; 0 if it is at address 0."""
     if source == 0:
@@ -64,7 +64,7 @@ def _widen(like, source, out):
         out[i] = line[i]
 
 
-@kernel
+@inner
 def _prepare(a, like, tensors, row, first, column, own, columns, means, lines, scratch):
     """Write what the formulas need of a row."""
     ddx, dy, x, residual, ddresidual = tensors
@@ -102,7 +102,7 @@ def _prepare(a, like, tensors, row, first, column, own, columns, means, lines, s
         c[i] = (c[i] - mean[i]) - low[i]
 
 
-@kernel
+@inner
 def _add_first(lines, own, sums):
     """Add a row to the sums of g, g c, ddx, ddx c and ddx g."""
     v, g, c = part(lines, V * LINE, own), part(lines, G * LINE, own), part(lines, C * LINE, own)
@@ -114,7 +114,7 @@ def _add_first(lines, own, sums):
         sums[4 * LINE + i] += v[i] * g[i]
 
 
-@kernel
+@inner
 def _weigh(lines, own, constants, w, q):
     """Write w and q of a row."""
     v, added = part(lines, V * LINE, own), part(lines, ADDED * LINE, own)
@@ -125,7 +125,7 @@ def _weigh(lines, own, constants, w, q):
         q[i] = w[i] * k[i]
 
 
-@kernel
+@inner
 def _add_second(lines, q, own, sums):
     """Add a row to the sums of q and q c."""
     c = part(lines, C * LINE, own)
@@ -134,7 +134,7 @@ def _add_second(lines, q, own, sums):
         sums[6 * LINE + i] += q[i] * c[i]
 
 
-@kernel
+@inner
 def _write_row(a, like, lines, w, q, own, constants, outputs, row, first, column, line):
     """Write a row of ddy, dx and dresidual."""
     ddy, dx, dresidual = outputs
@@ -155,7 +155,7 @@ def _write_row(a, like, lines, w, q, own, constants, outputs, row, first, column
         store(dresidual.address, dresidual.storage, place, line, own)
 
 
-@kernel
+@inner
 def _choose_w(a, first, channels, normalisation, totals, constants):
     """Write the constants that follow from the first sums."""
     acc, count = accumulator_of(a), np.float64(a.outer * a.inner)
@@ -172,7 +172,7 @@ def _choose_w(a, first, channels, normalisation, totals, constants):
         constants[HV * LINE + i] = -s * mean_g_xhat
 
 
-@kernel
+@inner
 def _conclude(a, first, channels, normalisation, totals, constants):
     """Write dgamma and dbeta, and the constants that follow from all sums."""
     acc, count = accumulator_of(a), np.float64(a.outer * a.inner)
@@ -190,7 +190,7 @@ def _conclude(a, first, channels, normalisation, totals, constants):
         constants[OF_DX * LINE + i] = rstd
 
 
-@kernel
+@inner
 def _pass(a, tensors, outputs, first, channels, normalisation, step, totals, rests, of_slice):
     """Read all rows of a slice: for the first sums, for those of q, or to write the outputs."""
     lines, scratch, columns, sums = stack(1.0, 6144), stack(1.0, 5120), stack(1.0, 4096), stack(1.0, 7168)

@@ -18,7 +18,7 @@ from bnkernels.ops.batch_norm.cpu.rows import (
     accumulator_of,
     clear,
     copy_line,
-    get,
+    get_line,
     input_of,
     line_of,
     load_row,
@@ -26,7 +26,7 @@ from bnkernels.ops.batch_norm.cpu.rows import (
     own_columns,
     piece_length,
     place_of,
-    put,
+    put_line,
     store,
     valid,
 )
@@ -56,10 +56,10 @@ from bnkernels.ops.batch_norm.cpu.sums import (
     state_from,
     whole_sum,
 )
-from bnkernels.runtime.cpu.language import LINE, device, kernel, numbers, part, stack
+from bnkernels.runtime.cpu.language import LINE, inner, kernel, numbers, part, stack
 
 
-@kernel
+@inner
 def _choose_shift(a, x, group, first, shift, unit):
     """Write a number near the mean of each channel: the middle one of three, so that no outlier is taken."""
     size = a.outer * a.inner
@@ -71,18 +71,18 @@ def _choose_shift(a, x, group, first, shift, unit):
         while position > 0 and not valid(a, group, position // a.inner, position % a.inner):
             position -= 1
         places[number] = x.start + position // a.inner * x.outer + position % a.inner * x.inner
+    lines = stack(1.0, 2048)
+    low, high = part(lines, 0, len(shift)), part(lines, LINE, len(shift))
+    get_line(x.address, x.storage, places[0] + first * x.channel, x.channel, low)
+    get_line(x.address, x.storage, places[1] + first * x.channel, x.channel, high)
+    get_line(x.address, x.storage, places[2] + first * x.channel, x.channel, shift)
     for i in range(len(shift)):
-        of_channel = (first + i) * x.channel
-        low = get(x.address, x.storage, places[0] + of_channel)
-        high = get(x.address, x.storage, places[1] + of_channel)
-        if low > high:
-            low, high = high, low
-        middle = max(low, min(high, get(x.address, x.storage, places[2] + of_channel)))
+        middle = max(min(low[i], high[i]), min(max(low[i], high[i]), shift[i]))
         shift[i] = middle if np.isfinite(middle) else 0.0
         unit[i] = 1.0
 
 
-@kernel
+@inner
 def _sum(arguments, x, group, first, channels, block, state):
     """Write the sums of the channels of a slice about their shift, over the rows of a block."""
     a = arguments[()]
@@ -129,59 +129,90 @@ def _sum(arguments, x, group, first, channels, block, state):
         end_sums(a, columns, count, sums, squares, rests, square_rests)
 
 
-@device
-def _move(a, address, storage, at, new):
+@inner
+def _move(a, address, at, new):
     """Move a running statistic."""
-    put(address, storage, at, (1.0 - a.momentum) * get(address, storage, at) + a.momentum * new)
+    acc, running = accumulator_of(a), part(stack(1.0, 1024), 0, len(new))
+    get_line(address, acc, at, 1, running)
+    for i in range(len(new)):
+        running[i] = (1.0 - a.momentum) * running[i] + a.momentum * new[i]
+    put_line(address, acc, at, running)
 
 
-@kernel
+@inner
+def _renormalise(a, group, first, mean, low, rstd):
+    """Write r and d of renormalisation, of a group that has values."""
+    acc, step = accumulator_of(a), a.channels
+    lines = stack(1.0, 2048)
+    running_mean, running_rstd = part(lines, 0, len(mean)), part(lines, LINE, len(mean))
+    get_line(a.running_mean, acc, group * step + first, 1, running_mean)
+    get_line(a.running_var, acc, group * step + first, 1, running_rstd)
+    for i in range(len(mean)):
+        running_rstd[i] = rstd_of(acc, running_rstd[i], a.eps)
+        d = ((mean[i] - running_mean[i]) + low[i]) * running_rstd[i]
+        running_rstd[i] = min(max(running_rstd[i] / rstd[i], 1.0 / a.r_max), a.r_max)
+        running_mean[i] = min(max(d, -a.d_max), a.d_max)
+    at = (group * a.statistic_rows + 3) * step + first
+    put_line(a.statistics, acc, at, running_rstd)
+    put_line(a.statistics, acc, at + step, running_mean)
+
+
+@inner
 def _conclude(arguments, group, first, channels, count, state):
     """Write what the sums of a slice say: moments, or statistics and running statistics."""
     a = arguments[()]
-    acc, step = accumulator_of(a), a.channels
+    acc, step, divisor, lines = accumulator_of(a), a.channels, max(count, 1), stack(1.0, 5120)
     shift = quantity_of(a, state, group, SHIFT, first, channels)
     unit = quantity_of(a, state, group, UNIT, first, channels)
     sums = quantity_of(a, state, group, SUMS, first, channels)
     squares = quantity_of(a, state, group, SQUARES, first, channels)
     rests = quantity_of(a, state, group, RESTS, first, channels)
     square_rests = quantity_of(a, state, group, SQUARE_RESTS, first, channels)
+    mean, low, rstd = part(lines, 0, channels), part(lines, LINE, channels), part(lines, 2 * LINE, channels)
+    distance, m2 = part(lines, 3 * LINE, channels), part(lines, 4 * LINE, channels)
     for i in range(channels):
         total = whole_sum(sums[i], rests[i])
-        distance = total / max(count, 1)
-        m2 = whole_sum(squares[i], square_rests[i]) - total * distance
-        m2 = 0.0 if m2 < 0.0 else m2 / unit[i] / unit[i]
-        distance /= unit[i]
-        some = count > 0
-        at = first + i if a.stage == COLLECT else (group * a.statistic_rows) * step + first + i
-        out = a.moments + np.uint64(step * (8 if acc == FLOAT64 else 4)) if a.stage == COLLECT else a.statistics
-        put(out, acc, at, shift[i] + distance if some else 0.0)
-        mean = get(out, acc, at)
-        put(out, acc, at + step, (shift[i] - mean) + distance if some else 0.0)
-        if a.stage == COLLECT:
-            put(a.moments, acc, at, np.float64(count))
-            put(out, acc, at + 2 * step, m2 if some else 0.0)
-            continue
-        low = get(out, acc, at + step)
-        put(out, acc, at + 2 * step, m2 / max(count, 1))  # rounded as the variance is
-        put(out, acc, at + 2 * step, rstd_of(acc, get(out, acc, at + 2 * step), a.eps) if some else 0.0)
-        running = group * step + first + i
-        if a.statistic_rows == 5:
-            r, d = 1.0, 0.0
-            if some:
-                running_rstd = rstd_of(acc, get(a.running_var, acc, running), a.eps)
-                r = min(max(running_rstd / get(out, acc, at + 2 * step), 1.0 / a.r_max), a.r_max)
-                d = ((mean - get(a.running_mean, acc, running)) + low) * running_rstd
-                d = min(max(d, -a.d_max), a.d_max)
-            put(out, acc, at + 3 * step, r)
-            put(out, acc, at + 4 * step, d)
-        if some and a.running_mean != 0:
-            _move(a, a.running_mean, acc, running, mean + low)
-        if count > a.correction and a.running_var != 0:
-            _move(a, a.running_var, acc, running, m2 / (count - a.correction))
+        distance[i] = total / divisor
+        square = whole_sum(squares[i], square_rests[i]) - total * distance[i]
+        m2[i] = 0.0 if square < 0.0 or count == 0 else square / unit[i] / unit[i]
+        distance[i] /= unit[i]
+        mean[i] = shift[i] + distance[i] if count > 0 else 0.0
+    collected = a.stage == COLLECT
+    out = a.moments if collected else a.statistics
+    at = step + first if collected else group * a.statistic_rows * step + first
+    put_line(out, acc, at, mean)
+    for i in range(channels):
+        low[i] = (shift[i] - mean[i]) + distance[i] if count > 0 else 0.0
+        rstd[i] = m2[i] / divisor
+        distance[i] = count
+    put_line(out, acc, at + step, low)
+    if collected:
+        put_line(out, acc, first, distance)
+        put_line(out, acc, at + 2 * step, m2)
+        return
+    put_line(out, acc, at + 2 * step, rstd)  # rounded as the variance is
+    for i in range(channels):
+        rstd[i] = rstd_of(acc, rstd[i], a.eps) if count > 0 else 0.0
+    put_line(out, acc, at + 2 * step, rstd)
+    if a.statistic_rows == 5:
+        if count > 0:
+            _renormalise(a, group, first, mean, low, rstd)
+        else:
+            for i in range(channels):
+                distance[i] = 1.0
+            put_line(out, acc, at + 3 * step, distance)
+            put_line(out, acc, at + 4 * step, low)
+    if count > 0 and a.running_mean != 0:
+        for i in range(channels):
+            mean[i] += low[i]
+        _move(a, a.running_mean, group * step + first, mean)
+    if count > a.correction and a.running_var != 0:
+        for i in range(channels):
+            m2[i] /= count - a.correction
+        _move(a, a.running_var, group * step + first, m2)
 
 
-@kernel
+@inner
 def _write_slice(arguments, x, residual, y, group, first, channels, block):
     """Write the rows of a block of a slice of the output."""
     a = arguments[()]

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from bnkernels.ops.batch_norm.cpu.rows import FLOAT64, accumulator_of, get, line_of, spread
+from bnkernels.ops.batch_norm.cpu.rows import FLOAT64, accumulator_of, get_line, line_of, spread
 from bnkernels.ops.batch_norm.problem import Stage
-from bnkernels.runtime.cpu.language import LINE, device, kernel, numbers, part, stack
+from bnkernels.runtime.cpu.language import LINE, device, inner, numbers, part, stack
 
 WHOLE, COLLECT, APPLY, FROZEN = (int(stage) for stage in Stage)
 # Lines of a normalisation, a number for a channel each, see `normalise`.
@@ -19,7 +19,7 @@ def rstd_of(acc, var, eps):
     return np.float64(np.float32(1) / np.sqrt(np.float32(var) + np.float32(eps)))
 
 
-@kernel
+@inner
 def normalise(arguments, group, first, channels, normalisation):
     """Write the normalisation of each channel, from the statistics as they are kept, or the running ones.
 
@@ -28,28 +28,37 @@ def normalise(arguments, group, first, channels, normalisation):
     """
     a = arguments[()]
     acc, step = accumulator_of(a), a.channels
-    of_parameters = a.storage if a.params_in_storage_type else acc
+    mean, low = part(normalisation, MEAN * LINE, channels), part(normalisation, LOW * LINE, channels)
+    scale, shift = part(normalisation, SCALE * LINE, channels), part(normalisation, SCALE_SHIFT * LINE, channels)
+    slope, bend = part(normalisation, SLOPE * LINE, channels), part(normalisation, BEND * LINE, channels)
+    rstd = part(normalisation, RSTD * LINE, channels)
     for i in range(channels):
-        channel = first + i
-        r, bend, low = 1.0, 0.0, 0.0
-        if a.stage == FROZEN:
-            mean = get(a.running_mean, acc, group * step + channel)
-            rstd = rstd_of(acc, get(a.running_var, acc, group * step + channel), a.eps)
-        else:
-            at = group * a.statistic_rows * step + channel
-            mean, low = get(a.statistics, acc, at), get(a.statistics, acc, at + step)
-            rstd = get(a.statistics, acc, at + 2 * step)
-            if a.statistic_rows == 5:
-                r, bend = get(a.statistics, acc, at + 3 * step), get(a.statistics, acc, at + 4 * step)
-        gamma = get(a.gamma, of_parameters, channel) if a.gamma != 0 else 1.0
-        beta = get(a.beta, of_parameters, channel) if a.beta != 0 else 0.0
-        normalisation[MEAN * LINE + i], normalisation[LOW * LINE + i] = mean, low
-        normalisation[SCALE * LINE + i], normalisation[SCALE_SHIFT * LINE + i] = gamma * rstd * r, gamma * bend + beta
-        normalisation[SLOPE * LINE + i], normalisation[BEND * LINE + i] = rstd * r, bend
-        normalisation[RSTD * LINE + i] = rstd
+        low[i], bend[i], slope[i], scale[i], shift[i] = 0.0, 0.0, 1.0, 1.0, 0.0
+    if a.stage == FROZEN:
+        get_line(a.running_mean, acc, group * step + first, 1, mean)
+        get_line(a.running_var, acc, group * step + first, 1, rstd)
+        for i in range(channels):
+            rstd[i] = rstd_of(acc, rstd[i], a.eps)
+    else:
+        at = group * a.statistic_rows * step + first
+        get_line(a.statistics, acc, at, 1, mean)
+        get_line(a.statistics, acc, at + step, 1, low)
+        get_line(a.statistics, acc, at + 2 * step, 1, rstd)
+        if a.statistic_rows == 5:
+            get_line(a.statistics, acc, at + 3 * step, 1, slope)
+            get_line(a.statistics, acc, at + 4 * step, 1, bend)
+    of_parameters = a.storage if a.params_in_storage_type else acc
+    if a.gamma != 0:
+        get_line(a.gamma, of_parameters, first, 1, scale)
+    if a.beta != 0:
+        get_line(a.beta, of_parameters, first, 1, shift)
+    for i in range(channels):
+        slope[i] *= rstd[i]
+        shift[i] += scale[i] * bend[i]
+        scale[i] *= slope[i]
 
 
-@kernel
+@inner
 def spread_normalisation(a, like, normalisation, channels, count, columns):
     """Write mean, mean_low, scale and shift of each column of a piece, in the accumulator's type."""
     line = stack(1.0, 1024)
@@ -60,7 +69,7 @@ def spread_normalisation(a, like, normalisation, channels, count, columns):
             out[i] = values[i]
 
 
-@kernel
+@inner
 def before_activation(like, row, added, columns, out, count):
     """Write the argument of the activation to an address; `added` is 0 where there is no residual."""
     x, z, residual = numbers(like, row, 0, count), numbers(like, out, 0, count), numbers(like, added, 0, count)

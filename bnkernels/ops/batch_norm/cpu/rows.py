@@ -27,8 +27,8 @@ from bnkernels.runtime.cpu.language import (
     float16s,
     float_to_half,
     half_to_float,
+    inner,
     int8s,
-    kernel,
     numbers,
     part,
     singles,
@@ -93,9 +93,9 @@ def get(address, storage, at):
     return np.float64(as_float(np.uint32(np.uint32(bfloat16s(address, at, 1)[0]) << np.uint32(16))))
 
 
-@kernel
+@inner
 def put(address, storage, at, number):
-    """Write a number to memory, rounded to nearest even; return what was written."""
+    """Write a number to memory, rounded to nearest even."""
     if storage == FLOAT32:
         singles(address, at, 1)[0] = np.float32(number)
     elif storage == FLOAT64:
@@ -106,7 +106,42 @@ def put(address, storage, at, number):
         bfloat16s(address, at, 1)[0] = np.uint16(to_bfloat16(np.float32(number)))
 
 
-@kernel
+@inner
+def get_line(address, storage, at, stride, line):
+    """Write numbers from memory to a line, in float64."""
+    if stride == 1 and storage == FLOAT32:
+        numbers_32 = singles(address, at, len(line))
+        for i in range(len(line)):
+            line[i] = numbers_32[i]
+    elif stride == 1 and storage == FLOAT64:
+        numbers_64 = doubles(address, at, len(line))
+        for i in range(len(line)):
+            line[i] = numbers_64[i]
+    else:
+        for i in range(len(line)):
+            line[i] = get(address, storage, at + i * stride)
+
+
+@inner
+def put_line(address, storage, at, line):
+    """Write float64 numbers to memory, rounded to nearest even; the line has then what was written."""
+    if storage == FLOAT32:
+        numbers_32 = singles(address, at, len(line))
+        for i in range(len(line)):
+            numbers_32[i] = np.float32(line[i])
+        for i in range(len(line)):
+            line[i] = numbers_32[i]
+    elif storage == FLOAT64:
+        numbers_64 = doubles(address, at, len(line))
+        for i in range(len(line)):
+            numbers_64[i] = line[i]
+    else:
+        for i in range(len(line)):
+            put(address, storage, at + i, line[i])
+            line[i] = get(address, storage, at + i)
+
+
+@inner
 def _gather(address, storage, at, stride, out, count):
     """Copy numbers from memory to the address of a line; those of 16 bits as float32."""
     if storage == FLOAT64:
@@ -128,7 +163,7 @@ def _gather(address, storage, at, stride, out, count):
             line[i] = np.float32(get(address, storage, at + i * stride))
 
 
-@kernel
+@inner
 def load_row(a, tensor, row, first, column, count, line):
     """Return the address of `count` numbers of a row, from `column` of channel `first` on: in memory, or `line`."""
     at = tensor.start + row * a.wide * tensor.outer + first * tensor.channel
@@ -146,7 +181,7 @@ def load_row(a, tensor, row, first, column, count, line):
     return line
 
 
-@kernel
+@inner
 def copy_line(like, source, out, count):
     """Copy a line."""
     line, copy = numbers(like, source, 0, count), numbers(like, out, 0, count)
@@ -154,7 +189,7 @@ def copy_line(like, source, out, count):
         copy[i] = line[i]
 
 
-@kernel
+@inner
 def store(address, storage, at, source, count):
     """Write a line to an output."""
     if storage == FLOAT64:
@@ -173,7 +208,7 @@ def store(address, storage, at, source, count):
             truncated[i] = np.uint16(to_bfloat16(line[i]))
 
 
-@kernel
+@inner
 def spread(values, channels, inner, out):
     """Write to each column the number of its channel; of a piece of a single channel all are equal."""
     if channels == 1:
@@ -202,19 +237,19 @@ def valid(a, group, outer, inner):
     return a.mask == 0 or int8s(a.mask, at, 1)[0] != 0
 
 
-@kernel
+@inner
 def count_valid(a, group):
     """Return the number of positions that count."""
     if a.mask == 0:
         return a.outer * a.inner
     count = 0
     for outer in range(a.outer):
-        for inner in range(a.inner):
-            count += 1 if valid(a, group, outer, inner) else 0
+        for along in range(a.inner):
+            count += 1 if valid(a, group, outer, along) else 0
     return count
 
 
-@kernel
+@inner
 def clear(a, like, group, row, column, values, line, count):
     """Write `values` to the columns of the line at an address that do not count."""
     out, at = numbers(like, line, 0, count), column % a.inner

@@ -8,8 +8,8 @@ it vectorises, and these are eight rows against one array.
 
 import numpy as np
 
-from bnkernels.ops.batch_norm.cpu.rows import TOGETHER, spread
-from bnkernels.runtime.cpu.language import LINE, device, doubles, kernel, part, singles
+from bnkernels.ops.batch_norm.cpu.rows import FLOAT64, TOGETHER, spread
+from bnkernels.runtime.cpu.language import LINE, device, doubles, inner, part, singles
 
 # Lines of a piece's accumulators.
 AT_SHIFT, AT_SUMS, AT_SQUARES, AT_UNIT, AT_RESTS, AT_SQUARE_RESTS, AT_LOW = (number * LINE for number in range(7))
@@ -26,7 +26,7 @@ def whole_sum(total, rest):
     return total + rest if np.isfinite(total) else total
 
 
-@kernel
+@inner
 def add_row(row, count, columns):
     """Add the float32 row at an address, and its squares, about the shift."""
     x = singles(row, 0, count)
@@ -38,7 +38,7 @@ def add_row(row, count, columns):
         squares[i] += d * d
 
 
-@kernel
+@inner
 def add_rows(rows, count, columns):
     """Add the eight float32 rows at these addresses, and their squares, about the shift."""
     x0, x1 = singles(rows[0], 0, count), singles(rows[1], 0, count)
@@ -55,7 +55,7 @@ def add_rows(rows, count, columns):
         squares[i] += ((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)) + ((d4 * d4 + d5 * d5) + (d6 * d6 + d7 * d7))
 
 
-@kernel
+@inner
 def add_row_exactly(row, count, columns):
     """Add a float64 row in units, and its squares, about the shift, with what rounding loses."""
     x, shift, unit = doubles(row, 0, count), part(columns, AT_SHIFT, count), part(columns, AT_UNIT, count)
@@ -77,7 +77,7 @@ def add_row_exactly(row, count, columns):
         squares[i] = total
 
 
-@kernel
+@inner
 def add_product(gradient, row, count, columns):
     """Add a row of float32 gradients, and its products with the distances of `row` from the mean, the shift."""
     g, x = singles(gradient, 0, count), singles(row, 0, count)
@@ -89,7 +89,7 @@ def add_product(gradient, row, count, columns):
         products[i] += value * (np.float64(x[i]) - mean[i])
 
 
-@kernel
+@inner
 def add_products(gradients, rows, count, columns):
     """Add four rows of float32 gradients, and their products with the distances from the mean."""
     g0, g1 = singles(gradients[0], 0, count), singles(gradients[1], 0, count)
@@ -107,7 +107,7 @@ def add_products(gradients, rows, count, columns):
         products[i] += (a + b) + (c + d)
 
 
-@kernel
+@inner
 def add_product_exactly(gradient, row, count, columns):
     """Add a row of float64 gradients in units, and its products, with what rounding loses."""
     g, x = doubles(gradient, 0, count), doubles(row, 0, count)
@@ -127,7 +127,7 @@ def add_product_exactly(gradient, row, count, columns):
         products[i] = total
 
 
-@kernel
+@inner
 def add_sums(more, more_rests, sums, rests):
     """Add sums, each with what rounding took from it."""
     for i in range(len(sums)):
@@ -138,7 +138,7 @@ def add_sums(more, more_rests, sums, rests):
         rests[i] += more_rests[i] + ((a - (total - back)) + (b - back))
 
 
-@kernel
+@inner
 def fold(sums, rests, channels, inner, columns, out, out_rests):
     """Add the sums of all columns of a channel to that channel's."""
     count = columns
@@ -157,19 +157,20 @@ def fold(sums, rests, channels, inner, columns, out, out_rests):
         add_sums(of_sums, of_rests, part(out, channel, length), part(out_rests, channel, length))
 
 
-@kernel
+@inner
 def begin_sums(a, channels, shift, unit, low, columns, count):
     """Begin the sums of a piece."""
     spread(shift, channels, a.inner, part(columns, AT_SHIFT, count))
-    spread(unit, channels, a.inner, part(columns, AT_UNIT, count))
-    spread(low, channels, a.inner, part(columns, AT_LOW, count))
+    if a.storage == FLOAT64:
+        spread(unit, channels, a.inner, part(columns, AT_UNIT, count))
+        spread(low, channels, a.inner, part(columns, AT_LOW, count))
     for line in (AT_SUMS, AT_SQUARES, AT_RESTS, AT_SQUARE_RESTS):
         sums = part(columns, line, count)
         for i in range(count):
             sums[i] = 0.0
 
 
-@kernel
+@inner
 def end_sums(a, columns, count, sums, squares, rests, square_rests):
     """Add the sums of a piece to those of its channels."""
     channels = len(sums)
@@ -205,7 +206,7 @@ def rows_before(a, block):
     return min(a.rows, block * step)
 
 
-@kernel
+@inner
 def merge(arguments, group, first, channels, state):
     """Add the sums of all blocks, in order, to those of the first one."""
     a = arguments[()]
@@ -218,7 +219,7 @@ def merge(arguments, group, first, channels, state):
             add_sums(more, quantity_of(a, state, group, rest + of_block, first, channels), sums, rests)
 
 
-@kernel
+@inner
 def recentre(arguments, group, first, channels, count, state):
     """Move the shift to the mean that was found; where the sum overflowed, form it in smaller units."""
     a = arguments[()]
