@@ -1,4 +1,7 @@
-"""Layer norm against the formulas in extended precision, in every place, type, layout and launch."""
+"""Layer norm against the formulas in extended precision, in every place, type, layout and launch.
+
+Long because three implementations are compared with the same formulas, and each has edges of its own.
+"""
 
 from __future__ import annotations
 

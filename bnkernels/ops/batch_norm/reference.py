@@ -103,19 +103,16 @@ def _moments(plan: Plan, x: np.ndarray, valid: np.ndarray | None) -> _Moments:
     if x.dtype == DOUBLE:
         at = 0 if valid is None else valid.argmax(1)[:, None]
         first = x[:, :1] if valid is None else np.take_along_axis(x, np.broadcast_to(at, (len(x), 1, x.shape[2])), 1)
-    centred, shift = x.astype(DOUBLE), np.zeros((1, 1, 1))
     weight = 1.0 if valid is None else valid.astype(DOUBLE)
-    centred -= first
-    for _ in range(2 if x.dtype == DOUBLE else 1):
-        if valid is not None:
-            centred *= weight
-        rest = _sum(centred) / divisor
-        centred -= rest
-        shift = shift + rest
+    if x.dtype == DOUBLE:
+        first = first + _sum((x - first) * weight) / divisor
+    centred = (x.astype(DOUBLE) - first) * weight
+    rest = _sum(centred) / divisor
+    centred -= rest
     if valid is not None:
         centred *= weight
-    mean = (first + shift).astype(x.dtype)
-    low = (first - mean) + shift
+    mean = (first + rest).astype(x.dtype)
+    low = (first - mean) + rest
     centred *= centred
     return _Moments(np.broadcast_to(count, mean.shape), mean.astype(DOUBLE), low, _sum(centred))
 

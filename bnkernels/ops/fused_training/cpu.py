@@ -54,7 +54,7 @@ HALF, LOWER = np.uint64(32), np.uint64(2**32 - 1)
 def train(network, batch, optimizer, arrays, losses, rates, seeds, schedule, steps_before):
     """Make all steps of all models; see `reference.train`."""
     parameters, _, _, running, x, _, indices = arrays
-    table, starts, counts = _layout(network, batch, parameters.dtype, parameters.shape[-1])
+    table, starts, counts = _layout(network.layers, network.norm, batch, parameters.dtype, parameters.shape[-1])
     given = *addresses(None, table, schedule, rates, seeds, *arrays, losses), 0, 0, 0, 0, 0  # filled in below
     order = DRAWN if seeds is not None else IN_ORDER if indices is None else NAMED
     own_rows = int(indices is not None and indices.ndim == 3)
@@ -89,21 +89,21 @@ _kept = threading.local()
 
 
 @lru_cache(maxsize=16)
-def _layout(network, batch, dtype, parameters):
+def _layout(layers, norm_of_network, batch, dtype, parameters):
     """Return the table of the layers, where parts of a model's memory start, and its counts of numbers."""
     lanes = 32 // dtype.itemsize
     table, of_layers, sums = [], 0, 0
-    for layer in network.layers:
+    for layer in layers:
         pitch = _whole(layer.outputs, lanes)
         pitch += lanes * (pitch * dtype.itemsize % SAME_SETS == 0)
-        norm = NONE if layer.gamma < 0 else LAYER if network.norm == "layer" else BATCH
+        norm = NONE if layer.gamma < 0 else LAYER if norm_of_network == "layer" else BATCH
         rstds = of_layers + pitch * (batch + COUNT)
         table.append((*layer, norm, pitch, of_layers, of_layers + pitch * batch, sums, rstds))
         of_layers, sums = rstds + _whole(batch, lanes), sums + 3 * pitch
     widest = max(row[PITCH] for row in table)
     rows = min(max(BLOCK // widest, ROWS_OF_BLAS if widest >= WIDE else FEWEST_ROWS), batch)
     weights = max((below[PITCH] * layer[OUTPUTS] for below, layer in pairwise(table)), default=0)
-    sizes = of_layers, 2 * batch * widest, rows * widest, rows * widest, weights, batch * network.layers[0].inputs
+    sizes = of_layers, 2 * batch * widest, rows * widest, rows * widest, weights, batch * layers[0].inputs
     *starts, count = accumulate(_whole(size, lanes) for size in (*sizes, parameters))
     return np.array(table), (rows, widest, sums, *starts), (count, sums + 2 * widest, batch)
 

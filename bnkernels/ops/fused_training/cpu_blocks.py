@@ -44,13 +44,14 @@ def statistics(z, at, pitch, rows, seen, sums, sums_at):
     of_block, of_all = 1.0 / rows, 1.0 / (seen + rows)
     for j in range(0, pitch, lanes):
         like = load(z, at + j)
-        none = splat_wide(0.0, like)
+        none, shift = splat_wide(0.0, like), widen(like)  # about the first row: equal ones have exactly its mean
         even = odd = none
         for o in range(at + j, at + j + pairs, 2 * pitch):
-            even, odd = add_wide(even, load(z, o)), add_wide(odd, load(z, o + pitch))
+            even = add(even, subtract(widen(load(z, o)), shift))
+            odd = add(odd, subtract(widen(load(z, o + pitch)), shift))
         for o in range(at + j + pairs, at + j + rows * pitch, pitch):
-            even = add_wide(even, load(z, o))
-        mean = multiply(add(even, odd), splat_wide(of_block, like))
+            even = add(even, subtract(widen(load(z, o)), shift))
+        mean = multiply_add(add(even, odd), splat_wide(of_block, like), shift)
         high = narrow(mean, like)
         low = narrow(subtract(mean, widen(high)), like)
         even = odd = none

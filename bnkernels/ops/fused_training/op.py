@@ -214,8 +214,8 @@ def _sizes(
     """Check all arrays; return the numbers of models and of steps, which are `drawn` if given."""
     parameters, x = args["parameters"], args["x"]
     check.float32_or_float64(parameters)
-    if most is None and batch < 2:
-        raise ValueError(f"batch must be at least 2, got {check.shown(batch)}")
+    if most is None and not 2 <= batch < 2**31:
+        raise ValueError(f"batch must be from 2 to 2**31 - 1, got {check.shown(batch)}")
     if most is not None and not 2 <= batch <= most:
         wanted = f"batch must be from 2 to {most}"
         raise ValueError(f"{wanted}, got {check.shown(batch)}; train larger mini-batches layer by layer")
