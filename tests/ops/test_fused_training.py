@@ -1,4 +1,7 @@
-"""Many steps in one launch: those of the layers, step by step, whatever the architecture."""
+"""Many steps in one launch: those of the layers, step by step, whatever the architecture.
+
+Long because the steps of every architecture, optimiser and engine are compared in the same way.
+"""
 
 from __future__ import annotations
 

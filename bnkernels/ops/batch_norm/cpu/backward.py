@@ -214,9 +214,9 @@ def _gradient_of_input_exactly(g, row, means, out, count):
 
 @inner
 def _choose_factors(a, group, first, count, normalisation, state, factor, shift):
-    """Write factor and shift of ``scale ((g + shift) + factor (x - mean))``; of float32 ``scale g + (factor x + shift)``.
+    """Write factor and shift of ``dx = scale ((g + shift) + factor (x - mean))``.
 
-    The first is 0 where it should be; the second is faster, and exact enough in float64.
+    For float32 data those of ``dx = scale g + (factor x + shift)``, which is faster, and exact enough in float64.
     """
     channels, acc, step = len(factor), accumulator_of(a), a.channels
     lines = stack(1.0, 3072)
@@ -268,8 +268,9 @@ def _write_gradients(arguments, dy, x, residual, dx, dresidual, group, first, ch
         count = min(length, whole - column)
         if double:
             spread_normalisation(a, DOUBLE, normalisation, channels, count, columns)
-            spread(part(normalisation, MEAN * LINE, channels), channels, a.inner, part(means, 3 * LINE, count))
-            spread(part(normalisation, LOW * LINE, channels), channels, a.inner, part(means, 4 * LINE, count))
+            for number in (MEAN, LOW):
+                values = shift if a.stage == FROZEN else part(normalisation, number * LINE, channels)
+                spread(values, channels, a.inner, part(means, (3 + number) * LINE, count))
         else:
             spread_normalisation(a, SINGLE, normalisation, channels, count, columns)
         spread(part(normalisation, SCALE * LINE, channels), channels, a.inner, part(means, 0, count))
