@@ -18,6 +18,7 @@ from benchmarks.gpu import sanitize
 from benchmarks.gpu import suite as gpu_suite
 from benchmarks.gpu.steps import STEPS, Step, any_row_ok
 from benchmarks.gpu.suite import Run
+from bnkernels.runtime import cpu
 from tools import backends
 
 FAKE_STEP = """
@@ -46,6 +47,12 @@ def fake(name: str, mode: str, part: str = "facts", **given: Any) -> Step:
         return ["fake_step", mode, str(folder / document)]
 
     return Step(part, name, 1, 30, document, command, lambda content: list(content["figures"]), **given)
+
+
+@pytest.fixture(autouse=True)
+def _reference_on_numpy_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile no CPU kernels in the processes that are started: emulated ones are what is looked at."""
+    monkeypatch.setenv(cpu.VARIABLE, "reference")
 
 
 @pytest.fixture
