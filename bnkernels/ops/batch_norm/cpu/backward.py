@@ -244,8 +244,8 @@ def _choose_factors(a, group, first, count, normalisation, state, factor, shift)
             factor[i] *= scale
             mean = normalisation[MEAN * LINE + i] + normalisation[LOW * LINE + i]
             shift[i] = scale * shift[i] - factor[i] * mean
-        if a.stage == FROZEN:
-            shift[i] = 0.0
+        if a.stage == FROZEN:  # what is added changes nothing, not even the sign of a zero
+            factor[i], shift[i] = -0.0, -0.0
 
 
 @inner
