@@ -195,11 +195,11 @@ def _conclude(arguments, first, channels, counts, state):
 
 @inner
 def _gradient_of_input(g, row, means, out, count):
-    """Write a row of dx to an address, of float32: ``scale g + (factor x + shift)`` in float64."""
+    """Write a row of dx to an address, of float32: ``scale (g + (factor x + shift))`` in float64."""
     gradient, x, dx = singles(g, 0, count), singles(row, 0, count), singles(out, 0, count)
     scale, factor, shift = part(means, 0, count), part(means, LINE, count), part(means, 2 * LINE, count)
     for i in range(count):
-        dx[i] = scale[i] * gradient[i] + (factor[i] * x[i] + shift[i])
+        dx[i] = scale[i] * (gradient[i] + (factor[i] * x[i] + shift[i]))
 
 
 @inner
@@ -216,7 +216,7 @@ def _gradient_of_input_exactly(g, row, means, out, count):
 def _choose_factors(a, group, first, count, normalisation, state, factor, shift):
     """Write factor and shift of ``dx = scale ((g + shift) + factor (x - mean))``.
 
-    For float32 data those of ``dx = scale g + (factor x + shift)``, which is faster, and exact enough in float64.
+    For float32 data those of ``dx = scale (g + (factor x + shift))``, which is faster, and exact enough in float64.
     """
     channels, acc, step = len(factor), accumulator_of(a), a.channels
     lines = stack(1.0, 3072)
@@ -238,12 +238,10 @@ def _choose_factors(a, group, first, count, normalisation, state, factor, shift)
             divisor[i] *= unit[i]
             sums[i], products[i] = of_g[i], of_products[i] * normalisation[RSTD * LINE + i]
     for i in range(channels):
-        scale, rstd, n = normalisation[SCALE * LINE + i], normalisation[RSTD * LINE + i], divisor[i]
+        rstd, n = normalisation[RSTD * LINE + i], divisor[i]
         factor[i], shift[i] = -(products[i] / n * rstd), -(sums[i] / n)
         if a.storage != FLOAT64:
-            factor[i] *= scale
-            mean = normalisation[MEAN * LINE + i] + normalisation[LOW * LINE + i]
-            shift[i] = scale * shift[i] - factor[i] * mean
+            shift[i] -= factor[i] * (normalisation[MEAN * LINE + i] + normalisation[LOW * LINE + i])
         if a.stage == FROZEN:  # what is added changes nothing, not even the sign of a zero
             factor[i], shift[i] = -0.0, -0.0
 
