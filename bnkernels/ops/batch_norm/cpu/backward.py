@@ -242,7 +242,7 @@ def _choose_factors(a, group, first, count, normalisation, state, factor, shift)
         factor[i], shift[i] = -(products[i] / n * rstd), -(sums[i] / n)
         if a.storage != FLOAT64:
             shift[i] -= factor[i] * (normalisation[MEAN * LINE + i] + normalisation[LOW * LINE + i])
-        if a.stage == FROZEN:  # what is added changes nothing, not even the sign of a zero
+        if a.stage == FROZEN:  # adding these changes nothing, not even the sign of a zero
             factor[i], shift[i] = -0.0, -0.0
 
 
