@@ -75,7 +75,6 @@ def test_the_running_mean_is_the_whole_mean(backend: Backend, masked: bool) -> N
     assert last_places(backend.asnumpy(running), small.astype(Extended).sum(keepdims=True) / 4) <= FEW
 
 
-@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize("masked", [False, True])
 def test_equal_columns_have_equal_bits(backend: Backend, rng: np.random.Generator, masked: bool) -> None:
     """True for any number of them, though NumPy's product adds the columns at the end of a row in another order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -81,8 +82,9 @@ def _count(plan: Plan, valid: np.ndarray | None) -> np.ndarray:
 
 
 def _sum(rows: np.ndarray) -> np.ndarray:
-    """Return the sums over the rows, (groups, 1, C): a product with ones is faster than a sum."""
-    return np.ones((1, rows.shape[1]), rows.dtype) @ rows
+    """Return the sums over the rows, (groups, 1, C), by way of those of blocks, which lose fewer digits."""
+    count = rows.shape[1]
+    return np.add.reduceat(rows, range(0, count, math.isqrt(count)), axis=1).sum(1, keepdims=True)
 
 
 def _by_group(plan: Plan, array: np.ndarray | None, absent: float = 0.0) -> np.ndarray:
