@@ -19,6 +19,7 @@ from bnkernels.ops.batch_norm.cpu.normalisation import (
     WHOLE,
     before_activation,
     normalise,
+    spread_line,
     spread_normalisation,
 )
 from bnkernels.ops.batch_norm.cpu.rows import (
@@ -37,7 +38,6 @@ from bnkernels.ops.batch_norm.cpu.rows import (
     piece_length,
     place_of,
     put,
-    spread,
     store,
     valid,
 )
@@ -67,7 +67,9 @@ from bnkernels.ops.batch_norm.cpu.sums import (
     total_of,
     whole_sum,
 )
-from bnkernels.runtime.cpu.language import LINE, device, doubles, inner, kernel, numbers, part, singles, stack
+from bnkernels.runtime.cpu.language import LINE, device, inner, kernel, numbers, part, stack
+
+FACTOR, GRADIENT_SHIFT = 4, 5  # lines of columns behind those of the normalisation
 
 
 @inner
@@ -132,13 +134,13 @@ def _sum_gradients(arguments, dy, x, residual, group, first, channels, block, st
         shift[i] = mean[i] if exact else mean[i] + low[i]
     whole = a.wide * channels * a.inner
     length = piece_length(whole)
+    begin_sums(a, channels, shift, unit, low, sums_of, length)
+    if exact:
+        spread_normalisation(a, DOUBLE, normalisation, channels, length, columns)
+    else:
+        spread_normalisation(a, SINGLE, normalisation, channels, length, columns)
     for column in range(0, whole, length):
         count, found = min(length, whole - column), 0
-        begin_sums(a, channels, shift, unit, low, sums_of, count)
-        if exact:
-            spread_normalisation(a, DOUBLE, normalisation, channels, count, columns)
-        else:
-            spread_normalisation(a, SINGLE, normalisation, channels, count, columns)
         for row in range(rows_before(a, block), rows_before(a, block + 1)):
             if a.mask != 0 and a.inner == 1 and not valid(a, group, row, 0):
                 continue
@@ -156,7 +158,7 @@ def _sum_gradients(arguments, dy, x, residual, group, first, channels, block, st
                     found = 0
         for number in range(found):
             add_product(waiting[number], waiting_x[number], count, sums_of)
-        end_sums(a, sums_of, count, sums, squares, rests, square_rests)
+    end_sums(a, sums_of, length, sums, squares, rests, square_rests)
 
 
 @inner
@@ -194,30 +196,24 @@ def _conclude(arguments, first, channels, counts, state):
 
 
 @inner
-def _gradient_of_input(g, row, means, out, count):
-    """Write a row of dx to an address, of float32: ``scale (g + (factor x + shift))`` in float64."""
-    gradient, x, dx = singles(g, 0, count), singles(row, 0, count), singles(out, 0, count)
-    scale, factor, shift = part(means, 0, count), part(means, LINE, count), part(means, 2 * LINE, count)
-    for i in range(count):
-        dx[i] = scale[i] * (gradient[i] + (factor[i] * x[i] + shift[i]))
-
-
-@inner
-def _gradient_of_input_exactly(g, row, means, out, count):
-    """Write a row of dx to an address, of float64: ``scale ((g + shift) + factor ((x - mean) - mean_low))``."""
-    gradient, x, dx = doubles(g, 0, count), doubles(row, 0, count), doubles(out, 0, count)
-    scale, factor, shift = part(means, 0, count), part(means, LINE, count), part(means, 2 * LINE, count)
-    mean, low = part(means, 3 * LINE, count), part(means, 4 * LINE, count)
-    for i in range(count):
-        dx[i] = scale[i] * ((gradient[i] + shift[i]) + factor[i] * ((x[i] - mean[i]) - low[i]))
+def _gradient_of_input(a, like, g, row, columns, out, count):
+    """Write a row of dx to an address: ``scale ((g + shift) + factor ((x - mean) - mean_low))``."""
+    gradient, x, dx = numbers(like, g, 0, count), numbers(like, row, 0, count), numbers(like, out, 0, count)
+    mean, low = numbers(like, line_of(columns, MEAN), 0, count), numbers(like, line_of(columns, LOW), 0, count)
+    scale = numbers(like, line_of(columns, SCALE), 0, count)
+    factor = numbers(like, line_of(columns, FACTOR), 0, count)
+    shift = numbers(like, line_of(columns, GRADIENT_SHIFT), 0, count)
+    if a.stage == FROZEN:  # dx does not depend on x
+        for i in range(count):
+            dx[i] = scale[i] * gradient[i]
+    else:
+        for i in range(count):
+            dx[i] = scale[i] * ((gradient[i] + shift[i]) + factor[i] * ((x[i] - mean[i]) - low[i]))
 
 
 @inner
 def _choose_factors(a, group, first, count, normalisation, state, factor, shift):
-    """Write factor and shift of ``dx = scale ((g + shift) + factor (x - mean))``.
-
-    For float32 data those of ``dx = scale (g + (factor x + shift))``, which is faster, and exact enough in float64.
-    """
+    """Write factor and shift of ``dx = scale ((g + shift) + factor (x - mean))``."""
     channels, acc, step = len(factor), accumulator_of(a), a.channels
     lines = stack(1.0, 3072)
     sums, products = part(lines, 0, channels), part(lines, LINE, channels)
@@ -240,17 +236,13 @@ def _choose_factors(a, group, first, count, normalisation, state, factor, shift)
     for i in range(channels):
         rstd, n = normalisation[RSTD * LINE + i], divisor[i]
         factor[i], shift[i] = -(products[i] / n * rstd), -(sums[i] / n)
-        if a.storage != FLOAT64:
-            shift[i] -= factor[i] * (normalisation[MEAN * LINE + i] + normalisation[LOW * LINE + i])
-        if a.stage == FROZEN:  # adding these changes nothing, not even the sign of a zero
-            factor[i], shift[i] = -0.0, -0.0
 
 
 @inner
 def _write_gradients(arguments, dy, x, residual, dx, dresidual, group, first, channels, count_of_group, block, state):
     """Write the rows of a block of a slice of dx and dresidual."""
     a = arguments[()]
-    lines, columns, means = stack(1.0, 6144), stack(1.0, 4096), stack(1.0, 5120)
+    lines, columns = stack(1.0, 6144), stack(1.0, 6144)
     normalisation, factors = stack(1.0, 7168), stack(1.0, 2048)
     double, masked, nothing = x.storage == FLOAT64, a.mask != 0, part(lines, 5 * LINE, LINE)
     for i in range(LINE):
@@ -262,19 +254,17 @@ def _write_gradients(arguments, dy, x, residual, dx, dresidual, group, first, ch
     direct = direct and dx.address != residual.address
     whole = a.wide * channels * a.inner
     length = piece_length(whole)
-    for column in range(0, whole, length):
+    if double:
+        spread_normalisation(a, DOUBLE, normalisation, channels, length, columns)
+        spread_line(a, DOUBLE, factor, channels, length, columns, FACTOR)
+        spread_line(a, DOUBLE, shift, channels, length, columns, GRADIENT_SHIFT)
+    else:
+        spread_normalisation(a, SINGLE, normalisation, channels, length, columns)
+        spread_line(a, SINGLE, factor, channels, length, columns, FACTOR)
+        spread_line(a, SINGLE, shift, channels, length, columns, GRADIENT_SHIFT)
+    for column in range((whole - 1) // length * length, -1, -length):  # backwards: the last are still in the cache
         count = min(length, whole - column)
-        if double:
-            spread_normalisation(a, DOUBLE, normalisation, channels, count, columns)
-            for number in (MEAN, LOW):
-                values = shift if a.stage == FROZEN else part(normalisation, number * LINE, channels)
-                spread(values, channels, a.inner, part(means, (3 + number) * LINE, count))
-        else:
-            spread_normalisation(a, SINGLE, normalisation, channels, count, columns)
-        spread(part(normalisation, SCALE * LINE, channels), channels, a.inner, part(means, 0, count))
-        spread(factor, channels, a.inner, part(means, LINE, count))
-        spread(shift, channels, a.inner, part(means, 2 * LINE, count))
-        for row in range(rows_before(a, block), rows_before(a, block + 1)):
+        for row in range(rows_before(a, block + 1) - 1, rows_before(a, block) - 1, -1):
             own, place = own_columns(a, row, count), place_of(a, dx, row, first, column)
             if masked and a.inner == 1 and not valid(a, group, row, 0):
                 store(dx.address, dx.storage, place, line_of(lines, 5), own)
@@ -284,13 +274,11 @@ def _write_gradients(arguments, dy, x, residual, dx, dresidual, group, first, ch
             g, values = _gradient(a, dy, x, residual, group, row, first, column, own, columns, lines)
             if dresidual.address != 0:
                 store(dresidual.address, dresidual.storage, place, g, own)
-            if a.stage == FROZEN:  # dx does not depend on x
-                values = line_of(lines, 5)
             out = dx.address + np.uint64(place * (8 if double else 4)) if direct else line_of(lines, 4)
             if double:
-                _gradient_of_input_exactly(g, values, means, out, own)
+                _gradient_of_input(a, DOUBLE, g, values, columns, out, own)
             else:
-                _gradient_of_input(g, values, means, out, own)
+                _gradient_of_input(a, SINGLE, g, values, columns, out, own)
             if masked and a.inner > 1:
                 if double:
                     clear(a, DOUBLE, group, row, column, nothing, out, own)

@@ -98,9 +98,9 @@ def _sum(arguments, x, group, first, channels, block, state):
     exact, masked = x.storage == FLOAT64, a.mask != 0
     whole = a.wide * channels * a.inner
     length = piece_length(whole)
+    begin_sums(a, channels, shift, unit, unit, columns, length)  # all pieces of a single channel share them
     for column in range(0, whole, length):
         count, found = min(length, whole - column), 0
-        begin_sums(a, channels, shift, unit, unit, columns, count)
         for row in range(rows_before(a, block), rows_before(a, block + 1)):
             if masked and a.inner == 1 and not valid(a, group, row, 0):
                 continue
@@ -126,7 +126,7 @@ def _sum(arguments, x, group, first, channels, block, state):
                     found = 0
         for number in range(found):
             add_row(waiting[number], count, columns)
-        end_sums(a, columns, count, sums, squares, rests, square_rests)
+    end_sums(a, columns, length, sums, squares, rests, square_rests)
 
 
 @inner
@@ -226,13 +226,13 @@ def _write_slice(arguments, x, residual, y, group, first, channels, block):
     normalise(arguments, group, first, channels, normalisation)
     whole = a.wide * channels * a.inner
     length = piece_length(whole)
-    for column in range(0, whole, length):
+    if double:
+        spread_normalisation(a, DOUBLE, normalisation, channels, length, columns)
+    else:
+        spread_normalisation(a, SINGLE, normalisation, channels, length, columns)
+    for column in range((whole - 1) // length * length, -1, -length):  # backwards: the last are still in the cache
         count = min(length, whole - column)
-        if double:
-            spread_normalisation(a, DOUBLE, normalisation, channels, count, columns)
-        else:
-            spread_normalisation(a, SINGLE, normalisation, channels, count, columns)
-        for row in range(rows_before(a, block), rows_before(a, block + 1)):
+        for row in range(rows_before(a, block + 1) - 1, rows_before(a, block) - 1, -1):
             own, place = own_columns(a, row, count), place_of(a, y, row, first, column)
             if masked and a.inner == 1 and not valid(a, group, row, 0):
                 store(y.address, y.storage, place, line_of(lines, 3), own)

@@ -59,14 +59,19 @@ def normalise(arguments, group, first, channels, normalisation):
 
 
 @inner
+def spread_line(a, like, values, channels, count, columns, number):
+    """Write the numbers of channels to a line, one for each column of a piece, in the accumulator's type."""
+    line, out = part(stack(1.0, 1024), 0, count), numbers(like, line_of(columns, number), 0, count)
+    spread(values, channels, a.inner, line)
+    for i in range(count):
+        out[i] = line[i]
+
+
+@inner
 def spread_normalisation(a, like, normalisation, channels, count, columns):
     """Write mean, mean_low, scale and shift of each column of a piece, in the accumulator's type."""
-    line = stack(1.0, 1024)
     for number in range(4):
-        values, out = part(line, 0, count), numbers(like, line_of(columns, number), 0, count)
-        spread(part(normalisation, number * LINE, channels), channels, a.inner, values)
-        for i in range(count):
-            out[i] = values[i]
+        spread_line(a, like, part(normalisation, number * LINE, channels), channels, count, columns, number)
 
 
 @inner
