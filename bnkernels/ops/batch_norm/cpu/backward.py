@@ -139,25 +139,25 @@ def _sum_gradients(arguments, dy, x, residual, group, first, channels, block, st
         spread_normalisation(a, DOUBLE, normalisation, channels, length, columns)
     else:
         spread_normalisation(a, SINGLE, normalisation, channels, length, columns)
-    for column in range(0, whole, length):
-        count, found = min(length, whole - column), 0
-        for row in range(rows_before(a, block), rows_before(a, block + 1)):
-            if a.mask != 0 and a.inner == 1 and not valid(a, group, row, 0):
-                continue
-            own, own_lines = own_columns(a, row, count), part(lines, found * 4 * LINE, 4 * LINE)
-            g, values = _gradient(a, dy, x, residual, group, row, first, column, own, columns, own_lines)
+    found = 0
+    for row in range(rows_before(a, block), rows_before(a, block + 1)):
+        if a.mask != 0 and a.inner == 1 and not valid(a, group, row, 0):
+            continue
+        for column in range(0, whole, length):
+            count, own_lines = own_columns(a, row, min(length, whole - column)), part(lines, found * 4 * LINE, 4 * LINE)
+            g, values = _gradient(a, dy, x, residual, group, row, first, column, count, columns, own_lines)
             if exact:
-                add_product_exactly(g, values, own, sums_of)
-            elif own < count:
-                add_product(g, values, own, sums_of)
+                add_product_exactly(g, values, count, sums_of)
+            elif count < length:
+                add_product(g, values, count, sums_of)
             else:
                 waiting[found], waiting_x[found] = g, values
                 found += 1
                 if found == 4:
-                    add_products(waiting, waiting_x, count, sums_of)
+                    add_products(waiting, waiting_x, length, sums_of)
                     found = 0
-        for number in range(found):
-            add_product(waiting[number], waiting_x[number], count, sums_of)
+    for number in range(found):
+        add_product(waiting[number], waiting_x[number], length, sums_of)
     end_sums(a, sums_of, length, sums, squares, rests, square_rests)
 
 
@@ -262,30 +262,31 @@ def _write_gradients(arguments, dy, x, residual, dx, dresidual, group, first, ch
         spread_normalisation(a, SINGLE, normalisation, channels, length, columns)
         spread_line(a, SINGLE, factor, channels, length, columns, FACTOR)
         spread_line(a, SINGLE, shift, channels, length, columns, GRADIENT_SHIFT)
-    for column in range((whole - 1) // length * length, -1, -length):  # backwards: the last are still in the cache
-        count = min(length, whole - column)
-        for row in range(rows_before(a, block + 1) - 1, rows_before(a, block) - 1, -1):
-            own, place = own_columns(a, row, count), place_of(a, dx, row, first, column)
+    pieces = (whole + length - 1) // length
+    for row in range(rows_before(a, block + 1) - 1, rows_before(a, block) - 1, -1):  # the last are still in the cache
+        for piece in range(pieces - 1, -1, -1):
+            column = piece * length
+            count, place = own_columns(a, row, min(length, whole - column)), place_of(a, dx, row, first, column)
             if masked and a.inner == 1 and not valid(a, group, row, 0):
-                store(dx.address, dx.storage, place, line_of(lines, 5), own)
+                store(dx.address, dx.storage, place, line_of(lines, 5), count)
                 if dresidual.address != 0:
-                    store(dresidual.address, dresidual.storage, place, line_of(lines, 5), own)
+                    store(dresidual.address, dresidual.storage, place, line_of(lines, 5), count)
                 continue
-            g, values = _gradient(a, dy, x, residual, group, row, first, column, own, columns, lines)
+            g, values = _gradient(a, dy, x, residual, group, row, first, column, count, columns, lines)
             if dresidual.address != 0:
-                store(dresidual.address, dresidual.storage, place, g, own)
+                store(dresidual.address, dresidual.storage, place, g, count)
             out = dx.address + np.uint64(place * (8 if double else 4)) if direct else line_of(lines, 4)
             if double:
-                _gradient_of_input(a, DOUBLE, g, values, columns, out, own)
+                _gradient_of_input(a, DOUBLE, g, values, columns, out, count)
             else:
-                _gradient_of_input(a, SINGLE, g, values, columns, out, own)
+                _gradient_of_input(a, SINGLE, g, values, columns, out, count)
             if masked and a.inner > 1:
                 if double:
-                    clear(a, DOUBLE, group, row, column, nothing, out, own)
+                    clear(a, DOUBLE, group, row, column, nothing, out, count)
                 else:
-                    clear(a, SINGLE, group, row, column, nothing, out, own)
+                    clear(a, SINGLE, group, row, column, nothing, out, count)
             if not direct:
-                store(dx.address, dx.storage, place, out, own)
+                store(dx.address, dx.storage, place, out, count)
 
 
 @device

@@ -99,33 +99,33 @@ def _sum(arguments, x, group, first, channels, block, state):
     whole = a.wide * channels * a.inner
     length = piece_length(whole)
     begin_sums(a, channels, shift, unit, unit, columns, length)  # all pieces of a single channel share them
-    for column in range(0, whole, length):
-        count, found = min(length, whole - column), 0
-        for row in range(rows_before(a, block), rows_before(a, block + 1)):
-            if masked and a.inner == 1 and not valid(a, group, row, 0):
-                continue
-            own, line = own_columns(a, row, count), line_of(lines, found)
-            values = load_row(a, x, row, first, column, own, line)
+    found = 0
+    for row in range(rows_before(a, block), rows_before(a, block + 1)):
+        if masked and a.inner == 1 and not valid(a, group, row, 0):
+            continue
+        for column in range(0, whole, length):
+            count, line = own_columns(a, row, min(length, whole - column)), line_of(lines, found)
+            values = load_row(a, x, row, first, column, count, line)
             if masked and a.inner > 1:
                 if exact:
-                    copy_line(DOUBLE, values, line, own)
-                    clear(a, DOUBLE, group, row, column, part(columns, AT_SHIFT, own), line, own)
+                    copy_line(DOUBLE, values, line, count)
+                    clear(a, DOUBLE, group, row, column, part(columns, AT_SHIFT, count), line, count)
                 else:
-                    copy_line(SINGLE, values, line, own)
-                    clear(a, SINGLE, group, row, column, part(columns, AT_SHIFT, own), line, own)
+                    copy_line(SINGLE, values, line, count)
+                    clear(a, SINGLE, group, row, column, part(columns, AT_SHIFT, count), line, count)
                 values = line
             if exact:
-                add_row_exactly(values, own, columns)
-            elif own < count:
-                add_row(values, own, columns)
+                add_row_exactly(values, count, columns)
+            elif count < length:
+                add_row(values, count, columns)
             else:
                 waiting[found] = values
                 found += 1
                 if found == TOGETHER:
-                    add_rows(waiting, count, columns)
+                    add_rows(waiting, length, columns)
                     found = 0
-        for number in range(found):
-            add_row(waiting[number], count, columns)
+    for number in range(found):
+        add_row(waiting[number], length, columns)
     end_sums(a, columns, length, sums, squares, rests, square_rests)
 
 
@@ -230,32 +230,33 @@ def _write_slice(arguments, x, residual, y, group, first, channels, block):
         spread_normalisation(a, DOUBLE, normalisation, channels, length, columns)
     else:
         spread_normalisation(a, SINGLE, normalisation, channels, length, columns)
-    for column in range((whole - 1) // length * length, -1, -length):  # backwards: the last are still in the cache
-        count = min(length, whole - column)
-        for row in range(rows_before(a, block + 1) - 1, rows_before(a, block) - 1, -1):
-            own, place = own_columns(a, row, count), place_of(a, y, row, first, column)
+    pieces = (whole + length - 1) // length
+    for row in range(rows_before(a, block + 1) - 1, rows_before(a, block) - 1, -1):  # the last are still in the cache
+        for piece in range(pieces - 1, -1, -1):
+            column = piece * length
+            count, place = own_columns(a, row, min(length, whole - column)), place_of(a, y, row, first, column)
             if masked and a.inner == 1 and not valid(a, group, row, 0):
-                store(y.address, y.storage, place, line_of(lines, 3), own)
+                store(y.address, y.storage, place, line_of(lines, 3), count)
                 continue
-            values = load_row(a, x, row, first, column, own, line_of(lines, 1))
+            values = load_row(a, x, row, first, column, count, line_of(lines, 1))
             added = residual.address
             if added != 0:
-                added = load_row(a, residual, row, first, column, own, line_of(lines, 2))
+                added = load_row(a, residual, row, first, column, count, line_of(lines, 2))
             if direct:
                 z = y.address + np.uint64(place * (8 if double else 4))
             if double:
-                before_activation(DOUBLE, values, added, columns, z, own)
-                activate(a.activation, a.alpha, numbers(DOUBLE, z, 0, own))
+                before_activation(DOUBLE, values, added, columns, z, count)
+                activate(a.activation, a.alpha, numbers(DOUBLE, z, 0, count))
             else:
-                before_activation(SINGLE, values, added, columns, z, own)
-                activate(a.activation, np.float32(a.alpha), numbers(SINGLE, z, 0, own))
+                before_activation(SINGLE, values, added, columns, z, count)
+                activate(a.activation, np.float32(a.alpha), numbers(SINGLE, z, 0, count))
             if masked and a.inner > 1:
                 if double:
-                    clear(a, DOUBLE, group, row, column, nothing, z, own)
+                    clear(a, DOUBLE, group, row, column, nothing, z, count)
                 else:
-                    clear(a, SINGLE, group, row, column, nothing, z, own)
+                    clear(a, SINGLE, group, row, column, nothing, z, count)
             if not direct:
-                store(y.address, y.storage, place, z, own)
+                store(y.address, y.storage, place, z, count)
 
 
 @kernel
