@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numba
+from numba.core.types import unliteral
 
 OURS = re.compile(r"^from (bnkernels[\w.]*) import (\([^)]*\)|.*)$", re.MULTILINE)
 NOWHERE = (
@@ -33,6 +34,7 @@ def cached(**options: Any) -> Callable[[Callable], Any]:
 
     def decorate(function: Callable) -> Any:
         dispatcher = numba.njit(**options)(function)
+        _take_constants_as_numbers(dispatcher)
         try:
             dispatcher.enable_caching()
         except RuntimeError as error:
@@ -45,6 +47,16 @@ def cached(**options: Any) -> Callable[[Callable], Any]:
         return dispatcher
 
     return decorate
+
+
+def _take_constants_as_numbers(dispatcher: Any) -> None:
+    """Let kernels pass constants as numbers: Numba would compile a function anew for each constant."""
+    resolve = dispatcher.get_call_template
+
+    def resolve_numbers(given: tuple, named: dict[str, Any]) -> Any:
+        return resolve(tuple(map(unliteral, given)), {name: unliteral(of) for name, of in named.items()})
+
+    dispatcher.get_call_template = resolve_numbers
 
 
 @cache
