@@ -19,7 +19,11 @@ from bnkernels.ops.batch_norm.cpu import LAYOUT, backward, normalisation, rows, 
 ADDRESS, COUNT, COLUMNS = types.uint64, types.intp, types.Array(types.float64, 1, "C")
 ADDRESSES = types.Array(types.uint64, 1, "C")
 SINGLE, FLOAT16 = types.float32, types.int16
-FLOAT64_SUM, FLOAT32_LINE, WIDENED = r"v(add|fmadd\w+)pd\s.*%ymm", r"v(sub|fmadd\w+)ps\s.*%ymm", r"vcvtph2p[sd]x?\s.*%ymm"
+FLOAT64_SUM, FLOAT32_LINE, WIDENED = (
+    r"v(add|fmadd\w+)pd\s.*%ymm",
+    r"v(sub|fmadd\w+)ps\s.*%ymm",
+    r"vcvtph2p[sd]x?\s.*%ymm",
+)
 ROWS, PRODUCTS = (ADDRESSES, COUNT, COUNT, COLUMNS), (ADDRESSES, ADDRESSES, COUNT, COUNT, COLUMNS)
 LOOPS = {  # kernel: the types of its arguments, and an instruction on four or eight numbers that it must have
     "add_rows": (sums.add_rows, (SINGLE, *ROWS), FLOAT64_SUM),

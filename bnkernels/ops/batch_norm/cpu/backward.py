@@ -45,7 +45,7 @@ from bnkernels.ops.batch_norm.cpu.sums import (
     CENTRE,
     CHOOSE,
     CONCLUDE,
-    HALF_TOGETHER,
+    PRODUCTS_TOGETHER,
     RESTS,
     SHIFT,
     SQUARE_RESTS,
@@ -149,7 +149,7 @@ def _sum(a, like, dy, x, residual, group, first, channels, block, state):
                 _add(like, as_stored, part(waiting, found, 1), part(waiting_x, found, 1), 1, count, sums)
             else:
                 found += 1
-                if found == HALF_TOGETHER:
+                if found == PRODUCTS_TOGETHER:
                     _add(like, as_stored, waiting, waiting_x, found, length, sums)
                     found = 0
     _add(like, as_stored, waiting, waiting_x, found, length, sums)

@@ -17,7 +17,7 @@ CHOOSE, SUM, CENTRE, CONCLUDE, WRITE = range(5)  # steps of a call in blocks of 
 # Rows of a state, one number for a channel each; the last four once for every block.
 SHIFT, UNIT, SUMS, SQUARES, RESTS, SQUARE_RESTS, OF_BLOCK = 0, 1, 2, 3, 4, 5, 4
 STATE = SUMS + OF_BLOCK  # rows of the state of one block
-HALF_TOGETHER = TOGETHER // 2  # rows of products, each of two rows
+PRODUCTS_TOGETHER = TOGETHER // 2  # each of two rows
 SMALL_UNIT = 2.0**-64  # units in which a float64 sum that overflows is formed anew
 
 
@@ -81,7 +81,7 @@ def add_products(like, gradients, rows, found, count, columns):
     """Add the gradients at `found` addresses, four at most, and their products with the distances from the mean."""
     mean, sums = part(columns, AT_SHIFT, count), part(columns, AT_SUMS, count)
     products = part(columns, AT_SQUARES, count)
-    if found < HALF_TOGETHER:
+    if found < PRODUCTS_TOGETHER:
         for number in range(found):
             g, x = numbers(like, gradients[number], 0, count), numbers(like, rows[number], 0, count)
             for i in range(count):
