@@ -32,7 +32,6 @@ from bnkernels.runtime.cpu.language import (
 )
 
 TOGETHER = 8  # rows that are summed before their sum is added
-WIDE = 512  # numbers that rows are joined up to
 
 
 class Tensor(NamedTuple):
@@ -60,7 +59,7 @@ def slices_of(problem: Problem, masked: bool) -> Slices:
     row = channels * inner
     in_order = (row, inner, 1) if inner > 1 else (row, 1, 0)
     if not masked and all(strides[: 2 + (inner > 1)] == in_order[: 2 + (inner > 1)] for strides in problem.strides):
-        while 2 * wide * row <= WIDE and 2 * wide * TOGETHER <= outer:
+        while 2 * wide * row <= LINE and 2 * wide * TOGETHER <= outer:
             wide *= 2
     each = channels if wide > 1 else 1 if inner > LINE // 2 else min(channels, LINE // inner)
     return Slices(wide, -(-outer // wide), each, -(-channels // each))
