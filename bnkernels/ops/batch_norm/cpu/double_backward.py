@@ -40,7 +40,7 @@ from bnkernels.ops.batch_norm.cpu.rows import (
     store,
 )
 from bnkernels.ops.batch_norm.cpu.sums import fold, whole_sum
-from bnkernels.runtime.cpu.language import LINE, accumulator, cast, inner, kernel, numbers, part, stack
+from bnkernels.runtime.cpu.language import LINE, accumulator, cast, device, inner, kernel, numbers, part, stack
 
 # Lines of a row, in float64.
 V, G, C, K, SLOPE_OF_ROW, ADDED = range(6)  # ddx, g, x - mean, dy phi'', phi', ddresidual
@@ -69,24 +69,26 @@ def _prepare(a, like, tensors, row, first, column, own, columns, means, lines, s
     added, given = residual.address, ddx.address
     if added != 0:
         added = load_row(a, like, residual, row, first, column, own, line_of(scratch, 1))
-    acc, z = accumulator(like), line_of(scratch, 2)
+    acc, z, curved = accumulator(like), line_of(scratch, 2), a.activation != 0 or a.alpha != 1.0
     slope, bend = numbers(acc, line_of(scratch, 3), 0, own), numbers(acc, line_of(scratch, 4), 0, own)
     alpha = cast(a.alpha, acc)
-    before_activation(acc, values, added, columns, z, own)
     for i in range(own):
         slope[i], bend[i] = 1, 0
-    differentiate(a.activation, alpha, numbers(acc, z, 0, own), slope)
-    if a.activation != 0:
-        second(a.activation, alpha, numbers(acc, z, 0, own), bend)
+    if curved:
+        before_activation(acc, values, added, columns, z, own)
+        differentiate(a.activation, alpha, numbers(acc, z, 0, own), slope)
     _widen(acc, values, part(lines, C * LINE, own))
     _widen(acc, line_of(scratch, 3), part(lines, SLOPE_OF_ROW * LINE, own))
-    dys = load_row(a, like, dy, row, first, column, own, line_of(scratch, 0))
-    copy_line(acc, dys, line_of(scratch, 1), own)
-    g_like = numbers(acc, line_of(scratch, 1), 0, own)
-    for i in range(own):
-        bend[i] = bend[i] * g_like[i] if a.activation != 0 else bend[i]  # 0 in a linear piece, whatever dy is
-    differentiate(a.activation, alpha, numbers(acc, z, 0, own), g_like)
-    _widen(acc, line_of(scratch, 1), part(lines, G * LINE, own))
+    g = load_row(a, like, dy, row, first, column, own, line_of(scratch, 0))
+    if curved:
+        copy_line(acc, g, line_of(scratch, 1), own)
+        g = line_of(scratch, 1)
+        if a.activation != 0:  # else bend is 0, whatever dy is
+            second(a.activation, alpha, numbers(acc, z, 0, own), bend)
+            for i in range(own):
+                bend[i] *= numbers(acc, g, 0, own)[i]
+        differentiate(a.activation, alpha, numbers(acc, z, 0, own), numbers(acc, g, 0, own))
+    _widen(acc, g, part(lines, G * LINE, own))
     _widen(acc, line_of(scratch, 4), part(lines, K * LINE, own))
     if given != 0:
         given = load_row(a, like, ddx, row, first, column, own, line_of(scratch, 0))
@@ -100,19 +102,21 @@ def _prepare(a, like, tensors, row, first, column, own, columns, means, lines, s
         c[i] = (c[i] - mean[i]) - low[i]
 
 
-@inner
+@device
 def _add_first(lines, own, sums):
     """Add a row to the sums of g, g c, ddx, ddx c and ddx g."""
     v, g, c = part(lines, V * LINE, own), part(lines, G * LINE, own), part(lines, C * LINE, own)
+    of_g, of_gc, of_v = part(sums, 0, own), part(sums, LINE, own), part(sums, 2 * LINE, own)
+    of_vc, of_vg = part(sums, 3 * LINE, own), part(sums, 4 * LINE, own)
     for i in range(own):
-        sums[i] += g[i]
-        sums[LINE + i] += g[i] * c[i]
-        sums[2 * LINE + i] += v[i]
-        sums[3 * LINE + i] += v[i] * c[i]
-        sums[4 * LINE + i] += v[i] * g[i]
+        of_g[i] += g[i]
+        of_gc[i] += g[i] * c[i]
+        of_v[i] += v[i]
+        of_vc[i] += v[i] * c[i]
+        of_vg[i] += v[i] * g[i]
 
 
-@inner
+@device
 def _weigh(lines, own, constants, w, q):
     """Write w and q of a row."""
     v, added = part(lines, V * LINE, own), part(lines, ADDED * LINE, own)
@@ -123,16 +127,16 @@ def _weigh(lines, own, constants, w, q):
         q[i] = w[i] * k[i]
 
 
-@inner
+@device
 def _add_second(lines, q, own, sums):
     """Add a row to the sums of q and q c."""
-    c = part(lines, C * LINE, own)
+    c, of_q, of_qc = part(lines, C * LINE, own), part(sums, 5 * LINE, own), part(sums, 6 * LINE, own)
     for i in range(own):
-        sums[5 * LINE + i] += q[i]
-        sums[6 * LINE + i] += q[i] * c[i]
+        of_q[i] += q[i]
+        of_qc[i] += q[i] * c[i]
 
 
-@inner
+@device
 def _write_row(a, like, lines, w, q, own, constants, outputs, row, first, column, line):
     """Write a row of ddy, dx and dresidual."""
     ddy, dx, dresidual = outputs
