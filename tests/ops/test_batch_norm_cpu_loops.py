@@ -34,8 +34,8 @@ LOOPS = {  # kernel: the types of its arguments, and an instruction on four or e
         (ADDRESS, ADDRESS, COLUMNS, ADDRESS, COUNT),
         r"vcvtpd2ps\w?\s.*%ymm",
     ),
-    "from float16": (rows._gather, (ADDRESS, COUNT, COUNT, COUNT, ADDRESS, COUNT), r"vcvtph2ps\s.*%ymm"),
-    "to float16": (rows.store, (ADDRESS, COUNT, COUNT, ADDRESS, COUNT), r"vcvtps2ph\s.*%ymm"),
+    "from float16": (rows._gather, (ADDRESS, COUNT, COUNT, COUNT, ADDRESS, COUNT), r"vcvtph2psx?\s.*%ymm"),
+    "to float16": (rows.store, (ADDRESS, COUNT, COUNT, ADDRESS, COUNT), r"vcvtps2ph(\s.*%ymm|xy\s)"),
 }
 
 
