@@ -13,6 +13,8 @@ from typing import Any
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
 
+LONG = 500  # instructions before any optimisation
+
 
 class _PartLibrary(JITCodeLibrary):
     """LLVM of a function that is linked into the libraries of kernels, and never executed in its own."""
@@ -20,9 +22,10 @@ class _PartLibrary(JITCodeLibrary):
     codegen = SimpleNamespace(set_env=lambda name, environment: None)  # as Numba sets it where there is machine code
 
     def add_ir_module(self, ir_module: Any) -> None:
-        """Take the LLVM of the function, which stays a function unless it is part of its callers."""
+        """Take the LLVM of the function, of which LLVM makes no copies in its callers if it is long."""
         for function in ir_module.functions:
-            if not function.is_declaration and "alwaysinline" not in function.attributes:
+            size = sum(len(block.instructions) for block in function.blocks)
+            if size > LONG and "alwaysinline" not in function.attributes:
                 function.attributes.add("noinline")
         super().add_ir_module(ir_module)
 
