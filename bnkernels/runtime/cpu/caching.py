@@ -13,6 +13,8 @@ from typing import Any
 import numba
 from numba.core.types import unliteral
 
+from bnkernels.runtime.cpu.parts import PartCompiler
+
 OURS = re.compile(r"^from (bnkernels[\w.]*) import (\([^)]*\)|.*)$", re.MULTILINE)
 NOWHERE = (
     "compiled CPU kernels cannot be kept, so that every process compiles them anew: neither the package's folder nor "
@@ -21,7 +23,7 @@ NOWHERE = (
 
 
 def cached(**options: Any) -> Callable[[Callable], Any]:
-    """Return a decorator like ``numba.njit(cache=True, **options)``.
+    """Return a decorator like ``numba.njit(cache=True, **options)``, and without the cache if Python cannot call it.
 
     Numba looks only at the file of a function: a kernel would go on with what it has compiled in of another file that
     has changed since. And where no folder can be written it would raise an error; this warns, once, and goes on.
@@ -31,8 +33,11 @@ def cached(**options: Any) -> Callable[[Callable], Any]:
     **options : any
         Options of ``numba.njit``.
     """
+    options = {"forceinline": False, **options}  # not given, it would be that of its first caller
 
     def decorate(function: Callable) -> Any:
+        if options.get("no_cpython_wrapper"):
+            return numba.njit(pipeline_class=PartCompiler, **options)(function)
         dispatcher = numba.njit(**options)(function)
         _take_constants_as_numbers(dispatcher)
         try:

@@ -277,7 +277,7 @@ def _widen_bfloat16(source, line):
         line[i] = as_float(np.uint32(np.uint32(source[i]) << np.uint32(16)))
 
 
-@kernel
+@inner
 def gather(address, storage, offset, stride, line):
     """Read numbers from memory into a line."""
     count = len(line)
@@ -321,7 +321,7 @@ def place(address, storage, offset, line):
     return line
 
 
-@kernel
+@inner
 def store(address, storage, offset, line):
     """Write a line that `place` gave, contiguously, if it is not there already."""
     if storage == FLOAT16:
