@@ -36,10 +36,11 @@ def cached(**options: Any) -> Callable[[Callable], Any]:
     options = {"forceinline": False, **options}  # not given, it would be that of its first caller
 
     def decorate(function: Callable) -> Any:
-        if options.get("no_cpython_wrapper"):
-            return numba.njit(pipeline_class=PartCompiler, **options)(function)
-        dispatcher = numba.njit(**options)(function)
+        part = options.get("no_cpython_wrapper", False)
+        dispatcher = numba.njit(**options, **({"pipeline_class": PartCompiler} if part else {}))(function)
         _take_constants_as_numbers(dispatcher)
+        if part:
+            return dispatcher
         try:
             dispatcher.enable_caching()
         except RuntimeError as error:
