@@ -9,13 +9,12 @@ entries never change, so threads may share them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
 
 from bnkernels.runtime import cpu, registry
-from bnkernels.runtime.arguments import host_pointer
+from bnkernels.runtime.arguments import HOST, heads
 from bnkernels.runtime.seam import Launch, Runtime
 
 MOST_ADDRESSES, MOST_EACH = 1024, 8  # an entry takes about 2 kB
@@ -59,12 +58,25 @@ class Call:
         cooperative launch is never recorded: the workspace that it uses is its stream's.
         """
         arguments.flags.writeable = False
-        enqueue = partial(runtime.launch, source, entry_point, launch, arguments)
-        self.compute(enqueue, like, replayable and not launch.cooperative)
 
-    def compute(self, work: Callable[[Any], None], like: Any, replayable: bool = True) -> None:
-        """Call ``work(like)``, which does all that is left after the checks, and record it."""
-        work(like)
+        def enqueue(arrays: tuple) -> None:
+            runtime.launch(source, entry_point, launch, arguments, arrays[0])
+
+        self.compute(enqueue, (like,), replayable and not launch.cooperative)
+
+    def compute(self, work: Callable[[tuple], None], arrays: tuple, replayable: bool = True) -> None:
+        """Call ``work(arrays)``, which does all that is left after the checks, and record it.
+
+        Parameters
+        ----------
+        work : callable
+            Work on the arrays that `ReplayCache.replay` was given, outputs first. It must keep none of them.
+        arrays : tuple of arrays
+            These arrays, new ones where outputs are made.
+        replayable : bool
+            Whether to record it.
+        """
+        work(arrays)
         if self._cache is not None and replayable:
             self._cache.record(self._key, work)
 
@@ -103,30 +115,36 @@ class ReplayCache:
             return NEW
         arrays = out + given
         kind = type(arrays[0])
-        on_host = kind is np.ndarray and kind not in registry.runtimes
-        if (on_host and not cpu.in_use()) or (not on_host and kind not in registry.runtimes):
-            return NEW
         key: list = []
-        for array in arrays:
-            if array is None:
-                key.append(None)
-            elif type(array) is not kind:
-                return NEW
-            elif on_host:
-                key += (host_pointer(array), array.flags.num, array.dtype, array.shape, array.strides)
-            else:
-                data = array.data
-                key += (data.ptr, data.device_id, array.dtype, array.shape, array.strides)
+        if kind in registry.runtimes:
+            for array in arrays:
+                if array is None:
+                    key.append(None)
+                elif type(array) is kind:
+                    data = array.data
+                    key += data.ptr, data.device_id, array.dtype, array.shape, array.strides
+                else:
+                    return NEW
+        elif kind is HOST and cpu.in_use():
+            for array in arrays:
+                if array is None:
+                    key.append(None)
+                elif type(array) is kind:
+                    key += heads[id(array)].value, array.flags.num, array.dtype, array.shape, array.strides
+                else:
+                    return NEW
+        else:
+            return NEW
         key.append(kind)
         key += map(type, options)
         key += options
         for known, work in self._entries.get(key[0], ()):
             if known == key:
-                work(arrays[0])
+                work(arrays)
                 return REPLAYED
         return Call(self, key) if IMMUTABLE.issuperset(map(type, options)) else NEW
 
-    def record(self, key: list, work: Callable[[Any], None]) -> None:
+    def record(self, key: list, work: Callable[[tuple], None]) -> None:
         """Keep what was done after all checks."""
         if len(self._entries) >= MOST_ADDRESSES:
             self._entries.clear()
