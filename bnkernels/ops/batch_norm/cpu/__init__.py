@@ -17,7 +17,7 @@ Bits       depend on shapes and strides alone: neither on the number of threads 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -28,8 +28,8 @@ from bnkernels.ops.batch_norm.cpu.forward import statistics, write
 from bnkernels.ops.batch_norm.cpu.rows import STORAGE, count_valid, slices_of
 from bnkernels.ops.batch_norm.cpu.sums import ALL, CENTRE, CHOOSE, CONCLUDE, OF_BLOCK, SUM, SUMS, TOTALS
 from bnkernels.ops.batch_norm.launch import ARGUMENTS
-from bnkernels.ops.batch_norm.problem import DOUBLE_BACKWARD, Plan, Problem, Stage
-from bnkernels.runtime.arguments import pack
+from bnkernels.ops.batch_norm.problem import DOUBLE_BACKWARD, MORE_PLACES, Options, Plan, Problem, Stage
+from bnkernels.runtime.arguments import Template
 from bnkernels.runtime.cpu.language import kernel
 from bnkernels.runtime.cpu.threads import WORTH_SHARING, share
 
@@ -45,11 +45,11 @@ _TWINS = [
     ARGUMENTS[name][np.dtype(np.float64)]
     for name in ("forward_masked_grouped", "backward_masked_grouped", "double_backward")
 ]
+_MEMBERS = {name: twin[name] for twin in _TWINS for name in twin.names}
+_ADDRESSES = [name for name, dtype in _MEMBERS.items() if dtype == np.uint64 and name not in MORE_PLACES]
 LAYOUT = np.dtype(
-    [
-        (name, np.dtype(np.int64) if twin[name] == np.int32 else twin[name])
-        for name, twin in {name: twin for twin in _TWINS for name in twin.names}.items()
-    ]
+    [(name, np.uint64) for name in _ADDRESSES]
+    + [(name, np.int64 if dtype == np.int32 else dtype) for name, dtype in _MEMBERS.items() if dtype != np.uint64]
     + [(name, np.int64) for name in DIVISION + GROUPS]
 )
 
@@ -75,53 +75,61 @@ def _division(problem: Problem, masked: bool) -> tuple[dict[str, int], int]:
     return dict(zip(DIVISION, division, strict=True)), together
 
 
-def work(plan: Plan, members: dict[str, Any]) -> Callable[[Any], None]:
-    """Return what computes a pass, from the members of its argument; it may be called again and by several threads."""
-    problem, stage = plan.problem, plan.kind.stage
-    division, together = _division(problem, "mask" in members)
+@lru_cache(maxsize=1024)
+def prepare(plan: Plan, options: Options) -> Callable[[tuple[int, ...]], Callable[[Any], None]]:
+    """Return what makes of a call's addresses, those of `Plan.places`, what computes it.
+
+    That may be called again, and by several threads. Its one argument is ignored.
+    """
+    problem, stage, masked = plan.problem, plan.kind.stage, plan.masked
+    division, together = _division(problem, masked)
     blocks, slices, of_state = division["blocks"], division["slices"], division["state_groups"]
-    members |= division
-    chunks = []  # the argument for some groups at a time
+    members, size = plan.members(options) | division, problem.rows * problem.channels * problem.groups
+    templates = []  # the argument for some groups at a time
     for first in range(0, problem.groups, of_state):
         members |= {"first_group": first, "last_group": min(problem.groups, first + of_state)}
-        chunks.append(pack(LAYOUT, *[members.get(name, 0) for name in LAYOUT.names]))
-    arguments, size = chunks[0], problem.rows * problem.channels * problem.groups
+        templates.append(Template(LAYOUT, members, plan.places))
+
+    def bound(work: Callable[[list[np.ndarray], Any], None]) -> Callable[[tuple[int, ...]], Callable[[Any], None]]:
+        return lambda addresses: partial(work, [template.filled(addresses) for template in templates])
+
     if plan.kind is DOUBLE_BACKWARD:
-        return lambda like: share(double_backward, slices, size, arguments)
+        return bound(lambda chunks, _: share(double_backward, slices, size, chunks[0]))
     form, write = KERNELS[plan.kind.direction]
     forms = stage in (Stage.WHOLE, Stage.COLLECT) or (stage == Stage.FROZEN and plan.kind.direction == "backward")
-    writes, masked = stage != Stage.COLLECT, "mask" in members
+    writes = stage != Stage.COLLECT
     numbers = (of_state * (SUMS + OF_BLOCK * blocks) + TOTALS) * division["state_channels"]
     all_rows = np.full(problem.groups, problem.rows)
+    steps = [(CHOOSE, 1), (SUM, blocks), (CONCLUDE, 1)]
+    if problem.dtype == np.float64:
+        steps[2:2] = [(CENTRE, 1), (SUM, blocks)]
 
-    def slice_by_slice(counts: np.ndarray, first: int, last: int) -> None:
+    def slice_by_slice(chunks: list[np.ndarray], counts: np.ndarray, first: int, last: int) -> None:
         """Compute slices, a few at a time."""
         state = np.empty(numbers)
         for start in range(first, last, together):
             stop = min(last, start + together)
-            for some_groups in chunks:
+            for arguments in chunks:
                 if forms:
-                    form(some_groups, counts, state, ALL, start, stop)
+                    form(arguments, counts, state, ALL, start, stop)
                 if writes:
-                    write(some_groups, counts, state, start, stop)
+                    write(arguments, counts, state, start, stop)
 
-    def compute(like: Any) -> None:
+    def compute(chunks: list[np.ndarray], _: Any) -> None:
         counts = all_rows
         if masked:
             counts = all_rows.copy()
-            count_all(arguments, counts)
+            count_all(chunks[0], counts)
         if size < WORTH_SHARING:
-            slice_by_slice(counts, 0, slices)
+            slice_by_slice(chunks, counts, 0, slices)
             return
         if blocks == 1:
-            share(slice_by_slice, slices, size, counts)
+            share(slice_by_slice, slices, size, chunks, counts)
             return
-        state, steps = np.empty(numbers), [(CHOOSE, 1), (SUM, blocks), (CONCLUDE, 1)]
-        if problem.dtype == np.float64:
-            steps[2:2] = [(CENTRE, 1), (SUM, blocks)]
+        state = np.empty(numbers)
         for step, tasks in steps if forms else []:
-            share(form, tasks, size if tasks > 1 else 0, arguments, counts, state, step)
+            share(form, tasks, size if tasks > 1 else 0, chunks[0], counts, state, step)
         if writes:
-            share(write, blocks, size, arguments, counts, state)
+            share(write, blocks, size, chunks[0], counts, state)
 
-    return compute
+    return bound(compute)
