@@ -132,4 +132,13 @@ def prepare(plan: Plan, options: Options) -> Callable[[tuple[int, ...]], Callabl
         if writes:
             share(write, blocks, size, chunks[0], counts, state)
 
-    return bound(compute)
+    def at_once(chunks: list[np.ndarray], _: Any) -> None:
+        """Compute all slices of a small call."""
+        state = np.empty(numbers)
+        for arguments in chunks:
+            if forms:
+                form(arguments, all_rows, state, ALL, 0, slices)
+            if writes:
+                write(arguments, all_rows, state, 0, slices)
+
+    return bound(at_once if size < WORTH_SHARING and slices <= together and not masked else compute)
