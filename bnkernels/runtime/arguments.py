@@ -120,9 +120,7 @@ def host_pointer(array: np.ndarray) -> int:
 MOST_HEADS = 4096
 _pointer_at, _HEAD, heads = ctypes.c_void_p.from_address, object.__basicsize__, _Heads()
 _probe = np.empty(1)
-HOST: type | None = np.ndarray  # type of the arrays that have such heads
 if host_pointer(_probe) != _probe.ctypes.data:  # another interpreter than CPython may lay objects out otherwise
-    HOST = None
 
     def host_pointer(array: np.ndarray) -> int:
         """Return the address of a NumPy array's first element."""

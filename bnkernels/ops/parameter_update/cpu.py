@@ -21,7 +21,11 @@ BLOCK = 2**16
 
 
 def _share(work: Any, parameters: np.ndarray, *others: Any) -> None:
-    share(work, -(-parameters.size // BLOCK), parameters.size, parameters, *others)
+    size = parameters.size
+    if size <= BLOCK:
+        work(parameters, *others, 0, 1)
+    else:
+        share(work, -(-size // BLOCK), size, parameters, *others)
 
 
 @kernel

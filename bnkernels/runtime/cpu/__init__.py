@@ -20,7 +20,6 @@ REFERENCE, COMPILED = "NumPy reference", "compiled by Numba"
 
 _wanted = ""  # set by `using`, above the environment variable
 _modules: dict[str, ModuleType | None] = {}  # modules in use, by name
-_in_use = False  # whether one of these is there
 
 
 def kernels(name: str) -> ModuleType | None:
@@ -31,18 +30,11 @@ def kernels(name: str) -> ModuleType | None:
     name : str
         Full name of the module, such as ``bnkernels.ops.batch_norm.cpu``.
     """
-    global _in_use
     try:
         return _modules[name]
     except KeyError:
         module = _modules[name] = importlib.import_module(name) if why_reference() is None else None
-        _in_use |= module is not None
         return module
-
-
-def in_use() -> bool:
-    """Return whether compiled kernels have computed and would compute again."""
-    return _in_use
 
 
 def why_reference() -> str | None:
@@ -82,12 +74,12 @@ def compilation_shown(stream: TextIO | None) -> AbstractContextManager[None]:
 @contextmanager
 def using(wanted: str) -> Iterator[None]:
     """Let all NumPy arrays be computed by ``compiled`` kernels or the ``reference`` meanwhile, for tests of both."""
-    global _wanted, _in_use
-    before, _wanted, _in_use = _wanted, wanted, False
+    global _wanted
+    before, _wanted = _wanted, wanted
     _modules.clear()
     try:
         why_reference()
         yield
     finally:
-        _wanted, _in_use = before, False
+        _wanted = before
         _modules.clear()

@@ -75,6 +75,18 @@ def _division(problem: Problem, masked: bool) -> tuple[dict[str, int], int]:
     return dict(zip(DIVISION, division, strict=True)), together
 
 
+def _binder(plan: Plan, options: Options, division: dict[str, int]) -> Callable[[Callable], Callable]:
+    """Return a function that turns ``work(chunks, arrays)`` into what `prepare` returns.
+
+    The chunks are the argument for some groups at a time, as many as a state has room for.
+    """
+    groups, of_state, templates = plan.problem.groups, division["state_groups"], []
+    for first in range(0, groups, of_state):
+        some = {"first_group": first, "last_group": min(groups, first + of_state)}
+        templates.append(Template(LAYOUT, plan.members(options) | division | some, plan.places))
+    return lambda work: lambda addresses: partial(work, [template.filled(addresses) for template in templates])
+
+
 @lru_cache(maxsize=1024)
 def prepare(plan: Plan, options: Options) -> Callable[[tuple[int, ...]], Callable[[Any], None]]:
     """Return what makes of a call's addresses, those of `Plan.places`, what computes it.
@@ -84,15 +96,7 @@ def prepare(plan: Plan, options: Options) -> Callable[[tuple[int, ...]], Callabl
     problem, stage, masked = plan.problem, plan.kind.stage, plan.masked
     division, together = _division(problem, masked)
     blocks, slices, of_state = division["blocks"], division["slices"], division["state_groups"]
-    members, size = plan.members(options) | division, problem.rows * problem.channels * problem.groups
-    templates = []  # the argument for some groups at a time
-    for first in range(0, problem.groups, of_state):
-        members |= {"first_group": first, "last_group": min(problem.groups, first + of_state)}
-        templates.append(Template(LAYOUT, members, plan.places))
-
-    def bound(work: Callable[[list[np.ndarray], Any], None]) -> Callable[[tuple[int, ...]], Callable[[Any], None]]:
-        return lambda addresses: partial(work, [template.filled(addresses) for template in templates])
-
+    bound, size = _binder(plan, options, division), problem.rows * problem.channels * problem.groups
     if plan.kind is DOUBLE_BACKWARD:
         return bound(lambda chunks, _: share(double_backward, slices, size, chunks[0]))
     form, write = KERNELS[plan.kind.direction]
