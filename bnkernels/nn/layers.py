@@ -23,6 +23,15 @@ from bnkernels.runtime.registry import runtime_of
 IDENTITY = activation_named("identity")
 
 
+def _outputs(x: Any, length: int) -> tuple[Any, Any]:
+    """Return new arrays for the output of a norm and for its statistics, three rows of this length.
+
+    With ``out=`` a repeated call is replayed: memory that was freed comes back with the same addresses step by step.
+    """
+    runtime = runtime_of(type(x), "x")
+    return empty(runtime, x.shape, x), empty(runtime, (3, length), x, accumulator(x.dtype))
+
+
 class Linear:
     """``y = x @ weight + bias``.
 
@@ -111,16 +120,17 @@ class BatchNorm:
 
     def forward(self, x: Any, *, training: bool) -> Any:
         """Return the output, of the shape of `x`, (N, C)."""
-        vectors, running = (self.parameters["gamma"], self.parameters["beta"]), (self.running_mean, self.running_var)
-        options = {"eps": self.eps, "activation": self.activation}
+        gamma, beta, running = self.parameters["gamma"], self.parameters["beta"], (self.running_mean, self.running_var)
         if not training and self.running_mean is not None:
-            return batch_norm_inference(x, *vectors, *running, **options)
-        momentum = 1 / (self.batches + 1) if self.momentum is None else self.momentum
-        # With out= a repeated call on a GPU is replayed: a memory pool gives the same addresses step by step.
-        runtime = runtime_of(type(x), "x")
-        out = empty(runtime, x.shape, x), empty(runtime, (3, *vectors[0].shape), x, accumulator(x.dtype))
-        options |= {"momentum": momentum, "unbiased": self.unbiased}
-        y, statistics = batch_norm_forward(x, *vectors, *running, **options, out=out)
+            return batch_norm_inference(x, gamma, beta, *running, eps=self.eps, activation=self.activation)
+        y, statistics = batch_norm_forward(
+            *(x, gamma, beta, *running),
+            momentum=1 / (self.batches + 1) if self.momentum is None else self.momentum,
+            unbiased=self.unbiased,
+            eps=self.eps,
+            activation=self.activation,
+            out=_outputs(x, len(gamma)),
+        )
         if training:
             self.x, self.statistics = x, statistics
             self.batches += 1
@@ -155,8 +165,8 @@ class LayerNorm:
 
     def forward(self, x: Any, *, training: bool) -> Any:
         """Return the output, of the shape of `x`, (N, C)."""
-        vectors = self.parameters["gamma"], self.parameters["beta"]
-        y, statistics = layer_norm_forward(x, *vectors, eps=self.eps, activation=self.activation)
+        gamma, beta, out = self.parameters["gamma"], self.parameters["beta"], _outputs(x, len(x))
+        y, statistics = layer_norm_forward(x, gamma, beta, eps=self.eps, activation=self.activation, out=out)
         if training:
             self.x, self.statistics = x, statistics
         return y

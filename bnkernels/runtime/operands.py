@@ -8,6 +8,7 @@ from typing import Any
 
 from bnkernels.runtime import checks as check
 from bnkernels.runtime import overlap, registry
+from bnkernels.runtime.arguments import addresses
 from bnkernels.runtime.seam import Runtime
 
 
@@ -39,16 +40,18 @@ class Operands:
 
     def check(self, *arrays: Any, options: tuple = ()) -> tuple[Runtime | None, Any]:
         """Check all arrays, in the order of `names`; return their runtime, None for NumPy, and the problem."""
-        problem = self._problem(options, *check.signatures(arrays))
-        runtime = registry.runtime_of(type(arrays[self.written]))
+        runtime, reaches, problem = self._problem(options, *check.signatures(arrays))
         if runtime is not None:
             check.one_device(runtime, self.names, arrays)
         for array in arrays[: self.written]:
             if array is not None:
-                overlap.check_outputs(runtime, self.names, arrays, self.written, self._in_place)
+                places = addresses(runtime, *arrays), reaches
+                overlap.check_outputs(runtime, self.names, arrays, *places, self.written, self._in_place)
                 break
         return runtime, problem
 
-    def _checked(self, options: tuple, *signatures: check.Signature | None) -> Any:
+    def _checked(self, options: tuple, *signatures: check.Signature | None) -> tuple[Runtime | None, tuple, Any]:
         given = dict(zip(self.names, signatures, strict=True))
-        return self._find(check.arguments(given, self._optional, self.written), *options)
+        problem = self._find(check.arguments(given, self._optional, self.written), *options)
+        runtime = registry.runtime_of(signatures[self.written][0])
+        return runtime, tuple(map(overlap.reach, signatures)), problem

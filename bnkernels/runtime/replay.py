@@ -1,23 +1,22 @@
 """Replay cache: a call with ``out=`` whose arrays and options equal an earlier one's is launched again, unchecked.
 
 What an op checks, and its kernel's argument, depend only on the options and on each array's type, address, device (of a
-NumPy array the flags, such as whether it can be written), data type, shape and strides: the key of a call. It is read
-anew on every call, so arrays may be reshaped in place, or freed and their addresses reused. No array is kept, and
-entries never change, so threads may share them.
+NumPy array whether it can be written), data type, shape and strides: the key of a call. It is read anew on every call,
+so arrays may be reshaped in place, or freed and their addresses reused. No array is kept, and entries never change, so
+threads may share them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
 
 from bnkernels.runtime import cpu, registry
-from bnkernels.runtime.arguments import host_pointer
 from bnkernels.runtime.seam import Launch, Runtime
 
+FACTS = "bnkernels.runtime.cpu.facts"
 MOST_ADDRESSES, MOST_EACH = 1024, 8  # an entry takes about 2 kB
 IMMUTABLE = {float, int, bool, str, type(None)}  # types of options that nobody can change behind our back
 
@@ -29,8 +28,8 @@ class Call:
     ----------
     cache : ReplayCache, optional
         Cache that records the launch. Without it nothing is recorded.
-    key : list, optional
-        Key of the call.
+    place, key : int, list or tuple, optional
+        Where the call belongs in the cache, and its key.
 
     Attributes
     ----------
@@ -38,10 +37,16 @@ class Call:
         True if the launch has been made, so that nothing is left to do.
     """
 
-    __slots__ = ("_cache", "_key", "replayed")
+    __slots__ = ("_cache", "_key", "_place", "replayed")
 
-    def __init__(self, cache: ReplayCache | None = None, key: list | None = None, replayed: bool = False) -> None:
-        self._cache, self._key, self.replayed = cache, key, replayed
+    def __init__(
+        self,
+        cache: ReplayCache | None = None,
+        place: int = 0,
+        key: list | tuple = (),
+        replayed: bool = False,
+    ) -> None:
+        self._cache, self._place, self._key, self.replayed = cache, place, key, replayed
 
     def launch(
         self,
@@ -59,22 +64,36 @@ class Call:
         cooperative launch is never recorded: the workspace that it uses is its stream's.
         """
         arguments.flags.writeable = False
-        enqueue = partial(runtime.launch, source, entry_point, launch, arguments)
-        self.compute(enqueue, like, replayable and not launch.cooperative)
 
-    def compute(self, work: Callable[[Any], None], like: Any, replayable: bool = True) -> None:
-        """Call ``work(like)``, which does all that is left after the checks, and record it."""
-        work(like)
+        def enqueue(arrays: tuple) -> None:
+            runtime.launch(source, entry_point, launch, arguments, arrays[0])
+
+        self.compute(enqueue, (like,), replayable and not launch.cooperative)
+
+    def compute(self, work: Callable[[tuple], None], arrays: tuple, replayable: bool = True) -> None:
+        """Call ``work(arrays)``, which does all that is left after the checks, and record it.
+
+        Parameters
+        ----------
+        work : callable
+            Work on the arrays that `ReplayCache.replay` was given, outputs first. It must keep none of them.
+        arrays : tuple of arrays
+            These arrays, new ones where outputs are made.
+        replayable : bool
+            Whether to record it.
+        """
+        work(arrays)
         if self._cache is not None and replayable:
-            self._cache.record(self._key, work)
+            self._cache.record(self._place, self._key, work)
 
 
 NEW, REPLAYED = Call(), Call(replayed=True)
 
 
 class ReplayCache:
-    """The launches of one op that may be replayed, by the address of the first array that it writes.
+    """The calls of one op that may be replayed, by the address of the first array written, or a hash of NumPy arrays.
 
+    What was replayed on NumPy arrays is also found by the id of the first, to be compared before anything is hashed.
     Every op has its own: two in one cache would be taken for each other.
     """
 
@@ -103,33 +122,55 @@ class ReplayCache:
             return NEW
         arrays = out + given
         kind = type(arrays[0])
-        on_host = kind is np.ndarray and kind not in registry.runtimes
-        if (on_host and not cpu.in_use()) or (not on_host and kind not in registry.runtimes):
+        if kind is np.ndarray and kind not in registry.runtimes:
+            return self._replay_on_host(arrays, options)
+        if kind not in registry.runtimes:
             return NEW
         key: list = []
         for array in arrays:
             if array is None:
                 key.append(None)
-            elif type(array) is not kind:
-                return NEW
-            elif on_host:
-                key += (host_pointer(array), array.flags.num, array.dtype, array.shape, array.strides)
-            else:
+            elif type(array) is kind:
                 data = array.data
-                key += (data.ptr, data.device_id, array.dtype, array.shape, array.strides)
+                key += data.ptr, data.device_id, array.dtype, array.shape, array.strides
+            else:
+                return NEW
         key.append(kind)
         key += map(type, options)
         key += options
         for known, work in self._entries.get(key[0], ()):
             if known == key:
-                work(arrays[0])
+                work(arrays)
                 return REPLAYED
-        return Call(self, key) if IMMUTABLE.issuperset(map(type, options)) else NEW
+        return Call(self, key[0], key) if IMMUTABLE.issuperset(map(type, options)) else NEW
 
-    def record(self, key: list, work: Callable[[Any], None]) -> None:
-        """Keep what was done after all checks."""
+    def _replay_on_host(self, arrays: tuple, options: tuple) -> Call:
+        facts = cpu.kernels(FACTS)
+        if facts is None or not facts.READABLE:
+            return NEW
+        walk, given, types = facts.walk, (facts.PLACES, id(arrays), len(arrays)), [*map(type, options)]
+        for (known, known_types, known_options), work in self._entries.get(id(arrays[0]), ()):  # a guess
+            if walk(*given, known, facts.COMPARE) and known_options == options and known_types == types:
+                work(arrays)
+                return REPLAYED
+        place = walk(*given, facts.NO_FACTS, facts.HASH)
+        if not place:
+            return NEW
+        for entry in self._entries.get(place, ()):
+            (known, known_types, known_options), work = entry
+            if walk(*given, known, facts.COMPARE) and known_options == options and known_types == types:
+                if id(arrays[0]) not in self._entries:
+                    self._keep(id(arrays[0]), (entry,))
+                work(arrays)
+                return REPLAYED
+        return Call(self, place, (facts.written(arrays), types, options)) if IMMUTABLE.issuperset(types) else NEW
+
+    def record(self, place: int, key: list | tuple, work: Callable[[tuple], None]) -> None:
+        """Keep what was done after all checks, by the key, at a place where few others are."""
+        # A new tuple, not a changed one: another thread may be walking through it.
+        self._keep(place, ((key, work), *self._entries.get(place, ())[: MOST_EACH - 1]))
+
+    def _keep(self, place: int, entries: tuple[tuple, ...]) -> None:
         if len(self._entries) >= MOST_ADDRESSES:
             self._entries.clear()
-        # A new tuple, not a changed one: another thread may be walking through it.
-        others = self._entries.get(key[0], ())[: MOST_EACH - 1]
-        self._entries[key[0]] = ((key, work), *others)
+        self._entries[place] = entries

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
+import numpy as np
+
 from bnkernels.nn.mlp import MLP
 from bnkernels.nn.optimizers import Optimizer
 from bnkernels.ops.fused_training.launch import Problem, choose, why_not
@@ -114,8 +116,10 @@ class LayersEngine(Engine):
         batch = self.config.batch_size
         for model, optimizer in self.trained:
             for row in range(start * batch, (start + steps) * batch, batch):
-                logits = model.forward(x[row : row + batch], training=True)
-                _, dlogits = softmax_cross_entropy(logits, y[row : row + batch], out=self._out)
+                logits, labels = model.forward(x[row : row + batch], training=True), y[row : row + batch]
+                if model.xp is np:
+                    labels = labels.copy()  # at an address that comes again, so that the call is replayed
+                _, dlogits = softmax_cross_entropy(logits, labels, out=self._out)
                 model.backward(dlogits)
                 optimizer.step()
 

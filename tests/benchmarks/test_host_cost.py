@@ -165,9 +165,9 @@ def test_what_is_measured_is_the_repeated_call(monkeypatch: pytest.MonkeyPatch) 
     kept: list[Any] = []
     record = ReplayCache.record
 
-    def counted(self: ReplayCache, key: list, work: Any) -> None:
+    def counted(self: ReplayCache, place: int, key: list, work: Any) -> None:
         kept.append(work)
-        record(self, key, work)
+        record(self, place, key, work)
 
     for kind in (FORWARD, INFERENCE, BACKWARD):
         monkeypatch.setitem(vars(kind), "calls", ReplayCache())

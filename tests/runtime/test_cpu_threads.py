@@ -47,8 +47,10 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(batch_norm, "WORTH_SHARING", 2**15)
         monkeypatch.setattr(batch_norm, "BLOCK", 2**14)
         batch_norm._division.cache_clear()
+        batch_norm.prepare.cache_clear()
         yield
         batch_norm._division.cache_clear()
+        batch_norm.prepare.cache_clear()
 
 
 def digest(op: str, arrays: dict[str, np.ndarray]) -> str:

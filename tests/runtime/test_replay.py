@@ -15,6 +15,7 @@ import pytest
 
 import bnkernels as bn
 from bnkernels.runtime import registry, replay
+from bnkernels.runtime.cpu import using
 from bnkernels.runtime.seam import Launch
 from tests.regress.calls import EVERY, make_arrays, named, run
 from tests.regress.device import Device, RecordedArray, RecordingRuntime
@@ -350,3 +351,35 @@ def test_threads_launch_their_own_calls(device: Device) -> None:
         assert len(mine) == calls
         assert all(int(record[name]) >> 40 == number for record in mine for name in ("x", "gamma", "statistics"))
         assert sum(record["eps"] == 0.5 for record in mine) == calls // 2
+
+
+# ---- NumPy's arrays -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_repeated_call_on_numpy_is_not_checked_again_and_keeps_no_array(
+    op: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("numba")
+    kept: list[Any] = []
+    record = replay.ReplayCache.record
+    monkeypatch.setattr(replay.ReplayCache, "record", lambda *given: (kept.append(given[0]), record(*given)))
+    with using("compiled"):
+        arrays, others = make_arrays(op), make_arrays(op)
+        run(op, others)  # loads the kernels: before, nothing is kept
+        run(op, arrays)
+        for name, array in make_arrays(op).items():
+            arrays[name][...] = array
+        kept.clear()
+        run(op, arrays)
+        assert not kept
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(array, others[name])
+        arrays[EVERY[op].writes[-1]].flags.writeable = False
+        with pytest.raises(ValueError, match="must be writable"):
+            run(op, arrays)
+    references = [weakref.ref(array) for array in arrays.values()]
+    arrays.clear()
+    del array
+    gc.collect()
+    assert [reference() for reference in references] == [None] * len(references)

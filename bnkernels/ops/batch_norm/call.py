@@ -1,6 +1,7 @@
-"""A call of a batch-norm op: `plan` checks its arrays, `run` launches the kernel or computes with NumPy.
+"""A call of a batch-norm op: `run` checks its arrays, and launches the kernel or computes with NumPy.
 
-What depends on the signatures of the arrays alone is cached: their checks, and the plan. Masks, groups,
+What depends on the signatures of the arrays alone is cached, their checks and the plan; and so is what a plan and
+options decide, the argument of the kernel but for its addresses. Masks, groups,
 renormalisation and parameters of 16 bits are options of one plan, see `Pass` and `Problem`.
 """
 
@@ -21,6 +22,7 @@ from bnkernels.ops.batch_norm.problem import (
     Options,
     Pass,
     Plan,
+    Problem,
     Stage,
     element_strides,
     mask_strides,
@@ -28,25 +30,62 @@ from bnkernels.ops.batch_norm.problem import (
 )
 from bnkernels.runtime import checks as check
 from bnkernels.runtime import overlap, registry
-from bnkernels.runtime.arguments import accumulator, empty, host_pointer, pack
+from bnkernels.runtime.arguments import Template, accumulator, addresses, empty
 from bnkernels.runtime.cpu import kernels
 from bnkernels.runtime.replay import NEW, Call
+from bnkernels.runtime.seam import LaunchPlan, Limits
 from bnkernels.runtime.workspace import PARTIALS, barrier_counters
 
 AXES = "group", "outer", "channel", "inner"
 
 
-def plan(
-    kind: Pass, arrays: tuple, axis: Any, grouped: Any = False, renorm: Any = None, *, apart: bool = False
-) -> Plan:
-    """Check the arrays ``kind.names``, and unless they are known to lie `apart` their overlaps; plan the call."""
-    found = _planned(
-        *(kind, check.integer("axis", axis), check.boolean("grouped", grouped), renorm is not None),
-        *check.signatures(arrays),
-    )
-    if not apart and any(array is not None for array in arrays[: kind.written]):
-        overlap.check_outputs(found.runtime, kind.names, arrays, kind.written, kind.in_place)
-    return found
+def run(
+    kind: Pass, arrays: tuple, axis: Any, options: Options, call: Call = NEW, grouped: Any = False
+) -> tuple[Any, ...]:
+    """Check the arrays of a call and compute; return its outputs, made new where they are None.
+
+    Parameters
+    ----------
+    kind : Pass
+        The pass.
+    arrays : tuple
+        Arrays ``kind.names``.
+    axis, grouped : int, bool
+        Axis of the channels, and whether the first axis numbers mini-batches; not checked yet.
+    options : Options
+        Numbers of the call.
+    call : Call
+        Result of ``kind.calls.replay``.
+
+    Returns
+    -------
+    tuple of arrays
+        Those that the pass returns.
+    """
+    axis, grouped = check.integer("axis", axis), check.boolean("grouped", grouped)
+    plan = _planned(kind, axis, grouped, options.renorm is not None, *check.signatures(arrays))
+    runtime, written = plan.runtime, kind.written
+    if runtime is not None:
+        check.one_device(runtime, kind.names, arrays)
+    places = addresses(runtime, *arrays)
+    if any(places[:written]):
+        overlap.check_outputs(runtime, kind.names, arrays, places, plan.reaches, written, kind.in_place)
+    made = [place for place, *_ in plan.outputs if arrays[place] is None]
+    if made or plan.copied:
+        arrays = _completed(plan, arrays)
+        places = addresses(runtime, *arrays)
+    outputs = tuple([arrays[place] for place, *_ in plan.outputs])
+    if plan.empty:
+        for array in outputs:
+            array[...] = 0
+    elif runtime is not None:
+        _launch(plan, arrays, places, options, call)
+    elif cpu := kernels("bnkernels.ops.batch_norm.cpu"):
+        # A copy is of this call.
+        call.compute(cpu.prepare(plan, options)((*places, 0)), arrays, replayable=not plan.copied)
+    else:
+        reference.run(plan, dict(zip(kind.names, arrays, strict=True)), options)
+    return outputs
 
 
 @lru_cache(maxsize=1024)
@@ -72,15 +111,30 @@ def _planned(kind: Pass, axis: int, grouped: bool, renormalised: bool, *signatur
             "use batch_norm_inference"
         )
     by_stage = kind.stage in (Stage.COLLECT, Stage.APPLY)
-    more = masked or grouped or rows == 5 or in_storage_type or by_stage
-    problem = problem._replace(masked_grouped=more)
-    front = axis + grouped
+    front, more = axis + grouped, masked or grouped or rows == 5 or in_storage_type or by_stage
     positions = x.shape[:front] + x.shape[front + 1 :]
-    members = {"groups": problem.groups, "outer": problem.outer, "channels": problem.channels, "inner": problem.inner}
-    members |= {"stage": int(kind.stage), "statistic_rows": rows, "params_in_storage_type": int(in_storage_type)}
-    runtime, acc_dtype = registry.runtime_of(x.kind), accumulator(x.dtype)
-    found = Plan(kind, runtime, problem, axis, grouped, acc_dtype, outputs, positions, rows, members)
-    return found if found.empty else _with_strides(found, args)
+    sizes = {"groups": problem.groups, "outer": problem.outer, "channels": problem.channels, "inner": problem.inner}
+    sizes |= {"stage": int(kind.stage), "statistic_rows": rows, "params_in_storage_type": int(in_storage_type)}
+    strides, copied = {}, ()
+    if problem.channels and 0 not in positions:
+        strides, copied = _strides(args, kind, problem, axis, grouped, positions)
+        sizes |= {f"{name}_{axis}": steps[axis] for name, steps in strides.items() for axis in steps}
+    of_tensors = tuple(tuple(steps.values())[1:] for name, steps in strides.items() if name != "mask")
+    return Plan(
+        kind,
+        registry.runtime_of(x.kind),
+        problem._replace(masked_grouped=more, strides=of_tensors),
+        axis,
+        grouped,
+        masked,
+        accumulator(x.dtype),
+        outputs,
+        positions,
+        rows,
+        tuple(map(overlap.reach, signatures)),
+        sizes,
+        copied,
+    )
 
 
 def _check_arrays(
@@ -90,14 +144,14 @@ def _check_arrays(
     group: tuple[int, ...],
     rows: int,
     in_storage_type: bool,
-) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Check shape, data type and layout of every array; return shape and data type of those that the op returns."""
+) -> tuple[tuple[int, tuple[int, ...], np.dtype], ...]:
+    """Check shape, data type and layout of every array; return place, shape and type of those that the op returns."""
     x, front = args["x"], axis + len(group)
     channels, acc_dtype = x.shape[front], accumulator(x.dtype)
     shapes = {"moments": (4, channels), "sums": (3, channels), "statistics": (*group, rows, channels)}
     shapes |= {name: (*group, channels) for name in ("running_mean", "running_var")}
-    outputs = {}
-    for name, argument in args.items():
+    outputs = []
+    for place, (name, argument) in enumerate(args.items()):
         if name == "mask":
             if argument is not None:
                 _check_mask(argument, x.shape[:front] + x.shape[front + 1 :])
@@ -109,8 +163,8 @@ def _check_arrays(
             dtype = x.dtype
         (check.like if name in kind.strided else check.contiguous)(argument, shape, dtype)
         if name in kind.outputs and (name != "dresidual" or args["residual"] is not None):
-            outputs[name] = shape, dtype
-    return outputs
+            outputs.append((place, shape, dtype))
+    return tuple(outputs)
 
 
 def _check_mask(mask: check.Argument, positions: tuple[int, ...]) -> None:
@@ -124,108 +178,73 @@ def _check_mask(mask: check.Argument, positions: tuple[int, ...]) -> None:
         )
 
 
-def _with_strides(found: Plan, args: dict[str, check.Argument | None]) -> Plan:
-    """Return the plan with the strides of the inputs, for a kernel."""
-    problem, members, copied, given = found.problem, found.members, [], []
-    for name in found.kind.strided:
+def _strides(
+    args: dict[str, check.Argument | None],
+    kind: Pass,
+    problem: Problem,
+    axis: int,
+    grouped: bool,
+    positions: tuple[int, ...],
+) -> tuple[dict[str, dict[str, int]], tuple[str, ...]]:
+    """Return the strides of the inputs by name and axis, and which are to be copied first, since none describe them."""
+    found, copied = {}, []
+    for name in kind.strided:
         if args[name] is None:
             continue
-        strides = element_strides(args[name], found.axis, found.grouped)
+        strides = element_strides(args[name], axis, grouped)
         if strides is None:
             copied.append(name)
             strides = problem.rows * problem.channels, problem.channels * problem.inner, problem.inner, 1
-        members |= {f"{name}_{axis}": stride for axis, stride in zip(AXES, strides, strict=True)}
-        given.append(strides[1:])
+        found[name] = dict(zip(AXES, strides, strict=True))
     if args.get("mask") is not None:
-        strides = mask_strides(args["mask"], found.positions, found.axis, found.grouped)
+        strides = mask_strides(args["mask"], positions, axis, grouped)
         if strides is None:
             copied.append("mask")
             strides = problem.rows, problem.inner, 1
-        members |= dict(zip(("mask_group", "mask_outer", "mask_inner"), strides, strict=True))
-    return found._replace(problem=problem._replace(strides=tuple(given)), members=members, copied=tuple(copied))
+        found["mask"] = dict(zip(("group", "outer", "inner"), strides, strict=True))
+    return found, tuple(copied)
 
 
-def run(found: Plan, arrays: tuple, options: Options, call: Call = NEW) -> tuple[Any, ...]:
-    """Run a call on its arrays; return its outputs, made new where they are None.
-
-    Parameters
-    ----------
-    found : Plan
-        Plan of the call, from `plan`.
-    arrays : tuple
-        Arrays ``found.kind.names``.
-    options : Options
-        Numbers of the call.
-    call : Call
-        Result of ``found.kind.calls.replay``.
-
-    Returns
-    -------
-    tuple of arrays
-        Those of ``found.outputs``.
-    """
-    given = dict(zip(found.kind.names, arrays, strict=True))
-    for name, (shape, dtype) in found.outputs.items():
-        if given[name] is None:
-            given[name] = empty(found.runtime, shape, given["x"], dtype)
-    outputs = tuple([given[name] for name in found.outputs])
-    if found.empty:
-        for array in outputs:
-            array[...] = 0
-    elif found.runtime is None and (cpu := kernels("bnkernels.ops.batch_norm.cpu")) is None:
-        reference.run(found, given, options)
-    elif found.runtime is None:
-        work = cpu.work(found, _members(found, given, options))
-        call.compute(work, given["x"], replayable=not found.copied)  # a copy is of this call
-    else:
-        check.one_device(found.runtime, found.kind.names, arrays)
-        _launch(found, given, options, call)
-    return outputs
+def _completed(plan: Plan, arrays: tuple) -> tuple:
+    """Return the arrays with new outputs, and with copies of inputs that no strides describe."""
+    found, names = list(arrays), plan.kind.names
+    x = arrays[names.index("x")]
+    for place, shape, dtype in plan.outputs:
+        if found[place] is None:
+            found[place] = empty(plan.runtime, shape, x, dtype)
+    for name in plan.copied:
+        place = names.index(name)
+        found[place] = _copy(plan, name, found[place])
+    return tuple(found)
 
 
-def _members(found: Plan, given: dict[str, Any], options: Options) -> dict[str, Any]:
-    """Return the members of a kernel's argument that do not depend on the launch, by name."""
-    for name in found.copied:
-        given[name] = _copy(found, name, given[name])
-    pointer = host_pointer if found.runtime is None else found.runtime.pointer
-    members = {name: pointer(array) for name, array in given.items() if array is not None}
-    members |= found.members
-    if "out" in members:
-        members["y"] = members["out"]
-    if found.kind.stage == Stage.FROZEN:
-        members |= {"mean": members["running_mean"], "rstd": members["running_var"]}
-    elif "statistics" in members:
-        start, row = members["statistics"], found.problem.channels * found.acc_dtype.itemsize
-        members |= {"mean": start, "mean_low": start + row, "rstd": start + 2 * row}
-    phi, (r_max, d_max) = options.phi, options.renorm or (1.0, 0.0)
-    members |= {
-        "momentum": options.momentum,
-        "eps": float(found.acc_dtype.type(options.eps)),
-        "alpha": phi.alpha,
-        "activation": phi.code,
-    }
-    members |= {"divisor": found.problem.rows - options.unbiased, "correction": options.unbiased}
-    return members | {"r_max": r_max, "d_max": d_max}
-
-
-def _launch(found: Plan, given: dict[str, Any], options: Options, call: Call) -> None:
-    """Launch the kernel, its argument packed by the names of its members."""
-    runtime, x, members = found.runtime, given["x"], _members(found, given, options)
-    aligned = not any(members.get(name, 0) % VECTOR for name in TENSORS)
-    chosen = choose(found.kind, found.problem, runtime.limits(x) if aligned else None)
-    if chosen.splits > 1:
-        start = runtime.workspace(x)  # it begins with counters of blocks that never wait
-        members |= {"partial": start + PARTIALS, "barrier_counter": barrier_counters(start), "finished_blocks": start}
-    members["held"] = chosen.held
-    arguments = pack(chosen.arguments, *[members.get(name, 0) for name in chosen.arguments.names])
-    replayable = not found.copied and chosen.splits == 1  # copies are of this call, the workspace is of the stream
-    call.launch(runtime, chosen.source, chosen.kernel, chosen.launch, arguments, x, replayable)
-
-
-def _copy(found: Plan, name: str, array: Any) -> Any:
+def _copy(plan: Plan, name: str, array: Any) -> Any:
     """Return an input in C order: the mask over all positions of a channel."""
     if name == "mask":
-        array = array.reshape(array.shape + (1,) * (len(found.positions) - len(array.shape)))
-        xp = np if found.runtime is None else found.runtime.xp
-        array = xp.broadcast_to(array, found.positions)
-    return np.ascontiguousarray(array) if found.runtime is None else found.runtime.contiguous(array)
+        array = array.reshape(array.shape + (1,) * (len(plan.positions) - len(array.shape)))
+        xp = np if plan.runtime is None else plan.runtime.xp
+        array = xp.broadcast_to(array, plan.positions)
+    return np.ascontiguousarray(array) if plan.runtime is None else plan.runtime.contiguous(array)
+
+
+@lru_cache(maxsize=1024)
+def _chosen(plan: Plan, options: Options, limits: Limits | None) -> tuple[LaunchPlan, Template]:
+    """Return the launch, and its argument without addresses."""
+    chosen = choose(plan.kind, plan.problem, limits)
+    return chosen, Template(chosen.arguments, plan.members(options) | {"held": chosen.held}, plan.places)
+
+
+def _launch(plan: Plan, arrays: tuple, places: tuple[int, ...], options: Options, call: Call) -> None:
+    """Launch the kernel."""
+    runtime, names = plan.runtime, plan.kind.names
+    x = arrays[names.index("x")]
+    aligned = not any([places[tensor] % VECTOR for tensor in plan.tensors])
+    chosen, template = _chosen(plan, options, runtime.limits(x) if aligned else None)
+    workspace, row = (0, 0, 0), plan.problem.channels * plan.acc_dtype.itemsize
+    if chosen.splits > 1:
+        start = runtime.workspace(x)  # it begins with counters of blocks that never wait
+        workspace = start + PARTIALS, barrier_counters(start), start
+    start = places[names.index("statistics")] if "statistics" in names else 0
+    arguments = template.filled((*places, start + row, start + 2 * row, *workspace, 0))
+    replayable = not plan.copied and chosen.splits == 1  # copies are of this call, the workspace is of the stream
+    call.launch(runtime, *chosen[:3], arguments, x, replayable)

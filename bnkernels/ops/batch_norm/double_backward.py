@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from bnkernels.ops.activations import activation_named
-from bnkernels.ops.batch_norm.call import plan, run
+from bnkernels.ops.batch_norm.call import run
 from bnkernels.ops.batch_norm.problem import DOUBLE_BACKWARD, Options
 from bnkernels.runtime import checks as check
 
@@ -112,4 +112,4 @@ def batch_norm_double_backward(
     options = Options(activation_named(activation, alpha))
     outputs = check.pack_outputs(out, DOUBLE_BACKWARD.outputs[: 4 if residual is None else 5])
     arrays = (*outputs, None, ddx, *given) if residual is None else (*outputs, ddx, *given)
-    return run(plan(DOUBLE_BACKWARD, arrays, axis), arrays, options, call)
+    return run(DOUBLE_BACKWARD, arrays, axis, options, call)

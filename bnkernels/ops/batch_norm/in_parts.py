@@ -7,28 +7,45 @@ and applied where the data are (`batch_norm_normalise`); the backward goes the s
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from bnkernels.ops.activations import activation_named
 from bnkernels.ops.batch_norm import reference
-from bnkernels.ops.batch_norm.call import plan, run
+from bnkernels.ops.batch_norm.call import run
 from bnkernels.ops.batch_norm.problem import GRADIENT_SUMS, INPUT_GRADIENT, MOMENTS, NORMALISE, Options
 from bnkernels.runtime import checks as check
-from bnkernels.runtime import overlap, registry
 from bnkernels.runtime import seam as rt
 from bnkernels.runtime.arguments import SUFFIX, addresses, arguments_type, empty, pack, suffix
 from bnkernels.runtime.cpu import kernels
+from bnkernels.runtime.operands import Operands
 from bnkernels.runtime.replay import ReplayCache
 
-NAMES = ("statistics", "merged", "running_mean", "running_var", "moments")
 POINTERS = "moments merged statistics running_mean running_var"
 ARGUMENTS = {"statistics": arguments_type(POINTERS, "parts channels", "momentum correction eps", "")}
 THREADS = 128
-CALLS = ReplayCache()
 IDENTITY, CPU = activation_named("identity"), "bnkernels.ops.batch_norm.cpu.merging"
+
+
+def _statistics(args: dict[str, check.Argument | None]) -> tuple[int, rt.Launch]:
+    """Check all arrays of the merge; return the number of channels, and the launch."""
+    moments = args["moments"]
+    if moments.dtype not in SUFFIX:
+        raise TypeError(f"moments must be float32 or float64, as batch_norm_moments returns them, got {moments.dtype}")
+    if len(moments.shape) != 3 or moments.shape[1] != 4:
+        raise ValueError(f"moments must have the shape (K, 4, C), of K parts, got {moments.shape}; stack the parts")
+    parts, _, channels = moments.shape
+    if parts > np.iinfo(np.int32).max:
+        raise ValueError(f"moments must be of fewer than 2**31 parts, got {parts}; merge them in several steps")
+    shapes = {"moments": moments.shape, "statistics": (3, channels), "merged": (4, channels)}
+    for name, argument in args.items():
+        check.contiguous(argument, shapes.get(name, (channels,)), moments.dtype)
+    return channels, rt.Launch((max(1, rt.ceil_div(channels, THREADS)), 1, 1), (min(max(channels, 1), THREADS), 1, 1))
+
+
+CALLS, WRITTEN = ReplayCache(), "statistics merged running_mean running_var"
+OPERANDS = Operands(WRITTEN, "moments", _statistics, optional=WRITTEN)
 
 
 def batch_norm_moments(x: Any, *, axis: int = 1, mask: Any = None, out: Any = None) -> Any:
@@ -71,7 +88,7 @@ def batch_norm_moments(x: Any, *, axis: int = 1, mask: Any = None, out: Any = No
     call, arrays = MOMENTS.calls.replay(None if out is None else (out,), (x, mask), axis), (out, x, mask)
     if call.replayed:
         return out
-    return run(plan(MOMENTS, arrays, axis), arrays, Options(IDENTITY), call)[0]
+    return run(MOMENTS, arrays, axis, Options(IDENTITY), call)[0]
 
 
 def batch_norm_statistics(
@@ -132,44 +149,22 @@ def batch_norm_statistics(
     if call.replayed:
         return out
     options = check.number("momentum", momentum, 0, 1), check.boolean("unbiased", unbiased), check.epsilon(eps, moments)
-    statistics, merged = check.pack_outputs(out, NAMES[:2])
-    arrays = (statistics, merged, *running, moments)
-    runtime, channels, launch = _planned(*check.signatures(arrays))
-    if any(array is not None for array in arrays[:4]):
-        overlap.check_outputs(runtime, NAMES, arrays, written=4)
+    statistics, merged = check.pack_outputs(out, OPERANDS.names[:2])
+    runtime, (channels, launch) = OPERANDS.check(statistics, merged, *running, moments)
     if statistics is None:
         statistics, merged = (empty(runtime, (rows, channels), moments) for rows in (3, 4))
     if channels == 0:
         return statistics, merged
     if runtime is None:
-        (kernels(CPU) or reference).merge(moments, statistics, merged, running_mean, running_var, *options)
+        merge = (kernels(CPU) or reference).merge
+        call.compute(lambda arrays: merge(*arrays, *options), (statistics, merged, moments, *running))
         return statistics, merged
-    check.one_device(runtime, NAMES, arrays)
     pointers = addresses(runtime, moments, merged, statistics, running_mean, running_var)
     numbers = moments.shape[0], channels, options[0], float(options[1]), options[2]
     arguments = pack(ARGUMENTS["statistics"][moments.dtype], *pointers, *numbers)
     kernel = f"bnk_batch_norm_statistics_{suffix(moments.dtype)}"
     call.launch(runtime, "batch_norm_statistics", kernel, launch, arguments, moments)
     return statistics, merged
-
-
-@lru_cache(maxsize=1024)
-def _planned(*signatures: check.Signature | None) -> tuple[rt.Runtime | None, int, rt.Launch]:
-    """Check the signatures of the arrays NAMES; return runtime, number of channels, and launch."""
-    args = check.arguments(dict(zip(NAMES, signatures, strict=True)), NAMES[:-1], written=4)
-    moments = args["moments"]
-    if moments.dtype not in SUFFIX:
-        raise TypeError(f"moments must be float32 or float64, as batch_norm_moments returns them, got {moments.dtype}")
-    if len(moments.shape) != 3 or moments.shape[1] != 4:
-        raise ValueError(f"moments must have the shape (K, 4, C), of K parts, got {moments.shape}; stack the parts")
-    parts, _, channels = moments.shape
-    if parts > np.iinfo(np.int32).max:
-        raise ValueError(f"moments must be of fewer than 2**31 parts, got {parts}; merge them in several steps")
-    shapes = {"moments": moments.shape, "statistics": (3, channels), "merged": (4, channels)}
-    for name, argument in args.items():
-        check.contiguous(argument, shapes.get(name, (channels,)), moments.dtype)
-    launch = rt.Launch((max(1, rt.ceil_div(channels, THREADS)), 1, 1), (min(max(channels, 1), THREADS), 1, 1))
-    return registry.runtime_of(moments.kind), channels, launch
 
 
 def batch_norm_normalise(
@@ -225,7 +220,7 @@ def batch_norm_normalise(
     if call.replayed:
         return out
     options, arrays = Options(activation_named(activation, alpha)), (out, *given)
-    return run(plan(NORMALISE, arrays, axis), arrays, options, call)[0]
+    return run(NORMALISE, arrays, axis, options, call)[0]
 
 
 def batch_norm_gradient_sums(
@@ -285,7 +280,7 @@ def batch_norm_gradient_sums(
     if call.replayed:
         return out
     options, arrays = Options(activation_named(activation, alpha)), (out, *given)
-    return run(plan(GRADIENT_SUMS, arrays, axis), arrays, options, call)[0]
+    return run(GRADIENT_SUMS, arrays, axis, options, call)[0]
 
 
 def batch_norm_input_gradient(
@@ -347,4 +342,4 @@ def batch_norm_input_gradient(
     options = Options(activation_named(activation, alpha))
     outputs = check.pack_outputs(out, INPUT_GRADIENT.outputs[: 1 if residual is None else 2])
     arrays = (*outputs, None, *given) if residual is None else (*outputs, *given)
-    return run(plan(INPUT_GRADIENT, arrays, axis), arrays, options, call)
+    return run(INPUT_GRADIENT, arrays, axis, options, call)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from bnkernels.ops.activations import activation_named
-from bnkernels.ops.batch_norm.call import plan, run
+from bnkernels.ops.batch_norm.call import run
 from bnkernels.ops.batch_norm.problem import INFERENCE, INFERENCE_BACKWARD, Options
 from bnkernels.runtime import checks as check
 
@@ -80,7 +80,7 @@ def batch_norm_inference(
         return out
     options = Options(activation_named(activation, alpha), check.epsilon(eps, x))
     arrays = (out, *given)
-    return run(plan(INFERENCE, arrays, axis, grouped), arrays, options, call)[0]
+    return run(INFERENCE, arrays, axis, options, call, grouped)[0]
 
 
 def batch_norm_inference_backward(
@@ -152,4 +152,4 @@ def batch_norm_inference_backward(
         return out
     options = Options(activation_named(activation, alpha), check.epsilon(eps, x))
     arrays = (*check.pack_gradients(out, residual), *given)
-    return run(plan(INFERENCE_BACKWARD, arrays, axis, grouped), arrays, options, call)
+    return run(INFERENCE_BACKWARD, arrays, axis, options, call, grouped)

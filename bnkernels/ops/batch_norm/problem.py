@@ -18,10 +18,12 @@ import numpy as np
 from bnkernels.ops.activations import Activation
 from bnkernels.runtime import seam as rt
 from bnkernels.runtime.checks import Argument, shown
+from bnkernels.runtime.overlap import Reach
 from bnkernels.runtime.replay import ReplayCache
 
 GRADIENTS = ("dx", "dgamma", "dbeta", "dresidual")
 PARAMETERS = ("gamma", "beta", "dgamma", "dbeta")
+MORE_PLACES = ("mean_low", "rstd", "partial", "barrier_counter", "finished_blocks")
 TENSORS = ("y", "out", "dx", "dresidual", "ddy", "x", "dy", "residual", "ddx", "ddresidual")  # arrays of the shape of x
 
 
@@ -140,25 +142,55 @@ class Problem(NamedTuple):
         return self.outer * self.inner
 
 
-class Plan(NamedTuple):
-    """Plan of a call, decided by its signatures alone."""
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Plan of a call, decided by its signatures alone. There is one of each, so that others can be kept for it."""
 
     kind: Pass
     runtime: rt.Runtime | None  # None: NumPy
     problem: Problem
     axis: int  # channel axis, counted from the front of a group
     grouped: bool
+    masked: bool
     acc_dtype: np.dtype
-    outputs: dict[str, tuple[tuple[int, ...], np.dtype]]  # shape and data type of what is returned
+    outputs: tuple[tuple[int, tuple[int, ...], np.dtype], ...]  # place in `kind.names`, shape and data type
     positions: tuple[int, ...]  # the shape of x without its channels: that of a whole mask
     statistic_rows: int
-    members: dict[str, int]  # sizes, strides and codes of the kernel's argument
-    copied: tuple[str, ...] = ()  # inputs that no such strides describe
+    reaches: tuple[Reach | None, ...]  # of all arrays
+    sizes: dict[str, int]  # sizes, strides and codes of the kernel's argument
+    copied: tuple[str, ...]  # inputs that no such strides describe
 
-    @property
+    @cached_property
     def empty(self) -> bool:
         """Whether there is nothing to compute."""
         return 0 in self.positions or not self.problem.channels
+
+    @cached_property
+    def tensors(self) -> tuple[int, ...]:
+        """The places of the arrays of the shape of `x`."""
+        return tuple(place for place, name in enumerate(self.kind.names) if name in TENSORS)
+
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """The place of every address of a kernel's argument among those of the arrays ``kind.names``.
+
+        Behind these are the addresses of rows of statistics, and those of a workspace: ``MORE_PLACES``.
+        """
+        names = self.kind.names
+        found = {name: place for place, name in enumerate((*names, *MORE_PLACES))}
+        if "out" in found:
+            found["y"] = found["out"]
+        if self.kind.stage == Stage.FROZEN:
+            return found | {"mean": found["running_mean"], "rstd": found["running_var"], "mean_low": -1}
+        return found | {"mean": found.get("statistics", -1)}
+
+    def members(self, options: Options) -> dict[str, float]:
+        """Return the members of a kernel's argument that are no addresses and do not depend on the launch, by name."""
+        phi, (r_max, d_max) = options.phi, options.renorm or (1.0, 0.0)
+        found = {"momentum": options.momentum, "eps": float(self.acc_dtype.type(options.eps)), "alpha": phi.alpha}
+        found |= {"activation": phi.code, "r_max": r_max, "d_max": d_max}
+        found |= {"divisor": self.problem.rows - options.unbiased, "correction": options.unbiased}
+        return self.sizes | found
 
 
 def view(x: Argument, axis: int, grouped: bool) -> tuple[Problem, int]:

@@ -280,9 +280,9 @@ def _double_backward(plan: Plan, arrays: dict[str, Any], options: Options) -> No
 
 @np.errstate(all="ignore")  # as kernels do, which have no warnings
 def merge(
-    moments: np.ndarray,
     statistics: np.ndarray,
     merged: np.ndarray,
+    moments: np.ndarray,
     running_mean: np.ndarray | None,
     running_var: np.ndarray | None,
     momentum: float,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from bnkernels.ops.activations import activation_named
-from bnkernels.ops.batch_norm.call import plan, run
+from bnkernels.ops.batch_norm.call import run
 from bnkernels.ops.batch_norm.problem import BACKWARD, FORWARD, Options
 from bnkernels.runtime import checks as check
 
@@ -128,7 +128,7 @@ def batch_norm_forward(
         renorm=check.renorm_limits(renorm),
     )
     arrays = (*check.pack_outputs(out, FORWARD.outputs), *running, *given)
-    return run(plan(FORWARD, arrays, axis, grouped, renorm), arrays, options, call)
+    return run(FORWARD, arrays, axis, options, call, grouped)
 
 
 def batch_norm_backward(
@@ -209,4 +209,4 @@ def batch_norm_backward(
         return out
     options = Options(activation_named(activation, alpha))
     arrays = (*check.pack_gradients(out, residual), *given)
-    return run(plan(BACKWARD, arrays, axis, grouped), arrays, options, call)
+    return run(BACKWARD, arrays, axis, options, call, grouped)

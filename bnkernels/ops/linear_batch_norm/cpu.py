@@ -64,8 +64,7 @@ def backward(
             dbeta[...] = 0
         return
     like, storage = _types(dy.dtype)
-    height = GROUP * ceil_div(max(HEIGHT, ceil_div(rows, max(1, MOST_SUMS // columns))), GROUP)
-    blocks = ceil_div(rows, height)
+    height, blocks = _blocks(rows, columns)
     sums = np.empty(blocks * columns) if dbeta is not None and blocks > 1 else None
     pointers = addresses(None, dy, z, beta, dz, dbeta, sums)
     share(_backward, blocks, dy.size, like, storage, *pointers, rows, columns, phi.alpha, phi.code, height)
@@ -87,6 +86,13 @@ def round_into(array: np.ndarray, out: np.ndarray) -> None:
     """Round float32 numbers to 16 bits; both arrays are contiguous."""
     given = *_types(out.dtype), *addresses(None, array, out), out.size
     share(_round, ceil_div(out.size, LINE), out.size, *given)
+
+
+@lru_cache(maxsize=1024)
+def _blocks(rows: int, columns: int) -> tuple[int, int]:
+    """Return height and number of the blocks of rows."""
+    height = GROUP * ceil_div(max(HEIGHT, ceil_div(rows, max(1, MOST_SUMS // columns))), GROUP)
+    return height, ceil_div(rows, height)
 
 
 @lru_cache(maxsize=16)

@@ -9,20 +9,21 @@ float32 for 16-bit T, else T.
 
 from __future__ import annotations
 
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from bnkernels.ops.activations import activation_named
+from bnkernels.ops.activations import Activation, activation_named
 from bnkernels.ops.batch_norm.inference import batch_norm_inference, batch_norm_inference_backward
 from bnkernels.ops.batch_norm.training import batch_norm_backward, batch_norm_forward
 from bnkernels.ops.layer_norm.op import layer_norm_backward, layer_norm_forward
 from bnkernels.ops.linear_batch_norm import reference
 from bnkernels.ops.linear_batch_norm.launch import choose
-from bnkernels.ops.linear_batch_norm.problem import BACKWARD, FORWARD, Problem, check_norm, pack_gradients
+from bnkernels.ops.linear_batch_norm.problem import BACKWARD, FORWARD, check_norm, pack_gradients
 from bnkernels.runtime import checks as check
-from bnkernels.runtime.arguments import addresses, empty, pack
+from bnkernels.runtime.arguments import accumulator, addresses, empty, pack
 from bnkernels.runtime.cpu import kernels
 from bnkernels.runtime.replay import ReplayCache
 from bnkernels.runtime.seam import Runtime
@@ -126,18 +127,11 @@ def linear_batch_norm_forward(
         statistics = empty(runtime, problem.statistics_shape(norm), x, problem.acc_dtype)
     plan = None if runtime is None else choose("forward", problem, runtime.limits(x), norm=norm)
     if plan is None:
-        _multiply(runtime, x, weight, z)
-        options = {"eps": eps, "activation": activation, "alpha": alpha}
+        numbers = {"eps": eps, "activation": activation, "alpha": alpha}
         if norm == "batch":
-            options |= {"momentum": momentum, "unbiased": unbiased, "out": (y, statistics)}
-            batch_norm_forward(z, gamma, beta, running_mean, running_var, **options)
-        elif norm == "layer":
-            layer_norm_forward(z, gamma, beta, **options, out=(y, statistics))
-        elif runtime is None:
-            on_cpu().forward(z, beta, phi, y)
-        else:
-            options |= {"eps": NEGLIGIBLE, "out": y}
-            batch_norm_inference(z, None, beta, *_no_statistics(runtime, x, problem), **options)
+            numbers |= {"momentum": momentum, "unbiased": unbiased}
+        work = partial(_forward_by_library, runtime, norm, phi, numbers)
+        call.compute(work, (y, z, statistics, *given) if norm else (y, z, *given), replayable=runtime is None)
         return y, z, statistics
     pointers = addresses(runtime, x, weight, gamma, beta, z, y, statistics, running_mean, running_var)
     numbers = *problem[:3], plan.width, momentum, float(unbiased), eps, phi.alpha, phi.code
@@ -227,28 +221,16 @@ def linear_batch_norm_backward(
     runtime, problem = BACKWARD.check(*arrays, options=(norm,))
     shapes = (x.shape, weight.shape, weight.shape[1:], weight.shape[1:])
     types = (x.dtype, x.dtype, problem.acc_dtype, problem.acc_dtype)
-    dx, dweight, dgamma, dbeta = outputs = tuple(
+    dx, *others = outputs = tuple(
         empty(runtime, shape, x, dtype) if want and array is None else array
         for array, want, shape, dtype in zip(outputs, wanted, shapes, types, strict=True)
     )
-    dz = empty(runtime, z.shape, z) if workspace is None else workspace
     plan = None if runtime is None else choose("backward", problem, runtime.limits(x), input_gradient, norm)
     if plan is None:
-        options = {"activation": activation, "alpha": alpha}
-        if norm == "batch":
-            batch_norm_backward(dy, z, gamma, beta, statistics, **options, out=(dz, dgamma, dbeta))
-        elif norm == "layer":
-            layer_norm_backward(dy, z, gamma, beta, statistics, **options, out=(dz, dgamma, dbeta))
-        elif runtime is None:
-            on_cpu().backward(dy, z, beta, phi, dz, dbeta)
-        else:
-            unused, running = empty(runtime, dbeta.shape, dbeta), _no_statistics(runtime, x, problem)
-            options |= {"eps": NEGLIGIBLE, "out": (dz, unused, dbeta)}
-            batch_norm_inference_backward(dy, z, None, beta, *running, **options)
-        _multiply(runtime, x.T, dz, dweight)
-        if input_gradient:
-            _multiply(runtime, dz, weight.T, dx)
+        work = partial(_backward_by_library, runtime, norm, phi, {"activation": activation, "alpha": alpha})
+        call.compute(work, (*others, dx, *given), replayable=runtime is None)
         return outputs
+    dz = empty(runtime, z.shape, z) if workspace is None else workspace
     counter = barrier_counters(runtime.workspace(x)) if plan.launch.cooperative else 0
     pointers = addresses(runtime, dy, x, weight, gamma, beta, z, statistics, *outputs, dz)
     numbers = *problem[:3], plan.width, phi.alpha, phi.code
@@ -260,6 +242,44 @@ def linear_batch_norm_backward(
 def on_cpu() -> ModuleType:
     """Return the module that adds biases, activates and converts NumPy arrays."""
     return kernels(CPU) or reference
+
+
+def _forward_by_library(
+    runtime: Runtime | None, norm: str | None, phi: Activation, options: dict[str, Any], arrays: tuple
+) -> None:
+    """Multiply by a library, and call the op of the norm."""
+    y, z, *statistics, x, weight, gamma, beta, running_mean, running_var = arrays
+    _multiply(runtime, x, weight, z)
+    if norm == "batch":
+        batch_norm_forward(z, gamma, beta, running_mean, running_var, **options, out=(y, *statistics))
+    elif norm == "layer":
+        layer_norm_forward(z, gamma, beta, **options, out=(y, *statistics))
+    elif runtime is None:
+        on_cpu().forward(z, beta, phi, y)
+    else:
+        running = _no_statistics(runtime, z)
+        batch_norm_inference(z, None, beta, *running, **options | {"eps": NEGLIGIBLE}, out=y)
+
+
+def _backward_by_library(
+    runtime: Runtime | None, norm: str | None, phi: Activation, options: dict[str, Any], arrays: tuple
+) -> None:
+    """Call the op of the norm, and multiply by a library."""
+    dweight, dgamma, dbeta, dx, dy, x, weight, gamma, beta, z, statistics, workspace = arrays
+    dz = empty(runtime, z.shape, z) if workspace is None else workspace
+    if norm == "batch":
+        batch_norm_backward(dy, z, gamma, beta, statistics, **options, out=(dz, dgamma, dbeta))
+    elif norm == "layer":
+        layer_norm_backward(dy, z, gamma, beta, statistics, **options, out=(dz, dgamma, dbeta))
+    elif runtime is None:
+        on_cpu().backward(dy, z, beta, phi, dz, dbeta)
+    else:
+        unused, running = empty(runtime, dbeta.shape, dbeta), _no_statistics(runtime, z)
+        options = options | {"eps": NEGLIGIBLE, "out": (dz, unused, dbeta)}
+        batch_norm_inference_backward(dy, z, None, beta, *running, **options)
+    _multiply(runtime, x.T, dz, dweight)
+    if dx is not None:
+        _multiply(runtime, dz, weight.T, dx)
 
 
 @np.errstate(all="ignore")  # kernels have no warnings either
@@ -275,8 +295,8 @@ def _multiply(runtime: Runtime | None, a: Any, b: Any, out: Any) -> None:
         out[...] = xp.matmul(a.astype(np.float32), b.astype(np.float32)).astype(out.dtype)
 
 
-def _no_statistics(runtime: Runtime, x: Any, problem: Problem) -> tuple[Any, Any]:
+def _no_statistics(runtime: Runtime, z: Any) -> tuple[Any, Any]:
     """Return a mean of 0 and a variance of 1."""
-    mean, var = (empty(runtime, (problem.outputs,), x, problem.acc_dtype) for _ in range(2))
+    mean, var = (empty(runtime, z.shape[1:], z, accumulator(z.dtype)) for _ in range(2))
     mean[...], var[...] = 0, 1
     return mean, var

@@ -102,7 +102,8 @@ def mini_batch(
     x_out, labels_out, scalars = check.pack_outputs(out, OPERANDS.names[:3])
     runtime, sizes = OPERANDS.check(x_out, labels_out, scalars, counter, x, labels, schedule, indices)
     if runtime is None:
-        _on_numpy(x, labels, schedule, counter, indices, x_out, labels_out, scalars)
+        copy = (kernels(CPU) or reference).mini_batch
+        call.compute(lambda arrays: copy(*arrays), (*out, x, labels, schedule, counter, indices))
         return out
     pointers = addresses(runtime, x, labels, indices, schedule, x_out, labels_out, scalars, counter)
     launch, arguments = mini_batch_launch(sizes[0] * sizes[1]), pack(ARGUMENTS[x.dtype], *pointers, *sizes)
@@ -120,29 +121,6 @@ def mini_batch_launch(size: int) -> rt.Launch:
     """
     blocks = min(MAX_BLOCKS, max(1, rt.ceil_div(size, THREADS * NUMBERS)))
     return rt.Launch((blocks, 1, 1), (THREADS, 1, 1))
-
-
-def _on_numpy(
-    x: np.ndarray,
-    labels: np.ndarray,
-    schedule: np.ndarray,
-    counter: np.ndarray,
-    indices: np.ndarray | None,
-    x_out: np.ndarray,
-    labels_out: np.ndarray,
-    scalars: np.ndarray,
-) -> None:
-    step, batch = int(counter[0]), len(x_out)
-    steps = len(schedule) if indices is None else min(len(schedule), len(indices))
-    if step >= steps or (indices is None and (step + 1) * batch > len(x)):
-        raise IndexError(f"counter is at step {step}, and there is no such mini-batch of {batch}")
-    if indices is None:
-        rows = slice(step * batch, (step + 1) * batch)
-        x_out[...], labels_out[...] = x[rows], labels[rows]
-    else:
-        (kernels(CPU) or reference).take(x, labels, indices[step], x_out, labels_out)
-    scalars[...] = schedule[step]
-    counter[0] += 1
 
 
 def random_rows(seed: int, count: int, rows: int, start: int = 0) -> np.ndarray:

@@ -21,7 +21,11 @@ BLOCK = 2**16
 
 
 def _share(work: Any, parameters: np.ndarray, *others: Any) -> None:
-    share(work, -(-parameters.size // BLOCK), parameters.size, parameters, *others)
+    size = parameters.size
+    if size <= BLOCK:
+        work(parameters, *others, 0, 1)
+    else:
+        share(work, -(-size // BLOCK), size, parameters, *others)
 
 
 @kernel
@@ -35,7 +39,7 @@ def _sgd(parameters, gradients, lr, first, last):
 
 
 @kernel
-def _momentum(parameters, gradients, velocity, lr, momentum, first, last):
+def _momentum(parameters, velocity, gradients, lr, momentum, first, last):
     start = first * BLOCK
     count = min(last * BLOCK, len(parameters)) - start
     p, g, v = part(parameters, start, count), part(gradients, start, count), part(velocity, start, count)
@@ -47,7 +51,7 @@ def _momentum(parameters, gradients, velocity, lr, momentum, first, last):
 
 
 @kernel
-def _adam(parameters, gradients, first_moment, second_moment, factors, first, last):
+def _adam(parameters, first_moment, second_moment, gradients, factors, first, last):
     start = first * BLOCK
     count = min(last * BLOCK, len(parameters)) - start
     p, g = part(parameters, start, count), part(gradients, start, count)
@@ -70,17 +74,17 @@ def sgd(parameters: np.ndarray, gradients: np.ndarray, lr: float) -> None:
     _share(_sgd, parameters, gradients, lr)
 
 
-def momentum(parameters: np.ndarray, gradients: np.ndarray, velocity: np.ndarray, lr: float, decay: float) -> None:
+def momentum(parameters: np.ndarray, velocity: np.ndarray, gradients: np.ndarray, lr: float, decay: float) -> None:
     """Make a step with momentum."""
-    _share(_momentum, parameters, gradients, velocity, lr, decay)
+    _share(_momentum, parameters, velocity, gradients, lr, decay)
 
 
 def adam(
     parameters: np.ndarray,
-    gradients: np.ndarray,
     first: np.ndarray,
     second: np.ndarray,
+    gradients: np.ndarray,
     *factors: float,
 ) -> None:
     """Make a step of Adam; the factors are those of the reference."""
-    _share(_adam, parameters, gradients, first, second, factors)
+    _share(_adam, parameters, first, second, gradients, factors)

@@ -27,6 +27,7 @@ THREADS = 256
 MAX_BLOCKS = 1024  # several per multiprocessor of the largest GPU; threads stride over the rest
 MOMENTUM, BETA1, BETA2, ADAM_EPS = 0.9, 0.9, 0.999, 1e-8  # the usual ones
 STATES = {"sgd": (), "momentum": ("velocity",), "adam": ("first", "second")}
+USUAL = {"sgd": (), "momentum": (MOMENTUM,), "adam": (BETA1, BETA2, ADAM_EPS)}
 CONSTANTS = {  # members beta1 to eps of the argument
     "sgd": (0, 0, 0, 0, 0),
     "momentum": (MOMENTUM, 0, 0, 0, 0),
@@ -86,7 +87,8 @@ def sgd_update(parameters: Any, gradients: Any, *, lr: float) -> None:
     if runtime is not None:
         _launch(runtime, call, "sgd", (parameters, gradients, None, None, None), (lr, *CONSTANTS["sgd"], 1, 1))
     else:
-        _on_numpy().sgd(parameters, gradients, lr)
+        update = _on_numpy().sgd
+        call.compute(lambda arrays: update(*arrays, lr), (parameters, gradients))
 
 
 def momentum_update(parameters: Any, gradients: Any, velocity: Any, *, lr: float, momentum: float = MOMENTUM) -> None:
@@ -127,7 +129,8 @@ def momentum_update(parameters: Any, gradients: Any, velocity: Any, *, lr: float
         arrays = parameters, gradients, velocity, None, None
         _launch(runtime, call, "momentum", arrays, (lr, momentum, 0, 0, 0, 0, 1, 1))
     else:
-        _on_numpy().momentum(parameters, gradients, velocity, lr, momentum)
+        update = _on_numpy().momentum
+        call.compute(lambda arrays: update(*arrays, lr, momentum), (parameters, velocity, gradients))
 
 
 def adam_update(
@@ -195,7 +198,7 @@ def adam_update(
         scalars = (lr, beta1, beta2, 1 - beta1, 1 - beta2, eps, *corrections)
         _launch(runtime, NEW, "adam", (parameters, gradients, first, second, None), scalars)  # no two steps are equal
     else:
-        _on_numpy().adam(parameters, gradients, first, second, lr, beta1, beta2, eps, *corrections)
+        _on_numpy().adam(parameters, first, second, gradients, lr, beta1, beta2, eps, *corrections)
 
 
 def scheduled_update(optimizer: str, parameters: Any, gradients: Any, state: tuple[Any, ...], scalars: Any) -> None:
@@ -234,13 +237,13 @@ def scheduled_update(optimizer: str, parameters: Any, gradients: Any, state: tup
         given = parameters, gradients, *(*state, None, None)[:2], scalars
         _launch(runtime, call, optimizer, given, (1, *CONSTANTS[optimizer], 1, 1))
         return
-    lr, *corrections = scalars.tolist()
-    if optimizer == "sgd":
-        _on_numpy().sgd(parameters, gradients, lr)
-    elif optimizer == "momentum":
-        _on_numpy().momentum(parameters, gradients, *state, lr, MOMENTUM)
-    else:
-        _on_numpy().adam(parameters, gradients, *state, lr, BETA1, BETA2, ADAM_EPS, *corrections)
+    update, constants = getattr(_on_numpy(), optimizer), USUAL[optimizer]
+
+    def step(arrays: tuple) -> None:
+        lr, *corrections = arrays[-1].tolist()
+        update(*arrays[:-1], lr, *constants, *(corrections if optimizer == "adam" else ()))
+
+    call.compute(step, (parameters, *state, gradients, scalars))
 
 
 def state_names(optimizer: Any, state: Any) -> tuple[str, ...]:

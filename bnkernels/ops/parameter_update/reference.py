@@ -12,7 +12,7 @@ def sgd(parameters: np.ndarray, gradients: np.ndarray, lr: float) -> None:
 
 
 @np.errstate(all="ignore")
-def momentum(parameters: np.ndarray, gradients: np.ndarray, velocity: np.ndarray, lr: float, decay: float) -> None:
+def momentum(parameters: np.ndarray, velocity: np.ndarray, gradients: np.ndarray, lr: float, decay: float) -> None:
     """Make a step with momentum."""
     velocity *= decay
     velocity += gradients
@@ -22,9 +22,9 @@ def momentum(parameters: np.ndarray, gradients: np.ndarray, velocity: np.ndarray
 @np.errstate(all="ignore")
 def adam(
     parameters: np.ndarray,
-    gradients: np.ndarray,
     first: np.ndarray,
     second: np.ndarray,
+    gradients: np.ndarray,
     lr: float,
     beta1: float,
     beta2: float,

@@ -28,7 +28,7 @@ BLOCK = 4096
 LANES = LINE // 8
 
 
-def softmax_cross_entropy(logits, labels, loss, dlogits):
+def softmax_cross_entropy(loss, dlogits, logits, labels):
     """Write the losses and the gradient of their mean; raise ValueError for a wrong label, and write nothing."""
     rows, classes = logits.shape
     wrong = first_wrong(labels, classes)

@@ -88,7 +88,8 @@ def softmax_cross_entropy(logits: Any, labels: Any, *, out: tuple[Any, Any] | No
     if shape[0] == 0:
         return loss, dlogits
     if runtime is None:
-        (kernels(CPU) or reference).softmax_cross_entropy(logits, labels, loss, dlogits)
+        compute = (kernels(CPU) or reference).softmax_cross_entropy
+        call.compute(lambda arrays: compute(*arrays), (loss, dlogits, logits, labels))
         return loss, dlogits
     arguments = pack(ARGUMENTS[logits.dtype], *addresses(runtime, logits, labels, loss, dlogits), *shape)
     kernel = f"bnk_softmax_cross_entropy_{LABELS[labels.dtype]}_{SUFFIX[logits.dtype]}"

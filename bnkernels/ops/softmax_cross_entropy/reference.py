@@ -6,7 +6,7 @@ import numpy as np
 
 
 @np.errstate(all="ignore")  # kernels have no warnings either
-def softmax_cross_entropy(logits: np.ndarray, labels: np.ndarray, loss: np.ndarray, dlogits: np.ndarray) -> None:
+def softmax_cross_entropy(loss: np.ndarray, dlogits: np.ndarray, logits: np.ndarray, labels: np.ndarray) -> None:
     """Write the losses and the gradient of their mean.
 
     Raises

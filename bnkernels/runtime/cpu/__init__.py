@@ -37,11 +37,6 @@ def kernels(name: str) -> ModuleType | None:
         return module
 
 
-def in_use() -> bool:
-    """Return whether compiled kernels have computed and would compute again."""
-    return bool(_modules)
-
-
 def why_reference() -> str | None:
     """Return why NumPy arrays are computed by the reference, and the way out; None if compiled kernels compute.
 

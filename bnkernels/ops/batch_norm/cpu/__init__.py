@@ -17,7 +17,7 @@ Bits       depend on shapes and strides alone: neither on the number of threads 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -26,8 +26,8 @@ from bnkernels.ops.batch_norm.cpu import backward, double_backward, forward
 from bnkernels.ops.batch_norm.cpu.rows import count_valid, slices_of
 from bnkernels.ops.batch_norm.cpu.sums import CENTRE, CHOOSE, CONCLUDE, OF_BLOCK, STATE, SUM, WRITE
 from bnkernels.ops.batch_norm.launch import ARGUMENTS
-from bnkernels.ops.batch_norm.problem import DOUBLE_BACKWARD, Plan, Problem, Stage
-from bnkernels.runtime.arguments import pack
+from bnkernels.ops.batch_norm.problem import DOUBLE_BACKWARD, MORE_PLACES, Options, Plan, Problem, Stage
+from bnkernels.runtime.arguments import Template
 from bnkernels.runtime.cpu.language import LIKE, kernel
 from bnkernels.runtime.cpu.threads import WORTH_SHARING, share
 
@@ -40,11 +40,11 @@ _TWINS = [
     ARGUMENTS[name][np.dtype(np.float64)]
     for name in ("forward_masked_grouped", "backward_masked_grouped", "double_backward")
 ]
+_MEMBERS = {name: twin[name] for twin in _TWINS for name in twin.names}
+_ADDRESSES = [name for name, dtype in _MEMBERS.items() if dtype == np.uint64 and name not in MORE_PLACES]
 LAYOUT = np.dtype(
-    [
-        (name, np.dtype(np.int64) if twin[name] == np.int32 else twin[name])
-        for name, twin in {name: twin for twin in _TWINS for name in twin.names}.items()
-    ]
+    [(name, np.uint64) for name in _ADDRESSES]
+    + [(name, np.int64 if dtype == np.int32 else dtype) for name, dtype in _MEMBERS.items() if dtype != np.uint64]
     + [(name, np.int64) for name in DIVISION]
 )
 
@@ -67,24 +67,35 @@ def _division(problem: Problem, masked: bool) -> dict[str, int]:
     return dict(zip(DIVISION, division, strict=True))
 
 
-def work(plan: Plan, members: dict[str, Any]) -> Callable[[Any], None]:
-    """Return what computes a pass, from the members of its argument; it may be called again and by several threads."""
+@lru_cache(maxsize=1024)
+def prepare(plan: Plan, options: Options) -> Callable[[tuple[int, ...]], Callable[[tuple], None]]:
+    """Return what makes of a call's addresses, those of `Plan.places`, what computes it.
+
+    That may be called again, and by several threads. Its one argument is ignored.
+    """
     problem, stage, example = plan.problem, plan.kind.stage, LIKE[plan.problem.dtype.name]
-    masked, division = "mask" in members, _division(problem, "mask" in members)
-    members |= division
-    arguments = pack(LAYOUT, *[members.get(name, 0) for name in LAYOUT.names])
+    division = _division(problem, plan.masked)
     slices, blocks, size = division["slices"], division["blocks"], problem.rows * problem.channels * problem.groups
+    template = Template(LAYOUT, plan.members(options) | division, plan.places)
+
+    def bound(compute: Callable[[np.ndarray, tuple], None]) -> Callable[[tuple[int, ...]], Callable[[tuple], None]]:
+        return lambda addresses: partial(compute, template.filled(addresses))
+
     if plan.kind is DOUBLE_BACKWARD:
-        return lambda like: share(double_backward.by_slices, slices, size, example, arguments)
+        return bound(lambda arguments, _: share(double_backward.by_slices, slices, size, example, arguments))
     kernels = KERNELS[plan.kind.direction]
     forms = stage in (Stage.WHOLE, Stage.COLLECT) or (stage == Stage.FROZEN and plan.kind.direction == "backward")
     steps = [CHOOSE, SUM, CENTRE, SUM, CONCLUDE] if problem.dtype == np.float64 else [CHOOSE, SUM, CONCLUDE]
     steps = (steps if forms else []) + ([WRITE] if stage != Stage.COLLECT else [])
     all_rows = np.full(problem.groups, problem.rows)
 
-    def compute(like: Any) -> None:
+    def whole(arguments: np.ndarray, _: tuple) -> None:
+        """Compute a small call."""
+        kernels.by_slices(example, arguments, all_rows, 0, slices)
+
+    def divided(arguments: np.ndarray, _: tuple) -> None:
         counts = all_rows
-        if masked:
+        if plan.masked:
             counts = all_rows.copy()
             count_all(arguments, counts)
         if blocks == 1:
@@ -92,7 +103,7 @@ def work(plan: Plan, members: dict[str, Any]) -> Callable[[Any], None]:
             return
         state = np.empty((STATE + OF_BLOCK * (blocks - 1)) * problem.channels)
         for step in steps:
-            of_blocks = step in (SUM, WRITE)
-            share(kernels.by_blocks, blocks if of_blocks else 1, size, example, arguments, counts, state, step)
+            tasks = blocks if step in (SUM, WRITE) else 1
+            share(kernels.by_blocks, tasks, size, example, arguments, counts, state, step)
 
-    return compute
+    return bound(divided if plan.masked or size >= WORTH_SHARING else whole)

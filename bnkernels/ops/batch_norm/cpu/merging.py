@@ -41,9 +41,9 @@ def _merge(moments, statistics, merged, running_mean, running_var, momentum, cor
 
 
 def merge(
-    moments: np.ndarray,
     statistics: np.ndarray,
     merged: np.ndarray,
+    moments: np.ndarray,
     running_mean: np.ndarray | None,
     running_var: np.ndarray | None,
     momentum: float,
