@@ -17,7 +17,9 @@ from bnkernels.ops.batch_norm.cpu import backward, normalisation, rows, sums  # 
 
 ADDRESS, COUNT, COLUMNS, SINGLE = types.uint64, types.intp, types.Array(types.float64, 1, "C"), types.float32
 FLOAT64_SUM, FLOAT32_LINE = r"v(add|fmadd\w+)pd\s.*%ymm", r"v(sub|fmadd\w+)ps\s.*%ymm"
-LOOPS = {  # kernel: the types of its arguments, and an instruction on four or eight numbers that it must have
+# Kernel, the types of its arguments, and an instruction on four or eight numbers that it must have. Those on halves end
+# in x, or y for eight numbers in memory, where the processor has AVX-512 for them.
+LOOPS = {
     "add_row": (sums.add_row, (ADDRESS, COUNT, COLUMNS), FLOAT64_SUM),
     "add_rows": (sums.add_rows, (types.UniTuple(ADDRESS, 8), COUNT, COLUMNS), FLOAT64_SUM),
     "add_row_exactly": (sums.add_row_exactly, (ADDRESS, COUNT, COLUMNS), FLOAT64_SUM),
@@ -34,8 +36,8 @@ LOOPS = {  # kernel: the types of its arguments, and an instruction on four or e
         (ADDRESS, ADDRESS, COLUMNS, ADDRESS, COUNT),
         r"vcvtpd2ps\w?\s.*%ymm",
     ),
-    "from float16": (rows._gather, (ADDRESS, COUNT, COUNT, COUNT, ADDRESS, COUNT), r"vcvtph2ps\s.*%ymm"),
-    "to float16": (rows.store, (ADDRESS, COUNT, COUNT, ADDRESS, COUNT), r"vcvtps2ph\s.*%ymm"),
+    "from float16": (rows._gather, (ADDRESS, COUNT, COUNT, COUNT, ADDRESS, COUNT), r"vcvtph2psx?\s.*%ymm"),
+    "to float16": (rows.store, (ADDRESS, COUNT, COUNT, ADDRESS, COUNT), r"vcvtps2ph(x?\s.*%ymm|xy\s)"),
 }
 
 
