@@ -197,19 +197,21 @@ def spread(values, channels, inner, out):
         for i in range(len(out)):
             out[i] = values[0]
         return
-    row = min(channels * inner, len(out))
+    done = min(channels * inner, len(out))
     if inner == 1:
-        for i in range(row):
+        for i in range(done):
             out[i] = values[i]
     else:
         for channel in range(channels):
             run, value = part(out, channel * inner, inner), values[channel]
             for i in range(inner):
                 run[i] = value
-    for start in range(row, len(out), row):
-        copy = part(out, start, row)
-        for i in range(row):
+    while done < len(out):  # joined rows
+        count = min(done, len(out) - done)
+        copy = part(out, done, count)
+        for i in range(count):
             copy[i] = out[i]
+        done += count
 
 
 @device
