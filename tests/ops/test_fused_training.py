@@ -375,6 +375,11 @@ def test_the_engine_is_chosen_by_place_and_size_and_says_why(backend: Backend) -
     if backend.name == "compiled":
         assert str(small.engine) == str(large.engine) == "fused"
         assert 1 == large.engine.steps_per_turn < large.engine.steps_at_once < small.engine.steps_at_once
+        shared = {"hidden": (512, 512), "batch_size": 2048}
+        why = "threads share a layer of 512 inputs and 512 outputs, 2048 examples"
+        assert str(network_on(backend, "batch", **shared).engine) == f"layers (not fused: {why})"
+        assert str(network_on(backend, "batch", **shared, engine="fused").engine) == "fused"
+        assert str(network_on(backend, "batch", **shared | {"batch_size": 2047}).engine) == "fused"
         with pytest.raises(ConfigError, match="the engine cannot be graph: it needs a GPU"):
             network_on(backend, "batch", engine="graph")
         return

@@ -39,52 +39,59 @@ LARGE_DOUBLE = 1 / SMALL_DOUBLE
 
 
 @device
-def _gradients(storage, dy, x, offset, of_row, weights, shifts, alpha, code, xhat, g, line):
-    """Write the normalised numbers of a part of a row; return the gradients in front of the activation."""
-    mean, low, rstd = of_row
-    values = load(x, storage, offset, 1, line)
-    if rstd == 0:  # the distance from the mean may be beyond the type
-        mean, low = rstd, rstd
-    for i in range(0, len(xhat), WIDTH):
-        prefetch(values, i + len(xhat))  # the next row
-        put(xhat, i, (get_first(values, i, len(xhat) - i) - mean - low) * rstd)
-    gradient = load(dy, storage, offset, 1, g)
-    if code == 0 and alpha == 1:
-        return gradient
-    if storage == SAME:
-        for j in range(len(g)):
-            g[j] = gradient[j]
-    for j in range(len(line)):
-        line[j] = xhat[j] * weights[j] + shifts[j]
-    differentiate(code, alpha, line, g)
-    return g
+def _of_row(of_rows, n):
+    """Return mean, mean_low and rstd of a row; no mean where the distance from it may be beyond the type."""
+    rows = len(of_rows) // 3
+    mean, low, rstd = of_rows[n], of_rows[rows + n], of_rows[2 * rows + n]
+    return (rstd, rstd, rstd) if rstd == 0 else (mean, low, rstd)
 
 
 @device
-def _add_up(gradient, weights, xhat, of_beta, of_gamma):
-    """Add a part of a row to the sums of columns; return the sums of the scaled gradients and of them with `xhat`.
+def _gradients(storage, dy, x, offset, of_row, weights, shifts, alpha, code, z, g, line):
+    """Return a part of a row, which may be in `line`, and the gradients in front of the activation, or in `g`."""
+    mean, low, rstd = of_row
+    values, gradient = load(x, storage, offset, 1, line), load(dy, storage, offset, 1, g)
+    if code == 0 and alpha == 1:
+        return values, gradient
+    if storage == SAME:
+        for j in range(len(g)):
+            g[j] = gradient[j]
+    for j in range(len(z)):
+        z[j] = ((values[j] - mean) - low) * rstd * weights[j] + shifts[j]
+    differentiate(code, alpha, z, g)
+    return values, g
 
-    Four float32 numbers are added before float64 takes them.
+
+@device
+def _add_up(values, gradient, of_row, weights, xhat, of_beta, of_gamma):
+    """Write the normalised numbers of a part of a row, and add it to the sums of columns.
+
+    Return the sums of the scaled gradients and of them with `xhat`, of which float64 takes float32 numbers by fours.
     """
-    zero, count = cast(0, xhat[0]), len(xhat)
+    (mean, low, rstd), zero, count = of_row, cast(0, xhat[0]), len(xhat)
     sums, products, whole = splat(0.0), splat(0.0), count // FOUR * FOUR
     for i in range(0, whole, FOUR):
         sum_, product = splat(zero), splat(zero)
-        prefetch(gradient, i + count)  # the next row
-        prefetch(gradient, i + count + FOUR // 2)
+        for k in range(i, i + FOUR, FOUR // 2):  # the next row
+            prefetch(values, k + count)
+            prefetch(gradient, k + count)
         for k in range(i, i + FOUR, WIDTH):
-            g, x = get(gradient, k), get(xhat, k)
+            g, normalised = get(gradient, k), (get(values, k) - mean - low) * rstd
+            put(xhat, k, normalised)
             put(of_beta, k, get(of_beta, k) + g)
-            put(of_gamma, k, get(of_gamma, k) + g * x)
+            put(of_gamma, k, get(of_gamma, k) + g * normalised)
             h = g * get(weights, k)
-            sum_, product = sum_ + h, product + h * x
+            sum_, product = sum_ + h, product + h * normalised
         sums, products = sums + sum_, products + product
     for i in range(whole, count, WIDTH):
-        g, x = get_first(gradient, i, count - i), first(get(xhat, i), count - i, zero)
+        rest = count - i
+        g, normalised = get_first(gradient, i, rest), (get_first(values, i, rest) - mean - low) * rstd
+        normalised = first(normalised, rest, zero)
+        put(xhat, i, normalised)
         put(of_beta, i, get(of_beta, i) + g)
-        put(of_gamma, i, get(of_gamma, i) + g * x)
-        h = g * get_first(weights, i, count - i)
-        sums, products = sums + h, products + h * x
+        put(of_gamma, i, get(of_gamma, i) + g * normalised)
+        h = g * get_first(weights, i, rest)
+        sums, products = sums + h, products + h * normalised
     return fold(sums), fold(products)
 
 
@@ -135,9 +142,10 @@ def backward_blocks(
         end = min(rows, (block + 1) * height)
         for start in range(block * height, end, GROUP):
             for n in range(start, min(start + GROUP, end)):
-                of_row, offset = (of_rows[n], of_rows[rows + n], of_rows[2 * rows + n]), n * columns
-                gradient = _gradients(storage, dy, x, offset, of_row, weights, shifts, alpha, code, xhat, g, line)
-                sum_h, product = _add_up(gradient, weights, xhat, of_beta, of_gamma)
+                of_row, offset = _of_row(of_rows, n), n * columns
+                given = weights, shifts, alpha, code, xhat, g, line
+                values, gradient = _gradients(storage, dy, x, offset, of_row, *given)
+                sum_h, product = _add_up(values, gradient, of_row, weights, xhat, of_beta, of_gamma)
                 scaled = is_double(like) and not np.isfinite(sum_h + product)
                 if scaled:
                     sum_h, product = _add_scaled(gradient, weights, xhat, g, line)
@@ -166,7 +174,7 @@ def backward_rows(
     means, alpha = doubles(sums, 0, 3 * rows), cast(alpha, like)
     of_rows = numbers(like, statistics, 0, 3 * rows)
     for n in range(first, last):
-        of_row, scaled = (of_rows[n], of_rows[rows + n], of_rows[2 * rows + n]), False
+        of_row, scaled = _of_row(of_rows, n), False
         while True:
             pair, products = (0.0, 0.0), (0.0, 0.0)
             for start in range(0, columns, LINE):
@@ -174,11 +182,10 @@ def backward_rows(
                 weights, shifts = vector(like, gamma, start, part(ones, 0, count)), part(zeros, 0, count)
                 lines = part(xhat, 0, count), part(g, 0, count), part(line, 0, count)
                 given = dy, x, n * columns + start, of_row, weights, vector(like, beta, start, shifts)
-                gradient = _gradients(storage, *given, alpha, code, *lines)
+                values, gradient = _gradients(storage, *given, alpha, code, *lines)
+                sum_h, product = _add_up(values, gradient, of_row, weights, lines[0], of_beta, of_gamma)
                 if scaled:
                     sum_h, product = _add_scaled(gradient, weights, *lines)
-                else:
-                    sum_h, product = _add_up(gradient, weights, lines[0], of_beta, of_gamma)
                 pair, products = add(pair, sum_h), add(products, product)
             sum_h, product = pair[0] + pair[1], products[0] + products[1]
             if scaled or not is_double(like) or np.isfinite(sum_h + product):
@@ -205,9 +212,9 @@ def backward_columns(
         shifts = vector(like, beta, start, shifts)
         lines = part(xhat, 0, count), part(g, 0, count), part(line, 0, count)
         for n in range(rows):
-            of_row, offset = (of_rows[n], of_rows[rows + n], of_rows[2 * rows + n]), n * columns + start
-            gradient = _gradients(storage, dy, x, offset, of_row, weights, shifts, alpha, code, *lines)
-            _add_up(gradient, weights, lines[0], part(of_beta, 0, count), part(of_gamma, 0, count))
+            of_row, offset = _of_row(of_rows, n), n * columns + start
+            values, gradient = _gradients(storage, dy, x, offset, of_row, weights, shifts, alpha, code, *lines)
+            _add_up(values, gradient, of_row, weights, lines[0], of_beta, of_gamma)
             scaled = is_double(like) and means[2 * rows + n] != 0
             if scaled:
                 _add_scaled(gradient, weights, *lines)
