@@ -13,6 +13,7 @@ OP_TESTS = tests/ops/test_batch_norm.py tests/ops/test_softmax_cross_entropy.py 
 PARALLEL = -n auto --dist worksteal
 # Several processes share the cores: threads of BLAS would wait for one another.
 test test-fast emulate mutants coverage: export OPENBLAS_NUM_THREADS = 1
+unexport PYTHONDONTWRITEBYTECODE # without bytecode every process that a test starts would compile all it imports
 CXX_FILES = $(shell find cuda tools/emulator benchmarks -name "*.cu" -o -name "*.cuh" -o -name "*.h" -o -name "*.cpp")
 
 .DEFAULT_GOAL := help

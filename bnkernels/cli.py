@@ -9,14 +9,17 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from functools import partial
 from types import FrameType
 from typing import Any, NoReturn
 
+import numpy as np
+
 import bnkernels
 from bnkernels import _process
+from bnkernels.runtime import cpu
 from bnkernels.runtime.registry import DeviceError
 from bnkernels.train.checkpoint import CheckpointError
 from bnkernels.train.config import CHOICES, DEFAULT_EPOCHS, DEFAULT_LEARNING_RATES, LABELS, ConfigError, TrainingConfig
@@ -299,7 +302,7 @@ def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def _progress(silent: bool) -> Iterator[Callable[[Trainer], None]]:
-    """Print a row of the table after every epoch, under a progress bar on the terminal."""
+    """Print a row of the table after every epoch, under a progress bar on the terminal, and what is compiled."""
     if silent:
         yield lambda trainer: None
         return
@@ -307,13 +310,15 @@ def _progress(silent: bool) -> Iterator[Callable[[Trainer], None]]:
         from tqdm import tqdm
     except ImportError as error:
         raise ImportError("the progress bar needs tqdm: pip install 'bnkernels[train]', or use --quiet") from error
-    with tqdm(disable=None, unit="epoch", leave=False) as bar:  # None: no bar where stderr is not a terminal
+    with ExitStack() as shown, tqdm(disable=None, unit="epoch", leave=False) as bar:  # None: only on a terminal
         started = False
 
         def on_epoch(trainer: Trainer) -> None:
             nonlocal started
             if not started:
                 started = True
+                if trainer.xp is np:
+                    shown.enter_context(cpu.compilation_shown(sys.stderr))
                 bar.total = math.ceil(trainer.total_steps / trainer.steps_per_epoch)
                 bar.update(trainer.epoch)
                 tqdm.write(heading(trainer))

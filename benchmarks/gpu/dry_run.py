@@ -28,7 +28,12 @@ from bnkernels.train.trainer import TrainingConfig
 
 DEVICE = "emulator"
 SHORTER: dict[str, dict[str, Any]] = {  # replacements of a module's names: the emulator is slow
-    "benchmarks.steps.bench_train_step": {"SEEDS": 1, "TrainingConfig": functools.partial(TrainingConfig, epochs=1)}
+    "benchmarks.steps.bench_train_step": {
+        "SEEDS": 1,
+        "TIMED": 2,
+        "TrainingConfig": functools.partial(TrainingConfig, epochs=1),
+    },
+    "benchmarks.steps.overhead": {"MOST_BLOCKS": 1},
 }
 
 

@@ -6,7 +6,7 @@ reference; here everything is computed in the type of the line.
 
 import math
 
-from bnkernels.runtime.cpu.language import cast, device, kernel
+from bnkernels.runtime.cpu.language import cast, device, inner
 from bnkernels.runtime.cpu.mathematics import (
     exp,
     expm1,
@@ -87,7 +87,7 @@ def _leaky_slope(z, alpha):
     return select(z <= cast(0.0, z), alpha, cast(1.0, z))
 
 
-@kernel
+@inner
 def activate(code, alpha, z):
     """Write phi(z) over z."""
     zero, one, slope = z.dtype.type(0), z.dtype.type(1), z.dtype.type(alpha)
@@ -118,7 +118,7 @@ def activate(code, alpha, z):
             z[i] = _times_gate(z[i], normal(z[i])[0])
 
 
-@kernel
+@inner
 def differentiate(code, alpha, z, g):
     """Multiply g by phi'(z)."""
     zero, one, slope = z.dtype.type(0), z.dtype.type(1), z.dtype.type(alpha)
@@ -153,7 +153,7 @@ def differentiate(code, alpha, z, g):
             g[i] *= _gate_derivative(z[i], gate, density)
 
 
-@kernel
+@inner
 def second(code, alpha, z, out):
     """Write phi''(z) to out, which may be z; 0 at the kinks of piecewise linear activations."""
     zero, one, slope = z.dtype.type(0), z.dtype.type(1), z.dtype.type(alpha)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import copy
 import statistics
-import sys
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bnkernels.runtime import cpu
 from bnkernels.runtime.registry import choose_device
 from bnkernels.train.checkpoint import CheckpointError
 from bnkernels.train.config import ConfigError, TrainingConfig, as_path, require_memory
@@ -300,8 +298,7 @@ def _run(
 ) -> TrainingResult:
     """Train to the end or until asked to stop, saving after every epoch."""
     on_epoch(trainer)
-    shown = cpu.compilation_shown(sys.stderr) if trainer.xp is np else nullcontext()
-    with shown, blas_threads(trainer.sizes, trainer.config.batch_size):
+    with blas_threads(trainer.sizes, trainer.config.batch_size):
         while not trainer.finished and not should_stop():
             complete = trainer.run_epoch(should_stop)
             if run is not None:

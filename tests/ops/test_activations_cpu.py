@@ -15,6 +15,23 @@ from bnkernels.ops.activations import ACTIVATIONS, Activation, activation_named 
 from bnkernels.runtime.cpu import language  # noqa: E402
 from tests.runtime.test_mathematics import LIBM, needs_avx2  # noqa: E402
 
+
+@language.kernel
+def activate(code, alpha, z):
+    """Call it from Python, as the next two."""
+    activations_cpu.activate(code, alpha, z)
+
+
+@language.kernel
+def differentiate(code, alpha, z, g):
+    activations_cpu.differentiate(code, alpha, z, g)
+
+
+@language.kernel
+def second(code, alpha, z, out):
+    activations_cpu.second(code, alpha, z, out)
+
+
 CASES = [(name, None) for name in ACTIVATIONS] + [("leaky_relu", 0.0), ("leaky_relu", 0.3), ("elu", 0.0), ("elu", 2.0)]
 each_activation = pytest.mark.parametrize(
     "phi", [activation_named(*case) for case in CASES], ids=["-".join(map(str, filter(None, case))) for case in CASES]
@@ -64,7 +81,7 @@ def slope(phi: Activation, g: np.ndarray, z: np.ndarray) -> np.ndarray:
 def test_forward(phi: Activation, dtype: str) -> None:
     z = numbers(dtype)
     got = z.copy()
-    activations_cpu.activate(phi.code, phi.alpha, got)
+    activate(phi.code, phi.alpha, got)
     assert_close(got, phi.forward(np, z.astype(np.float64)), np.maximum(1, np.abs(z)))
 
 
@@ -75,7 +92,7 @@ def test_derivative(phi: Activation, dtype: str) -> None:
     z = numbers(dtype)
     g = np.linspace(-2, 3, z.size).astype(dtype)
     got = g.copy()
-    activations_cpu.differentiate(phi.code, phi.alpha, z, got)
+    differentiate(phi.code, phi.alpha, z, got)
     assert_close(got, slope(phi, g.astype(np.float64), z.astype(np.float64)), np.abs(g))
     np.testing.assert_array_equal(z, numbers(dtype))
 
@@ -86,10 +103,10 @@ def test_derivative(phi: Activation, dtype: str) -> None:
 def test_second_derivative(phi: Activation, dtype: str) -> None:
     z = numbers(dtype)
     got = np.empty_like(z)
-    activations_cpu.second(phi.code, phi.alpha, z, got)
+    second(phi.code, phi.alpha, z, got)
     assert_close(got, phi.second(np, z.astype(np.float64)), 1)
     np.testing.assert_array_equal(z, numbers(dtype))
-    activations_cpu.second(phi.code, phi.alpha, z, z)
+    second(phi.code, phi.alpha, z, z)
     np.testing.assert_array_equal(z, got)
 
 
@@ -101,7 +118,7 @@ def test_small_results_keep_their_digits(phi: Activation, dtype: str) -> None:
         [np.linspace(-8, -1e-3, 2001), -(10.0 ** np.arange(-30, -3)), 10.0 ** np.arange(-30, -3)]
     ).astype(dtype)
     got = z.copy()
-    activations_cpu.activate(phi.code, phi.alpha, got)
+    activate(phi.code, phi.alpha, got)
     want = phi.forward(np, z.astype(np.longdouble if phi.code < 4 else np.float64))
     # The rounded argument of a tail's exponential, up to 38 there, is multiplied.
     np.testing.assert_allclose(got, want.astype(np.float64), rtol=48 * np.finfo(dtype).eps)
@@ -111,7 +128,7 @@ def test_small_results_keep_their_digits(phi: Activation, dtype: str) -> None:
 def test_the_last_of_a_line_are_computed_as_the_first(phi: Activation, rng: np.random.Generator) -> None:
     """Numbers behind the last vector of a line have the bits that they have within one."""
     z = rng.standard_normal(67).astype(np.float32)
-    for function in (activations_cpu.differentiate, activations_cpu.second):
+    for function in (differentiate, second):
         whole = np.ones_like(z)
         function(phi.code, phi.alpha, z, whole)
         for first, count in ((5, 1), (30, 13), (64, 3)):
@@ -123,7 +140,7 @@ def test_the_last_of_a_line_are_computed_as_the_first(phi: Activation, rng: np.r
 @needs_avx2
 @pytest.mark.parametrize("function", ["activate", "differentiate", "second"])
 def test_every_loop_of_float32_is_vectorised(function: str) -> None:
-    kernel = numba.njit(**language._OPTIONS)(getattr(activations_cpu, function).py_func)  # a cached one has no text
+    kernel = numba.njit(**language._OPTIONS)(getattr(activations_cpu, function).py_func)
     line = np.ones(64, np.float32)
     kernel(0, 0.0, *[line.copy() for _ in range(1 if function == "activate" else 2)])
     text = kernel.inspect_asm(kernel.signatures[0])

@@ -6,6 +6,7 @@ import platform
 import re
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 
 numba = pytest.importorskip("numba", reason="the kernels are compiled by Numba")
@@ -13,16 +14,23 @@ numba = pytest.importorskip("numba", reason="the kernels are compiled by Numba")
 from llvmlite import binding  # noqa: E402
 from numba import types  # noqa: E402
 
-from bnkernels.ops.batch_norm.cpu import backward, normalisation, rows, sums  # noqa: E402
+from bnkernels.ops.batch_norm.cpu import LAYOUT, backward, normalisation, rows, sums  # noqa: E402
 
-ADDRESS, COUNT, COLUMNS, SINGLE = types.uint64, types.intp, types.Array(types.float64, 1, "C"), types.float32
-FLOAT64_SUM, FLOAT32_LINE = r"v(add|fmadd\w+)pd\s.*%ymm", r"v(sub|fmadd\w+)ps\s.*%ymm"
+ADDRESS, COUNT, COLUMNS = types.uint64, types.intp, types.Array(types.float64, 1, "C")
+ADDRESSES = types.Array(types.uint64, 1, "C")
+SINGLE, FLOAT16 = types.float32, types.int16
+FLOAT64_SUM, FLOAT32_LINE, WIDENED = (
+    r"v(add|fmadd\w+)pd\s.*%ymm",
+    r"v(sub|fmadd\w+)ps\s.*%ymm",
+    r"vcvtph2p[sd]x?\s.*%ymm",
+)
+ROWS, PRODUCTS = (ADDRESSES, COUNT, COUNT, COLUMNS), (ADDRESSES, ADDRESSES, COUNT, COUNT, COLUMNS)
 LOOPS = {  # kernel: the types of its arguments, and an instruction on four or eight numbers that it must have
-    "add_row": (sums.add_row, (ADDRESS, COUNT, COLUMNS), FLOAT64_SUM),
-    "add_rows": (sums.add_rows, (types.UniTuple(ADDRESS, 8), COUNT, COLUMNS), FLOAT64_SUM),
+    "add_rows": (sums.add_rows, (SINGLE, *ROWS), FLOAT64_SUM),
+    "add_rows of float16": (sums.add_rows, (FLOAT16, *ROWS), WIDENED),
     "add_row_exactly": (sums.add_row_exactly, (ADDRESS, COUNT, COLUMNS), FLOAT64_SUM),
-    "add_product": (sums.add_product, (ADDRESS, ADDRESS, COUNT, COLUMNS), FLOAT64_SUM),
-    "add_products": (sums.add_products, (*[types.UniTuple(ADDRESS, 4)] * 2, COUNT, COLUMNS), FLOAT64_SUM),
+    "add_products": (sums.add_products, (SINGLE, *PRODUCTS), FLOAT64_SUM),
+    "add_products of float16": (sums.add_products, (FLOAT16, *PRODUCTS), WIDENED),
     "add_product_exactly": (sums.add_product_exactly, (ADDRESS, ADDRESS, COUNT, COLUMNS), FLOAT64_SUM),
     "before the activation": (
         normalisation.before_activation,
@@ -31,11 +39,11 @@ LOOPS = {  # kernel: the types of its arguments, and an instruction on four or e
     ),
     "gradient of the input": (
         backward._gradient_of_input,
-        (ADDRESS, ADDRESS, COLUMNS, ADDRESS, COUNT),
-        r"vcvtpd2ps\w?\s.*%ymm",
+        (numba.typeof(np.zeros((), LAYOUT)[()]), SINGLE, ADDRESS, ADDRESS, COLUMNS, ADDRESS, COUNT),
+        FLOAT32_LINE,
     ),
-    "from float16": (rows._gather, (ADDRESS, COUNT, COUNT, COUNT, ADDRESS, COUNT), r"vcvtph2ps\s.*%ymm"),
-    "to float16": (rows.store, (ADDRESS, COUNT, COUNT, ADDRESS, COUNT), r"vcvtps2ph\s.*%ymm"),
+    "from float16": (rows._gather, (FLOAT16, ADDRESS, COUNT, COUNT, ADDRESS, COUNT), WIDENED),
+    "to float16": (rows.store, (FLOAT16, ADDRESS, ADDRESS, COUNT), r"vcvtps2ph[xy]*\s.*mm"),
 }
 
 

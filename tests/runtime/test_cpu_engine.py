@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -82,12 +83,15 @@ def test_importing_the_package_loads_nothing_of_numba() -> None:
     assert python("import sys, bnkernels; print({'numba', 'llvmlite', 'scipy'} & {*sys.modules})") == "set()"
 
 
-def test_importing_the_package_takes_little_more_than_importing_numpy() -> None:
-    """50 ms, or on a machine that is slow or busy three fifths of NumPy's own time; at best of some."""
-    now = "time.process_time()"
-    code = f"import time; a = {now}; import numpy; b = {now}; import bnkernels; print(b - a, {now} - b)"
-    of_numpy, ours = np.array([python(code).split() for _ in range(5)], float).min(0)
-    assert ours < max(0.05, 0.6 * of_numpy)
+def test_importing_the_package_takes_little_beside_importing_numpy(tmp_path: Path) -> None:
+    """At most 0.35 of it, where 0.18 is usual: the median over processes, in each of which a load slows both alike.
+
+    With bytecode on disk, as for all but the first process: else most of the time would be that of compiling Python.
+    """
+    now, bytecode = "time.process_time()", {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
+    code = f"import time; a = {now}; import numpy; b = {now}; import bnkernels; print(({now} - b) / (b - a))"
+    _, *ratios = [float(python(code, **bytecode)) for _ in range(8)]
+    assert np.median(ratios) < 0.35
 
 
 def test_the_reference_loads_nothing_of_numba() -> None:

@@ -1,5 +1,6 @@
 """The command line: every option, every refusal, and the main job itself."""
 
+import contextlib
 import importlib.util
 import json
 import re
@@ -175,6 +176,12 @@ def test_json_is_one_document_and_the_content_of_metrics(capsys):
     assert ratio["steps"] == 10
     assert ratio["rounds"] in (9, 1)  # the end of a step, or with compiled steps of an epoch
     assert ratio["why_no_verdict"] == "10 steps of each were timed, and 200 are needed"
+
+
+def test_compilation_is_shown_unless_all_is_quiet(capsys, monkeypatch):
+    monkeypatch.setattr(cpu, "compilation_shown", lambda stream: contextlib.nullcontext(print("shown", file=stream)))
+    for said, *options in (("shown\n", "--out", "table"), ("", "--out", "answer", "--quiet"), ("", "--json")):
+        assert run(capsys, *SMALL, "--epochs", "1", *options)[::2] == (0, said)
 
 
 def test_quiet_prints_the_answer_only(capsys):

@@ -104,7 +104,7 @@ def uninterrupted(npz, tmp_path_factory):
 
 @pytest.mark.slow
 def test_killed_at_random_moments(npz, tmp_path):
-    epochs = 800
+    epochs = 200
     slowly = [*TRAIN, *options(npz, epochs), "--engine", "layers"]
     assert finish([*slowly, "--out", str(tmp_path / "whole")]) == (0, "")
     run, kills, rng = tmp_path / "run", [], random.Random(0)

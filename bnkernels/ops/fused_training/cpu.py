@@ -30,6 +30,7 @@ from bnkernels.runtime.arguments import addresses, arguments_type, pack
 from bnkernels.runtime.cpu.language import doubles, inner, int32s, int64s, kernel, numbers, part
 from bnkernels.runtime.cpu.products import product, worth_blas
 from bnkernels.runtime.cpu.threads import share
+from bnkernels.runtime.cpu.vectors import WIDTH
 
 INPUTS, OUTPUTS, WEIGHT, GAMMA, SHIFT, MEAN, VARIANCE, NORM, PITCH, Z, VECTORS, SUMS, RSTDS, COLUMNS = range(
     14
@@ -91,26 +92,25 @@ _kept = threading.local()
 @lru_cache(maxsize=16)
 def _layout(layers, norm_of_network, batch, dtype, parameters):
     """Return the table of the layers, where parts of a model's memory start, and its counts of numbers."""
-    lanes = 32 // dtype.itemsize
     table, of_layers, sums = [], 0, 0
     for layer in layers:
-        pitch = _whole(layer.outputs, lanes)
-        pitch += lanes * (pitch * dtype.itemsize % SAME_SETS == 0)
+        pitch = _whole(layer.outputs)
+        pitch += WIDTH * (pitch * dtype.itemsize % SAME_SETS == 0)
         norm = NONE if layer.gamma < 0 else LAYER if norm_of_network == "layer" else BATCH
         rstds = of_layers + pitch * (batch + COUNT)
         table.append((*layer, norm, pitch, of_layers, of_layers + pitch * batch, sums, rstds))
-        of_layers, sums = rstds + _whole(batch, lanes), sums + 3 * pitch
+        of_layers, sums = rstds + _whole(batch), sums + 3 * pitch
     widest = max(row[PITCH] for row in table)
     rows = min(max(BLOCK // widest, ROWS_OF_BLAS if widest >= WIDE else FEWEST_ROWS), batch)
     weights = max((below[PITCH] * layer[OUTPUTS] for below, layer in pairwise(table)), default=0)
     sizes = of_layers, 2 * batch * widest, rows * widest, rows * widest, weights, batch * layers[0].inputs
-    *starts, count = accumulate(_whole(size, lanes) for size in (*sizes, parameters))
+    *starts, count = accumulate(_whole(size) for size in (*sizes, parameters))
     return np.array(table), (rows, widest, sums, *starts), (count, sums + 2 * widest, batch)
 
 
-def _whole(count, lanes):
+def _whole(count):
     """Return a count rounded up to whole vectors."""
-    return -(-count // lanes) * lanes
+    return -(-count // WIDTH) * WIDTH
 
 
 @kernel

@@ -11,24 +11,16 @@ import numpy as np
 from bnkernels.ops.activations_cpu import activate, differentiate
 from bnkernels.runtime.cpu.language import inner, part
 from bnkernels.runtime.cpu.mathematics import exp, log
-from bnkernels.runtime.cpu.registers import (
-    add,
-    add_product,
-    add_wide,
-    distance,
+from bnkernels.runtime.cpu.vectors import (
+    WIDTH,
     first,
+    fold,
+    get,
     largest,
-    load,
-    load_sum,
-    multiply,
-    multiply_add,
     narrow,
+    put,
     rectified,
     splat,
-    splat_wide,
-    store,
-    subtract,
-    total,
     where_at_most,
     widen,
 )
@@ -40,73 +32,66 @@ PIECEWISE_LINEAR, SIGMOID, TANH = 0, 1, 2  # codes of activations whose slope fo
 @inner
 def statistics(z, at, pitch, rows, seen, sums, sums_at):
     """Merge a block into the means of the columns and the sums of squared distances from them, after `seen` rows."""
-    lanes, pairs = 32 // z.itemsize, rows // 2 * 2 * pitch
-    of_block, of_all = 1.0 / rows, 1.0 / (seen + rows)
-    for j in range(0, pitch, lanes):
-        like = load(z, at + j)
-        none, shift = splat_wide(0.0, like), widen(like)  # about the first row: equal ones have exactly its mean
-        even = odd = none
-        for o in range(at + j, at + j + pairs, 2 * pitch):
-            even = add(even, subtract(widen(load(z, o)), shift))
-            odd = add(odd, subtract(widen(load(z, o + pitch)), shift))
-        for o in range(at + j + pairs, at + j + rows * pitch, pitch):
-            even = add(even, subtract(widen(load(z, o)), shift))
-        mean = multiply_add(add(even, odd), splat_wide(of_block, like), shift)
-        high = narrow(mean, like)
-        low = narrow(subtract(mean, widen(high)), like)
-        even = odd = none
-        for o in range(at + j, at + j + pairs, 2 * pitch):
-            one, two = distance(load(z, o), high, low), distance(load(z, o + pitch), high, low)
-            even, odd = add_product(even, one, one), add_product(odd, two, two)
-        for o in range(at + j + pairs, at + j + rows * pitch, pitch):
-            one = distance(load(z, o), high, low)
-            even = add_product(even, one, one)
-        square = add(even, odd)
+    pairs, of_block, of_all = rows // 2 * 2 * pitch, 1.0 / rows, 1.0 / (seen + rows)
+    for j in range(at, at + pitch, WIDTH):
+        shift = widen(get(z, j))  # about the first row: equal ones have exactly its mean
+        even, odd = splat(0.0), splat(0.0)
+        for o in range(j, j + pairs, 2 * pitch):
+            even, odd = even + (get(z, o) - shift), odd + (get(z, o + pitch) - shift)
+        for o in range(j + pairs, j + rows * pitch, pitch):
+            even = even + (get(z, o) - shift)
+        mean = (even + odd) * of_block + shift
+        high = narrow(mean, get(z, j))
+        low = narrow(mean - high, high)
+        even, odd = splat(0.0), splat(0.0)
+        for o in range(j, j + pairs, 2 * pitch):
+            one, two = widen(get(z, o) - high - low), widen(get(z, o + pitch) - high - low)
+            even, odd = even + one * one, odd + two * two
+        for o in range(j + pairs, j + rows * pitch, pitch):
+            one = widen(get(z, o) - high - low)
+            even = even + one * one
+        square, to = even + odd, sums_at + j - at
         if seen > 0:
-            before, squares = load_sum(sums, sums_at + j, like), load_sum(sums, sums_at + pitch + j, like)
-            apart = subtract(mean, before)
-            part_of_mean = multiply(apart, splat_wide(rows * of_all, like))
-            mean = add(before, part_of_mean)
-            square = add(
-                square, multiply_add(multiply(apart, part_of_mean), splat_wide(np.float64(seen), like), squares)
-            )
-        store(sums, sums_at + j, mean)
-        store(sums, sums_at + pitch + j, square)
+            before, squares = get(sums, to), get(sums, to + pitch)
+            apart = mean - before
+            part_of_mean = apart * (rows * of_all)
+            mean = before + part_of_mean
+            square = square + (apart * part_of_mean * np.float64(seen) + squares)
+        put(sums, to, mean)
+        put(sums, to + pitch, square)
 
 
 @inner
 def normalise_rows(z, at, pitch, rows, columns, eps, rstds_at):
     """Normalise every row over its columns, in place; keep 1 / the standard deviations."""
-    lanes, dtype = 32 // z.itemsize, z.dtype.type
+    dtype = z.dtype.type
+    zero = dtype(0)
     for i in range(rows):
-        row = at + i * pitch
-        found = none = splat_wide(0.0, load(z, row))
-        for j in range(0, columns, lanes):
-            found = add_wide(found, first(load(z, row + j), columns - j, dtype(0)))
-        mean = total(found) / columns
-        upper = dtype(mean)
-        high, low = splat(upper), splat(dtype(mean - upper))
-        found = none
-        for j in range(0, columns, lanes):
-            apart = first(distance(load(z, row + j), high, low), columns - j, dtype(0))
-            found = add_product(found, apart, apart)
-        rstd = dtype(1 / np.sqrt(total(found) / columns + eps))
+        row, found = at + i * pitch, splat(0.0)
+        for j in range(0, columns, WIDTH):
+            found = found + first(get(z, row + j), columns - j, zero)
+        mean = fold(found) / columns
+        high = dtype(mean)
+        low, found = dtype(mean - high), splat(0.0)
+        for j in range(0, columns, WIDTH):
+            apart = widen(first(get(z, row + j) - high - low, columns - j, zero))
+            found = found + apart * apart
+        rstd = dtype(1 / np.sqrt(fold(found) / columns + eps))
         z[rstds_at + i] = rstd
-        scale = splat(rstd)
-        for j in range(0, columns, lanes):
-            store(z, row + j, multiply(distance(load(z, row + j), high, low), scale))
+        for j in range(row, row + columns, WIDTH):
+            put(z, j, (get(z, j) - high - low) * rstd)
 
 
 @inner
 def normalised(z, at, pitch, rows, of_layer, alpha, h):
     """Write y = ((z - high) - low) * scale + shift, with alpha as its slope below 0; row by row, as memory lies."""
-    slope, lanes = splat(alpha), 32 // z.itemsize
+    slope = splat(alpha)
     for o in range(0, rows * pitch, pitch):
-        for j in range(0, pitch, lanes):
+        for j in range(0, pitch, WIDTH):
             column = of_layer + j
-            apart = distance(load(z, at + o + j), load(z, column + HIGH * pitch), load(z, column + LOW * pitch))
-            y = multiply_add(apart, load(z, column + SCALE * pitch), load(z, column + SHIFT * pitch))
-            store(h, o + j, rectified(y, slope, y))
+            apart = get(z, at + o + j) - get(z, column + HIGH * pitch) - get(z, column + LOW * pitch)
+            y = apart * get(z, column + SCALE * pitch) + get(z, column + SHIFT * pitch)
+            put(h, o + j, rectified(y, slope, y))
 
 
 @inner
@@ -139,92 +124,87 @@ def activations_backward(z, at, pitch, rows, of_layer, code, alpha, h, y, g, g_a
     else:
         slopes_of_outputs(code, part(h, 0, rows * pitch), dh)
     slope = splat(alpha if code == PIECEWISE_LINEAR else one)
-    for j in range(0, pitch, 32 // z.itemsize):
+    for j in range(0, pitch, WIDTH):
         column = of_layer + j
-        high, low = load(z, column + HIGH * pitch), load(z, column + LOW * pitch)
-        scale, shift = load(z, column + SCALE * pitch), load(z, column + SHIFT * pitch)
-        found = products = splat_wide(0.0, high)
+        high, low = get(z, column + HIGH * pitch), get(z, column + LOW * pitch)
+        scale, shift = get(z, column + SCALE * pitch), get(z, column + SHIFT * pitch)
+        found, products = splat(0.0), splat(0.0)
         if more:
-            found, products = load_sum(sums, j, high), load_sum(sums, pitch + j, high)
+            found, products = get(sums, j), get(sums, pitch + j)
         for o in range(j, rows * pitch + j, pitch):
-            apart = distance(load(z, at + o), high, low)
-            dy = rectified(multiply_add(apart, scale, shift), slope, load(dh, o))
-            store(dh, o, dy)
-            found, products = add_wide(found, dy), add_product(products, dy, apart)
-        store(sums, j, found)
-        store(sums, pitch + j, products)
+            apart = get(z, at + o) - high - low
+            dy = rectified(apart * scale + shift, slope, get(dh, o))
+            put(dh, o, dy)
+            found, products = found + dy, products + widen(dy) * apart
+        put(sums, j, found)
+        put(sums, pitch + j, products)
 
 
 @inner
 def batch_norm_backward(z, at, pitch, rows, of_layer, g, g_at):
     """Write dz over g, given the means of both sums; row by row, as memory lies."""
-    lanes = 32 // z.itemsize
     for o in range(0, rows * pitch, pitch):
-        for j in range(0, pitch, lanes):
+        for j in range(0, pitch, WIDTH):
             column, to = of_layer + j, g_at + o + j
-            apart = distance(load(z, at + o + j), load(z, column + HIGH * pitch), load(z, column + LOW * pitch))
-            apart = multiply(apart, load(z, column + OF_PRODUCT * pitch))
-            dz = distance(load(g, to), load(z, column + OF_SUM * pitch), apart)
-            store(g, to, multiply(dz, load(z, column + SCALE * pitch)))
+            apart = get(z, at + o + j) - get(z, column + HIGH * pitch) - get(z, column + LOW * pitch)
+            dz = get(g, to) - get(z, column + OF_SUM * pitch) - apart * get(z, column + OF_PRODUCT * pitch)
+            put(g, to, dz * get(z, column + SCALE * pitch))
 
 
 @inner
 def layer_norm_backward(z, at, pitch, rows, columns, of_layer, rstds_at, g, g_at):
     """Write dz over g, where z holds the normalised rows."""
-    lanes, dtype = 32 // z.itemsize, z.dtype.type
-    gamma = of_layer + SCALE * pitch
+    dtype, gamma = z.dtype.type, of_layer + SCALE * pitch
+    zero = dtype(0)
     for i in range(rows):
         row, g_row = at + i * pitch, g_at + i * pitch
-        found = products = splat_wide(0.0, load(z, row))
-        for j in range(0, columns, lanes):
-            dxhat = first(multiply(load(g, g_row + j), load(z, gamma + j)), columns - j, dtype(0))
-            xhat = first(load(z, row + j), columns - j, dtype(0))
-            found, products = add_wide(found, dxhat), add_product(products, dxhat, xhat)
-        of_sum, of_product = splat(dtype(total(found) / columns)), splat(dtype(total(products) / columns))
-        rstd = splat(z[rstds_at + i])
-        for j in range(0, columns, lanes):
-            dxhat, xhat = multiply(load(g, g_row + j), load(z, gamma + j)), load(z, row + j)
-            store(g, g_row + j, multiply(distance(dxhat, of_sum, multiply(xhat, of_product)), rstd))
+        found, products = splat(0.0), splat(0.0)
+        for j in range(0, columns, WIDTH):
+            dxhat = first(get(g, g_row + j) * get(z, gamma + j), columns - j, zero)
+            xhat = first(get(z, row + j), columns - j, zero)
+            found, products = found + dxhat, products + widen(dxhat) * xhat
+        of_sum, of_product, rstd = dtype(fold(found) / columns), dtype(fold(products) / columns), z[rstds_at + i]
+        for j in range(0, columns, WIDTH):
+            dxhat = get(g, g_row + j) * get(z, gamma + j)
+            put(g, g_row + j, (dxhat - of_sum - get(z, row + j) * of_product) * rstd)
 
 
 @inner
 def column_sums(g, at, pitch, rows, sums):
     """Write the sums of the columns."""
-    for j in range(0, pitch, 32 // g.itemsize):
-        found = splat_wide(0.0, load(g, at + j))
+    for j in range(0, pitch, WIDTH):
+        found = splat(0.0)
         for o in range(at + j, at + j + rows * pitch, pitch):
-            found = add_wide(found, load(g, o))
-        store(sums, j, found)
+            found = found + get(g, o)
+        put(sums, j, found)
 
 
 @inner
 def cross_entropy(z, at, pitch, columns, of_layer, labels, batch, totals):
     """Write the gradients of the mean loss over the logits without their bias; return the sum of the losses."""
-    lanes, dtype, rows = 32 // z.itemsize, z.dtype.type, len(labels)
-    bias, lowest, loss = of_layer + SHIFT * pitch, dtype(-np.inf), 0.0
+    dtype, rows, bias, loss = z.dtype.type, len(labels), of_layer + SHIFT * pitch, 0.0
+    lowest, zero = dtype(-np.inf), dtype(0)
     for i in range(rows):
-        row = at + i * pitch
-        best = splat(lowest)
-        for j in range(0, columns, lanes):
-            logits = add(load(z, row + j), load(z, bias + j))
-            store(z, row + j, logits)
+        row, best = at + i * pitch, splat(lowest)
+        for j in range(0, columns, WIDTH):
+            logits = get(z, row + j) + get(z, bias + j)
+            put(z, row + j, logits)
             logits = first(logits, columns - j, lowest)
             best = where_at_most(best, logits, logits, best)
-        highest = splat(largest(best))
-        for j in range(0, columns, lanes):
-            store(z, row + j, subtract(load(z, row + j), highest))
+        highest = largest(best)
+        for j in range(row, row + columns, WIDTH):
+            put(z, j, get(z, j) - highest)
         loss -= z[row + labels[i]]
     _map_exp(part(z, at, rows * pitch))
     for i in range(rows):
-        row = at + i * pitch
-        found = splat_wide(0.0, load(z, row))
-        for j in range(0, columns, lanes):
-            found = add_wide(found, first(load(z, row + j), columns - j, dtype(0)))
-        sum_ = total(found)
+        row, found = at + i * pitch, splat(0.0)
+        for j in range(0, columns, WIDTH):
+            found = found + first(get(z, row + j), columns - j, zero)
+        sum_ = fold(found)
         totals[i] = dtype(sum_)
-        scale = splat(dtype(1 / (sum_ * batch)))
-        for j in range(0, columns, lanes):
-            store(z, row + j, multiply(load(z, row + j), scale))
+        scale = dtype(1 / (sum_ * batch))
+        for j in range(row, row + columns, WIDTH):
+            put(z, j, get(z, j) * scale)
         z[row + labels[i]] -= dtype(1 / batch)
     _map_log(part(totals, 0, rows))
     for i in range(rows):

@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numba
+from numba.core.types import unliteral
+
+from bnkernels.runtime.cpu.parts import PartCompiler
 
 OURS = re.compile(r"^from (bnkernels[\w.]*) import (\([^)]*\)|.*)$", re.MULTILINE)
 NOWHERE = (
@@ -20,7 +23,7 @@ NOWHERE = (
 
 
 def cached(**options: Any) -> Callable[[Callable], Any]:
-    """Return a decorator like ``numba.njit(cache=True, **options)``.
+    """Return a decorator like ``numba.njit(cache=True, **options)``, and without the cache if Python cannot call it.
 
     Numba looks only at the file of a function: a kernel would go on with what it has compiled in of another file that
     has changed since. And where no folder can be written it would raise an error; this warns, once, and goes on.
@@ -30,9 +33,14 @@ def cached(**options: Any) -> Callable[[Callable], Any]:
     **options : any
         Options of ``numba.njit``.
     """
+    options = {"forceinline": False, **options}  # not given, it would be that of its first caller
 
     def decorate(function: Callable) -> Any:
-        dispatcher = numba.njit(**options)(function)
+        part = options.get("no_cpython_wrapper", False)
+        dispatcher = numba.njit(**options, **({"pipeline_class": PartCompiler} if part else {}))(function)
+        _take_constants_as_numbers(dispatcher)
+        if part:
+            return dispatcher
         try:
             dispatcher.enable_caching()
         except RuntimeError as error:
@@ -45,6 +53,16 @@ def cached(**options: Any) -> Callable[[Callable], Any]:
         return dispatcher
 
     return decorate
+
+
+def _take_constants_as_numbers(dispatcher: Any) -> None:
+    """Let kernels pass constants as numbers: Numba would compile a function anew for each constant."""
+    resolve = dispatcher.get_call_template
+
+    def resolve_numbers(given: tuple, named: dict[str, Any]) -> Any:
+        return resolve(tuple(map(unliteral, given)), {name: unliteral(of) for name, of in named.items()})
+
+    dispatcher.get_call_template = resolve_numbers
 
 
 @cache

@@ -32,6 +32,9 @@ LINE = 1024  # numbers that are worked on at a time: 4 KiB of float32, and a few
 SAME, FLOAT16, BFLOAT16 = 0, 1, 2  # storage of data: in the accumulator's type, or in 16 bits
 STORAGE = {"float32": SAME, "float64": SAME, "float16": FLOAT16, "bfloat16": BFLOAT16}
 SINGLE, DOUBLE = np.float32, np.float64
+# Examples of the numbers of a data type: by the type of such an argument, `like`, a kernel is compiled for that of its
+# data. Those of 16 bits are bits, and told apart by these types.
+LIKE = {"float32": np.float32(0), "float64": np.float64(0), "float16": np.int16(0), "bfloat16": np.uint16(0)}
 
 
 class View(types.Array):
@@ -129,10 +132,20 @@ def stack(typing_context: Any, like: Any, count: Any) -> Any:
     return array_type(like, count), generate
 
 
+@intrinsic
+def size_of(typing_context: Any, like: Any) -> Any:
+    """Return the bytes of a number."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return context.get_constant(types.intp, context.get_abi_sizeof(context.get_data_type(like)))
+
+    return types.intp(like), generate
+
+
 @device
 def is_double(like):
     """Return whether this is a float64."""
-    return numbers(like, np.uint64(0), 0, 0).itemsize == 8
+    return size_of(like) == 8
 
 
 @intrinsic
@@ -196,6 +209,53 @@ def as_bits(typing_context: Any, number: Any) -> Any:
     return types.uint32(types.float32), generate
 
 
+@intrinsic
+def accumulator(typing_context: Any, like: Any) -> Any:
+    """Return 0 of the type in which numbers of a data type are computed."""
+    of = types.float64 if like == types.float64 else types.float32
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return context.get_constant(of, 0.0)
+
+    return of(like), generate
+
+
+@intrinsic
+def as_number(typing_context: Any, stored: Any) -> Any:
+    """Return what is stored as a number, float32 of 16 bits."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if stored == types.int16:
+            return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+        if stored == types.uint16:
+            bits = ir.IntType(32)
+            return builder.bitcast(builder.shl(builder.zext(arguments[0], bits), bits(16)), ir.FloatType())
+        return arguments[0]
+
+    return (types.float32 if stored in (types.int16, types.uint16) else stored)(stored), generate
+
+
+@intrinsic
+def as_stored(typing_context: Any, number: Any, like: Any) -> Any:
+    """Return a number as it is stored, rounded to nearest even; NaN stays NaN."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if like not in (types.int16, types.uint16):
+            return context.cast(builder, arguments[0], number, like)
+        single = context.cast(builder, arguments[0], number, types.float32)
+        if like == types.int16:
+            return builder.bitcast(builder.fptrunc(single, ir.HalfType()), ir.IntType(16))
+        of = ir.IntType(32)
+        bits = builder.bitcast(single, of)
+        high = builder.lshr(bits, of(16))
+        up = builder.add(builder.and_(high, of(1)), of(0x7FFF))
+        rounded, quiet = builder.lshr(builder.add(bits, up), of(16)), builder.or_(high, of(64))
+        is_nan = builder.icmp_unsigned(">", builder.and_(bits, of(0x7FFFFFFF)), of(0x7F800000))
+        return builder.trunc(builder.select(is_nan, quiet, rounded), ir.IntType(16))
+
+    return like(number, like), generate
+
+
 @device
 def to_bfloat16(number):
     """Return the bits of the nearest bfloat16, as uint32; NaN stays NaN."""
@@ -217,7 +277,7 @@ def _widen_bfloat16(source, line):
         line[i] = as_float(np.uint32(np.uint32(source[i]) << np.uint32(16)))
 
 
-@kernel
+@inner
 def gather(address, storage, offset, stride, line):
     """Read numbers from memory into a line."""
     count = len(line)
@@ -261,7 +321,7 @@ def place(address, storage, offset, line):
     return line
 
 
-@kernel
+@inner
 def store(address, storage, offset, line):
     """Write a line that `place` gave, contiguously, if it is not there already."""
     if storage == FLOAT16:

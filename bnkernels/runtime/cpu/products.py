@@ -20,10 +20,11 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np.linalg import ensure_blas
 
-from bnkernels.runtime.cpu.language import kernel
-from bnkernels.runtime.cpu.registers import FLAGS, first_lanes, lanes_of, pointer_of, read, spread, vector_of, write
+from bnkernels.runtime.cpu.language import inner
+from bnkernels.runtime.cpu.vectors import FLAGS, first_lanes, pointer_of, read, spread, write
 
 VECTORS = 3  # columns of a tile
+BYTES = 32  # of its vectors: a tile fills the registers
 WORTH_BLAS = 2**23  # multiply-adds from which on the BLAS is faster, as measured: 128 x 256 x 256
 
 
@@ -79,7 +80,7 @@ def _tile(
     if not all(isinstance(size, types.IntegerLiteral) for size in (rows, vectors)):
         return None
     sizes = rows.literal_value, vectors.literal_value
-    lanes = lanes_of(c.dtype)
+    lanes = BYTES * 8 // c.dtype.bitwidth
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         a_, a_at, a_row, a_column, b_, b_at, b_row, c_, c_at, c_row, depth, columns, add = arguments[:13]
@@ -87,7 +88,7 @@ def _tile(
         a_, b_, c_ = (pointer_of(context, builder, kind, array) for kind, array in ((a, a_), (b, b_), (c, c_)))
         number = context.get_constant
         element = c_.type.pointee
-        kind = vector_of(element, lanes)
+        kind = ir.VectorType(element, lanes)
         before = number(types.intp, (vector_count - 1) * lanes)
         mask = first_lanes(builder, builder.sub(columns, before), lanes)
         masks = [None] * (vector_count - 1) + [mask]
@@ -176,7 +177,7 @@ def _gemm(
     return types.void(integers, integers, integers, *of_a, *of_b, c, integers, integers, integers), generate
 
 
-@kernel
+@inner
 def product(m, n, depth, a, a_at, a_row, a_column, b, b_at, b_row, b_column, c, c_at, c_row, add):
     """Write the product of a (m, depth) and b (depth, n) to c, or add it if `add`.
 
@@ -189,7 +190,7 @@ def product(m, n, depth, a, a_at, a_row, a_column, b, b_at, b_row, b_column, c, 
             b, b_at, max(b_row, b_column), int(b_column != 1), c, c_at, c_row, add,
         )  # fmt: skip
         return
-    lanes = 32 // c.itemsize
+    lanes = BYTES // c.itemsize
     vectors = (n + lanes - 1) // lanes
     strips, done = (vectors + 2) // 3, 0
     for number in range(strips):
@@ -218,7 +219,7 @@ def product(m, n, depth, a, a_at, a_row, a_column, b, b_at, b_row, b_column, c, 
                 i += 4
 
 
-@kernel
+@inner
 def worth_blas(m, n, depth):
     """Return whether the BLAS is faster."""
     return m * n * depth >= WORTH_BLAS

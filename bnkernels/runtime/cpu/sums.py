@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bnkernels.runtime.cpu.language import LINE, device, doubles, kernel, numbers, part, stack
-from bnkernels.runtime.cpu.vectors import WIDTH, fill, fold, get, widen
+from bnkernels.runtime.cpu.vectors import WIDTH, fold, get, get_first, splat
 
 MOST_SUMS = 2**18  # sums of the columns of all blocks, in float64: 2 MiB
 
@@ -11,18 +11,15 @@ MOST_SUMS = 2**18  # sums of the columns of all blocks, in float64: 2 MiB
 @device
 def total(line):
     """Return the float64 sum of a line, whose numbers are added in 32 lanes and these by halves."""
-    a, b, c, d = fill(0.0), fill(0.0), fill(0.0), fill(0.0)
-    whole, eights = len(line) // (4 * WIDTH) * (4 * WIDTH), len(line) // WIDTH * WIDTH
+    a, b, c, d = splat(0.0), splat(0.0), splat(0.0), splat(0.0)
+    whole = len(line) // (4 * WIDTH) * (4 * WIDTH)
     for i in range(0, whole, 4 * WIDTH):
-        a, b = a + widen(get(line, i)), b + widen(get(line, i + WIDTH))
-        c, d = c + widen(get(line, i + 2 * WIDTH)), d + widen(get(line, i + 3 * WIDTH))
+        a, b = a + get(line, i), b + get(line, i + WIDTH)
+        c, d = c + get(line, i + 2 * WIDTH), d + get(line, i + 3 * WIDTH)
     a = (a + c) + (b + d)
-    for i in range(whole, eights, WIDTH):
-        a = a + widen(get(line, i))
-    rest = 0.0
-    for i in range(eights, len(line)):
-        rest += line[i]
-    return fold(a) + rest
+    for i in range(whole, len(line), WIDTH):
+        a = a + get_first(line, i, len(line) - i)
+    return fold(a)
 
 
 @device

@@ -19,34 +19,33 @@ from bnkernels.ops.batch_norm.cpu.normalisation import (
     WHOLE,
     before_activation,
     normalise,
+    spread_line,
     spread_normalisation,
 )
 from bnkernels.ops.batch_norm.cpu.rows import (
-    DOUBLE,
-    FLOAT64,
-    SINGLE,
-    accumulator_of,
+    channels_of,
     clear,
+    columns_of,
     copy_line,
     get_line,
+    in_order,
     input_of,
     line_of,
     load_row,
     output_of,
     own_columns,
-    piece_length,
-    place_of,
     put,
-    spread,
+    row_of,
+    skipped,
     store,
-    valid,
+    store_zeros,
+    to_be_cleared,
 )
 from bnkernels.ops.batch_norm.cpu.sums import (
-    ALL,
     CENTRE,
     CHOOSE,
     CONCLUDE,
-    OF_BLOCK,
+    PRODUCTS_TOGETHER,
     RESTS,
     SHIFT,
     SQUARE_RESTS,
@@ -54,303 +53,304 @@ from bnkernels.ops.batch_norm.cpu.sums import (
     SUM,
     SUMS,
     UNIT,
-    add_product,
+    WRITE,
     add_product_exactly,
     add_products,
     begin_sums,
+    clear_sums,
     end_sums,
     merge,
     quantity_of,
     recentre,
     rows_before,
-    state_from,
-    total_of,
     whole_sum,
 )
-from bnkernels.runtime.cpu.language import LINE, device, doubles, inner, kernel, numbers, part, singles, stack
+from bnkernels.runtime.cpu.language import (
+    LINE,
+    accumulator,
+    as_number,
+    cast,
+    device,
+    inner,
+    is_double,
+    kernel,
+    numbers,
+    part,
+    size_of,
+    stack,
+)
+
+FACTOR, GRADIENT_SHIFT = 4, 5  # lines of columns behind those of the normalisation
+
+
+@device
+def _rows_as_stored(a, dy, x):
+    """Return whether the rows of dy and x can be used as they lie in memory."""
+    curved = a.activation != 0 or a.alpha != 1.0
+    return not curved and not to_be_cleared(a) and in_order(a, dy) and in_order(a, x)
 
 
 @inner
-def _gradient(a, dy, x, residual, group, row, first, column, own, columns, lines):
-    """Return the addresses of a row of g, the gradient before the activation, and of the row of x.
+def _gradient(a, like, dy, x, residual, group, row, first, column, count, columns, lines):
+    """Return the addresses of lines of g, the gradient before the activation, and of x.
 
     Where the mask is False, g is 0 and x is the mean, whatever they hold.
     """
-    double = x.storage == FLOAT64
-    values = load_row(a, x, row, first, column, own, line_of(lines, 1))
-    g = load_row(a, dy, row, first, column, own, line_of(lines, 0))
-    curved, masked = a.activation != 0 or a.alpha != 1.0, a.mask != 0 and a.inner > 1
-    if (curved or masked) and g != line_of(lines, 0):
-        if double:
-            copy_line(DOUBLE, g, line_of(lines, 0), own)
-        else:
-            copy_line(SINGLE, g, line_of(lines, 0), own)
+    acc = accumulator(like)
+    values = load_row(a, like, x, row, first, column, count, line_of(lines, 1))
+    g = load_row(a, like, dy, row, first, column, count, line_of(lines, 0))
+    curved, clears = a.activation != 0 or a.alpha != 1.0, to_be_cleared(a)
+    if (curved or clears) and g != line_of(lines, 0):
+        copy_line(acc, g, line_of(lines, 0), count)
         g = line_of(lines, 0)
     if curved:
         added, z = residual.address, line_of(lines, 2)
         if added != 0:
-            added = load_row(a, residual, row, first, column, own, line_of(lines, 3))
-        if double:
-            before_activation(DOUBLE, values, added, columns, z, own)
-            differentiate(a.activation, a.alpha, numbers(DOUBLE, z, 0, own), numbers(DOUBLE, g, 0, own))
-        else:
-            before_activation(SINGLE, values, added, columns, z, own)
-            differentiate(a.activation, np.float32(a.alpha), numbers(SINGLE, z, 0, own), numbers(SINGLE, g, 0, own))
-    if masked:
-        nothing = part(lines, 3 * LINE, own)
-        for i in range(own):
-            nothing[i] = 0.0
-        if double:
-            copy_line(DOUBLE, values, line_of(lines, 1), own)
-            clear(a, DOUBLE, group, row, column, nothing, g, own)
-            clear(a, DOUBLE, group, row, column, numbers(DOUBLE, line_of(columns, 0), 0, own), line_of(lines, 1), own)
-        else:
-            copy_line(SINGLE, values, line_of(lines, 1), own)
-            clear(a, SINGLE, group, row, column, nothing, g, own)
-            clear(a, SINGLE, group, row, column, numbers(SINGLE, line_of(columns, 0), 0, own), line_of(lines, 1), own)
+            added = load_row(a, like, residual, row, first, column, count, line_of(lines, 3))
+        before_activation(acc, values, added, columns, z, count)
+        differentiate(a.activation, cast(a.alpha, acc), numbers(acc, z, 0, count), numbers(acc, g, 0, count))
+    if clears:
+        nothing = part(lines, 3 * LINE, count)
+        clear_sums(nothing)
+        copy_line(acc, values, line_of(lines, 1), count)
         values = line_of(lines, 1)
+        clear(a, acc, group, row, column, nothing, g, count)
+        clear(a, acc, group, row, column, numbers(acc, line_of(columns, MEAN), 0, count), values, count)
     return g, values
 
 
 @inner
-def _sum_gradients(arguments, dy, x, residual, group, first, channels, block, state):
-    """Write the sums of g and of g (x - mean) of the channels of a slice, over the rows of a block."""
-    a = arguments[()]
-    lines, columns, sums_of = stack(1.0, 16384), stack(1.0, 4096), stack(1.0, 7168)
+def _sum(a, like, dy, x, residual, group, first, channels, block, state):
+    """Form the sums of g and of g (x - mean) of the channels of a slice, over the rows of a block."""
+    lines, columns, sums = stack(1.0, 16384), stack(1.0, 4096), stack(1.0, 7168)
     normalisation, waiting, waiting_x = stack(1.0, 7168), stack(np.uint64(0), 4), stack(np.uint64(0), 4)
-    sums = quantity_of(a, state, group, SUMS + block * OF_BLOCK, first, channels)
-    squares = quantity_of(a, state, group, SQUARES + block * OF_BLOCK, first, channels)
-    rests = quantity_of(a, state, group, RESTS + block * OF_BLOCK, first, channels)
-    square_rests = quantity_of(a, state, group, SQUARE_RESTS + block * OF_BLOCK, first, channels)
-    unit = quantity_of(a, state, group, UNIT, first, channels)
-    exact = x.storage == FLOAT64
-    normalise(arguments, group, first, channels, normalisation)
+    normalise(a, like, group, first, channels, normalisation)
     mean, low = part(normalisation, MEAN * LINE, channels), part(normalisation, LOW * LINE, channels)
-    shift = part(normalisation, RSTD * LINE, channels)
+    shift, unit = part(normalisation, RSTD * LINE, channels), quantity_of(a, state, UNIT, first, channels)
     for i in range(channels):
-        sums[i], squares[i], rests[i], square_rests[i] = 0.0, 0.0, 0.0, 0.0
-        shift[i] = mean[i] if exact else mean[i] + low[i]
-    whole = a.wide * channels * a.inner
-    length = piece_length(whole)
-    for column in range(0, whole, length):
-        count, found = min(length, whole - column), 0
-        begin_sums(a, channels, shift, unit, low, sums_of, count)
-        if exact:
-            spread_normalisation(a, DOUBLE, normalisation, channels, count, columns)
-        else:
-            spread_normalisation(a, SINGLE, normalisation, channels, count, columns)
-        for row in range(rows_before(a, block), rows_before(a, block + 1)):
-            if a.mask != 0 and a.inner == 1 and not valid(a, group, row, 0):
-                continue
-            own, own_lines = own_columns(a, row, count), part(lines, found * 4 * LINE, 4 * LINE)
-            g, values = _gradient(a, dy, x, residual, group, row, first, column, own, columns, own_lines)
-            if exact:
-                add_product_exactly(g, values, own, sums_of)
-            elif own < count:
-                add_product(g, values, own, sums_of)
+        shift[i] = mean[i] if is_double(like) else mean[i] + low[i]
+    whole, length = columns_of(a, channels)
+    begin_sums(a, like, channels, shift, unit, low, sums, length)
+    spread_normalisation(a, like, normalisation, channels, length, columns)
+    as_stored, found = _rows_as_stored(a, dy, x), 0
+    for row in range(rows_before(a, block), rows_before(a, block + 1)):
+        if skipped(a, group, row):
+            continue
+        for column in range(0, whole, length):
+            count, own = own_columns(a, row, min(length, whole - column)), part(lines, found * 4 * LINE, 4 * LINE)
+            if as_stored:
+                g, values = row_of(a, like, dy, row, first, column), row_of(a, like, x, row, first, column)
             else:
-                waiting[found], waiting_x[found] = g, values
+                g, values = _gradient(a, like, dy, x, residual, group, row, first, column, count, columns, own)
+            waiting[found], waiting_x[found] = g, values
+            if is_double(like):
+                add_product_exactly(g, values, count, sums)
+            elif count < length:
+                _add(like, as_stored, part(waiting, found, 1), part(waiting_x, found, 1), 1, count, sums)
+            else:
                 found += 1
-                if found == 4:
-                    add_products(waiting, waiting_x, count, sums_of)
+                if found == PRODUCTS_TOGETHER:
+                    _add(like, as_stored, waiting, waiting_x, found, length, sums)
                     found = 0
-        for number in range(found):
-            add_product(waiting[number], waiting_x[number], count, sums_of)
-        end_sums(a, sums_of, count, sums, squares, rests, square_rests)
+    _add(like, as_stored, waiting, waiting_x, found, length, sums)
+    end_sums(a, sums, length, first, channels, block, state)
 
 
 @inner
-def _conclude(arguments, first, channels, counts, state):
-    """Write dgamma and dbeta of a slice, over all groups; or the sums, with the count."""
-    a = arguments[()]
-    acc, step = accumulator_of(a), a.channels
-    of_parameters = a.storage if a.params_in_storage_type else acc
-    normalisation = stack(1.0, 7168)
+def _add(like, as_stored, gradients, rows, found, count, sums):
+    """Add rows that lie in memory as they are stored, or in lines."""
+    if as_stored:
+        add_products(like, gradients, rows, found, count, sums)
+    else:
+        add_products(accumulator(like), gradients, rows, found, count, sums)
+
+
+@inner
+def _add_to_parameters(a, like, group, first, channels, count, state, totals):
+    """Add the sums of a group to dgamma and dbeta of a slice; or write them, with the count."""
+    acc, step, normalisation = accumulator(like), a.channels, stack(1.0, 7168)
     slope, bend = part(normalisation, SLOPE * LINE, channels), part(normalisation, BEND * LINE, channels)
-    rstd = part(normalisation, RSTD * LINE, channels)
-    dgamma, dbeta = total_of(a, state, 0, first, channels), total_of(a, state, 1, first, channels)
-    if a.first_group == 0:
-        for i in range(channels):
-            dgamma[i], dbeta[i] = 0.0, 0.0
-    for group in range(a.first_group, a.last_group):
-        normalise(arguments, group, first, channels, normalisation)
-        unit = quantity_of(a, state, group, UNIT, first, channels)
-        sums = quantity_of(a, state, group, SUMS, first, channels)
-        squares = quantity_of(a, state, group, SQUARES, first, channels)
-        rests = quantity_of(a, state, group, RESTS, first, channels)
-        square_rests = quantity_of(a, state, group, SQUARE_RESTS, first, channels)
-        for i in range(channels):
-            sums[i], squares[i] = whole_sum(sums[i], rests[i]), whole_sum(squares[i], square_rests[i])
-            dbeta[i] += sums[i] / unit[i]
-            dgamma[i] += squares[i] / unit[i] * slope[i] + (bend[i] * (sums[i] / unit[i]) if bend[i] != 0.0 else 0.0)
-            if a.stage == COLLECT:
-                put(a.sums, acc, first + i, sums[i] / unit[i])
-                put(a.sums, acc, first + i + step, squares[i] / unit[i] * rstd[i])
-                put(a.sums, acc, first + i + 2 * step, np.float64(counts[group]))
-    if a.stage != COLLECT and a.last_group == a.groups:
-        for i in range(channels):
-            put(a.dgamma, of_parameters, first + i, dgamma[i])
-            put(a.dbeta, of_parameters, first + i, dbeta[i])
+    rstd, dgamma, dbeta = (
+        part(normalisation, RSTD * LINE, channels),
+        part(totals, 0, channels),
+        part(totals, LINE, channels),
+    )
+    normalise(a, like, group, first, channels, normalisation)
+    unit = quantity_of(a, state, UNIT, first, channels)
+    sums, rests = quantity_of(a, state, SUMS, first, channels), quantity_of(a, state, RESTS, first, channels)
+    squares = quantity_of(a, state, SQUARES, first, channels)
+    square_rests = quantity_of(a, state, SQUARE_RESTS, first, channels)
+    for i in range(channels):
+        sums[i], squares[i] = whole_sum(sums[i], rests[i]), whole_sum(squares[i], square_rests[i])
+        dbeta[i] += sums[i] / unit[i]
+        dgamma[i] += squares[i] / unit[i] * slope[i] + (bend[i] * (sums[i] / unit[i]) if bend[i] != 0.0 else 0.0)
+        if a.stage == COLLECT:
+            put(acc, a.sums, first + i, sums[i] / unit[i])
+            put(acc, a.sums, first + i + step, squares[i] / unit[i] * rstd[i])
+            put(acc, a.sums, first + i + 2 * step, np.float64(count))
 
 
 @inner
-def _gradient_of_input(g, row, means, out, count):
-    """Write a row of dx to an address, of float32: ``scale (g + (factor x + shift))`` in float64."""
-    gradient, x, dx = singles(g, 0, count), singles(row, 0, count), singles(out, 0, count)
-    scale, factor, shift = part(means, 0, count), part(means, LINE, count), part(means, 2 * LINE, count)
-    for i in range(count):
-        dx[i] = scale[i] * (gradient[i] + (factor[i] * x[i] + shift[i]))
+def _write_parameters(a, like, first, channels, totals):
+    """Write dgamma and dbeta of a slice."""
+    for i in range(channels):
+        if a.params_in_storage_type:
+            put(like, a.dgamma, first + i, totals[i])
+            put(like, a.dbeta, first + i, totals[LINE + i])
+        else:
+            put(accumulator(like), a.dgamma, first + i, totals[i])
+            put(accumulator(like), a.dbeta, first + i, totals[LINE + i])
 
 
 @inner
-def _gradient_of_input_exactly(g, row, means, out, count):
-    """Write a row of dx to an address, of float64: ``scale ((g + shift) + factor ((x - mean) - mean_low))``."""
-    gradient, x, dx = doubles(g, 0, count), doubles(row, 0, count), doubles(out, 0, count)
-    scale, factor, shift = part(means, 0, count), part(means, LINE, count), part(means, 2 * LINE, count)
-    mean, low = part(means, 3 * LINE, count), part(means, 4 * LINE, count)
-    for i in range(count):
-        dx[i] = scale[i] * ((gradient[i] + shift[i]) + factor[i] * ((x[i] - mean[i]) - low[i]))
+def _gradient_of_input(a, like, g, row, columns, out, count):
+    """Write a row of dx to the address of a line: ``scale ((g + shift) + factor ((x - mean) - mean_low))``."""
+    acc, gradient, x = accumulator(like), numbers(like, g, 0, count), numbers(like, row, 0, count)
+    dx, scale = numbers(acc, out, 0, count), numbers(acc, line_of(columns, SCALE), 0, count)
+    mean, low = numbers(acc, line_of(columns, MEAN), 0, count), numbers(acc, line_of(columns, LOW), 0, count)
+    factor = numbers(acc, line_of(columns, FACTOR), 0, count)
+    shift = numbers(acc, line_of(columns, GRADIENT_SHIFT), 0, count)
+    if a.stage == FROZEN:  # dx does not depend on x
+        for i in range(count):
+            dx[i] = scale[i] * as_number(gradient[i])
+    else:
+        for i in range(count):
+            centred = (as_number(x[i]) - mean[i]) - low[i]
+            dx[i] = scale[i] * ((as_number(gradient[i]) + shift[i]) + factor[i] * centred)
 
 
 @inner
-def _choose_factors(a, group, first, count, normalisation, state, factor, shift):
-    """Write factor and shift of ``dx = scale ((g + shift) + factor (x - mean))``.
-
-    For float32 data those of ``dx = scale (g + (factor x + shift))``, which is faster, and exact enough in float64.
-    """
-    channels, acc, step = len(factor), accumulator_of(a), a.channels
+def _choose_factors(a, like, first, count, normalisation, state, factor, shift):
+    """Write factor and shift of ``dx = scale ((g + shift) + factor (x - mean))``."""
+    channels, acc, step = len(factor), accumulator(like), a.channels
     lines = stack(1.0, 3072)
     sums, products = part(lines, 0, channels), part(lines, LINE, channels)
     divisor = part(lines, 2 * LINE, channels)
     for i in range(channels):
         sums[i], products[i], divisor[i] = 0.0, 0.0, max(count, 1)
     if a.stage == APPLY:
-        get_line(a.sums, acc, first, 1, sums)
-        get_line(a.sums, acc, first + step, 1, products)
-        get_line(a.sums, acc, first + 2 * step, 1, divisor)
+        get_line(acc, a.sums, first, 1, sums)
+        get_line(acc, a.sums, first + step, 1, products)
+        get_line(acc, a.sums, first + 2 * step, 1, divisor)
         for i in range(channels):
             divisor[i] = max(divisor[i], 1.0)
     elif a.stage == WHOLE:
-        unit = quantity_of(a, state, group, UNIT, first, channels)
-        of_g = quantity_of(a, state, group, SUMS, first, channels)
-        of_products = quantity_of(a, state, group, SQUARES, first, channels)
+        unit = quantity_of(a, state, UNIT, first, channels)
+        of_g = quantity_of(a, state, SUMS, first, channels)
+        of_products = quantity_of(a, state, SQUARES, first, channels)
         for i in range(channels):
             divisor[i] *= unit[i]
             sums[i], products[i] = of_g[i], of_products[i] * normalisation[RSTD * LINE + i]
     for i in range(channels):
         rstd, n = normalisation[RSTD * LINE + i], divisor[i]
         factor[i], shift[i] = -(products[i] / n * rstd), -(sums[i] / n)
-        if a.storage != FLOAT64:
-            shift[i] -= factor[i] * (normalisation[MEAN * LINE + i] + normalisation[LOW * LINE + i])
-        if a.stage == FROZEN:  # adding these changes nothing, not even the sign of a zero
-            factor[i], shift[i] = -0.0, -0.0
 
 
 @inner
-def _write_gradients(arguments, dy, x, residual, dx, dresidual, group, first, channels, count_of_group, block, state):
+def _write(a, like, dy, x, residual, group, first, channels, count_of_group, block, state):
     """Write the rows of a block of a slice of dx and dresidual."""
-    a = arguments[()]
-    lines, columns, means = stack(1.0, 6144), stack(1.0, 4096), stack(1.0, 5120)
-    normalisation, factors = stack(1.0, 7168), stack(1.0, 2048)
-    double, masked, nothing = x.storage == FLOAT64, a.mask != 0, part(lines, 5 * LINE, LINE)
-    for i in range(LINE):
-        nothing[i] = 0.0
-    normalise(arguments, group, first, channels, normalisation)
+    lines, columns, normalisation, factors = stack(1.0, 6144), stack(1.0, 6144), stack(1.0, 7168), stack(1.0, 2048)
+    acc, clears, nothing = accumulator(like), to_be_cleared(a), part(lines, 5 * LINE, LINE)
+    clear_sums(nothing)
+    normalise(a, like, group, first, channels, normalisation)
     factor, shift = part(factors, 0, channels), part(factors, LINE, channels)
-    _choose_factors(a, group, first, count_of_group, normalisation, state, factor, shift)
-    direct = dx.storage <= FLOAT64 and dx.address != x.address and dx.address != dy.address
-    direct = direct and dx.address != residual.address
-    whole = a.wide * channels * a.inner
-    length = piece_length(whole)
-    for column in range(0, whole, length):
-        count = min(length, whole - column)
-        if double:
-            spread_normalisation(a, DOUBLE, normalisation, channels, count, columns)
-            for number in (MEAN, LOW):
-                values = shift if a.stage == FROZEN else part(normalisation, number * LINE, channels)
-                spread(values, channels, a.inner, part(means, (3 + number) * LINE, count))
-        else:
-            spread_normalisation(a, SINGLE, normalisation, channels, count, columns)
-        spread(part(normalisation, SCALE * LINE, channels), channels, a.inner, part(means, 0, count))
-        spread(factor, channels, a.inner, part(means, LINE, count))
-        spread(shift, channels, a.inner, part(means, 2 * LINE, count))
-        for row in range(rows_before(a, block), rows_before(a, block + 1)):
-            own, place = own_columns(a, row, count), place_of(a, dx, row, first, column)
-            if masked and a.inner == 1 and not valid(a, group, row, 0):
-                store(dx.address, dx.storage, place, line_of(lines, 5), own)
+    _choose_factors(a, like, first, count_of_group, normalisation, state, factor, shift)
+    dx, dresidual = output_of(a, a.dx, group), output_of(a, a.dresidual, group)
+    direct = size_of(like) > 2 and dx.address != x.address and dx.address != dy.address
+    direct, as_stored = direct and dx.address != residual.address, _rows_as_stored(a, dy, x)
+    whole, length = columns_of(a, channels)
+    spread_normalisation(a, like, normalisation, channels, length, columns)
+    spread_line(a, like, factor, channels, length, columns, FACTOR)
+    spread_line(a, like, shift, channels, length, columns, GRADIENT_SHIFT)
+    pieces = (whole + length - 1) // length
+    for row in range(rows_before(a, block + 1) - 1, rows_before(a, block) - 1, -1):  # the last are still in the cache
+        for piece in range(pieces - 1, -1, -1):
+            column = piece * length
+            count, out = own_columns(a, row, min(length, whole - column)), row_of(a, like, dx, row, first, column)
+            out_residual = row_of(a, like, dresidual, row, first, column)
+            if skipped(a, group, row):
+                store_zeros(like, out, count)
                 if dresidual.address != 0:
-                    store(dresidual.address, dresidual.storage, place, line_of(lines, 5), own)
+                    store_zeros(like, out_residual, count)
                 continue
-            g, values = _gradient(a, dy, x, residual, group, row, first, column, own, columns, lines)
-            if dresidual.address != 0:
-                store(dresidual.address, dresidual.storage, place, g, own)
-            if a.stage == FROZEN:  # dx does not depend on x
-                values = line_of(lines, 5)
-            out = dx.address + np.uint64(place * (8 if double else 4)) if direct else line_of(lines, 4)
-            if double:
-                _gradient_of_input_exactly(g, values, means, out, own)
+            line = out if direct else line_of(lines, 4)
+            if as_stored:
+                g, values = row_of(a, like, dy, row, first, column), row_of(a, like, x, row, first, column)
+                if dresidual.address != 0:
+                    copy_line(like, g, out_residual, count)
+                _gradient_of_input(a, like, g, values, columns, line, count)
             else:
-                _gradient_of_input(g, values, means, out, own)
-            if masked and a.inner > 1:
-                if double:
-                    clear(a, DOUBLE, group, row, column, nothing, out, own)
-                else:
-                    clear(a, SINGLE, group, row, column, nothing, out, own)
+                g, values = _gradient(a, like, dy, x, residual, group, row, first, column, count, columns, lines)
+                if dresidual.address != 0:
+                    store(like, out_residual, g, count)
+                _gradient_of_input(a, acc, g, values, columns, line, count)
+            if clears:
+                clear(a, acc, group, row, column, nothing, line, count)
             if not direct:
-                store(dx.address, dx.storage, place, out, own)
+                store(like, out, line, count)
 
 
 @device
 def _inputs(a, group):
     """Return dy, x and the residual."""
     strides = a.residual_group, a.residual_outer, a.residual_channel, a.residual_inner
-    dy = input_of(a, a.dy, group, (a.dy_group, a.dy_outer, a.dy_channel, a.dy_inner))
-    x = input_of(a, a.x, group, (a.x_group, a.x_outer, a.x_channel, a.x_inner))
-    return dy, x, input_of(a, a.residual, group, strides)
+    dy = input_of(a.dy, group, (a.dy_group, a.dy_outer, a.dy_channel, a.dy_inner))
+    x = input_of(a.x, group, (a.x_group, a.x_outer, a.x_channel, a.x_inner))
+    return dy, x, input_of(a.residual, group, strides)
+
+
+@inner
+def _begin(a, first, channels, state):
+    """Begin the sums of a slice in units of 1: the gradients have no shift."""
+    clear_sums(quantity_of(a, state, SHIFT, first, channels))
+    unit = quantity_of(a, state, UNIT, first, channels)
+    for i in range(channels):
+        unit[i] = 1.0
 
 
 @kernel
-def gradient_sums(arguments, counts, state, step, first_task, last_task):
-    """Form the sums of slices; or with several blocks of rows make one step, whose tasks are these."""
-    a = arguments[()]
-    several, state = a.blocks > 1, state_from(a, state, first_task)
-    for number in range(0 if several else first_task, a.slices if several else last_task):
-        first = number * a.slice_channels
-        channels = min(a.slice_channels, a.channels - first)
-        for group in range(a.first_group, a.last_group):
+def by_slices(like, arguments, counts, first_slice, last_slice):
+    """Form the sums of slices of channels and write their gradients, or what of it the stage asks for."""
+    a, state, totals = arguments[()], stack(1.0, 6144), stack(1.0, 2048)
+    for number in range(first_slice, last_slice):
+        first, channels = channels_of(a, number)
+        clear_sums(totals)
+        for group in range(a.groups):
             dy, x, residual = _inputs(a, group)
-            unit = quantity_of(a, state, group, UNIT, first, channels)
-            shift = quantity_of(a, state, group, SHIFT, first, channels)
-            if step in (ALL, CHOOSE):
-                for i in range(channels):
-                    shift[i], unit[i] = 0.0, 1.0
-            if step in (ALL, SUM):
-                blocks = range(first_task, last_task) if several else range(1)
-                for again in range(2 if step == ALL and a.storage == FLOAT64 else 1):
-                    if again:
-                        recentre(arguments, group, first, channels, counts[group], state)
-                    for block in blocks:
-                        _sum_gradients(arguments, dy, x, residual, group, first, channels, block, state)
-            if step in (CENTRE, CONCLUDE):
-                merge(arguments, group, first, channels, state)
-            if step == CENTRE:
-                recentre(arguments, group, first, channels, counts[group], state)
-        if step in (ALL, CONCLUDE):
-            _conclude(arguments, first, channels, counts, state)
+            if a.stage != APPLY:
+                _begin(a, first, channels, state)
+                _sum(a, like, dy, x, residual, group, first, channels, 0, state)
+                if is_double(like):
+                    recentre(a, first, channels, counts[group], state)
+                    _sum(a, like, dy, x, residual, group, first, channels, 0, state)
+                _add_to_parameters(a, like, group, first, channels, counts[group], state, totals)
+            if a.stage != COLLECT:
+                _write(a, like, dy, x, residual, group, first, channels, counts[group], 0, state)
+        if a.stage == WHOLE or a.stage == FROZEN:
+            _write_parameters(a, like, first, channels, totals)
 
 
 @kernel
-def input_gradients(arguments, counts, state, first_task, last_task):
-    """Write dx and dresidual of slices, or with several blocks of blocks of rows."""
-    a = arguments[()]
-    several, state = a.blocks > 1, state_from(a, state, first_task)
-    for group in range(a.first_group, a.last_group):
-        dy, x, residual = _inputs(a, group)
-        dx, dresidual = output_of(a, a.dx, group), output_of(a, a.dresidual, group)
-        for number in range(0 if several else first_task, a.slices if several else last_task):
-            first = number * a.slice_channels
-            channels = min(a.slice_channels, a.channels - first)
-            for block in range(first_task if several else 0, last_task if several else 1):
-                _write_gradients(
-                    arguments, dy, x, residual, dx, dresidual, group, first, channels, counts[group], block, state
-                )
+def by_blocks(like, arguments, counts, state, step, first_block, last_block):
+    """Make one step of the same for blocks of rows, of all slices; steps that have no blocks are the first one's."""
+    a, totals = arguments[()], stack(1.0, 2048)
+    dy, x, residual = _inputs(a, 0)
+    for number in range(a.slices):
+        first, channels = channels_of(a, number)
+        if step == CENTRE or step == CONCLUDE:
+            merge(a, first, channels, state)
+        if step == CHOOSE:
+            _begin(a, first, channels, state)
+        elif step == CENTRE:
+            recentre(a, first, channels, counts[0], state)
+        elif step == CONCLUDE:
+            clear_sums(totals)
+            _add_to_parameters(a, like, 0, first, channels, counts[0], state, totals)
+            if a.stage != COLLECT:
+                _write_parameters(a, like, first, channels, totals)
+        else:
+            for block in range(first_block, last_block):
+                if step == SUM:
+                    _sum(a, like, dy, x, residual, 0, first, channels, block, state)
+                elif step == WRITE:
+                    _write(a, like, dy, x, residual, 0, first, channels, counts[0], block, state)

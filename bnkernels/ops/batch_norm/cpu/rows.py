@@ -5,11 +5,11 @@ numbers, which a kernel streams through in lines: narrow columns would take anot
 rows are taken together, `wide` of them as one, where they lie next to one another.
 
     slice   some channels, few enough for a line, or a single one; no two slices share a sum
-    piece   columns of a slice, at most a line
+    piece   columns of a slice, at most a line; all pieces of a row are of the same channels
     block   rows that one task sums, where there are too few slices to share
 
-Kernels pass addresses of rows, so that all but the loops over numbers is compiled once for all data types. Below, `a`
-is the record of the kernel's argument.
+Below, `a` is the record of the argument, and `like` an example of the numbers in memory, see ``language.LIKE``:
+numbers of 16 bits are read and written as float32. A line is passed by its address.
 """
 
 from typing import NamedTuple
@@ -19,34 +19,25 @@ import numpy as np
 from bnkernels.ops.batch_norm.problem import Problem
 from bnkernels.runtime.cpu.language import (
     LINE,
+    accumulator,
     address_of,
-    as_float,
-    bfloat16s,
+    as_number,
+    as_stored,
     device,
-    doubles,
-    float16s,
-    float_to_half,
-    half_to_float,
     inner,
     int8s,
     numbers,
     part,
-    singles,
-    to_bfloat16,
+    size_of,
 )
 
-FLOAT32, FLOAT64, FLOAT16, BFLOAT16 = range(4)
-STORAGE = {"float32": FLOAT32, "float64": FLOAT64, "float16": FLOAT16, "bfloat16": BFLOAT16}
-SINGLE, DOUBLE = np.float32(0), np.float64(0)  # examples that give a loop the type of the numbers at its addresses
 TOGETHER = 8  # rows that are summed before their sum is added
-WIDE = 512  # numbers that rows are joined up to
 
 
 class Tensor(NamedTuple):
     """A group of a tensor in memory: its first number, and the strides of its rows; address 0: not given."""
 
     address: int
-    storage: int
     start: int
     outer: int
     channel: int
@@ -68,116 +59,108 @@ def slices_of(problem: Problem, masked: bool) -> Slices:
     row = channels * inner
     in_order = (row, inner, 1) if inner > 1 else (row, 1, 0)
     if not masked and all(strides[: 2 + (inner > 1)] == in_order[: 2 + (inner > 1)] for strides in problem.strides):
-        while 2 * wide * row <= WIDE and 2 * wide * TOGETHER <= outer:
+        while 2 * wide * row <= LINE and 2 * wide * TOGETHER <= outer:
             wide *= 2
     each = channels if wide > 1 else 1 if inner > LINE // 2 else min(channels, LINE // inner)
     return Slices(wide, -(-outer // wide), each, -(-channels // each))
 
 
 @device
-def piece_length(columns):
-    """Return the columns of a piece: all of a slice's, or equal parts of a single channel's."""
-    pieces = (columns + LINE - 1) // LINE
-    return (columns + pieces - 1) // pieces
+def channels_of(a, number):
+    """Return the first channel of a slice, and their number."""
+    first = number * a.slice_channels
+    return first, min(a.slice_channels, a.channels - first)
 
 
 @device
-def get(address, storage, at):
-    """Return a number from memory."""
-    if storage == FLOAT32:
-        return np.float64(singles(address, at, 1)[0])
-    if storage == FLOAT64:
-        return doubles(address, at, 1)[0]
-    if storage == FLOAT16:
-        return np.float64(half_to_float(float16s(address, at, 1)[0]))
-    return np.float64(as_float(np.uint32(np.uint32(bfloat16s(address, at, 1)[0]) << np.uint32(16))))
+def columns_of(a, channels):
+    """Return the columns of a slice, and those of a piece: all, or equal parts of a single channel's."""
+    whole = a.wide * channels * a.inner
+    pieces = (whole + LINE - 1) // LINE
+    return whole, (whole + pieces - 1) // pieces
+
+
+@device
+def get(like, address, at):
+    """Return a number from memory, in float64."""
+    return np.float64(as_number(numbers(like, address, at, 1)[0]))
+
+
+@device
+def put(like, address, at, number):
+    """Write a number to memory."""
+    numbers(like, address, at, 1)[0] = as_stored(number, like)
 
 
 @inner
-def put(address, storage, at, number):
-    """Write a number to memory, rounded to nearest even."""
-    if storage == FLOAT32:
-        singles(address, at, 1)[0] = np.float32(number)
-    elif storage == FLOAT64:
-        doubles(address, at, 1)[0] = number
-    elif storage == FLOAT16:
-        float16s(address, at, 1)[0] = float_to_half(np.float32(number))
-    else:
-        bfloat16s(address, at, 1)[0] = np.uint16(to_bfloat16(np.float32(number)))
-
-
-@inner
-def get_line(address, storage, at, stride, line):
-    """Write numbers from memory to a line, in float64."""
-    if stride == 1 and storage == FLOAT32:
-        numbers_32 = singles(address, at, len(line))
+def get_line(like, address, at, stride, line):
+    """Write numbers from memory to a float64 line."""
+    if stride == 1:
+        source = numbers(like, address, at, len(line))
         for i in range(len(line)):
-            line[i] = numbers_32[i]
-    elif stride == 1 and storage == FLOAT64:
-        numbers_64 = doubles(address, at, len(line))
-        for i in range(len(line)):
-            line[i] = numbers_64[i]
+            line[i] = as_number(source[i])
     else:
         for i in range(len(line)):
-            line[i] = get(address, storage, at + i * stride)
+            line[i] = get(like, address, at + i * stride)
 
 
 @inner
-def put_line(address, storage, at, line):
-    """Write float64 numbers to memory, rounded to nearest even; the line has then what was written."""
-    if storage == FLOAT32:
-        numbers_32 = singles(address, at, len(line))
-        for i in range(len(line)):
-            numbers_32[i] = np.float32(line[i])
-        for i in range(len(line)):
-            line[i] = numbers_32[i]
-    elif storage == FLOAT64:
-        numbers_64 = doubles(address, at, len(line))
-        for i in range(len(line)):
-            numbers_64[i] = line[i]
-    else:
-        for i in range(len(line)):
-            put(address, storage, at + i, line[i])
-            line[i] = get(address, storage, at + i)
+def put_line(like, address, at, line):
+    """Write float64 numbers to memory; the line has then what was written."""
+    out = numbers(like, address, at, len(line))
+    for i in range(len(line)):
+        out[i] = as_stored(line[i], like)
+    for i in range(len(line)):
+        line[i] = as_number(out[i])
 
 
 @inner
-def _gather(address, storage, at, stride, out, count):
-    """Copy numbers from memory to the address of a line; those of 16 bits as float32."""
-    if storage == FLOAT64:
-        line = doubles(out, 0, count)
+def _gather(like, address, at, stride, out, count):
+    """Copy numbers from memory to the address of a line."""
+    line = numbers(accumulator(like), out, 0, count)
+    if stride == 1:
+        source = numbers(like, address, at, count)
         for i in range(count):
-            line[i] = doubles(address, at + i * stride, 1)[0]
-        return
-    line = singles(out, 0, count)
-    if stride == 1 and storage == FLOAT16:
-        halves = float16s(address, at, count)
-        for i in range(count):
-            line[i] = half_to_float(halves[i])
-    elif stride == 1 and storage == BFLOAT16:
-        truncated = bfloat16s(address, at, count)
-        for i in range(count):
-            line[i] = as_float(np.uint32(np.uint32(truncated[i]) << np.uint32(16)))
+            line[i] = as_number(source[i])
     else:
         for i in range(count):
-            line[i] = np.float32(get(address, storage, at + i * stride))
+            line[i] = as_number(numbers(like, address, at + i * stride, 1)[0])
+
+
+@device
+def in_order(a, tensor):
+    """Return whether the numbers of a piece follow one another in memory."""
+    if a.inner == 1:
+        return tensor.channel == 1
+    return tensor.inner == 1 and (a.slice_channels == 1 or tensor.channel == a.inner)
+
+
+@device
+def row_of(a, like, tensor, row, first, column):
+    """Return the address of a row, from `column` of channel `first` on, of a tensor in order."""
+    at = tensor.start + row * a.wide * tensor.outer + first * tensor.channel + column
+    return tensor.address + np.uint64(at * size_of(like))
 
 
 @inner
-def load_row(a, tensor, row, first, column, count, line):
-    """Return the address of `count` numbers of a row, from `column` of channel `first` on: in memory, or `line`."""
-    at = tensor.start + row * a.wide * tensor.outer + first * tensor.channel
-    stride, inner = tensor.channel if a.inner == 1 else tensor.inner, a.inner
-    size = 8 if tensor.storage == FLOAT64 else 4
-    if inner == 1 or column + count <= inner or tensor.channel == inner * stride:
-        at += column * stride
-        if stride == 1 and tensor.storage <= FLOAT64:
-            return tensor.address + np.uint64(at * size)
-        _gather(tensor.address, tensor.storage, at, stride, line, count)
+def load_row(a, like, tensor, row, first, column, count, line):
+    """Return the address of `count` numbers of a row, to compute with: in memory, or `line`, where they are copied."""
+    if in_order(a, tensor):
+        address = row_of(a, like, tensor, row, first, column)
+        if size_of(like) > 2:
+            return address
+        _gather(like, address, 0, 1, line, count)
         return line
-    for number in range(count // inner):
-        out = line + np.uint64(number * inner * size)
-        _gather(tensor.address, tensor.storage, at + number * tensor.channel, stride, out, inner)
+    at, size = tensor.start + row * a.wide * tensor.outer + first * tensor.channel, size_of(accumulator(like))
+    if a.inner == 1:
+        _gather(like, tensor.address, at + column * tensor.channel, tensor.channel, line, count)
+        return line
+    if column + count <= a.inner:
+        _gather(like, tensor.address, at + column * tensor.inner, tensor.inner, line, count)
+        return line
+    for number in range(count // a.inner):
+        out = line + np.uint64(number * a.inner * size)
+        _gather(like, tensor.address, at + number * tensor.channel, tensor.inner, out, a.inner)
     return line
 
 
@@ -190,22 +173,19 @@ def copy_line(like, source, out, count):
 
 
 @inner
-def store(address, storage, at, source, count):
-    """Write a line to an output."""
-    if storage == FLOAT64:
-        copy_line(DOUBLE, source, address + np.uint64(8 * at), count)
-        return
-    line = singles(source, 0, count)
-    if storage == FLOAT32:
-        copy_line(SINGLE, source, address + np.uint64(4 * at), count)
-    elif storage == FLOAT16:
-        halves = float16s(address, at, count)
-        for i in range(count):
-            halves[i] = float_to_half(line[i])
-    else:
-        truncated = bfloat16s(address, at, count)
-        for i in range(count):
-            truncated[i] = np.uint16(to_bfloat16(line[i]))
+def store(like, out, source, count):
+    """Write a line to the address of an output's row."""
+    line, copy = numbers(accumulator(like), source, 0, count), numbers(like, out, 0, count)
+    for i in range(count):
+        copy[i] = as_stored(line[i], like)
+
+
+@inner
+def store_zeros(like, out, count):
+    """Write zeros to the address of an output's row."""
+    zeros, zero = numbers(like, out, 0, count), as_stored(0.0, like)
+    for i in range(count):
+        zeros[i] = zero
 
 
 @inner
@@ -237,6 +217,18 @@ def valid(a, group, outer, inner):
     return a.mask == 0 or int8s(a.mask, at, 1)[0] != 0
 
 
+@device
+def skipped(a, group, row):
+    """Return whether no position of a row counts: a row is one position, or has to be looked at by `clear`."""
+    return a.mask != 0 and a.inner == 1 and not valid(a, group, row, 0)
+
+
+@device
+def to_be_cleared(a):
+    """Return whether some columns of a row may count and others not."""
+    return a.mask != 0 and a.inner > 1
+
+
 @inner
 def count_valid(a, group):
     """Return the number of positions that count."""
@@ -266,31 +258,19 @@ def line_of(lines, number):
 
 
 @device
-def input_of(a, address, group, strides):
+def input_of(address, group, strides):
     """Return a group of an input."""
-    return Tensor(address, a.storage, group * strides[0], strides[1], strides[2], strides[3])
+    return Tensor(address, group * strides[0], strides[1], strides[2], strides[3])
 
 
 @device
 def output_of(a, address, group):
     """Return a group of an output, which lies in C order."""
     size = a.channels * a.inner
-    return Tensor(address, a.storage, group * a.outer * size, size, a.inner, 1)
+    return Tensor(address, group * a.outer * size, size, a.inner, 1)
 
 
 @device
 def own_columns(a, row, count):
     """Return the columns of a row of a piece: the last of joined rows may be shorter."""
     return min(count, (a.outer - row * a.wide) * a.channels * a.inner) if a.wide > 1 else count
-
-
-@device
-def place_of(a, tensor, row, first, column):
-    """Return the place of a row of an output, in numbers."""
-    return tensor.start + row * a.wide * tensor.outer + first * tensor.channel + column
-
-
-@device
-def accumulator_of(a):
-    """Return the storage of statistics and parameters."""
-    return FLOAT64 if a.storage == FLOAT64 else FLOAT32

@@ -8,15 +8,16 @@ it vectorises, and these are eight rows against one array.
 
 import numpy as np
 
-from bnkernels.ops.batch_norm.cpu.rows import FLOAT64, TOGETHER, spread
-from bnkernels.runtime.cpu.language import LINE, device, doubles, inner, part, singles
+from bnkernels.ops.batch_norm.cpu.rows import TOGETHER, spread
+from bnkernels.runtime.cpu.language import LINE, as_number, device, doubles, inner, is_double, numbers, part
 
 # Lines of a piece's accumulators.
 AT_SHIFT, AT_SUMS, AT_SQUARES, AT_UNIT, AT_RESTS, AT_SQUARE_RESTS, AT_LOW = (number * LINE for number in range(7))
-ALL, CHOOSE, SUM, CENTRE, CONCLUDE = range(5)  # steps of the sums: all, or one for every block before the next
-# Rows of the state of a group, one number for a channel each; the last four once for every block.
+CHOOSE, SUM, CENTRE, CONCLUDE, WRITE = range(5)  # steps of a call in blocks of rows: each for all before the next
+# Rows of a state, one number for a channel each; the last four once for every block.
 SHIFT, UNIT, SUMS, SQUARES, RESTS, SQUARE_RESTS, OF_BLOCK = 0, 1, 2, 3, 4, 5, 4
-TOTALS = 2  # rows behind them, see `total_of`
+STATE = SUMS + OF_BLOCK  # rows of the state of one block
+PRODUCTS_TOGETHER = TOGETHER // 2  # each of two rows
 SMALL_UNIT = 2.0**-64  # units in which a float64 sum that overflows is formed anew
 
 
@@ -27,30 +28,28 @@ def whole_sum(total, rest):
 
 
 @inner
-def add_row(row, count, columns):
-    """Add the float32 row at an address, and its squares, about the shift."""
-    x = singles(row, 0, count)
+def add_rows(like, rows, found, count, columns):
+    """Add the rows at `found` addresses, eight at most, and their squares, about the shift."""
     shift, sums = part(columns, AT_SHIFT, count), part(columns, AT_SUMS, count)
     squares = part(columns, AT_SQUARES, count)
-    for i in range(count):
-        d = np.float64(x[i]) - shift[i]
-        sums[i] += d
-        squares[i] += d * d
-
-
-@inner
-def add_rows(rows, count, columns):
-    """Add the eight float32 rows at these addresses, and their squares, about the shift."""
-    x0, x1 = singles(rows[0], 0, count), singles(rows[1], 0, count)
-    x2, x3 = singles(rows[2], 0, count), singles(rows[3], 0, count)
-    x4, x5 = singles(rows[4], 0, count), singles(rows[5], 0, count)
-    x6, x7 = singles(rows[6], 0, count), singles(rows[7], 0, count)
-    shift, sums = part(columns, AT_SHIFT, count), part(columns, AT_SUMS, count)
-    squares = part(columns, AT_SQUARES, count)
+    if found < TOGETHER:
+        for number in range(found):
+            x = numbers(like, rows[number], 0, count)
+            for i in range(count):
+                d = np.float64(as_number(x[i])) - shift[i]
+                sums[i] += d
+                squares[i] += d * d
+        return
+    x0, x1 = numbers(like, rows[0], 0, count), numbers(like, rows[1], 0, count)
+    x2, x3 = numbers(like, rows[2], 0, count), numbers(like, rows[3], 0, count)
+    x4, x5 = numbers(like, rows[4], 0, count), numbers(like, rows[5], 0, count)
+    x6, x7 = numbers(like, rows[6], 0, count), numbers(like, rows[7], 0, count)
     for i in range(count):
         k = shift[i]
-        d0, d1, d2, d3 = np.float64(x0[i]) - k, np.float64(x1[i]) - k, np.float64(x2[i]) - k, np.float64(x3[i]) - k
-        d4, d5, d6, d7 = np.float64(x4[i]) - k, np.float64(x5[i]) - k, np.float64(x6[i]) - k, np.float64(x7[i]) - k
+        d0, d1 = np.float64(as_number(x0[i])) - k, np.float64(as_number(x1[i])) - k
+        d2, d3 = np.float64(as_number(x2[i])) - k, np.float64(as_number(x3[i])) - k
+        d4, d5 = np.float64(as_number(x4[i])) - k, np.float64(as_number(x5[i])) - k
+        d6, d7 = np.float64(as_number(x6[i])) - k, np.float64(as_number(x7[i])) - k
         sums[i] += ((d0 + d1) + (d2 + d3)) + ((d4 + d5) + (d6 + d7))
         squares[i] += ((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)) + ((d4 * d4 + d5 * d5) + (d6 * d6 + d7 * d7))
 
@@ -78,32 +77,29 @@ def add_row_exactly(row, count, columns):
 
 
 @inner
-def add_product(gradient, row, count, columns):
-    """Add a row of float32 gradients, and its products with the distances of `row` from the mean, the shift."""
-    g, x = singles(gradient, 0, count), singles(row, 0, count)
+def add_products(like, gradients, rows, found, count, columns):
+    """Add the gradients at `found` addresses, four at most, and their products with the distances from the mean."""
     mean, sums = part(columns, AT_SHIFT, count), part(columns, AT_SUMS, count)
     products = part(columns, AT_SQUARES, count)
-    for i in range(count):
-        value = np.float64(g[i])
-        sums[i] += value
-        products[i] += value * (np.float64(x[i]) - mean[i])
-
-
-@inner
-def add_products(gradients, rows, count, columns):
-    """Add four rows of float32 gradients, and their products with the distances from the mean."""
-    g0, g1 = singles(gradients[0], 0, count), singles(gradients[1], 0, count)
-    g2, g3 = singles(gradients[2], 0, count), singles(gradients[3], 0, count)
-    x0, x1 = singles(rows[0], 0, count), singles(rows[1], 0, count)
-    x2, x3 = singles(rows[2], 0, count), singles(rows[3], 0, count)
-    mean, sums = part(columns, AT_SHIFT, count), part(columns, AT_SUMS, count)
-    products = part(columns, AT_SQUARES, count)
+    if found < PRODUCTS_TOGETHER:
+        for number in range(found):
+            g, x = numbers(like, gradients[number], 0, count), numbers(like, rows[number], 0, count)
+            for i in range(count):
+                value = np.float64(as_number(g[i]))
+                sums[i] += value
+                products[i] += value * (np.float64(as_number(x[i])) - mean[i])
+        return
+    g0, g1 = numbers(like, gradients[0], 0, count), numbers(like, gradients[1], 0, count)
+    g2, g3 = numbers(like, gradients[2], 0, count), numbers(like, gradients[3], 0, count)
+    x0, x1 = numbers(like, rows[0], 0, count), numbers(like, rows[1], 0, count)
+    x2, x3 = numbers(like, rows[2], 0, count), numbers(like, rows[3], 0, count)
     for i in range(count):
         m = mean[i]
-        a, b, c, d = np.float64(g0[i]), np.float64(g1[i]), np.float64(g2[i]), np.float64(g3[i])
+        a, b = np.float64(as_number(g0[i])), np.float64(as_number(g1[i]))
+        c, d = np.float64(as_number(g2[i])), np.float64(as_number(g3[i]))
         sums[i] += (a + b) + (c + d)
-        a, b = a * (np.float64(x0[i]) - m), b * (np.float64(x1[i]) - m)
-        c, d = c * (np.float64(x2[i]) - m), d * (np.float64(x3[i]) - m)
+        a, b = a * (np.float64(as_number(x0[i])) - m), b * (np.float64(as_number(x1[i])) - m)
+        c, d = c * (np.float64(as_number(x2[i])) - m), d * (np.float64(as_number(x3[i])) - m)
         products[i] += (a + b) + (c + d)
 
 
@@ -157,46 +153,40 @@ def fold(sums, rests, channels, inner, columns, out, out_rests):
         add_sums(of_sums, of_rests, part(out, channel, length), part(out_rests, channel, length))
 
 
+@device
+def clear_sums(sums):
+    """Write zeros."""
+    for i in range(len(sums)):
+        sums[i] = 0.0
+
+
 @inner
-def begin_sums(a, channels, shift, unit, low, columns, count):
-    """Begin the sums of a piece."""
+def begin_sums(a, like, channels, shift, unit, low, columns, count):
+    """Begin the sums of all columns of a piece."""
     spread(shift, channels, a.inner, part(columns, AT_SHIFT, count))
-    if a.storage == FLOAT64:
+    if is_double(like):
         spread(unit, channels, a.inner, part(columns, AT_UNIT, count))
         spread(low, channels, a.inner, part(columns, AT_LOW, count))
     for line in (AT_SUMS, AT_SQUARES, AT_RESTS, AT_SQUARE_RESTS):
-        sums = part(columns, line, count)
-        for i in range(count):
-            sums[i] = 0.0
+        clear_sums(part(columns, line, count))
 
 
 @inner
-def end_sums(a, columns, count, sums, squares, rests, square_rests):
-    """Add the sums of a piece to those of its channels."""
-    channels = len(sums)
-    fold(part(columns, AT_SUMS, LINE), part(columns, AT_RESTS, LINE), channels, a.inner, count, sums, rests)
-    of_squares, of_rests = part(columns, AT_SQUARES, LINE), part(columns, AT_SQUARE_RESTS, LINE)
-    fold(of_squares, of_rests, channels, a.inner, count, squares, square_rests)
+def end_sums(a, columns, count, first, channels, block, state):
+    """Write the sums of the channels, from those of the columns."""
+    for line, line_of_rests, row in ((AT_SUMS, AT_RESTS, SUMS), (AT_SQUARES, AT_SQUARE_RESTS, SQUARES)):
+        row += block * OF_BLOCK
+        sums = quantity_of(a, state, row, first, channels)
+        rests = quantity_of(a, state, row + RESTS - SUMS, first, channels)
+        clear_sums(sums), clear_sums(rests)
+        of_columns, of_rests = part(columns, line, LINE), part(columns, line_of_rests, LINE)
+        fold(of_columns, of_rests, channels, a.inner, count, sums, rests)
 
 
 @device
-def state_from(a, state, first_task):
-    """Return the state such that channels are counted from the first: it holds those of these tasks alone."""
-    return part(state, 0 if a.blocks > 1 else -first_task * a.slice_channels, len(state))
-
-
-@device
-def quantity_of(a, state, group, row, first, channels):
-    """Return a row of the state for the channels of a slice."""
-    row += (group - a.first_group) * (SUMS + OF_BLOCK * a.blocks)
-    return part(state, row * a.state_channels + first, channels)
-
-
-@device
-def total_of(a, state, number, first, channels):
-    """Return a row of the state behind those of all groups: a sum over groups."""
-    row = a.state_groups * (SUMS + OF_BLOCK * a.blocks) + number
-    return part(state, row * a.state_channels + first, channels)
+def quantity_of(a, state, row, first, channels):
+    """Return a row of the state for the channels of a slice: in blocks of rows the state has those of all slices."""
+    return part(state, row * a.state_channels + (first if a.blocks > 1 else 0), channels)
 
 
 @device
@@ -207,26 +197,21 @@ def rows_before(a, block):
 
 
 @inner
-def merge(arguments, group, first, channels, state):
+def merge(a, first, channels, state):
     """Add the sums of all blocks, in order, to those of the first one."""
-    a = arguments[()]
     for block in range(1, a.blocks):
         for quantity in (SUMS, SQUARES):
             rest, of_block = quantity + RESTS - SUMS, block * OF_BLOCK
-            sums = quantity_of(a, state, group, quantity, first, channels)
-            rests = quantity_of(a, state, group, rest, first, channels)
-            more = quantity_of(a, state, group, quantity + of_block, first, channels)
-            add_sums(more, quantity_of(a, state, group, rest + of_block, first, channels), sums, rests)
+            sums, rests = quantity_of(a, state, quantity, first, channels), quantity_of(a, state, rest, first, channels)
+            more = quantity_of(a, state, quantity + of_block, first, channels)
+            add_sums(more, quantity_of(a, state, rest + of_block, first, channels), sums, rests)
 
 
 @inner
-def recentre(arguments, group, first, channels, count, state):
+def recentre(a, first, channels, count, state):
     """Move the shift to the mean that was found; where the sum overflowed, form it in smaller units."""
-    a = arguments[()]
-    shift = quantity_of(a, state, group, SHIFT, first, channels)
-    unit = quantity_of(a, state, group, UNIT, first, channels)
-    sums = quantity_of(a, state, group, SUMS, first, channels)
-    rests = quantity_of(a, state, group, RESTS, first, channels)
+    shift, unit = quantity_of(a, state, SHIFT, first, channels), quantity_of(a, state, UNIT, first, channels)
+    sums, rests = quantity_of(a, state, SUMS, first, channels), quantity_of(a, state, RESTS, first, channels)
     for i in range(channels):
         mean = shift[i] + whole_sum(sums[i], rests[i]) / max(count, 1)
         if np.isfinite(mean):

@@ -20,6 +20,7 @@ from bnkernels.runtime.cpu.language import (
     cast,
     device,
     doubles,
+    inner,
     is_double,
     kernel,
     load,
@@ -30,7 +31,7 @@ from bnkernels.runtime.cpu.language import (
     store,
 )
 from bnkernels.runtime.cpu.sums import add, fill_line, flush, round_to, total
-from bnkernels.runtime.cpu.vectors import WIDTH, fill, fold, get, prefetch, put, widen
+from bnkernels.runtime.cpu.vectors import WIDTH, first, fold, get, get_first, prefetch, put, splat
 
 HELD = 8192  # columns of a row whose intermediate values are held
 GROUP = 8  # rows whose columns are summed in the accumulator's type
@@ -44,12 +45,9 @@ def _gradients(storage, dy, x, offset, of_row, weights, shifts, alpha, code, xha
     values = load(x, storage, offset, 1, line)
     if rstd == 0:  # the distance from the mean may be beyond the type
         mean, low = rstd, rstd
-    eights, means, lows, rstds = len(xhat) // WIDTH * WIDTH, fill(mean), fill(low), fill(rstd)
-    for i in range(0, eights, WIDTH):
+    for i in range(0, len(xhat), WIDTH):
         prefetch(values, i + len(xhat))  # the next row
-        put(xhat, i, ((get(values, i) - means) - lows) * rstds)
-    for i in range(eights, len(xhat)):
-        xhat[i] = ((values[i] - mean) - low) * rstd
+        put(xhat, i, (get_first(values, i, len(xhat) - i) - mean - low) * rstd)
     gradient = load(dy, storage, offset, 1, g)
     if code == 0 and alpha == 1:
         return gradient
@@ -68,36 +66,29 @@ def _add_up(gradient, weights, xhat, of_beta, of_gamma):
 
     Four float32 numbers are added before float64 takes them.
     """
-    zero = cast(0, xhat[0])
-    sums, products = fill(0.0), fill(0.0)
-    whole, eights = len(xhat) // FOUR * FOUR, len(xhat) // WIDTH * WIDTH
+    zero, count = cast(0, xhat[0]), len(xhat)
+    sums, products, whole = splat(0.0), splat(0.0), count // FOUR * FOUR
     for i in range(0, whole, FOUR):
-        sum_, product = fill(zero), fill(zero)
-        prefetch(gradient, i + len(xhat))  # the next row
-        prefetch(gradient, i + len(xhat) + FOUR // 2)
+        sum_, product = splat(zero), splat(zero)
+        prefetch(gradient, i + count)  # the next row
+        prefetch(gradient, i + count + FOUR // 2)
         for k in range(i, i + FOUR, WIDTH):
             g, x = get(gradient, k), get(xhat, k)
             put(of_beta, k, get(of_beta, k) + g)
             put(of_gamma, k, get(of_gamma, k) + g * x)
             h = g * get(weights, k)
             sum_, product = sum_ + h, product + h * x
-        sums, products = sums + widen(sum_), products + widen(product)
-    for i in range(whole, eights, WIDTH):
-        g, x = get(gradient, i), get(xhat, i)
+        sums, products = sums + sum_, products + product
+    for i in range(whole, count, WIDTH):
+        g, x = get_first(gradient, i, count - i), first(get(xhat, i), count - i, zero)
         put(of_beta, i, get(of_beta, i) + g)
         put(of_gamma, i, get(of_gamma, i) + g * x)
-        h = g * get(weights, i)
-        sums, products = sums + widen(h), products + widen(h * x)
-    rest, rest_product = 0.0, 0.0
-    for i in range(eights, len(xhat)):
-        of_beta[i] += gradient[i]
-        of_gamma[i] += gradient[i] * xhat[i]
-        scaled = gradient[i] * weights[i]
-        rest, rest_product = rest + scaled, rest_product + np.float64(scaled * xhat[i])
-    return fold(sums) + rest, fold(products) + rest_product
+        h = g * get_first(weights, i, count - i)
+        sums, products = sums + h, products + h * x
+    return fold(sums), fold(products)
 
 
-@kernel
+@inner
 def _add_scaled(gradient, weights, xhat, g, line):
     """Write float64 gradients, scaled so that their sums do not overflow; return these as `_add_up` does."""
     for j in range(len(g)):
@@ -114,9 +105,8 @@ def _write(dx, storage, offset, gradient, weights, xhat, rstd, mean, slope, line
     """Write `dx` of a part of a row; it may lie where the gradients lie."""
     out, mean, slope = place(dx, storage, offset, line), cast(mean, rstd), cast(slope, rstd)
     eights = len(out) // WIDTH * WIDTH
-    rstds, means, slopes = fill(rstd), fill(mean), fill(slope)
     for i in range(0, eights, WIDTH):
-        put(out, i, rstds * ((get(gradient, i) * get(weights, i) - means) - get(xhat, i) * slopes))
+        put(out, i, rstd * ((get(gradient, i) * get(weights, i) - mean) - get(xhat, i) * slope))
     for i in range(eights, len(out)):
         out[i] = rstd * ((gradient[i] * weights[i] - mean) - xhat[i] * slope)
     return out

@@ -19,6 +19,7 @@ from bnkernels.runtime.cpu.language import (
     SAME,
     cast,
     device,
+    inner,
     is_double,
     kernel,
     load,
@@ -29,8 +30,9 @@ from bnkernels.runtime.cpu.language import (
     store,
 )
 from bnkernels.runtime.cpu.sums import add, fill_line, total
-from bnkernels.runtime.cpu.vectors import WIDTH, fill, fold, get, prefetch, put, widen
+from bnkernels.runtime.cpu.vectors import WIDTH, first, fold, get, get_first, prefetch, put, splat
 
+PADDED = LINE + WIDTH  # a line of short rows, of which the last ends with a whole vector
 FOUR = 4 * WIDTH  # numbers that are added in the accumulator's type
 MOST_TOGETHER, FEWEST_TOGETHER = 64, 8  # short rows that are normalised together: at most, or else one by one
 SMALL_SINGLE, SMALL_DOUBLE = 2.0**-66, 2.0**-600  # scales at which neither sums nor squares overflow
@@ -74,30 +76,24 @@ def _moments(x, storage, offset, columns, scale, line, d):
 def _centre(values, mean, centred):
     """Write the numbers less the mean; return their sum, which only float64 has a use for, and that of their squares.
 
-    Four float32 squares are added before float64 takes them.
+    Four float32 squares are added before float64 takes them. Behind the last number, up to a whole vector is written.
     """
-    zero, zeros = cast(0, mean), fill(0.0)
-    sums, squares, means = zeros, zeros, fill(mean)
-    whole, eights = len(values) // FOUR * FOUR, len(values) // WIDTH * WIDTH
+    zero, count = cast(0, mean), len(values)
+    sums, squares, whole = splat(0.0), splat(0.0), count // FOUR * FOUR
     for i in range(0, whole, FOUR):
-        sum_, square = fill(zero), fill(zero)
-        prefetch(values, i + len(values))  # the next row
-        prefetch(values, i + len(values) + FOUR // 2)
+        sum_, square = splat(zero), splat(zero)
+        prefetch(values, i + count)  # the next row
+        prefetch(values, i + count + FOUR // 2)
         for k in range(i, i + FOUR, WIDTH):
-            d = get(values, k) - means
+            d = get(values, k) - mean
             put(centred, k, d)
             sum_, square = sum_ + d, square + d * d
-        sums, squares = sums + widen(sum_), squares + widen(square)
-    for i in range(whole, eights, WIDTH):
-        d = get(values, i) - means
+        sums, squares = sums + sum_, squares + square
+    for i in range(whole, count, WIDTH):
+        d = first(get_first(values, i, count - i) - mean, count - i, zero)
         put(centred, i, d)
-        sums, squares = sums + widen(d), squares + widen(d * d)
-    rest, rest_square = 0.0, 0.0
-    for i in range(eights, len(values)):
-        last = values[i] - mean
-        centred[i] = last
-        rest, rest_square = rest + last, rest_square + np.float64(last * last)
-    return fold(sums) + rest, fold(squares) + rest_square
+        sums, squares = sums + d, squares + d * d
+    return fold(sums), fold(squares)
 
 
 @device
@@ -124,7 +120,7 @@ def _normalise(centred, low, rstd, weights, shifts, z):
         z[j] = (centred[j] - low) * rstd * weights[j] + shifts[j]
 
 
-@kernel
+@inner
 def _row(storage, x, gamma, beta, y, of_rows, n, columns, eps, alpha, code, line, d, ones, zeros):
     """Normalise a row."""
     scale, rows = 1.0, len(of_rows) // 3
@@ -193,7 +189,7 @@ def _short_rows(storage, x, gamma, beta, y, of_rows, n, count, columns, eps, alp
 @kernel
 def forward_rows(like, storage, x, gamma, beta, y, statistics, rows, columns, eps, alpha, code, first, last):
     """Write `y` and the statistics of rows."""
-    line, d, ones, zeros = stack(like, LINE), stack(like, LINE), stack(like, LINE), stack(like, LINE)
+    line, d, ones, zeros = stack(like, LINE), stack(like, PADDED), stack(like, LINE), stack(like, LINE)
     fill_line(part(ones, 0, min(LINE, columns)), cast(1, like))
     fill_line(part(zeros, 0, min(LINE, columns)), cast(0, like))
     of_rows = numbers(like, statistics, 0, 3 * rows)
