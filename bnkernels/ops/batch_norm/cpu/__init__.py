@@ -22,19 +22,20 @@ from functools import lru_cache, partial
 import numpy as np
 
 from bnkernels.ops.batch_norm.cpu import backward, double_backward, forward
-from bnkernels.ops.batch_norm.cpu.rows import count_valid, slices_of
+from bnkernels.ops.batch_norm.cpu.rows import TOGETHER, count_valid, slices_of
 from bnkernels.ops.batch_norm.cpu.sums import CENTRE, CHOOSE, CONCLUDE, OF_BLOCK, STATE, SUM, WRITE
 from bnkernels.ops.batch_norm.launch import ARGUMENTS
 from bnkernels.ops.batch_norm.problem import DOUBLE_BACKWARD, MORE_PLACES, Options, Plan, Problem, Stage
 from bnkernels.runtime.arguments import Template
 from bnkernels.runtime.cpu.language import LIKE, kernel
 from bnkernels.runtime.cpu.threads import WORTH_SHARING, share
+from bnkernels.runtime.seam import ceil_div
 
 MOST_BLOCKS, BLOCK = 16, 2**17  # blocks of rows, and the numbers that each has at least
 FEW_SLICES = 4  # up to which rows are divided among threads, and not slices
 KERNELS = {"forward": forward, "backward": backward}
 # The argument of all kernels here: the members of their CUDA twins', and how a call is divided. All have 8 bytes.
-DIVISION = "wide", "rows", "slice_channels", "slices", "blocks", "state_channels"
+DIVISION = "wide", "rows", "piece", "slice_channels", "slices", "blocks", "block_rows", "state_channels"
 _TWINS = [
     ARGUMENTS[name][np.dtype(np.float64)]
     for name in ("forward_masked_grouped", "backward_masked_grouped", "double_backward")
@@ -58,12 +59,13 @@ def count_all(arguments, counts):
 @lru_cache(maxsize=1024)
 def _division(problem: Problem, masked: bool) -> dict[str, int]:
     """Return the members that divide a call."""
-    wide, rows, channels, count = slices_of(problem, masked)
+    found = slices_of(problem, masked)
     size, blocks = problem.rows * problem.channels, 1
-    if problem.groups == 1 and problem.inner == 1 and count < FEW_SLICES and size >= WORTH_SHARING:
+    if problem.groups == 1 and problem.inner == 1 and found.count < FEW_SLICES and size >= WORTH_SHARING:
         blocks = max(1, min(MOST_BLOCKS, size // BLOCK))
-    division = wide, rows, channels, count, blocks, problem.channels if blocks > 1 else channels
-    return dict(zip(DIVISION, division, strict=True))
+    block_rows = ceil_div(found.rows, blocks * TOGETHER) * TOGETHER
+    of_state = problem.channels if blocks > 1 else found.channels
+    return dict(zip(DIVISION, (*found, blocks, block_rows, of_state), strict=True))
 
 
 @lru_cache(maxsize=1024)

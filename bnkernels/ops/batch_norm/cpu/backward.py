@@ -251,7 +251,8 @@ def _write(a, like, dy, x, residual, group, first, channels, count_of_group, blo
     """Write the rows of a block of a slice of dx and dresidual."""
     lines, columns, normalisation, factors = stack(1.0, 6144), stack(1.0, 6144), stack(1.0, 7168), stack(1.0, 2048)
     acc, clears, nothing = accumulator(like), to_be_cleared(a), part(lines, 5 * LINE, LINE)
-    clear_sums(nothing)
+    if clears:
+        clear_sums(nothing)
     normalise(a, like, group, first, channels, normalisation)
     factor, shift = part(factors, 0, channels), part(factors, LINE, channels)
     _choose_factors(a, like, first, count_of_group, normalisation, state, factor, shift)

@@ -79,9 +79,9 @@ def _choose_shift(a, like, x, group, first, channels, state):
     places = stack(np.int64(0), 3)
     for number in range(3):
         position = number * (size - 1) // 2
-        while position < size - 1 and not valid(a, group, position // a.inner, position % a.inner):
+        while a.mask != 0 and position < size - 1 and not valid(a, group, position // a.inner, position % a.inner):
             position += 1
-        while position > 0 and not valid(a, group, position // a.inner, position % a.inner):
+        while a.mask != 0 and position > 0 and not valid(a, group, position // a.inner, position % a.inner):
             position -= 1
         places[number] = x.start + position // a.inner * x.outer + position % a.inner * x.inner
     lines = stack(1.0, 2048)
@@ -224,7 +224,8 @@ def _write(a, like, x, residual, y, group, first, channels, block):
     """Write the rows of a block of a slice of the output."""
     lines, columns, normalisation = stack(1.0, 3072), stack(1.0, 4096), stack(1.0, 7168)
     acc, clears, nothing = accumulator(like), to_be_cleared(a), part(lines, 2 * LINE, LINE)
-    clear_sums(nothing)
+    if clears:
+        clear_sums(nothing)
     # In place a row is computed in a line: what may overlap is not vectorised.
     direct = size_of(like) > 2 and y.address != x.address and y.address != residual.address
     as_stored = in_order(a, x)

@@ -4,7 +4,7 @@ import numpy as np
 
 from bnkernels.ops.batch_norm.cpu.rows import get_line, line_of, spread
 from bnkernels.ops.batch_norm.problem import Stage
-from bnkernels.runtime.cpu.language import LINE, accumulator, as_number, cast, device, inner, numbers, part, stack
+from bnkernels.runtime.cpu.language import LINE, accumulator, as_number, cast, device, inner, numbers, part
 
 WHOLE, COLLECT, APPLY, FROZEN = (int(stage) for stage in Stage)
 # Lines of a normalisation, a number for a channel each, see `normalise`.
@@ -67,10 +67,7 @@ def get_parameters(a, like, address, first, line):
 @inner
 def spread_line(a, like, values, channels, count, columns, number):
     """Write the numbers of channels to a line, one for each column of a piece, in the accumulator's type."""
-    line, out = part(stack(1.0, 1024), 0, count), numbers(accumulator(like), line_of(columns, number), 0, count)
-    spread(values, channels, a.inner, line)
-    for i in range(count):
-        out[i] = line[i]
+    spread(values, channels, a.inner, numbers(accumulator(like), line_of(columns, number), 0, count))
 
 
 @inner

@@ -30,6 +30,7 @@ from bnkernels.runtime.cpu.language import (
     part,
     size_of,
 )
+from bnkernels.runtime.seam import ceil_div
 
 TOGETHER = 8  # rows that are summed before their sum is added
 
@@ -45,10 +46,11 @@ class Tensor(NamedTuple):
 
 
 class Slices(NamedTuple):
-    """Division of the channels: `count` slices of `channels` each, `wide` rows taken as one of `rows`."""
+    """Division of the channels: `count` slices of `channels` each, `wide` rows taken as one of `rows`, in pieces."""
 
     wide: int
     rows: int
+    piece: int
     channels: int
     count: int
 
@@ -62,7 +64,8 @@ def slices_of(problem: Problem, masked: bool) -> Slices:
         while 2 * wide * row <= LINE and 2 * wide * TOGETHER <= outer:
             wide *= 2
     each = channels if wide > 1 else 1 if inner > LINE // 2 else min(channels, LINE // inner)
-    return Slices(wide, -(-outer // wide), each, -(-channels // each))
+    whole = wide * each * inner
+    return Slices(wide, ceil_div(outer, wide), ceil_div(whole, ceil_div(whole, LINE)), each, ceil_div(channels, each))
 
 
 @device
@@ -76,8 +79,7 @@ def channels_of(a, number):
 def columns_of(a, channels):
     """Return the columns of a slice, and those of a piece: all, or equal parts of a single channel's."""
     whole = a.wide * channels * a.inner
-    pieces = (whole + LINE - 1) // LINE
-    return whole, (whole + pieces - 1) // pieces
+    return whole, min(whole, a.piece)
 
 
 @device
@@ -195,19 +197,21 @@ def spread(values, channels, inner, out):
         for i in range(len(out)):
             out[i] = values[0]
         return
-    row = min(channels * inner, len(out))
+    done = min(channels * inner, len(out))
     if inner == 1:
-        for i in range(row):
+        for i in range(done):
             out[i] = values[i]
     else:
         for channel in range(channels):
             run, value = part(out, channel * inner, inner), values[channel]
             for i in range(inner):
                 run[i] = value
-    for start in range(row, len(out), row):
-        copy = part(out, start, row)
-        for i in range(row):
+    while done < len(out):  # joined rows
+        count = min(done, len(out) - done)
+        copy = part(out, done, count)
+        for i in range(count):
             copy[i] = out[i]
+        done += count
 
 
 @device

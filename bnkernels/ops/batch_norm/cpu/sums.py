@@ -192,8 +192,7 @@ def quantity_of(a, state, row, first, channels):
 @device
 def rows_before(a, block):
     """Return the first row of a block: whole groups of rows that are summed together."""
-    step = (a.rows + a.blocks * TOGETHER - 1) // (a.blocks * TOGETHER) * TOGETHER
-    return min(a.rows, block * step)
+    return min(a.rows, block * a.block_rows)
 
 
 @inner
