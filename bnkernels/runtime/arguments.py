@@ -98,27 +98,16 @@ def addresses(runtime: Runtime | None, *arrays: Any) -> tuple[int, ...]:
     return tuple([0 if array is None else pointer(array) for array in arrays])
 
 
-class _Heads(dict):
-    """Views of the member of NumPy's arrays that holds their address, by the array's id.
-
-    The member lies behind the object's head, part of NumPy's binary interface: to read it takes a tenth of the time
-    that ``array.ctypes.data`` takes. A view outlives its array, and must be read only for an array that is there.
-    """
-
-    def __missing__(self, number: int) -> Any:
-        if len(self) >= MOST_HEADS:
-            self.clear()
-        found = self[number] = _pointer_at(number + _HEAD)
-        return found
-
-
 def host_pointer(array: np.ndarray) -> int:
-    """Return the address of a NumPy array's first element."""
-    return heads[id(array)].value or 0
+    """Return the address of a NumPy array's first element.
+
+    It is the member behind the object's head, part of NumPy's binary interface, in a fifth of the time that
+    ``array.ctypes.data`` takes.
+    """
+    return _pointer_at(id(array) + _HEAD).value or 0
 
 
-MOST_HEADS = 4096
-_pointer_at, _HEAD, heads = ctypes.c_void_p.from_address, object.__basicsize__, _Heads()
+_pointer_at, _HEAD = ctypes.c_void_p.from_address, object.__basicsize__
 _probe = np.empty(1)
 if host_pointer(_probe) != _probe.ctypes.data:  # another interpreter than CPython may lay objects out otherwise
 

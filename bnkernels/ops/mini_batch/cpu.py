@@ -12,12 +12,28 @@ Numerics:  none: a copy
 from __future__ import annotations
 
 import numpy as np
+from numba import types
+from numba.core.cgutils import raw_memcpy
+from numba.extending import intrinsic
+from numba.np.arrayobj import make_array
 
 from bnkernels.ops.mini_batch.reference import no_such_step
 from bnkernels.runtime.cpu.language import kernel, part
-from bnkernels.runtime.cpu.threads import share
+from bnkernels.runtime.cpu.threads import WORTH_SHARING, share
 
 NO_INDICES, NO_STEP, FINE = np.empty((0, 0), np.int32), -2, -1
+
+
+@intrinsic
+def _copy(typing_context, source, target):
+    """Copy an array into another of the same type and size."""
+
+    def generate(context, builder, signature, arguments):
+        given, out = (make_array(source)(context, builder, argument) for argument in arguments)
+        raw_memcpy(builder, out.data, given.data, given.nitems, given.itemsize)
+        return context.get_dummy_value()
+
+    return types.void(source, target), generate
 
 
 @kernel
@@ -44,13 +60,19 @@ def _take(x_out, labels_out, scalars, x, labels, schedule, counter, indices, dra
             if row < 0:
                 row += len(x)
         labels_out[n] = labels[row]
-        source, target = part(x, row * inputs, inputs), part(x_out, n * inputs, inputs)
-        for k in range(inputs):
-            target[k] = source[k]
+        _copy(part(x, row * inputs, inputs), part(x_out, n * inputs, inputs))
     if last == batch:
         for j in range(len(scalars)):
             scalars[j] = schedule[step, j]
         counter[0] += np.uint32(1)
+
+
+@kernel
+def _at_once(x_out, labels_out, scalars, x, labels, schedule, counter, indices, drawn):
+    wrong, step = _wrong(x_out, x, schedule, counter, indices, drawn), np.int64(counter[0])
+    if wrong == FINE:
+        _take(x_out, labels_out, scalars, x, labels, schedule, counter, indices, drawn, step, 0, len(x_out))
+    return wrong
 
 
 def mini_batch(
@@ -64,9 +86,15 @@ def mini_batch(
     indices: np.ndarray | None,
 ) -> None:
     """Copy a mini-batch and a row of the schedule, and count; IndexError as the reference."""
-    drawn, step, batch = indices is not None, counter.item(0), len(x_out)
+    drawn, alone = indices is not None, x_out.size < WORTH_SHARING
     indices = indices if drawn else NO_INDICES
-    wrong = _wrong(x_out, x, schedule, counter, indices, drawn)
+    if alone:
+        wrong = _at_once(x_out, labels_out, scalars, x, labels, schedule, counter, indices, drawn)
+    else:
+        wrong = _wrong(x_out, x, schedule, counter, indices, drawn)
+    if wrong == FINE and alone:
+        return
+    step, batch = int(counter[0]), len(x_out)
     if wrong == NO_STEP:
         raise IndexError(no_such_step(step, batch))
     if wrong != FINE:  # in NumPy's words

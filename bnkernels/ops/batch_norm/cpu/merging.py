@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from bnkernels.runtime.cpu.language import cast, kernel
+from bnkernels.runtime.cpu.language import DOUBLE, cast, kernel, part, stack
+from bnkernels.runtime.cpu.mathematics import keep_where
 
+STRIP = 256  # channels that are merged at a time
+LINES = 4 * STRIP
 NONE = {dtype: np.empty(0, dtype) for dtype in (np.dtype(np.float32), np.dtype(np.float64))}
 
 
@@ -13,31 +16,57 @@ NONE = {dtype: np.empty(0, dtype) for dtype in (np.dtype(np.float32), np.dtype(n
 def _merge(moments, statistics, merged, running_mean, running_var, momentum, correction, eps):
     """Write statistics and merged moments, and move the running statistics, if there are any."""
     parts, _, channels = moments.shape
-    one = cast(1.0, moments[0, 0, 0])
-    for c in range(channels):
-        count, first, shift, m2 = 0.0, 0.0, 0.0, 0.0
+    one, lines = cast(1.0, moments[0, 0, 0]), stack(0.0, LINES)
+    for start in range(0, channels, STRIP):
+        size = min(STRIP, channels - start)
+        count, mean = part(lines, 0, size), part(lines, STRIP, size)
+        low, m2 = part(lines, 2 * STRIP, size), part(lines, 3 * STRIP, size)
+        for j in range(size):
+            count[j], mean[j], low[j], m2[j] = 0.0, 0.0, 0.0, 0.0
         for k in range(parts):
-            if moments[k, 0, c] > 0:  # an empty part counts by its count alone
-                if count == 0.0:  # means are taken from the first one: equal ones stay exact
-                    first = np.float64(moments[k, 1, c])
-                count += moments[k, 0, c]
-                distance = (np.float64(moments[k, 1, c]) - first) + np.float64(moments[k, 2, c])
-                shift += moments[k, 0, c] * distance
-        shift /= max(count, 1.0)
-        mean = cast(first + shift, one)
-        low = (first - np.float64(mean)) + shift
+            at = 4 * k * channels + start
+            of_count, of_mean = part(moments, at, size), part(moments, at + channels, size)
+            of_low = part(moments, at + 2 * channels, size)
+            for j in range(size):
+                number, centre = DOUBLE(of_count[j]), DOUBLE(of_mean[j])
+                given = number > 0  # an empty part counts by its count alone
+                first = mean[j] + keep_where(given & (count[j] == 0), centre)  # equal means stay exact
+                distance = (centre - first) + DOUBLE(of_low[j])
+                count[j] += keep_where(given, number)
+                low[j] += keep_where(given, number * distance)
+                mean[j] = first
+        for j in range(size):
+            shift = low[j] / max(count[j], 1.0)
+            rounded = DOUBLE(cast(mean[j] + shift, one))
+            low[j] = (mean[j] - rounded) + shift
+            mean[j] = rounded
         for k in range(parts):
-            if moments[k, 0, c] > 0:
-                distance = ((np.float64(moments[k, 1, c]) - np.float64(mean)) + np.float64(moments[k, 2, c])) - low
-                m2 += np.float64(moments[k, 3, c]) + moments[k, 0, c] * (distance * distance)
-        merged[0, c], merged[1, c], merged[2, c], merged[3, c] = count, mean, low, m2
-        statistics[0, c], statistics[1, c], statistics[2, c] = mean, low, 0
-        if count > 0.0:
-            statistics[2, c] = one / np.sqrt(cast(m2 / count, one) + cast(eps, one))
-            if len(running_mean) > 0:
-                running_mean[c] = (1.0 - momentum) * np.float64(running_mean[c]) + momentum * (np.float64(mean) + low)
-        if count > correction and len(running_var) > 0:
-            running_var[c] = (1.0 - momentum) * np.float64(running_var[c]) + momentum * (m2 / (count - correction))
+            at = 4 * k * channels + start
+            of_count, of_mean = part(moments, at, size), part(moments, at + channels, size)
+            of_low, of_m2 = part(moments, at + 2 * channels, size), part(moments, at + 3 * channels, size)
+            for j in range(size):
+                number = DOUBLE(of_count[j])
+                distance = ((DOUBLE(of_mean[j]) - mean[j]) + DOUBLE(of_low[j])) - low[j]
+                m2[j] += keep_where(number > 0, DOUBLE(of_m2[j]) + number * (distance * distance))
+        for row in range(4):
+            line, out = part(lines, row * STRIP, size), part(merged, row * channels + start, size)
+            for j in range(size):
+                out[j] = line[j]
+        for row in range(2):
+            line, out = part(lines, (row + 1) * STRIP, size), part(statistics, row * channels + start, size)
+            for j in range(size):
+                out[j] = line[j]
+        rstd = part(statistics, 2 * channels + start, size)
+        for j in range(size):
+            rstd[j] = keep_where(count[j] > 0, one / np.sqrt(cast(m2[j] / count[j], one) + cast(eps, one)))
+        for j in range(size):
+            c = start + j
+            if count[j] > 0.0 and len(running_mean) > 0:
+                running_mean[c] = (1.0 - momentum) * DOUBLE(running_mean[c]) + momentum * (mean[j] + low[j])
+            if count[j] > correction and len(running_var) > 0:
+                running_var[c] = (1.0 - momentum) * DOUBLE(running_var[c]) + momentum * (
+                    m2[j] / (count[j] - correction)
+                )
 
 
 def merge(
