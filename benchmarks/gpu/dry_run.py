@@ -33,7 +33,7 @@ SHORTER: dict[str, dict[str, Any]] = {  # replacements of a module's names: the 
         "TIMED": 2,
         "TrainingConfig": functools.partial(TrainingConfig, epochs=1),
     },
-    "benchmarks.steps.overhead": {"MOST_BLOCKS": 1},
+    "benchmarks.steps.overhead": {"MOST_BLOCKS": 1, "LAYERS": 2},
 }
 
 
