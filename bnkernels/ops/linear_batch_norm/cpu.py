@@ -12,17 +12,16 @@ Order:     Sums of columns are of blocks that the shape fixes, merged in order: 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
 from bnkernels.ops.activations import Activation
 from bnkernels.ops.activations_cpu import activate, differentiate
-from bnkernels.runtime.arguments import accumulator, addresses, host_pointer
+from bnkernels.runtime.arguments import addresses, host_pointer
 from bnkernels.runtime.cpu.language import (
+    LIKE,
     LINE,
-    SAME,
-    STORAGE,
+    accumulator,
     cast,
     device,
     doubles,
@@ -31,8 +30,10 @@ from bnkernels.runtime.cpu.language import (
     numbers,
     part,
     place,
+    size_of,
     stack,
     store,
+    widen,
 )
 from bnkernels.runtime.cpu.sums import MOST_SUMS, fill_line, flush, merge, round_to
 from bnkernels.runtime.cpu.threads import share
@@ -45,8 +46,8 @@ HEIGHT = 64  # rows of a block, unless there would be too many blocks
 def forward(z: np.ndarray, beta: np.ndarray | None, phi: Activation, y: np.ndarray) -> None:
     """Write the activations of ``z + beta``; `y` may be `z`."""
     rows, columns = z.shape
-    like, storage = _types(z.dtype)
-    share(_forward, rows, z.size, like, storage, *addresses(None, z, beta, y), columns, phi.alpha, phi.code)
+    like = LIKE[z.dtype.name]
+    share(_forward, rows, z.size, like, *addresses(None, z, beta, y), columns, phi.alpha, phi.code)
 
 
 def backward(
@@ -63,11 +64,11 @@ def backward(
         if dbeta is not None:
             dbeta[...] = 0
         return
-    like, storage = _types(dy.dtype)
+    like = LIKE[dy.dtype.name]
     height, blocks = _blocks(rows, columns)
     sums = np.empty(blocks * columns) if dbeta is not None and blocks > 1 else None
     pointers = addresses(None, dy, z, beta, dz, dbeta, sums)
-    share(_backward, blocks, dy.size, like, storage, *pointers, rows, columns, phi.alpha, phi.code, height)
+    share(_backward, blocks, dy.size, like, *pointers, rows, columns, phi.alpha, phi.code, height)
     if sums is not None:
         merge(like, host_pointer(sums), 0, columns, blocks, columns, host_pointer(dbeta))
 
@@ -77,14 +78,14 @@ def single(array: np.ndarray) -> np.ndarray:
     if not array.flags.c_contiguous:
         return single(array.T).T
     found = np.empty(array.shape, np.float32)
-    given = *_types(array.dtype), *addresses(None, array, found), array.size
+    given = LIKE[array.dtype.name], *addresses(None, array, found), array.size
     share(_widen, ceil_div(array.size, LINE), array.size, *given)
     return found
 
 
 def round_into(array: np.ndarray, out: np.ndarray) -> None:
     """Round float32 numbers to 16 bits; both arrays are contiguous."""
-    given = *_types(out.dtype), *addresses(None, array, out), out.size
+    given = LIKE[out.dtype.name], *addresses(None, array, out), out.size
     share(_round, ceil_div(out.size, LINE), out.size, *given)
 
 
@@ -93,12 +94,6 @@ def _blocks(rows: int, columns: int) -> tuple[int, int]:
     """Return height and number of the blocks of rows."""
     height = GROUP * ceil_div(max(HEIGHT, ceil_div(rows, max(1, MOST_SUMS // columns))), GROUP)
     return height, ceil_div(rows, height)
-
-
-@lru_cache(maxsize=16)
-def _types(dtype: np.dtype) -> tuple[Any, int]:
-    """Return a zero of the accumulator's type, and how data are stored."""
-    return accumulator(dtype).type(0), STORAGE[dtype.name]
 
 
 @device
@@ -114,30 +109,30 @@ def _added(values, beta, start, out):
 
 
 @kernel
-def _forward(like, storage, z, beta, y, columns, alpha, code, first, last):
-    line, result = stack(like, LINE), stack(like, LINE)
-    alpha, together = cast(alpha, like), max(1, LINE // columns)
+def _forward(like, z, beta, y, columns, alpha, code, first, last):
+    acc = accumulator(like)
+    line, result = stack(acc, LINE), stack(acc, LINE)
+    alpha, together = cast(alpha, acc), max(1, LINE // columns)
     for n in range(first, last, together):
         rows = min(together, last - n)
         for start in range(0, columns, LINE):
             count, offset = min(LINE, columns - start), n * columns + start
-            values = load(z, storage, offset, 1, part(line, 0, rows * count))
-            out = place(y, storage, offset, part(result, 0, rows * count))
+            values = load(like, z, offset, part(line, 0, rows * count))
+            out = place(like, y, offset, part(result, 0, rows * count))
             for i in range(rows):
                 _added(part(values, i * count, count), beta, start, part(out, i * count, count))
             if code != 0 or alpha != 1:
                 activate(code, alpha, out)
-            store(y, storage, offset, out)
+            store(like, y, offset, out)
 
 
 @kernel
-def _backward(
-    like, storage, dy, z, beta, dz, dbeta, sums, rows, columns, alpha, code, height, first, last
-):  # fmt: skip
-    line, g, shifted = stack(like, LINE), stack(like, LINE), stack(like, LINE)
-    of_beta, beta_sums = stack(like, LINE), stack(0.0, LINE)
-    fill_line(of_beta, like)
-    summed, written, alpha, identity = dbeta != 0, dz != 0, cast(alpha, like), code == 0 and alpha == 1
+def _backward(like, dy, z, beta, dz, dbeta, sums, rows, columns, alpha, code, height, first, last):
+    acc = accumulator(like)
+    line, g, shifted = stack(acc, LINE), stack(acc, LINE), stack(acc, LINE)
+    of_beta, beta_sums = stack(acc, LINE), stack(0.0, LINE)
+    fill_line(of_beta, acc)
+    summed, written, alpha, identity = dbeta != 0, dz != 0, cast(alpha, acc), code == 0 and alpha == 1
     for block in range(first, last):
         end = min(rows, (block + 1) * height)
         for start in range(0, columns, LINE):
@@ -145,13 +140,13 @@ def _backward(
             fill_line(part(beta_sums, 0, count), 0.0)
             for n in range(block * height, end):
                 offset = n * columns + start
-                gradient = load(dy, storage, offset, 1, part(g, 0, count))
+                gradient = load(like, dy, offset, part(g, 0, count))
                 if not identity:
                     out = part(g, 0, count)
-                    if storage == SAME:
+                    if size_of(like) > 2:
                         for j in range(count):
                             out[j] = gradient[j]
-                    values = load(z, storage, offset, 1, part(line, 0, count))
+                    values = load(like, z, offset, part(line, 0, count))
                     _added(values, beta, start, part(shifted, 0, count))
                     differentiate(code, alpha, part(shifted, 0, count), out)
                     gradient = out
@@ -161,27 +156,23 @@ def _backward(
                     if n % GROUP == GROUP - 1 or n == end - 1:
                         flush(of_beta, part(beta_sums, 0, count))
                 if written:
-                    out = place(dz, storage, offset, part(line, 0, count))
+                    out = place(like, dz, offset, part(line, 0, count))
                     for j in range(count):
                         out[j] = gradient[j]
-                    store(dz, storage, offset, out)
+                    store(like, dz, offset, out)
             if summed and height < rows:
                 round_to(part(beta_sums, 0, count), doubles(sums, block * columns + start, count))
             elif summed:
-                round_to(part(beta_sums, 0, count), numbers(like, dbeta, start, count))
+                round_to(part(beta_sums, 0, count), numbers(acc, dbeta, start, count))
 
 
 @kernel
-def _widen(like, storage, source, found, size, first, last):
-    line = stack(like, LINE)
+def _widen(like, source, found, size, first, last):
     for start in range(first * LINE, min(last * LINE, size), LINE):
-        count = min(LINE, size - start)
-        values, out = load(source, storage, start, 1, part(line, 0, count)), numbers(like, found, start, count)
-        for j in range(count):
-            out[j] = values[j]
+        widen(like, source, start, numbers(accumulator(like), found, start, min(LINE, size - start)))
 
 
 @kernel
-def _round(like, storage, source, out, size, first, last):
+def _round(like, source, out, size, first, last):
     for start in range(first * LINE, min(last * LINE, size), LINE):
-        store(out, storage, start, numbers(like, source, start, min(LINE, size - start)))
+        store(like, out, start, numbers(accumulator(like), source, start, min(LINE, size - start)))

@@ -29,8 +29,6 @@ device = cached(forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True
 inner = cached(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)
 
 LINE = 1024  # numbers that are worked on at a time: 4 KiB of float32, and a few such lines fit into the L1 cache
-SAME, FLOAT16, BFLOAT16 = 0, 1, 2  # storage of data: in the accumulator's type, or in 16 bits
-STORAGE = {"float32": SAME, "float64": SAME, "float16": FLOAT16, "bfloat16": BFLOAT16}
 SINGLE, DOUBLE = np.float32, np.float64
 # Examples of the numbers of a data type: by the type of such an argument, `like`, a kernel is compiled for that of its
 # data. Those of 16 bits are bits, and told apart by these types.
@@ -86,7 +84,6 @@ def _array_at(dtype: types.Type) -> Any:
 
 
 int8s, int32s, int64s = _array_at(types.uint8), _array_at(types.int32), _array_at(types.int64)
-float16s, bfloat16s = _array_at(types.int16), _array_at(types.uint16)  # told apart by these types
 singles, doubles = _array_at(types.float32), _array_at(types.float64)
 
 
@@ -170,26 +167,6 @@ def cast(typing_context: Any, number: Any, like: Any) -> Any:
 
 
 @intrinsic
-def half_to_float(typing_context: Any, half: Any) -> Any:
-    """Return the float32 of a float16, given as its bits."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
-
-    return types.float32(types.int16), generate
-
-
-@intrinsic
-def float_to_half(typing_context: Any, number: Any) -> Any:
-    """Return the bits of the nearest float16."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), ir.IntType(16))
-
-    return types.int16(types.float32), generate
-
-
-@intrinsic
 def as_float(typing_context: Any, bits: Any) -> Any:
     """Return the float32 of these 32 bits."""
 
@@ -257,78 +234,35 @@ def as_stored(typing_context: Any, number: Any, like: Any) -> Any:
 
 
 @device
-def to_bfloat16(number):
-    """Return the bits of the nearest bfloat16, as uint32; NaN stays NaN."""
-    bits = as_bits(np.float32(number))
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    quiet = (bits >> np.uint32(16)) | np.uint32(64)
-    return rounded if (bits & np.uint32(0x7FFFFFFF)) <= np.uint32(0x7F800000) else quiet
-
-
-@device
-def _widen_float16(source, line):
-    for i in range(len(line)):
-        line[i] = half_to_float(source[i])
-
-
-@device
-def _widen_bfloat16(source, line):
-    for i in range(len(line)):
-        line[i] = as_float(np.uint32(np.uint32(source[i]) << np.uint32(16)))
-
-
-@inner
-def gather(address, storage, offset, stride, line):
-    """Read numbers from memory into a line."""
-    count = len(line)
-    if stride == 1 and storage == FLOAT16:
-        _widen_float16(float16s(address, offset, count), line)
-        return
-    if stride == 1 and storage == BFLOAT16:
-        _widen_bfloat16(bfloat16s(address, offset, count), line)
-        return
-    reach = (count - 1) * abs(stride) + 1
-    start = offset if stride >= 0 else offset + (count - 1) * stride
-    at = 0 if stride >= 0 else (count - 1) * -stride
-    if storage == FLOAT16:
-        halves = float16s(address, start, reach)
-        for i in range(count):
-            line[i] = half_to_float(halves[at + i * stride])
-    elif storage == BFLOAT16:
-        truncated = bfloat16s(address, start, reach)
-        for i in range(count):
-            line[i] = as_float(np.uint32(np.uint32(truncated[at + i * stride]) << np.uint32(16)))
-    else:
-        source = numbers(line[0], address, start, reach)
-        for i in range(count):
-            line[i] = source[at + i * stride]
-
-
-@device
-def load(address, storage, offset, stride, line):
+def load(like, address, offset, line):
     """Return as many numbers as `line` has: where they lie, if they can be read there, else converted in `line`."""
-    if storage == SAME and (stride == 1 or len(line) == 1):
-        return numbers(line[0], address, offset, len(line))
-    gather(address, storage, offset, stride, line)
-    return line
-
-
-@device
-def place(address, storage, offset, line):
-    """Return where to compute numbers that are to be stored: there, or in `line`, which `store` then converts."""
-    if storage == SAME:
-        return numbers(line[0], address, offset, len(line))
+    if size_of(like) > 2:
+        return numbers(accumulator(like), address, offset, len(line))
+    widen(like, address, offset, line)
     return line
 
 
 @inner
-def store(address, storage, offset, line):
-    """Write a line that `place` gave, contiguously, if it is not there already."""
-    if storage == FLOAT16:
-        halves = float16s(address, offset, len(line))
-        for i in range(len(line)):
-            halves[i] = float_to_half(np.float32(line[i]))
-    elif storage == BFLOAT16:
-        truncated = bfloat16s(address, offset, len(line))
-        for i in range(len(line)):
-            truncated[i] = np.uint16(to_bfloat16(line[i]))
+def widen(like, address, offset, line):
+    """Read numbers from memory into a line."""
+    source = numbers(like, address, offset, len(line))
+    for i in range(len(line)):
+        line[i] = as_number(source[i])
+
+
+@device
+def place(like, address, offset, line):
+    """Return where to compute numbers that are to be stored: there, or in `line`, which `store` then converts."""
+    if size_of(like) > 2:
+        return numbers(accumulator(like), address, offset, len(line))
+    return line
+
+
+@inner
+def store(like, address, offset, line):
+    """Write a line that `place` gave, if it is not there already."""
+    if size_of(like) > 2:
+        return
+    out = numbers(like, address, offset, len(line))
+    for i in range(len(line)):
+        out[i] = as_stored(line[i], like)

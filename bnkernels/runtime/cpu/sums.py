@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bnkernels.runtime.cpu.language import LINE, device, doubles, kernel, numbers, part, stack
+from bnkernels.runtime.cpu.language import LINE, accumulator, device, doubles, kernel, numbers, part, stack
 from bnkernels.runtime.cpu.vectors import WIDTH, fold, get, get_first, splat
 
 MOST_SUMS = 2**18  # sums of the columns of all blocks, in float64: 2 MiB
@@ -56,7 +56,7 @@ def round_to(sums, line):
 @kernel
 def merge(like, sums, offset, step, blocks, columns, out):
     """Add the sums of all blocks in order: `columns` of them every `step` numbers, from an offset on."""
-    high, low, out = stack(0.0, LINE), stack(0.0, LINE), numbers(like, out, 0, columns)
+    high, low, out = stack(0.0, LINE), stack(0.0, LINE), numbers(accumulator(like), out, 0, columns)
     for start in range(0, columns, LINE):
         count = min(LINE, columns - start)
         fill_line(part(high, 0, count), 0.0), fill_line(part(low, 0, count), 0.0)

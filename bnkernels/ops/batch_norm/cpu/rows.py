@@ -29,6 +29,7 @@ from bnkernels.runtime.cpu.language import (
     numbers,
     part,
     size_of,
+    widen,
 )
 from bnkernels.runtime.seam import ceil_div
 
@@ -121,9 +122,7 @@ def _gather(like, address, at, stride, out, count):
     """Copy numbers from memory to the address of a line."""
     line = numbers(accumulator(like), out, 0, count)
     if stride == 1:
-        source = numbers(like, address, at, count)
-        for i in range(count):
-            line[i] = as_number(source[i])
+        widen(like, address, at, line)
     else:
         for i in range(count):
             line[i] = as_number(numbers(like, address, at + i * stride, 1)[0])

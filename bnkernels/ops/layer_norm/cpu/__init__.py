@@ -17,7 +17,7 @@ from bnkernels.ops.layer_norm.cpu.backward import GROUP, HELD, backward_blocks, 
 from bnkernels.ops.layer_norm.cpu.forward import forward_rows
 from bnkernels.ops.layer_norm.problem import Problem
 from bnkernels.runtime.arguments import addresses, host_pointer
-from bnkernels.runtime.cpu.language import LINE, STORAGE
+from bnkernels.runtime.cpu.language import LIKE, LINE
 from bnkernels.runtime.cpu.sums import MOST_SUMS, merge
 from bnkernels.runtime.cpu.threads import share
 from bnkernels.runtime.seam import ceil_div
@@ -36,9 +36,9 @@ def forward(
     statistics: np.ndarray,
 ) -> Callable[[Any], None]:
     """Return what writes `y` and `statistics`."""
-    (rows, columns, _), (like, storage, _, _) = problem, _plan(problem)
+    (rows, columns, _), like = problem, LIKE[problem.dtype.name]
     pointers = addresses(None, x, gamma, beta, y, statistics)
-    given = like, storage, *pointers, rows, columns, eps, phi.alpha, phi.code
+    given = like, *pointers, rows, columns, eps, phi.alpha, phi.code
     return lambda _: share(forward_rows, rows, rows * columns, *given)
 
 
@@ -55,8 +55,8 @@ def backward(
     dbeta: np.ndarray,
 ) -> Callable[[Any], None]:
     """Return what writes the gradients; `dx` may be `dy`."""
-    (rows, columns, _), (like, storage, height, blocks) = problem, _plan(problem)
-    given = like, storage, *addresses(None, dy, x, gamma, beta, statistics)
+    (rows, columns, _), (like, height, blocks) = problem, _plan(problem)
+    given = like, *addresses(None, dy, x, gamma, beta, statistics)
     outputs, numbers = addresses(None, dx, dgamma, dbeta), (rows, columns, phi.alpha, phi.code)
 
     def by_rows(_: Any) -> None:
@@ -76,7 +76,7 @@ def backward(
 
 
 @lru_cache(maxsize=1024)
-def _plan(problem: Problem) -> tuple[Any, int, int, int]:
-    """Return a zero of the accumulator's type, the storage of the data, and height and number of the blocks of rows."""
+def _plan(problem: Problem) -> tuple[Any, int, int]:
+    """Return an example of the data, and height and number of the blocks of rows."""
     height = GROUP * ceil_div(max(HEIGHT, ceil_div(problem.rows, max(1, MOST_SUMS // (2 * problem.columns)))), GROUP)
-    return problem.acc_dtype.type(0), STORAGE[problem.dtype.name], height, ceil_div(problem.rows, height)
+    return LIKE[problem.dtype.name], height, ceil_div(problem.rows, height)

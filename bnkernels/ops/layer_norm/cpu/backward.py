@@ -16,7 +16,7 @@ from bnkernels.ops.activations_cpu import differentiate
 from bnkernels.ops.layer_norm.cpu.forward import FOUR, SMALL_DOUBLE, vector
 from bnkernels.runtime.cpu.language import (
     LINE,
-    SAME,
+    accumulator,
     cast,
     device,
     doubles,
@@ -27,6 +27,7 @@ from bnkernels.runtime.cpu.language import (
     numbers,
     part,
     place,
+    size_of,
     stack,
     store,
 )
@@ -47,13 +48,13 @@ def _of_row(of_rows, n):
 
 
 @device
-def _gradients(storage, dy, x, offset, of_row, weights, shifts, alpha, code, z, g, line):
+def _gradients(like, dy, x, offset, of_row, weights, shifts, alpha, code, z, g, line):
     """Return a part of a row, which may be in `line`, and the gradients in front of the activation, or in `g`."""
     mean, low, rstd = of_row
-    values, gradient = load(x, storage, offset, 1, line), load(dy, storage, offset, 1, g)
+    values, gradient = load(like, x, offset, line), load(like, dy, offset, g)
     if code == 0 and alpha == 1:
         return values, gradient
-    if storage == SAME:
+    if size_of(like) > 2:
         for j in range(len(g)):
             g[j] = gradient[j]
     for j in range(len(z)):
@@ -108,9 +109,9 @@ def _add_scaled(gradient, weights, xhat, g, line):
 
 
 @device
-def _write(dx, storage, offset, gradient, weights, xhat, rstd, mean, slope, line):
+def _write(like, dx, offset, gradient, weights, xhat, rstd, mean, slope, line):
     """Write `dx` of a part of a row; it may lie where the gradients lie."""
-    out, mean, slope = place(dx, storage, offset, line), cast(mean, rstd), cast(slope, rstd)
+    out, mean, slope = place(like, dx, offset, line), cast(mean, rstd), cast(slope, rstd)
     eights = len(out) // WIDTH * WIDTH
     for i in range(0, eights, WIDTH):
         put(out, i, rstd * ((get(gradient, i) * get(weights, i) - mean) - get(xhat, i) * slope))
@@ -121,20 +122,21 @@ def _write(dx, storage, offset, gradient, weights, xhat, rstd, mean, slope, line
 
 @kernel
 def backward_blocks(
-    like, storage, dy, x, gamma, beta, statistics, dx, dgamma, dbeta, sums, rows, columns, alpha, code, height, first,
+    like, dy, x, gamma, beta, statistics, dx, dgamma, dbeta, sums, rows, columns, alpha, code, height, first,
     last
 ):  # fmt: skip
     """Write `dx` and the sums of columns of blocks of rows, or of the only block the gradients."""
-    xhat, g, line = stack(like, HELD), stack(like, HELD), stack(like, HELD)
-    ones, zeros = stack(like, HELD), stack(like, HELD)
-    of_beta, of_gamma = stack(like, HELD), stack(like, HELD)
+    acc = accumulator(like)
+    xhat, g, line = stack(acc, HELD), stack(acc, HELD), stack(acc, HELD)
+    ones, zeros = stack(acc, HELD), stack(acc, HELD)
+    of_beta, of_gamma = stack(acc, HELD), stack(acc, HELD)
     xhat, g, line = part(xhat, 0, columns), part(g, 0, columns), part(line, 0, columns)
     ones, zeros = part(ones, 0, columns), part(zeros, 0, columns)
     of_beta, of_gamma = part(of_beta, 0, columns), part(of_gamma, 0, columns)
-    fill_line(ones, cast(1, like)), fill_line(zeros, like), fill_line(of_beta, like), fill_line(of_gamma, like)
-    weights, shifts = vector(like, gamma, 0, ones), vector(like, beta, 0, zeros)
-    alpha = cast(alpha, like)
-    of_rows = numbers(like, statistics, 0, 3 * rows)
+    fill_line(ones, cast(1, acc)), fill_line(zeros, acc), fill_line(of_beta, acc), fill_line(of_gamma, acc)
+    weights, shifts = vector(acc, gamma, 0, ones), vector(acc, beta, 0, zeros)
+    alpha = cast(alpha, acc)
+    of_rows = numbers(acc, statistics, 0, 3 * rows)
     for block in range(first, last):
         beta_sums = doubles(sums, 2 * block * columns, columns)
         gamma_sums = doubles(sums, (2 * block + 1) * columns, columns)
@@ -144,45 +146,46 @@ def backward_blocks(
             for n in range(start, min(start + GROUP, end)):
                 of_row, offset = _of_row(of_rows, n), n * columns
                 given = weights, shifts, alpha, code, xhat, g, line
-                values, gradient = _gradients(storage, dy, x, offset, of_row, *given)
+                values, gradient = _gradients(like, dy, x, offset, of_row, *given)
                 sum_h, product = _add_up(values, gradient, of_row, weights, xhat, of_beta, of_gamma)
                 scaled = is_double(like) and not np.isfinite(sum_h + product)
                 if scaled:
                     sum_h, product = _add_scaled(gradient, weights, xhat, g, line)
                     gradient = g
                 means = sum_h / columns, product / columns
-                out = _write(dx, storage, offset, gradient, weights, xhat, of_row[2], *means, line)
+                out = _write(like, dx, offset, gradient, weights, xhat, of_row[2], *means, line)
                 if scaled:
                     for j in range(columns):
                         out[j] *= LARGE_DOUBLE
-                store(dx, storage, offset, out)
+                store(like, dx, offset, out)
             flush(of_beta, beta_sums)
             flush(of_gamma, gamma_sums)
     if height >= rows:
-        round_to(doubles(sums, 0, columns), numbers(like, dbeta, 0, columns))
-        round_to(doubles(sums, columns, columns), numbers(like, dgamma, 0, columns))
+        round_to(doubles(sums, 0, columns), numbers(acc, dbeta, 0, columns))
+        round_to(doubles(sums, columns, columns), numbers(acc, dgamma, 0, columns))
 
 
 @kernel
 def backward_rows(
-    like, storage, dy, x, gamma, beta, statistics, sums, rows, columns, alpha, code, first, last
+    like, dy, x, gamma, beta, statistics, sums, rows, columns, alpha, code, first, last
 ):  # fmt: skip
     """Write the two means of long rows, and whether their gradients are scaled."""
-    xhat, g, line = stack(like, LINE), stack(like, LINE), stack(like, LINE)
-    ones, zeros, of_beta, of_gamma = stack(like, LINE), stack(like, LINE), stack(like, LINE), stack(like, LINE)
-    fill_line(ones, cast(1, like)), fill_line(zeros, like)
-    means, alpha = doubles(sums, 0, 3 * rows), cast(alpha, like)
-    of_rows = numbers(like, statistics, 0, 3 * rows)
+    acc = accumulator(like)
+    xhat, g, line = stack(acc, LINE), stack(acc, LINE), stack(acc, LINE)
+    ones, zeros, of_beta, of_gamma = stack(acc, LINE), stack(acc, LINE), stack(acc, LINE), stack(acc, LINE)
+    fill_line(ones, cast(1, acc)), fill_line(zeros, acc)
+    means, alpha = doubles(sums, 0, 3 * rows), cast(alpha, acc)
+    of_rows = numbers(acc, statistics, 0, 3 * rows)
     for n in range(first, last):
         of_row, scaled = _of_row(of_rows, n), False
         while True:
             pair, products = (0.0, 0.0), (0.0, 0.0)
             for start in range(0, columns, LINE):
                 count = min(LINE, columns - start)
-                weights, shifts = vector(like, gamma, start, part(ones, 0, count)), part(zeros, 0, count)
+                weights, shifts = vector(acc, gamma, start, part(ones, 0, count)), part(zeros, 0, count)
                 lines = part(xhat, 0, count), part(g, 0, count), part(line, 0, count)
-                given = dy, x, n * columns + start, of_row, weights, vector(like, beta, start, shifts)
-                values, gradient = _gradients(storage, *given, alpha, code, *lines)
+                given = dy, x, n * columns + start, of_row, weights, vector(acc, beta, start, shifts)
+                values, gradient = _gradients(like, *given, alpha, code, *lines)
                 sum_h, product = _add_up(values, gradient, of_row, weights, lines[0], of_beta, of_gamma)
                 if scaled:
                     sum_h, product = _add_scaled(gradient, weights, *lines)
@@ -196,37 +199,38 @@ def backward_rows(
 
 @kernel
 def backward_columns(
-    like, storage, dy, x, gamma, beta, statistics, dx, dgamma, dbeta, sums, rows, columns, alpha, code, first, last
+    like, dy, x, gamma, beta, statistics, dx, dgamma, dbeta, sums, rows, columns, alpha, code, first, last
 ):  # fmt: skip
     """Write `dx` of long rows, whose means are known, and the sums of columns, line by line of columns."""
-    xhat, g, line = stack(like, LINE), stack(like, LINE), stack(like, LINE)
-    ones, zeros = stack(like, LINE), stack(like, LINE)
-    of_beta, of_gamma, beta_sums, gamma_sums = stack(like, LINE), stack(like, LINE), stack(0.0, LINE), stack(0.0, LINE)
-    fill_line(ones, cast(1, like)), fill_line(zeros, like), fill_line(of_beta, like), fill_line(of_gamma, like)
-    alpha = cast(alpha, like)
-    means, of_rows = doubles(sums, 0, 3 * rows), numbers(like, statistics, 0, 3 * rows)
+    acc = accumulator(like)
+    xhat, g, line = stack(acc, LINE), stack(acc, LINE), stack(acc, LINE)
+    ones, zeros = stack(acc, LINE), stack(acc, LINE)
+    of_beta, of_gamma, beta_sums, gamma_sums = stack(acc, LINE), stack(acc, LINE), stack(0.0, LINE), stack(0.0, LINE)
+    fill_line(ones, cast(1, acc)), fill_line(zeros, acc), fill_line(of_beta, acc), fill_line(of_gamma, acc)
+    alpha = cast(alpha, acc)
+    means, of_rows = doubles(sums, 0, 3 * rows), numbers(acc, statistics, 0, 3 * rows)
     for start in range(first * LINE, min(last * LINE, columns), LINE):
         count = min(LINE, columns - start)
         fill_line(beta_sums, 0.0), fill_line(gamma_sums, 0.0)
-        weights, shifts = vector(like, gamma, start, part(ones, 0, count)), part(zeros, 0, count)
-        shifts = vector(like, beta, start, shifts)
+        weights, shifts = vector(acc, gamma, start, part(ones, 0, count)), part(zeros, 0, count)
+        shifts = vector(acc, beta, start, shifts)
         lines = part(xhat, 0, count), part(g, 0, count), part(line, 0, count)
         for n in range(rows):
             of_row, offset = _of_row(of_rows, n), n * columns + start
-            values, gradient = _gradients(storage, dy, x, offset, of_row, weights, shifts, alpha, code, *lines)
+            values, gradient = _gradients(like, dy, x, offset, of_row, weights, shifts, alpha, code, *lines)
             _add_up(values, gradient, of_row, weights, lines[0], of_beta, of_gamma)
             scaled = is_double(like) and means[2 * rows + n] != 0
             if scaled:
                 _add_scaled(gradient, weights, *lines)
                 gradient = lines[1]
             given = gradient, weights, lines[0], of_row[2], means[n], means[rows + n]
-            out = _write(dx, storage, offset, *given, lines[2])
+            out = _write(like, dx, offset, *given, lines[2])
             if scaled:
                 for j in range(count):
                     out[j] *= LARGE_DOUBLE
-            store(dx, storage, offset, out)
+            store(like, dx, offset, out)
             if n % GROUP == GROUP - 1 or n == rows - 1:
                 flush(of_beta, part(beta_sums, 0, count))
                 flush(of_gamma, part(gamma_sums, 0, count))
-        round_to(part(beta_sums, 0, count), numbers(like, dbeta, start, count))
-        round_to(part(gamma_sums, 0, count), numbers(like, dgamma, start, count))
+        round_to(part(beta_sums, 0, count), numbers(acc, dbeta, start, count))
+        round_to(part(gamma_sums, 0, count), numbers(acc, dgamma, start, count))

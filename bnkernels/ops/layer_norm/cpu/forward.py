@@ -16,7 +16,7 @@ import numpy as np
 from bnkernels.ops.activations_cpu import activate
 from bnkernels.runtime.cpu.language import (
     LINE,
-    SAME,
+    accumulator,
     cast,
     device,
     inner,
@@ -26,6 +26,7 @@ from bnkernels.runtime.cpu.language import (
     numbers,
     part,
     place,
+    size_of,
     stack,
     store,
 )
@@ -45,12 +46,12 @@ def vector(like, array, first, line):
 
 
 @device
-def _moments(x, storage, offset, columns, scale, line, d):
+def _moments(like, x, offset, columns, scale, line, d):
     """Return mean, remainder and variance of a row times `scale`; leave its last line less the mean in `d`."""
     factor = cast(scale, line[0])
     sums, rests, squares = (0.0, 0.0), (0.0, 0.0), (0.0, 0.0)
     for start in range(0, columns, LINE):
-        values = load(x, storage, offset + start, 1, part(line, 0, min(LINE, columns - start)))
+        values = load(like, x, offset + start, part(line, 0, min(LINE, columns - start)))
         if scale != 1:
             scaled = part(d, 0, len(values))
             for j in range(len(values)):
@@ -61,8 +62,8 @@ def _moments(x, storage, offset, columns, scale, line, d):
     mean = cast(exact, factor)
     for start in range(0, columns, LINE):
         values, centred = part(line, 0, min(LINE, columns - start)), part(d, 0, min(LINE, columns - start))
-        if storage == SAME or columns > LINE:
-            values = load(x, storage, offset + start, 1, values)
+        if size_of(like) > 2 or columns > LINE:
+            values = load(like, x, offset + start, values)
         if scale != 1:
             for j in range(len(values)):
                 centred[j] = values[j] * factor
@@ -121,11 +122,11 @@ def _normalise(centred, low, rstd, weights, shifts, z):
 
 
 @inner
-def _row(storage, x, gamma, beta, y, of_rows, n, columns, eps, alpha, code, line, d, ones, zeros):
+def _row(like, x, gamma, beta, y, of_rows, n, columns, eps, alpha, code, line, d, ones, zeros):
     """Normalise a row."""
     scale, rows = 1.0, len(of_rows) // 3
     while True:
-        mean, rest, variance = _moments(x, storage, n * columns, columns, scale, line, d)
+        mean, rest, variance = _moments(like, x, n * columns, columns, scale, line, d)
         if scale != 1 or np.isfinite(cast(variance, eps)):
             break
         scale = SMALL_DOUBLE if is_double(eps) else SMALL_SINGLE
@@ -140,23 +141,23 @@ def _row(storage, x, gamma, beta, y, of_rows, n, columns, eps, alpha, code, line
         count, offset = min(LINE, columns - start), n * columns + start
         centred = part(d, 0, count)
         if not held:
-            values = load(x, storage, offset, 1, part(line, 0, count))
+            values = load(like, x, offset, part(line, 0, count))
             for j in range(count):
                 centred[j] = values[j] - high
-        z = place(y, storage, offset, part(line, 0, count))
+        z = place(like, y, offset, part(line, 0, count))
         weights, shifts = vector(eps, gamma, start, part(ones, 0, count)), part(zeros, 0, count)
         _normalise(centred, low, rstd, weights, vector(eps, beta, start, shifts), z)
         if code != 0 or alpha != 1:
             activate(code, alpha, z)
-        store(y, storage, offset, z)
+        store(like, y, offset, z)
 
 
 @device
-def _short_rows(storage, x, gamma, beta, y, of_rows, n, count, columns, eps, alpha, code, line, d, ones, zeros):
+def _short_rows(like, x, gamma, beta, y, of_rows, n, count, columns, eps, alpha, code, line, d, ones, zeros):
     """Normalise rows that together are a line: step by step all of them, for a row is a chain of operations."""
     means, rests, variances = stack(0.0, MOST_TOGETHER), stack(0.0, MOST_TOGETHER), stack(0.0, MOST_TOGETHER)
     rows = len(of_rows) // 3
-    values = load(x, storage, n * columns, 1, part(line, 0, count * columns))
+    values = load(like, x, n * columns, part(line, 0, count * columns))
     for i in range(count):
         means[i] = total(part(values, i * columns, columns))
     for i in range(count):
@@ -173,9 +174,9 @@ def _short_rows(storage, x, gamma, beta, y, of_rows, n, count, columns, eps, alp
         largest += variance
     if not np.isfinite(cast(largest, eps)):  # one of them, or nearly
         for i in range(count):
-            _row(storage, x, gamma, beta, y, of_rows, n + i, columns, eps, alpha, code, line, d, ones, zeros)
+            _row(like, x, gamma, beta, y, of_rows, n + i, columns, eps, alpha, code, line, d, ones, zeros)
         return
-    z = place(y, storage, n * columns, part(line, 0, count * columns))
+    z = place(like, y, n * columns, part(line, 0, count * columns))
     weights, shifts = vector(eps, gamma, 0, part(ones, 0, columns)), part(zeros, 0, columns)
     shifts = vector(eps, beta, 0, shifts)
     for i in range(count):
@@ -183,22 +184,23 @@ def _short_rows(storage, x, gamma, beta, y, of_rows, n, count, columns, eps, alp
         _normalise(centred, cast(rests[i], eps), rstd, weights, shifts, out)
     if code != 0 or alpha != 1:
         activate(code, alpha, z)
-    store(y, storage, n * columns, z)
+    store(like, y, n * columns, z)
 
 
 @kernel
-def forward_rows(like, storage, x, gamma, beta, y, statistics, rows, columns, eps, alpha, code, first, last):
+def forward_rows(like, x, gamma, beta, y, statistics, rows, columns, eps, alpha, code, first, last):
     """Write `y` and the statistics of rows."""
-    line, d, ones, zeros = stack(like, LINE), stack(like, PADDED), stack(like, LINE), stack(like, LINE)
-    fill_line(part(ones, 0, min(LINE, columns)), cast(1, like))
-    fill_line(part(zeros, 0, min(LINE, columns)), cast(0, like))
-    of_rows = numbers(like, statistics, 0, 3 * rows)
-    eps, alpha = cast(eps, like), cast(alpha, like)
+    acc = accumulator(like)
+    line, d, ones, zeros = stack(acc, LINE), stack(acc, PADDED), stack(acc, LINE), stack(acc, LINE)
+    fill_line(part(ones, 0, min(LINE, columns)), cast(1, acc))
+    fill_line(part(zeros, 0, min(LINE, columns)), acc)
+    of_rows = numbers(acc, statistics, 0, 3 * rows)
+    eps, alpha = cast(eps, acc), cast(alpha, acc)
     together = min(MOST_TOGETHER, LINE // columns)
     if together >= FEWEST_TOGETHER:
         for n in range(first, last, together):
             count = min(together, last - n)
-            _short_rows(storage, x, gamma, beta, y, of_rows, n, count, columns, eps, alpha, code, line, d, ones, zeros)
+            _short_rows(like, x, gamma, beta, y, of_rows, n, count, columns, eps, alpha, code, line, d, ones, zeros)
     else:
         for n in range(first, last):
-            _row(storage, x, gamma, beta, y, of_rows, n, columns, eps, alpha, code, line, d, ones, zeros)
+            _row(like, x, gamma, beta, y, of_rows, n, columns, eps, alpha, code, line, d, ones, zeros)
