@@ -23,7 +23,7 @@ from bnkernels.runtime.cpu.caching import cached
 
 # Contraction gives fused multiply-adds. Nothing may be reordered, and NaN and infinity count.
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "nsz"}}
-kernel = cached(**_OPTIONS)  # called from Python, and a function of its own in kernels
+kernel = cached(**_OPTIONS)  # called from Python; kernels that call it compile it again
 device = cached(forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)  # part of its callers
 # Called from kernels only: without what Python would call, it compiles faster.
 inner = cached(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)
