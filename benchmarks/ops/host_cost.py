@@ -251,7 +251,7 @@ def report_numpy(rivals: Calls) -> None:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(kernels, "prepare", return_value=bound))
         for kind in (FORWARD, BACKWARD, INFERENCE):  # no later call may replay one that does nothing
-            stack.enter_context(mock.patch.object(kind.calls, "_entries", {}))
+            stack.enter_context(mock.patch.multiple(kind.calls, _entries={}, _guesses={}))
         report("NumPy's arrays", measured(our_calls(np.asarray) | rivals))
 
 

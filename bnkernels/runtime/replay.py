@@ -93,12 +93,13 @@ NEW, REPLAYED = Call(), Call(replayed=True)
 class ReplayCache:
     """The calls of one op that may be replayed, by the address of the first array written, or a hash of NumPy arrays.
 
-    What was replayed on NumPy arrays is also found by the id of the first, to be compared before anything is hashed.
+    What was replayed last on a NumPy array is the first to be compared when the array comes again: a guess.
     Every op has its own: two in one cache would be taken for each other.
     """
 
     def __init__(self) -> None:
         self._entries: dict[int, tuple[tuple, ...]] = {}
+        self._guesses: dict[int, tuple] = {}  # by the id of the first array
 
     def replay(self, out: Any, given: tuple, *options: Any) -> Call:
         """Replay a call that is in the cache.
@@ -149,28 +150,29 @@ class ReplayCache:
         if facts is None or not facts.READABLE:
             return NEW
         walk, given, types = facts.walk, (facts.PLACES, id(arrays), len(arrays)), [*map(type, options)]
-        for (known, known_types, known_options), work in self._entries.get(id(arrays[0]), ()):  # a guess
-            if walk(*given, known, facts.COMPARE) and known_options == options and known_types == types:
+        (known, known_types, known_options), work = self._guesses.get(id(arrays[0]), facts.NO_CALL)
+        place = walk(*given, known, False)
+        if place == facts.EQUAL:
+            if known_options == options and known_types == types:
                 work(arrays)
                 return REPLAYED
-        place = walk(*given, facts.NO_FACTS, facts.HASH)
+            place = walk(*given, facts.NO_FACTS, False)
         if not place:
             return NEW
         for entry in self._entries.get(place, ()):
             (known, known_types, known_options), work = entry
-            if walk(*given, known, facts.COMPARE) and known_options == options and known_types == types:
-                if id(arrays[0]) not in self._entries:
-                    self._keep(id(arrays[0]), (entry,))
+            if walk(*given, known, False) == facts.EQUAL and known_options == options and known_types == types:
+                if len(self._guesses) >= MOST_ADDRESSES:
+                    self._guesses.clear()
+                self._guesses[id(arrays[0])] = entry
                 work(arrays)
                 return REPLAYED
         return Call(self, place, (facts.written(arrays), types, options)) if IMMUTABLE.issuperset(types) else NEW
 
     def record(self, place: int, key: list | tuple, work: Callable[[tuple], None]) -> None:
         """Keep what was done after all checks, by the key, at a place where few others are."""
-        # A new tuple, not a changed one: another thread may be walking through it.
-        self._keep(place, ((key, work), *self._entries.get(place, ())[: MOST_EACH - 1]))
-
-    def _keep(self, place: int, entries: tuple[tuple, ...]) -> None:
         if len(self._entries) >= MOST_ADDRESSES:
             self._entries.clear()
-        self._entries[place] = entries
+        # A new tuple, not a changed one: another thread may be walking through it.
+        others = self._entries.get(place, ())[: MOST_EACH - 1]
+        self._entries[place] = ((key, work), *others)

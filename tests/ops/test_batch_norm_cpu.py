@@ -85,6 +85,20 @@ def test_a_repeated_call_looks_at_its_arrays_anew(rng: np.random.Generator) -> N
         bn.batch_norm_forward(x, out=(y, statistics))
 
 
+def test_repeated_calls_that_share_their_output_are_told_apart(rng: np.random.Generator) -> None:
+    out = np.empty((6, 4)), np.empty((3, 4))
+    calls = [(rng.standard_normal((6, 4)), eps) for eps in (0.25, 0.5)]
+    calls += [(calls[0][0], 0.5), (calls[0][0], 1)]  # an eps of 1 is no float
+    expected = [bn.batch_norm_forward(x, eps=eps) for x, eps in calls]
+    for _ in range(3):
+        for (x, eps), (y, statistics) in zip(calls, expected, strict=True):
+            bn.batch_norm_forward(x, eps=eps, out=out)
+            np.testing.assert_array_equal(out[0], y)
+            np.testing.assert_array_equal(out[1], statistics)
+        with pytest.raises(TypeError, match="eps must be a number"):
+            bn.batch_norm_forward(calls[0][0], eps=True, out=out)
+
+
 def test_a_repeated_call_follows_the_engine(rng: np.random.Generator) -> None:
     x = rng.standard_normal((6, 4))
     out = np.empty_like(x), np.empty((3, 4))

@@ -47,11 +47,11 @@ def facts() -> ModuleType:
 
 
 def hashed(facts: ModuleType, arrays: tuple) -> int:
-    return facts.walk(facts.PLACES, id(arrays), len(arrays), facts.NO_FACTS, facts.HASH)
+    return facts.walk(facts.PLACES, id(arrays), len(arrays), facts.NO_FACTS, False)
 
 
 def equal(facts: ModuleType, arrays: tuple, others: tuple) -> bool:
-    return bool(facts.walk(facts.PLACES, id(arrays), len(arrays), facts.written(others), facts.COMPARE))
+    return facts.walk(facts.PLACES, id(arrays), len(arrays), facts.written(others), False) == facts.EQUAL
 
 
 def test_they_can_be_read_here(facts: ModuleType) -> None:
@@ -78,10 +78,10 @@ def test_what_changes_in_place_is_seen(facts: ModuleType) -> None:
     before, kept = hashed(facts, arrays), facts.written(arrays)
     array.shape = 6, 4
     assert hashed(facts, arrays) != before
-    assert not facts.walk(facts.PLACES, id(arrays), 1, kept, facts.COMPARE)
+    assert facts.walk(facts.PLACES, id(arrays), 1, kept, False) == hashed(facts, arrays)
     array.shape = 4, 6
     assert hashed(facts, arrays) == before
-    assert facts.walk(facts.PLACES, id(arrays), 1, kept, facts.COMPARE)
+    assert facts.walk(facts.PLACES, id(arrays), 1, kept, False) == facts.EQUAL
 
 
 @pytest.mark.parametrize(

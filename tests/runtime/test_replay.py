@@ -357,7 +357,7 @@ def test_threads_launch_their_own_calls(device: Device) -> None:
 # ---- NumPy's arrays -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [*OPS, "adam_update"])
 def test_a_repeated_call_on_numpy_is_not_checked_again_and_keeps_no_array(
     op: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

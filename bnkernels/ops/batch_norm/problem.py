@@ -156,7 +156,7 @@ class Plan:
     outputs: tuple[tuple[int, tuple[int, ...], np.dtype], ...]  # place in `kind.names`, shape and data type
     positions: tuple[int, ...]  # the shape of x without its channels: that of a whole mask
     statistic_rows: int
-    reaches: tuple[Reach | None, ...]  # of all arrays
+    reaches: tuple[Reach | None, ...]
     sizes: dict[str, int]  # sizes, strides and codes of the kernel's argument
     copied: tuple[str, ...]  # inputs that no such strides describe
 

@@ -12,6 +12,7 @@ Order:     Sums of columns are of blocks that the shape fixes, merged in order: 
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -46,7 +47,7 @@ HEIGHT = 64  # rows of a block, unless there would be too many blocks
 def forward(z: np.ndarray, beta: np.ndarray | None, phi: Activation, y: np.ndarray) -> None:
     """Write the activations of ``z + beta``; `y` may be `z`."""
     rows, columns = z.shape
-    like = LIKE[z.dtype.name]
+    like = _like(z.dtype)
     share(_forward, rows, z.size, like, *addresses(None, z, beta, y), columns, phi.alpha, phi.code)
 
 
@@ -64,7 +65,7 @@ def backward(
         if dbeta is not None:
             dbeta[...] = 0
         return
-    like = LIKE[dy.dtype.name]
+    like = _like(dy.dtype)
     height, blocks = _blocks(rows, columns)
     sums = np.empty(blocks * columns) if dbeta is not None and blocks > 1 else None
     pointers = addresses(None, dy, z, beta, dz, dbeta, sums)
@@ -78,15 +79,21 @@ def single(array: np.ndarray) -> np.ndarray:
     if not array.flags.c_contiguous:
         return single(array.T).T
     found = np.empty(array.shape, np.float32)
-    given = LIKE[array.dtype.name], *addresses(None, array, found), array.size
+    given = _like(array.dtype), *addresses(None, array, found), array.size
     share(_widen, ceil_div(array.size, LINE), array.size, *given)
     return found
 
 
 def round_into(array: np.ndarray, out: np.ndarray) -> None:
     """Round float32 numbers to 16 bits; both arrays are contiguous."""
-    given = LIKE[out.dtype.name], *addresses(None, array, out), out.size
+    given = _like(out.dtype), *addresses(None, array, out), out.size
     share(_round, ceil_div(out.size, LINE), out.size, *given)
+
+
+@lru_cache(maxsize=16)
+def _like(dtype: np.dtype) -> Any:
+    """Return an example of the numbers of a data type, whose name NumPy takes a microsecond to tell."""
+    return LIKE[dtype.name]
 
 
 @lru_cache(maxsize=1024)

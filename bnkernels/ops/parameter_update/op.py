@@ -26,6 +26,7 @@ ARGUMENTS = arguments_type(
 THREADS = 256
 MAX_BLOCKS = 1024  # several per multiprocessor of the largest GPU; threads stride over the rest
 MOMENTUM, BETA1, BETA2, ADAM_EPS = 0.9, 0.9, 0.999, 1e-8  # the usual ones
+BELOW_ONE = math.nextafter(1, 0)
 STATES = {"sgd": (), "momentum": ("velocity",), "adam": ("first", "second")}
 USUAL = {"sgd": (), "momentum": (MOMENTUM,), "adam": (BETA1, BETA2, ADAM_EPS)}
 CONSTANTS = {  # members beta1 to eps of the argument
@@ -51,7 +52,7 @@ SCHEDULED = {
     name: Operands(f"parameters {' '.join(state)}", "gradients scalars", _check_shapes)
     for name, state in STATES.items()
 }
-SGD_CALLS, MOMENTUM_CALLS, SCHEDULED_CALLS = ReplayCache(), ReplayCache(), ReplayCache()
+SGD_CALLS, MOMENTUM_CALLS, SCHEDULED_CALLS, ADAM_CHECKS = (ReplayCache() for _ in range(4))
 
 
 def sgd_update(parameters: Any, gradients: Any, *, lr: float) -> None:
@@ -188,17 +189,25 @@ def adam_update(
     >>> p.round(6)
     array([0.75])
     """
-    lr, eps = check.number("lr", lr, 0), check.number("eps", eps, 0)
-    below_one = float(np.nextafter(1, 0))
-    beta1, beta2 = check.number("beta1", beta1, 0, below_one), check.number("beta2", beta2, 0, below_one)
     step = check.integer("step", step, 1, 2**63 - 1)
-    runtime, _ = OPERANDS["adam"].check(parameters, first, second, gradients)
-    corrections = 1 - beta1**step, math.sqrt(1 - beta2**step)
-    if runtime is not None:
-        scalars = (lr, beta1, beta2, 1 - beta1, 1 - beta2, eps, *corrections)
-        _launch(runtime, NEW, "adam", (parameters, gradients, first, second, None), scalars)  # no two steps are equal
-    else:
-        _on_numpy().adam(parameters, first, second, gradients, lr, beta1, beta2, eps, *corrections)
+    # No two steps are equal, but on NumPy arrays all that is checked may be.
+    call = ADAM_CHECKS.replay((parameters, first, second), (gradients,), lr, beta1, beta2, eps)
+    if not call.replayed:
+        lr, eps = check.number("lr", lr, 0), check.number("eps", eps, 0)
+        beta1, beta2 = check.number("beta1", beta1, 0, BELOW_ONE), check.number("beta2", beta2, 0, BELOW_ONE)
+        runtime, _ = OPERANDS["adam"].check(parameters, first, second, gradients)
+        if runtime is not None:
+            scalars = lr, beta1, beta2, 1 - beta1, 1 - beta2, eps, *_corrections(step, beta1, beta2)
+            _launch(runtime, NEW, "adam", (parameters, gradients, first, second, None), scalars)
+            return
+        call.compute(lambda arrays: None, (parameters, first, second, gradients))
+    factors = float(lr), float(beta1), float(beta2), float(eps), *_corrections(step, beta1, beta2)
+    _on_numpy().adam(parameters, first, second, gradients, *factors)
+
+
+def _corrections(step: int, beta1: float, beta2: float) -> tuple[float, float]:
+    """Return the divisors of the first moment and of the root of the second one."""
+    return 1 - beta1**step, math.sqrt(1 - beta2**step)
 
 
 def scheduled_update(optimizer: str, parameters: Any, gradients: Any, state: tuple[Any, ...], scalars: Any) -> None:

@@ -11,23 +11,24 @@ import numpy as np
 from bnkernels.runtime.cpu.caching import cached
 from bnkernels.runtime.cpu.language import int32s, int64s
 
-HASH, COMPARE, WRITE = 0, 1, 2
+EQUAL = 1
 MULTIPLIER = np.int64(0x9E3779B97F4A7C15 - 2**64)
 WRITEABLE = 0x400  # bit of NumPy's flags
 # Addresses of the type of arrays and of None, and where a tuple's items and the members of an array begin.
 PLACES = np.array([id(np.ndarray), id(None), tuple.__basicsize__, object.__basicsize__])
 NO_FACTS = np.empty(0, np.int64)
+NO_CALL = (NO_FACTS, [], ()), None  # as `ReplayCache` keeps one
 
 
 @cached(error_model="numpy")
-def walk(places, arrays, count, facts, mode):
-    """Hash, compare or write the facts of a tuple of `count` arrays, each of which may be None.
+def walk(places, arrays, count, facts, write):
+    """Compare the facts of a tuple of `count` arrays, each of which may be None, with known ones, or write them.
 
-    `arrays` is the tuple's id, and `places` is PLACES. Return the hash; 1 if the facts are those given, or are written;
-    0 if not, or if something in the tuple is no plain NumPy array.
+    `arrays` is the tuple's id, and `places` is PLACES. Return EQUAL if the facts are these, else their hash; 0 if
+    something in the tuple is no plain NumPy array.
     """
     kind, none, items, head = places
-    found, size = np.int64(count + 1), 0
+    found, size, same = np.int64(count + 1), 0, True
     pointers = int64s(np.uint64(arrays + items), 0, count)
     for i in range(count):
         array = pointers[i]
@@ -51,21 +52,19 @@ def walk(places, arrays, count, facts, mode):
                 fact = int64s(np.uint64(members[2]), 0, axes)[j - 3]  # an extent
             else:
                 fact = int64s(np.uint64(members[3]), 0, axes)[j - 3 - axes]  # a stride
-            if mode == HASH:
-                found = (found ^ fact) * MULTIPLIER
-                found ^= found >> 29
-            elif mode == WRITE:
+            if write:
                 facts[size] = fact
-            elif size >= len(facts) or facts[size] != fact:
-                return np.int64(0)
+            same = same and size < len(facts) and facts[size] == fact
+            found = (found ^ fact) * MULTIPLIER
+            found ^= found >> 29
             size += 1
-    return found | 1 if mode == HASH else np.int64(1)
+    return np.int64(EQUAL) if same and size == len(facts) else found | 2  # neither 0 nor EQUAL
 
 
 def written(arrays: tuple) -> np.ndarray:
     """Return the facts of a tuple of arrays."""
     facts = np.empty(sum(1 if array is None else 3 + 2 * array.ndim for array in arrays), np.int64)
-    walk(PLACES, id(arrays), len(arrays), facts, WRITE)
+    walk(PLACES, id(arrays), len(arrays), facts, True)
     return facts
 
 
@@ -80,7 +79,7 @@ def _readable() -> bool:
     places = [place for place, fact in enumerate(expected) if fact is not None]
     found = written(probes)
     return [found[place] for place in places] == [expected[place] for place in places] and not walk(
-        PLACES, id((3,)), 1, NO_FACTS, HASH
+        PLACES, id((3,)), 1, NO_FACTS, False
     )
 
 

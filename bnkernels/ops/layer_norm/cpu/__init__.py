@@ -36,7 +36,7 @@ def forward(
     statistics: np.ndarray,
 ) -> Callable[[Any], None]:
     """Return what writes `y` and `statistics`."""
-    (rows, columns, _), like = problem, LIKE[problem.dtype.name]
+    (rows, columns, _), (like, _, _) = problem, _plan(problem)
     pointers = addresses(None, x, gamma, beta, y, statistics)
     given = like, *pointers, rows, columns, eps, phi.alpha, phi.code
     return lambda _: share(forward_rows, rows, rows * columns, *given)
