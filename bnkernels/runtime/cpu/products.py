@@ -24,7 +24,7 @@ from bnkernels.runtime.cpu.language import inner
 from bnkernels.runtime.cpu.vectors import FLAGS, first_lanes, pointer_of, read, spread, write
 
 VECTORS = 3  # columns of a tile
-BYTES = 32  # of its vectors: a tile fills the registers
+BYTES = 32  # bytes of its vectors: a tile fills the registers
 WORTH_BLAS = 2**23  # multiply-adds from which on the BLAS is faster, as measured: 128 x 256 x 256
 
 
