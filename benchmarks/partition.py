@@ -78,6 +78,7 @@ def draw(document: Mapping[str, Any]) -> bytes:
     """Return a PNG image: a panel per shape, a line per partition with a band from p20 to p80."""
     require_matplotlib()
     from matplotlib.figure import Figure  # no pyplot: no global state, no window, no backend to choose
+    from matplotlib.ticker import LogLocator
 
     rows, available = document["rows"], document["cores"]
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
@@ -99,6 +100,8 @@ def draw(document: Mapping[str, Any]) -> bytes:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(counts, [str(count) for count in counts], fontsize=9)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
         axes.set_xlabel("threads")
         left, right = axes.get_xlim()
