@@ -263,10 +263,8 @@ def _write(a, like, dy, x, residual, group, first, channels, count_of_group, blo
     spread_normalisation(a, like, normalisation, channels, length, columns)
     spread_line(a, like, factor, channels, length, columns, FACTOR)
     spread_line(a, like, shift, channels, length, columns, GRADIENT_SHIFT)
-    pieces = (whole + length - 1) // length
-    for row in range(rows_before(a, block + 1) - 1, rows_before(a, block) - 1, -1):  # the last are still in the cache
-        for piece in range(pieces - 1, -1, -1):
-            column = piece * length
+    for row in range(rows_before(a, block), rows_before(a, block + 1)):
+        for column in range(0, whole, length):
             count, out = own_columns(a, row, min(length, whole - column)), row_of(a, like, dx, row, first, column)
             out_residual = row_of(a, like, dresidual, row, first, column)
             if skipped(a, group, row):

@@ -232,10 +232,8 @@ def _write(a, like, x, residual, y, group, first, channels, block):
     normalise(a, like, group, first, channels, normalisation)
     whole, length = columns_of(a, channels)
     spread_normalisation(a, like, normalisation, channels, length, columns)
-    pieces = (whole + length - 1) // length
-    for row in range(rows_before(a, block + 1) - 1, rows_before(a, block) - 1, -1):  # the last are still in the cache
-        for piece in range(pieces - 1, -1, -1):
-            column = piece * length
+    for row in range(rows_before(a, block), rows_before(a, block + 1)):
+        for column in range(0, whole, length):
             count, out = own_columns(a, row, min(length, whole - column)), row_of(a, like, y, row, first, column)
             if skipped(a, group, row):
                 store_zeros(like, out, count)
