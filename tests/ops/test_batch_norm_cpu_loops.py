@@ -37,6 +37,11 @@ LOOPS = {  # kernel: the types of its arguments, and an instruction on four or e
         (SINGLE, ADDRESS, ADDRESS, COLUMNS, ADDRESS, COUNT),
         FLOAT32_LINE,
     ),
+    "gradient before a ReLU": (
+        normalisation.rectify,
+        (SINGLE, ADDRESS, ADDRESS, ADDRESS, COLUMNS, ADDRESS, COUNT),
+        FLOAT32_LINE,
+    ),
     "gradient of the input": (
         backward._gradient_of_input,
         (numba.typeof(np.zeros((), LAYOUT)[()]), SINGLE, ADDRESS, ADDRESS, COLUMNS, ADDRESS, COUNT),

@@ -19,6 +19,7 @@ from bnkernels.ops.batch_norm.cpu.normalisation import (
     WHOLE,
     before_activation,
     normalise,
+    rectify,
     spread_line,
     spread_normalisation,
 )
@@ -96,17 +97,21 @@ def _gradient(a, like, dy, x, residual, group, row, first, column, count, column
 
     Where the mask is False, g is 0 and x is the mean, whatever they hold.
     """
-    acc = accumulator(like)
+    acc, own = accumulator(like), line_of(lines, 0)
     values = load_row(a, like, x, row, first, column, count, line_of(lines, 1))
-    g = load_row(a, like, dy, row, first, column, count, line_of(lines, 0))
-    curved, clears = a.activation != 0 or a.alpha != 1.0, to_be_cleared(a)
-    if (curved or clears) and g != line_of(lines, 0):
-        copy_line(acc, g, line_of(lines, 0), count)
-        g = line_of(lines, 0)
-    if curved:
-        added, z = residual.address, line_of(lines, 2)
-        if added != 0:
-            added = load_row(a, like, residual, row, first, column, count, line_of(lines, 3))
+    g = load_row(a, like, dy, row, first, column, count, own)
+    curved, relu = a.activation != 0 or a.alpha != 1.0, a.activation == 0 and a.alpha == 0.0
+    clears, added = to_be_cleared(a), residual.address
+    if curved and added != 0:
+        added = load_row(a, like, residual, row, first, column, count, line_of(lines, 3))
+    if relu:
+        rectify(acc, g, values, added, columns, own, count)
+    elif (curved or clears) and g != own:
+        copy_line(acc, g, own, count)
+    if curved or clears:
+        g = own
+    if curved and not relu:
+        z = line_of(lines, 2)
         before_activation(acc, values, added, columns, z, count)
         differentiate(a.activation, cast(a.alpha, acc), numbers(acc, z, 0, count), numbers(acc, g, 0, count))
     if clears:
