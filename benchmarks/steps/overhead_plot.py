@@ -96,8 +96,8 @@ def draw(axis: str, rows: Sequence[Row]) -> bytes:
     figure = Figure(figsize=(8, 4), dpi=200, layout="constrained", facecolor="white")
     label, held = AXES[axis]
     figure.suptitle(
-        f"Time of a training step relative to no normalisation\n{rows[0]['device']} ({PLACES[rows[0]['place']]}); "
-        f"5 fully connected layers, {held}, Adam, float32",
+        f"Time of a training step relative to no normalisation: 5 fully connected layers, {held}, Adam, float32\n"
+        f"{rows[0]['device']} ({PLACES[rows[0]['place']]})",
         fontsize=10,
     )
     panels = figure.subplots(1, 2, sharey=True)
