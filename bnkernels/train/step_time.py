@@ -69,6 +69,7 @@ class Rounds:
         self._place = "; ".join([device.description, *engines])
         self._steps, self._ratios = 0, []
         self._warm = self._prepared = False
+        self._backwards = False  # whether the last network is the first in the next round
 
     def train(
         self,
@@ -103,12 +104,13 @@ class Rounds:
         for number in range(rounds):
             start, stop = (first + (last - first) * i // rounds for i in (number, number + 1))
             turns = {}
-            for norm in list(learners)[:: -1 if number % 2 else 1]:  # no network is always the first
+            for norm in list(learners)[:: -1 if self._backwards else 1]:
                 us = self._timed(learners[norm], x, y, first, stop, should_stop)
                 if us is not None:
                     turns[norm] = us
                     times[norm].append(us)
             self.add(stop - start, turns)
+            self._backwards = not self._backwards  # the first finds the mini-batches out of the cache
             if any(learner.step < stop for learner in learners.values()):
                 break
         return times
