@@ -95,7 +95,8 @@ def test_the_networks_take_turns_and_none_is_always_the_first(monkeypatch: pytes
     rng = np.random.default_rng(0)
     x, y = rng.standard_normal((5 * 16, 6)).astype("float32"), np.arange(5 * 16, dtype="int32") % 3
     rounds = Rounds(CPU, [])
-    times = [rounds.train(learners, x, y, 0, last, lambda: False) for last in (1, 5)]  # the first epoch has one round
+    epochs = (0, 1), (1, 5)  # the first has one round
+    times = [rounds.train(learners, x[16 * a :], y[16 * a :], a, b, lambda: False) for a, b in epochs]
     assert [{norm: len(each) for norm, each in part.items()} for part in times] == [
         dict.fromkeys(learners, 1),
         dict.fromkeys(learners, 4),
