@@ -68,7 +68,7 @@ class Rounds:
         self._xp, self._emulated = device.xp, device.emulated
         self._place = "; ".join([device.description, *engines])
         self._steps, self._ratios = 0, []
-        self._warm = self._prepared = False
+        self._warm = False
         self._backwards = False  # whether the last network is the first in the next round
 
     def train(
@@ -96,9 +96,8 @@ class Rounds:
         """
         times: dict[str, list[float]] = {norm: [] for norm in learners}
         engines = [learner.engine for learner in learners.values()]
-        for engine in engines if not self._prepared else ():
-            engine.warm_up(x, y)
-        self._prepared = True
+        for engine in engines:
+            engine.warm_up(x, y)  # in every epoch: between two of them others have the caches of a CPU
         turn = max(engine.steps_per_turn for engine in engines) if self._xp is np else STEPS_PER_TURN_OF_GPU
         rounds = -(-(last - first) // turn)
         for number in range(rounds):
