@@ -151,7 +151,7 @@ def launch_kernel(cupy: types.ModuleType) -> Callable[..., None]:
     def launch(function: int, *sizes_and_more: int) -> None:
         *sizes, shared, _stream, pointers, extra = sizes_and_more
         if extra:
-            raise NotImplementedError("the stand-in takes arguments by their addresses")
+            raise ValueError("the stand-in takes arguments by their addresses")
         (address,) = (ctypes.c_void_p * 1).from_address(pointers)
         cupy.driver.pointers[function](tuple(sizes[:3]), tuple(sizes[3:]), (record_at(address),), shared)
 

@@ -16,10 +16,10 @@ from bnkernels.ops.fused_training import launch
 from bnkernels.ops.fused_training.spec import LayerSpec, NetworkSpec
 from bnkernels.runtime.registry import runtime_of
 from bnkernels.runtime.seam import MAX_SHARED_BYTES, WORKSPACE_BYTES, Limits
-from tests.ops.test_constant_channels import test_fused_training_of_equal_examples_and_neurons as equal_examples
-from tests.ops.test_constant_channels import test_the_running_mean_of_equal_examples as running_mean
+from tests.ops.test_constant_channels import test_fused_training_of_equal_examples_and_neurons as assert_phi_of_beta
+from tests.ops.test_constant_channels import test_the_running_mean_of_equal_examples as assert_the_running_mean
 from tests.ops.test_fused_training import RATES, by_layers, in_one, make_data, network_on
-from tests.ops.test_fused_training import test_adams_first_step_does_not_overflow as of_one_block
+from tests.ops.test_fused_training import test_adams_first_step_does_not_overflow as assert_it_does_not_overflow
 from tests.regress.refusal import refused
 from tools import backends
 from tools.backends import Backend
@@ -92,19 +92,19 @@ def test_many_steps_in_float32_learn_what_the_layers_learn(
 
 
 def test_adams_first_step_does_not_overflow(backend: Backend, group: str) -> None:
-    of_one_block(backend)
+    assert_it_does_not_overflow(backend)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("norm", ["batch", "layer"])
 def test_constant_channels_give_phi_of_beta(backend: Backend, group: str, norm: str, dtype: str) -> None:
-    equal_examples(backend, norm, dtype)
+    assert_phi_of_beta(backend, norm, dtype)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("batch", [11, 77, 300])
 def test_the_running_mean_of_equal_examples(backend: Backend, group: str, batch: int, dtype: str) -> None:
-    running_mean(backend, batch, dtype)
+    assert_the_running_mean(backend, batch, dtype)
 
 
 @pytest.mark.parametrize("norm", ["batch", "layer"])

@@ -145,10 +145,10 @@ def test_a_special_channel(
     x = rng.standard_normal((ROWS, CHANNELS)).astype(dtype_named(dtype))
     clean = FAMILIES[family](backend, x, activation=activation)
     for kind in KINDS:
-        look_at_a_special_channel(backend, x, clean, family, kind, activation)
+        assert_the_others_keep_their_bits(backend, x, clean, family, kind, activation)
 
 
-def look_at_a_special_channel(
+def assert_the_others_keep_their_bits(
     backend: Backend, x: np.ndarray, clean: Results, family: str, kind: str, activation: str
 ) -> None:
     """Compare the results with a special channel in `x` with those without."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from bnkernels.ops.activations import Activation
 from bnkernels.ops.batch_norm.problem import Options, Plan, Stage
+from bnkernels.ops.exact_sums import mean, total
 
 DOUBLE = np.dtype(np.float64)
 
@@ -81,12 +81,6 @@ def _count(plan: Plan, valid: np.ndarray | None) -> np.ndarray:
     return valid.sum(1, keepdims=True, dtype=DOUBLE)
 
 
-def _sum(rows: np.ndarray) -> np.ndarray:
-    """Return the sums over the rows, (groups, 1, C), by way of those of blocks, which lose fewer digits."""
-    count = rows.shape[1]
-    return np.add.reduceat(rows, range(0, count, math.isqrt(count)), axis=1).sum(1, keepdims=True)
-
-
 def _by_group(plan: Plan, array: np.ndarray | None, absent: float = 0.0) -> np.ndarray:
     """Return gamma, beta or running statistics as (groups or 1, 1, C) in the accumulator's type."""
     if array is None:
@@ -97,26 +91,25 @@ def _by_group(plan: Plan, array: np.ndarray | None, absent: float = 0.0) -> np.n
 def _moments(plan: Plan, x: np.ndarray, valid: np.ndarray | None) -> _Moments:
     """Return the moments of the valid rows.
 
-    A constant channel has exactly its number as mean, and no squares: float64 is first shifted by its first valid row,
-    and what rounding leaves of the mean is taken in a second pass. Float32 is summed exactly as it is.
+    A constant channel has exactly its number as mean, and no squares: numbers are first shifted by its first valid row,
+    and what rounding leaves of the mean is taken in a second pass.
     """
     count = _count(plan, valid)
-    divisor, first = np.maximum(count, 1), np.zeros((1, 1, 1))
-    if x.dtype == DOUBLE:
-        at = 0 if valid is None else valid.argmax(1)[:, None]
-        first = x[:, :1] if valid is None else np.take_along_axis(x, np.broadcast_to(at, (len(x), 1, x.shape[2])), 1)
+    divisor, x = np.maximum(count, 1), x.astype(DOUBLE)
+    at = 0 if valid is None else valid.argmax(1)[:, None]
+    first = x[:, :1] if valid is None else np.take_along_axis(x, np.broadcast_to(at, (len(x), 1, x.shape[2])), 1)
     weight = 1.0 if valid is None else valid.astype(DOUBLE)
-    if x.dtype == DOUBLE:
-        first = first + _sum((x - first) * weight) / divisor
-    centred = (x.astype(DOUBLE) - first) * weight
-    rest = _sum(centred) / divisor
+    shift = first + mean((x - first) * weight, 1, divisor)
+    shift = np.where(np.isfinite(shift), shift, mean(x * weight, 1, divisor))  # the distance may be out of range
+    centred = (x - shift) * weight
+    rest = mean(centred, 1, divisor)
     centred -= rest
     if valid is not None:
         centred *= weight
-    mean = (first + rest).astype(x.dtype)
-    low = (first - mean) + rest
+    high = (shift + rest).astype(plan.acc_dtype).astype(DOUBLE)
+    low = (shift - high) + rest
     centred *= centred
-    return _Moments(np.broadcast_to(count, mean.shape), mean.astype(DOUBLE), low, _sum(centred))
+    return _Moments(np.broadcast_to(count, high.shape), high, low, total(centred, 1))
 
 
 def _normalise(plan: Plan, arrays: dict[str, Any], mean: Any, low: Any, rstd: Any, r: Any, d: Any) -> _Normalisation:
@@ -152,7 +145,7 @@ def _concluded(plan: Plan, arrays: dict[str, Any], options: Options, moments: _M
         d = np.where(some, np.clip(distance * running, -d_max, d_max), 0).astype(dtype)
     rows = (moments.mean, moments.mean_low, rstd, r, d)[: plan.statistic_rows]
     arrays["statistics"][...] = np.concatenate(rows, 1).reshape(arrays["statistics"].shape)
-    _update(arrays["running_mean"], options.momentum, moments.mean, some)
+    _update(arrays["running_mean"], options.momentum, moments.mean + moments.mean_low, some)
     divisor = moments.count - options.unbiased
     unbiased = moments.m2 / np.maximum(divisor, 1)
     _update(arrays["running_var"], options.momentum, unbiased, some & (divisor > 0))
@@ -218,9 +211,13 @@ def _backward(plan: Plan, arrays: dict[str, Any], options: Options) -> None:
     centred = _centred(x, of, valid)
     g = _gradient(options.phi, dy, centred, of, residual)  # 0 where dy is
     if stage == Stage.APPLY:
-        sum_g, sum_g_xhat, count = arrays["sums"].astype(DOUBLE)
+        *sums, count = arrays["sums"].astype(DOUBLE)
+        mean_g, mean_g_xhat = (one / np.maximum(count, 1) for one in sums)
     else:
-        sum_g, sum_g_xhat, count = _sum(g), _sum(g * centred) * of.rstd, _count(plan, valid)
+        count, products = _count(plan, valid), g * centred
+        sum_g, sum_products = total(g, 1), total(products, 1)
+        sum_g_xhat, divisor = sum_products * of.rstd, np.maximum(count, 1)
+        mean_g, mean_g_xhat = mean(g, 1, divisor, sum_g), mean(products, 1, divisor, sum_products) * of.rstd
     if stage == Stage.COLLECT:
         arrays["sums"][...] = np.concatenate((sum_g, sum_g_xhat, np.broadcast_to(count, sum_g.shape)), 1)[0]
         return
@@ -229,10 +226,9 @@ def _backward(plan: Plan, arrays: dict[str, Any], options: Options) -> None:
         arrays["dbeta"][...] = sum_g.sum((0, 1))
     _bring_back(plan, g, valid, arrays["dresidual"])
     if stage != Stage.FROZEN:
-        count = np.maximum(count, 1)
-        centred *= sum_g_xhat * of.rstd / count
+        centred *= mean_g_xhat * of.rstd
         g -= centred
-        g -= sum_g / count
+        g -= mean_g
     g *= of.scale
     _bring_back(plan, g, valid, arrays["dx"])
 
@@ -258,7 +254,7 @@ def _double_backward(plan: Plan, arrays: dict[str, Any], options: Options) -> No
 
     def project(a: np.ndarray) -> np.ndarray:
         """Return P a: what passes through the mean and the variance."""
-        return a - _sum(a) / rows - xhat * (_sum(a * xhat) / rows)
+        return a - total(a, 1) / rows - xhat * (total(a * xhat, 1) / rows)
 
     g = phi.backward(np, dy, taken)
     w, h, e = ddgamma * xhat + ddbeta, ddgamma * g, np.zeros((1, 1, plan.problem.channels))
@@ -267,12 +263,12 @@ def _double_backward(plan: Plan, arrays: dict[str, Any], options: Options) -> No
     if ddx is not None:
         v = ddx.astype(DOUBLE)
         w += scale * project(v)
-        h -= scale * (v * (_sum(g * xhat) / rows) + g * (_sum(v * xhat) / rows))
-        e = _sum(v * project(g))
+        h -= scale * (v * (total(g * xhat, 1) / rows) + g * (total(v * xhat, 1) / rows))
+        e = total(v * project(g), 1)
     q = np.zeros(z.shape) if phi.is_piecewise_linear else w * (dy * phi.second(np, z))
     h += gamma * q
-    arrays["dgamma"][...] = (_sum(q * xhat) + rstd * e)[0, 0]
-    arrays["dbeta"][...] = _sum(q)[0, 0]
+    arrays["dgamma"][...] = (total(q * xhat, 1) + rstd * e)[0, 0]
+    arrays["dbeta"][...] = total(q, 1)[0, 0]
     _bring_back(plan, rstd * (project(h) - xhat * (scale * e / rows)), None, arrays["dx"])
     _bring_back(plan, phi.backward(np, w, taken), None, arrays["ddy"])
     _bring_back(plan, q, None, arrays["dresidual"])
@@ -297,12 +293,12 @@ def merge(
     divisor, some = np.maximum(count, 1), count > 0
     first = highs[(counts > 0).argmax(0), np.arange(len(count))]  # all means are taken from here: equal ones stay exact
     shift = (counts * ((highs - first) + lows)).sum(0) / divisor
-    mean = (first + shift).astype(dtype)
-    low = (first - mean) + shift
-    distances = ((highs - mean) + lows) - low
+    high = (first + shift).astype(dtype)
+    low = (first - high) + shift
+    distances = ((highs - high) + lows) - low
     m2 = (m2s + np.where(counts > 0, counts * distances**2, 0)).sum(0)
     rstd = np.where(some, 1 / np.sqrt((m2 / divisor).astype(dtype) + dtype.type(eps)), 0)
-    merged[...] = count, mean, low, m2
-    statistics[...] = mean, low, rstd
-    _update(running_mean, momentum, mean.astype(DOUBLE), some)
+    merged[...] = count, high, low, m2
+    statistics[...] = high, low, rstd
+    _update(running_mean, momentum, high.astype(DOUBLE) + low, some)
     _update(running_var, momentum, m2 / np.maximum(count - unbiased, 1), some & (count - unbiased > 0))

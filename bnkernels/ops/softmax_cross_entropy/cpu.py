@@ -18,7 +18,7 @@ Order:    Sums of short rows class by class, of long ones in LANES lanes that ar
 import numpy as np
 
 from bnkernels.ops.softmax_cross_entropy.reference import label_out_of_range
-from bnkernels.runtime.cpu.language import DOUBLE, LINE, device, kernel, part, stack
+from bnkernels.runtime.cpu.language import LINE, device, kernel, part, stack
 from bnkernels.runtime.cpu.mathematics import exp, maximum
 from bnkernels.runtime.cpu.threads import share
 
@@ -58,7 +58,7 @@ def short_rows(logits, labels, loss, dlogits, first, last):
     zero = loss.dtype.type(0)
     source, target = logits.reshape(logits.size), dlogits.reshape(dlogits.size)
     block, top, scale = stack(zero, BLOCK), stack(zero, STRIP), stack(zero, STRIP)
-    total = stack(DOUBLE(0), STRIP)
+    total = stack(np.float64(0), STRIP)
     strip = min(STRIP, (BLOCK // classes) & ~7)
     for start in range(first, last, strip):
         count = min(strip, last - start)
@@ -82,7 +82,7 @@ def short_rows(logits, labels, loss, dlogits, first, last):
             for i in range(width):
                 line[i] = exp(line[i] - top[i])
             for i in range(width):
-                total[i] += DOUBLE(line[i])
+                total[i] += np.float64(line[i])
         for i in range(count):
             loss[start + i] = np.log(total[i]) - loss[start + i]
         for i in range(width):
@@ -95,7 +95,7 @@ def short_rows(logits, labels, loss, dlogits, first, last):
                 column[i * classes] = line[i] * scale[i]
         for i in range(count):
             label = labels[start + i]
-            target[(start + i) * classes + label] = DOUBLE(block[label * strip + i]) * total[i] - 1.0 / rows
+            target[(start + i) * classes + label] = np.float64(block[label * strip + i]) * total[i] - 1.0 / rows
 
 
 @kernel
@@ -104,7 +104,7 @@ def long_rows(logits, labels, loss, dlogits, first, last):
     rows, classes = logits.shape
     zero = loss.dtype.type(0)
     source, target = logits.reshape(logits.size), dlogits.reshape(dlogits.size)
-    line, highest, sums = stack(zero, LINE), stack(zero, LANES), stack(DOUBLE(0), LANES)
+    line, highest, sums = stack(zero, LINE), stack(zero, LANES), stack(np.float64(0), LANES)
     lanes = whole(min(classes, LINE)) // 8
     for row in range(first, last):
         z, d = part(source, row * classes, classes), part(target, row * classes, classes)
@@ -137,7 +137,7 @@ def long_rows(logits, labels, loss, dlogits, first, last):
             of_label = line[label]
             for j in range(classes):
                 d[j] = line[j] * scale
-        d[label] = DOUBLE(of_label) * factor - 1.0 / rows
+        d[label] = np.float64(of_label) * factor - 1.0 / rows
 
 
 @device
@@ -189,8 +189,8 @@ def add(line, sums):
     """Add the numbers of a line to lanes."""
     a, b, c, d, e, f, g, h = eighths(line)
     for j in range(len(a)):
-        one = (DOUBLE(a[j]) + DOUBLE(b[j])) + (DOUBLE(c[j]) + DOUBLE(d[j]))
-        other = (DOUBLE(e[j]) + DOUBLE(f[j])) + (DOUBLE(g[j]) + DOUBLE(h[j]))
+        one = (np.float64(a[j]) + np.float64(b[j])) + (np.float64(c[j]) + np.float64(d[j]))
+        other = (np.float64(e[j]) + np.float64(f[j])) + (np.float64(g[j]) + np.float64(h[j]))
         sums[j] += one + other
 
 

@@ -29,7 +29,6 @@ device = cached(forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True
 inner = cached(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)
 
 LINE = 1024  # numbers that are worked on at a time: 4 KiB of float32, and a few such lines fit into the L1 cache
-SINGLE, DOUBLE = np.float32, np.float64
 # Examples of the numbers of a data type: by the type of such an argument, `like`, a kernel is compiled for that of its
 # data. Those of 16 bits are bits, and told apart by these types.
 LIKE = {"float32": np.float32(0), "float64": np.float64(0), "float16": np.int16(0), "bfloat16": np.uint16(0)}
@@ -84,7 +83,7 @@ def _array_at(dtype: types.Type) -> Any:
 
 
 int8s, int32s, int64s = _array_at(types.uint8), _array_at(types.int32), _array_at(types.int64)
-singles, doubles = _array_at(types.float32), _array_at(types.float64)
+doubles = _array_at(types.float64)
 
 
 @intrinsic

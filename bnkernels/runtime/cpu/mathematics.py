@@ -97,7 +97,7 @@ def _by_type(single: Callable, double: Callable) -> Callable:
     """Return the function that is `single` of float32 and `double` of float64 numbers, in kernels only."""
 
     def function(x: Any) -> Any:
-        raise NotImplementedError("only kernels can call it")
+        raise TypeError("only kernels can call it")
 
     @overload(function, jit_options={"forceinline": True})
     def choose(x):

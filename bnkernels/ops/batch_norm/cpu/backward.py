@@ -85,7 +85,7 @@ FACTOR, GRADIENT_SHIFT = 4, 5  # lines of columns behind those of the normalisat
 
 
 @device
-def _rows_as_stored(a, dy, x):
+def _raw_rows(a, dy, x):
     """Return whether the rows of dy and x can be used as they lie in memory."""
     curved = a.activation != 0 or a.alpha != 1.0
     return not curved and not to_be_cleared(a) and in_order(a, dy) and in_order(a, x)
@@ -137,13 +137,13 @@ def _sum(a, like, dy, x, residual, group, first, channels, block, state):
     whole, length = columns_of(a, channels)
     begin_sums(a, like, channels, shift, unit, low, sums, length)
     spread_normalisation(a, like, normalisation, channels, length, columns)
-    as_stored, found = _rows_as_stored(a, dy, x), 0
+    raw, found = _raw_rows(a, dy, x), 0
     for row in range(rows_before(a, block), rows_before(a, block + 1)):
         if skipped(a, group, row):
             continue
         for column in range(0, whole, length):
             count, own = own_columns(a, row, min(length, whole - column)), part(lines, found * 4 * LINE, 4 * LINE)
-            if as_stored:
+            if raw:
                 g, values = row_of(a, like, dy, row, first, column), row_of(a, like, x, row, first, column)
             else:
                 g, values = _gradient(a, like, dy, x, residual, group, row, first, column, count, columns, own)
@@ -151,20 +151,20 @@ def _sum(a, like, dy, x, residual, group, first, channels, block, state):
             if is_double(like):
                 add_product_exactly(g, values, count, sums)
             elif count < length:
-                _add(like, as_stored, part(waiting, found, 1), part(waiting_x, found, 1), 1, count, sums)
+                _add(like, raw, part(waiting, found, 1), part(waiting_x, found, 1), 1, count, sums)
             else:
                 found += 1
                 if found == PRODUCTS_TOGETHER:
-                    _add(like, as_stored, waiting, waiting_x, found, length, sums)
+                    _add(like, raw, waiting, waiting_x, found, length, sums)
                     found = 0
-    _add(like, as_stored, waiting, waiting_x, found, length, sums)
+    _add(like, raw, waiting, waiting_x, found, length, sums)
     end_sums(a, sums, length, first, channels, block, state)
 
 
 @inner
-def _add(like, as_stored, gradients, rows, found, count, sums):
+def _add(like, raw, gradients, rows, found, count, sums):
     """Add rows that lie in memory as they are stored, or in lines."""
-    if as_stored:
+    if raw:
         add_products(like, gradients, rows, found, count, sums)
     else:
         add_products(accumulator(like), gradients, rows, found, count, sums)
@@ -263,7 +263,7 @@ def _write(a, like, dy, x, residual, group, first, channels, count_of_group, blo
     _choose_factors(a, like, first, count_of_group, normalisation, state, factor, shift)
     dx, dresidual = output_of(a, a.dx, group), output_of(a, a.dresidual, group)
     direct = size_of(like) > 2 and dx.address != x.address and dx.address != dy.address
-    direct, as_stored = direct and dx.address != residual.address, _rows_as_stored(a, dy, x)
+    direct, raw = direct and dx.address != residual.address, _raw_rows(a, dy, x)
     whole, length = columns_of(a, channels)
     spread_normalisation(a, like, normalisation, channels, length, columns)
     spread_line(a, like, factor, channels, length, columns, FACTOR)
@@ -278,7 +278,7 @@ def _write(a, like, dy, x, residual, group, first, channels, count_of_group, blo
                     store_zeros(like, out_residual, count)
                 continue
             line = out if direct else line_of(lines, 4)
-            if as_stored:
+            if raw:
                 g, values = row_of(a, like, dy, row, first, column), row_of(a, like, x, row, first, column)
                 if dresidual.address != 0:
                     copy_line(like, g, out_residual, count)

@@ -101,7 +101,7 @@ def _sum(a, like, x, group, first, channels, block, state):
     lines, columns, waiting = stack(1.0, 8192), stack(1.0, 7168), stack(np.uint64(0), 8)
     shift, unit = quantity_of(a, state, SHIFT, first, channels), quantity_of(a, state, UNIT, first, channels)
     acc, clears, found = accumulator(like), to_be_cleared(a), 0
-    as_stored = in_order(a, x) and not clears
+    raw = in_order(a, x) and not clears
     whole, length = columns_of(a, channels)
     begin_sums(a, like, channels, shift, unit, unit, columns, length)
     for row in range(rows_before(a, block), rows_before(a, block + 1)):
@@ -109,7 +109,7 @@ def _sum(a, like, x, group, first, channels, block, state):
             continue
         for column in range(0, whole, length):
             count, line = own_columns(a, row, min(length, whole - column)), line_of(lines, found)
-            if as_stored:
+            if raw:
                 values = row_of(a, like, x, row, first, column)
             else:
                 values = load_row(a, like, x, row, first, column, count, line)
@@ -121,20 +121,20 @@ def _sum(a, like, x, group, first, channels, block, state):
             if is_double(like):
                 add_row_exactly(values, count, columns)
             elif count < length:
-                _add(like, as_stored, part(waiting, found, 1), 1, count, columns)
+                _add(like, raw, part(waiting, found, 1), 1, count, columns)
             else:
                 found += 1
                 if found == TOGETHER:
-                    _add(like, as_stored, waiting, found, length, columns)
+                    _add(like, raw, waiting, found, length, columns)
                     found = 0
-    _add(like, as_stored, waiting, found, length, columns)
+    _add(like, raw, waiting, found, length, columns)
     end_sums(a, columns, length, first, channels, block, state)
 
 
 @inner
-def _add(like, as_stored, rows, found, count, columns):
+def _add(like, raw, rows, found, count, columns):
     """Add rows that lie in memory as they are stored, or in lines."""
-    if as_stored:
+    if raw:
         add_rows(like, rows, found, count, columns)
     else:
         add_rows(accumulator(like), rows, found, count, columns)
@@ -228,7 +228,7 @@ def _write(a, like, x, residual, y, group, first, channels, block):
         clear_sums(nothing)
     # In place a row is computed in a line: what may overlap is not vectorised.
     direct = size_of(like) > 2 and y.address != x.address and y.address != residual.address
-    as_stored = in_order(a, x)
+    raw = in_order(a, x)
     normalise(a, like, group, first, channels, normalisation)
     whole, length = columns_of(a, channels)
     spread_normalisation(a, like, normalisation, channels, length, columns)
@@ -241,7 +241,7 @@ def _write(a, like, x, residual, y, group, first, channels, block):
             z, added = out if direct else line_of(lines, 0), residual.address
             if added != 0:
                 added = load_row(a, like, residual, row, first, column, count, line_of(lines, 1))
-            if as_stored:
+            if raw:
                 before_activation(like, row_of(a, like, x, row, first, column), added, columns, z, count)
             else:
                 values = load_row(a, like, x, row, first, column, count, line_of(lines, 0))
