@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from bnkernels.runtime.cpu.language import DOUBLE, cast, kernel, part, stack
+from bnkernels.runtime.cpu.language import cast, kernel, part, stack
 from bnkernels.runtime.cpu.mathematics import keep_where
 
 STRIP = 256  # channels that are merged at a time
@@ -28,16 +28,16 @@ def _merge(moments, statistics, merged, running_mean, running_var, momentum, cor
             of_count, of_mean = part(moments, at, size), part(moments, at + channels, size)
             of_low = part(moments, at + 2 * channels, size)
             for j in range(size):
-                number, centre = DOUBLE(of_count[j]), DOUBLE(of_mean[j])
+                number, centre = np.float64(of_count[j]), np.float64(of_mean[j])
                 given = number > 0  # an empty part counts by its count alone
                 first = mean[j] + keep_where(given & (count[j] == 0), centre)  # equal means stay exact
-                distance = (centre - first) + DOUBLE(of_low[j])
+                distance = (centre - first) + np.float64(of_low[j])
                 count[j] += keep_where(given, number)
                 low[j] += keep_where(given, number * distance)
                 mean[j] = first
         for j in range(size):
             shift = low[j] / max(count[j], 1.0)
-            rounded = DOUBLE(cast(mean[j] + shift, one))
+            rounded = np.float64(cast(mean[j] + shift, one))
             low[j] = (mean[j] - rounded) + shift
             mean[j] = rounded
         for k in range(parts):
@@ -45,9 +45,9 @@ def _merge(moments, statistics, merged, running_mean, running_var, momentum, cor
             of_count, of_mean = part(moments, at, size), part(moments, at + channels, size)
             of_low, of_m2 = part(moments, at + 2 * channels, size), part(moments, at + 3 * channels, size)
             for j in range(size):
-                number = DOUBLE(of_count[j])
-                distance = ((DOUBLE(of_mean[j]) - mean[j]) + DOUBLE(of_low[j])) - low[j]
-                m2[j] += keep_where(number > 0, DOUBLE(of_m2[j]) + number * (distance * distance))
+                number = np.float64(of_count[j])
+                distance = ((np.float64(of_mean[j]) - mean[j]) + np.float64(of_low[j])) - low[j]
+                m2[j] += keep_where(number > 0, np.float64(of_m2[j]) + number * (distance * distance))
         for row in range(4):
             line, out = part(lines, row * STRIP, size), part(merged, row * channels + start, size)
             for j in range(size):
@@ -62,9 +62,9 @@ def _merge(moments, statistics, merged, running_mean, running_var, momentum, cor
         for j in range(size):
             c = start + j
             if count[j] > 0.0 and len(running_mean) > 0:
-                running_mean[c] = (1.0 - momentum) * DOUBLE(running_mean[c]) + momentum * (mean[j] + low[j])
+                running_mean[c] = (1.0 - momentum) * np.float64(running_mean[c]) + momentum * (mean[j] + low[j])
             if count[j] > correction and len(running_var) > 0:
-                running_var[c] = (1.0 - momentum) * DOUBLE(running_var[c]) + momentum * (
+                running_var[c] = (1.0 - momentum) * np.float64(running_var[c]) + momentum * (
                     m2[j] / (count[j] - correction)
                 )
 
