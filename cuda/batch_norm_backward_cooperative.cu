@@ -1,16 +1,21 @@
-// Gradients of batch normalisation in training by cooperative blocks on the whole device; rows of 16 bytes.
+// Gradients of batch normalisation in training by cooperative blocks on the whole device.
 //
-// Formulas:  as in batch_norm_backward.cu, for batch statistics.
-// Arrays:    dy, x, residual (outer, C, inner), dx and dresidual in C order, of type T: float or 16 bits, all with
-//            strides and addresses as in batch_norm_forward_cooperative.cu. The other arrays as in
-//            batch_norm_backward.cu, of float. partial (2, columns, splits, 2, w) of float; barrier_counter: a counter
-//            for every column.
-// Launch:    As batch_norm_forward_cooperative.cu; shared memory 8 w workers bytes and 32 threads held, for x and dy.
+// Formulas:  as in batch_norm_backward.cu, for batch statistics, without renormalisation.
+// Arrays:    dy, x, residual (groups, outer, C, inner), dx and dresidual in C order, of type T, all with strides and
+//            addresses as in batch_norm_forward_cooperative.cu, and mask. The other arrays as in batch_norm_backward.cu
+//            of the accumulator's type A. partial (2, columns, splits, 2, w) of A, and behind it (2, columns, 2, w) and
+//            of groups (columns, 4, w); these only if splits > 1; then (columns, 2, w) if columns share the groups of a
+//            slice; behind ten times (columns, w), if masked, (2, columns, splits) of unsigned. barrier_counter: three
+//            counters for every column.
+// Launch:    As batch_norm_forward_cooperative.cu, with the same constants; shared memory for 14 w, of groups 18 w, + 2
+//            w workers numbers, and twice the rows: of x and dy.
 // Traffic:   2 N C reads and N C writes of T as long as all rows are held. The other rows are read twice, the second
-//            time in descending order. A residual is read twice, its gradient written once. The blocks exchange 16
-//            splits bytes a channel.
-// Numerics:  As batch_norm_backward.cu: both sums in pairs. Deterministic: a thread's rows, then workers 8 at a time,
-//            then splits 8 at a time, always in ascending order.
+//            time in descending order. A residual is read twice, its gradient written once. The mask as in the forward.
+//            The last block of a column reads 8 splits bytes a channel, the others 8.
+// Numerics:  Plain sums of whole vectors that are held; other rows eight at a time, added up in pairs; workers eight at
+//            a time; blocks in pairs. All but a thread's own are sums of g / 2^m, where 2^m is N or more: finite
+//            gradients have finite means. Sums over groups in pairs. Deterministic: always in ascending order. A mask
+//            of all true changes no bit.
 // Reference: Ioffe and Szegedy, Batch Normalization, 2015, arXiv:1502.03167, section 3.
 // Called by: bnkernels/ops/batch_norm/training.py
 #include "lib/kernel.cuh"
@@ -19,231 +24,494 @@
 #include "lib/reduce/cooperative_slices.cuh"
 #include "lib/reduce/normalisation.cuh"
 
-constexpr int CHUNK = 2;  // rows of x and of dy that a thread has in flight
+constexpr int SUMMED = 8;  // rows that are summed before they are added to others in a pair
 
-template <typename T>
+template <typename T, typename A = typename Packed<T>::Number>
 struct BatchNormBackwardCooperative {
     const T* dy;
     const T* x;
     const T* residual;
-    const float* gamma;
-    const float* beta;
-    const float* mean;
-    const float* mean_low;
-    const float* rstd;
+    const char* mask;
+    const A* gamma;
+    const A* beta;
+    const A* mean;
+    const A* mean_low;
+    const A* rstd;
     T* dx;
-    float* dgamma;
-    float* dbeta;
+    A* dgamma;
+    A* dbeta;
     T* dresidual;
-    float* partial;
+    A* partial;
     unsigned* barrier_counter;
-    long long outer, channels, inner;
-    long long dy_outer, dy_channel;  // strides, in elements
-    long long x_outer, x_channel;
-    long long residual_outer, residual_channel;
-    long long held;  // rows of a thread that stay in shared memory
-    float alpha;
-    int activation;
+    long long groups, outer, channels, inner;
+    long long dy_group, dy_outer, dy_channel;  // strides, in elements
+    long long x_group, x_outer, x_channel;
+    long long residual_group, residual_outer, residual_channel;
+    long long mask_group, mask_outer;
+    long long held, stages;  // rows of a thread that stay in shared memory, of each of one or two slices
+    A alpha;
+    int activation, masked;
 };
 
-// Sums over rows: of g, and of g (x - mean).
-struct PartialSums {
-    static constexpr int QUANTITIES = 2;
+template <typename L>
+using Arguments = BatchNormBackwardCooperative<typename L::T>;
 
-    static __device__ __forceinline__ void merge(float* to, long long to_plane, const float* slots, long long plane,
-                                                 long long pitch, const RowCounts&, int first, int last, int step) {
-        Pair<float> g = {0.0f, 0.0f}, g_centred = {0.0f, 0.0f};
-        for (int worker = first; worker < last; worker += step, slots += pitch) {
-            g = add(g, slots[0]);
-            g_centred = add(g_centred, slots[plane]);
-        }
-        to[0] = value(g);
-        to[to_plane] = value(g_centred);
-    }
-};
+// The argument of one group.
+template <typename L>
+__device__ __forceinline__ Arguments<L> of_group(Arguments<L> a, long long group) {
+    if (a.groups == 1) return a;
+    const long long size = a.outer * a.channels * a.inner, statistics = group * 3 * a.channels;
+    a.dy += group * a.dy_group;
+    a.x += group * a.x_group;
+    move(a.residual, group * a.residual_group);
+    move(a.mask, group * a.mask_group);
+    a.mean += statistics;
+    a.mean_low += statistics;
+    a.rstd += statistics;
+    a.dx += group * size;
+    move(a.dresidual, group * size);
+    return a;
+}
 
-template <typename T, int THREAD_CHANNELS>
-__device__ __forceinline__ void load_channels(Affine<float> (&channels)[THREAD_CHANNELS],
-                                              const BatchNormBackwardCooperative<T>& a, long long c) {
-#pragma unroll
-    for (int i = 0; i < THREAD_CHANNELS; ++i)
-        channels[i] = {{a.mean[c + i], a.mean_low[c + i]},
-                       a.gamma ? a.gamma[c + i] * a.rstd[c + i] : a.rstd[c + i],
-                       a.beta ? a.beta[c + i] : 0.0f};
+// Puts the map of every channel of a slice into shared memory, for all threads of the block.
+template <typename L>
+__device__ __forceinline__ void share_channels(const Arguments<L>& a, long long first,
+                                               const SliceReduction<typename L::A>& reduction, typename L::A* maps) {
+    using A = typename L::A;
+    const long long c = first + reduction.channel;
+    const int width = reduction.width;
+    if (reduction.part != 0 || c >= a.channels) return;
+    maps += reduction.channel;
+    maps[0] = a.mean[c];
+    maps[width] = a.mean_low[c];
+    maps[2 * width] = a.gamma ? a.gamma[c] * a.rstd[c] : a.rstd[c];
+    maps[3 * width] = a.beta ? a.beta[c] : A(0);
+}
+
+// A power of two, at most a positive number: half the one at or below it.
+__device__ __forceinline__ float power_below(float value) {
+    return bnk_float_of((bnk_bits_of(value) & 0x7f800000u) - 0x00800000u);
+}
+__device__ __forceinline__ double power_below(double value) {
+    return bnk_double_of((bnk_high_bits_of(value) & 0x7ff00000u) - 0x00100000u, 0u);
 }
 
 // The inputs of a row.
+template <typename L>
 struct Inputs {
-    Vector x, dy, residual;
+    typename L::RowVector x, dy, residual;
 };
 
 // x - mean and g of a row.
-template <typename T>
+template <typename L>
 struct RowGradient {
-    static constexpr int COUNT = Packed<T>::COUNT;
-    float centred[COUNT], g[COUNT];
+    using T = typename L::T;
+    using A = typename L::A;
+    static constexpr int COUNT = L::COUNT;
+    A centred[COUNT], g[COUNT];
 
-    template <int THREAD_CHANNELS>
-    __device__ __forceinline__ RowGradient(const BatchNormBackwardCooperative<T>& a,
-                                           const Affine<float> (&channels)[THREAD_CHANNELS], const Inputs& row) {
-        float z[COUNT];
+    __device__ __forceinline__ RowGradient(const Arguments<L>& a, const Affine<A> (&channels)[L::THREAD_CHANNELS],
+                                           const Inputs<L>& row) {
+        A x[COUNT], residual[COUNT], z[COUNT];
+        unpack<T>(row.x, x);
+        unpack<T>(row.dy, g);
+        if (a.residual) unpack<T>(row.residual, residual);
 #pragma unroll
         for (int i = 0; i < COUNT; ++i) {
-            const Affine<float>& channel = channels[THREAD_CHANNELS == 1 ? 0 : i];
-            centred[i] = subtract(Packed<T>::get(row.x, i), channel.mean);
-            g[i] = Packed<T>::get(row.dy, i);
+            const Affine<A>& channel = channels[L::THREAD_CHANNELS == 1 ? 0 : i];
+            centred[i] = subtract(x[i], channel.mean);
             z[i] = channel.of_centred(centred[i]);
-            if (a.residual) z[i] += Packed<T>::get(row.residual, i);
+            if (a.residual) z[i] += residual[i];
         }
         activation_backward_all(g, z, a.activation, a.alpha);
     }
 };
 
-template <typename T, bool CHANNELS_LAST>
-__device__ __forceinline__ Vector load_residual(const BatchNormBackwardCooperative<T>& a,
-                                                const ThreadRows<T, CHANNELS_LAST>& thread_rows,
-                                                const Rows<CHANNELS_LAST>& row, long long c) {
-    if (!a.residual) return {};
-    return bnk_load_vector(a.residual + thread_rows.at(row, a.residual_outer, a.residual_channel, c));
-}
+// The inputs of a channel.
+template <typename L>
+struct Channel {
+    using Rows = ThreadRows<L>;
+    using Row = typename Rows::Row;
+    using RowVector = typename L::RowVector;
 
-template <typename T, bool CHANNELS_LAST>
-__device__ __forceinline__ Inputs load_inputs(const BatchNormBackwardCooperative<T>& a,
-                                              const ThreadRows<T, CHANNELS_LAST>& thread_rows,
-                                              const Rows<CHANNELS_LAST>& row, long long c) {
-    return {bnk_load_vector(a.x + thread_rows.at(row, a.x_outer, a.x_channel, c)),
-            bnk_load_vector(a.dy + thread_rows.at(row, a.dy_outer, a.dy_channel, c)),
-            load_residual(a, thread_rows, row, c)};
-}
+    const Arguments<L>& a;
+    const Rows& rows;
+    long long c;
 
-// Sums the thread's rows of its channels c, c + 1, ... into its slot; keeps the first rows in shared memory.
-template <typename T, bool CHANNELS_LAST, int THREAD_CHANNELS>
-__device__ __forceinline__ void read_rows(const BatchNormBackwardCooperative<T>& a,
-                                          const ThreadRows<T, CHANNELS_LAST>& thread_rows, long long c,
-                                          const Affine<float> (&channels)[THREAD_CHANNELS], const ThreadVectors& held_x,
-                                          const ThreadVectors& held_dy, float* slot, int plane) {
-    Pair<float> g[THREAD_CHANNELS], g_centred[THREAD_CHANNELS];
-#pragma unroll
-    for (int i = 0; i < THREAD_CHANNELS; ++i) g[i] = g_centred[i] = {0.0f, 0.0f};
-    Rows<CHANNELS_LAST> row = thread_rows.from(0);
-    for (long long first = 0; row.inside(); first += CHUNK) {
-        Inputs chunk[CHUNK];
-        int count = 0;
-#pragma unroll
-        for (int i = 0; i < CHUNK; ++i)
-            if (row.inside()) {
-                chunk[i] = load_inputs(a, thread_rows, row, c);
-                row.advance();
-                ++count;
-            }
-#pragma unroll 1
-        for (int i = 0; i < count; ++i) {
-            if (first + i < a.held) {
-                held_x[first + i] = chunk[0].x;
-                held_dy[first + i] = chunk[0].dy;
-            }
-            const RowGradient<T> gradient(a, channels, chunk[0]);
-#pragma unroll
-            for (int j = 0; j < RowGradient<T>::COUNT; ++j) {
-                const int own = THREAD_CHANNELS == 1 ? 0 : j;
-                g[own] = add(g[own], gradient.g[j]);
-                g_centred[own] = add(g_centred[own], gradient.g[j] * gradient.centred[j]);
-            }
-            rotate(chunk);
-        }
+    __device__ __forceinline__ RowVector load_x(const Row& row) const {
+        return load_words<sizeof(RowVector)>(rows.at(a.x + c * a.x_channel, a.x_outer, row));
     }
-#pragma unroll
-    for (int i = 0; i < THREAD_CHANNELS; ++i) {
-        slot[i] = value(g[i]);
-        slot[plane + i] = value(g_centred[i]);
+    __device__ __forceinline__ RowVector load_dy(const Row& row) const {
+        return load_words<sizeof(RowVector)>(rows.at(a.dy + c * a.dy_channel, a.dy_outer, row));
     }
-}
+    __device__ __forceinline__ RowVector load_residual(const Row& row) const {
+        if (!a.residual) return {};
+        return load_words<sizeof(RowVector)>(rows.at(a.residual + c * a.residual_channel, a.residual_outer, row));
+    }
 
-// Coefficients of dx = scale (g - mean_g - (x - mean) slope). Worker 0 of split 0 writes the parameters' gradients.
-template <int THREAD_CHANNELS>
-struct Means {
-    float g[THREAD_CHANNELS], slope[THREAD_CHANNELS];
+    // Whether the mask leaves a row.
+    __device__ __forceinline__ bool counts(const Row& row) const { return a.mask[row.outer * a.mask_outer] != 0; }
+};
 
-    template <typename Arguments>
-    __device__ __forceinline__ Means(const Arguments& a, long long c, const float* sums, int plane) {
-        const float n = float(a.outer * a.inner);
+// Sums over rows of a thread: of g, and of g (x - mean). Along inner the elements of a row have sums apart.
+template <typename L>
+struct RowSums {
+    static constexpr int COUNT = L::COUNT;
+    typename L::A g[COUNT] = {}, g_centred[COUNT] = {};
+
+    __device__ __forceinline__ void add(const RowGradient<L>& row) {
 #pragma unroll
-        for (int i = 0; i < THREAD_CHANNELS; ++i) {
-            const float rstd = a.rstd[c + i];
-            g[i] = sums[i] / n;
-            slope[i] = sums[plane + i] * rstd * rstd / n;
-            if (threadIdx.y == 0 && blockIdx.y == 0) {
-                if (a.dgamma) a.dgamma[c + i] = sums[plane + i] * rstd;
-                if (a.dbeta) a.dbeta[c + i] = sums[i];
-            }
+        for (int i = 0; i < COUNT; ++i) {
+            g[i] += row.g[i];
+            g_centred[i] = fma(row.g[i], row.centred[i], g_centred[i]);
         }
     }
 };
 
-// Descending order: the rows that are read again were read last.
-template <typename T, bool CHANNELS_LAST, int THREAD_CHANNELS>
-__device__ __forceinline__ void write_rows(const BatchNormBackwardCooperative<T>& a,
-                                           const ThreadRows<T, CHANNELS_LAST>& thread_rows, long long c,
-                                           const Affine<float> (&channels)[THREAD_CHANNELS],
-                                           const ThreadVectors& held_x, const ThreadVectors& held_dy,
-                                           const Means<THREAD_CHANNELS>& means) {
-    for (long long i = thread_rows.count() - 1; i >= 0; --i) {
-        const Rows<CHANNELS_LAST> row = thread_rows.from(i);
-        const Inputs inputs = i < a.held ? Inputs{held_x[i], held_dy[i], load_residual(a, thread_rows, row, c)}
-                                         : load_inputs(a, thread_rows, row, c);
-        const RowGradient<T> gradient(a, channels, inputs);
-        Vector dx, dresidual;
+// Sums the thread's rows of its channels c, c + 1, ... into its slot, times `weight`. Whole vectors that are held are
+// summed at once, all others SUMMED at a time.
+template <typename L>
+__device__ __forceinline__ void sum_rows(const Arguments<L>& a, const ThreadRows<L>& rows, long long c,
+                                         const typename L::Kept& kept, const Valid& valid,
+                                         const SliceReduction<typename L::A>& reduction, const typename L::A* maps,
+                                         typename L::A weight) {
+    using A = typename L::A;
+    constexpr int THREAD_CHANNELS = L::THREAD_CHANNELS;
+    const int held = min(valid.count, (int)a.held);
+    Affine<A> channels[THREAD_CHANNELS];
+    load_maps(channels, maps, reduction.width);
+    const Channel<L> inputs = {a, rows, c};
+    auto row = rows.first;
+    const auto* x = kept.own;
+    const int dy = (int)a.held * kept.threads;
+    const auto sum_held = [&](int first, int last) {
+        RowSums<L> sums;
+#pragma unroll(THREAD_CHANNELS > 4 ? 1 : 2)
+        for (int i = first; i < last; ++i, x += kept.threads, rows.advance(row)) {
+            if (a.masked && a.residual)
+                while (!inputs.counts(row)) rows.advance(row);
+            sums.add(RowGradient<L>(a, channels, {x[0], x[dy], inputs.load_residual(row)}));
+        }
+        return sums;
+    };
+    const int first_sum = sizeof(*x) < sizeof(Vector) ? min(held, SUMMED) : held;
+    const RowSums<L> first_rows = sum_held(0, first_sum);
+    A g[THREAD_CHANNELS], g_centred[THREAD_CHANNELS];
 #pragma unroll
-        for (int j = 0; j < RowGradient<T>::COUNT; ++j) {
+    for (int i = 0; i < THREAD_CHANNELS; ++i) {
+        g[i] = of_channel<THREAD_CHANNELS>(first_rows.g, i);
+        g_centred[i] = of_channel<THREAD_CHANNELS>(first_rows.g_centred, i);
+    }
+    if (first_sum < valid.count) {
+        LongSums<A, THREAD_CHANNELS> all_g(g), all_centred(g_centred);
+#pragma unroll 1
+        for (int i = first_sum; i < held; i += SUMMED) {
+            const RowSums<L> some = sum_held(i, min(i + SUMMED, held));
+            all_g.add_rows(some.g);
+            all_centred.add_rows(some.g_centred);
+        }
+        if (a.masked) row = rows.row(valid.rest);
+#pragma unroll 1
+        for (int first = valid.rest; first < rows.count; first += SUMMED) {
+            RowSums<L> some;
+#pragma unroll 1
+            for (int i = first; i < min(first + SUMMED, rows.count); ++i, rows.advance(row)) {
+                if (a.masked && !inputs.counts(row)) continue;
+                some.add(
+                    RowGradient<L>(a, channels, {inputs.load_x(row), inputs.load_dy(row), inputs.load_residual(row)}));
+            }
+            all_g.add_rows(some.g);
+            all_centred.add_rows(some.g_centred);
+        }
+        all_g.store(g);
+        all_centred.store(g_centred);
+    }
+    A* const slot = reduction.slot(threadIdx.x * THREAD_CHANNELS);
+#pragma unroll
+    for (int i = 0; i < THREAD_CHANNELS; ++i) {
+        slot[i] = weight * g[i];
+        slot[reduction.plane + i] = weight * g_centred[i];
+    }
+}
+
+// Sums over the rows of a slice: of g, and of g (x - mean).
+template <typename L>
+struct PartialSums {
+    using A = typename L::A;
+    static constexpr int QUANTITIES = 2;
+
+    const Arguments<L>& a;
+    const ThreadRows<L>& rows;
+    const SliceReduction<A>& reduction;
+    const Turns& turns;
+    int turn;
+    long long first;  // channel
+    bool odd;         // turn of the slice
+    A weight;         // of the sums
+
+    // A place behind the results of the blocks, which are not there if there is one block: the one with this index of
+    // those that have [channel], behind `numbers` of every column.
+    __device__ __forceinline__ A* behind_results(int numbers, long long index) const {
+        const long long columns = gridDim.x, results = gridDim.y == 1 ? 0 : 2 * columns * gridDim.y * QUANTITIES;
+        return a.partial + (results + numbers * columns + index) * reduction.width;
+    }
+
+    // Place of the coefficients of dx = scale (g - mean_g - (x - mean) slope), [2][channel]: in shared memory if there
+    // is one block.
+    __device__ __forceinline__ A* means() const {
+        if (gridDim.y == 1) return reduction.extra + (odd ? 12 : 10) * reduction.width;
+        return behind_results(0, 2 * ((odd ? (long long)gridDim.x : 0) + blockIdx.x));
+    }
+
+    // Place of the sums over groups, pairs of dgamma and dbeta, [4][channel]; as above.
+    __device__ __forceinline__ A* group_sums() const {
+        return gridDim.y == 1 ? reduction.extra + 14 * reduction.width : behind_results(4, 4 * (long long)blockIdx.x);
+    }
+
+    // Place of dgamma and dbeta of a run, [2][channel].
+    __device__ __forceinline__ A* run_sums(int run) const {
+        return behind_results(8, 2 * ((long long)run * turns.columns + turns.column()));
+    }
+
+    // Numbers of rows that a mask leaves.
+    __device__ __forceinline__ unsigned* counts() const { return reinterpret_cast<unsigned*>(behind_results(10, 0)); }
+
+    __device__ __forceinline__ void of_block(int channel, A* to, int pitch) const {
+        const A g = reduction.slots[channel], g_centred = reduction.slots[reduction.plane + channel];
+        to[0] = g;
+        to[pitch] = g_centred;
+        if (a.masked) reduction.leave_valid(counts(), odd);
+    }
+
+    __device__ __forceinline__ void add_blocks(A* to, int to_pitch, const A* partials, int pitch, int first,
+                                               int last) const {
+        Pair<A> g = {A(0), A(0)}, g_centred = {A(0), A(0)};
+#pragma unroll 4
+        for (int block = first; block < last; ++block) {
+            g = add(g, partials[block * QUANTITIES * pitch]);
+            g_centred = add(g_centred, partials[(block * QUANTITIES + 1) * pitch]);
+        }
+        to[0] = value(g);
+        to[to_pitch] = value(g_centred);
+        if (a.masked) reduction.add_valid(counts(), odd, first, last);
+    }
+
+    // Writes the means of a channel, and the gradients of its parameters or what they have of this group.
+    __device__ __forceinline__ void conclude(int channel, const A* merged, int pitch) const {
+        const long long c = first + channel;
+        if (c >= a.channels) return;
+        const A g = merged[0], g_centred = merged[pitch], rstd = of_group<L>(a, turns.group(turn)).rstd[c];
+        const A count = a.masked ? max(rows.values_of(*reduction.valid(odd)), A(1)) : A(a.outer * a.inner);
+        const A share = A(1) / (weight * count);
+        A* const mean = means() + channel;
+        mean[0] = share * g;
+        mean[reduction.width] = g_centred * rstd * rstd * share;
+        const A dgamma = g_centred / weight * rstd, dbeta = g / weight;
+        if (a.groups == 1)
+            write_gradients(c, dgamma, dbeta);
+        else
+            add_group(channel, dgamma, dbeta);
+    }
+
+    __device__ __forceinline__ void write_gradients(long long c, A dgamma, A dbeta) const {
+        if (a.dgamma) a.dgamma[c] = dgamma;
+        if (a.dbeta) a.dbeta[c] = dbeta;
+    }
+
+    // The turns of a slice follow one another, and the block that concludes one has seen what the one before wrote.
+    __device__ __forceinline__ void add_group(int channel, A dgamma, A dbeta) const {
+        const int width = reduction.width, number = turn % turns.groups;
+        A* const sums = group_sums() + channel;
+        Pair<A> of_gamma = {A(0), A(0)}, of_beta = of_gamma;
+        if (number > 0) {
+            of_gamma = {sums[0], sums[width]};
+            of_beta = {sums[2 * width], sums[3 * width]};
+        }
+        of_gamma = add(of_gamma, dgamma);
+        of_beta = add(of_beta, dbeta);
+        sums[0] = of_gamma.high, sums[width] = of_gamma.low;
+        sums[2 * width] = of_beta.high, sums[3 * width] = of_beta.low;
+        if (number < turns.groups - 1) return;
+        if (turns.runs == 1) {
+            write_gradients(first + channel, value(of_gamma), value(of_beta));
+        } else {
+            A* const run = run_sums(turns.run) + channel;
+            run[0] = value(of_gamma);
+            run[width] = value(of_beta);
+        }
+    }
+
+    // Adds up the runs that share the groups of a slice, in order: the last of them to be done. All threads of one
+    // block of every column must call.
+    __device__ __forceinline__ void add_runs() const {
+        unsigned token, *const counter = a.barrier_counter + turns.column() * BARRIER_PITCH + 2;
+        if (!arrive_last(counter, turns.runs, token, reduction.flag + 1)) return;
+        const long long c = first + reduction.channel;
+        if (reduction.part == 0 && c < a.channels) {
+            Pair<A> dgamma = {A(0), A(0)}, dbeta = dgamma;
+            for (int run = 0; run < turns.runs; ++run) {
+                const A* const sums = run_sums(run) + reduction.channel;
+                dgamma = add(dgamma, sums[0]);
+                dbeta = add(dbeta, sums[reduction.width]);
+            }
+            write_gradients(c, value(dgamma), value(dbeta));
+        }
+        open(counter, turns.runs);
+    }
+};
+
+// Descending order: the rows that are read again were read last.
+template <typename L>
+__device__ __forceinline__ void write_rows(const Arguments<L>& a, const ThreadRows<L>& rows, long long c,
+                                           const typename L::Kept& kept, int valid, const typename L::A* maps,
+                                           int width) {
+    using T = typename L::T;
+    using A = typename L::A;
+    using RowVector = typename L::RowVector;
+    constexpr int COUNT = L::COUNT, THREAD_CHANNELS = L::THREAD_CHANNELS, BYTES = sizeof(RowVector);
+    Affine<A> channels[THREAD_CHANNELS];
+    A mean_g[THREAD_CHANNELS], slope[THREAD_CHANNELS];
+    load_maps(channels, maps, width);
+#pragma unroll
+    for (int i = 0; i < THREAD_CHANNELS; ++i) {
+        mean_g[i] = maps[4 * width + threadIdx.x * THREAD_CHANNELS + i];
+        slope[i] = maps[5 * width + threadIdx.x * THREAD_CHANNELS + i];
+    }
+    int i = rows.count;
+    const Channel<L> inputs = {a, rows, c};
+    const long long output = c * (L::CHANNELS_LAST ? 1 : a.inner);
+    auto row = rows.last_row();
+    const auto write = [&](const RowVector& x, const RowVector& dy) {
+        RowGradient<L> found(a, channels, {x, dy, inputs.load_residual(row)});
+        if (a.residual && a.dresidual)
+            store_words<BYTES>(rows.at(a.dresidual + output, a.channels * a.inner, row), pack<T>(found.g));
+#pragma unroll
+        for (int j = 0; j < COUNT; ++j) {
             const int own = THREAD_CHANNELS == 1 ? 0 : j;
-            const float mean = fma(gradient.centred[j], means.slope[own], means.g[own]);
-            Packed<T>::set(dx, j, channels[own].scale * (gradient.g[j] - mean));
-            Packed<T>::set(dresidual, j, gradient.g[j]);
+            found.g[j] = channels[own].scale * (found.g[j] - fma(found.centred[j], slope[own], mean_g[own]));
         }
-        const long long at = thread_rows.at_output(row, a.channels, c);
-        bnk_store_vector(a.dx + at, dx);
-        if (a.dresidual) bnk_store_vector(a.dresidual + at, dresidual);
+        store_words<BYTES>(rows.at(a.dx + output, a.channels * a.inner, row), pack<T>(found.g));
+        rows.retreat(row);
+    };
+    if (a.masked) {
+        rows.descend(Mask{a.mask, a.mask_outer}, row, valid, [&](int number) {
+            if (number >= 0) {
+                if (number >= a.held)
+                    write(inputs.load_x(row), inputs.load_dy(row));
+                else
+                    write(kept[number], kept[number + (int)a.held]);
+            } else {
+                if (a.residual && a.dresidual)
+                    store_words<BYTES>(rows.at(a.dresidual + output, a.channels * a.inner, row), RowVector{});
+                store_words<BYTES>(rows.at(a.dx + output, a.channels * a.inner, row), RowVector{});
+                rows.retreat(row);
+            }
+        });
+        return;
     }
+#pragma unroll 1
+    for (; i > a.held; --i) write(inputs.load_x(row), inputs.load_dy(row));
+#pragma unroll 1
+    for (const RowVector* x = &kept[i - 1]; i > 0; --i, x -= kept.threads) write(x[0], x[(int)a.held * kept.threads]);
 }
 
-template <typename T, bool CHANNELS_LAST>
-__device__ __forceinline__ void batch_norm_backward_cooperative(const BatchNormBackwardCooperative<T>& a) {
-    BNK_DYNAMIC_SHARED(float, shared);
-    constexpr int THREAD_CHANNELS = ThreadRows<T, CHANNELS_LAST>::THREAD_CHANNELS;
-    const ThreadRows<T, CHANNELS_LAST> thread_rows(a.outer, a.inner);
-    const int width = blockDim.x * THREAD_CHANNELS;
-    const SliceReduction<PartialSums> reduction(shared, thread_rows.counts(), width);
-    float* const rows = shared + PartialSums::QUANTITIES * reduction.plane;
-    const ThreadVectors held_x(rows),
-        held_dy(rows + a.held * blockDim.x * blockDim.y * (sizeof(Vector) / sizeof(float)));
-    bool odd = false;
-    for (long long slice = blockIdx.x; slice * width < a.channels; slice += gridDim.x) {
-        const long long c = slice * width + threadIdx.x * THREAD_CHANNELS;
-        const bool active = c < a.channels;  // no early return: every thread must reach the barriers
-        Affine<float> channels[THREAD_CHANNELS];
-        if (active) {
-            load_channels(channels, a, c);
-            read_rows(a, thread_rows, c, channels, held_x, held_dy, reduction.slot(THREAD_CHANNELS), reduction.plane);
+template <typename L>
+__device__ __forceinline__ void batch_norm_backward_cooperative(const Arguments<L>& arguments) {
+    using A = typename L::A;
+    Arguments<L> a = arguments;
+    take_constants(a);
+    BNK_DYNAMIC_SHARED(A, shared);
+    constexpr int THREAD_CHANNELS = L::THREAD_CHANNELS;
+    const ThreadRows<L> rows(a.outer, a.inner);
+    const int width = blockDim.x * THREAD_CHANNELS, held = min(rows.count, (int)a.held), lag = (int)a.stages - 1;
+    const SliceReduction<A> reduction(shared, THREAD_CHANNELS, a.groups == 1 ? 14 : 18);
+    A *const summed_maps = reduction.extra, *const written_maps = summed_maps + 4 * width;
+    const A weight = power_below(A(1) / A(a.outer * a.inner));
+    const Turns turns(a.channels, width, a.groups);
+    const auto first_channel = [&](int turn) { return turns.slice(turn) * width; };
+    const auto own_channel = [&](int turn) { return first_channel(turn) + threadIdx.x * THREAD_CHANNELS; };
+    const auto group_of = [&](int turn) { return of_group<L>(a, turns.group(turn)); };
+    const auto kept = [&](int turn) {
+        return typename L::Kept(reduction.end()).from(turn % 2 == 1 && lag ? 2 * (int)a.held : 0);
+    };
+    const auto slice = [&](int turn) {
+        return PartialSums<L>{a, rows, reduction, turns, turn, first_channel(turn), turn % 2 == 1, weight};
+    };
+    const auto ask = [&](int turn) {
+        const long long c = own_channel(turn);
+        Valid valid = {rows.count, held};
+        if (turn < turns.count && c < a.channels) {
+            const Arguments<L> group = group_of(turn);
+            const auto *const x = group.x + c * a.x_channel, *const dy = group.dy + c * a.dy_channel;
+            if (a.masked)
+                valid = copy_valid_rows<L>(rows, kept(turn), (int)a.held, {group.mask, a.mask_outer}, x, a.x_outer, dy,
+                                           a.dy_outer, (int)a.held);
+            else
+                copy_rows<L>(rows, kept(turn), held, x, a.x_outer, dy, a.dy_outer, (int)a.held);
         }
-        reduction.merge(a.partial, a.barrier_counter, odd);
-        if (active) {
-            const Means<THREAD_CHANNELS> means(a, c, shared + threadIdx.x * THREAD_CHANNELS, reduction.plane);
-            load_channels(channels, a, c);
-            write_rows(a, thread_rows, c, channels, held_x, held_dy, means);
+        commit_copies();
+        return valid;
+    };
+    // No early return: every thread must reach the barriers. Channels beyond the last have no rows.
+    unsigned token = 0;
+    if (a.masked && threadIdx.x == 0 && threadIdx.y == 0) *reduction.valid(false) = 0;
+    Valid valid = ask(0);
+    int valid_before = 0;
+#pragma unroll 1
+    for (int turn = 0; turn < turns.count + lag; ++turn) {
+        token >>= 1;  // the phase of the turn before stays, a bit below that of this one
+        if (turn < turns.count) {
+            const long long c = own_channel(turn);
+            share_channels<L>(group_of(turn), first_channel(turn), reduction, summed_maps);
+            wait_for_copies();
+            __syncthreads();
+            if (a.masked) reduction.count_valid(turn % 2 == 1, valid.count);
+            if (c < a.channels) sum_rows<L>(group_of(turn), rows, c, kept(turn), valid, reduction, summed_maps, weight);
+            reduction.template sum_block<L>();
+            token = (token & BARRIER_PHASE >> 1) |
+                    (reduction.merge(a.partial, a.barrier_counter, slice(turn)) & BARRIER_PHASE);
         }
-        __syncthreads();  // all threads have read the merged sums
-        odd = !odd;
+        const int written = turn - lag;
+        if (written >= 0) {
+            reduction.wait(a.barrier_counter, written % 2 == 1, lag ? token << 1 : token);
+            share_channels<L>(group_of(written), first_channel(written), reduction, written_maps);
+            if (reduction.part < 2) {
+                const int mean = reduction.part * width + reduction.channel;
+                written_maps[4 * width + mean] = slice(written).means()[mean];
+            }
+            __syncthreads();
+            const long long c = own_channel(written);
+            if (c < a.channels)
+                write_rows<L>(group_of(written), rows, c, kept(written), lag ? valid_before : valid.count, written_maps,
+                              width);
+        }
+        valid_before = valid.count;
+        valid = ask(turn + 1);
     }
+    if (turns.runs > 1 && blockIdx.y == 0) slice(turns.count - 1).add_runs();
 }
 
-#define BATCH_NORM_BACKWARD_COOPERATIVE(variant, suffix, T, threads, channels)                              \
+// count: elements of a row, channels or positions along inner.
+#define BATCH_NORM_BACKWARD_COOPERATIVE(variant, suffix, T, count, channels_last, threads)                  \
     BNK_KERNEL(bnk_batch_norm_backward_##variant##_##suffix, (BatchNormBackwardCooperative<T>), threads, 2, \
-               (batch_norm_backward_cooperative<T, channels>))
+               (batch_norm_backward_cooperative<Layout<T, count, channels_last>>))
 
 // With eight channels a thread, two blocks of 256 threads would not have enough registers.
-BATCH_NORM_BACKWARD_COOPERATIVE(cooperative, f32, float, 256, true)
-BATCH_NORM_BACKWARD_COOPERATIVE(cooperative_inner, f32, float, 256, false)
-BATCH_NORM_BACKWARD_COOPERATIVE(cooperative, f16, Float16, 192, true)
-BATCH_NORM_BACKWARD_COOPERATIVE(cooperative_inner, f16, Float16, 256, false)
-BATCH_NORM_BACKWARD_COOPERATIVE(cooperative, bf16, BFloat16, 192, true)
-BATCH_NORM_BACKWARD_COOPERATIVE(cooperative_inner, bf16, BFloat16, 256, false)
+BATCH_NORM_BACKWARD_COOPERATIVE(cooperative, f32, float, 4, true, 256)
+BATCH_NORM_BACKWARD_COOPERATIVE(cooperative_inner, f32, float, 4, false, 256)
+BATCH_NORM_BACKWARD_COOPERATIVE(cooperative_single, f32, float, 1, true, 256)
+BATCH_NORM_BACKWARD_COOPERATIVE(cooperative_inner_single, f32, float, 1, false, 256)
+BATCH_NORM_BACKWARD_COOPERATIVE(cooperative, f16, Float16, 8, true, 192)
+BATCH_NORM_BACKWARD_COOPERATIVE(cooperative_inner, f16, Float16, 8, false, 256)
+BATCH_NORM_BACKWARD_COOPERATIVE(cooperative_pair, f16, Float16, 2, true, 256)
+BATCH_NORM_BACKWARD_COOPERATIVE(cooperative_inner_pair, f16, Float16, 2, false, 256)
+BATCH_NORM_BACKWARD_COOPERATIVE(cooperative_single, f16, Float16, 1, true, 256)
+BATCH_NORM_BACKWARD_COOPERATIVE(cooperative_inner_single, f16, Float16, 1, false, 256)
+BATCH_NORM_BACKWARD_COOPERATIVE(cooperative, bf16, BFloat16, 8, true, 192)
+BATCH_NORM_BACKWARD_COOPERATIVE(cooperative_inner, bf16, BFloat16, 8, false, 256)
+BATCH_NORM_BACKWARD_COOPERATIVE(cooperative_pair, bf16, BFloat16, 2, true, 256)
+BATCH_NORM_BACKWARD_COOPERATIVE(cooperative_inner_pair, bf16, BFloat16, 2, false, 256)
+BATCH_NORM_BACKWARD_COOPERATIVE(cooperative_single, bf16, BFloat16, 1, true, 256)
+BATCH_NORM_BACKWARD_COOPERATIVE(cooperative_inner_single, bf16, BFloat16, 1, false, 256)
+BATCH_NORM_BACKWARD_COOPERATIVE(cooperative_single, f64, double, 1, true, 256)
+BATCH_NORM_BACKWARD_COOPERATIVE(cooperative_inner_single, f64, double, 1, false, 256)

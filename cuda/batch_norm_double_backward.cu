@@ -11,6 +11,8 @@
 //            h    = gamma q + ddgamma g - s (ddx mean(g xhat) + g mean(ddx xhat))    with respect to xhat
 //            ddy  = w phi'(z),  dresidual = q,  dbeta = sum(q),  dgamma = sum(q xhat) + rstd e
 //            dx   = rstd (P h - xhat s e / N)        through mean and rstd as in the backward, and through s e
+//            If `frozen`, mean and rstd do not depend on x: P a = a, and nothing goes through mean(g xhat),
+//            mean(ddx xhat) and s e, so that h = gamma q + ddgamma g and dx = rstd h.
 //            All sums come from one pass: w = (s ddx + ddresidual) + w0 + w1 xhat, where w0 and w1 need only sums of
 //            ddx, so sum(q), sum(q xhat), sum(h) and sum(h xhat) are combinations of the ten sums of `Sum`.
 // Arrays:    ddx, dy, x, residual, ddresidual (outer, C, inner), any strides; ddy, dx, dresidual in C order; all of
@@ -58,7 +60,7 @@ struct BatchNormDoubleBackward {
     long long residual_outer, residual_channel, residual_inner;
     long long ddresidual_outer, ddresidual_channel, ddresidual_inner;
     A alpha;
-    int activation;
+    int activation, frozen;
 };
 
 // Sums over rows, with v = ddx and u = s ddx + ddresidual.
@@ -133,7 +135,8 @@ __device__ __forceinline__ Coefficients<A> coefficients_of(const BatchNormDouble
 #pragma unroll
     for (int i = 0; i < SUMS; ++i) sum[i] = value(sums.sums[i]);
     const A n = A(a.outer * a.inner), s = channel.scale;
-    const A mean_v = sum[V] / n, mean_v_xhat = sum[V_XHAT] / n, mean_g_xhat = sum[G_XHAT] / n;
+    const auto mean = [&](A of_all) { return a.frozen ? A(0) : of_all / n; };  // as far as it goes through statistics
+    const A mean_v = mean(sum[V]), mean_v_xhat = mean(sum[V_XHAT]), mean_g_xhat = mean(sum[G_XHAT]);
     Coefficients<A> coefficients;
     coefficients.w0 = (a.ddbeta ? a.ddbeta[c] : A(0)) - s * mean_v;
     coefficients.w1 = (a.ddgamma ? a.ddgamma[c] : A(0)) - s * mean_v_xhat;
@@ -141,9 +144,9 @@ __device__ __forceinline__ Coefficients<A> coefficients_of(const BatchNormDouble
     const A e = sum[V_G] - mean_v * sum[G] - mean_v_xhat * sum[G_XHAT];
     const A sum_q = sum[U_K] + coefficients.w0 * sum[K] + coefficients.w1 * sum[K_XHAT];
     const A sum_q_xhat = sum[U_K_XHAT] + coefficients.w0 * sum[K_XHAT] + coefficients.w1 * sum[K_XHAT_XHAT];
-    coefficients.h0 = (channel.gamma * sum_q + coefficients.w1 * sum[G] - coefficients.fall * sum[V]) / n;
+    coefficients.h0 = mean(channel.gamma * sum_q + coefficients.w1 * sum[G] - coefficients.fall * sum[V]);
     coefficients.h1 =
-        (channel.gamma * sum_q_xhat + coefficients.w1 * sum[G_XHAT] - coefficients.fall * sum[V_XHAT] + s * e) / n;
+        mean(channel.gamma * sum_q_xhat + coefficients.w1 * sum[G_XHAT] - coefficients.fall * sum[V_XHAT] + s * e);
     coefficients.dgamma = sum_q_xhat + channel.rstd * e;
     coefficients.dbeta = sum_q;
     return coefficients;

@@ -11,14 +11,15 @@
 //            statistics (3, C): mean, mean_low, rstd, the input of batch norm. running_mean, running_var (C,), may be
 //            null. All of type A, in C order.
 // Launch:    Block (w, 1, 1), grid (ceil(C/w), 1, 1), no shared memory, no barrier: a thread merges one channel.
-// Traffic:   4 parts C reads, twice (the second time from the cache), 7 C writes, and the running statistics.
-// Numerics:  In A, means and sums of squares in pairs (lib/numbers/pair.cuh), parts in ascending order: deterministic,
-//            and the same on every device that merges the same parts.
+// Traffic:   4 parts C reads, 7 C writes, and the running statistics.
+// Numerics:  In A, distances of the means from the first and sums of squares in pairs (lib/reduce/parts.cuh), parts in
+//            ascending order: deterministic, and the same on every device that merges the same parts. A variance beyond
+//            the range of A counts as infinite.
 // Reference: Chan, Golub and LeVeque, Algorithms for computing the sample variance, 1983.
 // Called by: bnkernels/ops/batch_norm/in_parts.py
 #include "lib/kernel.cuh"
-#include "lib/numbers/pair.cuh"
-#include "lib/reduce/moments.cuh"
+#include "lib/numbers/rsqrt.cuh"
+#include "lib/reduce/parts.cuh"
 
 template <typename A>
 struct BatchNormStatistics {
@@ -35,16 +36,22 @@ template <typename A>
 __device__ __forceinline__ void batch_norm_statistics(const BatchNormStatistics<A>& a) {
     const long long c = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     if (c >= a.channels) return;
-    const Moments<A> all = merge_counted(a.moments + c, a.channels, 4 * a.channels, (int)a.parts);
-    const A m2 = value(all.m2), divisor = all.count - a.correction, keep = A(1) - a.momentum;
+    PartSum<A> sum({A(0), A(0), A(0), A(0)});
+#pragma unroll 1
+    for (long long i = 0; i < a.parts; ++i) {
+        const A* const part = a.moments + 4 * i * a.channels + c;
+        sum.add_part({part[a.channels], part[2 * a.channels], part[3 * a.channels], part[0]});
+    }
+    const Part<A> all = sum.part();
+    const A divisor = all.count - a.correction, keep = A(1) - a.momentum;
     a.merged[c] = all.count;
-    a.merged[a.channels + c] = a.statistics[c] = all.mean.high;
-    a.merged[2 * a.channels + c] = a.statistics[a.channels + c] = all.mean.low;
-    a.merged[3 * a.channels + c] = m2;
-    a.statistics[2 * a.channels + c] = all.count > A(0) ? A(1) / sqrt(m2 / all.count + a.eps) : A(0);
+    a.merged[a.channels + c] = a.statistics[c] = all.high;
+    a.merged[2 * a.channels + c] = a.statistics[a.channels + c] = all.low;
+    a.merged[3 * a.channels + c] = all.m2;
+    a.statistics[2 * a.channels + c] = all.count > A(0) ? reciprocal_sqrt(all.m2 / all.count + a.eps) : A(0);
     if (all.count == A(0)) return;
-    if (a.running_mean) a.running_mean[c] = fma(a.momentum, all.mean.high, keep * a.running_mean[c]);
-    if (a.running_var && divisor > A(0)) a.running_var[c] = fma(a.momentum, m2 / divisor, keep * a.running_var[c]);
+    if (a.running_mean) a.running_mean[c] = fma(a.momentum, all.high, keep * a.running_mean[c]);
+    if (a.running_var && divisor > A(0)) a.running_var[c] = fma(a.momentum, all.m2 / divisor, keep * a.running_var[c]);
 }
 
 #define BATCH_NORM_STATISTICS(suffix, A) \

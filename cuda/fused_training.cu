@@ -14,12 +14,15 @@
 //            rates and seeds are (M, ...), and indices too if index_stride is not 0; the models share the rest.
 // Launch:    Grid (M, 1, 1), blocks of a multiple of 32 threads. Shared memory holds everything but x: parameters and
 //            state, two mini-batches, and the values of all layers for all examples. A neuron belongs to a subwarp of
-//            8, 16 or 32 threads for the whole mini-batch, with EXAMPLES examples in the registers of each thread.
+//            8, 16 or 32 threads for the whole mini-batch, with EXAMPLES examples in the registers of each thread; an
+//            example to two threads in the softmax; a tile of 4 x 2 weights to a thread in the update. Layers and sizes
+//            may be constants of the launch.
 // Traffic:   Each model reads x, labels and schedule once, writes losses once, and reads and writes parameters and
-//            state once in all. A step has 2 depth + 1 barriers, with batch norm or without: sums over a subwarp are
-//            shuffles. Layer norm adds two barriers for every hidden layer, whose neurons are in different subwarps.
-// Numerics:  In T. The mean of a channel is corrected by the mean of the remainders, then squares are taken about it:
-//            within a few roundings of the kernels for single layers. Sums in a fixed order: deterministic.
+//            state once in all; the next mini-batch is copied during the step. A step has 2 depth + 1 barriers, with
+//            batch norm or without: sums over a subwarp are shuffles. Layer norm adds two barriers for every hidden
+//            layer, whose neurons are in different subwarps.
+// Numerics:  In T. The mean of a channel is that of its distances from the first example, then squares are taken about
+//            it: within a few roundings of the kernels for single layers. Sums in a fixed order: deterministic.
 // Reference: Ioffe and Szegedy, Batch Normalization, 2015, arXiv:1502.03167, algorithm 1 and section 3.
 // Called by: bnkernels/ops/fused_training/op.py
 #include "lib/kernel.cuh"
@@ -27,7 +30,7 @@
 
 template <typename T>
 __device__ __forceinline__ void copy(T* to, const T* from, long long count) {
-    if (!to || !from) return;
+    if (!to || !from) return;  // no state, or no running statistics
     for (long long i = threadIdx.x; i < count; i += blockDim.x) to[i] = from[i];
 }
 
@@ -35,9 +38,8 @@ template <typename T, bool LAYER_NORM>
 __device__ __forceinline__ void fused_training(const FusedTraining<T>& all_models) {
     BNK_DYNAMIC_SHARED(T, shared);
     const FusedTraining<T> a = of_model(all_models, blockIdx.x);
-    const Subwarp<T> subwarp(a.subwarp_size, (int)a.batch);
-    const SharedLayout<T> smem(shared, a, a.layers[INPUTS], subwarp.pitch);
-    const BlockStep<T, LAYER_NORM, FusedTraining<T>> block_step = {a, subwarp, smem, a.rates[0]};
+    const BlockStep<T, LAYER_NORM, FusedTraining<T>> block_step(a, shared, Subwarp<T>(a.subwarp_size, (int)a.batch));
+    const SharedLayout<T>& smem = block_step.smem;
     copy(smem.parameters, a.parameters, a.parameter_count);
     copy(smem.first, a.first, a.parameter_count);
     copy(smem.second, a.second, a.parameter_count);
@@ -46,8 +48,13 @@ __device__ __forceinline__ void fused_training(const FusedTraining<T>& all_model
     for (T* zero = smem.losses + threadIdx.x; zero < smem.z; zero += blockDim.x) *zero = T(0);
     __syncthreads();
     block_step.choose_rows(0);
+    block_step.choose_rows(1);
+    commit_copies();
+    wait_for_copies();
     __syncthreads();
-    block_step.fetch(0, 0);
+    block_step.fetch(0);
+    commit_copies();
+    wait_for_copies();
     __syncthreads();
 #pragma unroll 1
     for (long long step = 0; step < a.steps; ++step) block_step.run(step);

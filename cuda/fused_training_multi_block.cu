@@ -5,7 +5,8 @@
 //            of type T. barrier_counter: a counter for every model, BARRIER_PITCH apart, see lib/sync/grid_barrier.cuh.
 // Launch:    Block (256, 1, 1); `blocks` blocks a model: a cluster of 8 in a grid (8 M, 1, 1), from sm_90 on, or a
 //            column of a grid (M, blocks, 1), cooperative if blocks > 1. Dynamic shared memory for a product, a tile
-//            (width, pitch) and seven rows of T. N at most 512.
+//            (width, pitch), seven rows of T and, without layer norm, one for every warp that owns neurons. N at most
+//            512.
 // Traffic:   Each model reads x, labels and schedule once from global memory and writes losses once. Parameters, state
 //            and workspace stay in the L2 cache as far as it holds them. A step has 2 depth - 1 grid barriers, with
 //            batch norm or without (2 for a single layer); with layer norm 2.

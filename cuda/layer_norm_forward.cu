@@ -5,16 +5,22 @@
 //            y = phi(gamma[c] rstd (x - mean) + beta[c])
 // Arrays:    x, y (N, C) of type T, C order; y may alias x. gamma, beta (C,) of the accumulator's type A, may be null
 //            (1, 0). statistics (3, N): mean, mean_low, rstd, of type A.
-// Launch:    Block (w, r, 1), w a power of two and w r a multiple of 32, grid (ceil(N / r), 1, 1): the w threads with
-//            the same threadIdx.y share a row. Dynamic shared memory: a Pair<A> for every warp, and `held` vectors of
-//            16 bytes for every thread, 0 if rows are not held.
-// Traffic:   x read once (three times if rows are too long to be held), y written once, gamma and beta from the cache.
-// Numerics:  In A, sums in pairs, squares about the mean, in a fixed order: deterministic. Alignment changes no bit.
+// Launch:    Block (width, r, 1), width a power of two and width r a multiple of 32, grid (ceil(N / r), 1, 1): the
+//            threads with the same threadIdx.y share a row. A thread holds `held` vectors of 16 bytes, 1 to MOST_HELD;
+//            longer rows are for layer_norm_forward_cooperative.cu. Dynamic shared memory: 3 numbers of type A for
+//            every warp.
+// Traffic:   x read once, y written once, gamma and beta from the cache.
+// Numerics:  In A. The two plain sums of lib/reduce/row_moments.cuh, in a fixed order: deterministic. Alignment changes
+//            no bit. A variance out of range counts as infinite.
 // Reference: Ba, Kiros and Hinton, Layer Normalization, 2016, arXiv:1607.06450.
 // Called by: bnkernels/ops/layer_norm/op.py
 #include "lib/kernel.cuh"
-#include "lib/numbers/activation.cuh"
+#include "lib/numbers/rsqrt.cuh"
+#include "lib/reduce/row_moments.cuh"
 #include "lib/reduce/vector_rows.cuh"
+
+template <typename T>
+constexpr int MOST_HELD = sizeof(T) == 2 ? 4 : 8;
 
 template <typename T, typename A>
 struct LayerNormForward {
@@ -24,56 +30,92 @@ struct LayerNormForward {
     T* y;
     A* statistics;
     long long rows, columns;
-    A eps, alpha;
-    int activation, aligned16, held;
+    A eps, alpha, half_share;                             // half_share: 1 / (2 C)
+    int activation, shape, scaled, shifted, width, held;  // scaled: by gamma, shifted: by beta
 };
 
+// A row of x in registers.
 template <typename T, typename A>
-__device__ __forceinline__ void layer_norm_forward(const LayerNormForward<T, A>& a) {
-    BNK_DYNAMIC_SHARED(Vector, shared);
-    const ThreadVectors held(shared);
-    Pair<A>* const scratch = reinterpret_cast<Pair<A>*>(shared + a.held * held.threads);
-    const VectorRows rows = {a.columns, a.aligned16 != 0};
-    const long long n = (long long)blockIdx.x * blockDim.y + threadIdx.y;
-    const long long units = n < a.rows ? rows.units<T>() : 0;  // all threads take part in the sums
-    const T* const x = a.x + n * a.columns;
-    const auto x_of = [&](int k, long long unit) { return a.held ? held[k] : rows.load(x, unit); };
-    Pair<A> sum = {A(0), A(0)}, square = sum;
-    if (a.held) for_each_unit<4>(0, units, [&](int k, long long unit) { held[k] = rows.load(x, unit); });
-    for_each_unit(0, units, [&](int k, long long unit) {
-        const Vector values = x_of(k, unit);
+struct InputRow {
+    const LayerNormForward<T, A>& a;
+    const long long offset;
+    const bool is_there;
+    const RowUnits<T> units;
+    Vector values[MOST_HELD<T>];
+
+    __device__ __forceinline__ InputRow(const LayerNormForward<T, A>& a, long long n)
+        : a(a), offset(n * a.columns), is_there(n < a.rows), units((int)a.columns, a.width, a.shape) {
+        if (!is_there) return;
 #pragma unroll
-        for (int i = 0; i < UNIT<T>; ++i) sum = add(sum, Packed<T>::get(values, i));
-    });
-    const Pair<A> mean = divide(row_sum(sum, scratch), A(a.columns));
-    for_each_unit(0, units, [&](int k, long long unit) {
-        const Vector values = x_of(k, unit);
-#pragma unroll
-        for (int i = 0; i < UNIT<T>; ++i) {
-            const A d = subtract(Packed<T>::get(values, i), mean);
-            if (rows.has<T>(unit, i)) square = add(square, d * d);
+        for (int k = 0; k < MOST_HELD<T>; ++k)
+            if (k < a.held && units.has_unit(k)) values[k] = units.load(a.x + offset, k);
+    }
+
+    // One thread of every warp loads it, at the same time as the units.
+    __device__ __forceinline__ A first_number() const {
+        const int width = min(a.width, WARP);
+        const A own = is_there && threadIdx.x % width == 0 ? A(a.x[offset]) : A(0);
+        return __shfl_sync(0xffffffffu, own, 0, width);
+    }
+
+    // Calls work(k, values of unit k) for the thread's units. UNROLL is MOST_HELD, or 1 for long work.
+    template <int UNROLL = MOST_HELD<T>, typename Work>
+    __device__ __forceinline__ void for_each_unit(const Work& work) {
+        if (!is_there) return;
+#pragma unroll UNROLL
+        for (int k = 0; k < MOST_HELD<T>; ++k) {
+            if (k < a.held && units.has_unit(k)) {
+                Unpacked<T> unpacked;
+                unpack<T>(values[0], unpacked);
+                work(k, unpacked);
+            }
+            rotate(values);  // registers cannot be indexed
         }
+    }
+};
+
+// Writes the row's y.
+template <int UNROLL, typename T, typename A>
+__device__ __forceinline__ void normalise(InputRow<T, A>& row, Pair<A> mean, A rstd) {
+    row.template for_each_unit<UNROLL>([&](int k, const Unpacked<T>& x) {
+        write_normalised(row.a, row.units, row.a.y + row.offset, 0, k, x, mean, rstd);
     });
-    const A rstd = A(1) / sqrt(value(row_sum(square, scratch)) / A(a.columns) + a.eps);
-    if (threadIdx.x == 0 && units) {
+}
+
+template <typename T, typename A>
+__device__ __forceinline__ void layer_norm_forward(const LayerNormForward<T, A>& arguments) {
+    BNK_DYNAMIC_SHARED(A, scratch);
+    LayerNormForward<T, A> a = arguments;
+    take_constants(a);
+    const long long n = (long long)blockIdx.x * blockDim.y + threadIdx.y;
+    InputRow<T, A> row(a, n);
+    const A first = row.first_number(), half_first = A(0.5) * first;
+    A near[1] = {A(0)};
+    row.for_each_unit(
+        [&](int k, const Unpacked<T>& x) { near[0] += near_terms<T>(row.units, k, x, half_first, a.half_share); });
+    row_sums(near, a.width, scratch);
+    const A centre = fma(A(4), near[0], first);
+    A sums[2] = {A(0), A(0)};
+    row.for_each_unit([&](int k, const Unpacked<T>& x) { add_distances<T>(sums, row.units, k, x, centre); });
+    row_sums(sums, a.width, scratch + blockDim.x * blockDim.y / WARP);
+    const A share = A(2) * a.half_share;
+    const RowMoments<A> moments = moments_about(centre, sums, A(a.columns), share);
+    Pair<A> mean = moments.mean;
+    const A rstd = reciprocal_sqrt(moments.m2 * share + a.eps);
+    if (threadIdx.x == 0 && row.is_there) {
         a.statistics[n] = mean.high;
         a.statistics[a.rows + n] = mean.low;
         a.statistics[2 * a.rows + n] = rstd;
     }
-    for_each_unit(0, units, [&](int k, long long unit) {
-        const Vector values = x_of(k, unit);
-        A gamma[UNIT<T>], z[UNIT<T>];
-        rows.load_parameters<T>(gamma, a.gamma, unit, A(1));
-        rows.load_parameters<T>(z, a.beta, unit, A(0));
-#pragma unroll
-        for (int i = 0; i < UNIT<T>; ++i) z[i] = fma(gamma[i] * rstd, subtract(Packed<T>::get(values, i), mean), z[i]);
-        activate_all(z, a.activation, a.alpha);
-        rows.store(a.y + n * a.columns, unit, z);
-    });
+    if (rstd == A(0)) mean = {A(0), A(0)};
+    if (a.activation == LINEAR)
+        normalise<MOST_HELD<T>>(row, mean, rstd);
+    else
+        normalise<1>(row, mean, rstd);
 }
 
 #define LAYER_NORM_FORWARD(suffix, T, A) \
-    BNK_KERNEL(bnk_layer_norm_forward_##suffix, (LayerNormForward<T, A>), 256, 2, (layer_norm_forward<T, A>))
+    BNK_KERNEL(bnk_layer_norm_forward_##suffix, (LayerNormForward<T, A>), 512, 1, (layer_norm_forward<T, A>))
 
 LAYER_NORM_FORWARD(f32, float, float)
 LAYER_NORM_FORWARD(f16, Float16, float)

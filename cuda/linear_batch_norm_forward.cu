@@ -15,9 +15,10 @@
 // Traffic:   z and y written once, weight read once, x read by every block (after the first from the L2 cache). Batch
 //            norm adds 3 M words of statistics and no barrier. Layer norm: x read once, weight by every block.
 // Numerics:  Products as in lib/gemm/product.cuh: 16-bit ones on tensor cores, whose rounding of sums of 16 terms
-//            NVIDIA does not specify; others in A with fma, terms in a fixed order. z is rounded before its statistics
-//            are taken, which equal those of batch_norm_forward.cu up to rounding: the mean is corrected by the mean of
-//            the remainders. Deterministic.
+//            NVIDIA does not specify, as are floats by the kernels tf32x3, from sm_80 on; others in A with fma, terms
+//            in a fixed order. z is rounded before its statistics are taken, which equal those of batch_norm_forward.cu
+//            up to rounding: the mean is corrected by the mean of the remainders. Sums of z do not overflow; a variance
+//            out of range counts as infinite. Deterministic.
 // Reference: Ioffe and Szegedy, Batch Normalization, 2015, arXiv:1502.03167, algorithm 1; Ba, Kiros and Hinton, Layer
 //            Normalization, 2016, arXiv:1607.06450.
 // Called by: bnkernels/ops/linear_batch_norm/op.py
@@ -36,7 +37,7 @@ struct LinearBatchNormForward {
     A* statistics;
     A* running_mean;
     A* running_var;
-    long long rows, inputs, outputs, width;
+    long long rows, inputs, outputs, width, buffers;
     A momentum, correction, eps, alpha;
     int activation;
 };
@@ -45,9 +46,14 @@ struct LinearBatchNormForward {
 template <typename T, typename A>
 __device__ __forceinline__ Statistics<A> normalise(const LinearBatchNormForward<T, A>& a, const WarpRow<A>& z,
                                                    long long i, long long rows) {
-    const A n = A(z.count), first = z.sum([](int, A value) { return value; }) / n;
-    const A remainder = z.sum([=](int, A value) { return value - first; }) / n;
-    const Pair<A> mean = quick_two_sum(first, remainder);
+    const A n = A(z.count), share = A(1) / n, half = A(0.5), shift = z.row[0];
+    // Half the mean's distance from a value: divided before they are added, half distances cannot overflow.
+    const auto half_distance = [=](A from) {
+        return z.sum([=](int, A value) { return share * fma(half, value, -half * from); });
+    };
+    const A first = fma(A(2), half_distance(shift), shift);
+    __syncwarp();  // all threads have read the first value
+    const Pair<A> mean = quick_two_sum(first, A(2) * half_distance(first));
     const A m2 = z.sum([=](int, A value) {
         const A d = subtract(value, mean);
         return d * d;
@@ -68,30 +74,29 @@ __device__ __forceinline__ Affine<A> normalise_neuron(const LinearBatchNormForwa
     Affine<A> affine = load_affine(a, m);
     if (!a.statistics) return affine;
     const Statistics<A> row_statistics = normalise(a, z, m, a.outputs);
-    affine.mean = row_statistics.mean;
+    affine.mean = centre_of(row_statistics.mean, row_statistics.rstd);
     affine.scale *= row_statistics.rstd;
     if (z.lane == 0) {
         const A keep = A(1) - a.momentum, var = row_statistics.m2 / (A(z.count) - a.correction);
-        if (a.running_mean) a.running_mean[m] = fma(a.momentum, affine.mean.high, keep * a.running_mean[m]);
+        if (a.running_mean) a.running_mean[m] = fma(a.momentum, row_statistics.mean.high, keep * a.running_mean[m]);
         if (a.running_var) a.running_var[m] = fma(a.momentum, var, keep * a.running_var[m]);
     }
     return affine;
 }
 
-template <typename T, typename A>
+template <Precision PRECISION, typename T, typename A>
 __device__ __forceinline__ void linear_batch_norm_forward(const LinearBatchNormForward<T, A>& a) {
     BNK_DYNAMIC_SHARED(A, shared);
     const int width = (int)a.width, pitch = pitch_of(a.rows);
-    const long long column = (long long)blockIdx.x * width;
+    const int rows = (int)a.rows, inputs = (int)a.inputs, outputs = (int)a.outputs;
+    const int column = blockIdx.x * width;
     A* const tile = shared;  // (width, examples)
-    const Matrix<T> x = {a.x, a.rows, a.inputs, a.inputs, 1}, weight = {a.weight, a.inputs, a.outputs, a.outputs, 1};
-#pragma unroll 1
-    for (long long row = 0; row < a.rows; row += PRODUCT_ROWS)
-        product(tile + width * pitch, x, weight, row, column, width, [&](int r, int c, A value) {
-            const T z = T(value);
-            a.z[(row + r) * a.outputs + column + c] = z;
-            tile[c * pitch + row + r] = A(z);
-        });
+    const Matrix<T, true> x = {a.x, rows, inputs, inputs}, weight = {a.weight, inputs, outputs, outputs};
+    product<PRECISION>(tile + width * pitch, x, weight, column, width, (int)a.buffers, [&](int r, int c, A value) {
+        const T z = T(value);
+        a.z[r * a.outputs + column + c] = z;
+        tile[c * pitch + r] = A(z);
+    });
     for_each_row(width, a.outputs - column, [&](int c) {
         const WarpRow<A> z(tile + c * pitch, a.rows);
         const Affine<A> affine = normalise_neuron(a, z, column + c);
@@ -101,18 +106,17 @@ __device__ __forceinline__ void linear_batch_norm_forward(const LinearBatchNormF
     store_tile(a.y, tile, pitch, a.rows, a.outputs, column, width);
 }
 
-template <typename T, typename A>
+template <Precision PRECISION, typename T, typename A>
 __device__ __forceinline__ void linear_layer_norm_forward(const LinearBatchNormForward<T, A>& a) {
     BNK_DYNAMIC_SHARED(A, shared);
     const int width = (int)a.width, pitch = pitch_of(a.outputs);
-    const long long first = (long long)blockIdx.x * width;
+    const int rows = (int)a.rows, inputs = (int)a.inputs, outputs = (int)a.outputs;
+    const int first = blockIdx.x * width;
     A* const tile = shared;  // (width, neurons)
-    const Matrix<T> weight_transposed = {a.weight, a.outputs, a.inputs, 1, a.outputs};
-    const Matrix<T> x_transposed = {a.x, a.inputs, a.rows, 1, a.inputs};
-#pragma unroll 1
-    for (long long row = 0; row < a.outputs; row += PRODUCT_ROWS)
-        product(tile + width * pitch, weight_transposed, x_transposed, row, first, width,
-                [&](int r, int c, A value) { tile[c * pitch + row + r] = A(T(value)); });
+    const Matrix<T, false> weight_transposed = {a.weight, outputs, inputs, outputs};
+    const Matrix<T, false> x_transposed = {a.x, inputs, rows, inputs};
+    product<PRECISION>(tile + width * pitch, weight_transposed, x_transposed, first, width, (int)a.buffers,
+                       [&](int r, int c, A value) { tile[c * pitch + r] = A(T(value)); });
     store_rows(a.z, tile, pitch, a.rows, a.outputs, first, width);
     __syncthreads();
     for_each_row(width, a.rows - first, [&](int c) {
@@ -120,7 +124,7 @@ __device__ __forceinline__ void linear_layer_norm_forward(const LinearBatchNormF
         const Statistics<A> row_statistics = normalise(a, z, first + c, a.rows);
         z.replace([&](int m, A value) {
             Affine<A> affine = load_affine(a, m);
-            affine.mean = row_statistics.mean;
+            affine.mean = centre_of(row_statistics.mean, row_statistics.rstd);
             affine.scale *= row_statistics.rstd;
             return activate(affine(value), a.activation, a.alpha);
         });
@@ -129,18 +133,22 @@ __device__ __forceinline__ void linear_layer_norm_forward(const LinearBatchNormF
     store_rows(a.y, tile, pitch, a.rows, a.outputs, first, width);
 }
 
-#define LINEAR_BATCH_NORM_FORWARD(suffix, T, A)                                                            \
+#define LINEAR_BATCH_NORM_FORWARD(suffix, T, A, precision)                                                 \
     BNK_KERNEL(bnk_linear_batch_norm_forward_##suffix, (LinearBatchNormForward<T, A>), PRODUCT_THREADS, 1, \
-               (linear_batch_norm_forward<T, A>))
-#define LINEAR_LAYER_NORM_FORWARD(suffix, T, A)                                                            \
+               (linear_batch_norm_forward<precision, T, A>))
+#define LINEAR_LAYER_NORM_FORWARD(suffix, T, A, precision)                                                 \
     BNK_KERNEL(bnk_linear_layer_norm_forward_##suffix, (LinearBatchNormForward<T, A>), PRODUCT_THREADS, 1, \
-               (linear_layer_norm_forward<T, A>))
+               (linear_layer_norm_forward<precision, T, A>))
 
-LINEAR_BATCH_NORM_FORWARD(f32, float, float)
-LINEAR_BATCH_NORM_FORWARD(f16, Float16, float)
-LINEAR_BATCH_NORM_FORWARD(bf16, BFloat16, float)
-LINEAR_BATCH_NORM_FORWARD(f64, double, double)
-LINEAR_LAYER_NORM_FORWARD(f32, float, float)
-LINEAR_LAYER_NORM_FORWARD(f16, Float16, float)
-LINEAR_LAYER_NORM_FORWARD(bf16, BFloat16, float)
-LINEAR_LAYER_NORM_FORWARD(f64, double, double)
+LINEAR_BATCH_NORM_FORWARD(f32, float, float, OF_DATA_TYPE)
+LINEAR_BATCH_NORM_FORWARD(f16, Float16, float, OF_DATA_TYPE)
+LINEAR_BATCH_NORM_FORWARD(bf16, BFloat16, float, OF_DATA_TYPE)
+LINEAR_BATCH_NORM_FORWARD(f64, double, double, OF_DATA_TYPE)
+LINEAR_LAYER_NORM_FORWARD(f32, float, float, OF_DATA_TYPE)
+LINEAR_LAYER_NORM_FORWARD(f16, Float16, float, OF_DATA_TYPE)
+LINEAR_LAYER_NORM_FORWARD(bf16, BFloat16, float, OF_DATA_TYPE)
+LINEAR_LAYER_NORM_FORWARD(f64, double, double, OF_DATA_TYPE)
+#if BNK_TENSOR_CORES
+LINEAR_BATCH_NORM_FORWARD(tf32x3_f32, float, float, TF32X3)
+LINEAR_LAYER_NORM_FORWARD(tf32x3_f32, float, float, TF32X3)
+#endif

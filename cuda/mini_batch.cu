@@ -6,11 +6,15 @@
 //            (N, K), labels_out (N,), scalars_out (S,). counter (2,): the step, and the number of finished blocks, 0
 //            between launches. C order. The result is undefined beyond the last step, and for rows that x does not
 //            have.
-// Launch:    Block (256, 1, 1), grid (b, 1, 1), any b; no shared memory. The last block to finish increments the step.
-// Traffic:   N (K + 1) numbers and S scalars read and written once, and the counter.
+// Launch:    Block (t, e, 1), grid (ceil(N/e), 1, 1); no shared memory. The t threads of an example copy its units, t
+//            apart: vectors of 16 bytes (variant vectors; rows of x and x_out are whole, aligned vectors) or single
+//            numbers. The last block to finish increments the step.
+// Traffic:   N (K + 1) numbers and S scalars read and written once, and the counter. Three dependent reads: counter,
+//            index, row.
 // Numerics:  none: a copy.
 // Called by: bnkernels/ops/mini_batch/op.py
 #include "lib/kernel.cuh"
+#include "lib/numbers/vector.cuh"
 
 template <typename T>
 struct MiniBatch {
@@ -25,25 +29,30 @@ struct MiniBatch {
     long long batch, inputs, scalars;
 };
 
-// Row of example n of the mini-batch.
+__device__ __forceinline__ void copy(Vector* to, const Vector* from) { bnk_store_vector(to, bnk_load_vector(from)); }
 template <typename T>
-__device__ __forceinline__ long long row_of(const MiniBatch<T>& a, long long step, long long n) {
-    const long long position = step * a.batch + n;
-    return a.indices ? a.indices[position] : position;
+__device__ __forceinline__ void copy(T* to, const T* from) {
+    *to = *from;
 }
 
-template <typename T>
+// Unit is Vector or T.
+template <typename Unit, typename T>
 __device__ __forceinline__ void mini_batch(const MiniBatch<T>& a) {
     const long long step = *(const volatile unsigned*)a.counter;
-    const long long thread = (long long)blockIdx.x * blockDim.x + threadIdx.x,
-                    threads = (long long)gridDim.x * blockDim.x;
-#pragma unroll 4
-    for (long long i = thread; i < a.batch * a.inputs; i += threads)
-        a.x_out[i] = a.x[row_of(a, step, i / a.inputs) * a.inputs + i % a.inputs];
-    for (long long n = thread; n < a.batch; n += threads) a.labels_out[n] = a.labels[row_of(a, step, n)];
-    for (long long i = thread; i < a.scalars; i += threads) a.scalars_out[i] = a.schedule[step * a.scalars + i];
+    const long long n = (long long)blockIdx.x * blockDim.y + threadIdx.y, position = step * a.batch + n;
+    const int units = (int)(a.inputs * sizeof(T) / sizeof(Unit));
+    if (n < a.batch) {
+        const long long row = a.indices ? a.indices[position] : position;
+        const Unit* const from = reinterpret_cast<const Unit*>(a.x + row * a.inputs);
+        Unit* const to = reinterpret_cast<Unit*>(a.x_out + n * a.inputs);
+        for (int i = threadIdx.x; i < units; i += blockDim.x) copy(to + i, from + i);
+        if (threadIdx.x == 0) a.labels_out[n] = a.labels[row];
+    }
+    if (n == 0)
+        for (long long i = threadIdx.x; i < a.scalars; i += blockDim.x)
+            a.scalars_out[i] = a.schedule[step * a.scalars + i];
     __syncthreads();  // all threads of the block have read the counter
-    if (threadIdx.x != 0) return;
+    if (threadIdx.x != 0 || threadIdx.y != 0) return;
     __threadfence();
     if (atomicAdd(a.counter + 1, 1u) != gridDim.x - 1) return;
     __threadfence();
@@ -51,7 +60,7 @@ __device__ __forceinline__ void mini_batch(const MiniBatch<T>& a) {
     a.counter[1] = 0;
 }
 
-#define MINI_BATCH(suffix, T) BNK_KERNEL(bnk_mini_batch_##suffix, (MiniBatch<T>), 256, 1, (mini_batch<T>))
-
-MINI_BATCH(f32, float)
-MINI_BATCH(f64, double)
+BNK_KERNEL(bnk_mini_batch_f32, (MiniBatch<float>), 256, 1, (mini_batch<float, float>))
+BNK_KERNEL(bnk_mini_batch_f64, (MiniBatch<double>), 256, 1, (mini_batch<double, double>))
+BNK_KERNEL(bnk_mini_batch_vectors_f32, (MiniBatch<float>), 256, 1, (mini_batch<Vector, float>))
+BNK_KERNEL(bnk_mini_batch_vectors_f64, (MiniBatch<double>), 256, 1, (mini_batch<Vector, double>))

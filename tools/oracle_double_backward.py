@@ -72,8 +72,13 @@ def second_derivative(z: np.ndarray, activation: str, alpha: float | None = None
     return 2 * density + z * (flat * (1 - 2 * gate) * slope * slope + flat * curve)
 
 
-def double_backward(arrays: dict, eps: float, activation: str = "identity", alpha: float | None = None) -> dict:
-    """Return value and bound of every output, of matrices and vectors by name; any may be None."""
+def double_backward(
+    arrays: dict, eps: float, activation: str = "identity", alpha: float | None = None, frozen: bool = False
+) -> dict:
+    """Return value and bound of every output, of matrices and vectors by name; any may be None.
+
+    The statistics are those of the mini-batch, also where they are `frozen`.
+    """
     x, dy, gamma = arrays["x"], exactly(arrays["dy"]), exactly(arrays["gamma"], 1.0)
     u = oracle.unit_roundoff(x.dtype)
     f = oracle.forward(x, arrays["gamma"], arrays["beta"], eps, activation, None, arrays["residual"], alpha)
@@ -86,13 +91,17 @@ def double_backward(arrays: dict, eps: float, activation: str = "identity", alph
     ddx = ddx * exactly(np.ones_like(x))
 
     def project(a: Sized) -> Sized:
+        if frozen:
+            return a
         return a - a.mean() - xhat * (a * xhat).mean()
 
     scale, g = gamma * rstd, dy * slope
     w = scale * project(ddx) + ddgamma * xhat + ddbeta + ddresidual
     q, e = w * dy * bend, (ddx * project(g)).sum()
-    h = gamma * q + ddgamma * g - scale * (ddx * (g * xhat).mean() + g * (ddx * xhat).mean())
-    share = exactly(np.array(1 / Extended(len(x))))
+    h = gamma * q + ddgamma * g
+    if not frozen:
+        h = h - scale * (ddx * (g * xhat).mean() + g * (ddx * xhat).mean())
+    share = exactly(np.array(0 if frozen else 1 / Extended(len(x))))
     dx = rstd * (project(h) - xhat * (scale * e * share))
     found = (w * slope, dx, (q * xhat).sum() + rstd * e, q.sum(), q)
     return {name: (result.value, SLACK * u * result.size) for name, result in zip(OUTPUTS, found, strict=True)}

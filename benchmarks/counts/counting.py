@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -18,12 +19,13 @@ import bnkernels as bn
 from benchmarks.counts.devices import H200
 from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, native_dtype
 from benchmarks.ops import bench_batch_norm
+from bnkernels.ops.batch_norm.launch import NAMES, VECTOR
 from bnkernels.runtime import registry, seam
 from bnkernels.runtime.seam import Launch, Limits
 from tools.backends import emulated_runtime
 from tools.emulator import LaunchRecord
 
-WHOLE, MOST_COUNTED = 2**22, 2**24  # elements: of a case that is counted as a whole, and of some of its slices
+WHOLE = 2**22  # numbers of a case that is counted as a whole, though some of its slices may do
 DEVICE = H200  # that the launches are planned for
 ONE = np.ones((), np.float32)
 
@@ -129,6 +131,10 @@ class Planner(seam.Runtime):
         """Return a new array."""
         return np.empty(shape, dtype).view(Planned)
 
+    def on_device(self, array: np.ndarray, like: Any) -> Planned:
+        """Return an array of the same shape and data type."""
+        return self.empty(array.shape, array.dtype)
+
     def pointer(self, array: Planned) -> int:
         """Return the address of the array's first element."""
         return array.ctypes.data
@@ -201,47 +207,57 @@ def count_of(record: LaunchRecord, case: Case, workspace: np.ndarray | None) -> 
     )
 
 
-def fewer_slices(case: Case) -> tuple[Case, int] | None:
+def fewer_slices(case: Case) -> tuple[Case, Fraction] | None:
     """Return the case with fewer channels, and how often that goes into the whole; None if not.
 
     Slices of channels are all alike, so fewer of them are proportionally less work. Where blocks own a slice each, two
-    of them are counted, if that launches the same kernels with the same blocks, and the grid of the whole is that many
-    times as wide. Where groups of blocks take the slices in turn, one of each is counted, if the launch is the same.
+    of them are counted. Where groups of blocks take the slices in turn, each takes one, or two where it copies the next
+    slice meanwhile. In both cases the kernels and the blocks must be those of the whole, and where groups take turns
+    their number too.
     """
     full = planned(case)
     launch, channels = full[0][2], case.shape[1] if len(case.shape) > 1 else 0
-    if launch.cooperative:
-        width = channels_of_slice(case, launch)
-        counted, grids = launch.grid[0] * width, 1
-    else:
-        counted, grids = 2 * channels // launch.grid[0], launch.grid[0] // 2
-    if not counted or channels % counted or (not launch.cooperative and channels // counted != grids):
-        return None
-    times = channels // counted
-    small = replace(case, shape=(case.shape[0], counted, *case.shape[2:]))
+    if not launch.cooperative:
+        counted = 2 * channels // launch.grid[0]
+        if not counted or channels % counted or channels // counted != launch.grid[0] // 2:
+            return None
+        return _if_alike(case, counted, full, grids=channels // counted)
+    width = launch.grid[0] * channels_of_slice(case, full[0][1], launch)
+    found = (_if_alike(case, counted, full, grids=1) for counted in (width, 2 * width) if counted <= channels)
+    return next(filter(None, found), None)
+
+
+def _if_alike(case: Case, channels: int, full: Sequence[tuple], grids: int) -> tuple[Case, Fraction] | None:
+    """Return the case with so many channels if its launches are those of the whole, but for a grid so often as wide."""
+    small = replace(case, shape=(case.shape[0], channels, *case.shape[2:]))
     scaled = [
         (source, kernel, replace(launch, grid=(launch.grid[0] * grids, *launch.grid[1:])))
         for source, kernel, launch in planned(small)
     ]
-    return (small, times) if scaled == full else None
+    return (small, Fraction(case.shape[1], channels)) if scaled == full else None
 
 
-def channels_of_slice(case: Case, launch: Launch) -> int:
-    """Return the channels that a group of blocks takes at a time: a thread owns those of 16 bytes, or one of many."""
-    together = 1 if case.layout in ("NCL", "NCHW") else 16 // case.itemsize
+def channels_of_slice(case: Case, kernel: str, launch: Launch) -> int:
+    """Return the channels that a group of blocks takes at a time: a thread owns those of an access, or one of many."""
+    together = 1 if case.layout in ("NCL", "NCHW") else elements_of_access(case, kernel)
     return launch.block[0] * together
 
 
-def counted_by_slices(case: Case, small: Case, times: int) -> tuple[list[Count], str]:
+def elements_of_access(case: Case, kernel: str) -> int:
+    """Return the elements that an access of a cooperative kernel moves."""
+    return next((count for count, name in NAMES.items() if name and name in kernel), VECTOR // case.itemsize)
+
+
+def counted_by_slices(case: Case, small: Case, times: Fraction) -> tuple[list[Count], str]:
     """Return the counts of each launch of the case, from fewer slices, and the shape that was counted."""
     counts = [
-        Count(*count[:2], launch, count.barriers, *(figure * times for figure in count[4:]))
+        Count(*count[:2], launch, count.barriers, *(round(figure * times) for figure in count[4:]))
         for count, (_, _, launch) in zip(counted_in_full(small), planned(case), strict=True)
     ]
     return counts, extent(small.shape) if times == 1 else f"{extent(small.shape)}, times {times}"
 
 
-def counted(case: Case) -> tuple[list[Count], str]:
+def counted(case: Case, most: int) -> tuple[list[Count], str]:
     """Return the counts of each launch of a call of the case, and the shape that was counted.
 
     Raises
@@ -249,15 +265,26 @@ def counted(case: Case) -> tuple[list[Count], str]:
     NotSupportedError
         If the op refuses the case ("not supported yet"), or it cannot be counted here.
     """
+    small, times = part_to_count(case, most)
+    if small == case:
+        return counted_in_full(case), extent(case.shape)
+    return counted_by_slices(case, small, times)
+
+
+def part_to_count(case: Case, most: int) -> tuple[Case, Fraction]:
+    """Return what is counted of a case, of up to `most` numbers, and how often that goes into the whole.
+
+    Raises
+    ------
+    NotSupportedError
+        As `counted`.
+    """
     planned(replace(case, shape=tuple(min(size, 3) for size in case.shape)))  # refuses quickly
-    if case.size <= WHOLE:
-        return counted_in_full(case), extent(case.shape)
-    found = fewer_slices(case)
-    if found is None and case.size <= MOST_COUNTED:
-        return counted_in_full(case), extent(case.shape)
-    if found is None or found[0].size > MOST_COUNTED:
+    found = None if case.size <= WHOLE else fewer_slices(case)
+    small, times = found or (case, Fraction(1))
+    if small.size > most:
         raise NotSupportedError("too large for the emulator, and so are some slices of its channels, if it has slices")
-    return counted_by_slices(case, *found)
+    return small, times
 
 
 def extent(sizes: Sequence[int]) -> str:

@@ -71,7 +71,8 @@ class Device:
         """Limits that the choice of a launch asks for; without clusters, which are not counted."""
         of = self.architecture
         most = of.shared_bytes - of.reserved_bytes
-        return Limits(self.sms, most, of.shared_bytes, True, False, 32 * of.warps, of.blocks, of.reserved_bytes)
+        held = 32 * of.warps, of.blocks, of.reserved_bytes
+        return Limits(self.sms, most, of.shared_bytes, True, False, *held, int(of.name) >= 80)
 
 
 KIB, MIB = 1024, 1024**2

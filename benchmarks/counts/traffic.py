@@ -10,9 +10,9 @@ from __future__ import annotations
 import sys
 from typing import NamedTuple
 
-from benchmarks.counts.counting import DEVICE, Count, counted, extent, fewest_bytes
+from benchmarks.counts.counting import DEVICE, Count, counted, elements_of_access, extent, fewest_bytes
 from benchmarks.harness.case import Case
-from bnkernels.ops.batch_norm.launch import PLANES, VECTOR
+from bnkernels.ops.batch_norm.launch import PLANES, own_bytes
 
 SIZES = [
     ((64, 20), "float32", "NC"),
@@ -28,6 +28,7 @@ SIZES = [
     ((256, 256, 56, 56), "float16", "NHWC"),
     ((16, 64, 256, 256), "float16", "NHWC"),
 ]
+MOST = 2**26  # numbers that are counted of a case: a minute on the emulator
 CASES = [
     Case("batch_norm", direction, shape, dtype, layout)
     for shape, dtype, layout in SIZES
@@ -60,7 +61,7 @@ class Line(NamedTuple):
 
 def line_of(case: Case) -> Line:
     """Count a case."""
-    counts, _ = counted(case)
+    counts, _ = counted(case, most=MOST)
     moved = sum(count.data_read + count.data_written for count in counts)
     share = on_chip(case, counts[0])
     inputs = PLANES[case.direction] * case.size * case.itemsize
@@ -74,10 +75,13 @@ def on_chip(case: Case, count: Count) -> float:
         return 1.0
     (columns, workers, _), (_, together, _) = count.launch.block, count.launch.grid
     inner = "inner" in count.kernel
-    numbers = VECTOR // case.itemsize
-    partial = {"forward": 3, "backward": 2}[case.direction] * 4 * workers * (1 if inner else columns * numbers)
-    held = (count.launch.shared_bytes - partial) // (PLANES[case.direction] * VECTOR)  # rows of 16 bytes per block
-    rows = case.size // case.shape[1] * (1 if inner else columns * numbers) // numbers  # per slice
+    numbers = elements_of_access(case, count.kernel)
+    channels = 1 if inner else columns * numbers
+    partial = own_bytes(case.direction, channels, workers)
+    held = (count.launch.shared_bytes - partial) // (
+        PLANES[case.direction] * numbers * case.itemsize
+    )  # rows of a block
+    rows = case.size // case.shape[1] * channels // numbers  # per slice
     return min(1.0, held * together / rows)
 
 

@@ -63,6 +63,8 @@ def run_clean(asarray: Callable[[np.ndarray], Any], asnumpy: Callable[[Any], np.
     try:
         for name in ("float32",) if some else DTYPES:
             for title, sample, sizes in calls(name)[-2 if some else 0 :]:
+                if "tf32x3" in title and not runtime.limits(like).tf32:
+                    continue
                 right = sample.arrays(sizes, name)
                 found = {key: asarray(array) for key, array in right.items()}
                 sample.run(right)
@@ -75,6 +77,8 @@ def run_clean(asarray: Callable[[np.ndarray], Any], asnumpy: Callable[[Any], np.
     wanted = set() if some else {name for stem in source.stems() for name in source.entry_points(stem)}
     if not runtime.limits(like).clusters:
         wanted = {name for name in wanted if "_cluster" not in name}
+    if not runtime.limits(like).tf32:
+        wanted = {name for name in wanted if "_tf32x3" not in name}
     if missing := wanted - launched:
         raise ArithmeticError(f"these kernels did not run: {', '.join(sorted(missing))}")
     print(f"{len(launched)} kernels{', some of float32' if some else ''}: {COMPLETE}", flush=True)
@@ -193,11 +197,11 @@ def emulator_tool(name: str) -> Tool:
     )
 
 
-def find_sanitizer() -> str | None:
-    """Return the path of compute-sanitizer, or None where it is not installed."""
+def tool_path(name: str) -> str | None:
+    """Return the path of a program of the CUDA toolkit, or None where it is not installed."""
     homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
     places = [os.environ.get("PATH", ""), *(f"{home}/bin" for home in homes if home)]
-    return shutil.which("compute-sanitizer", path=os.pathsep.join(places))
+    return shutil.which(name, path=os.pathsep.join(places))
 
 
 class Limit(NamedTuple):
@@ -244,7 +248,7 @@ def measure(seconds: float, dry_run: bool, out: Path) -> dict[str, Any]:
     limit = Limit(time.monotonic() + seconds, seconds if dry_run else seconds / 3)
     document: dict[str, Any] = {"outcome": "stopped in the middle", "dry_run": dry_run, "tools": {}}
     keep = partial(write_json, out, document)
-    sanitizer = None if dry_run else find_sanitizer()
+    sanitizer = None if dry_run else tool_path("compute-sanitizer")
     if not dry_run and sanitizer is None:
         return finished(document | {"outcome": "compute-sanitizer is not installed"}, out)
     document["sanitizer"] = sanitizer or "the emulator's builds; initcheck has no counterpart among them"

@@ -171,6 +171,13 @@ STEPS = (
         merged=True,
     ),
     Step(
+        *("facts", "profile", 20, 60, "profile.json"),
+        *(checking("benchmarks.gpu.profile", "profile.json"), own_figures),
+        merged=True,
+        optional=True,
+        only_on_a_gpu=True,
+    ),
+    Step(
         *("bench", "train step, quick", 30, 60, "train_step.json", train_step_quick, train_step_figures),
         measured=any_row_ok,
     ),

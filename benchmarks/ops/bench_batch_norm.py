@@ -22,6 +22,7 @@ from benchmarks.peers import (
     pytorch,
     three_launches,
     three_phase,
+    tileops,
     torch_compile,
     triton_kernels,
 )
@@ -41,6 +42,7 @@ def shapes() -> Iterator[tuple[tuple[int, ...], str, str]]:
     for shape in IMAGES:
         yield shape, "float16", "NCL" if len(shape) == 3 else "NCHW"
         yield shape if len(shape) == 4 else (*shape, 1), "float16", "NHWC"
+    yield from ((shape, "float16", "NC" if len(shape) == 2 else "NCHW") for shape in tileops.SHAPES)
 
 
 CASES = [
@@ -141,6 +143,7 @@ OP = Op(
         *cupy_kernels.PROVIDERS,
         *pytorch.PROVIDERS,
         *torch_compile.PROVIDERS,
+        *tileops.PROVIDERS,
         *cudnn_frontend.PROVIDERS,
         *apex.PROVIDERS,
         *triton_kernels.PROVIDERS,
@@ -149,9 +152,11 @@ OP = Op(
 )
 
 
-SLICES = tuple({"N": rows, "C": 33} for rows in (10, 100, 300))  # every variant, and a slice of one channel
+SLICES = tuple({"N": rows, "C": 33} for rows in (10, 100, 240, 300))  # every variant, and a slice of one channel
 IMAGES = tuple({"N": 3, "C": 33, "L": size} for size in (5, 49))  # neighbouring threads read channels, or values
 SHARED = ({"N": 20_000, "C": 8}, {"N": 6, "C": 2, "L": 30_000})  # slices that several blocks share, on any GPU
+# Rows of two elements and of one.
+NARROW = ({"N": 600, "C": 58}, {"N": 600, "C": 57}, {"N": 60, "C": 3, "L": 202}, {"N": 60, "C": 3, "L": 201})
 RUNNING = "x gamma beta running_mean running_var"
 SAVED = "dy x gamma beta statistics"
 
@@ -197,7 +202,7 @@ SAMPLES = {
             *take(a, SAVED), residual=a["residual"], activation="relu", out=take(a, "dx dgamma dbeta dresidual")
         ),
         any_strides="dy x residual",
-        sizes=IMAGES + SHARED,
+        sizes=IMAGES + SHARED + NARROW,
     ),
 }
 VARIANTS = {
@@ -208,6 +213,6 @@ VARIANTS = {
             *take(a, RUNNING), residual=a["residual"], activation="tanh", out=take(a, "y statistics")
         ),
         any_strides="x residual",
-        sizes=IMAGES + SHARED,
+        sizes=IMAGES + SHARED + NARROW,
     ),
 }

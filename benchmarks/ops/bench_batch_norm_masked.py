@@ -10,7 +10,7 @@ from typing import Any
 
 import bnkernels as bn
 from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Op, on_both
-from benchmarks.harness.samples import Sample, take
+from benchmarks.harness.samples import Sample, Sizes, take
 from benchmarks.peers import EPSILON, expression, pytorch
 
 SHAPES = [(64, 20), (256, 1024), (8192, 1024), (100_000, 32)]
@@ -120,6 +120,7 @@ OP = Op(
 RUNNING = "x gamma beta running_mean running_var"
 SAVED = "dy x gamma beta statistics"
 GROUPED = {"statistics": "A G5C"}  # renormalised
+LARGE = ({"N": 1200, "C": 16}, {"N": 60, "C": 3, "L": 404})  # that cooperative kernels take, of three groups
 
 SAMPLES = {
     "batch_norm_masked_forward": Sample(
@@ -127,12 +128,14 @@ SAMPLES = {
         "running_mean running_var y statistics",
         lambda a: bn.batch_norm_forward(*take(a, RUNNING), mask=a["mask"], out=take(a, "y statistics")),
         any_strides="x mask",
+        sizes=({}, {"N": 1100}),  # rows that a thread holds, and that it reads twice
     ),
     "batch_norm_masked_backward": Sample(
         "dy x mask gamma beta statistics",
         "dx dgamma dbeta",
         lambda a: bn.batch_norm_backward(*take(a, SAVED), mask=a["mask"], out=take(a, "dx dgamma dbeta")),
         any_strides="dy x mask",
+        sizes=({}, {"N": 1100}),  # rows that a thread holds, and that it reads twice
     ),
     "batch_norm_grouped_forward": Sample(
         "x mask residual gamma beta",
@@ -151,8 +154,11 @@ SAMPLES = {
         sizes=({"N": 20, "C": 33},),
     ),
 }
-VARIANTS = {
-    "batch_norm_grouped_backward": Sample(
+
+
+def grouped_backward(activation: str, specs: dict[str, str], sizes: tuple[Sizes, ...]) -> Sample:
+    """Return the backward of three groups, with a mask and a residual."""
+    return Sample(
         "dy x mask residual gamma beta statistics",
         "dx dgamma dbeta dresidual",
         lambda a: bn.batch_norm_backward(
@@ -160,12 +166,28 @@ VARIANTS = {
             mask=a["mask"],
             residual=a["residual"],
             grouped=True,
-            activation="tanh",
+            activation=activation,
             out=take(a, "dx dgamma dbeta dresidual"),
         ),
         any_strides="dy x mask residual",
-        specs=GROUPED,
+        specs=specs,
         fixed={"G": 3},
-        sizes=({"N": 20, "C": 33},),
+        sizes=sizes,
+    )
+
+
+VARIANTS = {
+    "batch_norm_grouped_backward": grouped_backward("tanh", GROUPED, ({"N": 20, "C": 33},)),
+    "batch_norm_large_groups_forward": Sample(
+        "x mask residual gamma beta",
+        "y statistics running_mean running_var",
+        lambda a: bn.batch_norm_forward(
+            *take(a, RUNNING), mask=a["mask"], residual=a["residual"], grouped=True, out=take(a, "y statistics")
+        ),
+        any_strides="x mask residual",
+        specs={"statistics": "A G3C"},
+        fixed={"G": 3},
+        sizes=LARGE,
     ),
+    "batch_norm_large_groups_backward": grouped_backward("relu", {"statistics": "A G3C"}, LARGE),
 }

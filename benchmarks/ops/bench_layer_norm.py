@@ -151,7 +151,9 @@ OP = Op(
 
 SAVED = "dy x gamma beta statistics"
 OF_ROWS = {"statistics": "A 3N", "workspace": "A 512*C"}
-SIZES = ({"N": 10, "C": 33}, {"N": 5, "C": 4000})  # a part of a unit at the end of every row, and several blocks
+LONG = {"N": 3, "C": 16_390}  # rows that several blocks share
+# A part of a unit at the end of every row; several blocks.
+SIZES = ({"N": 10, "C": 33}, {"N": 5, "C": 4000}, LONG)
 
 SAMPLES = {
     "layer_norm_forward": Sample(
@@ -171,5 +173,14 @@ SAMPLES = {
         specs=OF_ROWS,
         sizes=SIZES,
         counted=True,
+    ),
+    "layer_norm_backward_curved": Sample(
+        SAVED,
+        "dx dgamma dbeta workspace",
+        lambda a: bn.layer_norm_backward(
+            *take(a, SAVED), activation="silu", workspace=a["workspace"], out=take(a, "dx dgamma dbeta")
+        ),
+        specs=OF_ROWS,
+        sizes=SIZES,
     ),
 }

@@ -46,11 +46,11 @@ def is_backward(case: Case) -> bool:
     return case.direction.startswith("backward")
 
 
-def ours(case: Case, arrays: Arrays) -> Call:
+def ours(case: Case, arrays: Arrays, precision: str | None = None) -> Call:
     """Prepare our op."""
     x, weight, beta = (arrays[name] for name in ("x", "weight", "beta"))
     norm = NORMS[case.direction]
-    given, options = (x, weight, arrays.get("gamma"), beta), {"activation": "tanh"}
+    given, options = (x, weight, arrays.get("gamma"), beta), {"activation": "tanh", "precision": precision}
     y, z, statistics = bn.linear_batch_norm_forward(*given, norm=norm, eps=EPSILON, **options)
     if is_backward(case):
         behind = arrays["dy"], *given, z, statistics
@@ -58,6 +58,19 @@ def ours(case: Case, arrays: Arrays) -> Call:
         return lambda: present(bn.linear_batch_norm_backward(*behind, **options, out=grads))
     out = (y, z, statistics) if norm else (y, z)
     return lambda: bn.linear_batch_norm_forward(*given, norm=norm, eps=EPSILON, **options, out=out)[:1]
+
+
+def tensor_cores(case: Case, arrays: Arrays) -> Call:
+    """Prepare our op with float32 products on tensor cores.
+
+    Raises
+    ------
+    NotSupportedError
+        For other data.
+    """
+    if case.dtype != "float32":
+        raise NotSupportedError("3xTF32 is for float32")
+    return ours(case, arrays, "tf32x3")
 
 
 def present(gradients: tuple) -> tuple:
@@ -184,6 +197,7 @@ OP = Op(
     bytes_moved=bytes_moved,
     providers=(
         *on_both("bnkernels", ours),
+        Provider("bnkernels, 3xTF32", "cuda", tensor_cores, engine="cupy"),
         *on_both("bnkernels, separate ops", separate, why_absent),
         *expression.providers(formulas),
         *pytorch.providers(torch_eager),
@@ -198,12 +212,22 @@ GRADIENTS = "dx dweight dgamma dbeta"
 AXES = {"x": "T NK", "dx": "T NK", "workspace": "T NC"}
 TILES = tuple({"N": rows, "K": 40, "C": 33} for rows in (10, 100, 300))  # up to two tiles of rows
 
+
+def forward(a: Arrays, norm: str = "batch", **options: Any) -> None:
+    """Call the forward; with batch norm it updates running statistics."""
+    running = take(a, "running_mean running_var") if norm == "batch" else ()
+    bn.linear_batch_norm_forward(*take(a, GIVEN), *running, norm=norm, **options, out=take(a, "y z statistics"))
+
+
+def backward(a: Arrays, **options: Any) -> None:
+    """Call the backward."""
+    bn.linear_batch_norm_backward(*take(a, SAVED), **options, workspace=a["workspace"], out=take(a, GRADIENTS))
+
+
 FORWARD = Sample(
     GIVEN,
     "y z statistics running_mean running_var",
-    lambda a: bn.linear_batch_norm_forward(
-        *take(a, f"{GIVEN} running_mean running_var"), activation="relu", out=take(a, "y z statistics")
-    ),
+    partial(forward, activation="relu"),
     specs=AXES,
     sizes=TILES,
     counted=True,
@@ -211,9 +235,7 @@ FORWARD = Sample(
 BACKWARD = Sample(
     SAVED,
     f"{GRADIENTS} workspace",
-    lambda a: bn.linear_batch_norm_backward(
-        *take(a, SAVED), activation="relu", workspace=a["workspace"], out=take(a, GRADIENTS)
-    ),
+    partial(backward, activation="relu"),
     specs=AXES,
     sizes=TILES,
     counted=True,
@@ -222,18 +244,19 @@ SAMPLES = {
     "linear_batch_norm_forward": FORWARD,
     "linear_batch_norm_backward": BACKWARD,
 }
+OF_LAYER = {"specs": AXES | {"statistics": "A 3N"}}
+TF32X3 = {"dtypes": ("float32",)}
 VARIANTS = {
     "linear_layer_norm_forward": replace(
-        FORWARD,
-        writes="y z statistics",
-        run=lambda a: bn.linear_batch_norm_forward(*take(a, GIVEN), norm="layer", out=take(a, "y z statistics")),
-        specs=AXES | {"statistics": "A 3N"},
+        FORWARD, writes="y z statistics", run=partial(forward, norm="layer"), **OF_LAYER
     ),
-    "linear_layer_norm_backward": replace(
-        BACKWARD,
-        run=lambda a: bn.linear_batch_norm_backward(
-            *take(a, SAVED), norm="layer", workspace=a["workspace"], out=take(a, GRADIENTS)
-        ),
-        specs=AXES | {"statistics": "A 3N"},
-    ),
+    "linear_layer_norm_backward": replace(BACKWARD, run=partial(backward, norm="layer"), **OF_LAYER),
+    "linear_batch_norm_forward_tf32x3": replace(FORWARD, run=partial(forward, precision="tf32x3"), **TF32X3),
+    "linear_batch_norm_backward_tf32x3": replace(BACKWARD, run=partial(backward, precision="tf32x3"), **TF32X3),
+}
+VARIANTS |= {
+    f"linear_layer_norm_{name}_tf32x3": replace(
+        VARIANTS[f"linear_layer_norm_{name}"], run=partial(call, norm="layer", precision="tf32x3"), **TF32X3
+    )
+    for name, call in (("forward", forward), ("backward", backward))
 }

@@ -86,7 +86,11 @@ FIRST = Sample(
     lambda a: bn.mini_batch(*take(a, "x labels schedule counter"), out=take(a, OUTPUTS)),
     specs={"x": "T EK", "labels": "int32 E", "schedule": "A S3", "indices": "int32 SN", "counter": "uint32 2"}
     | {"x_out": "T NK", "labels_out": "int32 N"},
-    sizes=({"S": 5, "N": 20, "E": 100, "K": 6},),
+    sizes=(
+        {"S": 5, "N": 20, "E": 100, "K": 6},
+        {"S": 5, "N": 20, "E": 100, "K": 7},
+        {"S": 5, "N": 20, "E": 100, "K": 8},
+    ),  # vectors, or not
     dtypes=("float32", "float64"),
     counted=True,
 )

@@ -96,7 +96,7 @@ FORWARD = Sample(
     "logits labels",
     "loss dlogits",
     lambda a: bn.softmax_cross_entropy(*take(a, "logits labels"), out=take(a, "loss dlogits")),
-    sizes=({"N": 10, "O": 33}, {"N": 300, "O": 33}),
+    sizes=({"N": 10, "O": 33}, {"N": 300, "O": 33}, {"N": 3, "O": 150}),  # classes in registers, or not
     dtypes=("float32", "float64"),
     counted=True,
 )

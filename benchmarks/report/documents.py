@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.counts import static
 from benchmarks.harness.timing import RESULTS, ROOT, results_folder
-from benchmarks.report import accuracy, front, gpu, ops, overhead, partition, targets, train_step
+from benchmarks.report import accuracy, budget, front, gpu, ops, overhead, partition, targets, train_step
 from benchmarks.report.text import ABSENT, PLACES, Page, missing, paragraphs, table
 from benchmarks.steps import overhead_plot
 
@@ -102,7 +102,6 @@ def pages(results: Path = RESULTS, baseline: Path = BASELINE) -> dict[str, Page]
         for name in ("train_step", "ops", "overhead")
     )
     protocol = "How it is measured: [benchmarks](../benchmarks.md)."
-    counted = "Counted on the [emulator](../emulator.md), registers by NVRTC."
     return {
         "targets.md": Page(
             "Targets on a CPU",
@@ -133,17 +132,6 @@ def pages(results: Path = RESULTS, baseline: Path = BASELINE) -> dict[str, Page]
             ),
         ),
         "gpu.md": Page("On a GPU", protocol, gpu.page(results, cases["cuda"])),
-        "counts.md": Page(
-            "What the kernels do, case by case",
-            f"{counted} Times are lower bounds, predicted and not measured.",
-            static.table(counts) if (counts := load(results / "static.json")) else f"Counts: {ABSENT}.",
-        ),
-        "kernels.md": Page(
-            "The kernels of one training step",
-            "64 examples, 64 inputs, 20 neurons, 10 classes, float32, launched as on an H200; optimisers on all "
-            f"parameters at once. Bytes of global memory are counted once each. {counted}",
-            kernels(load(results / "kernels.json"), load(baseline)),
-        ),
         "accuracy.md": Page(
             "Accuracy, measured",
             "What is promised and how it is measured: [accuracy](../accuracy.md). **Bold**: beyond what is promised.",
@@ -153,6 +141,31 @@ def pages(results: Path = RESULTS, baseline: Path = BASELINE) -> dict[str, Page]
             "Ways to a variance, and their errors",
             "Largest error of `y` in units of 2^-23 (1 + abs(y)); what the rows mean: [accuracy](../accuracy.md).",
             variance(load(results / "numerics.json")),
+        ),
+    } | counted_pages(results, baseline, cases["cuda"], step["cuda"])
+
+
+def counted_pages(results: Path, baseline: Path, cases: Any, step: Any) -> dict[str, Page]:
+    """Return the pages of what was counted without a GPU, `cases` and `step` being what was measured on one."""
+    counted = "Counted on the [emulator](../emulator.md), registers by NVRTC."
+    return {
+        "counts.md": Page(
+            "What the kernels do, case by case",
+            f"{counted} Times are lower bounds, predicted and not measured.",
+            static.table(counts) if (counts := load(results / "static.json")) else f"Counts: {ABSENT}.",
+        ),
+        "budget.md": Page(
+            "Instructions and cycles, counted from machine code",
+            "Longest path of a warp on sm_90, by NVRTC and nvdisasm, with the launches of an H200. What fits while "
+            "memory moves the data is the budget; **bold**: beyond the target. Predicted times are not measured. `make "
+            "sass` counts; `benchmarks/counts/budget.py` says how.",
+            budget.page(load(results / "budget.json"), cases, step),
+        ),
+        "kernels.md": Page(
+            "The kernels of one training step",
+            "64 examples, 64 inputs, 20 neurons, 10 classes, float32, launched as on an H200; optimisers on all "
+            f"parameters at once. Bytes of global memory are counted once each. {counted}",
+            kernels(load(results / "kernels.json"), load(baseline)),
         ),
     }
 

@@ -33,13 +33,13 @@ MOST_COUNTED = 2**53  # steps and mini-batches: as far as double precision count
 def shown(value: Any) -> str:
     """Return a value as messages show it: of an array or a large number what it is, of anything else the beginning."""
     if isinstance(value, (list, tuple)):
-        few = [_kind(item) if isinstance(item, (list, tuple)) else shown(item) for item in value[:4]]
+        few = [kind_of(item) if isinstance(item, (list, tuple)) else shown(item) for item in value[:4]]
         text = ", ".join([*few, f"... ({len(value)} of them)"] if len(value) > 4 else few)
         return f"[{text}]" if isinstance(value, list) else f"({text})"
     if hasattr(value, "shape") and not isinstance(value, np.generic):  # to print an array may wait for a device
-        return f"{_kind(value)} of the shape {value.shape} and the type {getattr(value, 'dtype', 'unknown')}"
+        return f"{kind_of(value)} of the shape {value.shape} and the type {getattr(value, 'dtype', 'unknown')}"
     if isinstance(value, (dict, set, frozenset)):
-        return f"{_kind(value)} of {len(value)}"
+        return f"{kind_of(value)} of {len(value)}"
     if isinstance(value, int) and value.bit_length() > 256:
         return f"an integer of {value.bit_length()} bits"
     try:
@@ -49,7 +49,8 @@ def shown(value: Any) -> str:
     return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """Return the type of a value as messages name it."""
     return f"a {_name(type(value))}"
 
 
@@ -305,6 +306,16 @@ def pack_outputs(out: Any, names: tuple[str, ...]) -> tuple:
         return (None,) * len(names)
     if not isinstance(out, tuple) or len(out) != len(names) or type(None) in map(type, out):
         raise TypeError(f"out must be a tuple of the {len(names)} arrays ({', '.join(names)}), got {shown(out)}")
+    return out
+
+
+def pack_wanted(out: Any, names: tuple[str, ...], wanted: tuple[bool, ...]) -> tuple:
+    """Check `out`, None or a tuple with an array for every result that is wanted; return it, or as many None."""
+    if out is None:
+        return (None,) * len(names)
+    if not isinstance(out, tuple) or [array is not None for array in out] != list(wanted):
+        expected = ", ".join(name if want else "None" for name, want in zip(names, wanted, strict=True))
+        raise TypeError(f"out must be the tuple of arrays ({expected}), got {shown(out)}")
     return out
 
 

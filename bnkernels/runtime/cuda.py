@@ -7,17 +7,18 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import cupy
 import numpy as np
 
 from bnkernels.runtime.arguments import address_of
-from bnkernels.runtime.seam import SHARED_BYTES, WORKSPACE_BYTES, Launch, Limits
+from bnkernels.runtime.seam import SHARED_BYTES, WORKSPACE_BYTES, Constant, Launch, Limits
 from bnkernels.runtime.source import OPTIONS, read
 
 CPointer = cupy.cuda.function.CPointer
-Key = tuple[int, str, tuple[tuple[str, int], ...], bool]  # kernel: device, name, constants, opt-in to shared memory
+Key = tuple[int, str, tuple[Constant, ...], bool]  # kernel: device, name, constants, opt-in to shared memory
 LEGACY, PER_THREAD = 1, 2  # the handles of default streams, as 0 is: of a device, and of a thread
 
 
@@ -26,6 +27,28 @@ def available() -> str | None:
     if cupy.cuda.is_available():
         return None
     return "CuPy is installed, but no NVIDIA driver and GPU answer"
+
+
+class _ForeignStream(NamedTuple):
+    """Stream of another library, in the CUDA stream protocol."""
+
+    pointer: int
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        """Return the version of the protocol and the handle."""
+        return 0, self.pointer
+
+
+@lru_cache(maxsize=256)  # a stream that stays the same object keeps its workspace
+def _foreign(device: int, pointer: int) -> Any:
+    return cupy.cuda.Stream.from_external(_ForeignStream(pointer))
+
+
+@contextmanager
+def on_stream(device: int, pointer: int) -> Iterator[None]:
+    """Make a device current, and on it another library's stream, which is known by its handle."""
+    with cupy.cuda.Device(device), _foreign(device, pointer):
+        yield
 
 
 class _Owner:
@@ -153,6 +176,7 @@ class CudaRuntime:
                 given["MaxThreadsPerMultiProcessor"],
                 given["MaxBlocksPerMultiprocessor"],
                 given["ReservedSharedMemoryPerBlock"],
+                int(device.compute_capability) >= 80,
             )
         return found
 

@@ -15,19 +15,23 @@ WORKSPACE_BYTES = 2**20  # per stream
 SHARED_BYTES = 48 * 1024  # per block; granted by every supported device without opt-in
 
 
+Constant = tuple[str, int | tuple[int, ...]]  # name and value of a member of a kernel's argument
+
+
 @dataclass(frozen=True)
 class Launch:
     """Grid, block (in threads) and dynamic shared memory (in bytes) of one kernel launch.
 
     The blocks of a cooperative launch are all resident at once, so they may wait for one another. `constants` are
     members of the kernel's argument, by name, that are known when it is compiled: a hint, the argument has them too.
+    Several numbers are what a pointer to integers of 32 bits points to.
     """
 
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
     shared_bytes: int = 0
     cooperative: bool = False
-    constants: tuple[tuple[str, int], ...] = field(default=(), repr=False)
+    constants: tuple[Constant, ...] = field(default=(), repr=False)
 
     @property
     def blocks(self) -> int:
@@ -73,8 +77,10 @@ class LaunchPlan(NamedTuple):
         Number of columns of a matrix product that a block owns at a time.
     held : int
         Number of 16-byte vectors that a thread keeps on the chip, of every array.
-    chunk : int
-        Number of 16-byte vectors of a row whose columns are summed at a time.
+    stages : int
+        Number of places on the chip for what a thread keeps: with two, the next comes while one is worked on.
+    at_once : int
+        Number of rows of a long-row kernel for which blocks wait for one another once.
     """
 
     source: str
@@ -84,7 +90,8 @@ class LaunchPlan(NamedTuple):
     splits: int = 1
     width: int = 0
     held: int = 0
-    chunk: int = 0
+    stages: int = 1
+    at_once: int = 1
 
 
 class Limits(NamedTuple):
@@ -98,6 +105,7 @@ class Limits(NamedTuple):
     threads_of_sm: int = 1024
     blocks_of_sm: int = 16
     reserved_bytes: int = 1024  # shared memory that each block costs beside its own
+    tf32: bool = False  # whether tensor cores multiply TF32 numbers
 
 
 class Runtime(Protocol):

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
+from bnkernels.runtime.seam import Constant
+
 # Compiler options of all CUDA sources. Without contraction a kernel rounds exactly where its source says, as on
 # the tests' emulator. CuPy adds -ftz=true: float32 numbers below 1.2e-38 are flushed to zero.
 OPTIONS = ("--std=c++17", "--fmad=false")
@@ -46,11 +48,11 @@ def stems() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in folder().glob("*.cu")))
 
 
-def read(stem: str, entry_point: str | None = None, constants: Iterable[tuple[str, int]] = ()) -> str:
+def read(stem: str, entry_point: str | None = None, constants: Iterable[Constant] = ()) -> str:
     """Return ``cuda/<stem>.cu`` with our headers in place of their ``#include`` lines, each once.
 
     Kernels that have a place for it take the `constants` for members of their argument: see
-    ``cuda/lib/train/network.cuh``.
+    ``cuda/lib/kernel.cuh``. One of several numbers is an array that the member points to.
 
     Of the kernels that the file makes at its end, one line each, only `entry_point` if that is given: the variants and
     data types that a program does not need would take it seconds to compile.
@@ -67,8 +69,11 @@ def read(stem: str, entry_point: str | None = None, constants: Iterable[tuple[st
         If it makes no such kernel.
     """
     text = _inline(f"{stem}.cu", set())
-    if members := ", ".join(f"(a).{name} = {value}" for name, value in constants):
+    tables = {name: value for name, value in constants if isinstance(value, tuple)}
+    if members := ", ".join(f"(a).{name} = {value}" for name, value in constants if name not in tables):
         text = f"#define BNK_CONSTANTS(a) ({members})\n{text}"
+    for name, numbers in tables.items():
+        text = f"#define BNK_TABLE_{name.upper()} {', '.join(map(str, numbers))}\n{text}"
     if entry_point is None:
         return text
     lines = text.split("\n")

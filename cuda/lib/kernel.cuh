@@ -32,3 +32,13 @@
     extern __shared__ __align__(16) unsigned char name##_bytes[]; \
     T* const name = reinterpret_cast<T*>(name##_bytes)
 #endif
+
+// A kernel may be compiled for one kind of call: members of its argument then become constants, and code that they rule
+// out is not compiled. Python defines BNK_CONSTANTS(a), as (a.batch = 64, a.activation = 1, ...), with the values that
+// the argument has anyway.
+template <typename Arguments>
+__device__ __forceinline__ void take_constants([[maybe_unused]] Arguments& a) {
+#ifdef BNK_CONSTANTS
+    BNK_CONSTANTS(a);
+#endif
+}

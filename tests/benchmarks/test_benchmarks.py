@@ -265,7 +265,7 @@ def test_the_list_is_complete() -> None:
     shapes = {case.shape for case in listed_cases}
     assert shapes >= {(64, 20), (8192, 1024), (100_000, 32), (65_536, 4096), (20, 6, 65536), (128, 2048, 4, 4)}
     assert {case.epilogue for case in listed_cases} == {"", "relu", "add_relu"}
-    assert len(listed_cases) == len(set(map(str, listed_cases))) == (2 * 7 + 2 + 2 * 4) * 2 * 3
+    assert len(listed_cases) == len(set(map(str, listed_cases))) == (2 * 7 + 2 + 2 * 4 + 5) * 2 * 3
     assert listed_cases[0] == Case("batch_norm", "forward", (64, 20))
 
 

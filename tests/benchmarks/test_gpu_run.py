@@ -289,7 +289,7 @@ def test_a_sanitizer_is_believed_only_if_it_sees_its_bug(
     script.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path) + os.pathsep + os.environ["PATH"])
     monkeypatch.setenv("FAKE_MODE", mode)
-    assert sanitize.find_sanitizer() == str(script)
+    assert sanitize.tool_path("compute-sanitizer") == str(script)
     found = sanitize.judge(sanitize.nvidia_tool(str(script), tool), sanitize.Limit(time.monotonic() + 60, 20))
     assert found["outcome"].startswith(outcome)
     assert ("clean_seconds" in found) == (not outcome.startswith("blind")), "silence of a blind tool is not asked for"
@@ -298,7 +298,7 @@ def test_a_sanitizer_is_believed_only_if_it_sees_its_bug(
 def test_no_sanitizer_and_no_time_are_not_green(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tool = sanitize.nvidia_tool("none", "memcheck")
     assert sanitize.judge(tool, sanitize.Limit(time.monotonic() - 1, 20))["outcome"] == "not run: out of time"
-    monkeypatch.setattr(sanitize, "find_sanitizer", lambda: None)
+    monkeypatch.setattr(sanitize, "tool_path", lambda name: None)
     out = tmp_path / "sanitize.json"
     assert sanitize.main(["--out", str(out)]) == 1
     assert json.loads(out.read_text())["outcome"] == "compute-sanitizer is not installed"

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "counts": {"harness", "ops"},
     "steps": {"harness", "peers"},
     "accuracy": {"harness"},
-    "gpu": {"harness", "ops"},
+    "gpu": {"counts", "harness", "ops"},
     "report": {"accuracy", "counts", "harness", "steps"},
     "": {"harness", "ops", "peers"},  # the commands
 }

@@ -1,4 +1,4 @@
-"""cuDNN's front end and Apex as rivals, on stand-ins: the code around them is ours, and is what is tested here."""
+"""cuDNN's front end, Apex and TileOPs as rivals, on stand-ins: the code around them is ours, and is tested here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.harness.case import EPILOGUES, Case, NotSupportedError
-from benchmarks.peers import apex, cudnn_frontend
+from benchmarks.peers import apex, cudnn_frontend, tileops
 from tests.benchmarks.test_peers_torch import CASES, DIRECTIONS, check, inputs, torch
 
 __all__ = ["torch"]  # a fixture
@@ -250,3 +250,47 @@ def test_apex_gets_the_case(direction: str, epilogue: str, torch: ModuleType, mo
 def test_apex_refuses_what_it_is_not_for(case: Case) -> None:
     with pytest.raises(NotSupportedError, match="Apex's group batch norm is for"):
         apex.prepare(case, inputs(case))
+
+
+# ---- TileOPs --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tile_ops(torch: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put stand-ins with the signatures of TileOPs' operators in the place of its package."""
+
+    class BatchNormFwdOp:
+        def __init__(self, training: bool, momentum: float, eps: float) -> None:
+            self.options = (training, momentum, eps)
+
+        def __call__(self, x: Any, running_mean: Any, running_var: Any, weight: Any, bias: Any) -> Any:
+            return torch.nn.functional.batch_norm(x, running_mean, running_var, weight, bias, *self.options)
+
+    class BatchNormBwdOp:
+        def __call__(self, grad_out: Any, x: Any, weight: Any, mean: Any, rstd: Any) -> Any:
+            masks, eps = [True] * 3, 0.0
+            return torch.ops.aten.native_batch_norm_backward(
+                grad_out, x, weight, None, None, mean, rstd, True, eps, masks
+            )
+
+    ops = SimpleNamespace(BatchNormFwdOp=BatchNormFwdOp, BatchNormBwdOp=BatchNormBwdOp)
+    monkeypatch.setitem(sys.modules, "tileops", SimpleNamespace(ops=ops))
+    monkeypatch.setitem(sys.modules, "tileops.ops", ops)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case.epilogue and case.layout != "NHWC"], ids=str)
+def test_tileops_computes_the_case(case: Case, tile_ops: None) -> None:
+    check(case, tileops.prepare)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("batch_norm", "forward", (16, 5), epilogue="relu"),
+        Case("batch_norm", "backward", (2, 5, 3, 3), "float16", "NHWC"),
+    ],
+    ids=str,
+)
+def test_tileops_refuses_what_it_has_no_operator_for(case: Case, tile_ops: None) -> None:
+    with pytest.raises(NotSupportedError, match="TileOPs normalises with channels second"):
+        tileops.prepare(case, {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -127,7 +128,7 @@ def test_nothing_undercuts_the_launch_or_the_fewest_bytes() -> None:
 
 
 @pytest.mark.emulator
-@pytest.mark.parametrize("shape", [(64, 128), (1030, 126), (70, 100)], ids=str)
+@pytest.mark.parametrize("shape", [(64, 128), (130, 126), (70, 100)], ids=str)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("op", ["batch_norm", "batch_norm_inference"])
 def test_two_slices_scaled_are_the_whole(
@@ -142,15 +143,27 @@ def test_two_slices_scaled_are_the_whole(
 
 
 @pytest.mark.emulator
-@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize(
+    ("direction", "shape", "sms", "times"),
+    [
+        ("forward", (6000, 256), 4, 8),
+        ("backward", (6000, 256), 4, 2),
+        ("forward", (4000, 160), 6, Fraction(5, 2)),  # two slices of each group, as the next one is copied ahead
+    ],
+)
 def test_a_slice_of_each_group_scaled_is_the_whole(
-    counting_build: EmulatorRuntime, monkeypatch: pytest.MonkeyPatch, direction: str
+    counting_build: EmulatorRuntime,
+    monkeypatch: pytest.MonkeyPatch,
+    direction: str,
+    shape: tuple[int, int],
+    sms: int,
+    times: Fraction,
 ) -> None:
     """But for what the blocks exchange, whose memory all slices share: each byte counted once, that is no more."""
-    monkeypatch.setattr(counting, "DEVICE", replace(H200, sms=4))
-    case = Case("batch_norm", direction, (6000, 256))
-    small, times = counting.fewer_slices(case)
-    assert times > 1
+    monkeypatch.setattr(counting, "DEVICE", replace(H200, sms=sms))
+    case = Case("batch_norm", direction, shape)
+    small, found = counting.fewer_slices(case)
+    assert found == times
     ((count,), _), (whole,) = counting.counted_by_slices(case, small, times), counting.counted_in_full(case)
     assert whole.launch.cooperative
     scaled = count._replace(barriers=whole.barriers, read=whole.read, written=whole.written)
@@ -169,7 +182,7 @@ def test_what_is_too_large_even_in_slices_is_not_counted(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]
 ) -> None:
     monkeypatch.setattr(counting, "WHOLE", 100)
-    monkeypatch.setattr(counting, "MOST_COUNTED", 100)
+    monkeypatch.setattr(static, "MOST", 100)
     (row,) = static.rows([Case("batch_norm", "forward", shape)])
     assert row["status"].startswith("not counted: too large for the emulator")
     assert "kernel" not in row
@@ -185,7 +198,7 @@ def test_planned_launches_are_those_that_run(counting_build: EmulatorRuntime, ca
 def test_planning_takes_no_memory_and_no_time() -> None:
     ((_, kernel, launch),) = counting.planned(Case("batch_norm", "backward", (65_536, 4096)))
     assert kernel == "bnk_batch_norm_backward_cooperative_f32"
-    assert launch.grid == (2, 128, 1)
+    assert launch.grid == (1, 256, 1)
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,9 @@ ADDRESS, COUNT, COLUMNS = types.uint64, types.intp, types.Array(types.float64, 1
 ADDRESSES = types.Array(types.uint64, 1, "C")
 SINGLE, FLOAT16 = types.float32, types.int16
 FLOAT64_SUM, FLOAT32_LINE, WIDENED = (
-    r"v(add|fmadd\w+)pd\s.*%ymm",
-    r"v(sub|fmadd\w+)ps\s.*%ymm",
-    r"vcvtph2p[sd]x?\s.*%ymm",
+    r"v(add|fmadd\w+)pd\s.*%[yz]mm",
+    r"v(sub|fmadd\w+)ps\s.*%[yz]mm",
+    r"vcvtph2p[sd]x?\s.*%[yz]mm",
 )
 ROWS, PRODUCTS = (ADDRESSES, COUNT, COUNT, COLUMNS), (ADDRESSES, ADDRESSES, COUNT, COUNT, COLUMNS)
 LOOPS = {  # kernel: the types of its arguments, and an instruction on four or eight numbers that it must have

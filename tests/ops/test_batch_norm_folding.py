@@ -52,6 +52,24 @@ def test_one_layer_does_what_two_did(
     assert folded[0].shape == shape
 
 
+@pytest.mark.parametrize("groups", [2, 3])
+def test_each_group_of_a_transposed_convolution_folds_as_one_of_its_own(
+    backend: Backend, rng: np.random.Generator, groups: int
+) -> None:
+    inputs, outputs = 2, 5  # numbers of channels of one group
+    weight = rng.standard_normal((groups * inputs, outputs, 3, 2))
+    bias, given = rng.standard_normal(groups * outputs), vectors(rng, groups * outputs, "float64")
+    options = {"eps": 1e-3, "axis": 1}
+    folded = bn.fold_batch_norm(*backend.arrays(weight, bias, *given.values()), groups=groups, **options)
+    for group in range(groups):
+        own = slice(group * outputs, (group + 1) * outputs)
+        ins = slice(group * inputs, (group + 1) * inputs)
+        vector = (array[own] for array in given.values())
+        one = bn.fold_batch_norm(*backend.arrays(weight[ins], bias[own], *vector), **options)
+        np.testing.assert_array_equal(backend.asnumpy(folded[0])[ins], backend.asnumpy(one[0]))
+        np.testing.assert_array_equal(backend.asnumpy(folded[1])[own], backend.asnumpy(one[1]))
+
+
 def test_the_trained_network_folds_into_linear_layers(rng: np.random.Generator) -> None:
     model = bn.MLP((6, 5, 3), seed=1)
     for _ in range(20):
@@ -83,6 +101,10 @@ V = np.ones(5)
         ((np.ones((5, 3)), None, np.ones(4), V, V, V), {}, ValueError, "gamma must be a vector of as many channels"),
         ((np.ones((5, 3)), None, V, V, V, np.ones((5, 1))), {}, ValueError, "running_var must be a vector"),
         ((np.ones((5, 3)), None, V, V, V, V), {"eps": -1}, ValueError, "eps must be at least 2.225e-308"),
+        ((np.ones((4, 5)), None, V, V, V, V), {"groups": 0, "axis": 1}, ValueError, "groups must be"),
+        ((np.ones((4, 5)), None, V, V, V, V), {"groups": 2}, ValueError, "axis=0 and a weight of the shape"),
+        ((np.ones((4, 5)), None, V, V, V, V), {"groups": 3, "axis": 1}, ValueError, "must divide the inputs"),
+        ((np.ones((4, 5)), None, V, V, V, V), {"groups": 2, "axis": 1}, ValueError, "10 channels along axis 1"),
         (([[1.0]], None, V, V, V, V), {}, TypeError, "expected a NumPy or a CuPy array"),
         ((np.ones((5, 3)), None, V, V, None, V), {}, TypeError, "running_mean must be an array, got None"),
     ],

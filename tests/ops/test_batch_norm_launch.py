@@ -39,22 +39,24 @@ def kernel_facts() -> dict[str, Facts]:
     facts: dict[str, Facts] = {}
     for which in ("forward", "backward"):
         text = (source.folder() / f"batch_norm_{which}.cu").read_text(encoding="utf-8")
-        training = rf"^BATCH_NORM_{which.upper()}\((\w+), (\w+), \w+, \w+, \d, (\d+), (\w+), (\w+)\)"
-        (threads,) = re.findall(rf"BNK_KERNEL\(bnk_batch_norm_{which}_[\w#]+, \([^)]*\), (\d+)", text)
+        training = rf"^BATCH_NORM_{which.upper()}\((\w+), (\w+), \w+, \w+, \d, (\d+), (\w+), (\w+), \w+\)"
+        (threads,) = set(re.findall(r"BNK_KERNEL\(bnk_batch_norm_[\w#]+, \([^)]*\), (\d+)", text))
         for variant, end, values, held, matrix in re.findall(training, text, re.MULTILINE):
             holds = int(values) if held == "true" else None
             facts[f"{which}_{variant}_{end}"] = Facts(int(threads), holds, matrix == "true")
-        name = "inference" if which == "forward" else "inference_backward"
-        inference = name.upper()
-        (threads,) = re.findall(rf"BNK_KERNEL\(bnk_batch_norm_{name}_##suffix, \([^)]*\), (\d+)", text)
-        for end in re.findall(rf"^BATCH_NORM_{inference}\((\w+),", text, re.MULTILINE):
-            facts[f"{name}_{end}"] = Facts(int(threads), None, False)
+        for variant, end in re.findall(r"^BATCH_NORM_INFERENCE\w*\((\w+), (\w+),", text, re.MULTILINE):
+            facts[f"{variant}_{end}"] = Facts(int(threads), None, False)
     return facts
 
 
 FACTS = kernel_facts()
-# The shared values per thread of each pass: the Launch field of the headers.
-TRAINING = {FORWARD: 3, BACKWARD: 2}
+TRAINING = FORWARD, BACKWARD
+
+
+def shared_bytes(launch: Launch, dtype: np.dtype) -> int:
+    """Return what the headers say: four numbers a worker, and a place more a channel."""
+    width, workers, _ = launch.block
+    return 4 * width * (workers + 1) * accumulator(dtype).itemsize
 
 
 def plan(kind: Pass, outer: int, channels: int, dtype: np.dtype, inner: int = 1) -> tuple[str, Launch]:
@@ -85,8 +87,8 @@ def assert_within_limits(launch: Launch, threads: int) -> None:
 
 
 def test_the_sources_tell_of_every_kernel() -> None:
-    """Four data types times three forwards, three backwards and two for inference: no line escaped the search."""
-    assert len(FACTS) == 4 * (3 + 3 + 2)
+    """Four data types times five forwards, five backwards and four for inference: no line escaped the search."""
+    assert len(FACTS) == 4 * (5 + 5 + 4)
     assert FACTS["forward_registers16_bf16"] == (512, 16, False)
     assert FACTS["forward_registers4_f64"] == (512, 4, True)
     assert FACTS["backward_two_pass_f32"] == (512, None, False)
@@ -99,9 +101,9 @@ def test_python_and_the_kernels_agree_when_workers_merge_in_groups() -> None:
 
 def test_64_by_20_is_one_block_with_four_values_a_thread() -> None:
     kernel, launch = plan(FORWARD, 64, 20, np.dtype("float32"))
-    assert (kernel, launch) == ("forward_registers4_f32", Launch((1, 1, 1), (20, 16, 1), 3 * 20 * 16 * 4))
+    assert (kernel, launch) == ("forward_registers4_f32", Launch((1, 1, 1), (20, 16, 1), 4 * 20 * 17 * 4))
     kernel, launch = plan(BACKWARD, 64, 20, np.dtype("float32"))
-    assert (kernel, launch) == ("backward_registers4_f32", Launch((1, 1, 1), (20, 16, 1), 2 * 20 * 16 * 4))
+    assert (kernel, launch) == ("backward_registers4_f32", Launch((1, 1, 1), (20, 16, 1), 4 * 20 * 17 * 4))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -110,11 +112,11 @@ def test_training_plans_cover_everything_within_limits(kind: Pass, dtype: np.dty
     for outer, channels, inner in SHAPES:
         kernel, launch = plan(kind, outer, channels, dtype, inner)
         facts = FACTS[kernel]
-        width, workers, _ = launch.block
+        workers = launch.block[1]
         assert_covers_channels(launch, channels)
         assert_within_limits(launch, facts.threads)
         assert launch.grid[1:] == (1, 1)  # a block owns its channels alone
-        assert launch.shared_bytes == TRAINING[kind] * width * workers * accumulator(dtype).itemsize
+        assert launch.shared_bytes == shared_bytes(launch, dtype)
         assert workers <= outer * inner  # no worker without a row
         assert workers <= SERIAL_WORKERS or workers & (workers - 1) == 0
         assert inner == 1 or not facts.matrix
@@ -151,7 +153,7 @@ def test_inference_backward_plans_cover_everything_within_limits(dtype: np.dtype
         assert_covers_channels(launch, channels)
         assert_within_limits(launch, FACTS[kernel].threads)
         assert launch.grid[1:] == (1, 1)
-        assert launch.shared_bytes == 2 * launch.block[0] * launch.block[1] * accumulator(dtype).itemsize
+        assert launch.shared_bytes == shared_bytes(launch, dtype)
         assert launch.block[1] <= outer * inner
 
 
@@ -162,10 +164,10 @@ def test_inference_plans_cover_everything_within_limits(outer: int, dtype: np.dt
         (kernel, launch), rows = plan(INFERENCE, outer, channels, dtype, inner), outer * inner
         assert_covers_channels(launch, channels)
         assert_within_limits(launch, FACTS[kernel].threads)
-        workers, tiles = launch.block[1], launch.grid[1]
+        workers, tiles = launch.block[1], launch.grid[2]
         assert launch.shared_bytes == 0
         assert workers * (tiles - 1) < rows  # no block without a row
-        assert tiles == MAX_GRID[1] or workers * tiles * 8 >= rows  # a thread strides, but not far
+        assert tiles == MAX_GRID[2] or workers * tiles * 8 >= rows  # a thread strides, but not far
         assert workers * tiles < 2**31  # the kernel counts its workers in 32 bits
 
 

@@ -64,6 +64,40 @@ def assert_valid_rows(
     np.testing.assert_array_equal(flat[~rows].astype("float64"), 0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "axis"), [((6, 3), 1), ((64, 20), 1), ((250, 8), 1), ((5, 4, 7), 1)])
+def test_a_mask_of_all_true_changes_no_bit(
+    backend: Backend, rng: np.random.Generator, shape: tuple, axis: int, dtype: str
+) -> None:
+    """Nor does a group: as long as a thread of a kernel keeps its rows, it does the same arithmetic."""
+    *tensors, gamma, beta = make_tensors(rng, shape, axis, dtype_named(dtype))
+    gamma, beta = backend.arrays(gamma, beta)
+    found = []
+    for grouped, mask in ((False, None), (False, np.ones(shape[0], bool)), (True, None)):
+        x, dy, residual = (backend.asarray(np.stack([a, a]) if grouped else a) for a in tensors)
+        options = {"mask": mask if mask is None else backend.asarray(mask), "grouped": grouped, "activation": "tanh"}
+        options |= {"axis": axis, "residual": residual}
+        y, statistics = bn.batch_norm_forward(x, gamma, beta, **options)
+        dx, dgamma, dbeta, dresidual = bn.batch_norm_backward(dy, x, gamma, beta, statistics, **options)
+        arrays = [backend.asnumpy(array) for array in (y, statistics, dx, dresidual)]
+        found.append([array[1] if grouped else array for array in arrays])
+        if not grouped:
+            found[-1] += [backend.asnumpy(array) for array in (dgamma, dbeta)]
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=False):
+            np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize("rows", [64, 2000])
+def test_threads_without_a_valid_row_cost_no_digits(backend: Backend, rng: np.random.Generator, rows: int) -> None:
+    """They have no mean, and distances from 0 would lose what lies beyond the seventh digit."""
+    x = (1e6 + rng.standard_normal((rows, 8))).astype(np.float32)
+    mask = np.arange(rows) % 16 >= 12
+    y, _ = bn.batch_norm_forward(backend.asarray(x), mask=backend.asarray(mask))
+    exact = oracle.forward(x[mask], None, None, 1e-5)
+    oracle.assert_within(backend.asnumpy(y)[mask], exact.y, exact.z_bound, "y")
+
+
 @pytest.mark.parametrize("activation", ["identity", "tanh"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("shape", "axis", "mask_shape"), CASES)
@@ -193,14 +227,16 @@ def test_results_may_replace_what_they_are_made_of(backend: Backend, rng: np.ran
 
 
 @pytest.mark.emulator
-@pytest.mark.parametrize(("rows", "reads"), [(64, 1), (2000, 2)])
+@pytest.mark.parametrize(("rows", "step", "reads"), [(64, 1, 1), (2000, 2, 2), (2000, 1, 1)])
 def test_of_invalid_rows_nothing_is_read(
-    emulated: EmulatorRuntime, rng: np.random.Generator, rows: int, reads: int
+    emulated: EmulatorRuntime, rng: np.random.Generator, rows: int, step: int, reads: int
 ) -> None:
+    """In registers, read twice since channels do not lie side by side, and on the chip."""
     if emulated.build not in ("plain", "coverage"):
         pytest.skip(f"the build {emulated.build} counts no accesses")
     x, dy, mask = rng.standard_normal((rows, 20)), rng.standard_normal((rows, 20)), make_mask(rng, (rows,))
-    on_x, on_dy, on_mask = map(emulated.asarray, (x, dy, mask))
+    on_x, on_dy, on_mask = (emulated.like(array.repeat(step, -1)) for array in (x, dy, mask))
+    on_x, on_dy, on_mask = on_x[:, ::step], on_dy[:, ::step], on_mask[::step]
     y, statistics = bn.batch_norm_forward(on_x, mask=on_mask)
     dx, *_ = bn.batch_norm_backward(on_dy, on_x, None, None, statistics, mask=on_mask)
     forward, backward = (record.counts for record in emulated.launches)

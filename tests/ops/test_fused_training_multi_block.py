@@ -18,12 +18,13 @@ from bnkernels.runtime.registry import runtime_of
 from bnkernels.runtime.seam import MAX_SHARED_BYTES, WORKSPACE_BYTES, Limits
 from tests.ops.test_constant_channels import test_fused_training_of_equal_examples_and_neurons as assert_phi_of_beta
 from tests.ops.test_constant_channels import test_the_running_mean_of_equal_examples as assert_the_running_mean
-from tests.ops.test_fused_training import RATES, by_layers, in_one, make_data, network_on
+from tests.ops.test_fused_training import RATES, by_layers, in_one, make_data
 from tests.ops.test_fused_training import test_adams_first_step_does_not_overflow as assert_it_does_not_overflow
 from tests.regress.refusal import refused
+from tests.train.test_engines import network_on
 from tools import backends
 from tools.backends import Backend
-from tools.emulator import EmulatorRuntime, LaunchRecord
+from tools.emulator import LaunchRecord
 from tools.emulator.runtime import LIMITS
 
 H200 = Limits(132, 227 * 1024, 228 * 1024, cooperative=True, clusters=True)
@@ -219,11 +220,12 @@ def test_a_step_is_so_many_meetings(
 
 
 @pytest.mark.emulator
+@pytest.mark.parametrize("sizes", [(6, 9, 8, 3), (5, 9)])
 @pytest.mark.parametrize("norm", ["batch", "layer"])
 def test_the_order_of_blocks_and_threads_changes_no_bit(
-    backend: Backend, group: str, rng: np.random.Generator, norm: str
+    backend: Backend, group: str, rng: np.random.Generator, norm: str, sizes: tuple[int, ...]
 ) -> None:
-    emulated, sizes, batch = backends.emulated_runtime(), (6, 9, 8, 3), 20
+    emulated, batch = backends.emulated_runtime(), 20
     x, y = make_data(rng, sizes, 3 * batch, "float32")
     found = []
     for seed in range(3):
@@ -327,19 +329,3 @@ def test_the_engines_take_over_from_each_other(
     for other in ends[1:]:
         for entry, array in ends[0].items():
             np.testing.assert_allclose(other[entry], array, rtol=1e-7, atol=1e-9, err_msg=entry)
-
-
-@pytest.mark.emulator
-@pytest.mark.parametrize("refusal", [None, "a test wants groups"])
-def test_what_a_kernel_is_compiled_for_is_what_its_argument_says(
-    emulated: EmulatorRuntime, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, refusal: str | None
-) -> None:
-    monkeypatch.setattr(launch, "_why_not_one", lambda *_: refusal)
-    given: list = []
-    monkeypatch.setattr(emulated, "launch", lambda *call: given.append(call))
-    data = make_data(rng, (6, 9, 3), 21, "float32")
-    in_one(backends.make("emulator"), MLP((6, 9, 3), activation="tanh"), "adam", *data, 7)
-    ((_, kernel, how, argument, _),) = given
-    assert ("grid" in kernel) == bool(refusal)
-    assert len(how.constants) >= 4
-    assert all(argument[name] == value for name, value in how.constants)

@@ -5,7 +5,6 @@ Long because three implementations are compared with the same formulas, and each
 
 from __future__ import annotations
 
-import tracemalloc
 from typing import Any
 
 import ml_dtypes
@@ -15,9 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bnkernels as bn
-from bnkernels.ops.layer_norm.launch import choose_backward, choose_forward
+from bnkernels.ops.layer_norm.launch import choose_backward
 from bnkernels.ops.layer_norm.problem import MOST_PARTIALS, Problem
-from bnkernels.runtime.cpu import threads
 from bnkernels.runtime.seam import Limits
 from tests.ops.test_batch_norm_masked import DTYPES, dtype_named
 from tests.regress.refusal import refused
@@ -51,8 +49,11 @@ def assert_right(
     oracle.assert_within(backend.asnumpy(y), right.y, right.y_bound, "y")
     mean, low, rstd = backend.asnumpy(statistics).astype(Extended)
     largest = float(np.abs(x.astype(Extended)).max())
-    slack = u * largest if x.dtype == np.float64 and backend.is_numpy else max(4 * u * u, Extended(2) ** -62) * largest
-    np.testing.assert_allclose(mean + low, right.mean, rtol=0, atol=float(slack))
+    # The kernels keep the contract of docs/accuracy.md: 6 last places of the standard deviation.
+    slack = (
+        12 * u / right.rstd if not backend.is_numpy else u * largest if x.dtype == np.float64 else 4 * u * u * largest
+    )
+    assert (np.abs(mean + low - right.mean) <= slack).all()
     np.testing.assert_allclose(rstd, right.rstd, rtol=float(8 * u))
     grads = bn.layer_norm_backward(on_dy, on_x, *vectors, statistics, activation=activation)
     for name, got in zip(("dx", "dgamma", "dbeta"), grads, strict=True):
@@ -106,6 +107,13 @@ def test_a_mean_far_from_0_costs_no_digits(backend: Backend) -> None:
     assert_right(backend, x, np.cos(x), np.ones(24, "float32"), np.zeros(24, "float32"), eps=1e-5)
 
 
+def test_an_outlier_costs_no_digits(backend: Backend, rng: np.random.Generator) -> None:
+    """Not even where all others are seen from it."""
+    x, dy, *vectors = make(rng, (3, 1000), "float32")
+    x[0, 0], x[1, 500] = 1e4, -1e4
+    assert_right(backend, x, dy, *vectors)
+
+
 def test_a_constant_row_is_its_shift(backend: Backend) -> None:
     x, beta = np.full((3, 37), 0.1, "float32"), np.arange(37, dtype="float32")
     y, statistics = bn.layer_norm_forward(*backend.arrays(x, None, beta))
@@ -149,28 +157,47 @@ def test_in_place(backend: Backend, rng: np.random.Generator) -> None:
 
 
 @pytest.mark.emulator
-@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-def test_rows_that_do_not_fit_are_read_again(emulated: EmulatorRuntime, rng: np.random.Generator, dtype: str) -> None:
-    """With so little shared memory that the columns take several passes; `dx` in the place of `dy` too."""
-    backend = backends.make("emulator")
-    arrays = make(rng, (7, 4100), dtype)
-    shared = {"float16": 36, "float32": 17, "float64": 20}[dtype] * 1024
-    with emulated.device_limits(Limits(4, shared, 228 * 1024, True)):
-        matrix = Problem(7, 4100, arrays[0].dtype)
-        forward, backward = (
-            choose_forward(matrix, emulated.limits(None)),
-            choose_backward(matrix, emulated.limits(None)),
-        )
-        assert (forward.held > 0) == (dtype == "float16")
-        assert backward.held == 0
-        assert backward.chunk < matrix.vectors
-        assert_right(backend, *arrays)
-        x, dy, *vectors = backend.arrays(*arrays)
-        _, statistics = bn.layer_norm_forward(x, *vectors)
-        wanted = bn.layer_norm_backward(dy, x, *vectors, statistics)
-        got = bn.layer_norm_backward(dy, x, *vectors, statistics, out=(dy, *backend.arrays(*arrays[2:])))
-    for one, two in zip(got, wanted, strict=True):
-        np.testing.assert_array_equal(backend.asnumpy(one), backend.asnumpy(two))
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+def test_one_row_on_the_chip_while_there_is_no_room_for_two(
+    emulated: EmulatorRuntime, rng: np.random.Generator, dtype: str
+) -> None:
+    arrays = make(rng, (5, 1000), dtype)
+    shared = {"bfloat16": 41, "float32": 25, "float64": 49}[dtype] * 1024
+    with emulated.device_limits(Limits(1, shared, shared + 1024, True)):
+        assert choose_backward(Problem(5, 1000, arrays[0].dtype), emulated.limits(None)).stages == 1
+        assert_right(backends.make("emulator"), *arrays)
+
+
+@pytest.mark.emulator
+def test_equal_gradients_of_many_rows_add_up(emulated: EmulatorRuntime) -> None:
+    """A plain sum of the 125 rows of a worker would lose digits."""
+    x = np.where(np.arange(1000)[:, None] % 2 == np.arange(512) % 2, np.float32(1), np.float32(-1))
+    on_x, dy = emulated.asarray(x), emulated.asarray(np.full_like(x, 0.1))
+    with emulated.device_limits(Limits(1, 227 * 1024, 228 * 1024, True)):
+        dbeta = bn.layer_norm_backward(dy, on_x, None, None, bn.layer_norm_forward(on_x)[1])[2]
+    exact = Extended(np.float32(0.1)) * 1000
+    assert (np.abs(np.array(dbeta) - exact) <= 6 * np.finfo("float32").eps * exact).all()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+def test_finite_rows_give_finite_results(backend: Backend, dtype: str) -> None:
+    """Even where the distance of a number from another, or a sum of gradients, is out of range."""
+    kind = dtype_named(dtype)
+    most = float(ml_dtypes.finfo(kind).max)
+    if backend.is_numpy and dtype == "float64":
+        most /= 2  # the reference has no wider type
+    row = np.where(np.arange(24) == 0, most, -most).astype(kind)
+    x, dy = (np.tile(np.array([one, -one]), (2, 1)) for one in (row, np.full(24, most / 4, kind)))
+    x[2:] = np.arange(24) % 3 - 1
+    on_x, on_dy, beta = backend.arrays(x, dy, np.arange(24, dtype=accumulator(x.dtype)))
+    y, statistics = bn.layer_norm_forward(on_x, None, beta)
+    dx, *_ = bn.layer_norm_backward(on_dy, on_x, None, beta, statistics)
+    np.testing.assert_array_equal(backend.asnumpy(y)[:2].astype(float), np.tile(np.arange(24.0), (2, 1)))
+    mean = backend.asnumpy(statistics)[0, :2]
+    np.testing.assert_allclose(mean / most, [-11 / 12, 11 / 12], rtol=1e-6)
+    dx = backend.asnumpy(dx).astype(float)
+    assert (dx[:2] == 0).all()
+    assert (np.abs(dx[2:]) <= 1e-5 * most).all()
 
 
 @pytest.mark.parametrize("shape", [(900, 24), (70, 260), (200, 512), (5000, 4)])
@@ -194,12 +221,11 @@ def test_a_device_whose_blocks_cannot_wait_has_one(emulated: EmulatorRuntime, rn
 def test_64_kib_of_shared_memory_on_a_multiprocessor_are_enough(
     emulated: EmulatorRuntime, rng: np.random.Generator, dtype: str, shape: tuple[int, int]
 ) -> None:
-    """sm_75: the sums of 16-bit data leave room for one block alone."""
+    """As on sm_75."""
     turing = Limits(2, 65536, 65536, True, reserved_bytes=0)
     for limits in (turing, turing._replace(reserved_bytes=1024)):
         with emulated.device_limits(limits):
             assert_right(backends.make("emulator"), *make(rng, shape, dtype))
-    assert {record.launch.shared_bytes > 32768 for record in emulated.launches[1::2]} == {"16" in dtype}
 
 
 def test_alignment_changes_no_bit(backend: Backend, rng: np.random.Generator) -> None:
@@ -221,8 +247,11 @@ def test_alignment_changes_no_bit(backend: Backend, rng: np.random.Generator) ->
 
 
 @pytest.mark.emulator
-def test_the_order_of_blocks_and_threads_changes_no_bit(emulated: EmulatorRuntime, rng: np.random.Generator) -> None:
-    x, dy, *vectors = (emulated.asarray(array) for array in make(rng, (700, 40), "float32"))
+@pytest.mark.parametrize("shape", [(700, 40), (24, 600)])
+def test_the_order_of_blocks_and_threads_changes_no_bit(
+    emulated: EmulatorRuntime, rng: np.random.Generator, shape: tuple[int, int]
+) -> None:
+    x, dy, *vectors = (emulated.asarray(array) for array in make(rng, shape, "float32"))
     found = []
     with emulated.device_limits(Limits(2, 60 * 1024, 61 * 1024, True)):  # four blocks: ThreadSanitizer has a limit too
         for seed in range(4):
@@ -243,9 +272,10 @@ def test_every_byte_is_moved_once(counting_emulator: EmulatorRuntime, rng: np.ra
     y, statistics = bn.layer_norm_forward(x, *vectors)
     dx, *_ = bn.layer_norm_backward(dy, x, *vectors, statistics)
     forward, backward = (record.counts for record in counting_emulator.launches)
-    for counts, arrays in ((forward, (x,)), (backward, (x, dy))):
-        for array in arrays:
-            assert counts.of(array).bytes_read == counts.of(array).unique_bytes_read == array.nbytes
+    assert forward.of(x).unique_bytes_read == x.nbytes
+    assert forward.of(x).bytes_read == x.nbytes + 640 * x.itemsize  # the first number of a row twice
+    for array in (x, dy):
+        assert backward.of(array).bytes_read == backward.of(array).unique_bytes_read == array.nbytes
     assert forward.of(y).bytes_written == backward.of(dx).bytes_written == x.nbytes
     assert forward.total.bytes_written == y.nbytes + statistics.nbytes
 
@@ -264,6 +294,28 @@ def test_a_workspace_saves_the_allocation(emulated: EmulatorRuntime, rng: np.ran
         np.testing.assert_array_equal(np.array(got), np.array(right))
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+@pytest.mark.parametrize(("shape", "axes"), [((5, 4, 6), 2), ((2, 3, 4, 6), 2), ((3, 2, 4, 3), 4), ((0, 4, 6), 2)])
+def test_several_axes_are_as_one(
+    backend: Backend, rng: np.random.Generator, shape: tuple[int, ...], axes: int, dtype: str
+) -> None:
+    x, dy = rng.standard_normal((2, *shape)).astype(dtype)
+    gamma, beta = rng.standard_normal((2, *shape[-axes:])).astype("float32" if dtype == "float16" else dtype)
+    found = []
+    for flat in (False, True):
+        leading = shape[:-axes] + ((-1,) if x.size else (24,))
+        shapes = (leading, leading, -1, -1) if flat else (shape, shape, shape[-axes:], shape[-axes:])
+        on_x, on_dy, *vectors = backend.arrays(*map(np.reshape, (x, dy, gamma, beta), shapes))
+        options = {"axes": 1 if flat else axes, "activation": "silu"}
+        y, statistics = bn.layer_norm_forward(on_x, *vectors, **options)
+        gradients = bn.layer_norm_backward(on_dy, on_x, *vectors, statistics, **options)
+        found.append([backend.asnumpy(array) for array in (y, statistics, *gradients)])
+    shapes = [array.shape for array in found[0]]
+    assert shapes == [shape, (3, *shape[:-axes]), shape, shape[-axes:], shape[-axes:]]
+    for array, flat_array in zip(*found, strict=True):
+        np.testing.assert_array_equal(array.ravel(), flat_array.ravel())
+
+
 # ---- errors ---------------------------------------------------------------------------------------------------------
 
 
@@ -274,6 +326,10 @@ def test_a_workspace_saves_the_allocation(emulated: EmulatorRuntime, rng: np.ran
         ({"x": np.zeros((), "float32")}, ValueError, "C at least 1"),
         ({"x": np.zeros((4, 6), "int32")}, TypeError, "x must be float16"),
         ({"x": np.zeros((8, 6), "float32")[::2]}, ValueError, "x must be contiguous"),
+        ({"axes": 0}, ValueError, "axes must be at least 1, got 0"),
+        ({"axes": 2.0}, TypeError, "axes must be an integer, got 2.0"),
+        ({"axes": 3}, ValueError, r"x must have the shape \(\.\.\., \*S\), S of 3 axes.* got \(4, 6\)"),
+        ({"axes": 2}, ValueError, r"gamma must have the shape \(4, 6\), got \(6,\)"),
         ({"gamma": np.ones(5, "float32")}, ValueError, r"gamma must have the shape \(6,\)"),
         ({"beta": np.ones(6, "float64")}, TypeError, "beta must be float32"),
         ({"dy": np.zeros((4, 5), "float32")}, ValueError, r"dy must have the shape \(4, 6\)"),
@@ -293,12 +349,13 @@ def test_what_is_wrong_is_said(backend: Backend, changes: dict[str, Any], kind: 
         "statistics": np.zeros((3, 4), "float32"),
         "workspace": None,
         "eps": 1e-5,
+        "axes": 1,
         "activation": "relu",
         "out": None,
     } | changes
     arrays = {name: backend.like(a) if isinstance(a, np.ndarray) else a for name, a in given_values.items()}
     x, gamma, beta = (arrays[name] for name in ("x", "gamma", "beta"))
-    options = {name: arrays[name] for name in ("activation", "out")}
+    options = {name: arrays[name] for name in ("axes", "activation", "out")}
     with refused(backend, kind, message, x, gamma, beta):
         if not changes.keys() & {"dy", "statistics", "workspace"}:
             bn.layer_norm_forward(x, gamma, beta, eps=arrays["eps"], **options)
@@ -330,94 +387,3 @@ def test_overlapping_arrays_are_refused(backend: Backend) -> None:
 @settings(max_examples=25, deadline=None)
 def test_any_size(rows: int, columns: int, dtype: str, activation: str, seed: int) -> None:
     assert_right(backends.make("numpy"), *make(np.random.default_rng(seed), (rows, columns), dtype), activation)
-
-
-# ---- compiled kernels of the CPU ------------------------------------------------------------------------------------
-
-# Rows that are normalised together, one of a line, some of several lines, and too long for their values to be held.
-LENGTHS = [1, 20, 128, 129, 1024, 1030, 8192, 8193]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("columns", LENGTHS)
-def test_rows_of_any_length(rng: np.random.Generator, columns: int, dtype: str) -> None:
-    with backends.entered("compiled") as backend:
-        assert_right(backend, *make(rng, (11, columns), dtype), "relu")
-
-
-def results(x: np.ndarray, dy: np.ndarray, gamma: np.ndarray, beta: np.ndarray) -> list[np.ndarray]:
-    y, statistics = bn.layer_norm_forward(x, gamma, beta, activation="silu")
-    return [y, statistics, *bn.layer_norm_backward(dy, x, gamma, beta, statistics, activation="silu")]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("columns", LENGTHS)
-def test_a_row_knows_of_no_other(rng: np.random.Generator, columns: int, dtype: str) -> None:
-    """Neither of a NaN nor of a row whose sums have to be scaled."""
-    x, dy, *vectors = make(rng, (21, columns), dtype)
-    x[3], x[5] = np.nan, np.where(np.arange(columns) % 2, 1, -1) * float(ml_dtypes.finfo(x.dtype).max)
-    with backends.entered("compiled"):
-        y, statistics, dx, *_ = results(x, dy, *vectors)
-        for n in range(21):
-            alone = results(x[n : n + 1], dy[n : n + 1], *vectors)
-            for one, two in zip(
-                (y[n], statistics[:, n], dx[n]), (alone[0][0], alone[1][:, 0], alone[2][0]), strict=True
-            ):
-                np.testing.assert_array_equal(one.astype(float), two.astype(float))
-
-
-@pytest.mark.parametrize("dtype", ["float16", "float64"])
-@pytest.mark.parametrize("shape", [(700, 24), (130, 1030), (9, 20000)])
-def test_the_same_bits_from_any_number_of_threads(
-    monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator, shape: tuple[int, int], dtype: str
-) -> None:
-    arrays = make(rng, shape, dtype)
-    monkeypatch.setattr(threads, "WORTH_SHARING", 1)
-    with backends.entered("compiled"):
-        found = []
-        for number in (1, 2, 3):
-            monkeypatch.setattr(threads, "get_num_threads", lambda number=number: number)
-            monkeypatch.setattr(threads, "_pool", None)
-            found.append(results(*arrays))
-    for others in found[1:]:
-        for one, two in zip(found[0], others, strict=True):
-            np.testing.assert_array_equal(one, two)
-
-
-@pytest.mark.parametrize("columns", LENGTHS[1:])
-def test_results_may_take_the_place_of_what_they_are_made_of(rng: np.random.Generator, columns: int) -> None:
-    x, dy, *vectors = make(rng, (9, columns), "float32")
-    with backends.entered("compiled"):
-        y, statistics, *grads = results(x, dy, *vectors)
-        again = bn.layer_norm_backward(
-            dy, x, *vectors, statistics, activation="silu", out=(dy, *map(np.empty_like, vectors))
-        )
-        bn.layer_norm_forward(x, *vectors, activation="silu", out=(x, statistics))
-    for one, two in zip((x, *again), (y, *grads), strict=True):
-        np.testing.assert_array_equal(one, two)
-
-
-@pytest.mark.parametrize("columns", [4, 2000, 9000])
-def test_float64_sums_that_overflow_where_no_value_does(columns: int) -> None:
-    mixed = 1e308 * np.where(np.arange(columns) % 2, 1.0, -1.0)[None]
-    x = np.arange(columns, dtype=float)[None] % 3 - 1
-    with backends.entered("compiled"):
-        np.testing.assert_array_equal(bn.layer_norm_forward(mixed)[0], 0)
-        dx, *_ = bn.layer_norm_backward(np.full_like(x, 1e308), x, None, None, bn.layer_norm_forward(x)[1])
-    assert np.abs(dx).max() <= 1e304
-
-
-@pytest.mark.parametrize("shape", [(60_000, 20), (4000, 300), (6, 200_000)])
-def test_memory_beside_the_arrays_is_bounded(rng: np.random.Generator, shape: tuple[int, int]) -> None:
-    x, dy, *vectors = make(rng, shape, "float32")
-    with backends.entered("compiled"):
-        y, statistics = bn.layer_norm_forward(x, *vectors)
-        out = bn.layer_norm_backward(dy, x, *vectors, statistics)
-        tracemalloc.start()
-        try:
-            bn.layer_norm_forward(x, *vectors, out=(y, statistics))
-            bn.layer_norm_backward(dy, x, *vectors, statistics, out=out)
-            peak = tracemalloc.get_traced_memory()[1]
-        finally:
-            tracemalloc.stop()
-    assert peak <= 4 * 2**20

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import bnkernels as bn
-from bnkernels.nn import layers
+from bnkernels import nn
 from bnkernels.nn.optimizers import make_optimizer
 from bnkernels.ops.batch_norm import problem
 from tests.regress.calls import EVERY, EVERY_OUTPUT, make_arrays, named, run
@@ -60,26 +60,22 @@ def test_inputs_may_be_read_only(op: str) -> None:
         np.testing.assert_array_equal(arrays[name], usual[name])
 
 
-@pytest.mark.parametrize("name", ["running_mean", "running_var", "gradient of gamma", "gradient of beta"])
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
 def test_a_layer_refuses_to_own_what_is_read_only(name: str) -> None:
-    vectors = [{key: np.ones(3, "float32") for key in ("gamma", "beta")} for _ in range(2)]
-    running = {key: np.ones(3, "float32") for key in ("running_mean", "running_var")}
-    layers.BatchNorm(*vectors, **running)
-    arrays = running | {f"gradient of {key}": array for key, array in vectors[1].items()}
+    arrays = {key: np.ones(3, "float32") for key in ("weight", "bias", "running_mean", "running_var")}
+    nn.BatchNorm.from_arrays(**arrays)
     arrays[name].flags.writeable = False
     with pytest.raises(ValueError, match=f"{name} must be writable"):
-        layers.BatchNorm(*vectors, **running)
+        nn.BatchNorm.from_arrays(**arrays)
 
 
-@pytest.mark.parametrize("kind", [layers.BatchNorm, layers.LayerNorm])
-def test_a_layer_writes_its_gradient_over_dy_if_it_can(kind: type) -> None:
-    vectors = [{key: np.ones(3, "float32") for key in ("gamma", "beta")} for _ in range(2)]
-    layer = kind(*vectors)
+@pytest.mark.parametrize("kind", [nn.BatchNorm, nn.LayerNorm])
+def test_a_layer_does_not_write_over_dy(kind: type) -> None:
+    layer = kind(3)
     x, dy = (np.arange(12, dtype="float32").reshape(4, 3) for _ in range(2))
     layer.forward(x, training=True)
     dy.flags.writeable = False
-    with refused(NUMPY, ValueError, "(dy|dx) must be writable", dy, x, *vectors[1].values()):
-        layer.backward(dy)
+    assert layer.backward(dy) is not dy
 
 
 # ---- overlaps -------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import bnkernels as bn
-from bnkernels.nn.layers import BatchNorm
+from bnkernels.nn import BatchNorm
 from bnkernels.train.checkpoint import load_checkpoint, save_checkpoint
 from tests.regress.refusal import refused
 from tools import oracle
@@ -82,9 +82,9 @@ def test_running_variance_is_that_of_pytorch_and_biased_that_of_flax(
 
 def new_layer(backend: Backend, *, tracked: bool = True, **options: Any) -> BatchNorm:
     """Return a layer of three channels in float64."""
-    gamma, beta, dgamma, dbeta = backend.arrays(np.float64([1, 2, -1]), np.float64([0, 1, 2]), *np.zeros((2, 3)))
+    vectors = backend.arrays(np.float64([1, 2, -1]), np.float64([0, 1, 2]))
     running = backend.arrays(np.zeros(3), np.ones(3)) if tracked else ()
-    return BatchNorm({"gamma": gamma, "beta": beta}, {"gamma": dgamma, "beta": dbeta}, *running, **options)
+    return BatchNorm.from_arrays(*vectors, *running, **options)
 
 
 @pytest.mark.parametrize("unbiased", [False, True])
@@ -112,7 +112,7 @@ def test_without_running_statistics_every_batch_is_normalised_by_its_own(
     evaluated = layer.forward(second, training=False)
     dx = backend.asnumpy(layer.backward(backend.asarray(dy)))
 
-    vectors = layer.parameters["gamma"], layer.parameters["beta"]
+    vectors = layer.gamma, layer.beta
     y, _ = bn.batch_norm_forward(second, *vectors, activation="tanh")
     np.testing.assert_array_equal(backend.asnumpy(evaluated), backend.asnumpy(y))
     _, statistics = bn.batch_norm_forward(first, *vectors, activation="tanh")
@@ -126,11 +126,11 @@ def test_a_layer_refuses_half_of_the_running_statistics_and_bad_options(backend:
     (vector,) = backend.arrays(np.ones(3))
     for running, name in (((vector, None), "running_var"), ((None, vector), "running_mean")):
         with pytest.raises(ValueError, match=f"{name} is None and its companion is not; pass both, or neither"):
-            BatchNorm({}, {}, *running)
+            BatchNorm.from_arrays(vector, vector, *running)
     with pytest.raises(ValueError, match="momentum must be between 0 and 1 and finite, got 2"):
-        BatchNorm({}, {}, vector, vector, momentum=2)
+        BatchNorm(3, momentum=2)
     with pytest.raises(TypeError, match="unbiased must be True or False, got 0"):
-        BatchNorm({}, {}, vector, vector, unbiased=0)
+        BatchNorm(3, unbiased=0)
     with pytest.raises(TypeError, match="track_running_stats must be True or False, got None"):
         bn.MLP((2, 3, 2), track_running_stats=None)
 

@@ -21,7 +21,9 @@ SHAPES = [(1, 1), (64, 10), (7, 33), (300, 1000), (67, 128), (9, 129), (5, 2500)
 DTYPES = ["float32", "float64"]
 
 
-def exact(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def exact(
+    logits: np.ndarray, labels: np.ndarray, smoothing: float = 0.0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return the loss and the gradient in extended precision, and a bound for each.
 
     An exponential is off by the rounding of its argument, a sum over K classes by at most K roundings.
@@ -32,21 +34,28 @@ def exact(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarra
     exponentials = np.exp(shifted)
     total = exponentials.sum(1, keepdims=True)
     p = exponentials / total
-    at_label = shifted[np.arange(rows), labels]
-    loss = np.log(total[:, 0]) - at_label
-    dlogits = (p - np.eye(classes, dtype=oracle.Extended)[labels]) / rows
+    smoothing = oracle.Extended(smoothing)
+    targets = (1 - smoothing) * np.eye(classes, dtype=oracle.Extended)[labels] + smoothing / classes
+    of_target = targets * shifted
+    loss = np.log(total[:, 0]) - of_target.sum(1)
+    dlogits = (p - targets) / rows
     of_total = u * (classes + oracle.SLACK + (p * np.abs(shifted)).sum(1))  # relative
-    loss_bound = of_total + oracle.SLACK * u * (np.abs(loss) + np.abs(at_label))
+    roundings = oracle.SLACK + (classes if smoothing else 0)
+    loss_bound = of_total + u * (oracle.SLACK * np.abs(loss) + roundings * np.abs(of_target).sum(1))
     of_p = p * (u * np.abs(shifted) + of_total[:, None] + oracle.SLACK * u)
-    return loss, dlogits, loss_bound, of_p / rows + oracle.SLACK * u * np.abs(dlogits)
+    of_targets = oracle.SLACK * u * targets if smoothing else 0
+    return loss, dlogits, loss_bound, (of_p + of_targets) / rows + oracle.SLACK * u * np.abs(dlogits)
 
 
-def check(backend: Backend, logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def check(
+    backend: Backend, logits: np.ndarray, labels: np.ndarray, smoothing: float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
     """Compare an op's results with `exact`; return them."""
-    loss, dlogits = bn.softmax_cross_entropy(backend.asarray(logits), backend.asarray(labels))
+    on = backend.asarray(logits), backend.asarray(labels)
+    loss, dlogits = bn.softmax_cross_entropy(*on, label_smoothing=smoothing)
     loss, dlogits = backend.asnumpy(loss), backend.asnumpy(dlogits)
     assert loss.dtype == dlogits.dtype == logits.dtype
-    want_loss, want_dlogits, loss_bound, dlogits_bound = exact(logits, labels)
+    want_loss, want_dlogits, loss_bound, dlogits_bound = exact(logits, labels, smoothing)
     oracle.assert_within(loss, want_loss, loss_bound, "loss")
     oracle.assert_within(dlogits, want_dlogits, dlogits_bound, "dlogits")
     return loss, dlogits
@@ -64,6 +73,41 @@ def test_matches_extended_precision(
 ) -> None:
     logits, labels = make_case(rng, shape, dtype)
     check(backend, logits, labels.astype(label_dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("smoothing", [0.1, 1.0])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_smoothed_labels(
+    backend: Backend, rng: np.random.Generator, shape: tuple[int, int], smoothing: float, dtype: str
+) -> None:
+    check(backend, *make_case(rng, shape, dtype), smoothing=smoothing)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("ignored", [-100, 3])
+@pytest.mark.parametrize("shape", [(64, 10), (7, 33), (4300, 4), (67, 150), (5, 2500)])
+def test_examples_that_do_not_count(
+    backend: Backend, rng: np.random.Generator, shape: tuple[int, int], ignored: int, smoothing: float
+) -> None:
+    """Their rows are 0 whatever the logits are, the others as they are alone. 4300 are two rounds of blocks."""
+    logits, labels = make_case(rng, shape, "float32")
+    labels[::3] = ignored
+    counted = labels != ignored
+    logits[~counted] = np.resize([np.nan, np.inf, 1, 2], logits.shape)[~counted]
+    on = backend.arrays(logits, labels)
+    got = bn.softmax_cross_entropy(*on, ignore_index=ignored, label_smoothing=smoothing)
+    alone = bn.softmax_cross_entropy(*backend.arrays(logits[counted], labels[counted]), label_smoothing=smoothing)
+    for array, want in zip(got, alone, strict=True):
+        array = backend.asnumpy(array)
+        np.testing.assert_array_equal(array[counted], backend.asnumpy(want))
+        np.testing.assert_array_equal(array[~counted], 0)
+
+
+def test_where_no_example_counts_nothing_is_learnt(backend: Backend, rng: np.random.Generator) -> None:
+    logits, _ = make_case(rng, (9, 5), "float32")
+    for array in bn.softmax_cross_entropy(*backend.arrays(logits, np.full(9, -100)), ignore_index=-100):
+        np.testing.assert_array_equal(backend.asnumpy(array), 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -154,7 +198,7 @@ def test_nan_stays_in_its_row(backend: Backend, rng: np.random.Generator, bad: f
 
 
 @pytest.mark.parametrize(
-    ("dtype", "wrong"), [("int32", -1), ("int32", 10), ("int64", 10), ("int64", 2**32), ("int64", -(2**40))]
+    ("dtype", "wrong"), [("int32", -1), ("int32", 10), ("int64", 10), ("int64", 2**32), ("int64", -(2**63))]
 )
 def test_a_label_out_of_range(backend: Backend, rng: np.random.Generator, dtype: str, wrong: int) -> None:
     """NumPy refuses it and writes nothing; a kernel, which nobody waits for, gives NaN in that row alone."""
@@ -216,6 +260,21 @@ ERRORS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"ignore_index": 1.5}, TypeError, "ignore_index must be an integer, got 1.5"),
+        ({"ignore_index": 2**63}, ValueError, "ignore_index must be from -9223372036854775807 to"),
+        ({"label_smoothing": 1.5}, ValueError, "label_smoothing must be between 0 and 1 and finite, got 1.5"),
+        ({"label_smoothing": "0.1"}, TypeError, "label_smoothing must be a number"),
+    ],
+)
+def test_option_errors_say_what_came(backend: Backend, options: dict, error: type[Exception], message: str) -> None:
+    arrays = backend.arrays(np.ones((6, 3), "float32"), np.zeros(6, "int64"))
+    with refused(backend, error, message, *arrays):
+        bn.softmax_cross_entropy(*arrays, **options)
+
+
 @pytest.mark.parametrize(("spoilt", "error", "message"), [e[1:] for e in ERRORS], ids=[e[0] for e in ERRORS])
 def test_errors_say_what_came(backend: Backend, spoilt: dict, error: type[Exception], message: str) -> None:
     arrays = {"logits": np.ones((6, 3), "float32"), "labels": np.zeros(6, "int64")} | spoilt
@@ -248,13 +307,16 @@ def test_threads_change_no_bit(rng: np.random.Generator, monkeypatch: pytest.Mon
         np.testing.assert_array_equal(dlogits, found[0][1])
 
 
+@pytest.mark.parametrize("options", [{}, {"ignore_index": 2}, {"label_smoothing": 0.3, "ignore_index": 2}], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_agrees_with_torch(torch: ModuleType, backend: Backend, rng: np.random.Generator, dtype: str) -> None:
+def test_agrees_with_torch(
+    torch: ModuleType, backend: Backend, rng: np.random.Generator, dtype: str, options: dict[str, Any]
+) -> None:
     logits, labels = make_case(rng, (64, 10), dtype)
     leaf = torch.tensor(logits, requires_grad=True)
-    torch_loss = torch.nn.functional.cross_entropy(leaf, torch.tensor(labels), reduction="none")
-    torch_loss.mean().backward()
-    loss, dlogits = bn.softmax_cross_entropy(*backend.arrays(logits, labels))
+    torch_loss = torch.nn.functional.cross_entropy(leaf, torch.tensor(labels), reduction="none", **options)
+    torch.nn.functional.cross_entropy(leaf, torch.tensor(labels), **options).backward()
+    loss, dlogits = bn.softmax_cross_entropy(*backend.arrays(logits, labels), **options)
     tolerance = 64 * float(np.finfo(dtype).eps)
     np.testing.assert_allclose(backend.asnumpy(loss), torch_loss.detach().numpy(), rtol=tolerance, atol=tolerance)
     np.testing.assert_allclose(backend.asnumpy(dlogits), leaf.grad.numpy(), rtol=tolerance, atol=tolerance / 64)

@@ -1,4 +1,4 @@
-"""Products of 16-bit numbers on tensor cores: the host version by the PTX ISA, then exact sums of every shape."""
+"""Products on tensor cores: the host version by the PTX ISA, then exact sums of 16-bit numbers, of every shape."""
 
 from __future__ import annotations
 
@@ -32,6 +32,11 @@ struct Fragments {
 };
 
 template <typename T>
+__device__ __forceinline__ T zero() {
+    return {};
+}
+
+template <typename T>
 __device__ __forceinline__ void multiply(const Fragments& all) {
     const int lane = threadIdx.x;
     unsigned a[4], b[2];
@@ -39,11 +44,12 @@ __device__ __forceinline__ void multiply(const Fragments& all) {
     for (int i = 0; i < 4; ++i) a[i] = all.a[4 * lane + i];
     for (int i = 0; i < 2; ++i) b[i] = all.b[2 * lane + i];
     for (int i = 0; i < 4; ++i) d[i] = all.d[4 * lane + i];
-    bnk_mma(T(0.0f), d, a, b);
+    bnk_mma(zero<T>(), d, a, b);
     for (int i = 0; i < 4; ++i) all.d[4 * lane + i] = d[i];
 }
 BNK_KERNEL(bnk_fragments_float16, (Fragments), 32, 0, (multiply<Float16>))
 BNK_KERNEL(bnk_fragments_bfloat16, (Fragments), 32, 0, (multiply<BFloat16>))
+BNK_KERNEL(bnk_fragments_tf32, (Fragments), 32, 0, (multiply<TensorFloat32>))
 """
 
 
@@ -69,11 +75,39 @@ def test_the_host_version_has_the_fragments_of_the_ptx_isa(
     i = np.arange(4)
     of_b = b[in_group * 2 + (i & 1) + 8 * (i >= 2), group + 0 * i]
     of_c = np.where(i < 2, group, group + 8), in_group * 2 + (i & 1)
-    words = [runtime.asarray(np.ascontiguousarray(of).view(np.uint32)) for of in (of_a, of_b)]
-    d = runtime.asarray(c[of_c])
-    record = np.array([runtime.pointer(array) for array in (*words, d)], np.uint64).view("V24").reshape(())
+    words = [np.ascontiguousarray(of).view(np.uint32) for of in (of_a, of_b)]
+    d = multiplied(runtime, dtype, *words, c[of_c])
+    np.testing.assert_array_equal(d, (a.astype("float64") @ b.astype("float64") + c)[of_c])
+
+
+def multiplied(runtime: EmulatorRuntime, dtype: str, a: np.ndarray, b: np.ndarray, d: np.ndarray) -> np.ndarray:
+    """Return what one instruction of a warp makes of the registers of its threads."""
+    *words, sums = (runtime.asarray(array) for array in (a, b, d))
+    record = np.array([runtime.pointer(array) for array in (*words, sums)], np.uint64).view("V24").reshape(())
     runtime.launch("fragments", f"bnk_fragments_{dtype}", Launch((1, 1, 1), (32, 1, 1)), record)
-    np.testing.assert_array_equal(np.asarray(d), (a.astype("float64") @ b.astype("float64") + c)[of_c])
+    return np.asarray(sums)
+
+
+@pytest.mark.emulator
+def test_the_host_version_has_the_tf32_fragments_of_the_ptx_isa(
+    emulated: EmulatorRuntime, rng: np.random.Generator
+) -> None:
+    """The section on mma.m16n8k8 for .tf32; of a register only the first 19 bits count."""
+    if emulated.build != "plain":
+        pytest.skip("one build shows where the numbers go")
+    runtime = EmulatorRuntime("plain", read_sources(CUDA) | {"fragments.cu": FRAGMENTS})
+    a, b = (rng.integers(-2047, 2048, shape).astype("float32") for shape in ((16, 8), (8, 8)))
+    c = rng.integers(-1000, 1000, (16, 8)).astype("float32")
+    lane, i = np.arange(32)[:, None], np.arange(4)
+    group, in_group = lane >> 2, lane % 4
+    of_a = a[np.where(i % 2 == 0, group, group + 8), in_group + 4 * (i >= 2)]
+    of_b = b[in_group + 4 * i[:2], group + 0 * i[:2]]
+    of_c = np.where(i < 2, group, group + 8), in_group * 2 + (i & 1)
+    words = [
+        np.ascontiguousarray(of).view(np.uint32) | rng.integers(0, 2**13, of.shape, np.uint32) for of in (of_a, of_b)
+    ]
+    d = multiplied(runtime, "tf32", *words, c[of_c])
+    np.testing.assert_array_equal(d, (a.astype("float64") @ b.astype("float64") + c)[of_c])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

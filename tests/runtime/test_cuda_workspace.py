@@ -111,6 +111,20 @@ def test_what_waits_and_takes_much_memory_gets_the_carveout(cupy: types.ModuleTy
     assert (small.max_dynamic_shared_size_bytes, small.preferred_shared_memory_carveout) == (SHARED_BYTES, -1)
 
 
+@pytest.mark.parametrize(
+    ("capability", "tf32", "clusters"),
+    [("75", False, False), ("80", True, False), ("89", True, False), ("90", True, True), ("120", True, True)],
+)
+def test_what_a_device_can_do_follows_from_its_compute_capability(
+    cupy: types.ModuleType, capability: str, tf32: bool, clusters: bool
+) -> None:
+    device = types.SimpleNamespace(
+        id=-int(capability), compute_capability=capability, attributes=cupy.cuda.Device(0).attributes
+    )
+    limits = registry.runtime_of(cupy.ndarray).limits(types.SimpleNamespace(device=device))
+    assert (limits.tf32, limits.clusters) == (tf32, clusters)
+
+
 def test_blocks_that_do_not_fit_the_device_are_refused_before_they_wait_for_ever(
     cupy: types.ModuleType, rng: np.random.Generator
 ) -> None:
@@ -283,3 +297,22 @@ def test_what_goes_wrong_in_a_capture_is_what_is_raised(cupy: types.ModuleType) 
     with pytest.raises(RuntimeError, match="cudaErrorStreamCaptureUnsupported: a wait for a stream"):
         registry.runtime_of(cupy.ndarray).capture(lambda: cupy.cuda.get_current_stream().synchronize(), x)
     assert not cupy.driver.captures, "the stream captures no more"
+
+
+def test_a_stream_of_another_library_keeps_its_workspace(
+    cupy: types.ModuleType, made: list[weakref.ref], rng: np.random.Generator
+) -> None:
+    from bnkernels.runtime import cuda
+
+    with cupy.cuda.Device(1):
+        x = cupy.asarray(batch(rng, 20_000, 8)[0])
+    for handle in (0x7000, 0x8000, 0x7000):
+        with cuda.on_stream(1, handle):
+            bn.batch_norm_forward(x)
+    assert [(record.device, record.stream) for record in cupy.driver.launches] == [
+        (1, 0x7000),
+        (1, 0x8000),
+        (1, 0x7000),
+    ]
+    assert alive(made) == len(made) == 2
+    assert (cupy.driver.device, cupy.cuda.get_current_stream(1).ptr) == (0, 0)

@@ -227,7 +227,7 @@ def test_what_is_no_out(op: str, value: Any) -> None:
         "linear_batch_norm_forward": lambda v: bn.linear_batch_norm_forward(a["x"], a["weight"], out=v),
         "softmax_cross_entropy": lambda v: bn.softmax_cross_entropy(a["logits"], a["labels"], out=v),
     }
-    said("of: out", calls[op], value, TypeError)
+    assert "got" in said("of: out", calls[op], value, TypeError)
 
 
 # ---- eps ------------------------------------------------------------------------------------------------------------

@@ -24,8 +24,11 @@ from bnkernels.ops.batch_norm import problem as batch_norm_problem
 from bnkernels.ops.fused_training import launch as fused
 from bnkernels.ops.fused_training.spec import LayerSpec, NetworkSpec
 from bnkernels.ops.layer_norm import launch as layer_norm
+from bnkernels.ops.layer_norm import long_rows
 from bnkernels.ops.linear_batch_norm import launch as linear
 from bnkernels.ops.linear_batch_norm.problem import Problem
+from bnkernels.ops.linear_softmax_cross_entropy import launch as linear_softmax
+from bnkernels.ops.softmax_cross_entropy.op import LABELS
 from bnkernels.runtime.occupancy import most_shared, resident
 from bnkernels.runtime.seam import Launch, Limits
 
@@ -60,24 +63,27 @@ def limits_of(device: Device) -> Limits:
 
 def batch_norm_plans(limits: Limits) -> Iterator[Plan]:
     """Yield those of the cooperative kernels; no other batch-norm kernel waits."""
-    examples, channels = (4000, 70_000, 10**6), (16, 64, 1000, 4096)
+    examples, channels = (4000, 70_000, 10**6), (16, 64, 99, 1000, 1022, 4096)
     shapes = [(n, c, 1) for n, c in product(examples, channels)]
-    shapes += [(n, c, inner) for n, c, inner in product((1, 8, 256), (1, 3, 64, 256), (3136, 50_176, 10**6))]
+    shapes += [(n, c, inner) for n, c, inner in product((1, 8, 256), (1, 3, 64, 256), (49, 196, 3136, 50_176, 10**6))]
     for dtype, kind, shape in product(TYPES, (batch_norm_problem.FORWARD, batch_norm_problem.BACKWARD), shapes):
         strides = shape[1] * shape[2], shape[2], 1 if shape[2] > 1 else 0
         inputs = batch_norm.PLANES[kind.direction]
-        problem = batch_norm_problem.Problem(1, *shape, dtype, (strides,) * inputs)
-        choice = batch_norm.cooperative(kind, problem, limits) if batch_norm.in_vectors(kind, problem) else None
-        if choice is not None:
-            yield choice.kernel, choice.launch
+        for groups in (1, 7):
+            problem = batch_norm_problem.Problem(groups, *shape, dtype, (strides,) * inputs)
+            count = batch_norm.elements_of_access(kind, problem)
+            choice = batch_norm.cooperative(kind, problem, limits, count) if count else None
+            if choice is not None:
+                yield choice.kernel, choice.launch
 
 
 def layer_norm_plans(limits: Limits) -> Iterator[Plan]:
     """Yield one for each data type and shape."""
     columns = (1, 8, 20, 64, 256, 768, 1000, 1024, 2047, 2048, 4096, 5120, 8192, 20_000, 300_000)
     for dtype, rows, c in product(TYPES, (1, 64, 700, 5000, 100_000), columns):
-        for choose in (layer_norm.choose_forward, layer_norm.choose_backward):
-            chosen = choose(layer_norm.Problem(rows, c, dtype), limits)
+        problem = layer_norm.Problem(rows, c, dtype)
+        backwards = (layer_norm.choose_backward(problem, limits, curved) for curved in (False, True))
+        for chosen in (layer_norm.choose_forward(problem, limits), *backwards):
             yield chosen.kernel, chosen.launch
 
 
@@ -85,7 +91,18 @@ def linear_plans(limits: Limits) -> Iterator[Plan]:
     """Yield those of the kernels; where there is none, a library multiplies."""
     sizes = product((2, 64, 100, 512), (1, 64, 784, 1024), (1, 20, 100, 1000, 1024), TYPES)
     for size, norm, direction, dx in product(sizes, NORMS, DIRECTIONS, (True, False)):
-        chosen = linear.choose(direction, Problem(*size), limits, dx, norm)
+        problem = Problem(*size)
+        for precision in (None, "tf32x3")[: 2 if limits.tf32 and problem.dtype == np.float32 else 1]:
+            chosen = linear.choose(direction, problem, limits, dx, norm, precision)
+            if chosen is not None:
+                yield chosen.kernel, chosen.launch
+
+
+def linear_softmax_plans(limits: Limits) -> Iterator[Plan]:
+    """Yield those of the kernel; where there is none, a library multiplies."""
+    sizes = product((2, 64, 100, 512), (1, 64, 784, 1024), (1, 10, 100, 1000, 1024), TYPES[:2])
+    for size, labels in product(sizes, LABELS):
+        chosen = linear_softmax.choose(*size, labels, limits)
         if chosen is not None:
             yield chosen.kernel, chosen.launch
 
@@ -114,6 +131,7 @@ OPS = {
     "batch_norm": batch_norm_plans,
     "layer_norm": layer_norm_plans,
     "linear_batch_norm": linear_plans,
+    "linear_softmax_cross_entropy": linear_softmax_plans,
     "fused_training": fused_training_plans,
 }
 
@@ -141,7 +159,11 @@ def test_blocks_that_wait_are_resident_and_others_fit(device: Device, op: str) -
 # ---- what a planner believes ----------------------------------------------------------------------------------------
 
 
-NAMES = {"suffix": "(?:f16|bf16|f32|f64)", "variant": "(?:cooperative|cooperative_inner)"}  # parameters of macros
+NAMES = {
+    "suffix": "(?:f16|bf16|(?:tf32x3_)?f32|f64)",
+    "labels": "(?:i32|i64)",
+    "variant": "(?:cooperative(?:_inner)?(?:_pair|_single)?|linear|curved)",
+}  # parameters of macros
 
 
 @cache
@@ -155,11 +177,17 @@ def promise_of(kernel: str) -> int:
 
 
 @pytest.mark.parametrize(
-    ("op", "planner"),
-    [("batch_norm", batch_norm), ("layer_norm", layer_norm), ("linear_batch_norm", gemm), ("fused_training", gemm)],
+    ("op", "planner", "among"),
+    [
+        ("batch_norm", batch_norm, ""),
+        ("layer_norm", layer_norm, "backward_(linear|curved)"),
+        ("layer_norm", long_rows, "(forward|backward)_cooperative"),
+        *((op, gemm, "") for op in ("linear_batch_norm", "linear_softmax_cross_entropy", "fused_training")),
+    ],
 )
-def test_launch_bounds_promise_what_planners_count_on(op: str, planner: ModuleType) -> None:
-    kernels = {kernel for device in DEVICES for kernel, launch in plans_of(op, device) if launch.cooperative}
+def test_launch_bounds_promise_what_planners_count_on(op: str, planner: ModuleType, among: str) -> None:
+    plans = {plan for device in DEVICES for plan in plans_of(op, device)}
+    kernels = {kernel for kernel, launch in plans if launch.cooperative and re.search(among, kernel)}
     assert {promise_of(kernel) for kernel in kernels} == {planner.MIN_BLOCKS}
 
 

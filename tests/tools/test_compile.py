@@ -52,7 +52,8 @@ def test_ptx_takes_what_python_packs_and_rounds_as_the_source_says(
     """By the oldest compiler with our options alone: no kernel leans on those that CuPy adds."""
     if version == nvrtc.OLDEST:
         monkeypatch.setattr(nvrtc, "OPTIONS", source.OPTIONS)
-    assembly = nvrtc.ptx(source.read(stem), nvrtc.OLDEST_ARCHITECTURE, version)
+    text = source.read(stem, constants=command.CONSTANTS.get(stem, ()))
+    assembly = nvrtc.ptx(text, nvrtc.OLDEST_ARCHITECTURE, version)
     for kernel, size in ptx.parameter_bytes(assembly).items():
         assert LAYOUTS[struct_of(stem, kernel)][DTYPES[kernel.rpartition("_")[2]]].itemsize == size, kernel
     assert ptx.float_atomics(assembly) == []
@@ -61,14 +62,27 @@ def test_ptx_takes_what_python_packs_and_rounds_as_the_source_says(
 
 
 def test_data_move_16_bytes_at_a_time_where_they_lie_in_vectors() -> None:
-    """All data of the cooperative kernels; only vectors of channels and partial results move in single words."""
+    """All data of the cooperative kernels for vectors; only parameters and partial results move in single words."""
     for stem, loads, stores in (("batch_norm_forward_cooperative", 2, 1), ("batch_norm_backward_cooperative", 3, 2)):
-        entries = nvrtc.ptx(source.read(stem), nvrtc.OLDEST_ARCHITECTURE).split(".visible .entry")[1:]
-        assert len(entries) == 6
-        for entry in entries:
+        kernels = source.entry_points(stem)
+        vectors = [kernel for kernel in kernels if not re.search(r"_(pair|single)_", kernel)]
+        assert (len(vectors), len(kernels)) == (6, 18)
+        for kernel in vectors:
+            entry = nvrtc.ptx(source.read(stem, kernel, command.CONSTANTS[stem]), nvrtc.OLDEST_ARCHITECTURE)
             assert entry.count("ld.global.v4.u32") >= loads
             assert entry.count("st.global.v4.u32") >= stores
             assert not re.search(r"(ld|st)\.global(\.\w+)*\.[bu](16|8)\b", entry), "no number of 16 bits on its own"
+
+
+@pytest.mark.parametrize("version", nvrtc.VERSIONS)
+def test_masked_kernels_with_the_most_numbers_do_not_spill(version: str) -> None:
+    """The baseline has the kernels without a mask; the registers of eight channels a thread are the fewest to spare."""
+    for stem in command.CONSTANTS:
+        kernel = f"bnk_{stem}_f16"
+        text = source.read(stem, kernel, (("masked", 1),))
+        for architecture in (75, 90):
+            found = nvrtc.resources(text, architecture, version)[kernel]
+            assert (found.spill_stores, found.spill_loads, found.stack) == (0, 0, 0), (kernel, architecture)
 
 
 def test_16_bit_products_are_those_of_tensor_cores_from_sm_80_on() -> None:
@@ -79,6 +93,16 @@ def test_16_bit_products_are_those_of_tensor_cores_from_sm_80_on() -> None:
                 assembly = nvrtc.ptx(text, architecture)
                 found = set(re.findall(r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(b?f16)", assembly))
                 assert found == ({suffix} if there and suffix != "f32" else set()), (architecture, suffix)
+
+
+def test_every_product_of_tf32x3_is_made_by_tensor_cores() -> None:
+    """Three instructions for each of a warp's 2 x 4 tiles; the forward multiplies once, the backward twice."""
+    for direction, products in (("forward", 1), ("backward", 2)):
+        for norm in ("batch", "layer"):
+            text = source.read(f"linear_batch_norm_{direction}", f"bnk_linear_{norm}_norm_{direction}_tf32x3_f32")
+            instruction = "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32"
+            assert nvrtc.ptx(text, 80).count(instruction) == 3 * 2 * 4 * products
+            assert ".visible .entry" not in nvrtc.ptx(text, 75)
 
 
 def test_the_ptx_checks_see_what_they_look_for() -> None:

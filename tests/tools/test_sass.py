@@ -79,9 +79,9 @@ def test_the_table_of_machine_code(capsys: pytest.CaptureFixture[str]) -> None:
         known[figure][kernel]["90"] for figure in ("instructions", "registers")
     ]
     assert int(code_bytes) % 128 == 0
-    assert (threads, occupancy, cells[6:]) == ("256", "100%", ["0", "0"])
+    assert (threads, occupancy, cells[6:]) == ("256", "75%", ["0", "0"])
     assert (
-        last == f"4 kernels for 1 architectures with NVRTC {nvrtc.NEWEST}: 0 failures, 0 differences from the baseline"
+        last == f"8 kernels for 1 architectures with NVRTC {nvrtc.NEWEST}: 0 failures, 0 differences from the baseline"
     )
 
 

@@ -158,6 +158,12 @@ def resources(text: str, architecture: int, version: str = NEWEST, disassemble: 
     return found
 
 
+def cubin(text: str, architecture: int) -> bytes:
+    """Compile to machine code that knows its source lines, with the newest compiler."""
+    (found,) = _compile(text, (f"-arch=sm_{architecture}", "-lineinfo"), NEWEST, "CUBIN")
+    return found
+
+
 def ptx(text: str, architecture: int, version: str = NEWEST) -> str:
     """Compile to PTX for a virtual architecture."""
     (found,) = _compile(text, (f"-arch=compute_{architecture}",), version, "PTX")

@@ -58,13 +58,18 @@ def nvdisasm() -> Path:
 
 def disassemble(cubin: bytes) -> dict[str, MachineCode]:
     """Return the machine code of every kernel in a cubin."""
+    return parse(text_of(cubin))
+
+
+def text_of(cubin: bytes, *options: str) -> str:
+    """Return what nvdisasm makes of a cubin."""
     with NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        run = subprocess.run([nvdisasm(), "--no-dataflow", file.name], capture_output=True, text=True)
+        run = subprocess.run([nvdisasm(), "--no-dataflow", *options, file.name], capture_output=True, text=True)
     if run.returncode:
         raise RuntimeError(f"nvdisasm failed: {run.stderr}")
-    return parse(run.stdout)
+    return run.stdout
 
 
 def parse(text: str) -> dict[str, MachineCode]:

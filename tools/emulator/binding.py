@@ -6,7 +6,7 @@ import ctypes
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
-from ctypes import POINTER, c_bool, c_char_p, c_size_t, c_uint, c_uint64, c_void_p
+from ctypes import POINTER, c_bool, c_char_p, c_double, c_int, c_size_t, c_uint, c_uint64, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -34,6 +34,8 @@ class _Request(ctypes.Structure):  # engine/scheduler.h: Request
         ("seed", c_uint64),
         ("resident", c_uint64),
         ("cooperative", c_uint64),
+        ("count_turns", c_uint64),
+        ("rsqrt_error", c_double),
         ("cluster", c_uint64),
         ("only", POINTER(c_uint64)),
         ("only_count", c_uint64),
@@ -41,7 +43,17 @@ class _Request(ctypes.Structure):  # engine/scheduler.h: Request
 
 
 class _Totals(ctypes.Structure):  # engine/scheduler.h: Totals
-    _fields_ = [(name, c_uint64) for name in ("shared_bytes_read", "shared_bytes_written", "barriers", "error_address")]
+    _fields_ = [
+        (name, c_uint64)
+        for name in (
+            "shared_bytes_read",
+            "shared_bytes_written",
+            "shared_turns",
+            "fewest_shared_turns",
+            "barriers",
+            "error_address",
+        )
+    ]
 
 
 class _Traffic(ctypes.Structure):  # engine/memory.h: Traffic
@@ -86,12 +98,16 @@ class Traffic:
 class Counts:
     """Counts of a launch: traffic by the address range of each array, shared memory, barriers.
 
-    Only the builds ``plain`` and ``coverage`` see accesses. `barriers` is the most that one block passed.
+    Only the builds ``plain`` and ``coverage`` see accesses. `barriers` is the most that one block passed. In a
+    schedule with `count_turns`, `shared_turns` is how many 128 bytes shared memory serves one after the other, and
+    `fewest_shared_turns` how many these would be without bank conflicts.
     """
 
     arrays: Mapping[range, Traffic]
     shared_bytes_read: int
     shared_bytes_written: int
+    shared_turns: int
+    fewest_shared_turns: int
     barriers: int
 
     @property
@@ -105,22 +121,31 @@ class Counts:
         return next((traffic for block, traffic in self.arrays.items() if address in block), Traffic())
 
 
+RSQRT_BOUND = 2.0**-22.9  # PTX ISA, rsqrt.approx
+
+
 @dataclass(frozen=True)
 class Schedule:
-    """In which order blocks and threads run.
+    """Choices that the hardware is free to make in a launch: above all the order of blocks and threads.
 
     Seed 0 is their natural order, any other a reproducible disorder; `resident` blocks are in flight at once; `only`
-    names the blocks to run, by their number x + gridDim.x (y + gridDim.y z).
+    names the blocks to run, by their number x + gridDim.x (y + gridDim.y z). `rsqrt_error` is the relative error of
+    the hardware's approximation of 1 / sqrt(x), of which PTX promises only that it is at most `RSQRT_BOUND`.
+    `count_turns`: whether to count bank conflicts of shared memory, which takes time.
     """
 
     seed: int = 0
     resident: int = 4
     only: Sequence[int] = ()
+    rsqrt_error: float = 0.0
+    count_turns: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what the engine cannot follow."""
-        if self.seed < 0 or self.resident < 1 or min(self.only, default=0) < 0:
-            raise EmulatorError(f"expected seed >= 0, resident >= 1 and blocks >= 0, got {self}")
+        if self.seed < 0 or self.resident < 1 or min(self.only, default=0) < 0 or abs(self.rsqrt_error) > RSQRT_BOUND:
+            raise EmulatorError(
+                f"expected seed >= 0, resident >= 1, blocks >= 0 and |rsqrt_error| <= {RSQRT_BOUND}, got {self}"
+            )
 
 
 class Binding:
@@ -196,6 +221,12 @@ class Binding:
         self, source: str, entry_point: str, launch: Launch, arguments: np.ndarray, schedule: Schedule
     ) -> Counts:
         """Run a kernel and return what it did; raise what it did wrong."""
+        for name, value in launch.constants:
+            given = arguments[name]
+            if isinstance(value, tuple):
+                given = tuple((c_int * len(value)).from_address(int(given)))
+            if given != value:
+                raise EmulatorError(f"{entry_point}: the kernel is compiled for {name} = {value}, it is given {given}")
         library = self._library(source)
         kernel, cluster = self._kernel(library, source, entry_point, launch, arguments)
         if max(schedule.only, default=0) >= launch.blocks:
@@ -213,6 +244,8 @@ class Binding:
             seed=schedule.seed,
             resident=schedule.resident,
             cooperative=launch.cooperative,
+            count_turns=schedule.count_turns,
+            rsqrt_error=schedule.rsqrt_error,
             cluster=cluster,
             only=only,
             only_count=len(only),
@@ -224,7 +257,8 @@ class Binding:
             raise EmulatorError(f"{source}.cu, {entry_point}: {error.decode()}{place}")
         if reports := self._reports.new():
             raise EmulatorError(f"{source}.cu, {entry_point}: {reports}")
-        return Counts(self._array_traffic(), totals.shared_bytes_read, totals.shared_bytes_written, totals.barriers)
+        figures = [getattr(totals, name) for name, _ in _Totals._fields_[:-1]]
+        return Counts(self._array_traffic(), *figures)
 
     def promised(self, source: str, entry_point: str) -> int:
         """Return how many blocks the registers of a multiprocessor hold, as far as the launch bounds promise it."""

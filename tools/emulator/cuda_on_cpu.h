@@ -87,9 +87,17 @@ __forceinline__ unsigned bnk_low_bits_of(double value) {
 // ---- cuda/lib/sync/grid_barrier.cuh: on a GPU a loop that reads the counter until it has turned, and the barrier of a cluster ----------
 #define BNK_WAIT
 
+enum MemoryOrder { RELAXED, RELEASE, ACQUIRE };
+
+template <MemoryOrder ORDER>
+__forceinline__ unsigned bnk_add(unsigned* counter, unsigned value) {
+    return ORDER == RELEASE ? bnk_atomic_add_release(counter, value) : bnk_atomic_add(counter, value);
+}
+
+template <MemoryOrder ORDER>
 __forceinline__ void bnk_wait(const unsigned* counter, unsigned ticket, const char* file = __builtin_FILE(),
                               int line = __builtin_LINE()) {
-    bnk_wait_for_counter(counter, ticket, file, line);
+    bnk_wait_for_counter(counter, ticket, ORDER == ACQUIRE, file, line);
 }
 
 #define BNK_CLUSTERS 1
@@ -135,6 +143,7 @@ __forceinline__ T __shfl_down_sync(unsigned mask, T value, unsigned delta, unsig
 
 // ---- cuda/lib/numbers/half.cuh: what inline PTX does on a GPU -------------------------------------------------------------------
 #define BNK_HALF_CONVERSIONS
+#define BNK_SOFTWARE_CONVERSIONS
 
 __forceinline__ unsigned bnk_bits_of(float value) {
     unsigned bits;
@@ -165,19 +174,73 @@ __forceinline__ unsigned short bnk_float_to_half(float value) {
     return sign | ((size - 0x38000000u + 0xfffu + ((size >> 13) & 1u)) >> 13);
 }
 
+// ---- cuda/lib/numbers/rsqrt.cuh: an approximation, as far from the truth as PTX allows --------------------------------------------
+#define BNK_RSQRT
+
+// BNKERNELS_EMULATOR_RSQRT chooses the end of the interval.
+__forceinline__ float bnk_rsqrt_approximation(float value) {
+    return (float)((1.0 + bnk_rsqrt_error()) / sqrt((double)value));
+}
+
+// ---- cuda/lib/sync/async_copy.cuh: nobody has the data before the wait ------------------------------------------------------------
+#define BNK_ASYNC_COPY
+
+// The copy happens at the wait; until then the destination is poisoned. Both are accesses of the kernel's own text, so
+// sanitizers and counters see them.
+template <int BYTES>
+__forceinline__ void bnk_copy_async(void* shared, const void* global) {
+    bnk_copy_begins(shared, global, BYTES);
+}
+
+// Zeros come from nowhere.
+template <int BYTES>
+__forceinline__ void bnk_copy_async_or_zero(void* shared, const void* global, bool inside) {
+    bnk_copy_begins(shared, inside ? global : nullptr, BYTES);
+}
+
+__forceinline__ void bnk_commit_copies() { bnk_copies_are_a_group(); }
+
+template <int PENDING>
+__forceinline__ void bnk_wait_for_copies() {
+    const void* from;
+    unsigned bytes;
+    while (void* const to = bnk_next_copy(PENDING, &from, &bytes)) {
+        if (!from) {
+            for (unsigned i = 0; i < bytes / 4; ++i) static_cast<unsigned*>(to)[i] = 0;
+        } else if (bytes == 16) {
+            bnk_move_vector(to, from);
+        } else {
+            for (unsigned i = 0; i < bytes / 4; ++i)
+                static_cast<unsigned*>(to)[i] = static_cast<const unsigned*>(from)[i];
+        }
+    }
+}
+
 // ---- cuda/lib/gemm/tensor_product.cuh: tensor cores --------------------------------------------------------------------------
 #define BNK_TENSOR_CORES 1
 
-// mma.sync.aligned.m16n8k16 with 16-bit factors. PTX ISA 9.2, section 9.7.14.5.8: thread t has, with g = t / 4, p = 2 (t % 4),
-// of a (16, 16) the rows g (words 0, 2) and g + 8 (1, 3), columns p, p + 1 (words 0, 1) and 8 more (2, 3); of b (16, 8)
-// column g, rows p, p + 1 (word 0) and 8 more (1); of d (16, 8) rows g (0, 1) and g + 8 (2, 3), columns p and p + 1. The
-// products are exact, and here so is their sum but for one rounding: a GPU may round more often.
+// cvt.rna.tf32.f32: half a last place more is added, then 13 bits are dropped. Infinity and NaN lose only the bits.
+__forceinline__ unsigned bnk_float_to_tf32(float value) {
+    const unsigned bits = bnk_bits_of(value), size = bits & 0x7fffffffu;
+    return (bits + (size < 0x7f800000u ? 0x1000u : 0u)) & 0xffffe000u;
+}
+
+// mma.sync.aligned, m16n8k16 with 16-bit factors and m16n8k8 with TF32 ones. PTX ISA 9.2, section 9.7.14.5: thread t has,
+// with g = t / 4, p = 2 (t % 4), of a (16, 16) the rows g (words 0, 2) and g + 8 (1, 3), columns p, p + 1 (words 0, 1)
+// and 8 more (2, 3); of b (16, 8) column g, rows p, p + 1 (word 0) and 8 more (1); of d (16, 8) rows g (0, 1) and g + 8
+// (2, 3), columns p and p + 1. A TF32 number takes the place of two of 16 bits. The products are exact, and here so is
+// their sum but for one rounding: a GPU may round more often.
 template <typename T>
 __forceinline__ void bnk_mma(T number, float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2],
                              const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-    const auto value = [&](unsigned bits) {
-        number.bits = (unsigned short)bits;
-        return (double)(float)number;
+    constexpr int BITS = 8 * sizeof(T);  // of a number
+    const auto value = [&](unsigned long long words) {
+        if constexpr (BITS == 32) {
+            return (double)bnk_float_of((unsigned)words & 0xffffe000u);  // no more is read
+        } else {
+            number.bits = (unsigned short)words;
+            return (double)(float)number;
+        }
     };
     const auto words = [&](unsigned low, unsigned high, unsigned lane) {
         return bnk::shuffle(0xffffffffu, (unsigned long long)high << 32 | low, lane, file, line);
@@ -188,10 +251,10 @@ __forceinline__ void bnk_mma(T number, float (&d)[4], const unsigned (&a)[4], co
         const unsigned long long above = words(a[0], a[2], own_row + t), below = words(a[1], a[3], own_row + t);
         const unsigned long long columns[2] = {words(b[0], b[1], first_column + t),
                                                words(b[0], b[1], first_column + 4 + t)};
-        for (int half = 0; half < 64; half += 16)
+        for (int at = 0; at < 64; at += BITS)
             for (int c = 0; c < 2; ++c) {
-                sums[c] += value(above >> half & 0xffffu) * value(columns[c] >> half & 0xffffu);
-                sums[2 + c] += value(below >> half & 0xffffu) * value(columns[c] >> half & 0xffffu);
+                sums[c] += value(above >> at) * value(columns[c] >> at);
+                sums[2 + c] += value(below >> at) * value(columns[c] >> at);
             }
     }
     for (int i = 0; i < 4; ++i) d[i] = (float)sums[i];

@@ -1,4 +1,7 @@
-"""The bugs that `mutants.py` plants. Each is a mistake that somebody has made, or might."""
+"""The bugs that `mutants.py` plants. Each is a mistake that somebody has made, or might.
+
+Long because it is a list.
+"""
 
 from __future__ import annotations
 
@@ -7,50 +10,45 @@ from .mutant_list_double_backward import MUTANTS as DOUBLE_BACKWARD
 from .mutant_list_fused import MUTANTS as FUSED
 from .mutant_list_layer_norm import MUTANTS as LAYER_NORM
 from .mutant_list_linear import MUTANTS as LINEAR
-from .mutant_list_masked_grouped import MUTANTS as MASKED_GROUPED
+from .mutant_list_linear_softmax import MUTANTS as LINEAR_SOFTMAX
+from .mutant_list_long_rows import MUTANTS as LONG_ROWS
 from .mutant_list_multi_block import MUTANTS as MULTI_BLOCK
+from .mutant_list_one_block import MUTANTS as ONE_BLOCK
+from .mutant_list_options import MUTANTS as OPTIONS
+from .mutant_list_tf32x3 import MUTANTS as TF32X3
 from .mutants import Mutant
 
 PAIR, FORWARD, BACKWARD = "lib/numbers/pair.cuh", "batch_norm_forward.cu", "batch_norm_backward.cu"
-MOMENTS, SUMS, WARP = "lib/reduce/moments.cuh", "lib/reduce/sums.cuh", "lib/reduce/warp.cuh"
+SUMS, WARP = "lib/reduce/sums.cuh", "lib/reduce/warp.cuh"
 HALF, ACTIVATION, ROWS = "lib/numbers/half.cuh", "lib/numbers/activation.cuh", "lib/reduce/rows.cuh"
+PARTS, GRADIENT_SUMS = "lib/reduce/parts.cuh", "lib/reduce/gradient_sums.cuh"
+RSQRT = "lib/numbers/rsqrt.cuh"
 SOFTMAX, UPDATE, MINI_BATCH = "softmax_cross_entropy.cu", "parameter_update.cu", "mini_batch.cu"
 
 MUTANTS = [
+    *ONE_BLOCK,
     *DOUBLE_BACKWARD,
-    *MASKED_GROUPED,
+    *OPTIONS,
     *FUSED,
     *MULTI_BLOCK,
     *LAYER_NORM,
+    *LONG_ROWS,
     *LINEAR,
+    *LINEAR_SOFTMAX,
+    *TF32X3,
     *COOPERATIVE,
     # ---- barriers, warps, races
     Mutant(
-        "forward: no barrier before the merge",
-        FORWARD,
-        "    __syncthreads();\n    const A* const slots",
-        "    const A* const slots",
-    ),
-    Mutant(
-        "forward: threads without a channel return before the barrier",
-        FORWARD,
-        "    __syncthreads();\n    const A* const slots",
-        "    if (!active) return;\n    __syncthreads();\n    const A* const slots",
-    ),
-    Mutant(
-        "forward: no barrier between the levels of the merge", FORWARD, "        __syncthreads();\n    }\n", "    }\n"
-    ),
-    Mutant(
         "forward: every worker updates the running statistics",
         FORWARD,
-        "if (worker == 0) write_statistics",
+        "if (threadIdx.y == 0) write_statistics",
         "write_statistics",
     ),
     Mutant(
         "backward: every worker writes the parameter gradients, the same values",
         BACKWARD,
-        "if (threadIdx.y != 0 || c >= a.channels) return;",
-        "if (c >= a.channels) return;",
+        "return threadIdx.y == 0 && (a.full || c < (Index)a.channels);",
+        "return a.full || c < (Index)a.channels;",
         ("plain", "tsan"),
         "test_forward_and_backward_match_extended_precision and shape2",
     ),
@@ -68,7 +66,18 @@ MUTANTS = [
     ),
     # ---- memory and indices
     Mutant("rows: one row past the tail", ROWS, "return outer < outers;", "return outer <= outers;"),
-    Mutant("forward: shared memory one plane short", FORWARD, "slot[2 * plane] =", "slot[3 * plane] ="),
+    Mutant(
+        "parts: a place more a worker than the launch has",
+        PARTS,
+        "return threadIdx.x * (workers + 1) + worker;",
+        "return threadIdx.x * (workers + 2) + worker;",
+    ),
+    Mutant(
+        "gradient sums: the scaled ones beyond shared memory",
+        GRADIENT_SUMS,
+        "scaled(sums + width * (workers + 1))",
+        "scaled(sums + 2 * width * (workers + 1))",
+    ),
     Mutant(
         "sums: the first is never stored, uninitialised",
         SUMS,
@@ -84,14 +93,14 @@ MUTANTS = [
     Mutant(
         "update: the index in 32 bits",
         UPDATE,
-        "for (long long i = (long long)blockIdx.x",
-        "for (int i = blockIdx.x",
+        "for (long long i = thread; i < a.vectors;",
+        "for (int i = (int)thread; i < a.vectors;",
     ),
     Mutant(
         "backward: parameter gradients of channels that do not exist",
         BACKWARD,
-        "if (threadIdx.y != 0 || c >= a.channels) return;",
-        "if (threadIdx.y != 0) return;",
+        "return threadIdx.y == 0 && (a.full || c < (Index)a.channels);",
+        "return threadIdx.y == 0;",
     ),
     Mutant(
         "sums: the last worker is left out", SUMS, "worker < last; worker += step", "worker + 1 < last; worker += step"
@@ -118,25 +127,30 @@ MUTANTS = [
     Mutant(
         "backward: dy walked through with the strides of x",
         BACKWARD,
-        "dy[row.at(a.dy_outer, a.dy_inner)]",
-        "dy[row.at(a.x_outer, a.x_inner)]",
+        "of_dy[rows.at(a.dy_outer, a.dy_inner)]",
+        "of_dy[rows.at(a.x_outer, a.x_inner)]",
     ),
     Mutant(
         "forward: the residual of the first channel for all",
         FORWARD,
-        "a.residual + c * a.residual_channel",
+        "a.residual + c * (Index)a.residual_channel",
         "a.residual",
     ),
     Mutant("softmax: a label one past the last class", SOFTMAX, "label < a.classes;", "label <= a.classes;"),
     Mutant("update: writes one past the end", UPDATE, "i < a.size;", "i <= a.size;"),
+    Mutant("update: one vector too many", UPDATE, "i < a.vectors;", "i <= a.vectors;"),
+    Mutant("update: the numbers behind the vectors are left", UPDATE, "update_unit<Rule, 1>(a, step, i);", ";"),
     Mutant(
         "update: the stride is one block's",
         UPDATE,
-        "stride = (long long)gridDim.x * blockDim.x;",
-        "stride = blockDim.x;",
+        "threads = (long long)gridDim.x * blockDim.x;",
+        "threads = blockDim.x;",
     ),
+    Mutant("update: the velocity is not kept", UPDATE, "if (Rule::STATES > 0) store(a.first + i, first);", ""),
     Mutant("update: the schedule is ignored", UPDATE, "a.scalars ? a.scalars[1] :", ""),
     # ---- formulas
+    Mutant("mini-batch: the labels are those of the first examples", MINI_BATCH, "a.labels[row];", "a.labels[n];"),
+    Mutant("mini-batch: a thread copies one unit", MINI_BATCH, "i < units; i += blockDim.x", "i < 1; i += blockDim.x"),
     Mutant("mini-batch: every block moves the counter", MINI_BATCH, "1u) != gridDim.x - 1", "1u) == 77u"),
     Mutant(
         "mini-batch: a block arrives before all of it have read the counter",
@@ -156,40 +170,40 @@ MUTANTS = [
     Mutant(
         "forward: running_var takes the biased variance",
         FORWARD,
-        "value(all.m2) / a.divisor;",
-        "value(all.m2) / A(a.outer * a.inner);",
+        "all.m2 * (masked ? A(1) / divisor : a.inverse_divisor);",
+        "all.m2 * (masked ? A(1) / divisor : a.inverse_rows);",
     ),
     Mutant(
         "forward: running_var takes the unbiased variance whatever was asked for",
         FORWARD,
-        "value(all.m2) / a.divisor;",
-        "value(all.m2) / A(a.outer * a.inner - 1);",
+        "all.m2 * (masked ? A(1) / divisor : a.inverse_divisor);",
+        "all.m2 / (a.rows - A(1));",
         select="n_minus_1",
     ),
     Mutant(
         "forward: normalises with the unbiased variance",
         FORWARD,
-        "sqrt(value(all.m2) / all.count + a.eps)",
-        "sqrt(value(all.m2) / (all.count - A(1)) + a.eps)",
+        "reciprocal_sqrt(fma(all.m2, inverse_rows, a.eps))",
+        "reciprocal_sqrt(fma(all.m2, a.inverse_divisor, a.eps))",
     ),
     Mutant(
         "forward: eps outside the square root",
         FORWARD,
-        "A(1) / sqrt(value(all.m2) / all.count + a.eps)",
-        "A(1) / (sqrt(value(all.m2) / all.count) + a.eps)",
+        "reciprocal_sqrt(fma(all.m2, inverse_rows, a.eps))",
+        "A(1) / (sqrt(all.m2 * inverse_rows) + a.eps)",
     ),
     Mutant(
         "forward: momentum weighs the old value",
         FORWARD,
-        "fma(a.momentum, all.mean.high, keep * a.running_mean[c])",
-        "fma(keep, all.mean.high, a.momentum * a.running_mean[c])",
+        "fma(a.momentum, all.high, keep * running.mean)",
+        "fma(keep, all.high, a.momentum * running.mean)",
     ),
-    Mutant("forward: all workers weigh the same", MOMENTS, "longer((int)(rows - rounds * workers))", "longer(0)"),
+    Mutant("parts: all workers weigh the same", PARTS, "m2, A(count)};\n    A half", "m2, A(VALUES)};\n    A half"),
     Mutant(
-        "forward: the merge forgets how many rows a worker has",
-        MOMENTS,
-        "delta * delta * A(counts.count(j, min(j + step, last)))",
-        "delta * delta",
+        "parts: the merge forgets how many rows a worker has",
+        PARTS,
+        "fma(rest * part.count, rest,",
+        "fma(rest, rest,",
     ),
     Mutant("pair: the low part of the mean is dropped", PAIR, "return (x - a.high) - a.low;", "return x - a.high;"),
     Mutant("activation: relu turns NaN into 0", ACTIVATION, "return z <= A(0) ? (alpha", "return !(z > A(0)) ? (alpha"),
@@ -230,48 +244,79 @@ MUTANTS = [
     Mutant(
         "half: ties of bfloat16 go up", HALF, "(wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16", "(wide + 0x8000u) >> 16"
     ),
-    Mutant("half: NaN becomes a number", HALF, "value == value ? rounded : nan", "rounded"),
+    Mutant(
+        "half: NaN becomes a number",
+        HALF,
+        "value == value ? (wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16 : 0x7fffu",
+        "(wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16",
+    ),
+    Mutant(
+        "half: the second of two numbers takes the place of the first",
+        HALF,
+        "bnk_float_to_half(first) | (unsigned)bnk_float_to_half(second) << 16",
+        "bnk_float_to_half(second) | (unsigned)bnk_float_to_half(first) << 16",
+    ),
+    Mutant("rsqrt: no Newton step", RSQRT, "? refined : root", "? root : root"),
+    Mutant(
+        "rsqrt: a Newton step at zero and infinity",
+        RSQRT,
+        "value >= 1.17549435e-38f && value <= 3.40282347e38f ?",
+        "true ?",
+    ),
     Mutant("backward: dx without gamma", BACKWARD, "channel.scale * (g[i] -", "channel.rstd * (g[i] -"),
     Mutant(
         "backward: the gradient of the residual is not written",
         BACKWARD,
-        "if (a.dresidual) store(a.dresidual[at], g[i]);",
+        "if (a.given & RESIDUAL) store(a.dresidual[at], has(i) ? g[i] : A(0));",
         "",
     ),
     Mutant(
         "backward: the residual's gradient is dy, not g",
         BACKWARD,
-        "store(a.dresidual[at], g[i])",
+        "store(a.dresidual[at], has(i) ? g[i] : A(0))",
         "store(a.dresidual[at], a.dy[at])",
     ),
     Mutant(
-        "backward: the activation is taken without the residual", BACKWARD, "if (!a.residual) return z;", "return z;"
+        "backward: the activation is taken without the residual",
+        BACKWARD,
+        "if (a.given & RESIDUAL) z[i] += residual;",
+        "",
     ),
-    Mutant("backward: a curved gradient out of turn", BACKWARD, "        rotate(g);\n", ""),
+    Mutant("activation: a curved gradient out of turn", ACTIVATION, "        rotate(dy);\n", ""),
     Mutant(
         "backward: dgamma is not normalised",
         BACKWARD,
-        "value(total.sums[G_CENTRED]) * rstd;",
-        "value(total.sums[G_CENTRED]);",
+        "x[i] = centred * channel.rstd;",
+        "x[i] = centred;",
     ),
     Mutant(
         "softmax: exp of logits that were not shifted",
         SOFTMAX,
-        "total += exp(A(logits[k]) - top)",
-        "total += exp(A(logits[k]))",
+        "values[i] = exp(values[i] - top);",
+        "values[i] = exp(values[i]);",
     ),
-    Mutant("softmax: the gradient of a sum, not of a mean", SOFTMAX, "each = A(1) / A(a.rows);", "each = A(1);"),
+    Mutant("softmax: the gradient of a sum, not of a mean", SOFTMAX, "A(1) / A(examples_of_mean(a, lane))", "A(1)"),
+    Mutant("softmax: ignored examples count in the mean", SOFTMAX, "count += a.labels[i] != a.ignored;", "count += 1;"),
+    Mutant("softmax: ignored examples have a gradient", SOFTMAX, "a.dlogits[begin + k] = T(0);", ";"),
+    Mutant(
+        "softmax: one round of examples of each block",
+        SOFTMAX,
+        "row += (long long)gridDim.x * blockDim.y) {",
+        "row += a.rows) {",
+    ),
+    Mutant("softmax: the label has no share of what all have", SOFTMAX, "a.smoothing + share;", "a.smoothing;"),
+    Mutant("softmax: classes that are not there have a share", SOFTMAX, "if (first + i * WARP < a.classes) sum", "sum"),
     Mutant(
         "update: Adam's eps inside the square root",
         UPDATE,
-        "(sqrt(second) / step.root_correction2 + a.eps)",
-        "sqrt(second / (step.root_correction2 * step.root_correction2) + a.eps)",
+        "fma(sqrt(second), step.inverse_root, a.eps)",
+        "sqrt(fma(second, step.inverse_root * step.inverse_root, a.eps))",
     ),
     Mutant(
         "update: Adam's second moment is divided before its root is taken",
         UPDATE,
-        "sqrt(second) / step.root_correction2",
-        "sqrt(second / (step.root_correction2 * step.root_correction2))",
+        "fma(sqrt(second), step.inverse_root, a.eps)",
+        "(sqrt(second * (step.inverse_root * step.inverse_root)) + a.eps)",
         select="first_steps",
     ),
 ]

@@ -28,9 +28,10 @@ MUTANTS = [
     Mutant(
         "double backward: nothing through s e",
         DOUBLE,
-        "- coefficients.fall * sum[V_XHAT] + s * e) / n",
-        "- coefficients.fall * sum[V_XHAT]) / n",
+        "- coefficients.fall * sum[V_XHAT] + s * e)",
+        "- coefficients.fall * sum[V_XHAT])",
     ),
+    Mutant("double backward: frozen statistics depend on x", DOUBLE, "a.frozen ? A(0) : of_all / n", "of_all / n"),
     Mutant(
         "double backward: nothing through the second derivative", DOUBLE, "row.k = dy * phi.second;", "row.k = A(0);"
     ),

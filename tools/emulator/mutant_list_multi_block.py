@@ -9,7 +9,7 @@ NETWORK = "lib/train/network.cuh"
 BY_NEURON, BY_EXAMPLE = "lib/train/multi_block_step_by_neuron.cuh", "lib/train/multi_block_step_by_example.cuh"
 STEPS = "test_steps_are_those_of_the_layers and 30 and sgd"
 OF_BATCH, OF_LAYER = f"{STEPS} and batch", f"{STEPS} and layer"
-ORDER = "order_of_blocks"
+ORDER = "order_of_blocks and multi_block"
 RACES = ("plain", "tsan")
 
 MUTANTS = [
@@ -25,10 +25,26 @@ MUTANTS = [
     Mutant(
         "multi-block: one thread waits for the blocks, the others do not",
         BARRIER,
-        "        __threadfence();\n    }\n    __syncthreads();\n",
-        "        __threadfence();\n    }\n",
+        "bnk_wait<ACQUIRE>(counter, token);\n    __syncthreads();\n",
+        "bnk_wait<ACQUIRE>(counter, token);\n",
         RACES,
         ORDER,
+    ),
+    Mutant(
+        "multi-block: blocks arrive without release",
+        BARRIER,
+        "    return bnk_add<RELEASE>(counter, block",
+        "    return bnk_add<RELAXED>(counter, block",
+        ("tsan",),
+        f"{ORDER} and grid",
+    ),
+    Mutant(
+        "multi-block: blocks wait without acquire",
+        BARRIER,
+        "bnk_wait<ACQUIRE>(counter, token);",
+        "bnk_wait<RELAXED>(counter, token);",
+        ("tsan",),
+        f"{ORDER} and grid",
     ),
     Mutant(
         "cluster: what its threads did since they arrived is not waited for",
@@ -42,8 +58,8 @@ MUTANTS = [
     Mutant(
         "multi-block: no grid barrier behind a layer",
         BY_NEURON,
-        "            forward(layer, step);\n            barrier.wait(barrier.arrive());\n",
-        "            forward(layer, step);\n            __syncthreads();\n",
+        "            if (layer > 0) barrier.wait(token);\n",
+        "            __syncthreads();\n",
         RACES,
         f"{ORDER} and batch",
     ),
@@ -58,8 +74,8 @@ MUTANTS = [
     Mutant(
         "multi-block: the second layer's weights change while others use them",
         BY_NEURON,
-        "            if (layer != 1) update_layer",
-        "            update_layer",
+        "            if (second) barrier.wait(token);\n",
+        "            if (second) __syncthreads();\n",
         RACES,
         f"{ORDER} and batch",
     ),
@@ -80,41 +96,41 @@ MUTANTS = [
         f"{ORDER} and batch or {OF_BATCH}",
     ),
     Mutant(
-        "multi-block: what rounding left of the mean stays",
+        "multi-block: the mean is that of the values, not of their differences",
         STEP,
-        "z.subtract_and_sum(remainder, ",
-        "z.subtract_and_sum(T(0), ",
-        select="constant_channels",
+        ", first = z.row[0];",
+        ", first = T(0);",
+        select="constant_channels or far_from_0",
     ),
     Mutant(
-        "multi-block: the running mean lacks what rounding left",
+        "multi-block: the running mean lacks what all values have in common",
         STEP,
-        "return {mean + remainder, m2",
+        "return {first + mean, m2",
         "return {mean, m2",
         select="running_mean_of_equal",
     ),
-    Mutant("multi-block: variance over N - 1", STEP, "sqrt(m2 / n + eps)", "sqrt(m2 / (n - T(1)) + eps)", select=STEPS),
+    Mutant("multi-block: variance over N - 1", STEP, "fma(m2, share, eps)", "m2 / T(z.count - 1) + eps", select=STEPS),
     Mutant(
         "multi-block: the running variance is the biased one",
         BY_NEURON,
-        "centred.m2 / (T(z.count) - a.correction)",
-        "centred.m2 / T(z.count)",
+        "(T(a.batch) - a.correction)",
+        "T(a.batch)",
         select="two_hundred or two_calls or takes_over or take_over",
     ),
     Mutant(
         "multi-block: a label outside the classes is taken for one",
         STEP,
-        'valid ? top : T(nan(""))',
-        "top",
+        '? T(0) : T(nan(""))',
+        "? T(0) : T(0)",
         select="wrong_label",
     ),
-    Mutant("multi-block: the gradient lacks the label", STEP, "(m == label[n] ? T(1) : T(0))", "T(0)", select=STEPS),
-    Mutant("multi-block: gradients of the sum of the losses", STEP, " / T(Matrix<T>::rows);", ";", select=STEPS),
+    Mutant("multi-block: the gradient lacks the label", STEP, "m == labels[n] ?", "m == -1 ?", select=STEPS),
+    Mutant("multi-block: gradients of the sum of the losses", STEP, "(total * T(a.batch))", "total", select=STEPS),
     Mutant(
         "multi-block: only the first tile of neurons",
         STEP,
-        "first < count; first += a.blocks * a.width",
-        "first < min(count, a.blocks * a.width); first += a.blocks * a.width",
+        "first < count; first += (int)(a.blocks * a.width)",
+        "first < count; first += count",
         select=STEPS,
     ),
     Mutant(
@@ -127,14 +143,14 @@ MUTANTS = [
     Mutant(
         "multi-block: dz lacks the mean of the gradients",
         BY_NEURON,
-        "mean_g = norm ? sum_g / n : T(0)",
+        "mean_g = norm ? sum_g * share : T(0)",
         "mean_g = T(0)",
         select=OF_BATCH,
     ),
     Mutant(
         "multi-block: dz lacks the slope",
         BY_NEURON,
-        "slope_z = norm ? product * rstd * rstd / n : T(0)",
+        "slope_z = norm ? product * saved.rstd * saved.rstd * share : T(0)",
         "slope_z = T(0)",
         select=OF_BATCH,
     ),
@@ -147,6 +163,35 @@ MUTANTS = [
         f"{ORDER} and batch",
     ),
     Mutant(
+        "multi-block: the mini-batch is replaced while others use the one before",
+        BY_NEURON,
+        "            if (layer == 0) barrier.wait(token);\n            if (is_last(layer)) fetch(step + 1);\n",
+        "            if (is_last(layer)) fetch(step + 1);\n            if (layer == 0) barrier.wait(token);\n",
+        ("tsan",),
+        f"{ORDER} and batch and sizes1",
+    ),
+    Mutant(
+        "multi-block: rows are chosen over those that are fetched",
+        BY_NEURON,
+        "        Base::choose_rows(step + 2);\n",
+        "        Base::choose_rows(step + 3);\n",
+        select="two_calls and batch",
+    ),
+    Mutant(
+        "multi-block: z of a neuron is read before its copy is there",
+        BY_NEURON,
+        "                    commit_copies();\n                    wait_for_copies();\n",
+        "                    commit_copies();\n",
+        select=f"{STEPS} or 130 and sgd",
+    ),
+    Mutant(
+        "product: sums of rows beyond those that a thread loads ahead are left out",
+        "lib/gemm/matrix.cuh",
+        "first += AHEAD * stride",
+        "first += rows",
+        select="several_stages and float32",
+    ),
+    Mutant(
         "multi-block: the bias of the last layer stays",
         BY_NEURON,
         "if (examples.lane == 0) move(field(layer, SHIFT) + column + c, sum, step);",
@@ -156,8 +201,8 @@ MUTANTS = [
     Mutant(
         "multi-block by example: weights move while others still use them",
         BY_EXAMPLE,
-        "barrier.wait(barrier.arrive());\n        for",
-        "__syncthreads();\n        for",
+        "        barrier.wait(barrier.arrive());\n",
+        "        __syncthreads();\n",
         RACES,
         f"{ORDER} and layer",
     ),
@@ -193,8 +238,8 @@ MUTANTS = [
     Mutant(
         "multi-block by example: every block fetches the first examples",
         BY_EXAMPLE,
-        "rows[first + i / inputs]",
-        "rows[i / inputs]",
+        "rows + first, count",
+        "rows, count",
         select=OF_LAYER,
     ),
 ]

@@ -14,18 +14,25 @@ from pathlib import Path
 from .build import CUDA, CUDA_VARIABLE, ROOT, EmulatorError, read_sources, write_sources
 
 BATCH_NORM = ("tests/ops/test_batch_norm.py", "tests/ops/test_batch_norm_layouts.py", "tests/regress")
-COOPERATIVE, DOUBLE = ("tests/ops/test_batch_norm_cooperative.py",), ("tests/ops/test_batch_norm_double_backward.py",)
-MASKED_GROUPED = (
+COOPERATIVE = "tests/ops/test_batch_norm_cooperative.py", "tests/ops/test_batch_norm_cooperative_narrow.py"
+DOUBLE = ("tests/ops/test_batch_norm_double_backward.py",)
+OPTIONS = (
     *("tests/ops/test_batch_norm_masked.py", "tests/ops/test_batch_renorm.py", "tests/ops/test_batch_norm_groups.py"),
     *("tests/ops/test_batch_norm_statistics.py", "tests/ops/test_batch_norm_parameters.py"),
 )
+OVERFLOW = "tests/ops/test_sums_that_overflow.py"
 MULTI_BLOCK = "tests/ops/test_fused_training_drawn.py", "tests/ops/test_fused_training_multi_block.py"
 # Tests of headers, and of kernels for which `Mutant.tests` finds too many. The quickest first: a failure ends a run.
 TESTS = {
-    "lib/numbers/half.cuh": ("tests/ops/test_batch_norm_half.py",),
+    "lib/numbers/half.cuh": ("tests/ops/test_batch_norm_half.py", "tests/tools/test_hardware_twins.py"),
+    "mini_batch.cu": ("tests/ops/test_mini_batch.py",),
+    "lib/numbers/rsqrt.cuh": ("tests/tools/test_hardware_twins.py",),
     "lib/numbers/activation.cuh": ("tests/ops/test_batch_norm_activations.py", *DOUBLE),
-    **dict.fromkeys(("lib/numbers/pair.cuh", "lib/reduce/rows.cuh", "batch_norm_backward.cu"), BATCH_NORM),
-    "lib/reduce/moments.cuh": (*BATCH_NORM, "tests/ops/test_batch_norm_statistics.py"),
+    **dict.fromkeys(("lib/numbers/pair.cuh", "lib/reduce/rows.cuh"), BATCH_NORM),
+    "lib/reduce/parts.cuh": (*BATCH_NORM, OVERFLOW),
+    "lib/reduce/gradient_sums.cuh": (*BATCH_NORM, OVERFLOW),
+    "lib/reduce/normalisation.cuh": (OVERFLOW, *BATCH_NORM),
+    "batch_norm_backward.cu": (*BATCH_NORM, OVERFLOW),
     "batch_norm_forward.cu": (*BATCH_NORM, "tests/ops/test_running_statistics.py"),
     "lib/sync/grid_barrier.cuh": (*COOPERATIVE, "tests/ops/test_fused_training_multi_block.py"),
     **dict.fromkeys(
@@ -35,12 +42,9 @@ TESTS = {
             "batch_norm_forward_cooperative.cu",
             "batch_norm_backward_cooperative.cu",
         ),
-        COOPERATIVE,
+        (*COOPERATIVE, OVERFLOW),
     ),
-    **dict.fromkeys(
-        ("lib/reduce/masked_rows.cuh", "batch_norm_forward_masked_grouped.cu", "batch_norm_backward_masked_grouped.cu"),
-        MASKED_GROUPED,
-    ),
+    "lib/reduce/options.cuh": OPTIONS,
     **dict.fromkeys(
         ("fused_training.cu", "lib/train/block_step.cuh", "lib/gemm/subwarp.cuh"),
         (
@@ -74,10 +78,21 @@ TESTS = {
             "tests/ops/test_linear_batch_norm.py",
             "tests/ops/test_linear_layer_norm.py",
             "tests/ops/test_constant_channels.py",
+            "tests/ops/test_sums_that_overflow.py",
         ),
     ),
-    "lib/gemm/tensor_product.cuh": ("tests/ops/test_tensor_product.py", "tests/ops/test_linear_batch_norm.py"),
-    "lib/reduce/vector_rows.cuh": ("tests/ops/test_layer_norm.py",),
+    "lib/gemm/tensor_product.cuh": (
+        *("tests/ops/test_tensor_product.py", "tests/ops/test_linear_batch_norm.py"),
+        "tests/ops/test_linear_batch_norm_tf32x3.py",
+    ),
+    **dict.fromkeys(
+        ("lib/reduce/vector_rows.cuh", "lib/reduce/row_moments.cuh", "lib/reduce/row_gradients.cuh"),
+        ("tests/ops/test_layer_norm.py",),
+    ),
+    **dict.fromkeys(
+        ("layer_norm_forward_cooperative.cu", "layer_norm_backward_cooperative.cu", "lib/reduce/shared_rows.cuh"),
+        ("tests/ops/test_layer_norm_long_rows.py",),
+    ),
     "lib/reduce/sums.cuh": ("tests/ops/test_batch_norm.py", *DOUBLE),
     "lib/reduce/warp.cuh": ("tests/ops/test_softmax_cross_entropy.py", "tests/regress"),
 }
@@ -91,7 +106,8 @@ PASSED, FAILED, REPORTED = 0, 1, 66
 class Mutant:
     """One bug: in `file`, the text `original`, which occurs there exactly once, becomes `mutated`.
 
-    It is tried on `builds` in turn until the tests notice. `select` narrows the tests down, as pytest's ``-k`` does.
+    It is tried on `builds` in turn until the tests notice. `select` narrows the tests down, as pytest's ``-k`` does;
+    `among` names their files where they are not those of `file`.
     """
 
     name: str
@@ -100,6 +116,7 @@ class Mutant:
     mutated: str
     builds: tuple[str, ...] = ("plain",)
     select: str = ""
+    among: tuple[str, ...] = ()
 
     def sources(self, originals: dict[str, str]) -> dict[str, str]:
         """Return all sources with the bug in them."""
@@ -110,6 +127,8 @@ class Mutant:
 
     def tests(self) -> tuple[str, ...]:
         """Return the tests that must notice: of ``cuda/X_forward.cu`` ``tests/ops/test_X*.py`` and regressions."""
+        if self.among:
+            return self.among
         if self.file in TESTS:
             return TESTS[self.file]
         op = re.sub(r"(_forward|_backward)?\.cu$", "", self.file)

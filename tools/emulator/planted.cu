@@ -1,6 +1,7 @@
 // Kernels with a planted bug each, and a few correct ones: what the emulator has to report, and what it has to count.
 // Called by: ../test_emulator.py, planted.py
 #include "lib/kernel.cuh"
+#include "lib/sync/async_copy.cuh"
 
 struct Planted {
     const float* x;
@@ -30,10 +31,6 @@ PLANTED(reverse) {
 
 // No block of more than 64 threads.
 PLANTED_WITH_BOUNDS(bounded, 64) { a.y[threadIdx.x] = a.x[threadIdx.x]; }
-
-struct alignas(16) Vector {
-    float values[4];
-};
 
 PLANTED(copy_vectors) {
     const long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
@@ -85,12 +82,53 @@ PLANTED(last_block) {
     }
 }
 
+// Blocks meet, and every one takes what its neighbour has left in y. choice: 3 is correct; 1 adds to the counter without
+// release, 2 waits without acquire, 0 does both.
+PLANTED(meeting) {
+    const unsigned blocks = gridDim.x, block = blockIdx.x;
+    const bool release = a.choice >= 2, acquire = a.choice == 1 || a.choice == 3;
+    a.y[block * blockDim.x + threadIdx.x] = a.x[block];
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        const unsigned added = block == 0 ? 0x80000000u - (blocks - 1) : 1u;
+        const unsigned token = release ? bnk_add<RELEASE>(a.ticket, added) : bnk_add<RELAXED>(a.ticket, added);
+        if (acquire)
+            bnk_wait<ACQUIRE>(a.ticket, token);
+        else
+            bnk_wait<RELAXED>(a.ticket, token);
+    }
+    __syncthreads();
+    a.y[(blocks + block) * blockDim.x + threadIdx.x] = a.y[(block + 1) % blocks * blockDim.x + threadIdx.x];
+}
+
 // Neighbours in a warp exchange x through shared memory. choice: 1 is correct, 0 lacks the barrier.
 PLANTED(warp_exchange) {
     BNK_DYNAMIC_SHARED(float, tile);
     tile[threadIdx.x] = a.x[threadIdx.x];
     if (a.choice) __syncwarp();
     a.y[threadIdx.x] = tile[threadIdx.x ^ 1];
+}
+
+// Columns of 32 rows of `choice` words in shared memory, one after the other: a word of its own for every thread.
+PLANTED(columns) {
+    BNK_DYNAMIC_SHARED(float, tile);
+    tile[threadIdx.x * a.choice] = a.x[threadIdx.x];
+    a.y[threadIdx.x] = tile[threadIdx.x * a.choice];
+}
+
+// Every thread copies its neighbour's x to shared memory, twice, and adds both. choice: 0 is correct; 1 reads before the
+// wait, 2 waits for the first of the two only, 3 commits neither, 4 ends without a wait, 5 copies past the end.
+PLANTED(async_copy) {
+    BNK_DYNAMIC_SHARED(float, tile);
+    const unsigned t = threadIdx.x, beyond = a.choice == 5 ? 1 : 0;
+    copy_async<4>(tile + t, a.x + (t ^ 1));
+    if (a.choice != 3) commit_copies();
+    copy_async<4>(tile + blockDim.x + t + beyond, a.x + (t ^ 1));
+    if (a.choice != 3) commit_copies();
+    if (a.choice == 0 || a.choice == 3 || a.choice == 5) wait_for_copies();
+    if (a.choice == 2) wait_for_copies<1>();
+    a.y[t] = tile[t] + tile[blockDim.x + t];
+    if (a.choice == 1 || a.choice == 2) wait_for_copies();
 }
 
 // ---- barriers and warps ---------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import numpy as np
 from bnkernels.runtime.seam import Launch
 
 from .build import BUILD_VARIABLE, CUDA, EmulatorError, read_sources
-from .runtime import EmulatedArray, EmulatorRuntime
+from .runtime import LIMITS, EmulatedArray, EmulatorRuntime
 
 SOURCES = read_sources(CUDA) | {"planted.cu": Path(__file__).with_suffix(".cu").read_text()}
 ARGUMENTS = np.dtype(
@@ -22,10 +22,13 @@ ARGUMENTS = np.dtype(
 
 # Differences from one block of a warp, with 32 elements of x, y and shared memory.
 SETTINGS: dict[str, dict] = {
+    "async_copy": {"shared_bytes": 256},
+    "columns": {"shared_bytes": 32 * 33 * 4},
     "copy_vectors": {"x_size": 128, "y_size": 128},
     "absent_lane": {"block": (24, 1, 1)},
     "blocks_write_the_same": {"grid": (2, 1, 1)},
     "last_block": {"grid": (4, 1, 1)},
+    "meeting": {"grid": (4, 1, 1), "y_size": 256, "cooperative": True},
     "misaligned": {"x_size": 66},
     "misaligned_vector": {"x_size": 64},
     "narrow_index": {"grid": (2, 1, 1)},
@@ -52,13 +55,15 @@ def launch(
     block: tuple[int, int, int] = (32, 1, 1),
     shared_bytes: int = 128,
     choice: int = 0,
+    cooperative: bool = False,
 ) -> Result:
     """Run a kernel of planted.cu; x counts from 0, y is poisoned, the ticket is 0."""
     x = runtime.asarray(np.arange(x_size, dtype=np.float32), read_only=True)
     y, ticket = runtime.empty((y_size,), np.float32), runtime.asarray(np.zeros(1, np.uint32))
     arguments = np.zeros((), ARGUMENTS)
     arguments[()] = (*(runtime.pointer(array) for array in (x, y, ticket)), y_size, choice)
-    runtime.launch("planted", f"bnk_planted_{kernel}", Launch(grid, block, shared_bytes), arguments)
+    with runtime.device_limits(LIMITS):
+        runtime.launch("planted", f"bnk_planted_{kernel}", Launch(grid, block, shared_bytes, cooperative), arguments)
     return Result(x, y, ticket)
 
 

@@ -18,11 +18,11 @@ import numpy as np
 from bnkernels.runtime import occupancy, registry, seam
 from bnkernels.runtime.seam import Launch, Limits
 
-from .binding import Binding, Counts, Schedule
-from .build import BUILD_VARIABLE, CUDA, CUDA_VARIABLE, EmulatorError, read_sources
+from .binding import RSQRT_BOUND, Binding, Counts, Schedule
+from .build import BUILD_VARIABLE, CUDA, CUDA_VARIABLE, RSQRT_VARIABLE, EmulatorError, read_sources
 
 # A small device: it does not take a GPU's worth of threads for blocks to wait for one another.
-LIMITS = Limits(sms=4, shared_bytes=227 * 1024, shared_bytes_of_sm=228 * 1024, cooperative=True)
+LIMITS = Limits(sms=4, shared_bytes=227 * 1024, shared_bytes_of_sm=228 * 1024, cooperative=True, tf32=True)
 
 
 class Address(NamedTuple):
@@ -65,6 +65,8 @@ class EmulatorRuntime(seam.Runtime):
         by ``python -m tools.emulator run``.
     sources : Mapping of str to str, optional
         The text of every file of ``cuda/``, by its path in there. Default: the project's own.
+    schedule : Schedule, optional
+        Choices that the hardware is free to make in a launch.
 
     Attributes
     ----------
@@ -77,9 +79,11 @@ class EmulatorRuntime(seam.Runtime):
     array_type = EmulatedArray
     xp = np
 
-    def __init__(self, build: str = "plain", sources: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, build: str = "plain", sources: Mapping[str, str] | None = None, schedule: Schedule | None = None
+    ) -> None:
         self._binding = Binding(build, read_sources() if sources is None else sources)
-        self._schedule = Schedule()
+        self._schedule = schedule or Schedule()
         self._limits = LIMITS._replace(sms=1) if build == "tsan" else LIMITS  # a thread of TSan's takes two megabytes
         self.workspace_array: EmulatedArray | None = None
         self.launches: list[LaunchRecord] = []
@@ -235,6 +239,18 @@ class EmulatorRuntime(seam.Runtime):
             yield
 
     @contextmanager
+    def rsqrt_error(self, relative: float) -> Iterator[None]:
+        """Let the approximation of 1 / sqrt(x) be off by so much; `RSQRT_BOUND` is the most."""
+        with self._scheduled(replace(self._schedule, rsqrt_error=relative)):
+            yield
+
+    @contextmanager
+    def counting_turns(self) -> Iterator[None]:
+        """Count the turns of shared memory."""
+        with self._scheduled(replace(self._schedule, count_turns=True)):
+            yield
+
+    @contextmanager
     def device_limits(self, limits: Limits) -> Iterator[None]:
         """Be a device with these limits."""
         before, self._limits = self._limits, limits
@@ -302,11 +318,11 @@ class EmulatorRuntime(seam.Runtime):
         return array
 
     def _adopt(self, array: np.ndarray) -> None:
-        """Let kernels touch what NumPy allocated, until NumPy frees it."""
+        """Let kernels touch what NumPy allocated, or DLPack brought, until NumPy lets go of it."""
         owner = array
         while isinstance(owner.base, np.ndarray):
             owner = owner.base
-        if owner.base is not None:
+        if owner.base is not None and type(owner.base).__name__ != "PyCapsule":
             raise EmulatorError(f"expected an array in memory of the emulator or of NumPy, got one of {owner.base!r}")
         address = owner.ctypes.data
         self._binding.adopt(address, owner.nbytes, f"{_describe(owner.shape, owner.dtype)} of NumPy")
@@ -318,8 +334,12 @@ def _describe(shape: tuple[int, ...], dtype: np.dtype) -> str:
 
 
 def from_environment() -> EmulatorRuntime:
-    """Return the runtime that BNKERNELS_EMULATOR and BNKERNELS_EMULATOR_CUDA describe, known to the ops."""
+    """Return the runtime that the variables BNKERNELS_EMULATOR* describe, known to the ops.
+
+    BNKERNELS_EMULATOR_RSQRT is the relative error of the approximation of 1 / sqrt(x), in units of `RSQRT_BOUND`.
+    """
     folder = Path(os.environ.get(CUDA_VARIABLE) or CUDA)
-    runtime = EmulatorRuntime(os.environ.get(BUILD_VARIABLE) or "plain", read_sources(folder))
+    schedule = Schedule(rsqrt_error=float(os.environ.get(RSQRT_VARIABLE) or 0) * RSQRT_BOUND)
+    runtime = EmulatorRuntime(os.environ.get(BUILD_VARIABLE) or "plain", read_sources(folder), schedule)
     registry.register(runtime)
     return runtime

@@ -30,6 +30,7 @@ from tools.fake_cupy import kernels as fake_cupy_kernels
 from tools.fake_cupy.graphs import Stream
 
 MOST_BLOCKS, MOST_THREADS = 32, 2048  # per multiprocessor
+CUDA, LEGACY = 2, 1  # numbers of DLPack: memory of a device, the default stream
 
 
 @dataclass(frozen=True)
@@ -230,6 +231,22 @@ class Device:
         return self
 
 
+@dataclass(frozen=True)
+class OnHost:
+    """Array of another library, whose memory stands for a device's, as NumPy takes it in."""
+
+    array: Any
+    stream: int
+
+    def __dlpack__(self, **options: Any) -> Any:
+        """Return the array's capsule for the current stream."""
+        return self.array.__dlpack__(stream=self.stream, max_version=options.get("max_version"))
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        """Return the CPU."""
+        return 1, 0
+
+
 class Array:
     """``cupy.ndarray``, as far as ops need it; each stand-in has its own subclass, bound to its driver."""
 
@@ -259,6 +276,10 @@ class Array:
 
     def __setitem__(self, key: Any, value: float) -> None:
         self._memory[key] = float(value)
+
+    def view(self, dtype: Any) -> Array:
+        """Return the same memory as another type."""
+        return self.view_of(self._memory.view(dtype))
 
     def fill(self, value: Any) -> None:
         """Set every element, in the order of the stream."""
@@ -299,8 +320,18 @@ def make(emulator: EmulatorRuntime, devices: int = 2) -> types.ModuleType:
         driver.make_context()
         return ndarray(array, driver.device)
 
+    def from_dlpack(array: Any) -> Array:
+        kind, device = array.__dlpack_device__()
+        if kind != CUDA:
+            raise TypeError("CPU arrays cannot be directly imported to CuPy.")
+        memory = np.from_dlpack(OnHost(array, driver.streams[device].ptr or LEGACY)).view(EmulatedArray)
+        emulator.pointer(memory)  # kernels may touch it
+        return ndarray(memory, device)
+
+    streams = functools.partial(Stream, driver)
+    streams.from_external = functools.partial(Stream.from_external, driver)
     cupy = types.ModuleType("cupy")
-    cupy.driver, cupy.ndarray = driver, ndarray
+    cupy.driver, cupy.ndarray, cupy.from_dlpack = driver, ndarray, from_dlpack
     cupy.empty = lambda shape, dtype: new(emulator.empty(shape, np.dtype(dtype)))
     cupy.zeros = lambda shape, dtype: new(emulator.asarray(np.zeros(shape, dtype)))
     cupy.asarray = lambda a: new(emulator.asarray(a))
@@ -308,7 +339,7 @@ def make(emulator: EmulatorRuntime, devices: int = 2) -> types.ModuleType:
     cupy.cuda = types.SimpleNamespace(
         is_available=lambda: driver.available,
         Device=functools.partial(Device, driver),
-        Stream=functools.partial(Stream, driver),
+        Stream=streams,
         Function=fake_cupy_kernels.Function,
         get_current_stream=lambda device_id=-1: driver.streams[driver.device if device_id < 0 else device_id],
         function=fake_cupy_kernels.MODULE,

@@ -27,6 +27,16 @@ class Stream:
         else:  # as an address would look: far from the small numbers that CUDA reserves for the default streams
             self.ptr, self.device_id = driver.new_stream() << 12, driver.device
 
+    @classmethod
+    def from_external(cls, driver: Any, obj: Any) -> Stream:
+        """Return the stream of another library, which speaks the CUDA stream protocol."""
+        version, pointer = obj.__cuda_stream__()
+        if (type(version), version, type(pointer)) != (int, 0, int):
+            raise TypeError(f"__cuda_stream__() must return (0, int), got {version!r} and {pointer!r}")
+        stream = cls(driver, null=True)
+        stream.ptr = pointer
+        return stream
+
     def __enter__(self) -> Stream:
         """Return the stream, as CuPy's does."""
         device = self._driver.device

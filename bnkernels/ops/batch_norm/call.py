@@ -7,6 +7,8 @@ renormalisation and parameters of 16 bits are options of one plan, see `Pass` an
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -17,6 +19,7 @@ from bnkernels.ops.batch_norm.launch import VECTOR, choose
 from bnkernels.ops.batch_norm.problem import (
     DOUBLE_BACKWARD,
     FORWARD,
+    GIVEN,
     PARAMETERS,
     TENSORS,
     Options,
@@ -37,6 +40,10 @@ from bnkernels.runtime.seam import LaunchPlan, Limits
 from bnkernels.runtime.workspace import PARTIALS, barrier_counters
 
 AXES = "group", "outer", "channel", "inner"
+# Members that take few values: of all kernels, of those that reduce rows, and of those with options.
+CONSTANTS, OF_BLOCK = ("activation", "given"), ("width", "workers", "full")
+OF_OPTIONS = "stage", "statistic_rows", "params_in_storage_type"
+VALUES = re.compile(r"_registers(\d+)_")  # rows that a thread of the kernel keeps
 
 
 def run(
@@ -111,19 +118,27 @@ def _planned(kind: Pass, axis: int, grouped: bool, renormalised: bool, *signatur
             "use batch_norm_inference"
         )
     by_stage = kind.stage in (Stage.COLLECT, Stage.APPLY)
-    front, more = axis + grouped, masked or grouped or rows == 5 or in_storage_type or by_stage
+    front, rare = axis + grouped, rows == 5 or in_storage_type or by_stage
     positions = x.shape[:front] + x.shape[front + 1 :]
     sizes = {"groups": problem.groups, "outer": problem.outer, "channels": problem.channels, "inner": problem.inner}
     sizes |= {"stage": int(kind.stage), "statistic_rows": rows, "params_in_storage_type": int(in_storage_type)}
+    sizes["given"] = sum(bit for name, bit in GIVEN.items() if args.get(name) is not None)
     strides, copied = {}, ()
     if problem.channels and 0 not in positions:
         strides, copied = _strides(args, kind, problem, axis, grouped, positions)
         sizes |= {f"{name}_{axis}": steps[axis] for name, steps in strides.items() for axis in steps}
-    of_tensors = tuple(tuple(steps.values())[1:] for name, steps in strides.items() if name != "mask")
+    along_inner = problem.inner > 1 and strides.get("mask", {}).get("inner", 0) != 0  # the mask of a channel differs
+    of_tensors = [tuple(steps.values()) for name, steps in strides.items() if name != "mask"]
     return Plan(
         kind,
         registry.runtime_of(x.kind),
-        problem._replace(masked_grouped=more, strides=of_tensors),
+        problem._replace(
+            strides=tuple(steps[1:] for steps in of_tensors),
+            options=rare or masked or grouped,
+            rare=rare or along_inner,
+            masked=masked,
+            group_strides=tuple(steps[0] for steps in of_tensors),
+        ),
         axis,
         grouped,
         masked,
@@ -228,18 +243,43 @@ def _copy(plan: Plan, name: str, array: Any) -> Any:
 
 
 @lru_cache(maxsize=1024)
-def _chosen(plan: Plan, options: Options, limits: Limits | None) -> tuple[LaunchPlan, Template]:
+def _chosen(plan: Plan, options: Options, limits: Limits, alignment: int) -> tuple[LaunchPlan, Template]:
     """Return the launch, and its argument without addresses."""
-    chosen = choose(plan.kind, plan.problem, limits)
-    return chosen, Template(chosen.arguments, plan.members(options) | {"held": chosen.held}, plan.places)
+    chosen = choose(plan.kind, plan.problem, limits, alignment)
+    width, workers, _ = chosen.launch.block
+    values = VALUES.search(chosen.kernel)
+    full = plan.problem.channels % width == 0 and values and plan.problem.rows == int(values[1]) * workers
+    members = plan.members(options) | {"width": width, "workers": workers, "full": bool(full)}
+    members |= {"held": chosen.held, "stages": chosen.stages, "masked": int(plan.masked)}
+    launch = replace(chosen.launch, constants=_constants(chosen, members))
+    return chosen._replace(launch=launch), Template(chosen.arguments, members, plan.places)
+
+
+def _constants(chosen: LaunchPlan, members: dict[str, float]) -> tuple[tuple[str, int], ...]:
+    """Return the members that a kernel is compiled for: they take few values."""
+    cooperative, layout = "cooperative" in chosen.kernel, chosen.arguments.names
+    if not cooperative and "given" not in layout:
+        return ()
+    options = "_options" in chosen.kernel
+    names = CONSTANTS + (OF_BLOCK if chosen.launch.shared_bytes else ()) + (OF_OPTIONS if options else ())
+    known = [(name, int(members[name])) for name in (*names, "masked") if name in layout]
+    if (options or cooperative) and members["groups"] == 1:
+        known.append(("groups", 1))
+    if members["alpha"] in (0, 1):
+        known.append(("alpha", int(members["alpha"])))
+    if cooperative and "residual_outer" not in members:
+        known.append(("residual", 0))
+    return tuple(known)
 
 
 def _launch(plan: Plan, arrays: tuple, places: tuple[int, ...], options: Options, call: Call) -> None:
     """Launch the kernel."""
     runtime, names = plan.runtime, plan.kind.names
     x = arrays[names.index("x")]
-    aligned = not any([places[tensor] % VECTOR for tensor in plan.tensors])
-    chosen, template = _chosen(plan, options, runtime.limits(x) if aligned else None)
+    bits = VECTOR
+    for tensor in plan.tensors:
+        bits |= places[tensor]
+    chosen, template = _chosen(plan, options, runtime.limits(x), bits & -bits)  # the lowest bit: the alignment
     workspace, row = (0, 0, 0), plan.problem.channels * plan.acc_dtype.itemsize
     if chosen.splits > 1:
         start = runtime.workspace(x)  # it begins with counters of blocks that never wait

@@ -7,32 +7,32 @@ computed by ``reference.py``.
 
 from __future__ import annotations
 
-from typing import Any
-
 from bnkernels.ops.activations import activation_named
 from bnkernels.ops.batch_norm.call import run
 from bnkernels.ops.batch_norm.problem import DOUBLE_BACKWARD, Options
 from bnkernels.runtime import checks as check
+from bnkernels.runtime.arrays import AnyArray, Array
 
 
 def batch_norm_double_backward(
-    ddx: Any,
-    ddgamma: Any,
-    ddbeta: Any,
-    dy: Any,
-    x: Any,
-    gamma: Any,
-    beta: Any,
-    statistics: Any,
+    ddx: Array | None,
+    ddgamma: AnyArray | None,
+    ddbeta: AnyArray | None,
+    dy: Array,
+    x: Array,
+    gamma: AnyArray | None,
+    beta: AnyArray | None,
+    statistics: AnyArray,
     *,
     axis: int = 1,
-    residual: Any = None,
-    ddresidual: Any = None,
+    residual: Array | None = None,
+    ddresidual: Array | None = None,
     activation: str = "identity",
     alpha: float | None = None,
-    out: tuple[Any, ...] | None = None,
-) -> tuple[Any, ...]:
-    """Return the gradients of `batch_norm_backward`.
+    frozen: bool = False,
+    out: tuple[Array, ...] | None = None,
+) -> tuple[Array, ...]:
+    """Return the gradients of `batch_norm_backward`, or of `batch_norm_inference_backward`.
 
     That is, of ``L = <ddx, dx> + <ddgamma, dgamma> + <ddbeta, dbeta> + <ddresidual, dresidual>``, the sum of the
     products of its outputs with what comes in here.
@@ -50,13 +50,16 @@ def batch_norm_double_backward(
     gamma, beta : array, shape (C,), float32, or float64 for float64 `x`; or None
         As in the forward.
     statistics : array, shape (3, C), float32, or float64 for float64 `x`
-        Statistics that the forward returned.
+        Statistics that the forward returned; with `frozen` the rows running mean, 0 and
+        ``1 / sqrt(running_var + eps)``.
     axis, residual : int, array
         As in the forward.
     ddresidual : array, shape and dtype of `x`, optional
         Gradient with respect to the backward's `dresidual`, where there is a `residual`.
     activation, alpha : str, float
         As in the forward.
+    frozen : bool
+        Whether the statistics are constants, as in `batch_norm_inference`, and not those of `x`.
     out : tuple of arrays, optional
         Arrays to write what is returned to; C order. `ddy` may be any input of the shape of `x` itself.
 
@@ -65,7 +68,8 @@ def batch_norm_double_backward(
     ddy : array, shape and dtype of `x`
         Gradient of L with respect to `dy`.
     dx : array, shape and dtype of `x`
-        Gradient of L with respect to `x`, also through the mean and the variance; its sum over each channel is 0.
+        Gradient of L with respect to `x`, also through the mean and the variance, so that its sum over each
+        channel is 0; not through those that are `frozen`.
     dgamma, dbeta : array, shape (C,), float32, or float64 for float64 `x`
         Gradients of L with respect to `gamma` and `beta`, also where those are None. `dbeta` is 0 unless the activation
         is curved.
@@ -81,7 +85,7 @@ def batch_norm_double_backward(
 
     See Also
     --------
-    batch_norm_backward : What is differentiated here.
+    batch_norm_backward, batch_norm_inference_backward : What is differentiated here.
 
     Notes
     -----
@@ -104,12 +108,12 @@ def batch_norm_double_backward(
     (True, True)
     """
     given = dy, x, residual, ddresidual, ddgamma, ddbeta, gamma, beta, statistics
-    call = DOUBLE_BACKWARD.calls.replay(out, (*given, ddx), axis, activation, alpha)
+    call = DOUBLE_BACKWARD.calls.replay(out, (*given, ddx), axis, activation, alpha, frozen)
     if call.replayed:
         return out
     if ddresidual is not None and residual is None:
         raise ValueError("ddresidual belongs to a residual, and residual is None; pass residual, or no ddresidual")
-    options = Options(activation_named(activation, alpha))
+    options = Options(activation_named(activation, alpha), frozen=check.boolean("frozen", frozen))
     outputs = check.pack_outputs(out, DOUBLE_BACKWARD.outputs[: 4 if residual is None else 5])
     arrays = (*outputs, None, ddx, *given) if residual is None else (*outputs, ddx, *given)
     return run(DOUBLE_BACKWARD, arrays, axis, options, call)

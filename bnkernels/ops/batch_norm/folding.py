@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from bnkernels.runtime import checks as check
+from bnkernels.runtime.arrays import Array
 
 
 @np.errstate(all="ignore")  # as kernels do, which have no warnings
 def batch_norm_scale_shift(
-    gamma: Any, beta: Any, running_mean: Any, running_var: Any, *, eps: float = 1e-5
-) -> tuple[Any, Any]:
+    gamma: Array | None, beta: Array | None, running_mean: Array, running_var: Array, *, eps: float = 1e-5
+) -> tuple[Array, Array]:
     """Return the scale and the shift that inference with these statistics comes down to.
 
     Parameters
@@ -62,22 +63,23 @@ def batch_norm_scale_shift(
 
 @np.errstate(all="ignore")  # as kernels do, which have no warnings
 def fold_batch_norm(
-    weight: Any,
-    bias: Any,
-    gamma: Any,
-    beta: Any,
-    running_mean: Any,
-    running_var: Any,
+    weight: Array,
+    bias: Array | None,
+    gamma: Array | None,
+    beta: Array | None,
+    running_mean: Array,
+    running_var: Array,
     *,
     eps: float = 1e-5,
     axis: int = 0,
-) -> tuple[Any, Any]:
+    groups: int = 1,
+) -> tuple[Array, Array]:
     """Return weight and bias of the one layer that does a linear map or convolution and the batch norm behind it.
 
     Parameters
     ----------
     weight : array, floating point
-        Weight of the layer; its axis `axis` has the C output channels. Never written.
+        Weight of the layer; its axis `axis` has the output channels: C, or C / `groups`. Never written.
     bias : array, shape (C,), or None
         Bias of the layer.
     gamma, beta : array, shape (C,), or None
@@ -87,7 +89,11 @@ def fold_batch_norm(
     eps : float
         Added to the variance, in its units.
     axis : int
-        0 for (out, in) and for convolutions (out, in, height, width), 1 for the (in, out) of `MLP`.
+        0 for (out, in) and for convolutions (out, in, height, width), 1 for the (in, out) of `MLP` and for transposed
+        convolutions (in, out, height, width).
+    groups : int
+        Number of groups of a grouped transposed convolution, whose weight is (in, out / groups, height, width). Other
+        grouped convolutions have all of their outputs in axis 0, and need no number.
 
     Returns
     -------
@@ -101,7 +107,8 @@ def fold_batch_norm(
     TypeError
         If an argument is not an array of floating point, or arrays of NumPy and CuPy are mixed.
     ValueError
-        If shapes do not fit, `axis` is not one of `weight`, or `eps` is not positive.
+        If shapes do not fit, `axis` is not one of `weight`, `groups` do not divide its inputs or come with another
+        `axis` than 1, or `eps` is not positive.
 
     See Also
     --------
@@ -125,7 +132,13 @@ def fold_batch_norm(
         raise ValueError(
             f"axis must be one of the {ndim} axes of weight, of the shape {weight.shape}; got {check.shown(axis)}"
         )
-    channels = weight.shape[axis]
+    groups = check.integer("groups", groups, 1)
+    if groups > 1 and (axis % ndim != 1 or weight.shape[0] % groups):
+        raise ValueError(
+            f"groups is {groups}, which must divide the inputs of a weight (in, out / groups, ...) with axis=1; got "
+            f"axis={axis} and a weight of the shape {weight.shape}. Other grouped convolutions need no groups"
+        )
+    channels = groups * weight.shape[axis]
     if running_mean.shape != (channels,):
         raise ValueError(
             f"weight has {channels} channels along axis {axis}, but running_mean has the shape {running_mean.shape}; "
@@ -134,8 +147,10 @@ def fold_batch_norm(
     if bias is not None and bias.shape != (channels,):
         raise ValueError(f"bias must have the shape ({channels},), got {bias.shape}")
     scale, shift = _scale_shift(gamma, beta, running_mean, running_var, eps)
-    broadcast = tuple(channels if i == axis % ndim else 1 for i in range(ndim))
-    folded = weight.astype("float64") * scale.reshape(broadcast)
+    broadcast = [weight.shape[i] if i == axis % ndim else 1 for i in range(ndim)]
+    inputs = [groups, weight.shape[0] // groups, *weight.shape[1:]] if groups > 1 else weight.shape
+    scales = scale.reshape([groups, *broadcast] if groups > 1 else broadcast)
+    folded = (weight.astype("float64").reshape(inputs) * scales).reshape(weight.shape)
     moved = shift if bias is None else scale * bias.astype("float64") + shift
     return folded.astype(weight.dtype), moved.astype(weight.dtype)
 

@@ -18,6 +18,7 @@ from bnkernels.ops.batch_norm.problem import GRADIENT_SUMS, INPUT_GRADIENT, MOME
 from bnkernels.runtime import checks as check
 from bnkernels.runtime import seam as rt
 from bnkernels.runtime.arguments import SUFFIX, addresses, arguments_type, empty, pack, suffix
+from bnkernels.runtime.arrays import AnyArray, Array
 from bnkernels.runtime.cpu import kernels
 from bnkernels.runtime.operands import Operands
 from bnkernels.runtime.replay import ReplayCache
@@ -48,7 +49,7 @@ CALLS, WRITTEN = ReplayCache(), "statistics merged running_mean running_var"
 OPERANDS = Operands(WRITTEN, "moments", _statistics, optional=WRITTEN)
 
 
-def batch_norm_moments(x: Any, *, axis: int = 1, mask: Any = None, out: Any = None) -> Any:
+def batch_norm_moments(x: AnyArray, *, axis: int = 1, mask: AnyArray | None = None, out: AnyArray | None = None) -> Any:
     """Return count, mean and sum of squares of every channel.
 
     Parameters
@@ -92,15 +93,15 @@ def batch_norm_moments(x: Any, *, axis: int = 1, mask: Any = None, out: Any = No
 
 
 def batch_norm_statistics(
-    moments: Any,
-    running_mean: Any = None,
-    running_var: Any = None,
+    moments: Array,
+    running_mean: AnyArray | None = None,
+    running_var: AnyArray | None = None,
     *,
     momentum: float = 0.1,
     unbiased: bool = True,
     eps: float = 1e-5,
-    out: tuple[Any, Any] | None = None,
-) -> tuple[Any, Any]:
+    out: tuple[Array, Array] | None = None,
+) -> tuple[Array, Array]:
     """Merge the moments of several parts into the statistics of the whole mini-batch.
 
     Parameters
@@ -168,18 +169,18 @@ def batch_norm_statistics(
 
 
 def batch_norm_normalise(
-    x: Any,
-    gamma: Any,
-    beta: Any,
-    statistics: Any,
+    x: Array,
+    gamma: AnyArray | None,
+    beta: AnyArray | None,
+    statistics: AnyArray,
     *,
     axis: int = 1,
-    residual: Any = None,
+    residual: Array | None = None,
     activation: str = "identity",
     alpha: float | None = None,
-    mask: Any = None,
-    out: Any = None,
-) -> Any:
+    mask: AnyArray | None = None,
+    out: Array | None = None,
+) -> Array:
     """Normalise with given statistics, scale, shift and activate.
 
     Parameters
@@ -224,18 +225,18 @@ def batch_norm_normalise(
 
 
 def batch_norm_gradient_sums(
-    dy: Any,
-    x: Any,
-    gamma: Any,
-    beta: Any,
-    statistics: Any,
+    dy: AnyArray,
+    x: AnyArray,
+    gamma: AnyArray | None,
+    beta: AnyArray | None,
+    statistics: AnyArray,
     *,
     axis: int = 1,
-    residual: Any = None,
+    residual: AnyArray | None = None,
     activation: str = "identity",
     alpha: float | None = None,
-    mask: Any = None,
-    out: Any = None,
+    mask: AnyArray | None = None,
+    out: AnyArray | None = None,
 ) -> Any:
     """Return the sums that the gradient of every input depends on, over this part of the mini-batch.
 
@@ -284,20 +285,20 @@ def batch_norm_gradient_sums(
 
 
 def batch_norm_input_gradient(
-    dy: Any,
-    x: Any,
-    gamma: Any,
-    beta: Any,
-    statistics: Any,
-    sums: Any,
+    dy: Array,
+    x: Array,
+    gamma: AnyArray | None,
+    beta: AnyArray | None,
+    statistics: AnyArray,
+    sums: AnyArray,
     *,
     axis: int = 1,
-    residual: Any = None,
+    residual: Array | None = None,
     activation: str = "identity",
     alpha: float | None = None,
-    mask: Any = None,
-    out: tuple[Any, ...] | None = None,
-) -> tuple[Any, ...]:
+    mask: AnyArray | None = None,
+    out: tuple[Array, ...] | None = None,
+) -> tuple[Array, ...]:
     """Return the gradient of the input of a part, from the sums over the whole mini-batch.
 
     Parameters

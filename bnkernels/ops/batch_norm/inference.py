@@ -5,30 +5,29 @@ The kernels stand beside those of training, see ``training.py``.
 
 from __future__ import annotations
 
-from typing import Any
-
 from bnkernels.ops.activations import activation_named
 from bnkernels.ops.batch_norm.call import run
 from bnkernels.ops.batch_norm.problem import INFERENCE, INFERENCE_BACKWARD, Options
 from bnkernels.runtime import checks as check
+from bnkernels.runtime.arrays import AnyArray, Array
 
 
 def batch_norm_inference(
-    x: Any,
-    gamma: Any,
-    beta: Any,
-    running_mean: Any,
-    running_var: Any,
+    x: Array,
+    gamma: AnyArray | None,
+    beta: AnyArray | None,
+    running_mean: AnyArray,
+    running_var: AnyArray,
     *,
     eps: float = 1e-5,
     axis: int = 1,
-    residual: Any = None,
+    residual: Array | None = None,
     activation: str = "identity",
     alpha: float | None = None,
-    mask: Any = None,
+    mask: AnyArray | None = None,
     grouped: bool = False,
-    out: Any = None,
-) -> Any:
+    out: Array | None = None,
+) -> Array:
     """Normalise with running statistics, scale, shift and activate.
 
     Parameters
@@ -84,22 +83,22 @@ def batch_norm_inference(
 
 
 def batch_norm_inference_backward(
-    dy: Any,
-    x: Any,
-    gamma: Any,
-    beta: Any,
-    running_mean: Any,
-    running_var: Any,
+    dy: Array,
+    x: Array,
+    gamma: AnyArray | None,
+    beta: AnyArray | None,
+    running_mean: AnyArray,
+    running_var: AnyArray,
     *,
     eps: float = 1e-5,
     axis: int = 1,
-    residual: Any = None,
+    residual: Array | None = None,
     activation: str = "identity",
     alpha: float | None = None,
-    mask: Any = None,
+    mask: AnyArray | None = None,
     grouped: bool = False,
-    out: tuple[Any, ...] | None = None,
-) -> tuple[Any, ...]:
+    out: tuple[Array, ...] | None = None,
+) -> tuple[Array, ...]:
     """Return the gradients of `batch_norm_inference`, whose statistics do not depend on `x`.
 
     Parameters

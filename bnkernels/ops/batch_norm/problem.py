@@ -24,11 +24,13 @@ from bnkernels.runtime.replay import ReplayCache
 GRADIENTS = ("dx", "dgamma", "dbeta", "dresidual")
 PARAMETERS = ("gamma", "beta", "dgamma", "dbeta")
 MORE_PLACES = ("mean_low", "rstd", "partial", "barrier_counter", "finished_blocks")
+# Bits, as in the kernels.
+GIVEN = {"residual": 1, "gamma": 2, "beta": 4, "running_mean": 8, "running_var": 16, "mask": 32}
 TENSORS = ("y", "out", "dx", "dresidual", "ddy", "x", "dy", "residual", "ddx", "ddresidual")  # arrays of the shape of x
 
 
 class Stage(IntEnum):
-    """Part of a pass that a launch does, as in ``cuda/lib/reduce/masked_rows.cuh``."""
+    """Part of a pass that a launch does, as in ``cuda/lib/reduce/options.cuh``."""
 
     WHOLE = 0
     COLLECT = 1  # sums over the rows
@@ -123,6 +125,7 @@ class Options(NamedTuple):
     momentum: float = 0.0
     unbiased: bool = True
     renorm: tuple[float, float] | None = None
+    frozen: bool = False
 
 
 class Problem(NamedTuple):
@@ -134,12 +137,22 @@ class Problem(NamedTuple):
     inner: int
     dtype: np.dtype
     strides: tuple[tuple[int, int, int], ...] = ()  # outer, channel and inner, in elements, of each tensor given
-    masked_grouped: bool = False  # whether the plain kernels do not know of an option
+    options: bool = False  # whether there are groups, a mask, or another option that only some kernels know
+    rare: bool = False  # whether an option is among them that only kernels named so know
+    group_strides: tuple[int, ...] = ()  # in elements, of each tensor given
+    masked: bool = False
 
     @property
     def rows(self) -> int:
         """The number of values of a channel in a group."""
         return self.outer * self.inner
+
+    @property
+    def reach(self) -> int:
+        """The farthest that an element of a group lies from the first, in any of its tensors."""
+        last = self.outer - 1, self.channels - 1, self.inner - 1
+        inputs = (sum(n * abs(stride) for n, stride in zip(last, strides, strict=True)) for strides in self.strides)
+        return max(self.rows * self.channels, *inputs, 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,16 +193,16 @@ class Plan:
         found = {name: place for place, name in enumerate((*names, *MORE_PLACES))}
         if "out" in found:
             found["y"] = found["out"]
-        if self.kind.stage == Stage.FROZEN:
-            return found | {"mean": found["running_mean"], "rstd": found["running_var"], "mean_low": -1}
         return found | {"mean": found.get("statistics", -1)}
 
     def members(self, options: Options) -> dict[str, float]:
         """Return the members of a kernel's argument that are no addresses and do not depend on the launch, by name."""
         phi, (r_max, d_max) = options.phi, options.renorm or (1.0, 0.0)
         found = {"momentum": options.momentum, "eps": float(self.acc_dtype.type(options.eps)), "alpha": phi.alpha}
-        found |= {"activation": phi.code, "r_max": r_max, "d_max": d_max}
-        found |= {"divisor": self.problem.rows - options.unbiased, "correction": options.unbiased}
+        found |= {"activation": phi.code, "r_max": r_max, "d_max": d_max, "frozen": int(options.frozen)}
+        rows = self.problem.rows
+        found |= {"divisor": rows - options.unbiased, "correction": options.unbiased}
+        found |= {"rows": rows, "inverse_rows": 1 / rows, "inverse_divisor": 1 / max(rows - options.unbiased, 1)}
         return self.sizes | found
 
 

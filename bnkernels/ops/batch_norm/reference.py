@@ -253,7 +253,9 @@ def _double_backward(plan: Plan, arrays: dict[str, Any], options: Options) -> No
     scale, xhat = gamma * rstd, centred * rstd
 
     def project(a: np.ndarray) -> np.ndarray:
-        """Return P a: what passes through the mean and the variance."""
+        """Return P a: a, and what passes through the mean and the variance."""
+        if options.frozen:
+            return a
         return a - total(a, 1) / rows - xhat * (total(a * xhat, 1) / rows)
 
     g = phi.backward(np, dy, taken)
@@ -263,13 +265,15 @@ def _double_backward(plan: Plan, arrays: dict[str, Any], options: Options) -> No
     if ddx is not None:
         v = ddx.astype(DOUBLE)
         w += scale * project(v)
-        h -= scale * (v * (total(g * xhat, 1) / rows) + g * (total(v * xhat, 1) / rows))
+        if not options.frozen:
+            h -= scale * (v * (total(g * xhat, 1) / rows) + g * (total(v * xhat, 1) / rows))
         e = total(v * project(g), 1)
     q = np.zeros(z.shape) if phi.is_piecewise_linear else w * (dy * phi.second(np, z))
     h += gamma * q
     arrays["dgamma"][...] = (total(q * xhat, 1) + rstd * e)[0, 0]
     arrays["dbeta"][...] = total(q, 1)[0, 0]
-    _bring_back(plan, rstd * (project(h) - xhat * (scale * e / rows)), None, arrays["dx"])
+    through_scale = 0 if options.frozen else xhat * (scale * e / rows)
+    _bring_back(plan, rstd * (project(h) - through_scale), None, arrays["dx"])
     _bring_back(plan, phi.backward(np, w, taken), None, arrays["ddy"])
     _bring_back(plan, q, None, arrays["dresidual"])
 

@@ -13,27 +13,28 @@ from bnkernels.ops.activations import activation_named
 from bnkernels.ops.batch_norm.call import run
 from bnkernels.ops.batch_norm.problem import BACKWARD, FORWARD, Options
 from bnkernels.runtime import checks as check
+from bnkernels.runtime.arrays import AnyArray, Array
 
 
 def batch_norm_forward(
-    x: Any,
-    gamma: Any = None,
-    beta: Any = None,
-    running_mean: Any = None,
-    running_var: Any = None,
+    x: Array,
+    gamma: AnyArray | None = None,
+    beta: AnyArray | None = None,
+    running_mean: AnyArray | None = None,
+    running_var: AnyArray | None = None,
     *,
     momentum: float = 0.1,
     unbiased: bool = True,
     eps: float = 1e-5,
     axis: int = 1,
-    residual: Any = None,
+    residual: Array | None = None,
     activation: str = "identity",
     alpha: float | None = None,
-    mask: Any = None,
+    mask: AnyArray | None = None,
     grouped: bool = False,
     renorm: tuple[float, float] | None = None,
-    out: tuple[Any, Any] | None = None,
-) -> tuple[Any, Any]:
+    out: tuple[Array, AnyArray] | None = None,
+) -> tuple[Array, Any]:
     """Normalise every channel over the mini-batch, scale, shift and activate.
 
     Parameters
@@ -132,20 +133,20 @@ def batch_norm_forward(
 
 
 def batch_norm_backward(
-    dy: Any,
-    x: Any,
-    gamma: Any,
-    beta: Any,
-    statistics: Any,
+    dy: Array,
+    x: Array,
+    gamma: AnyArray | None,
+    beta: AnyArray | None,
+    statistics: AnyArray,
     *,
     axis: int = 1,
-    residual: Any = None,
+    residual: Array | None = None,
     activation: str = "identity",
     alpha: float | None = None,
-    mask: Any = None,
+    mask: AnyArray | None = None,
     grouped: bool = False,
-    out: tuple[Any, ...] | None = None,
-) -> tuple[Any, ...]:
+    out: tuple[Array, ...] | None = None,
+) -> tuple[Array, ...]:
     """Return the gradients of `batch_norm_forward`.
 
     Parameters

@@ -6,6 +6,7 @@ on the chip; none has been tuned.
 
 from __future__ import annotations
 
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ from bnkernels.ops.activations import activation_named
 from bnkernels.ops.fused_training.spec import NetworkSpec
 from bnkernels.runtime.arguments import arguments_type, suffix
 from bnkernels.runtime.occupancy import most_shared, resident
-from bnkernels.runtime.seam import Launch, LaunchPlan, Limits, ceil_div
+from bnkernels.runtime.seam import Constant, Launch, LaunchPlan, Limits, ceil_div
 from bnkernels.runtime.workspace import MOST_BARRIERS
 
 POINTERS = (
@@ -23,7 +24,7 @@ POINTERS = (
 )
 SIZES = (
     "steps batch depth parameter_count running_count rows index_stride data_rows first_step scratch_rows "
-    "workspace_count blocks width widest"
+    "workspace_count blocks width buffers widest"
 )
 SCALARS = "beta1 beta2 one_minus_beta1 one_minus_beta2 optimizer_eps correction eps alpha"
 ARGUMENTS = arguments_type(POINTERS, SIZES, SCALARS, "activation optimizer subwarp_size")
@@ -32,6 +33,9 @@ MOST_EXAMPLES_OF_BLOCK = EXAMPLES * gemm.SUBWARPS[-1]
 MOST_EXAMPLES = gemm.MOST_ROWS
 THREADS = {np.dtype(np.float32): 512, np.dtype(np.float64): 256}  # at most: the launch bounds of cuda/fused_training.cu
 FEWEST_THREADS = 128  # per block, however few neurons there are
+TILE = 4, 2  # inputs and outputs between which a thread updates the weights, as in cuda/lib/train/block_step.cuh
+LAYERS_WRITTEN_OUT = 4  # as in cuda/lib/train/network.cuh
+WARPS = gemm.THREADS // 32
 CLUSTER = 8  # blocks, as in cuda/lib/sync/grid_barrier.cuh
 OPTIMIZERS = {"sgd": 0, "momentum": 1, "adam": 2}  # the number of each is also that of its states
 
@@ -58,10 +62,32 @@ class Problem(NamedTuple):
         return next((size for size in gemm.SUBWARPS if EXAMPLES * size >= self.batch), gemm.SUBWARPS[-1])
 
     @property
-    def constants(self) -> tuple[tuple[str, int], ...]:
+    def constants(self) -> tuple[Constant, ...]:
         """Members of the argument that are known when the kernels are compiled."""
         activation = activation_named(self.network.activation).code
         return ("activation", activation), ("optimizer", OPTIMIZERS[self.optimizer]), ("batch", self.batch)
+
+    @property
+    def sizes(self) -> tuple[Constant, ...]:
+        """Further constants, of a network of few layers: the code is written for it."""
+        if len(self.network.layers) > LAYERS_WRITTEN_OUT:
+            return ()
+        sizes = ("depth", "parameter_count", "running_count", "rows", "scratch_rows")
+        numbers = len(self.network.layers), self.parameters, self.running, self.rows, self.network.scratch_rows
+        return (*zip(sizes, numbers, strict=True), ("layers", self.table))
+
+    @property
+    def table(self) -> tuple[int, ...]:
+        """The fields of all layers, each with the row in which its outputs begin."""
+        begins = accumulate((layer.outputs for layer in self.network.layers), initial=0)
+        return tuple(
+            chain.from_iterable((*layer, row) for layer, row in zip(self.network.layers, begins, strict=False))
+        )
+
+    @property
+    def tiles(self) -> int:
+        """The tiles of weights that threads of one block update."""
+        return sum(ceil_div(layer.inputs, TILE[0]) * ceil_div(layer.outputs, TILE[1]) for layer in self.network.layers)
 
     @property
     def widest(self) -> int:
@@ -109,7 +135,7 @@ def why_not(problem: Problem, limits: Limits) -> str | None:
     >>> h200 = Limits(132, 227 * 1024, 228 * 1024, True)
     >>> layers = tuple(LayerSpec(i, o, 0, 0, 0) for i, o in ((64, 2000), (2000, 10)))
     >>> why_not(Problem(NetworkSpec(layers), 60, "sgd", np.dtype("float32"), 200_000, 4000), h200)
-    'one block needs 1,953,152 bytes of shared memory and has 232,448; several take layers of at most 1024, got 2000'
+    'one block needs 1,953,696 bytes of shared memory and has 232,448; several take layers of at most 1024, got 2000'
     """
     reasons = _why_not_one(problem, limits), _why_not_several(problem, limits)
     return None if None in reasons else "; ".join(map(str, reasons))
@@ -122,7 +148,7 @@ def shared_bytes(problem: Problem) -> int:
     rstds = len(network.layers) * pitch if network.scratch_rows else problem.rows
     saved = problem.parameters * (1 + OPTIMIZERS[problem.optimizer]) + problem.running + rstds
     numbers = ceil_div(saved, 4) * 4 + 8
-    return (numbers + pitch * (3 + 2 * inputs + 2 * problem.rows + network.scratch_rows)) * problem.dtype.itemsize
+    return (numbers + pitch * (5 + 2 * inputs + 2 * problem.rows + network.scratch_rows)) * problem.dtype.itemsize
 
 
 def _why_not_one(problem: Problem, limits: Limits) -> str | None:
@@ -135,21 +161,27 @@ def _why_not_one(problem: Problem, limits: Limits) -> str | None:
 
 
 def _one_block(problem: Problem) -> LaunchPlan:
-    """Return the launch of a block for each model, of as many threads as the widest layer has work for."""
-    wanted = max(FEWEST_THREADS, problem.batch, min(problem.widest * problem.subwarp_size, THREADS[problem.dtype]))
-    block, constants = (ceil_div(wanted, 32) * 32, 1, 1), (*problem.constants, ("subwarp_size", problem.subwarp_size))
-    launch = Launch((problem.models, 1, 1), block, shared_bytes(problem), constants=constants)
+    """Return the launch of a block for each model, of as many threads as the widest layer, or its update, has work for.
+
+    The code is written for the network, if that has few layers.
+    """
+    finish = (problem.network.layers[-1].outputs + 1) * problem.subwarp_size
+    work = max(problem.widest * problem.subwarp_size, problem.tiles + finish, 2 * problem.batch)
+    threads = ceil_div(min(max(FEWEST_THREADS, work), THREADS[problem.dtype]), 32) * 32
+    constants = (*problem.constants, *problem.sizes, ("subwarp_size", problem.subwarp_size))
+    launch = Launch((problem.models, 1, 1), (threads, 1, 1), shared_bytes(problem), constants=constants)
     return _plan(problem, "fused_training", "", launch)
 
 
-def _plan(problem: Problem, source: str, barrier: str, launch: Launch, splits: int = 1, width: int = 0) -> LaunchPlan:
+def _plan(problem: Problem, source: str, barrier: str, launch: Launch, *tiles: int) -> LaunchPlan:
     norm = "_layer_norm" if problem.network.scratch_rows else ""
     kernel = f"bnk_fused_training{barrier}{norm}_{suffix(problem.dtype)}"
-    return LaunchPlan(source, kernel, launch, ARGUMENTS[problem.dtype], splits, width)
+    splits, width, buffers = tiles or (1, 0, 1)
+    return LaunchPlan(source, kernel, launch, ARGUMENTS[problem.dtype], splits, width, stages=buffers)
 
 
-def _tiles(problem: Problem, limits: Limits) -> tuple[int, int, int]:
-    """Return the blocks of a network, the neurons or examples that each owns at a time, and its shared memory."""
+def _tiles(problem: Problem, limits: Limits) -> tuple[int, int, int, int]:
+    """Return the blocks of a network, the columns that each owns at a time, its buffers and its shared memory."""
     layer_norm = bool(problem.network.scratch_rows)
     owned = max(problem.batch, problem.widest) if layer_norm else problem.widest
     on_device = resident(limits, gemm.THREADS, most_shared(limits, gemm.MIN_BLOCKS), gemm.MIN_BLOCKS)
@@ -159,10 +191,10 @@ def _tiles(problem: Problem, limits: Limits) -> tuple[int, int, int]:
     if limits.clusters and (blocks <= CLUSTER or not limits.cooperative):
         blocks = CLUSTER
         width = gemm.tile_width(owned, blocks, problem.dtype)
-    of_layers = len(problem.network.layers) * width if layer_norm else 0
+    of_layers = len(problem.network.layers) * width if layer_norm else min(width, WARPS) * gemm.pitch(problem.batch)
     tile = width * gemm.pitch(problem.widest if layer_norm else problem.batch)
-    numbers = of_layers + 7 * gemm.pitch(problem.batch) + tile + gemm.shared_numbers(width, problem.dtype)
-    return blocks, width, numbers * problem.dtype.itemsize
+    beside = of_layers + 7 * gemm.pitch(problem.batch) + tile
+    return blocks, width, *gemm.buffers_and_bytes(width, problem.dtype, most_shared(limits, gemm.MIN_BLOCKS), beside)
 
 
 def _why_not_several(problem: Problem, limits: Limits) -> str | None:
@@ -171,7 +203,7 @@ def _why_not_several(problem: Problem, limits: Limits) -> str | None:
     largest = max(problem.widest, *(layer.inputs for layer in problem.network.layers))
     if largest > gemm.MOST_NEURONS:
         return f"several take layers of at most {gemm.MOST_NEURONS}, got {largest}"
-    blocks, _, needed = _tiles(problem, limits)
+    blocks, _, _, needed = _tiles(problem, limits)
     if blocks > 1 and not (limits.cooperative or limits.clusters):
         return "several would have to wait for each other, which this device cannot"
     if needed > (most := most_shared(limits, gemm.MIN_BLOCKS)):
@@ -180,11 +212,14 @@ def _why_not_several(problem: Problem, limits: Limits) -> str | None:
 
 
 def _multi_block(problem: Problem, limits: Limits) -> LaunchPlan:
-    blocks, width, shared = _tiles(problem, limits)
+    blocks, width, buffers, shared = _tiles(problem, limits)
     cluster = limits.clusters and blocks == CLUSTER
     assert cluster or blocks == 1 or problem.models <= MOST_BARRIERS, "no device has so many multiprocessors"
     # Two dimensions: CuPy cuts a cooperative grid of one if fewer blocks are resident than planned.
     grid = (problem.models * blocks, 1, 1) if cluster else (problem.models, blocks, 1)
-    constants = (*problem.constants, ("blocks", blocks), ("width", width))
+    tiles = ("blocks", blocks), ("width", width), ("buffers", buffers), ("widest", problem.widest)
+    constants = (*problem.constants, *problem.sizes, *tiles)
     launch = Launch(grid, (gemm.THREADS, 1, 1), shared, not cluster and blocks > 1, constants)
-    return _plan(problem, "fused_training_multi_block", "_cluster" if cluster else "_grid", launch, blocks, width)
+    return _plan(
+        problem, "fused_training_multi_block", "_cluster" if cluster else "_grid", launch, blocks, width, buffers
+    )

@@ -7,6 +7,7 @@ network; NumPy arrays run ``cpu.py``, or where nothing is compiled the same step
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from bnkernels.ops.mini_batch.op import check_seed
 from bnkernels.ops.parameter_update.op import ADAM_EPS, BETA1, BETA2, state_names, update_schedule
 from bnkernels.runtime import checks as check
 from bnkernels.runtime.arguments import addresses, empty, pack
+from bnkernels.runtime.arrays import AnyArray, Array
 from bnkernels.runtime.cpu import kernels
 from bnkernels.runtime.operands import Operands
 from bnkernels.runtime.seam import LaunchPlan, Runtime
@@ -33,22 +35,22 @@ OPERANDS = Operands(
 
 def fused_training(
     network: NetworkSpec,
-    parameters: Any,
-    state: tuple[Any, ...],
-    running: Any,
-    x: Any,
-    labels: Any,
+    parameters: Array,
+    state: tuple[Array, ...],
+    running: Array | None,
+    x: Array,
+    labels: AnyArray,
     *,
     batch: int,
-    indices: Any = None,
-    seed: Any = None,
+    indices: AnyArray | None = None,
+    seed: int | Sequence[int] | None = None,
     steps: int | None = None,
     optimizer: str = "sgd",
-    lr: Any,
+    lr: float | Sequence[float],
     steps_before: int = 0,
     batches_before: int = 0,
-    out: Any = None,
-) -> Any:
+    out: Array | None = None,
+) -> Array:
     """Train a network, or several independent ones at once, for many steps.
 
     Parameters
@@ -146,7 +148,15 @@ def fused_training(
         raise ValueError(
             f"the network does not fit: {why_not(problem, runtime.limits(x))}; train it layer by layer, or as a graph"
         )
-    _launch(runtime, problem, plan, arrays[1:], losses, (_table(network), schedule, rates, seeds), before[0])
+    _launch(
+        runtime,
+        problem,
+        plan,
+        arrays[1:],
+        losses,
+        (np.array(problem.table, np.int32), schedule, rates, seeds),
+        before[0],
+    )
     return losses
 
 
@@ -170,24 +180,17 @@ def _launch(
     phi = activation_named(network.activation)
     scalars = BETA1, BETA2, 1 - BETA1, 1 - BETA2, ADAM_EPS, float(network.unbiased), network.eps, phi.alpha
     codes = phi.code, OPTIMIZERS[problem.optimizer]
-    workspace, counter, of_several = None, 0, (0, 1, 0, 0)
+    workspace, counter, of_several = None, 0, (0, 1, 0, 0, 0)
     if plan.width:
-        of_several = problem.workspace_count, plan.splits, plan.width, problem.widest
+        of_several = problem.workspace_count, plan.splits, plan.width, plan.stages, problem.widest
         workspace = empty(runtime, (problem.models, problem.workspace_count), x)  # free when all is enqueued
         counter = barrier_counters(runtime.workspace(x))
     pointers = *addresses(runtime, *given, workspace), counter
     numbers = *numbers, network.scratch_rows, *of_several
     record = pack(plan.arguments, *pointers, *numbers, *scalars, *codes, problem.subwarp_size)
-    runtime.launch(*plan[:3], record, x)
-
-
-def _table(network: NetworkSpec) -> np.ndarray:
-    """Return the layers for the kernel, each with the row in which its outputs begin."""
-    rows, table = 0, []
-    for layer in network.layers:
-        table.append((*layer, rows))
-        rows += layer.outputs
-    return np.array(table, np.int32)
+    absent = [(name, 0) for name, array in (("indices", indices), ("seeds", seeds)) if array is None]
+    launch = replace(plan.launch, constants=(*plan.launch.constants, *absent))
+    runtime.launch(plan.source, plan.kernel, launch, record, x)
 
 
 def _schedule(network: NetworkSpec, optimizer: str, steps: int, steps_before: int, batches_before: int) -> np.ndarray:

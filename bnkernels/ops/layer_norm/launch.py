@@ -1,30 +1,55 @@
 """Launch choice of layer norm: a pure function of problem and limits.
 
-The thresholds follow from what the kernels of ``cuda/layer_norm_*.cu`` hold on the chip; none has been tuned.
+The thresholds follow from what the kernels of ``cuda/layer_norm_*.cu`` hold on the chip; none has been tuned. What one
+block cannot hold is for `long_rows`.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import product
 
-from bnkernels.ops.layer_norm.problem import VECTOR, Problem
+from bnkernels.ops.layer_norm import long_rows
+from bnkernels.ops.layer_norm.problem import MOST_PARTIALS, VECTOR, Problem
 from bnkernels.runtime.arguments import arguments_type, suffix
 from bnkernels.runtime.occupancy import WARP, most_shared, resident
 from bnkernels.runtime.seam import Launch, LaunchPlan, Limits, ceil_div
-from bnkernels.runtime.workspace import MOST_SPLITS
+from bnkernels.runtime.workspace import MOST_BARRIERS, MOST_SPLITS
 
 ARGUMENTS = {
-    "forward": arguments_type("x gamma beta y statistics", "rows columns", "eps alpha", "activation aligned16 held"),
+    "forward": arguments_type(
+        "x gamma beta y statistics",
+        "rows columns",
+        "eps alpha half_share",
+        "activation shape scaled shifted width held",
+    ),
+    "forward_cooperative": arguments_type(
+        "x gamma beta y statistics exchange barrier_counter",
+        "rows columns part",
+        "eps alpha",
+        "activation shape scaled shifted held stages",
+    ),
     "backward": arguments_type(
         "dy x gamma beta statistics dx dgamma dbeta partial barrier_counter",
-        "rows columns chunk",
-        "alpha",
-        "activation aligned16 held",
+        "rows columns",
+        "alpha half_share",
+        "activation shape scaled shifted width held stages threads",
+    ),
+    "backward_cooperative": arguments_type(
+        "dy x gamma beta statistics dx dgamma dbeta partial exchange barrier_counter",
+        "rows columns part",
+        "alpha half_share",
+        "activation shape scaled shifted held stages at_once",
     ),
 }
-MIN_BLOCKS = 2  # resident blocks of a multiprocessor, promised by the launch bounds of the kernels
-THREADS = 256  # per block
-ALONE = 4  # vectors of a thread up to which a warp has a row for itself: no barriers
+MIN_BLOCKS = 1  # resident blocks of a multiprocessor, promised by the launch bounds of the kernels
+MOST_THREADS = 512  # threads of a block, as in these launch bounds
+THREADS = 256  # threads of a block of the forward that has several rows
+FEW_HELD = 4  # vectors of a thread up to which a warp has a row for itself: no barriers
+# Vectors of a thread, by the size of a number: held by the forward, summed by the backward; their MOST_HELD.
+MOST_HELD = {2: 4, 4: 8, 8: 8}
+MOST_SUMMED = {2: 2, 4: 4, 8: 2}
+MOST_HELD_SUMMED = {2: 2, 4: 3, 8: 4}  # the MOST_HELD of the backward of long rows
 SMALL = 2**14  # elements up to which one block is faster than several and a grid barrier
 
 
@@ -35,69 +60,95 @@ def _power(number: int) -> int:
 
 @lru_cache(maxsize=1024)
 def choose_forward(problem: Problem, limits: Limits) -> LaunchPlan:
-    """Return the launch of a forward: up to 128 vectors, a part of a warp for every row; then up to the whole block.
+    """Return the launch of a forward: up to 128 vectors, a part of a warp for every row; then up to 16 warps.
+
+    Rows that the registers of a block cannot hold are shared by several blocks, in shared memory.
 
     Examples
     --------
     >>> import numpy as np
     >>> h200 = Limits(132, 227 * 1024, 228 * 1024, True)
     >>> choose_forward(Problem(64, 20, np.dtype("float32")), h200).launch
-    Launch(grid=(2, 1, 1), block=(8, 32, 1), shared_bytes=4160, cooperative=False)
+    Launch(grid=(2, 1, 1), block=(8, 32, 1), shared_bytes=96, cooperative=False)
     """
     width = min(WARP, _power(problem.vectors))
-    if problem.vectors > ALONE * WARP:
-        width = min(THREADS, _power(ceil_div(problem.vectors, ALONE)))
-    rows = THREADS // width
-    of_thread, scratch = ceil_div(problem.vectors, width), _scratch(problem)
-    rows_bytes = of_thread * THREADS * VECTOR
-    held = of_thread if rows_bytes + scratch <= most_shared(limits, MIN_BLOCKS) else 0
-    grid = (ceil_div(problem.rows, rows), 1, 1)
-    launch = Launch(grid, (width, rows, 1), scratch + THREADS * VECTOR * held)
-    return _plan("forward", problem, launch, held)
+    if problem.vectors > FEW_HELD * WARP:
+        width = min(THREADS, _power(ceil_div(problem.vectors, FEW_HELD)))
+    most = MOST_HELD[problem.dtype.itemsize]
+    if problem.vectors > most * MOST_THREADS:
+        return _shared_rows("forward", problem, limits, problem.vectors, MOST_BARRIERS)
+    if problem.vectors > most * THREADS:
+        width = MOST_THREADS
+    of_thread, rows = ceil_div(problem.vectors, width), max(THREADS // width, 1)
+    launch = Launch(
+        (ceil_div(problem.rows, rows), 1, 1), (width, rows, 1), 3 * width * rows // WARP * problem.acc_dtype.itemsize
+    )
+    return _plan("forward", problem, launch, held=of_thread)
 
 
 @lru_cache(maxsize=1024)
-def choose_backward(problem: Problem, limits: Limits) -> LaunchPlan:
-    """Return the launch of a backward: as many threads for a row as it has vectors, since each sums its own columns.
+def choose_backward(problem: Problem, limits: Limits, curved: bool = False) -> LaunchPlan:
+    """Return the launch of a backward: each thread of a row sums the columns of two vectors, of more in long rows.
 
-    Two blocks share a multiprocessor, or where its shared memory does not hold the sums of two, one has it alone. A
-    grid barrier precedes their last sums. For a small problem, or on a device without cooperative launches, there is
-    one block.
+    A block has a multiprocessor to itself. Where its shared memory does not hold two rows of every worker, it holds
+    the one being worked on, or a block of half as many threads has fewer rows. A grid barrier precedes the last sums.
+    For a small problem, or on a device without cooperative launches, there is one block. Rows that a block cannot hold
+    are shared by several, whose groups have pairs of partial sums.
 
     Examples
     --------
     >>> import numpy as np
     >>> h200 = Limits(132, 227 * 1024, 228 * 1024, True)
     >>> choose_backward(Problem(8192, 1024, np.dtype("float32")), h200).launch
-    Launch(grid=(256, 1, 1), block=(256, 1, 1), shared_bytes=24640, cooperative=True)
+    Launch(grid=(132, 1, 1), block=(128, 4, 1), shared_bytes=131328, cooperative=True)
     """
-    width = min(THREADS, _power(problem.vectors))
-    rows = THREADS // width
-    of_thread, scratch = ceil_div(problem.vectors, width), _scratch(problem)
-    row = 2 * THREADS * VECTOR  # bytes of a vector of every thread, for both inputs
-    sums = 4 * problem.count * THREADS * problem.acc_dtype.itemsize
-    most = most_shared(limits, MIN_BLOCKS)
-    if scratch + sums > most:
-        most = most_shared(limits, 1)
-    held = of_thread if scratch + (row + sums) * of_thread <= most else 0
-    summed = min(of_thread, (most - scratch - row * held) // sums)
-    if summed < 1:
-        raise ValueError(f"the device gives a block {limits.shared_bytes} bytes of shared memory, {sums} are needed")
-    shared = scratch + row * held + sums * summed
-    blocks = min(ceil_div(problem.rows, rows), resident(limits, THREADS, shared, MIN_BLOCKS), MOST_SPLITS)
+    most, available = MOST_SUMMED[problem.dtype.itemsize], most_shared(limits, MIN_BLOCKS)
+    for threads, stages, wanted in product((MOST_THREADS, MOST_THREADS // 2), (2, 1), (2, 1)):
+        width = min(threads, _power(ceil_div(problem.vectors, wanted)))
+        held = ceil_div(problem.vectors, width)
+        shared = _shared(problem, threads, held, stages)
+        if held <= most and shared <= available:
+            break
+    else:
+        held, groups = MOST_HELD_SUMMED[problem.dtype.itemsize], MOST_PARTIALS // 4 if limits.cooperative else 1
+        return _shared_rows("backward", problem, limits, held, groups, _variant(curved))
+    rows = threads // width
+    blocks = min(ceil_div(problem.rows, rows), resident(limits, threads, shared, MIN_BLOCKS), MOST_SPLITS)
     if problem.rows * problem.columns <= SMALL or not limits.cooperative:
         blocks = 1
     launch = Launch((blocks, 1, 1), (width, rows, 1), shared, cooperative=blocks > 1)
-    return _plan("backward", problem, launch, held, summed * width)
+    return _plan("backward", problem, launch, _variant(curved), held=held, stages=stages)
 
 
-def _plan(direction: str, problem: Problem, launch: Launch, held: int, chunk: int = 0) -> LaunchPlan:
-    source = f"layer_norm_{direction}"
-    arguments = ARGUMENTS[direction][problem.acc_dtype]
-    kernel = f"bnk_{source}_{suffix(problem.dtype)}"
-    return LaunchPlan(source, kernel, launch, arguments, held=held, chunk=chunk)
+def partial_sums(plan: LaunchPlan) -> int:
+    """Return the numbers of a column that the blocks of a backward leave in memory: each its own, or groups pairs."""
+    if plan.source.endswith("cooperative"):
+        return 4 * plan.launch.grid[0]
+    return 2 * plan.launch.blocks if plan.launch.cooperative else 0
 
 
-def _scratch(problem: Problem) -> int:
-    """Return the bytes of a pair for every warp of a block."""
-    return THREADS // WARP * 2 * problem.acc_dtype.itemsize
+def _shared(problem: Problem, threads: int, held: int, stages: int) -> int:
+    """Return the shared memory of a block of the backward, in bytes."""
+    number = problem.acc_dtype.itemsize
+    sums = 2 * problem.count * 2 * number  # pairs, of the columns of a vector
+    return 4 * number * threads // WARP + threads * held * (2 * VECTOR * stages + sums)
+
+
+def _shared_rows(
+    direction: str, problem: Problem, limits: Limits, most_held: int, most_groups: int, variant: str = ""
+) -> LaunchPlan:
+    """Return the plan of rows that several blocks share."""
+    chosen = long_rows.share(direction, problem, limits, most_held, most_groups)
+    launch = long_rows.launch_of(direction, problem, limits, chosen)
+    more = {"splits": chosen.splits, "held": chosen.held, "stages": chosen.stages, "at_once": chosen.at_once}
+    return _plan(f"{direction}_cooperative", problem, launch, variant, **more)
+
+
+def _variant(curved: bool) -> str:
+    return "curved_" if curved else "linear_"
+
+
+def _plan(struct: str, problem: Problem, launch: Launch, variant: str = "", **more: int) -> LaunchPlan:
+    source = f"layer_norm_{struct}"
+    kernel = f"bnk_{source}_{variant}{suffix(problem.dtype)}"
+    return LaunchPlan(source, kernel, launch, ARGUMENTS[struct][problem.acc_dtype], **more)

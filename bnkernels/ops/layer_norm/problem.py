@@ -14,6 +14,7 @@ from bnkernels.runtime.seam import ceil_div
 from bnkernels.runtime.workspace import MOST_SPLITS
 
 VECTOR = 16  # bytes, as in cuda/lib/reduce/vector_rows.cuh
+FULL = 2  # shape of rows all of whose threads have as many whole vectors, as in vector_rows.cuh; 1: whole vectors
 MOST_PARTIALS = 2 * MOST_SPLITS  # sums of a column
 
 
@@ -43,18 +44,18 @@ class Problem(NamedTuple):
 Arguments = dict[str, check.Argument | None]
 
 
-def _forward(args: Arguments) -> Problem:
-    problem = _rows(args)
+def _forward(args: Arguments, axes: int) -> Problem:
+    problem = _rows(args, axes)
     check.contiguous(args["y"], args["x"].shape, problem.dtype)
     return problem
 
 
-def _backward(args: Arguments) -> Problem:
-    problem, workspace = _rows(args), args["workspace"]
+def _backward(args: Arguments, axes: int) -> Problem:
+    problem, workspace = _rows(args, axes), args["workspace"]
     for name in ("dx", "dy"):
         check.contiguous(args[name], args["x"].shape, problem.dtype)
     for name in ("dgamma", "dbeta"):
-        check.contiguous(args[name], (problem.columns,), problem.acc_dtype)
+        check.contiguous(args[name], args["x"].shape[-axes:], problem.acc_dtype)
     if workspace is not None:
         wanted = MOST_PARTIALS * problem.columns
         if len(workspace.shape) != 1 or workspace.shape[0] < wanted:
@@ -63,17 +64,18 @@ def _backward(args: Arguments) -> Problem:
     return problem
 
 
-def _rows(args: Arguments) -> Problem:
+def _rows(args: Arguments, axes: int) -> Problem:
     """Check x, gamma, beta and statistics."""
     x = args["x"]
     check.floating(x)
-    if not x.shape or x.shape[-1] == 0:
-        raise ValueError(f"x must have the shape (..., C), C at least 1, got {x.shape}: there is nothing to normalise")
+    if len(x.shape) < axes or 0 in x.shape[-axes:]:
+        wanted = "(..., C), C at least 1," if axes == 1 else f"(..., *S), S of {axes} axes, each at least 1 long,"
+        raise ValueError(f"x must have the shape {wanted} got {x.shape}: there is nothing to normalise")
     check.contiguous(x, x.shape, x.dtype)
-    problem = Problem(math.prod(x.shape[:-1]), x.shape[-1], x.dtype)
+    problem = Problem(math.prod(x.shape[:-axes]), math.prod(x.shape[-axes:]), x.dtype)
     for name in ("gamma", "beta"):
-        check.contiguous(args[name], x.shape[-1:], problem.acc_dtype)
-    check.contiguous(args["statistics"], (3, *x.shape[:-1]), problem.acc_dtype)
+        check.contiguous(args[name], x.shape[-axes:], problem.acc_dtype)
+    check.contiguous(args["statistics"], (3, *x.shape[:-axes]), problem.acc_dtype)
     return problem
 
 

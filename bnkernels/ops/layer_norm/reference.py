@@ -60,6 +60,7 @@ def forward(
     """Write `y` and `statistics`."""
     acc_dtype, shape = problem.acc_dtype, (problem.rows, problem.columns)
     x, y, statistics = x.reshape(shape), y.reshape(shape), statistics.reshape(3, -1)
+    gamma, beta = (None if array is None else array.reshape(-1) for array in (gamma, beta))
     d = _centre(x, statistics)
     rstd = 1 / np.sqrt(_means(d * d).astype(acc_dtype) + acc_dtype.type(eps))
     statistics[2] = rstd[:, 0]
@@ -83,6 +84,7 @@ def backward(
     """Write the gradients; `dx` may be `dy`."""
     acc_dtype, shape = problem.acc_dtype, (problem.rows, problem.columns)
     dy, x, dx, statistics = dy.reshape(shape), x.reshape(shape), dx.reshape(shape), statistics.reshape(3, -1)
+    gamma, beta = (None if array is None else array.reshape(-1) for array in (gamma, beta))
     high, low, rstd = statistics.astype(FLOAT64)[:, :, None]
     xhat = x - high
     xhat -= low
@@ -92,7 +94,7 @@ def backward(
     else:
         z, h = _activated(xhat, gamma, beta, acc_dtype, phi)
         g = phi.backward(np, dy.astype(acc_dtype, copy=False), h if phi.from_output else z).astype(FLOAT64)
-    dbeta[...], dgamma[...] = total(g, 0)[0], total(g * xhat, 0)[0]
+    dbeta.reshape(-1)[...], dgamma.reshape(-1)[...] = total(g, 0)[0], total(g * xhat, 0)[0]
     if gamma is not None:
         g *= gamma
     slope = _means(g * xhat)

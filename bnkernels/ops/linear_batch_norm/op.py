@@ -21,9 +21,10 @@ from bnkernels.ops.batch_norm.training import batch_norm_backward, batch_norm_fo
 from bnkernels.ops.layer_norm.op import layer_norm_backward, layer_norm_forward
 from bnkernels.ops.linear_batch_norm import reference
 from bnkernels.ops.linear_batch_norm.launch import choose
-from bnkernels.ops.linear_batch_norm.problem import BACKWARD, FORWARD, check_norm, pack_gradients
+from bnkernels.ops.linear_batch_norm.problem import BACKWARD, FORWARD, GRADIENTS, check_norm, check_precision
 from bnkernels.runtime import checks as check
 from bnkernels.runtime.arguments import accumulator, addresses, empty, pack
+from bnkernels.runtime.arrays import AnyArray, Array
 from bnkernels.runtime.cpu import kernels
 from bnkernels.runtime.replay import ReplayCache
 from bnkernels.runtime.seam import Runtime
@@ -35,12 +36,12 @@ NEGLIGIBLE = 1e-30  # an eps that a variance of 1 does not notice
 
 
 def linear_batch_norm_forward(
-    x: Any,
-    weight: Any,
-    gamma: Any = None,
-    beta: Any = None,
-    running_mean: Any = None,
-    running_var: Any = None,
+    x: Array,
+    weight: AnyArray,
+    gamma: AnyArray | None = None,
+    beta: AnyArray | None = None,
+    running_mean: AnyArray | None = None,
+    running_var: AnyArray | None = None,
     *,
     norm: str | None = "batch",
     momentum: float = 0.1,
@@ -48,8 +49,9 @@ def linear_batch_norm_forward(
     eps: float = 1e-5,
     activation: str = "identity",
     alpha: float | None = None,
-    out: tuple[Any, ...] | None = None,
-) -> tuple[Any, Any, Any]:
+    precision: str | None = None,
+    out: tuple[Array, ...] | None = None,
+) -> tuple[Array, Array, Any]:
     """Multiply by the weights, normalise every neuron over the mini-batch or every example, scale, shift and activate.
 
     Parameters
@@ -70,6 +72,9 @@ def linear_batch_norm_forward(
         Activation behind the norm, as in `batch_norm_forward`.
     alpha : float, optional
         Parameter of the activation.
+    precision : {"tf32x3", None}
+        Arithmetic of the product: that of the data type, or of float32 data three products of TF32 numbers (3xTF32),
+        on tensor cores.
     out : tuple of arrays, optional
         Arrays for ``(y, z, statistics)``, or without a norm ``(y, z)``; C order.
 
@@ -86,7 +91,8 @@ def linear_batch_norm_forward(
     Raises
     ------
     TypeError, ValueError
-        If an argument is wrong, or N is 1 with batch norm; nothing is written then.
+        If an argument is wrong, N is 1 with batch norm, or the device is older than `precision` needs; nothing is
+        written then.
 
     See Also
     --------
@@ -97,6 +103,9 @@ def linear_batch_norm_forward(
     -----
     The results are those of a product followed by `batch_norm_forward` or `layer_norm_forward`, but for the order of
     sums. `z` is rounded to T before its statistics are taken. Source: ``cuda/linear_batch_norm_forward.cu``.
+
+    ``precision="tf32x3"`` needs compute capability 8.0. Its error is about that of float32: see
+    ``docs/fused_layers.md``. Where a library multiplies, as on NumPy arrays, it does so in float32.
 
     References
     ----------
@@ -112,20 +121,21 @@ def linear_batch_norm_forward(
     (array([[3., 1.]]), array([[ 1., -1.]]))
     """
     given = x, weight, gamma, beta, running_mean, running_var
-    call = FORWARD_CALLS.replay(out, given, norm, momentum, unbiased, eps, activation, alpha)
+    call = FORWARD_CALLS.replay(out, given, norm, momentum, unbiased, eps, activation, alpha, precision)
     if call.replayed:
         return (*out, None)[:3]
     phi = activation_named(activation, alpha)
     momentum, unbiased = check.number("momentum", momentum, 0, 1), check.boolean("unbiased", unbiased)
     eps = check.epsilon(eps, x)
     check_norm(norm)
+    check_precision(precision)
     y, z, statistics = (*check.pack_outputs(out, ("y", "z", "statistics")[: 3 if norm else 2]), None)[:3]
     arrays = (y, z, statistics, running_mean, running_var, x, weight, gamma, beta)
-    runtime, problem = FORWARD.check(*arrays, options=(norm,))
+    runtime, problem = FORWARD.check(*arrays, options=(norm, precision))
     y, z = (empty(runtime, (problem.rows, problem.outputs), x) if array is None else array for array in (y, z))
     if norm and statistics is None:
         statistics = empty(runtime, problem.statistics_shape(norm), x, problem.acc_dtype)
-    plan = None if runtime is None else choose("forward", problem, runtime.limits(x), norm=norm)
+    plan = None if runtime is None else choose("forward", problem, runtime.limits(x), True, norm, precision)
     if plan is None:
         numbers = {"eps": eps, "activation": activation, "alpha": alpha}
         if norm == "batch":
@@ -134,27 +144,28 @@ def linear_batch_norm_forward(
         call.compute(work, (y, z, statistics, *given) if norm else (y, z, *given), replayable=runtime is None)
         return y, z, statistics
     pointers = addresses(runtime, x, weight, gamma, beta, z, y, statistics, running_mean, running_var)
-    numbers = *problem[:3], plan.width, momentum, float(unbiased), eps, phi.alpha, phi.code
+    numbers = *problem[:3], plan.width, plan.stages, momentum, float(unbiased), eps, phi.alpha, phi.code
     call.launch(runtime, *plan[:3], pack(plan.arguments, *pointers, *numbers), x)
     return y, z, statistics
 
 
 def linear_batch_norm_backward(
-    dy: Any,
-    x: Any,
-    weight: Any,
-    gamma: Any,
-    beta: Any,
-    z: Any,
-    statistics: Any,
+    dy: Array,
+    x: Array,
+    weight: AnyArray,
+    gamma: AnyArray | None,
+    beta: AnyArray | None,
+    z: Array,
+    statistics: AnyArray,
     *,
     norm: str | None = "batch",
     activation: str = "identity",
     alpha: float | None = None,
     input_gradient: bool = True,
-    workspace: Any = None,
-    out: tuple[Any, ...] | None = None,
-) -> tuple[Any, Any, Any, Any]:
+    precision: str | None = None,
+    workspace: AnyArray | None = None,
+    out: tuple[Array, ...] | None = None,
+) -> tuple[Array, Array, Any, Any]:
     """Return the gradients of `linear_batch_norm_forward`.
 
     Parameters
@@ -171,6 +182,8 @@ def linear_batch_norm_backward(
         Arguments of the forward.
     input_gradient : bool
         True if `dx` is wanted; the first layer of a network does not need it.
+    precision : {"tf32x3", None}
+        Arithmetic of the two products, as in the forward, whose own may have been another.
     workspace : array, shape (N, M), type T, optional
         Memory for the gradient of `z`; by default it is allocated.
     out : tuple of arrays, optional
@@ -190,7 +203,7 @@ def linear_batch_norm_backward(
     Raises
     ------
     TypeError, ValueError
-        If an argument is wrong; nothing is written then.
+        If an argument is wrong, or the device is older than `precision` needs; nothing is written then.
 
     Notes
     -----
@@ -209,23 +222,25 @@ def linear_batch_norm_backward(
     """
     written = out[1:] + out[:1] if type(out) is tuple else None  # dx may be None
     given = dy, x, weight, gamma, beta, z, statistics, workspace
-    call = BACKWARD_CALLS.replay(written, given, norm, activation, alpha, input_gradient)
+    call = BACKWARD_CALLS.replay(written, given, norm, activation, alpha, input_gradient, precision)
     if call.replayed:
         return out
     phi = activation_named(activation, alpha)
     check_norm(norm)
+    check_precision(precision)
     norm = None if statistics is None and norm == "batch" else norm
     wanted = (check.boolean("input_gradient", input_gradient), True, norm is not None, True)
-    outputs = pack_gradients(out, wanted)
+    outputs = check.pack_wanted(out, GRADIENTS, wanted)
     arrays = (*outputs, workspace, dy, x, weight, gamma, beta, z, statistics)
-    runtime, problem = BACKWARD.check(*arrays, options=(norm,))
+    runtime, problem = BACKWARD.check(*arrays, options=(norm, precision))
     shapes = (x.shape, weight.shape, weight.shape[1:], weight.shape[1:])
     types = (x.dtype, x.dtype, problem.acc_dtype, problem.acc_dtype)
     dx, *others = outputs = tuple(
         empty(runtime, shape, x, dtype) if want and array is None else array
         for array, want, shape, dtype in zip(outputs, wanted, shapes, types, strict=True)
     )
-    plan = None if runtime is None else choose("backward", problem, runtime.limits(x), input_gradient, norm)
+    chosen = input_gradient, norm, precision
+    plan = None if runtime is None else choose("backward", problem, runtime.limits(x), *chosen)
     if plan is None:
         work = partial(_backward_by_library, runtime, norm, phi, {"activation": activation, "alpha": alpha})
         call.compute(work, (*others, dx, *given), replayable=runtime is None)
@@ -233,7 +248,7 @@ def linear_batch_norm_backward(
     dz = empty(runtime, z.shape, z) if workspace is None else workspace
     counter = barrier_counters(runtime.workspace(x)) if plan.launch.cooperative else 0
     pointers = addresses(runtime, dy, x, weight, gamma, beta, z, statistics, *outputs, dz)
-    numbers = *problem[:3], plan.width, phi.alpha, phi.code
+    numbers = *problem[:3], plan.width, plan.stages, phi.alpha, phi.code
     arguments = pack(plan.arguments, *pointers, counter, *numbers)
     call.launch(runtime, *plan[:3], arguments, x, replayable=workspace is not None)
     return outputs
@@ -249,7 +264,7 @@ def _forward_by_library(
 ) -> None:
     """Multiply by a library, and call the op of the norm."""
     y, z, *statistics, x, weight, gamma, beta, running_mean, running_var = arrays
-    _multiply(runtime, x, weight, z)
+    multiply(runtime, x, weight, z)
     if norm == "batch":
         batch_norm_forward(z, gamma, beta, running_mean, running_var, **options, out=(y, *statistics))
     elif norm == "layer":
@@ -277,13 +292,13 @@ def _backward_by_library(
         unused, running = empty(runtime, dbeta.shape, dbeta), _no_statistics(runtime, z)
         options = options | {"eps": NEGLIGIBLE, "out": (dz, unused, dbeta)}
         batch_norm_inference_backward(dy, z, None, beta, *running, **options)
-    _multiply(runtime, x.T, dz, dweight)
+    multiply(runtime, x.T, dz, dweight)
     if dx is not None:
-        _multiply(runtime, dz, weight.T, dx)
+        multiply(runtime, dz, weight.T, dx)
 
 
 @np.errstate(all="ignore")  # kernels have no warnings either
-def _multiply(runtime: Runtime | None, a: Any, b: Any, out: Any) -> None:
+def multiply(runtime: Runtime | None, a: Any, b: Any, out: Any) -> None:
     """Write the product, summed in the accumulator's type."""
     xp = np if runtime is None else runtime.xp
     if a.dtype.itemsize > 2 or (runtime is not None and a.dtype == np.float16):  # cuBLAS sums float16 in float32

@@ -12,6 +12,7 @@ from bnkernels.runtime.operands import Operands
 
 GRADIENTS = ("dx", "dweight", "dgamma", "dbeta")
 NORMS = ("batch", "layer", None)
+PRECISIONS = ("tf32x3", None)
 
 
 class Problem(NamedTuple):
@@ -37,21 +38,16 @@ def check_norm(norm: Any) -> None:
     check.one_of("norm", norm, NORMS)
 
 
-def pack_gradients(out: Any, wanted: tuple[bool, ...]) -> tuple[Any, ...]:
-    """Check `out`, None or a tuple with an array for every gradient that is wanted; return it, or as many None."""
-    if out is None:
-        return (None,) * 4
-    if not isinstance(out, tuple) or [array is not None for array in out] != list(wanted):
-        expected = ", ".join(name if want else "None" for name, want in zip(GRADIENTS, wanted, strict=True))
-        raise TypeError(f"out must be the tuple of arrays ({expected}), got {check.shown(out)}")
-    return out
+def check_precision(precision: Any) -> None:
+    """Check the name of an arithmetic of products."""
+    check.one_of("precision", precision, PRECISIONS)
 
 
 Arguments = dict[str, check.Argument | None]
 
 
-def _forward(args: Arguments, norm: str | None) -> Problem:
-    problem = _inputs(args)
+def _forward(args: Arguments, norm: str | None, precision: str | None) -> Problem:
+    problem = _inputs(args, precision)
     if norm is None and args["gamma"] is not None:
         raise ValueError("gamma belongs to a norm; with norm=None pass beta alone, the bias")
     for name in ("running_mean", "running_var"):
@@ -67,8 +63,8 @@ def _forward(args: Arguments, norm: str | None) -> Problem:
     return problem
 
 
-def _backward(args: Arguments, norm: str | None) -> Problem:
-    problem = _inputs(args)
+def _backward(args: Arguments, norm: str | None, precision: str | None) -> Problem:
+    problem = _inputs(args, precision)
     if norm == "layer" and args["statistics"] is None:
         raise ValueError("statistics must be those of the forward, got None; without a norm pass norm=None")
     if args["statistics"] is None and args["gamma"] is not None:
@@ -83,10 +79,12 @@ def _backward(args: Arguments, norm: str | None) -> Problem:
     return problem
 
 
-def _inputs(args: Arguments) -> Problem:
+def _inputs(args: Arguments, precision: str | None) -> Problem:
     """Check x, weight, gamma and beta."""
     x, weight = args["x"], args["weight"]
     check.floating(x)
+    if precision is not None and x.dtype != np.float32:
+        raise ValueError(f"precision='{precision}' is for float32 data, got {x.dtype.name}; pass precision=None")
     if len(x.shape) != 2:
         raise ValueError(f"x must have the shape (N, K), got {x.shape}; reshape it to two dimensions")
     if len(weight.shape) != 2:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from bnkernels.ops.mini_batch import reference
 from bnkernels.runtime import checks as check
 from bnkernels.runtime import seam as rt
 from bnkernels.runtime.arguments import SUFFIX, addresses, arguments_type, pack
+from bnkernels.runtime.arrays import AnyArray, Array
 from bnkernels.runtime.cpu import kernels
 from bnkernels.runtime.operands import Operands
 from bnkernels.runtime.replay import ReplayCache
@@ -18,9 +17,7 @@ CPU = "bnkernels.ops.mini_batch.cpu"
 ARGUMENTS = arguments_type(
     "x labels indices schedule x_out labels_out scalars_out counter", "batch inputs scalars", "", ""
 )
-THREADS = 256
-NUMBERS = 4  # copied per thread
-MAX_BLOCKS = 256
+THREADS, VECTOR = 256, 16
 HALF, LOW = 32, 2**32 - 1  # bits and mask of the lower half of a 64-bit counter
 
 
@@ -48,8 +45,14 @@ OPERANDS = Operands("x_out labels_out scalars counter", "x labels schedule indic
 
 
 def mini_batch(
-    x: Any, labels: Any, schedule: Any, counter: Any, *, indices: Any = None, out: tuple[Any, Any, Any]
-) -> tuple[Any, Any, Any]:
+    x: Array,
+    labels: AnyArray,
+    schedule: Array,
+    counter: AnyArray,
+    *,
+    indices: AnyArray | None = None,
+    out: tuple[Array, Array, Array],
+) -> tuple[Array, Array, Array]:
     """Copy the mini-batch that a counter names, and move the counter to the next.
 
     Parameters
@@ -106,21 +109,27 @@ def mini_batch(
         call.compute(lambda arrays: copy(*arrays), (*out, x, labels, schedule, counter, indices))
         return out
     pointers = addresses(runtime, x, labels, indices, schedule, x_out, labels_out, scalars, counter)
-    launch, arguments = mini_batch_launch(sizes[0] * sizes[1]), pack(ARGUMENTS[x.dtype], *pointers, *sizes)
-    call.launch(runtime, "mini_batch", f"bnk_mini_batch_{SUFFIX[x.dtype]}", launch, arguments, x)
+    batch, inputs, _ = sizes
+    row = inputs * x.dtype.itemsize
+    vectors = not any(number % VECTOR for number in (row, runtime.pointer(x), runtime.pointer(x_out)))
+    launch = mini_batch_launch(batch, row // VECTOR if vectors else inputs)
+    arguments = pack(ARGUMENTS[x.dtype], *pointers, *sizes)
+    kernel = f"bnk_mini_batch_{'vectors_' if vectors else ''}{SUFFIX[x.dtype]}"
+    call.launch(runtime, "mini_batch", kernel, launch, arguments, x)
     return out
 
 
-def mini_batch_launch(size: int) -> rt.Launch:
-    """Return the launch that copies `size` numbers.
+def mini_batch_launch(batch: int, units: int) -> rt.Launch:
+    """Return the launch that copies `batch` rows of so many units, a thread for each up to a block's.
 
     Examples
     --------
-    >>> mini_batch_launch(64 * 64)
-    Launch(grid=(4, 1, 1), block=(256, 1, 1), shared_bytes=0, cooperative=False)
+    >>> mini_batch_launch(64, 16)
+    Launch(grid=(4, 1, 1), block=(16, 16, 1), shared_bytes=0, cooperative=False)
     """
-    blocks = min(MAX_BLOCKS, max(1, rt.ceil_div(size, THREADS * NUMBERS)))
-    return rt.Launch((blocks, 1, 1), (THREADS, 1, 1))
+    threads = min(max(units, 1), THREADS)
+    examples = THREADS // threads
+    return rt.Launch((max(1, rt.ceil_div(batch, examples)), 1, 1), (threads, examples, 1))
 
 
 def random_rows(seed: int, count: int, rows: int, start: int = 0) -> np.ndarray:

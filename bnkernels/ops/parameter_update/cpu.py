@@ -1,7 +1,7 @@
 """CPU kernels of the optimisers' steps.
 
 Formulas:  as in ``cuda/parameter_update.cu``
-Arrays:    parameters, gradients and state, each (P,), of one type, float32 or float64; all but the gradients in place
+Arrays:    parameters, gradients and state, P numbers each, float32 or float64; all but the gradients in place
 Tasks:     blocks of `BLOCK` parameters
 Traffic:   sgd 2 P numbers read and P written, momentum 3 P and 2 P, adam 4 P and 3 P: each once
 Numerics:  numbers in the type of the arrays; factors are computed in float64 and rounded
@@ -22,6 +22,8 @@ BLOCK = 2**16
 
 def _share(work: Any, parameters: np.ndarray, *others: Any) -> None:
     size = parameters.size
+    if parameters.ndim != 1:
+        parameters, *others = (a.reshape(-1) if isinstance(a, np.ndarray) else a for a in (parameters, *others))
     if size <= BLOCK:
         work(parameters, *others, 0, 1)
     else:

@@ -1,4 +1,4 @@
-"""One optimiser step over all parameters of a network at once: SGD, momentum, Adam. In place, one launch."""
+"""One optimiser step over all numbers of an array at once: SGD, momentum, Adam. In place, one launch."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from bnkernels.ops.parameter_update import reference
 from bnkernels.runtime import checks as check
 from bnkernels.runtime import seam as rt
 from bnkernels.runtime.arguments import SUFFIX, addresses, arguments_type, pack
+from bnkernels.runtime.arrays import Array
 from bnkernels.runtime.cpu import kernels
 from bnkernels.runtime.operands import Operands
 from bnkernels.runtime.replay import NEW, Call, ReplayCache
@@ -19,11 +20,11 @@ from bnkernels.runtime.replay import NEW, Call, ReplayCache
 CPU = "bnkernels.ops.parameter_update.cpu"
 ARGUMENTS = arguments_type(
     "parameters gradients first second scalars",
-    "size",
+    "size vectors",
     "lr beta1 beta2 one_minus_beta1 one_minus_beta2 eps correction1 root_correction2",
     "",
 )
-THREADS = 256
+THREADS, VECTOR = 256, 16
 MAX_BLOCKS = 1024  # several per multiprocessor of the largest GPU; threads stride over the rest
 MOMENTUM, BETA1, BETA2, ADAM_EPS = 0.9, 0.9, 0.999, 1e-8  # the usual ones
 BELOW_ONE = math.nextafter(1, 0)
@@ -39,8 +40,6 @@ CONSTANTS = {  # members beta1 to eps of the argument
 def _check_shapes(args: dict[str, check.Argument | None]) -> None:
     parameters = args["parameters"]
     check.float32_or_float64(parameters)
-    if len(parameters.shape) != 1:
-        raise ValueError(f"parameters must be one flat array, got the shape {parameters.shape}; pass a flat view")
     for name, argument in args.items():
         check.contiguous(argument, (3,) if name == "scalars" else parameters.shape, parameters.dtype)
 
@@ -55,15 +54,15 @@ SCHEDULED = {
 SGD_CALLS, MOMENTUM_CALLS, SCHEDULED_CALLS, ADAM_CHECKS = (ReplayCache() for _ in range(4))
 
 
-def sgd_update(parameters: Any, gradients: Any, *, lr: float) -> None:
+def sgd_update(parameters: Array, gradients: Array, *, lr: float) -> None:
     """Subtract `lr` times the gradients from the parameters, in place.
 
     Parameters
     ----------
-    parameters : array, shape (P,), float32 or float64
-        Parameters, updated in place; contiguous.
-    gradients : array, shape (P,), dtype of `parameters`
-        Gradients; contiguous. Never written.
+    parameters : array, float32 or float64
+        Parameters of any shape, updated in place; C order.
+    gradients : array, shape and dtype of `parameters`
+        Gradients; C order. Never written.
     lr : float
         Learning rate, per step.
 
@@ -92,16 +91,18 @@ def sgd_update(parameters: Any, gradients: Any, *, lr: float) -> None:
         call.compute(lambda arrays: update(*arrays, lr), (parameters, gradients))
 
 
-def momentum_update(parameters: Any, gradients: Any, velocity: Any, *, lr: float, momentum: float = MOMENTUM) -> None:
+def momentum_update(
+    parameters: Array, gradients: Array, velocity: Array, *, lr: float, momentum: float = MOMENTUM
+) -> None:
     """Add the gradients to the decayed velocity and subtract `lr` times it from the parameters, in place.
 
     Parameters
     ----------
-    parameters : array, shape (P,), float32 or float64
-        Parameters, updated in place; contiguous.
-    gradients : array, shape (P,), dtype of `parameters`
-        Gradients; contiguous. Never written.
-    velocity : array, shape (P,), dtype of `parameters`
+    parameters : array, float32 or float64
+        Parameters of any shape, updated in place; C order.
+    gradients : array, shape and dtype of `parameters`
+        Gradients; C order. Never written.
+    velocity : array, shape and dtype of `parameters`
         Decayed sum of the gradients, updated in place; starts at 0.
     lr : float
         Learning rate, per step.
@@ -135,10 +136,10 @@ def momentum_update(parameters: Any, gradients: Any, velocity: Any, *, lr: float
 
 
 def adam_update(
-    parameters: Any,
-    gradients: Any,
-    first: Any,
-    second: Any,
+    parameters: Array,
+    gradients: Array,
+    first: Array,
+    second: Array,
     *,
     step: int,
     lr: float,
@@ -150,11 +151,11 @@ def adam_update(
 
     Parameters
     ----------
-    parameters : array, shape (P,), float32 or float64
-        Parameters, updated in place; contiguous.
-    gradients : array, shape (P,), dtype of `parameters`
-        Gradients; contiguous. Never written.
-    first, second : array, shape (P,), dtype of `parameters`
+    parameters : array, float32 or float64
+        Parameters of any shape, updated in place; C order.
+    gradients : array, shape and dtype of `parameters`
+        Gradients; C order. Never written.
+    first, second : array, shape and dtype of `parameters`
         Decayed means of the gradients and of their squares, updated in place; both start at 0.
     step : int
         Number of this step, from 1.
@@ -210,16 +211,18 @@ def _corrections(step: int, beta1: float, beta2: float) -> tuple[float, float]:
     return 1 - beta1**step, math.sqrt(1 - beta2**step)
 
 
-def scheduled_update(optimizer: str, parameters: Any, gradients: Any, state: tuple[Any, ...], scalars: Any) -> None:
+def scheduled_update(
+    optimizer: str, parameters: Array, gradients: Array, state: tuple[Array, ...], scalars: Array
+) -> None:
     """Make one optimiser step in place, its numbers in an array: a launch that can be captured and replayed.
 
     Parameters
     ----------
     optimizer : {"sgd", "momentum", "adam"}
         Optimiser, with the usual constants of `sgd_update`, `momentum_update` and `adam_update`.
-    parameters, gradients : array, shape (P,), float32 or float64
+    parameters, gradients : array, float32 or float64
         Arguments of these.
-    state : tuple of arrays, shape (P,)
+    state : tuple of arrays, shape of `parameters`
         State of the optimiser: (), (velocity,) or (first, second); updated in place.
     scalars : array, shape (3,), dtype of `parameters`
         Row of `update_schedule`.
@@ -301,15 +304,15 @@ def update_schedule(optimizer: str, lr: float, steps: int, *, before: int = 0) -
     return schedule
 
 
-def parameter_update_launch(size: int) -> rt.Launch:
-    """Return the launch for at least one parameter.
+def parameter_update_launch(units: int) -> rt.Launch:
+    """Return the launch for at least one vector or parameter.
 
     Examples
     --------
-    >>> parameter_update_launch(1530)
-    Launch(grid=(6, 1, 1), block=(256, 1, 1), shared_bytes=0, cooperative=False)
+    >>> parameter_update_launch(1530 // 4)
+    Launch(grid=(2, 1, 1), block=(256, 1, 1), shared_bytes=0, cooperative=False)
     """
-    return rt.Launch((min(rt.ceil_div(size, THREADS), MAX_BLOCKS), 1, 1), (THREADS, 1, 1))
+    return rt.Launch((min(rt.ceil_div(units, THREADS), MAX_BLOCKS), 1, 1), (THREADS, 1, 1))
 
 
 def _on_numpy() -> ModuleType:
@@ -321,6 +324,9 @@ def _launch(runtime: rt.Runtime, call: Call, rule: str, arrays: tuple, scalars: 
     parameters = arrays[0]
     if parameters.size == 0:
         return
-    arguments = pack(ARGUMENTS[parameters.dtype], *addresses(runtime, *arrays), parameters.size, *scalars)
+    places, size = addresses(runtime, *arrays), parameters.size
+    aligned = not any(place % VECTOR for place in places[:4])  # the scalars are read one by one
+    vectors = size * parameters.dtype.itemsize // VECTOR if aligned else 0
+    arguments = pack(ARGUMENTS[parameters.dtype], *places, size, vectors, *scalars)
     kernel = f"bnk_parameter_update_{rule}_{SUFFIX[parameters.dtype]}"
-    call.launch(runtime, "parameter_update", kernel, parameter_update_launch(parameters.size), arguments, parameters)
+    call.launch(runtime, "parameter_update", kernel, parameter_update_launch(vectors or size), arguments, parameters)

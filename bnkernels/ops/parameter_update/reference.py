@@ -37,7 +37,7 @@ def adam(
     first += (1 - beta1) * gradients
     second *= beta2
     second += (1 - beta2) * gradients * gradients
-    root = np.sqrt(second)
+    root = np.sqrt(second, out=np.empty_like(second))
     root /= root_correction2
     root += eps
     np.divide(first, root, out=root)  # before lr multiplies: finite / infinite is 0

@@ -53,6 +53,11 @@ struct Subwarp {
         }
     }
 
+    // The value of the first example, in all threads. All threads of the warp must call.
+    __device__ __forceinline__ T first_example(const T (&values)[EXAMPLES]) const {
+        return __shfl_sync(0xffffffffu, values[0], 0, size);
+    }
+
     // Subtracts `less` from every value; leaves 0 where there is no example.
     __device__ __forceinline__ void subtract(T (&values)[EXAMPLES], T less) const {
         if (full) {
@@ -73,25 +78,25 @@ struct Subwarp {
         return own;
     }
 
-    // Sum over all examples; values without an example must be 0.
+    // Sum over all examples; values without an example must be 0. Neighbours are added first: short chains.
     __device__ __forceinline__ T sum(const T (&values)[EXAMPLES]) const {
-        T total = values[0];
+        T sums[EXAMPLES / 2];
 #pragma unroll
-        for (int i = 1; i < EXAMPLES; ++i) total += values[i];
-        return reduce(total);
+        for (int i = 0; i < EXAMPLES / 2; ++i) sums[i] = values[2 * i] + values[2 * i + 1];
+        return reduce((sums[0] + sums[1]) + (sums[2] + sums[3]));
     }
 
     __device__ __forceinline__ T sum_of_products(const T (&a)[EXAMPLES], const T (&b)[EXAMPLES]) const {
-        T total = a[0] * b[0];
+        T sums[EXAMPLES / 2];
 #pragma unroll
-        for (int i = 1; i < EXAMPLES; ++i) total = fma(a[i], b[i], total);
-        return reduce(total);
+        for (int i = 0; i < EXAMPLES / 2; ++i) sums[i] = fma(a[2 * i], b[2 * i], a[2 * i + 1] * b[2 * i + 1]);
+        return reduce((sums[0] + sums[1]) + (sums[2] + sums[3]));
     }
 
     // values += sum_k weights[k step] rows[k]
     __device__ __forceinline__ void add_product(T (&values)[EXAMPLES], const T* weights, int step, const T* rows,
                                                 int terms) const {
-#pragma unroll 4
+#pragma unroll 8
         for (int k = 0; k < terms; ++k) {
             T row[EXAMPLES];
             load(row, rows + k * pitch);

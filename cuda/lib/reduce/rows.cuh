@@ -12,17 +12,27 @@
 constexpr int SERIAL_WORKERS = 64;
 constexpr int MERGE_FAN_IN = 32;  // partial results that one thread merges at the first of two levels
 
-// Iterator over the rows of a thread. MATRIX asserts inner = 1.
 template <bool MATRIX>
+struct IndexOf {
+    using Type = long long;
+};
+template <>
+struct IndexOf<true> {
+    using Type = int;
+};
+
+// Iterator over the rows of a thread. MATRIX asserts inner = 1. Offsets are of the type Index: int where no element of
+// a tensor is 2^31 or more from the first.
+template <bool MATRIX, typename Index = long long>
 struct Rows {
-    long long outers, inner;     // of the tensor
-    long long outer, index;      // of the row
+    Index outers, inner;         // of the tensor
+    Index outer, index;          // of the row
     int outer_step, index_step;  // to the next row
 
-    __device__ __forceinline__ Rows(long long outers, long long inner, int worker, int workers)
+    __device__ __forceinline__ Rows(Index outers, Index inner, int worker, int workers)
         : outers(outers), inner(inner), outer(worker), index(0), outer_step(workers), index_step(0) {
         if (MATRIX) return;
-        const int width = (int)min(inner, (long long)0x7fffffff);  // more than there are workers
+        const int width = (int)min(inner, (Index)0x7fffffff);  // more than there are workers
         outer = worker / width;
         index = worker % width;
         outer_step = workers / width;
@@ -42,12 +52,35 @@ struct Rows {
     }
 
     // Offset of the row in an array with these strides, in elements from the channel's first.
-    __device__ __forceinline__ long long at(long long outer_stride, long long inner_stride) const {
+    __device__ __forceinline__ Index at(Index outer_stride, Index inner_stride) const {
         return MATRIX ? outer * outer_stride : outer * outer_stride + index * inner_stride;
     }
 
     // Offset of the row of channel c in an output.
-    __device__ __forceinline__ long long at_output(long long channels, long long c) const {
+    __device__ __forceinline__ Index at_output(Index channels, Index c) const {
         return MATRIX ? outer * channels + c : (outer * channels + c) * inner + index;
+    }
+};
+
+// The rows of a chunk: the first `count`, or those of them that the mask does not exclude, which have a bit in `valid`.
+struct ChunkRows {
+    int count;
+    unsigned valid;
+    bool masked;
+
+    __device__ __forceinline__ bool has(int i) const { return masked ? (valid >> i & 1u) != 0 : i < count; }
+    __device__ __forceinline__ int valid_count() const { return masked ? __popc(valid) : count; }
+
+    // Takes the next VALUES rows, or as many as are left.
+    template <int VALUES, bool MATRIX, typename Index>
+    __device__ __forceinline__ void take_valid(const char* mask, Index outer_stride, Index inner_stride,
+                                               Rows<MATRIX, Index> rows) {
+        valid = 0;
+#pragma unroll
+        for (int i = 0; i < VALUES; ++i)
+            if (rows.inside()) {
+                if (mask[rows.at(outer_stride, inner_stride)] != 0) valid |= 1u << i;
+                rows.advance();
+            }
     }
 };

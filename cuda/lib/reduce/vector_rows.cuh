@@ -1,99 +1,108 @@
 // Rows of a matrix, each shared by the threads of a block with the same threadIdx.y: access and row-wise sums.
 //
-// blockDim.x is a power of two. A unit is a vector of 16 bytes of a row. A thread takes every blockDim.x-th unit,
-// always the same ones: no other thread reads the units that it keeps in shared memory, so they need no barrier.
+// blockDim.x, the width, is a power of two. A unit is a vector of 16 bytes of a row. A thread takes every width-th
+// unit, always the same ones: no other thread reads what it keeps of them, so that needs no barrier.
 #pragma once
 
-#include "lib/numbers/pair.cuh"
 #include "lib/numbers/vector.cuh"
+#include "lib/reduce/warp.cuh"
+#include "lib/sync/async_copy.cuh"
 
 template <typename T>
 constexpr int UNIT = Packed<T>::COUNT;
 
-// Rows of `length` values. aligned16: a row is a whole number of units and begins at a multiple of 16 bytes.
-struct VectorRows {
-    long long length;
-    bool aligned16;
+// ALIGNED: a row is a whole number of units and begins at a multiple of 16 bytes. FULL: and all threads have as many.
+enum RowShape { ANY = 0, ALIGNED = 1, FULL = 2 };
 
-    template <typename T>
-    __device__ __forceinline__ long long units() const {
-        return (length + UNIT<T> - 1) / UNIT<T>;
-    }
+// The units of a thread in a row, or in a part of one, of `columns`: the first in `column`, the others `step` columns
+// apart.
+template <typename T>
+struct RowUnits {
+    int column, left, step;  // left: columns from `column` to the end; not positive if the thread has no unit
+    RowShape shape;
 
-    // Whether element i of a unit is within the row.
-    template <typename T>
-    __device__ __forceinline__ bool has(long long unit, int i) const {
-        return aligned16 || unit * UNIT<T> + i < length;
-    }
+    __device__ __forceinline__ RowUnits(int columns, int width, int shape)
+        : column((int)threadIdx.x * UNIT<T>), left(columns - column), step(width * UNIT<T>), shape((RowShape)shape) {}
 
-    // Loads a unit; elements beyond the end of the row are 0.
-    template <typename T>
-    __device__ __forceinline__ Vector load(const T* row, long long unit) const {
-        if (aligned16) return bnk_load_vector(row + unit * UNIT<T>);
+    __device__ __forceinline__ bool has_unit(int k) const { return shape == FULL || k * step < left; }
+    // Whether element i of a unit that is there is within the row.
+    __device__ __forceinline__ bool has(int k, int i) const { return shape != ANY || k * step + i < left; }
+
+    // Loads unit k; elements beyond the end of the row are 0.
+    __device__ __forceinline__ Vector load(const T* row, int k) const {
+        if (shape != ANY) return bnk_load_vector(row + column + k * step);
         Vector vector = {};
 #pragma unroll
         for (int i = 0; i < UNIT<T>; ++i)
-            if (has<T>(unit, i)) Packed<T>::set(vector, i, typename Packed<T>::Number(row[unit * UNIT<T> + i]));
+            if (has(k, i)) Packed<T>::set(vector, i, typename Packed<T>::Number(row[column + k * step + i]));
         return vector;
     }
 
-    template <typename T, typename A>
-    __device__ __forceinline__ void store(T* row, long long unit, const A (&values)[UNIT<T>]) const {
-        if (aligned16) {
-            Vector vector = {};
-#pragma unroll
-            for (int i = 0; i < UNIT<T>; ++i) Packed<T>::set(vector, i, values[i]);
-            bnk_store_vector(row + unit * UNIT<T>, vector);
+    // Copies unit k to shared memory; see async_copy.cuh. What is not a vector is copied at once.
+    __device__ __forceinline__ void copy(Vector* shared, const T* row, int k) const {
+        if (shape != ANY)
+            copy_async<16>(shared, row + column + k * step);
+        else
+            *shared = load(row, k);
+    }
+
+    __device__ __forceinline__ void store(T* row, int k, const Unpacked<T>& values) const {
+        if (shape != ANY) {
+            bnk_store_vector(row + column + k * step, pack<T>(values));
             return;
         }
 #pragma unroll
         for (int i = 0; i < UNIT<T>; ++i)
-            if (has<T>(unit, i)) row[unit * UNIT<T> + i] = T(values[i]);
+            if (has(k, i)) row[column + k * step + i] = T(values[i]);
     }
 
-    // Loads the parameters of a unit's columns: `missing` if there are none, and beyond the end.
-    template <typename T, typename A>
-    __device__ __forceinline__ void load_parameters(A (&values)[UNIT<T>], const A* parameters, long long unit,
+    // Loads the parameters of the columns of unit k; they are `missing` unless `given`, and beyond the end.
+    template <typename A>
+    __device__ __forceinline__ void load_parameters(Unpacked<T>& values, const A* parameters, int given, int k,
                                                     A missing) const {
-        constexpr int COUNT = UNIT<A>;
 #pragma unroll
-        for (int i = 0; i < UNIT<T>; i += COUNT) {
-            Vector four = {};
-            if (aligned16 && parameters) four = bnk_load_vector(parameters + unit * UNIT<T> + i);
+        for (int i = 0; i < UNIT<T>; ++i) values[i] = missing;
+        if (!given) return;
+        const A* const own = parameters + column + k * step;
 #pragma unroll
-            for (int j = 0; j < COUNT; ++j) {
-                values[i + j] = aligned16 && parameters ? Packed<A>::get(four, j) : missing;
-                if (!aligned16 && parameters && has<T>(unit, i + j)) values[i + j] = parameters[unit * UNIT<T> + i + j];
+        for (int i = 0; i < UNIT<T>; i += UNIT<A>) {
+            if (shape != ANY) {
+                const Vector four = bnk_load_vector(own + i);
+#pragma unroll
+                for (int j = 0; j < UNIT<A>; ++j) values[i + j] = Packed<A>::get(four, j);
+            } else {
+#pragma unroll
+                for (int j = 0; j < UNIT<A>; ++j)
+                    if (has(k, i + j)) values[i + j] = own[i + j];
             }
         }
     }
 };
 
-// Calls work(k, unit) for the thread's units first <= unit < last, k = 0, 1, ...
-template <int UNROLL = 1, typename Work>
-__device__ __forceinline__ void for_each_unit(long long first, long long last, const Work& work) {
-    int k = 0;
-#pragma unroll UNROLL
-    for (long long unit = first + threadIdx.x; unit < last; unit += blockDim.x) work(k++, unit);
-}
-
-// Sum over the threads of a row, identical in all of them. `scratch` holds a pair for every warp of the block. All
-// threads must call.
-template <typename A>
-__device__ __forceinline__ Pair<A> row_sum(Pair<A> sum, Pair<A>* scratch) {
-    const int width = blockDim.x, warps = width / 32;
-    for (int offset = min(width, 32) / 2; offset > 0; offset /= 2) {
-        const Pair<A> other = {__shfl_xor_sync(0xffffffffu, sum.high, offset),
-                               __shfl_xor_sync(0xffffffffu, sum.low, offset)};
-        sum = add(sum, other);
+// Sums of COUNT numbers over the threads of a row, identical in all of them: a balanced tree. `scratch` holds COUNT
+// numbers for every warp of the block, and may be used anew behind the next barrier. All threads must call.
+template <int COUNT, typename A>
+__device__ __forceinline__ void row_sums(A (&sums)[COUNT], int width, A* scratch) {
+#pragma unroll
+    for (int offset = WARP / 2; offset > 0; offset /= 2)
+        if (offset < width) {
+#pragma unroll
+            for (int i = 0; i < COUNT; ++i) sums[i] += __shfl_xor_sync(0xffffffffu, sums[i], offset);
+        }
+    if (width <= WARP) return;
+    const int warps = width / WARP, lane = threadIdx.x % WARP;
+    A* const own = scratch + threadIdx.y * warps * COUNT;
+    if (lane == 0) {
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) own[i * warps + threadIdx.x / WARP] = sums[i];
     }
-    if (warps <= 1) return sum;
-    Pair<A>* const own = scratch + threadIdx.y * warps;
-    if (threadIdx.x % 32 == 0) own[threadIdx.x / 32] = sum;
     __syncthreads();
-    sum = own[0];
-#pragma unroll 1
-    for (int warp = 1; warp < warps; ++warp) sum = add(sum, own[warp]);
-    __syncthreads();  // the next sum uses the same scratch
-    return sum;
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) sums[i] = own[i * warps + lane % warps];
+#pragma unroll
+    for (int offset = WARP / 2; offset > 0; offset /= 2)
+        if (offset < warps) {
+#pragma unroll
+            for (int i = 0; i < COUNT; ++i) sums[i] += __shfl_xor_sync(0xffffffffu, sums[i], offset);
+        }
 }

@@ -3,8 +3,13 @@
 
 #include "lib/gemm/subwarp.cuh"
 #include "lib/numbers/activation.cuh"
+#include "lib/numbers/rsqrt.cuh"
 #include "lib/reduce/warp.cuh"
+#include "lib/sync/async_copy.cuh"
 #include "lib/train/network.cuh"
+
+constexpr int TILE_INPUTS = 4, TILE_OUTPUTS = 2;  // weights that a thread updates together
+constexpr int ROWS_AHEAD = 4;                     // examples that a warp looks up before it copies them
 
 // Layout of the block's shared memory, in this order. Rows of examples have the subwarp's pitch.
 template <typename T>
@@ -17,6 +22,7 @@ struct SharedLayout {
     T* losses;    // (examples,)
     T* schedule;  // of this step and the next, 4 numbers each
     int* data;    // row of the data of each example, of this step and the next
+    int* labels;  // of this step and the next
     T* x;         // (inputs, examples), of this step and the next
     T* h;         // (rows, examples): outputs of the layers; of the last layer the logits, then their gradients
     T* z;         // (rows, examples): pre-activations, with batch norm less the mean, with layer norm normalised;
@@ -24,21 +30,28 @@ struct SharedLayout {
     T* scratch;   // (rows of the widest hidden layer, examples), with layer norm
 
     template <typename Arguments>
-    __device__ __forceinline__ SharedLayout(T* shared, const Arguments& a, int inputs, int pitch) {
+    __device__ __forceinline__ SharedLayout(T* shared, const Arguments& a, int pitch) {
+        const int parameter_count = (int)a.parameter_count;
         parameters = shared;
-        first = parameters + a.parameter_count;
-        second = first + (a.first ? a.parameter_count : 0);
-        running = second + (a.second ? a.parameter_count : 0);
-        rstd = running + a.running_count;
-        const long long rstds = a.scratch_rows ? a.depth * pitch : a.rows;
+        first = parameters + parameter_count;
+        second = first + (a.optimizer >= MOMENTUM ? parameter_count : 0);
+        running = second + (a.optimizer == ADAM ? parameter_count : 0);
+        rstd = running + (int)a.running_count;
+        const int rstds = a.scratch_rows ? (int)a.depth * pitch : (int)a.rows;
         losses = shared + (rstd - shared + rstds + 3) / 4 * 4;  // rows of examples are read four values at a time
         schedule = losses + pitch;
         data = reinterpret_cast<int*>(schedule + 8);
-        x = schedule + 8 + 2 * pitch;
-        h = x + 2 * inputs * pitch;
-        z = h + a.rows * pitch;
-        scratch = z + a.rows * pitch;
+        labels = reinterpret_cast<int*>(schedule + 8 + 2 * pitch);
+        x = schedule + 8 + 4 * pitch;
+        h = x + 2 * field_of(a, 0, INPUTS) * pitch;
+        z = h + (int)a.rows * pitch;
+        scratch = z + (int)a.rows * pitch;
     }
+};
+
+template <typename T>
+struct Running {
+    T mean, var, momentum;
 };
 
 // Methods of a training step; all threads of the block must call every method. With LAYER_NORM the norm of layers with
@@ -48,99 +61,141 @@ struct BlockStep {
     const Arguments& a;
     const Subwarp<T> subwarp;
     const SharedLayout<T> smem;
-    const T lr;
+    const T lr, share, unbiased_share;  // 1/N, and what multiplies M2 to give the running variance
 
-    __device__ __forceinline__ int field(int layer, Layer which) const {
-        return a.layers[layer * LAYER_FIELDS + which];
-    }
+    __device__ __forceinline__ BlockStep(const Arguments& a, T* shared, const Subwarp<T>& subwarp)
+        : a(a),
+          subwarp(subwarp),
+          smem(shared, a, subwarp.pitch),
+          lr(a.rates[0]),
+          share(T(1) / T(subwarp.batch)),
+          unbiased_share(T(1) / (T(subwarp.batch) - a.correction)) {}
+
+    __device__ __forceinline__ int field(int layer, Layer which) const { return field_of(a, layer, which); }
+    __device__ __forceinline__ int last_layer() const { return (int)a.depth - 1; }
     __device__ __forceinline__ T* x_of(long long step) const {
-        return smem.x + (step & 1) * field(0, INPUTS) * subwarp.pitch;
+        return smem.x + (int)(step & 1) * field(0, INPUTS) * subwarp.pitch;
     }
-    __device__ __forceinline__ const T* schedule_of(long long step) const { return smem.schedule + (step & 1) * 4; }
+    __device__ __forceinline__ T* schedule_of(long long step) const { return smem.schedule + (int)(step & 1) * 4; }
+    __device__ __forceinline__ int* rows_of(long long step) const {
+        return smem.data + (int)(step & 1) * subwarp.pitch;
+    }
+    __device__ __forceinline__ int* labels_of(long long step) const {
+        return smem.labels + (int)(step & 1) * subwarp.pitch;
+    }
     __device__ __forceinline__ const T* inputs_of(int layer, long long step) const {
         return layer == 0 ? x_of(step) : smem.h + field(layer - 1, ROW) * subwarp.pitch;
     }
     // The last layer has no activation: its logits are its z.
     __device__ __forceinline__ T* z_of(int layer) const {
-        return (layer + 1 == a.depth ? smem.h : smem.z) + field(layer, ROW) * subwarp.pitch;
+        return (layer == last_layer() ? smem.h : smem.z) + field(layer, ROW) * subwarp.pitch;
     }
 
     __device__ __forceinline__ void move(int i, T g, long long step) const {
         update(a, smem.parameters, smem.first, smem.second, i, g, lr, schedule_of(step));
     }
 
-    __device__ __forceinline__ T slope(T z) const {
-        return a.activation == LINEAR ? linear(T(1), z, a.alpha) : curved_derivative(z, a.activation, a.alpha);
-    }
-
-    __device__ __forceinline__ int* rows_of(long long step) const { return smem.data + (step & 1) * subwarp.pitch; }
+    // Chooses the rows of a step; other threads see them after a wait for copies and a barrier.
     __device__ __forceinline__ void choose_rows(long long step) const {
-        for (int n = threadIdx.x; n < subwarp.batch && step < a.steps; n += blockDim.x)
-            rows_of(step)[n] = row_of(a, step, n);
+        if (step >= a.steps) return;
+        for (int n = threadIdx.x; n < subwarp.batch; n += blockDim.x)
+            if (a.indices && !a.seeds)
+                copy_async<4>(rows_of(step) + n, a.indices + step * a.batch + n);
+            else
+                rows_of(step)[n] = row_of(a, step, n);
     }
 
-    // Loads the mini-batch of a step and its row of the schedule, with the threads from `from` on. Its rows must be
-    // chosen.
-    __device__ __forceinline__ void fetch(long long step, int from) const {
-        const int inputs = field(0, INPUTS), threads = blockDim.x - from;
-        T* x = x_of(step);
+    // Asks for the mini-batch of a step, a warp an example, for its labels and its row of the schedule. Its rows must
+    // be chosen.
+    __device__ __forceinline__ void fetch(long long step) const {
         if (step >= a.steps) return;
-        for (int i = threadIdx.x - from; i >= 0 && i < 3; i += threads)
-            smem.schedule[(step & 1) * 4 + i] = a.schedule[3 * step + i];
+        const int inputs = field(0, INPUTS);
+        const int warps = blockDim.x / WARP;
+#pragma unroll 1
+        for (int first = threadIdx.x / WARP; first < subwarp.batch; first += ROWS_AHEAD * warps) {
+            int rows[ROWS_AHEAD];
+#pragma unroll
+            for (int i = 0; i < ROWS_AHEAD; ++i) rows[i] = rows_of(step)[min(first + i * warps, subwarp.batch - 1)];
+#pragma unroll
+            for (int i = 0; i < ROWS_AHEAD; ++i) {
+                const int n = first + i * warps;
+                if (n >= subwarp.batch) break;
+                const T* const from = a.x + (long long)rows[i] * inputs;
+                T* const to = x_of(step) + n;
 #pragma unroll 4
-        for (int i = threadIdx.x - from; i >= 0 && i < inputs * subwarp.batch; i += threads) {
-            const int example = i / inputs, input = i % inputs;
-            x[input * subwarp.pitch + example] = a.x[(long long)rows_of(step)[example] * inputs + input];
+                for (int k = threadIdx.x % WARP; k < inputs; k += WARP)
+                    copy_async<sizeof(T)>(to + k * subwarp.pitch, from + k);
+            }
         }
+        for (int n = threadIdx.x; n < subwarp.batch; n += blockDim.x)
+            copy_async<4>(labels_of(step) + n, a.labels + rows_of(step)[n]);
+        if (threadIdx.x < 3)
+            copy_async<sizeof(T)>(schedule_of(step) + threadIdx.x, a.schedule + 3 * step + threadIdx.x);
     }
 
     __device__ __forceinline__ void forward(int layer, long long step) const {
         const int inputs = field(layer, INPUTS), outputs = field(layer, OUTPUTS), gamma = field(layer, GAMMA);
         const int shift = field(layer, SHIFT), row = field(layer, ROW);
-        const bool last = layer + 1 == a.depth;
+        const bool norm = !LAYER_NORM && gamma >= 0;
 #pragma unroll 1
         for (int first = 0; first + subwarp.first < outputs; first += subwarp.count) {
             const int neuron = first + subwarp.index;
             const bool active = neuron < outputs;  // all threads of a warp take part in shuffles
             const T beta = active ? smem.parameters[shift + neuron] : T(0);
-            T z[EXAMPLES], scale = T(1);
+            const bool keeper = norm && active && subwarp.rank == 0;  // of the statistics
+            const Running<T> running = keeper ? running_of(layer, neuron, step) : Running<T>{};
+            T z[EXAMPLES], scale = norm && active ? smem.parameters[gamma + neuron] : T(1);
 #pragma unroll
             for (int i = 0; i < EXAMPLES; ++i) z[i] = gamma < 0 ? beta : T(0);
             if (active)
                 subwarp.add_product(z, smem.parameters + field(layer, WEIGHT) + neuron, outputs, inputs_of(layer, step),
                                     inputs);
-            if (!LAYER_NORM && gamma >= 0) scale = normalise(z, layer, neuron, active, step);
+            Moments moments;
+            if (norm) {
+                moments = normalise(z);
+                scale *= moments.rstd;
+            }
             if (!active) continue;
             subwarp.store(z_of(layer) + neuron * subwarp.pitch, z);
-            if (last || (LAYER_NORM && gamma >= 0)) continue;
-#pragma unroll 1
-            for (int i = 0; i < EXAMPLES; ++i) {
-                z[0] = activate(gamma < 0 ? z[0] : fma(scale, z[0], beta), a.activation, a.alpha);
-                rotate(z);
+            if (keeper) keep(moments, running, layer, neuron);
+            if (layer == last_layer() || (LAYER_NORM && gamma >= 0)) continue;
+            if (norm) {
+#pragma unroll
+                for (int i = 0; i < EXAMPLES; ++i) z[i] = fma(scale, z[i], beta);
             }
+            activate_all(z, a.activation, a.alpha);
             subwarp.store(smem.h + (row + neuron) * subwarp.pitch, z);
         }
     }
 
-    // Subtracts the mean and returns gamma rstd. The first thread of the subwarp stores the statistics.
-    __device__ __forceinline__ T normalise(T (&z)[EXAMPLES], int layer, int neuron, bool active, long long step) const {
-        const T n = T(subwarp.batch), mean = subwarp.sum(z) / n;
+    struct Moments {
+        T mean, m2, rstd;
+    };
+
+    // Subtracts the mean.
+    __device__ __forceinline__ Moments normalise(T (&z)[EXAMPLES]) const {
+        const T shift = subwarp.first_example(z);  // what all examples have in common costs no digits of the mean
+        subwarp.subtract(z, shift);
+        const T mean = subwarp.sum(z) * share;
         subwarp.subtract(z, mean);
-        const T remainder = subwarp.sum(z) / n;  // rounding error of the mean
-        subwarp.subtract(z, remainder);
-        const T m2 = subwarp.sum_of_products(z, z), rstd = T(1) / sqrt(m2 / n + a.eps);
-        if (!active) return T(0);
-        if (subwarp.rank == 0) {
-            smem.rstd[field(layer, ROW) + neuron] = rstd;
-            if (a.running) {
-                const T momentum = schedule_of(step)[0], keep = T(1) - momentum;
-                T* running_mean = smem.running + field(layer, MEAN) + neuron;
-                T* running_var = smem.running + field(layer, VARIANCE) + neuron;
-                *running_mean = fma(momentum, mean + remainder, keep * *running_mean);
-                *running_var = fma(momentum, m2 / (n - a.correction), keep * *running_var);
-            }
-        }
-        return smem.parameters[field(layer, GAMMA) + neuron] * rstd;
+        const T m2 = subwarp.sum_of_products(z, z);
+        return {shift + mean, m2, reciprocal_sqrt(fma(m2, share, a.eps))};
+    }
+
+    // Running statistics of a neuron before the step, and the weight of the step in them.
+    __device__ __forceinline__ Running<T> running_of(int layer, int neuron, long long step) const {
+        if (a.running_count == 0) return {};
+        return {smem.running[field(layer, MEAN) + neuron], smem.running[field(layer, VARIANCE) + neuron],
+                schedule_of(step)[0]};
+    }
+
+    __device__ __forceinline__ void keep(const Moments& moments, const Running<T>& before, int layer,
+                                         int neuron) const {
+        smem.rstd[field(layer, ROW) + neuron] = moments.rstd;
+        if (a.running_count == 0) return;
+        const T rest = T(1) - before.momentum, var = moments.m2 * unbiased_share;
+        smem.running[field(layer, MEAN) + neuron] = fma(before.momentum, moments.mean, rest * before.mean);
+        smem.running[field(layer, VARIANCE) + neuron] = fma(before.momentum, var, rest * before.var);
     }
 
     // sum_m term(m) over the neurons of a layer by a warp, identical in all its threads.
@@ -175,21 +230,43 @@ struct BlockStep {
         }
     }
 
-    // Losses, and the gradients of the mean loss in place of the logits; one thread an example.
+    // Losses, and the gradients of the mean loss in place of the logits; two threads an example, which share its
+    // classes.
     __device__ __forceinline__ void softmax_cross_entropy(long long step) const {
-        const int classes = field(a.depth - 1, OUTPUTS), n = threadIdx.x;
-        if (n >= subwarp.batch) return;
-        T* logits = z_of(a.depth - 1) + n;
-        const int label = a.labels[rows_of(step)[n]];
-        T top = logits[0], total = T(0);
-        for (int k = 1; k < classes; ++k) top = logits[k * subwarp.pitch] > top ? logits[k * subwarp.pitch] : top;
-        for (int k = 0; k < classes; ++k) total += exp(logits[k * subwarp.pitch] - top);
-        const bool valid = 0 <= label && label < classes;
-        const T poison = valid ? T(0) : T(nan(""));
-        smem.losses[n] = log(total) - ((valid ? logits[label * subwarp.pitch] : T(0)) - top) + poison;
-        for (int k = 0; k < classes; ++k) {
-            T& logit = logits[k * subwarp.pitch];
-            logit = (exp(logit - top) / total - (k == label ? T(1) : T(0))) / T(subwarp.batch) + poison;
+        const int classes = field(last_layer(), OUTPUTS), half = threadIdx.x % 2,
+                  warp_first = threadIdx.x / WARP * WARP / 2;
+#pragma unroll 1
+        for (int first = 0; first + warp_first < subwarp.batch; first += blockDim.x / 2) {
+            const int n = first + threadIdx.x / 2;
+            const bool active = n < subwarp.batch;  // all threads of a warp take part in shuffles; rows are long enough
+            T* const logits = z_of(last_layer()) + n;
+            const int label = labels_of(step)[n];
+            T top = log(T(0)), own = T(0), total = T(0);
+#pragma unroll 8
+            for (int k = half; k < classes; k += 2) {
+                const T logit = logits[k * subwarp.pitch];
+                top = logit > top ? logit : top;
+                if (k == label) own = logit;
+            }
+            const T others = __shfl_xor_sync(0xffffffffu, top, 1);
+            top = others > top ? others : top;
+#pragma unroll 8
+            for (int k = half; k < classes; k += 2) {
+                const T e = exp(logits[k * subwarp.pitch] - top);
+                total += e;
+                if (active) logits[k * subwarp.pitch] = e;
+            }
+            total += __shfl_xor_sync(0xffffffffu, total, 1);
+            own += __shfl_xor_sync(0xffffffffu, own, 1);
+            if (!active) continue;
+            const T poison = 0 <= label && label < classes ? T(0) : T(nan(""));
+            if (half == 0) smem.losses[n] = log(total) - (own - top) + poison;
+            const T scale = share / total;
+#pragma unroll 8
+            for (int k = half; k < classes; k += 2) {
+                T& logit = logits[k * subwarp.pitch];
+                logit = fma(logit, scale, k == label ? -share : T(0)) + poison;
+            }
         }
     }
 
@@ -198,7 +275,6 @@ struct BlockStep {
         const int outputs = field(layer, OUTPUTS), next_outputs = field(layer + 1, OUTPUTS),
                   gamma = field(layer, GAMMA);
         const int shift = field(layer, SHIFT);
-        const T share = T(1) / T(subwarp.batch);
 #pragma unroll 1
         for (int first = 0; first + subwarp.first < outputs; first += subwarp.count) {
             const int neuron = first + subwarp.index;
@@ -216,12 +292,10 @@ struct BlockStep {
                     beta = smem.parameters[shift + neuron];
                 }
             }
-#pragma unroll 1
-            for (int i = 0; i < EXAMPLES; ++i) {
-                g[0] *= slope(gamma < 0 ? z[0] : fma(scale, z[0], beta));
-                rotate(g);
-                rotate(z);
-            }
+            T activated[EXAMPLES];  // what the activation was given
+#pragma unroll
+            for (int i = 0; i < EXAMPLES; ++i) activated[i] = gamma < 0 ? z[i] : fma(scale, z[i], beta);
+            activation_backward_all(g, activated, a.activation, a.alpha);
             const T sum_g = subwarp.sum(g), sum_product = gamma < 0 ? T(0) : subwarp.sum_of_products(g, z);
             __syncwarp();  // all threads of the subwarp have read what its first thread changes next
             if (!active) continue;
@@ -253,44 +327,81 @@ struct BlockStep {
         }
     }
 
-    // Updates the weights of a layer from its inputs and the gradients of its z.
-    __device__ __forceinline__ void update_weights(int layer, long long step) const {
-        const int outputs = field(layer, OUTPUTS), weights = field(layer, INPUTS) * outputs;
-        const T* const rows = inputs_of(layer, step);
-        const T* const dz = z_of(layer);
+    // Updates the weights of all layers from their inputs and the gradients of their z, a tile a thread. Returns the
+    // first warp that has none, if there is one.
+    __device__ __forceinline__ int update_weights(long long step) const {
+        int tile = threadIdx.x, all = 0;
+#pragma unroll LAYERS_WRITTEN_OUT
+        for (int layer = 0; layer < a.depth; ++layer) {
+            const int apart = (field(layer, INPUTS) + TILE_INPUTS - 1) / TILE_INPUTS;
+            const int tiles = apart * ((field(layer, OUTPUTS) + TILE_OUTPUTS - 1) / TILE_OUTPUTS);
 #pragma unroll 1
-        for (int i = threadIdx.x; i < weights; i += blockDim.x) {
-            const T* h = rows + i / outputs * subwarp.pitch;
-            const T* g = dz + i % outputs * subwarp.pitch;
-            T sum = T(0);
-#pragma unroll 4
-            for (int n = 0; n < subwarp.batch; n += 4) {
-                const Four<T> one = *reinterpret_cast<const Four<T>*>(h + n);
-                const Four<T> two = *reinterpret_cast<const Four<T>*>(g + n);
-#pragma unroll
-                for (int j = 0; j < 4; ++j) sum = fma(one.values[j], two.values[j], sum);
-            }
-            move(field(layer, WEIGHT) + i, sum, step);
+            for (; tile < tiles; tile += blockDim.x)
+                update_tile(layer, tile % apart, apart, tile / apart * TILE_OUTPUTS, step);
+            tile -= tiles;  // its number in the next layer
+            all += tiles;
         }
+        const int warp = (all + WARP - 1) / WARP;
+        return warp * WARP < (int)blockDim.x ? warp : 0;
     }
 
-    // Updates the bias of the last layer; writes the mean loss of the step.
-    __device__ __forceinline__ void finish(long long step) const {
-        const int last = a.depth - 1, outputs = field(last, OUTPUTS);
+    // Updates the weights between the inputs `input`, `input` + `apart`, ..., and the outputs from `output` on. Threads
+    // with neighbouring inputs read neighbouring rows, which begin in different banks.
+    __device__ __forceinline__ void update_tile(int layer, int input, int apart, int output, long long step) const {
+        const int inputs = field(layer, INPUTS), outputs = field(layer, OUTPUTS);
+        const T* h[TILE_INPUTS];
+        const T* dz[TILE_OUTPUTS];
+#pragma unroll
+        for (int i = 0; i < TILE_INPUTS; ++i)
+            h[i] = inputs_of(layer, step) + min(input + i * apart, inputs - 1) * subwarp.pitch;
+#pragma unroll
+        for (int o = 0; o < TILE_OUTPUTS; ++o) dz[o] = z_of(layer) + min(output + o, outputs - 1) * subwarp.pitch;
+        T sums[TILE_INPUTS][TILE_OUTPUTS] = {};
+#pragma unroll 2
+        for (int n = 0; n < subwarp.batch; n += 4) {
+            Four<T> of_h[TILE_INPUTS], of_dz[TILE_OUTPUTS];
+#pragma unroll
+            for (int i = 0; i < TILE_INPUTS; ++i) of_h[i] = *reinterpret_cast<const Four<T>*>(h[i] + n);
+#pragma unroll
+            for (int o = 0; o < TILE_OUTPUTS; ++o) of_dz[o] = *reinterpret_cast<const Four<T>*>(dz[o] + n);
+#pragma unroll
+            for (int j = 0; j < 4; ++j)
+#pragma unroll
+                for (int i = 0; i < TILE_INPUTS; ++i)
+#pragma unroll
+                    for (int o = 0; o < TILE_OUTPUTS; ++o)
+                        sums[i][o] = fma(of_h[i].values[j], of_dz[o].values[j], sums[i][o]);
+        }
+#pragma unroll
+        for (int i = 0; i < TILE_INPUTS; ++i)
+#pragma unroll
+            for (int o = 0; o < TILE_OUTPUTS; ++o)
+                if (input + i * apart < inputs && output + o < outputs)
+                    move(field(layer, WEIGHT) + (input + i * apart) * outputs + output + o, sums[i][o], step);
+    }
+
+    // Updates the bias of the last layer and writes the mean loss of the step, beginning with the threads of a warp.
+    __device__ __forceinline__ void finish(int first_warp, long long step) const {
+        const int last = last_layer(), outputs = field(last, OUTPUTS), skipped = first_warp * (WARP / subwarp.size);
+        const int before = skipped > subwarp.first ? subwarp.count - skipped : -skipped;
 #pragma unroll 1
-        for (int first = 0; first + subwarp.first <= outputs; first += subwarp.count) {
+        for (int first = before; first + subwarp.first <= outputs; first += subwarp.count) {
             const int row = first + subwarp.index;
             T values[EXAMPLES] = {};
             if (row <= outputs) subwarp.load(values, row < outputs ? z_of(last) + row * subwarp.pitch : smem.losses);
             const T sum = subwarp.sum(values);
             if (subwarp.rank != 0) continue;
             if (row < outputs) move(field(last, SHIFT) + row, sum, step);
-            if (row == outputs) a.losses[step] = sum / T(subwarp.batch);
+            if (row == outputs) a.losses[step] = sum * share;
         }
     }
 
+    // The copies of the next mini-batch are under way during all of the step.
     __device__ __forceinline__ void run(long long step) const {
-        choose_rows(step + 1);
+        fetch(step + 1);
+        choose_rows(step + 2);
+        commit_copies();
+#pragma unroll LAYERS_WRITTEN_OUT
         for (int layer = 0; layer < a.depth; ++layer) {
             forward(layer, step);
             __syncthreads();
@@ -300,10 +411,10 @@ struct BlockStep {
             }
         }
         softmax_cross_entropy(step);
-        fetch(step + 1,
-              subwarp.batch < (int)blockDim.x ? subwarp.batch : 0);  // threads without an example of this step
         __syncthreads();
-        for (int layer = a.depth - 2; layer >= 0; --layer) {
+#pragma unroll LAYERS_WRITTEN_OUT
+        for (int i = 1; i < a.depth; ++i) {
+            const int layer = last_layer() - i;
             backward(layer, step);
             __syncthreads();
             if (LAYER_NORM && field(layer, GAMMA) >= 0) {
@@ -311,8 +422,8 @@ struct BlockStep {
                 __syncthreads();
             }
         }
-        for (int layer = 0; layer < a.depth; ++layer) update_weights(layer, step);
-        finish(step);
+        finish(update_weights(step), step);
+        wait_for_copies();
         __syncthreads();
     }
 };

@@ -4,44 +4,50 @@
 
 #include "lib/gemm/product.cuh"
 #include "lib/gemm/warp_rows.cuh"
+#include "lib/numbers/rsqrt.cuh"
 #include "lib/sync/grid_barrier.cuh"
 #include "lib/train/network.cuh"
+
+constexpr long long WARPS_OF_BLOCK = PRODUCT_THREADS / WARP;
 
 // Layout of a block's shared memory.
 template <typename T>
 struct MultiBlockSharedLayout {
-    T* terms;    // operands of products
-    T* tile;     // (width, examples) or (width, neurons)
-    T* top;      // largest logit of every example; NaN if its label is not a class
-    T* total;    // sum of exp(logit - top) of every example
-    T* losses;   // loss of every example
-    int* label;  // label of every example
-    int* data;   // row of the data of each example, of this step and the next
+    T* terms;     // stages of products
+    T* tile;      // (width, examples) or (width, neurons)
+    T* saved;     // (warps, examples): z of the neuron that each warp differentiates
+    T* top;       // largest logit of every example; NaN if its label is not a class
+    T* scale;     // of exp(logit - top) of every example in the gradients of its logits
+    T* losses;    // loss of every example
+    int* labels;  // label of every example, of this step and the next
+    int* data;    // row of the data of each example, of this step and the next
 
     template <typename Arguments>
-    __device__ __forceinline__ MultiBlockSharedLayout(const Arguments& a, T* shared, int pitch) {
+    __device__ __forceinline__ MultiBlockSharedLayout(const Arguments& a, T* shared, int pitch, int saved_rows) {
         const int example_pitch = pitch_of(a.batch);
         top = shared;
-        total = top + example_pitch;
-        losses = total + example_pitch;
-        label = reinterpret_cast<int*>(losses + example_pitch);
-        data = label + example_pitch;
-        tile = losses + 4 * example_pitch;
-        terms = tile + a.width * pitch;
+        scale = top + example_pitch;
+        losses = scale + example_pitch;
+        labels = reinterpret_cast<int*>(losses + example_pitch);
+        data = labels + 2 * example_pitch;
+        tile = losses + 5 * example_pitch;
+        saved = tile + a.width * pitch;
+        terms = saved + saved_rows * pitch;
     }
 };
 
-// Gradients of a layer's z, (examples, neurons): stored, or computed from the logits for the last layer.
+// Gradients of a layer's z, (examples, neurons), by neurons: stored, or computed from the logits of the last layer.
 template <typename T>
-struct Gradients : Matrix<T> {
-    const T *top, *total;  // of MultiBlockSharedLayout; null: stored
-    const int* label;
+struct Gradients : Matrix<T, false> {
+    bool of_logits;
+    const T *top, *scale;  // of MultiBlockSharedLayout
+    const int* labels;
 
-    __device__ __forceinline__ T value(const T* at, int n, int m) const {
-        if (!top) return *at;
-        return (exp(*at - top[n]) / total[n] - (m == label[n] ? T(1) : T(0))) / T(Matrix<T>::rows);
+    __device__ __forceinline__ bool is_stored() const { return !of_logits; }
+    __device__ __forceinline__ T value(T stored, int m, int n) const {
+        if (!of_logits) return stored;
+        return fma(exp(stored - top[n]), scale[n], m == labels[n] ? T(-1) / T(Matrix<T, false>::rows) : T(0));
     }
-    __device__ __forceinline__ T at(int n, int m) const { return value(Matrix<T>::address(n, m), n, m); }
 };
 
 template <typename T>
@@ -49,13 +55,21 @@ struct Centred {
     T mean, m2, rstd;
 };
 
-// Subtracts the mean of a row and returns its statistics; for the warp that owns the row.
+// Subtracts the mean of a row and returns its statistics; for the warp that owns the row. A part that all values
+// have in common costs no digits of the mean: the sum is that of their differences from the first.
 template <typename T>
 __device__ __forceinline__ Centred<T> centre(const WarpRow<T>& z, T eps) {
-    const T n = T(z.count), mean = z.sum([](int, T value) { return value; }) / n;
-    const T remainder = z.subtract_and_sum(mean, [](T value) { return value; }) / n;  // rounding error of the mean
-    const T m2 = z.subtract_and_sum(remainder, [](T value) { return value * value; });
-    return {mean + remainder, m2, T(1) / sqrt(m2 / n + eps)};
+    const T share = T(1) / T(z.count), first = z.row[0];
+    const T mean = z.sum([=](int, T value) { return value - first; }) * share;
+    __syncwarp();  // all threads have read the first
+    T m2 = T(0);
+#pragma unroll 2
+    for (int n = z.lane; n < z.count; n += WARP) {
+        const T value = z.row[n] = (z.row[n] - first) - mean;
+        m2 = fma(value, value, m2);
+    }
+    m2 = warp_sum(m2);
+    return {first + mean, m2, reciprocal_sqrt(fma(m2, share, eps))};
 }
 
 // Barrier: GridBarrier or ClusterBarrier.
@@ -67,56 +81,135 @@ struct MultiBlockStep {
     const int block;  // index among the blocks of the model
     const T lr;
 
-    __device__ __forceinline__ int field(int layer, Layer which) const {
-        return a.layers[layer * LAYER_FIELDS + which];
-    }
+    __device__ __forceinline__ int field(int layer, Layer which) const { return field_of(a, layer, which); }
     __device__ __forceinline__ bool is_last(int layer) const { return layer + 1 == a.depth; }
     __device__ __forceinline__ const T* schedule_of(long long step) const { return a.schedule + 3 * step; }
     __device__ __forceinline__ const T* parameters_of(int layer, Layer which) const {
         return a.parameters + field(layer, which);
     }
 
+    __device__ __forceinline__ Parameter<T> parameter(long long i) const {
+        return load_parameter(a, a.parameters, a.first, a.second, i);
+    }
+    __device__ __forceinline__ void move(long long i, const Parameter<T>& before, T g, const T* schedule) const {
+        update(a, a.parameters, a.first, a.second, i, before, g, lr, schedule);
+    }
     __device__ __forceinline__ void move(long long i, T g, long long step) const {
-        update(a, a.parameters, a.first, a.second, i, g, lr, schedule_of(step));
+        move(i, parameter(i), g, schedule_of(step));
     }
 
-    // Calls work(first) for every tile of `width` neurons or examples, of `count`, that the block owns.
+    // Calls work(first) for every tile of `width` neurons or examples, of `count`, that block number `owner` owns.
     template <typename Work>
-    __device__ __forceinline__ void for_each_tile(long long count, const Work& work) const {
+    __device__ __forceinline__ void for_each_tile(int count, int owner, const Work& work) const {
 #pragma unroll 1
-        for (long long first = block * a.width; first < count; first += a.blocks * a.width) work(first);
+        for (int first = owner * (int)a.width; first < count; first += (int)(a.blocks * a.width)) work(first);
     }
 
     __device__ __forceinline__ int* rows_of(long long step) const { return smem.data + (step & 1) * pitch_of(a.batch); }
+    __device__ __forceinline__ void look_up_labels(long long step) const {
+#pragma unroll 1
+        for (int n = threadIdx.x; n < a.batch; n += PRODUCT_THREADS) labels_of(step)[n] = a.labels[rows_of(step)[n]];
+    }
+    __device__ __forceinline__ int* labels_of(long long step) const {
+        return smem.labels + (step & 1) * pitch_of(a.batch);
+    }
     __device__ __forceinline__ void choose_rows(long long step) const {
-        for (int n = threadIdx.x; n < a.batch && step < a.steps; n += blockDim.x) rows_of(step)[n] = row_of(a, step, n);
+#pragma unroll 1
+        for (int n = threadIdx.x; n < a.batch && step < a.steps; n += PRODUCT_THREADS)
+            rows_of(step)[n] = row_of(a, step, n);
     }
 
-    // Softmax statistics and loss of example n, by one thread; logit(k) is its k-th logit.
+    // Copies rows of the data, examples one after the other: part number `part` of `parts`, by all threads of a block.
+    __device__ __forceinline__ void copy_rows(T* to, const int* rows, int examples, int part, int parts) const {
+        const int inputs = field(0, INPUTS);
+        if (inputs % COLUMNS<T> == 0 && (unsigned long long)a.x % 16 == 0 && (unsigned long long)to % 16 == 0)
+            copy_pieces<SharedVector<T>>(to, rows, inputs / COLUMNS<T>, examples, part, parts);
+        else
+            copy_pieces<T>(to, rows, inputs, examples, part, parts);
+    }
+
+    // The same, of `count` pieces a row.
+    template <typename Piece>
+    __device__ __forceinline__ void copy_pieces(T* to, const int* rows, int count, int examples, int part,
+                                                int parts) const {
+        constexpr int AHEAD = STAGES_WRITTEN_OUT == 1 ? 1 : 4;  // pieces of a thread on their way
+        const Piece* const from = reinterpret_cast<const Piece*>(a.x);
+        const int all = count * examples, apart = parts * PRODUCT_THREADS;
+#pragma unroll 1
+        for (int first = part * PRODUCT_THREADS + threadIdx.x; first < all; first += AHEAD * apart) {
+            Piece pieces[AHEAD];
+#pragma unroll
+            for (int j = 0; j < AHEAD; ++j) {
+                const int i = first + j * apart;
+                if (i < all) pieces[j] = from[(long long)rows[i / count] * count + i % count];
+            }
+#pragma unroll
+            for (int j = 0; j < AHEAD; ++j)
+                if (first + j * apart < all) reinterpret_cast<Piece*>(to)[first + j * apart] = pieces[j];
+        }
+    }
+
+    // Softmax statistics and losses of `count` examples from number `begin` on, four threads an example, which share
+    // its classes; logit(i, k) is the k-th logit of the i-th of them.
     template <typename Logit>
-    __device__ __forceinline__ void softmax_cross_entropy(long long step, int n, const Logit& logit) const {
-        const int classes = field((int)a.depth - 1, OUTPUTS), label = a.labels[rows_of(step)[n]];
-        T top = logit(0), total = T(0);
-#pragma unroll 4
-        for (int k = 1; k < classes; ++k) top = logit(k) > top ? logit(k) : top;
-#pragma unroll 4
-        for (int k = 0; k < classes; ++k) total += exp(logit(k) - top);
-        const bool valid = 0 <= label && label < classes;
-        smem.label[n] = label;
-        smem.total[n] = total;
-        smem.top[n] = valid ? top : T(nan(""));
-        smem.losses[n] = valid ? log(total) - (logit(label) - top) : T(nan(""));
+    __device__ __forceinline__ void softmax_cross_entropy(long long step, int begin, int count,
+                                                          const Logit& logit) const {
+        constexpr int SHARE = 4, HELD = 4;  // threads an example, and its logits that a thread keeps
+        const int classes = field((int)a.depth - 1, OUTPUTS), own = threadIdx.x % SHARE;
+#pragma unroll 1
+        for (int first = threadIdx.x / WARP * WARP / SHARE; first < count; first += PRODUCT_THREADS / SHARE) {
+            const int i = first + threadIdx.x % WARP / SHARE, here = min(i, count - 1), n = begin + here;
+            const int label = labels_of(step)[n];
+            T held[HELD], top = log(T(0)), of_label = T(0), total = T(0);
+#pragma unroll
+            for (int j = 0; j < HELD; ++j) {
+                held[j] = log(T(0));
+                if (own + j * SHARE < classes) held[j] = logit(here, own + j * SHARE);
+            }
+            const auto compare = [&](int k, T value) {
+                top = value > top ? value : top;
+                if (k == label) of_label = value;
+            };
+#pragma unroll
+            for (int j = 0; j < HELD; ++j) compare(own + j * SHARE, held[j]);
+#pragma unroll 1
+            for (int k = own + HELD * SHARE; k < classes; k += SHARE) compare(k, logit(here, k));
+#pragma unroll
+            for (int lanes = 1; lanes < SHARE; lanes *= 2) {
+                const T others = __shfl_xor_sync(0xffffffffu, top, lanes);
+                top = others > top ? others : top;
+            }
+#pragma unroll
+            for (int j = 0; j < HELD; ++j)
+                if (own + j * SHARE < classes) total += exp(held[j] - top);
+#pragma unroll 1
+            for (int k = own + HELD * SHARE; k < classes; k += SHARE) total += exp(logit(here, k) - top);
+#pragma unroll
+            for (int lanes = 1; lanes < SHARE; lanes *= 2) {
+                total += __shfl_xor_sync(0xffffffffu, total, lanes);
+                of_label += __shfl_xor_sync(0xffffffffu, of_label, lanes);
+            }
+            if (i >= count || own != 0) continue;
+            const T poison = 0 <= label && label < classes ? T(0) : T(nan(""));
+            smem.scale[n] = T(1) / (total * T(a.batch));
+            smem.top[n] = top + poison;
+            smem.losses[n] = log(total) - (of_label - top) + poison;
+        }
     }
 
     // Updates the weights (inputs, outputs) of a layer from its transposed inputs (inputs, examples) and dz (examples,
     // outputs).
     template <typename Inputs, typename Outputs>
     __device__ __forceinline__ void update_weights(int layer, long long step, const Inputs& inputs_transposed,
-                                                   const Outputs& dz, long long column) const {
-        const long long first = field(layer, WEIGHT) + column;
-#pragma unroll 1
-        for (long long row = 0; row < inputs_transposed.rows; row += PRODUCT_ROWS)
-            fma_product(smem.terms, inputs_transposed, dz, row, column, (int)a.width,
-                        [&](int r, int c, T value) { move(first + (row + r) * dz.columns + c, value, step); });
+                                                   const Outputs& dz, int column) const {
+        const int first = field(layer, WEIGHT) + column, outputs = dz.columns;
+        const T* const row = schedule_of(step);
+        const T schedule[3] = {row[0], row[1], row[2]};
+        fma_product<(STAGES_WRITTEN_OUT == 1 ? 1 : 4)>(
+            smem.terms, inputs_transposed, dz, column, (int)a.width, (int)a.buffers,
+            [&](int r, int c) { return parameter(first + r * outputs + c); },
+            [&](int r, int c, T value, const Parameter<T>& before) {
+                move(first + r * outputs + c, before, value, schedule);
+            });
     }
 };

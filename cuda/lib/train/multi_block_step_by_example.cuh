@@ -40,7 +40,7 @@ struct StepByExample : MultiBlockStep<T, Arguments, Barrier> {
     T* const rstd;  // (depth, width), in shared memory
 
     __device__ __forceinline__ StepByExample(const Arguments& a, const Barrier& barrier, int block, T* shared)
-        : Base{a, barrier, {a, shared + a.depth * a.width, pitch_of(a.widest)}, block, a.rates[0]},
+        : Base{a, barrier, {a, shared + a.depth * a.width, pitch_of(a.widest), 0}, block, a.rates[0]},
           workspace(a),
           pitch(pitch_of(a.widest)),
           rstd(shared) {}
@@ -50,40 +50,36 @@ struct StepByExample : MultiBlockStep<T, Arguments, Barrier> {
     }
     __device__ __forceinline__ T* of_layer(T* all, int layer) const { return all + field(layer, ROW) * a.batch; }
     // Transposed inputs of a layer, (inputs, examples).
-    __device__ __forceinline__ Matrix<T> inputs_of(int layer, long long step) const {
+    __device__ __forceinline__ Matrix<T, false> inputs_of(int layer, long long step) const {
         const int inputs = field(layer, INPUTS);
-        return {layer == 0 ? x_of(step) : of_layer(workspace.h, layer - 1), inputs, a.batch, 1, inputs};
+        return {layer == 0 ? x_of(step) : of_layer(workspace.h, layer - 1), inputs, (int)a.batch, inputs};
     }
 
-    // Loads the block's examples of a step.
+    // Loads the block's examples of a step. Its rows must be chosen.
     __device__ __forceinline__ void fetch(long long step) const {
         if (step >= a.steps) return;
         const int inputs = field(0, INPUTS);
         const int* const rows = Base::rows_of(step);
-        for_each_tile(a.batch, [&](long long first) {
-            const int count = (int)min((long long)a.width, a.batch - first) * inputs;
-            T* const x = x_of(step) + first * inputs;
-#pragma unroll 4
-            for (int i = threadIdx.x; i < count; i += PRODUCT_THREADS)
-                x[i] = a.x[(long long)rows[first + i / inputs] * inputs + i % inputs];
+        Base::look_up_labels(step);
+        for_each_tile((int)a.batch, block, [&](int first) {
+            const int count = min((int)a.width, (int)a.batch - first);
+            Base::copy_rows(x_of(step) + first * inputs, rows + first, count, 0, 1);
         });
     }
 
     // Columns of a product from `first` on, into the tile (width, neurons).
-    template <typename Right>
-    __device__ __forceinline__ void multiply(const Matrix<T>& left, const Right& right, long long first) const {
-#pragma unroll 1
-        for (long long row = 0; row < left.rows; row += PRODUCT_ROWS)
-            fma_product(smem.terms, left, right, row, first, (int)a.width,
-                        [&](int r, int c, T value) { smem.tile[c * pitch + row + r] = value; });
+    template <typename Left, typename Right>
+    __device__ __forceinline__ void multiply(const Left& left, const Right& right, int first) const {
+        product(smem.terms, left, right, first, (int)a.width, (int)a.buffers,
+                [&](int r, int c, T value) { smem.tile[c * pitch + r] = value; });
     }
 
-    __device__ __forceinline__ void forward(int layer, long long step, long long first) const {
+    __device__ __forceinline__ void forward(int layer, long long step, int first) const {
         const int outputs = field(layer, OUTPUTS);
         const bool norm = field(layer, GAMMA) >= 0, last = is_last(layer);
         const T *const gamma = parameters_of(layer, GAMMA), *const shift = parameters_of(layer, SHIFT);
-        const Matrix<T> inputs = inputs_of(layer, step);
-        multiply({parameters_of(layer, WEIGHT), outputs, inputs.rows, 1, outputs}, inputs, first);
+        const Matrix<T, false> inputs = inputs_of(layer, step);
+        multiply(Matrix<T, false>{parameters_of(layer, WEIGHT), outputs, inputs.rows, outputs}, inputs, first);
         for_each_row((int)a.width, a.batch - first, [&](int c) {
             const WarpRow<T> row(smem.tile + c * pitch, outputs);
             const long long begin = (first + c) * outputs;
@@ -107,35 +103,34 @@ struct StepByExample : MultiBlockStep<T, Arguments, Barrier> {
     }
 
     // Gradients of the mean loss, and losses, of the block's examples.
-    __device__ __forceinline__ void loss(long long step, long long first) const {
+    __device__ __forceinline__ void loss(long long step, int first) const {
         const int last = (int)a.depth - 1, classes = field(last, OUTPUTS);
-        const int here = (int)min((long long)a.width, a.batch - first);
+        const int here = min((int)a.width, (int)a.batch - first);
         const T* const logits = of_layer(workspace.h, last) + first * classes;
-        if (threadIdx.x < here) {
-            const int c = threadIdx.x, n = (int)first + c;
-            Base::softmax_cross_entropy(step, n, [=](int k) { return logits[c * classes + k]; });
-            workspace.losses[n] = smem.losses[n];
-        }
+        Base::softmax_cross_entropy(step, first, here, [=](int i, int k) { return logits[i * classes + k]; });
         __syncthreads();
-        const Gradients<T> made = {
-            {of_layer(workspace.h, last), a.batch, classes, classes, 1}, smem.top, smem.total, smem.label};
-        for (int i = threadIdx.x; i < here * classes; i += blockDim.x)
-            of_layer(workspace.dz, last)[first * classes + i] = made.at((int)first + i / classes, i % classes);
+        for (int i = threadIdx.x; i < here * classes; i += PRODUCT_THREADS) {
+            const int n = first + i / classes, k = i % classes;
+            const T one = k == Base::labels_of(step)[n] ? T(-1) / T(a.batch) : T(0);
+            of_layer(workspace.dz, last)[first * classes + i] = fma(exp(logits[i] - smem.top[n]), smem.scale[n], one);
+            if (k == 0) workspace.losses[n] = smem.losses[n];
+        }
         __syncthreads();
     }
 
     // Gradients of z from those of the next layer's z.
-    __device__ __forceinline__ void backward(int layer, long long first) const {
+    __device__ __forceinline__ void backward(int layer, int first) const {
         const int outputs = field(layer, OUTPUTS), next_outputs = field(layer + 1, OUTPUTS);
-        const Matrix<T> dz_next = {of_layer(workspace.dz, layer + 1), next_outputs, a.batch, 1, next_outputs};
-        multiply({parameters_of(layer + 1, WEIGHT), outputs, next_outputs, next_outputs, 1}, dz_next, first);
+        const Matrix<T, false> dz_next = {of_layer(workspace.dz, layer + 1), next_outputs, (int)a.batch, next_outputs};
+        multiply(Matrix<T, true>{parameters_of(layer + 1, WEIGHT), outputs, next_outputs, next_outputs}, dz_next,
+                 first);
         for_each_row((int)a.width, a.batch - first,
                      [&](int c) { differentiate(WarpRow<T>(smem.tile + c * pitch, outputs), layer, first, c); });
         __syncthreads();
     }
 
     // Backward of an example, whose row holds the gradients of its outputs; for the warp that owns it.
-    __device__ __forceinline__ void differentiate(const WarpRow<T>& row, int layer, long long first, int c) const {
+    __device__ __forceinline__ void differentiate(const WarpRow<T>& row, int layer, int first, int c) const {
         const T *const gamma = parameters_of(layer, GAMMA), *const shift = parameters_of(layer, SHIFT);
         const bool norm = field(layer, GAMMA) >= 0;
         const long long begin = (first + c) * row.count;
@@ -161,8 +156,8 @@ struct StepByExample : MultiBlockStep<T, Arguments, Barrier> {
         const int outputs = field(layer, OUTPUTS), gamma = field(layer, GAMMA);
         const T *const z = of_layer(workspace.z, layer), *const g = of_layer(
                                                              is_last(layer) ? workspace.dz : workspace.g, layer);
-        const Matrix<T> dz = {of_layer(workspace.dz, layer), a.batch, outputs, outputs, 1};
-        for_each_tile(outputs, [&](long long column) {
+        const Matrix<T, true> dz = {of_layer(workspace.dz, layer), (int)a.batch, outputs, outputs};
+        for_each_tile(outputs, block, [&](int column) {
             Base::update_weights(layer, step, inputs_of(layer, step), dz, column);
             for_each_row((int)a.width, outputs - column, [&](int c) {
                 const WarpRow<T> examples(smem.losses, a.batch);
@@ -186,12 +181,15 @@ struct StepByExample : MultiBlockStep<T, Arguments, Barrier> {
 
     __device__ __forceinline__ void run(long long step) const {
         Base::choose_rows(step + 1);
-        for_each_tile(a.batch, [&](long long first) {
+        for_each_tile((int)a.batch, block, [&](int first) {
+#pragma unroll LAYERS_WRITTEN_OUT
             for (int layer = 0; layer < a.depth; ++layer) forward(layer, step, first);
             loss(step, first);
+#pragma unroll LAYERS_WRITTEN_OUT
             for (int layer = (int)a.depth - 2; layer >= 0; --layer) backward(layer, first);
         });
         barrier.wait(barrier.arrive());
+#pragma unroll LAYERS_WRITTEN_OUT
         for (int layer = 0; layer < a.depth; ++layer) update_layer(layer, step);
         if (block == 0 && threadIdx.x < WARP) {
             const T sum = WarpRow<T>(workspace.losses, a.batch).sum([](int, T value) { return value; });

@@ -1,6 +1,7 @@
 // The argument of the fused training kernels, the choice of examples, and the optimiser.
 #pragma once
 
+#include "lib/kernel.cuh"
 #include "lib/sync/grid_barrier.cuh"
 
 enum Optimizer { SGD = 0, MOMENTUM = 1, ADAM = 2 };
@@ -8,19 +9,10 @@ enum Optimizer { SGD = 0, MOMENTUM = 1, ADAM = 2 };
 // offsets in `running` of mean and variance; and the first row of the layer's outputs among those of all layers.
 enum Layer { INPUTS, OUTPUTS, WEIGHT, GAMMA, SHIFT, MEAN, VARIANCE, ROW, LAYER_FIELDS };
 
-// A kernel may be compiled for one network: members of the argument then become constants. Python defines
-// BNK_CONSTANTS(a), as (a.batch = 64, a.activation = 1, ...), with the values that the argument has anyway.
-template <typename Arguments>
-__device__ __forceinline__ void take_constants([[maybe_unused]] Arguments& a) {
-#ifdef BNK_CONSTANTS
-    BNK_CONSTANTS(a);
-#endif
-}
-
 // The argument of the kernels, for one model or for M models stored one after the other. `rows` are the outputs of all
-// layers. workspace, barrier_counter, workspace_count, blocks, width and widest, the outputs of the widest layer, are
-// for several blocks a model. subwarp_size and scratch_rows, the outputs of the widest hidden layer with layer norm,
-// are for one block.
+// layers. workspace, barrier_counter, workspace_count, blocks, width, buffers of stages of products, and widest, the
+// outputs of the widest layer, are for several blocks a model. subwarp_size and scratch_rows, the outputs of the widest
+// hidden layer with layer norm, are for one block.
 template <typename T>
 struct FusedTraining {
     const T* x;
@@ -39,10 +31,28 @@ struct FusedTraining {
     unsigned* barrier_counter;
     long long steps, batch, depth, parameter_count, running_count, rows;
     long long index_stride, data_rows, first_step, scratch_rows;
-    long long workspace_count, blocks, width, widest;
+    long long workspace_count, blocks, width, buffers, widest;
     T beta1, beta2, one_minus_beta1, one_minus_beta2, optimizer_eps, correction, eps, alpha;
     int activation, optimizer, subwarp_size;
 };
+
+// Field of a layer. Where the layers are known when the kernel is compiled, so is the field.
+template <typename Arguments>
+__device__ __forceinline__ int field_of([[maybe_unused]] const Arguments& a, int layer, Layer which) {
+#ifdef BNK_TABLE_LAYERS
+    constexpr int layers[] = {BNK_TABLE_LAYERS};
+    return layers[layer * LAYER_FIELDS + which];
+#else
+    return a.layers[layer * LAYER_FIELDS + which];
+#endif
+}
+
+// Layers whose code is written out one after the other.
+#ifdef BNK_TABLE_LAYERS
+constexpr int LAYERS_WRITTEN_OUT = 4;
+#else
+constexpr int LAYERS_WRITTEN_OUT = 1;
+#endif
 
 // The argument of one of the models.
 template <typename T>
@@ -82,17 +92,35 @@ __device__ __forceinline__ int row_of(const Arguments& a, long long step, int ex
     return a.indices ? a.indices[n] : (int)n;
 }
 
-// Updates parameter i with its gradient g, as in parameter_update.cu. `step` is the row of the schedule, whose last two
-// entries are Adam's bias corrections of the first moment and of the root of the second.
+// A parameter and its state in the optimiser.
+template <typename T>
+struct Parameter {
+    T value, first, second;
+};
+
+template <typename T, typename Arguments>
+__device__ __forceinline__ Parameter<T> load_parameter(const Arguments& a, const T* parameters, const T* first,
+                                                       const T* second, long long i) {
+    return {parameters[i], a.optimizer == SGD ? T(0) : first[i], a.optimizer == ADAM ? second[i] : T(0)};
+}
+
+// Updates parameter i, which was `before`, with its gradient g, as in parameter_update.cu. `step` is the row of the
+// schedule, whose last two entries are Adam's bias corrections of the first moment and of the root of the second.
+template <typename T, typename Arguments>
+__device__ __forceinline__ void update(const Arguments& a, T* parameters, T* first, T* second, long long i,
+                                       const Parameter<T>& before, T g, T lr, const T* step) {
+    T move = g;
+    if (a.optimizer == MOMENTUM) move = first[i] = fma(a.beta1, before.first, g);
+    if (a.optimizer == ADAM) {
+        const T mean = first[i] = fma(a.beta1, before.first, a.one_minus_beta1 * g);
+        const T square = second[i] = fma(a.beta2, before.second, a.one_minus_beta2 * g * g);
+        move = mean / (sqrt(square) / step[2] + a.optimizer_eps) / step[1];
+    }
+    parameters[i] = before.value - lr * move;
+}
+
 template <typename T, typename Arguments>
 __device__ __forceinline__ void update(const Arguments& a, T* parameters, T* first, T* second, long long i, T g, T lr,
                                        const T* step) {
-    T move = g;
-    if (a.optimizer == MOMENTUM) move = first[i] = fma(a.beta1, first[i], g);
-    if (a.optimizer == ADAM) {
-        const T mean = first[i] = fma(a.beta1, first[i], a.one_minus_beta1 * g);
-        const T square = second[i] = fma(a.beta2, second[i], a.one_minus_beta2 * g * g);
-        move = mean / (sqrt(square) / step[2] + a.optimizer_eps) / step[1];
-    }
-    parameters[i] -= lr * move;
+    update(a, parameters, first, second, i, load_parameter(a, parameters, first, second, i), g, lr, step);
 }

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "banks.h"
 #include "memory.h"
 #include "scheduler.h"
 
@@ -18,11 +19,13 @@ bool within(const void* address, size_t bytes, const void* first, size_t size) {
     return first && offset <= size && bytes <= size - offset;
 }
 
-std::string judge(const void* address, size_t bytes, size_t alignment, bool is_write) {
+std::string judge(const void* address, size_t bytes, size_t alignment, bool is_write, const void* instruction) {
     Running& r = running;
     if (reinterpret_cast<uintptr_t>(address) % alignment) return "at a misaligned address";
     if (within(address, bytes, r.thread->block->shared, r.request.shared_bytes)) {
         (is_write ? r.totals.shared_bytes_written : r.totals.shared_bytes_read) += bytes;
+        if (r.request.count_turns)
+            banks::note(static_cast<const char*>(address) - r.thread->block->shared, bytes, instruction);
         return {};
     }
     if (within(address, bytes, r.request.arguments, r.request.argument_bytes))
@@ -37,7 +40,7 @@ std::string judge(const void* address, size_t bytes, size_t alignment, bool is_w
 
 void access(const void* address, size_t bytes, size_t alignment, bool is_write, void* instruction) {
     if (running.thread->fiber.on_stack(address, bytes)) return;  // the thread's own variables
-    const std::string wrong = judge(address, bytes, alignment, is_write);
+    const std::string wrong = judge(address, bytes, alignment, is_write, instruction);
     if (wrong.empty()) return;
     running.totals.error_address = reinterpret_cast<uint64_t>(instruction);
     fail((is_write ? "write of " : "read of ") + std::to_string(bytes) + " bytes " + wrong);

@@ -2,6 +2,7 @@
 #include "intrinsics.h"
 
 #include <cstdio>
+#include <utility>
 
 #include "access.h"
 #include "scheduler.h"
@@ -133,6 +134,12 @@ void arrive_at_shuffle(unsigned mask, uint64_t value, unsigned source_lane, Site
     let_go(lanes);
 }
 
+// Counts an atomic as a read and a write; returns where its address keeps what was published there. In EngineWork.
+order::Tag& announce_atomic(unsigned* address, void* place) {
+    for (const bool is_write : {false, true}) bnk::access(address, sizeof *address, sizeof *address, is_write, place);
+    return running.atomic_tags[address];
+}
+
 }  // namespace
 
 BnkIndex bnk_thread_index() { return self().index; }
@@ -169,17 +176,58 @@ void bnk_fence() {
 
 unsigned bnk_atomic_add(unsigned* address, unsigned value) {
     const EngineWork work;
-    for (const bool is_write : {false, true})
-        bnk::access(address, sizeof *address, sizeof *address, is_write, __builtin_return_address(0));
-    order::Tag& published = running.atomic_tags[address];
+    order::Tag& published = announce_atomic(address, __builtin_return_address(0));
     pass_on(published, self().before_atomics);
     if (self().fenced) pass_on(self().before_fence, published);
-    const unsigned old = *address;
-    *address = old + value;
-    return old;
+    return std::exchange(*address, *address + value);
 }
 
-void bnk_wait_for_counter(const unsigned* counter, unsigned ticket, const char* file, int line) {
+// Publishes all that its thread did and saw before, without a fence.
+unsigned bnk_atomic_add_release(unsigned* address, unsigned value) {
+    order::Tag* published;
+    {
+        const EngineWork work;
+        published = &announce_atomic(address, __builtin_return_address(0));
+    }
+    order::release(*published);
+    const EngineWork work;
+    pass_on(*published, self().before_atomics);
+    return std::exchange(*address, *address + value);
+}
+
+void bnk_copy_begins(void* shared, const void* global, unsigned bytes) {
+    const EngineWork work;
+    Thread& me = self();
+    const uintptr_t offset = static_cast<char*>(shared) - me.block->shared;
+    if (offset > running.request.shared_bytes || bytes > running.request.shared_bytes - offset)
+        fail("asynchronous copy of " + std::to_string(bytes) + " bytes to outside of the block's shared memory");
+    if (offset % bytes || reinterpret_cast<uintptr_t>(global) % bytes)
+        fail("asynchronous copy of " + std::to_string(bytes) + " bytes at a misaligned address");
+    // NaN. Not by memset, which TSan would take for an access.
+    for (unsigned i = 0; i < bytes / 4; ++i) static_cast<volatile unsigned*>(shared)[i] = 0xffffffffu;
+    me.copies.push_back({shared, global, bytes, me.copy_groups});
+}
+
+void bnk_copies_are_a_group() { ++self().copy_groups; }
+
+void* bnk_next_copy(unsigned pending, const void** from, unsigned* bytes) {
+    const EngineWork work;
+    Thread& me = self();
+    // A copy without a commit is in the group that is not committed yet, for which no wait waits.
+    if (me.copied == me.copies.size() || me.copies[me.copied].group + pending >= me.copy_groups) return nullptr;
+    const Copy copy = me.copies[me.copied++];
+    if (me.copied == me.copies.size()) {
+        me.copies.clear();
+        me.copied = 0;
+    }
+    *from = copy.from;
+    *bytes = copy.bytes;
+    return copy.to;
+}
+
+double bnk_rsqrt_error() { return running.request.rsqrt_error; }
+
+void bnk_wait_for_counter(const unsigned* counter, unsigned ticket, bool acquire, const char* file, int line) {
     Thread& me = self();
     me.counter = counter;
     me.awaited = ticket;
@@ -192,9 +240,14 @@ void bnk_wait_for_counter(const unsigned* counter, unsigned ticket, const char* 
         }
         me.fiber.suspend(false);
     }
-    const EngineWork work;
-    bnk::access(counter, sizeof *counter, sizeof *counter, false, __builtin_return_address(0));
-    pass_on(running.atomic_tags[counter], me.before_atomics);
+    order::Tag* published;
+    {
+        const EngineWork work;
+        bnk::access(counter, sizeof *counter, sizeof *counter, false, __builtin_return_address(0));
+        published = &running.atomic_tags[counter];
+        pass_on(*published, me.before_atomics);
+    }
+    if (acquire) order::acquire(*published);
 }
 
 namespace {

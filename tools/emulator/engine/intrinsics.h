@@ -21,9 +21,16 @@ void bnk_barrier(const char* file, int line);
 void bnk_warp_barrier(unsigned mask, const char* file, int line);
 uint64_t bnk_shuffle(unsigned mask, uint64_t value, unsigned source_lane, const char* file, int line);
 void bnk_fence();
+// Asynchronous copies of the caller: begun, made a group, and, one by one, the oldest of those that a wait for all but
+// the last `pending` groups has to make; null when there is none.
+void bnk_copy_begins(void* shared, const void* global, unsigned bytes);
+void bnk_copies_are_a_group();
+void* bnk_next_copy(unsigned pending, const void** from, unsigned* bytes);
+double bnk_rsqrt_error();  // relative
 unsigned bnk_atomic_add(unsigned* address, unsigned value);
-// Until the counter's highest bit is another than the ticket's. Orders memory as an atomic does.
-void bnk_wait_for_counter(const unsigned* counter, unsigned ticket, const char* file, int line);
+unsigned bnk_atomic_add_release(unsigned* address, unsigned value);
+// Until the counter's highest bit is another than the ticket's.
+void bnk_wait_for_counter(const unsigned* counter, unsigned ticket, bool acquire, const char* file, int line);
 // The two halves of the barrier of the caller's cluster: every thread of it arrives, and waits for all that did.
 void bnk_cluster_arrive();
 void bnk_cluster_wait(const char* file, int line);

@@ -26,6 +26,13 @@ struct Site {  // a place in a kernel
 
 enum class State { ready, at_barrier, at_warp_barrier, at_shuffle, at_counter, done };
 
+// An asynchronous copy to shared memory that was not waited for yet.
+struct Copy {
+    void* to;
+    const void* from;
+    unsigned bytes, group;
+};
+
 struct Thread {
     Fiber fiber;
     Block* block;
@@ -42,6 +49,10 @@ struct Thread {
     unsigned awaited;         // what `reached` compares it with
     bool (*reached)(unsigned counter, unsigned awaited);
     unsigned cluster_phases = 0;  // barriers of its cluster at which it has arrived
+
+    std::vector<Copy> copies;
+    size_t copied = 0;         // of them
+    unsigned copy_groups = 0;  // committed
 
     bool fenced = false;  // has called __threadfence
     order::Tag before_fence, before_atomics;
@@ -76,6 +87,8 @@ struct Request {
     uint64_t seed;         // 0: blocks and threads in their natural order
     uint64_t resident;     // blocks in flight at once
     uint64_t cooperative;  // all blocks are, and may wait for one another
+    uint64_t count_turns;  // of shared memory
+    double rsqrt_error;    // relative error of the approximation
     uint64_t cluster;      // blocks of one; of more than one, all are in flight, too
     const uint64_t* only;  // the blocks to run; none: all of them
     uint64_t only_count;
@@ -84,8 +97,9 @@ struct Request {
 // Read by ../binding.py: keep both in step.
 struct Totals {
     uint64_t shared_bytes_read, shared_bytes_written;
-    uint64_t barriers;       // the most that one block passed
-    uint64_t error_address;  // of the instruction that failed, where that is known
+    uint64_t shared_turns, fewest_shared_turns;  // where the request wants them
+    uint64_t barriers;                           // the most that one block passed
+    uint64_t error_address;                      // of the instruction that failed, where that is known
 };
 
 struct Running {

@@ -4,7 +4,7 @@ Forward    y = phi(((x - mean) - mean_low) scale + shift + residual), and 0 wher
            with scale = gamma rstd r and shift = gamma d + beta
 Backward   g = phi'(z) dy, dbeta = sum g, dgamma = r rstd sum g (x - mean) + d sum g, dresidual = g,
            dx = scale (g - sum g / N - (x - mean) rstd^2 sum g (x - mean) / N)
-Arrays     those of ``cuda/batch_norm_*_masked_grouped.cu``, in the same struct, its scalars in float64
+Arrays     those of ``cuda/batch_norm_*.cu``, in the same struct, its scalars in float64
 Tasks      slices of channels, which share nothing: all their sums, then their outputs, while the rows are in the cache;
            where there are few, blocks of rows, step by step, whose sums are merged in order
 Traffic    x, and in the backward dy, are read once where the rows of a slice fit into the cache, else twice (float64:
@@ -36,11 +36,8 @@ FEW_SLICES = 4  # up to which rows are divided among threads, and not slices
 KERNELS = {"forward": forward, "backward": backward}
 # The argument of all kernels here: the members of their CUDA twins', and how a call is divided. All have 8 bytes.
 DIVISION = "wide", "rows", "piece", "slice_channels", "slices", "blocks", "block_rows", "state_channels"
-_TWINS = [
-    ARGUMENTS[name][np.dtype(np.float64)]
-    for name in ("forward_masked_grouped", "backward_masked_grouped", "double_backward")
-]
-_MEMBERS = {name: twin[name] for twin in _TWINS for name in twin.names}
+_TWINS = [ARGUMENTS[name][np.dtype(np.float64)] for name in ("forward", "backward", "double_backward")]
+_MEMBERS = {name: twin[name] for twin in _TWINS for name in twin.names if name not in DIVISION}
 _ADDRESSES = [name for name, dtype in _MEMBERS.items() if dtype == np.uint64 and name not in MORE_PLACES]
 LAYOUT = np.dtype(
     [(name, np.uint64) for name in _ADDRESSES]

@@ -188,6 +188,8 @@ def _add_to_parameters(a, like, group, first, channels, count, state, totals):
     for i in range(channels):
         sums[i], squares[i] = whole_sum(sums[i], rests[i]), whole_sum(squares[i], square_rests[i])
         dbeta[i] += sums[i] / unit[i]
+        if slope[i] == 0.0:
+            squares[i] = 0.0  # so is xhat, though sums of x - mean may be out of range
         dgamma[i] += squares[i] / unit[i] * slope[i] + (bend[i] * (sums[i] / unit[i]) if bend[i] != 0.0 else 0.0)
         if a.stage == COLLECT:
             put(acc, a.sums, first + i, sums[i] / unit[i])
@@ -244,8 +246,9 @@ def _choose_factors(a, like, first, count, normalisation, state, factor, shift):
         of_g = quantity_of(a, state, SUMS, first, channels)
         of_products = quantity_of(a, state, SQUARES, first, channels)
         for i in range(channels):
+            rstd = normalisation[RSTD * LINE + i]
             divisor[i] *= unit[i]
-            sums[i], products[i] = of_g[i], of_products[i] * normalisation[RSTD * LINE + i]
+            sums[i], products[i] = of_g[i], of_products[i] * rstd if rstd != 0.0 else 0.0  # its xhat is 0
     for i in range(channels):
         rstd, n = normalisation[RSTD * LINE + i], divisor[i]
         factor[i], shift[i] = -(products[i] / n * rstd), -(sums[i] / n)

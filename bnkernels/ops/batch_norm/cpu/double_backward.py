@@ -3,7 +3,8 @@
 Formulas   those of ``cuda/batch_norm_double_backward.cu``, in its names, with c = x - mean instead of xhat = rstd c:
            w = s ddx + ddresidual + w0 + w1 c,  q = w dy phi''(z),  h = gamma q + hg g + hv ddx,
            ddy = w phi'(z),  dresidual = q,  dx = rstd (h - d0 - d1 c),
-           where w0, w1 and hv, hg follow from the sums of ddx and g, and d0, d1 from those of q too
+           where w0, w1 and hv, hg follow from the sums of ddx and g, and d0, d1 from those of q too; if the statistics
+           are frozen, they have nothing of these sums
 Arrays     those of the CUDA kernel
 Tasks      slices of channels
 Traffic    every input is read once where the rows of a slice fit into the cache; else twice, three times if the
@@ -164,9 +165,12 @@ def _choose_w(a, like, first, channels, normalisation, totals, constants):
         rstd, s = normalisation[RSTD * LINE + i], normalisation[SCALE * LINE + i]
         ddgamma = get(acc, a.ddgamma, first + i) if a.ddgamma != 0 else 0.0
         ddbeta = get(acc, a.ddbeta, first + i) if a.ddbeta != 0 else 0.0
-        mean_v_xhat, mean_g_xhat = rstd * totals[3 * LINE + i] / count, rstd * totals[LINE + i] / count
+        mean_v, mean_v_xhat, mean_g_xhat = 0.0, 0.0, 0.0
+        if a.frozen == 0:
+            mean_v, mean_v_xhat = totals[2 * LINE + i] / count, rstd * totals[3 * LINE + i] / count
+            mean_g_xhat = rstd * totals[LINE + i] / count
         constants[OF_V * LINE + i] = s
-        constants[W0 * LINE + i] = ddbeta - s * (totals[2 * LINE + i] / count)
+        constants[W0 * LINE + i] = ddbeta - s * mean_v
         constants[W1 * LINE + i] = rstd * (ddgamma - s * mean_v_xhat)
         constants[GAMMA * LINE + i] = get(acc, a.gamma, first + i) if a.gamma != 0 else 1.0
         constants[HG * LINE + i] = ddgamma - s * mean_v_xhat
@@ -182,12 +186,14 @@ def _conclude(a, like, first, channels, normalisation, totals, constants):
         hg, hv = constants[HG * LINE + i], constants[HV * LINE + i]
         g, gc, v, vc, vg = totals[i], totals[LINE + i], totals[2 * LINE + i], totals[3 * LINE + i], totals[4 * LINE + i]
         q, qc = totals[5 * LINE + i], totals[6 * LINE + i]
-        e = (vg - v * g / count) - rstd * vc * (rstd * gc) / count
+        e = vg if a.frozen != 0 else (vg - v * g / count) - rstd * vc * (rstd * gc) / count
         put(acc, a.dbeta, first + i, q)
         put(acc, a.dgamma, first + i, rstd * qc + rstd * e)
         constants[D0 * LINE + i] = (gamma * q + hg * g + hv * v) / count
         mean_h_xhat = rstd * (gamma * qc + hg * gc + hv * vc) / count
         constants[D1 * LINE + i] = rstd * (mean_h_xhat + s * e / count)
+        if a.frozen != 0:
+            constants[D0 * LINE + i], constants[D1 * LINE + i] = 0.0, 0.0
         constants[OF_DX * LINE + i] = rstd
 
 

@@ -51,6 +51,8 @@ def normalise(a, like, group, first, channels, normalisation):
     if a.beta != 0:
         get_parameters(a, like, a.beta, first, shift)
     for i in range(channels):
+        if rstd[i] == 0.0:
+            mean[i], low[i] = 0.0, 0.0  # so is xhat, but x - mean may be out of range
         slope[i] *= rstd[i]
         shift[i] += scale[i] * bend[i]
         scale[i] *= slope[i]

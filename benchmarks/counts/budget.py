@@ -1,0 +1,398 @@
+"""Budget of a kernel: what a warp executes on its usual path, against what the memory rate leaves room for.
+
+``python -m benchmarks.counts.budget`` (which ``make sass`` runs too) prints the table and writes
+``benchmarks/results/budget.json``, a function of the sources alone. The kernels are compiled as they are launched on an
+H200, with the constants of the launch; `tools.compile.paths` finds the path. Nothing here was measured.
+
+A multiprocessor issues `LANES` thread-instructions a cycle. While memory moves the vectors of 16 bytes of an
+instruction's share, that many fit; a kernel with more is bound by instructions. By Little's law the rate needs so many
+bytes on their way at any time: rate times latency. A warp has what it loads on its way for the latency of global
+memory, once in the time that it takes. A small kernel is judged by the cycles of its longest warp.
+Shared memory serves 128 bytes a cycle: its turns are another bound, counted as if quarters of a warp that want the same
+vectors were served one after the other, which hardware may do better, and as g++ accesses them, which splits some.
+
+Long because the rows are here, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import numpy as np
+
+import bnkernels as bn
+from benchmarks.counts.counting import planner
+from benchmarks.counts.devices import H100, H200, Device
+from benchmarks.counts.limits import WARP, occupancy
+from benchmarks.harness.case import native_dtype
+from benchmarks.harness.timing import RESULTS, round4, write_json
+from bnkernels.nn.mlp import MLP
+from bnkernels.ops.fused_training.op import fused_training
+from bnkernels.runtime import source
+from bnkernels.runtime.seam import Launch, ceil_div
+from tools.backends import emulated_runtime
+from tools.compile import nvrtc, paths
+
+PATH = RESULTS / "budget.json"
+LANES, SCHEDULERS, VECTOR = 128, 4, 16
+DRAM_LATENCY = 1400  # cycles of a load from memory at full load: about twice an idle one's (arXiv:2402.13499)
+COPY_RATES = {H200: 4.3e12, H100: 3.0e12}  # bytes per second that copies reach (published)
+Array = Any
+Make = Callable[..., Array]  # makes an array of a shape and the name of a data type
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A kernel at a size.
+
+    Attributes
+    ----------
+    op, shape, dtype : str, tuple of int, str
+        The case: the op with its direction, and its data.
+    call : callable
+        The call, on arrays that it is given the maker of, with so many repetitions in it where there is a loop of them.
+    target : int
+        The most instructions for each vector, or cycles.
+    vectors : callable or None
+        Number of vectors of `x` that a thread reads, from its launch; None: a small kernel, judged by its cycles.
+    moved : int
+        Vectors that memory moves for each of them.
+    trips : callable
+        Numbers of turns of loops, from the launch: see `tools.compile.paths.Machine.path`.
+    avoid : sequence of str
+        Source lines that are not on the path.
+    repeated : str
+        Line of the loop of which the figures are one turn; else they are of the whole kernel.
+    rare : (str, int) or None
+        Source line that only every so many turns reach.
+    """
+
+    op: str
+    shape: tuple[int, ...]
+    dtype: str
+    call: Callable[[Make, int], Call]
+    target: int
+    vectors: Callable[[Launch], int] | None = None
+    moved: int = 2
+    trips: Callable[[Launch], Mapping[str, Sequence[int]]] = field(default=lambda launch: {})
+    avoid: Sequence[str] = ()
+    repeated: str = ""
+    rare: tuple[str, int] | None = None
+
+    @property
+    def name(self) -> str:
+        """The case in words."""
+        return f"{self.op} {'x'.join(map(str, self.shape))} {self.dtype}"
+
+
+def issue_budget(device: Device, moved: int) -> float:
+    """Return the thread-instructions that a multiprocessor can issue while memory moves so many vectors for it.
+
+    Examples
+    --------
+    >>> round(issue_budget(H200, 2)), round(issue_budget(H200, 3))
+    (249, 373)
+    """
+    return LANES * device.clock * moved * VECTOR / (COPY_RATES[device] / device.sms)
+
+
+def bytes_needed(device: Device) -> float:
+    """Return the bytes that a multiprocessor needs on their way, by Little's law."""
+    return COPY_RATES[device] / device.sms * DRAM_LATENCY / device.clock
+
+
+def figures(row: Row) -> dict[str, Any]:
+    """Return the figures of a row."""
+    stem, kernel, launch = launched(row)
+    machine, threads = paths.machine(stem, kernel, launch.constants), prod(launch.block)
+    registers = nvrtc.resources(source.read(stem, kernel, launch.constants), 90)[kernel].registers
+    fits = occupancy(H200.architecture, threads, registers, launch.shared_bytes)
+    found = {"op": row.op, "shape": list(row.shape), "dtype": row.dtype, "kernel": kernel, "target": row.target}
+    found |= {"grid": list(launch.grid), "block": list(launch.block), "registers": registers}
+    found |= {"blocks_per_sm": fits.blocks, "code_bytes": 16 * len(machine.code)}
+    found |= {"loop_bytes": 16 * longest_loop(machine)}
+    instructions, cycles, loaded = walked(row, machine, launch, row.avoid)
+    if row.rare:
+        line, every = row.rare
+        few, fast, _ = walked(row, machine, launch, (*row.avoid, line))
+        instructions = few + ceil_div(instructions - few, every)
+        cycles = fast + ceil_div(cycles - fast, every)
+    found |= {"instructions": instructions, "cycles": cycles}
+    if row.vectors is None:
+        return found | turns(row)
+    vectors, warps = row.vectors(launch), fits.blocks * ceil_div(threads, WARP)
+    _, slow, _ = walked(row, machine, launch, row.avoid, DRAM_LATENCY)
+    time = max(slow, instructions * warps / SCHEDULERS)
+    in_flight = loaded * threads * fits.blocks * DRAM_LATENCY / time
+    budgets = {device.name: round4(issue_budget(device, row.moved)) for device in COPY_RATES}
+    found |= {"moved": row.moved, "instructions_per_vector": round4(instructions / vectors), "budget": budgets}
+    return found | {"bytes_in_flight": round4(in_flight), "bytes_needed": round4(bytes_needed(H200))}
+
+
+def walked(
+    row: Row, machine: paths.Machine, launch: Launch, avoid: Sequence[str], latency: int = paths.LATENCIES["LDG"]
+) -> tuple[int, int, int]:
+    """Return instructions, cycles, and bytes that a thread loads: of the whole path, or of a turn of a loop."""
+    trips = dict(row.trips(launch))
+    found = []
+    for turns in (1, 2) if row.repeated else (1,):
+        if row.repeated:
+            trips[row.repeated] = (turns,)
+        path = machine.path(trips, avoid)
+        loaded = sum(one.bytes_loaded for one in machine.executed(path))
+        found.append((machine.instructions(path), machine.cycles(path, latency), loaded))
+    return tuple(np.subtract(found[-1], found[0]).tolist()) if row.repeated else found[0]
+
+
+def longest_loop(machine: paths.Machine) -> int:
+    """Return the instructions of the longest loop without another in it, which the instruction cache should hold."""
+
+    def longest(within: frozenset[int], entry: int, *, body: bool) -> int:
+        loops = machine.loops(within - {entry} if body else within, entry)
+        own = sum(len(machine.blocks[block]) for block in within) if body else 0
+        return max((longest(loop.blocks, loop.header, body=True) for loop in loops), default=own)
+
+    return longest(machine.reachable(), 0, body=False)
+
+
+def launched(row: Row) -> tuple[str, str, Launch]:
+    """Return source, kernel and launch on an H200."""
+    plan = planner()
+    call = row.call(lambda shape, dtype="float32": plan.empty(shape, native_dtype(dtype)), 1)
+    plan.launches.clear()
+    call()
+    (only,) = plan.launches
+    return only
+
+
+def turns(row: Row) -> dict[str, int]:
+    """Return how many turns shared memory takes, and how many without bank conflicts, by a call on the emulator."""
+    runtime, rng = emulated_runtime(), np.random.default_rng(0)
+
+    def random(shape: tuple[int, ...], dtype: str = "float32") -> Array:
+        whole = np.dtype(dtype).kind in "iu"
+        return runtime.asarray(np.zeros(shape, dtype) if whole else rng.uniform(0.5, 2, shape).astype(dtype))
+
+    found = []
+    with runtime.device_limits(H200.choice), runtime.counting_turns():
+        for repetitions in (1, 2) if row.repeated else (1,):
+            call = row.call(random, repetitions)
+            runtime.reset()
+            call()
+            counts = runtime.launches[-1].counts
+            found.append(np.array([counts.shared_turns, counts.fewest_shared_turns]))
+    runtime.reset()
+    taken, fewest = (found[1] - found[0] if row.repeated else found[0]).tolist()
+    return {"shared_turns": taken, "fewest_shared_turns": fewest}
+
+
+# ---- the rows -------------------------------------------------------------------------------------------------------
+
+
+def batch_norm(direction: str, shape: tuple[int, ...], dtype: str) -> Callable[[Make, int], Call]:
+    """Return what makes the call of a pass with a ReLU."""
+
+    def call(array: Make, repetitions: int) -> Call:
+        x, options = array(shape, dtype), {"axis": 1 if len(shape) > 2 else -1, "activation": "relu"}
+        gamma, beta, mean, var = (array(shape[1:2]) for _ in range(4))
+        if direction == "forward":
+            out = array(shape, dtype), array((3, shape[1]))
+            return lambda: bn.batch_norm_forward(x, gamma, beta, mean, var, out=out, **options)
+        given, out = (array(shape, dtype), x, gamma, beta, array((3, shape[1]))), (array(shape, dtype), mean, var)
+        return lambda: bn.batch_norm_backward(*given, out=out, **options)
+
+    return call
+
+
+def layer_norm(direction: str, shape: tuple[int, int], dtype: str) -> Callable[[Make, int], Call]:
+    """Return what makes the call of a pass."""
+
+    def call(array: Make, repetitions: int) -> Call:
+        x, y = array(shape, dtype), array(shape, dtype)
+        gamma, beta, dgamma, dbeta = (array(shape[1:]) for _ in range(4))
+        saved = array((3, shape[0]))
+        if direction == "forward":
+            return lambda: bn.layer_norm_forward(x, gamma, beta, out=(y, saved))
+        dy = array(shape, dtype)
+        return lambda: bn.layer_norm_backward(dy, x, gamma, beta, saved, out=(y, dgamma, dbeta))
+
+    return call
+
+
+def fused(sizes: tuple[int, ...], batch: int) -> Callable[[Make, int], Call]:
+    """Return what makes training steps of a network with batch norm, by SGD."""
+
+    def call(array: Make, steps: int) -> Call:
+        model = MLP(sizes)
+        x, labels = array((steps * batch, sizes[0])), array((steps * batch,), "int32")
+        parameters, running = array(model.parameters.shape), array(model.running.shape)
+        given, losses = (model.fused, parameters, (), running, x, labels), array((steps,))
+        return lambda: fused_training(*given, batch=batch, optimizer="sgd", lr=0.1, out=losses)
+
+    return call
+
+
+def at_question(direction: str) -> Row:
+    """Return the row of the question's mini-batch."""
+    return Row(f"batch_norm {direction}", (64, 20), "float32", batch_norm(direction, (64, 20), "float32"), 1100)
+
+
+def of_one_block(launch: Launch) -> dict[str, tuple[int, ...]]:
+    """Return how often the loops of a step of 64-20-10 run in the longest warp: one of the first layer's tiles."""
+    warps, ahead = launch.threads // WARP, 4  # examples that are looked up together
+    copies = ceil_div(64, warps * ahead)
+    of_products = 64 // 8, 20 // 8  # eight terms a turn; of the backward there is no whole turn
+    return {
+        "first = threadIdx.x / WARP": (copies, copies),
+        "k < terms": of_products,
+        "tile < tiles": (1, 0),
+        "first = before": (0,),
+        "n < subwarp.batch; n += 4": (8, 8),
+    }
+
+
+def of_several_blocks(launch: Launch) -> dict[str, tuple[int, ...]]:
+    """Return how often the loops of a step of 784-100-100-100-10 run in a block that has neurons of every layer.
+
+    The products of the first layer have more than one stage. The last layer is updated by other blocks meanwhile.
+    """
+    return {
+        "first < count; first +=": (1,) * 9 + (0, 1),
+        "i < turns; ++i": (4, 4),
+        "COLUMNS<A>; n += PRODUCT_THREADS": (0,) * 26,
+        "s < count; s += 4": (4,) * 7 + (2,) * 6,
+        "first < rows && c < left": (4,),
+        "first < all": (0, 1, 0, 1),
+        "n < row.count; n += WARP": (2, 2, 2, 2),
+        "n < a.batch; n += WARP": (2, 2, 2),
+        "n < g.count; n += WARP": (2,) * 6,
+    }
+
+
+def rows_of_thread(shape: tuple[int, ...]) -> Callable[[Launch], int]:
+    """Return what tells the vectors of `x` that a thread of a cooperative launch has of a slice."""
+    vectors = shape[0] if len(shape) == 2 else prod((shape[0], *shape[2:])) // 8
+    return lambda launch: ceil_div(vectors, launch.grid[1] * launch.block[1])
+
+
+def of_slice(direction: str, shape: tuple[int, ...]) -> Callable[[Launch], dict[str, tuple[int, ...]]]:
+    """Return how often the loops of a slice run where all rows are held, in a block that is not the last to arrive."""
+    rows_of, forward, inner = rows_of_thread(shape), direction == "forward", len(shape) > 2
+
+    def trips(launch: Launch) -> dict[str, tuple[int, ...]]:
+        rows = rows_of(launch)
+        fours, levels = ceil_div(rows, 4), 1 + (launch.block[1] > 8) + (launch.block[1] > 64)
+        not_held = {"i += CHUNK": (0,)} if forward else {"min(first + SUMMED": (0,)}
+        return not_held | {
+            "i < count; ++i, to": (0, 0, fours),
+            "i < last; ++i, ": (fours,),
+            "SUMMED) {": (0,),
+            "step *= COOPERATIVE_FAN_IN": (0,) if inner else (levels, 0),
+            "block = first; block < last": (0,),
+            "i += step) add": (0,) if inner else (0, 0),
+            "i > a.held; --i": (0,),
+            "&kept[i - 1]": (ceil_div(rows, 2) if forward else rows,),
+        }
+
+    return trips
+
+
+def large(direction: str, shape: tuple[int, ...], dtype: str) -> Row:
+    """Return the row of a tensor whose slices several blocks share."""
+    return Row(
+        f"batch_norm {direction}",
+        shape,
+        dtype,
+        batch_norm(direction, shape, dtype),
+        150 if direction == "forward" else 240,
+        vectors=rows_of_thread(shape),
+        moved=2 if direction == "forward" else 3,
+        trips=of_slice(direction, shape),
+        avoid=("of.statistics[c] = empty", "mean[0] = share * g"),  # by the last block of a slice to arrive
+        repeated="turn < turns.count + lag",
+    )
+
+
+LONG_ROWS = (16384, 4096), "bfloat16"
+MATRIX, IMAGES = ((65536, 4096), "bfloat16"), ((256, 256, 56, 56), "float16")
+ROWS = [
+    *(large(direction, *data) for data in (MATRIX, IMAGES) for direction in ("forward", "backward")),
+    Row(
+        "layer_norm forward",
+        *LONG_ROWS,
+        layer_norm("forward", *LONG_ROWS),
+        150,
+        vectors=lambda launch: 4096 // 8 // launch.block[0],
+    ),
+    Row(
+        "layer_norm backward",
+        *LONG_ROWS,
+        layer_norm("backward", *LONG_ROWS),
+        260,
+        vectors=lambda launch: 4096 // 8 // launch.block[0],
+        moved=3,
+        repeated="block_row < a.rows",
+        rare=("dgamma = add(dgamma, terms", 16),
+    ),
+    at_question("forward"),
+    at_question("backward"),
+    Row(
+        "fused_training step",
+        (64, 20, 10),
+        "float32",
+        fused((64, 20, 10), 64),
+        6500,
+        trips=of_one_block,
+        repeated="step < a.steps; ++step",
+    ),
+    Row(
+        "fused_training step",
+        (784, 100, 100, 100, 10),
+        "float32",
+        fused((784, 100, 100, 100, 10), 60),
+        60000,
+        trips=of_several_blocks,
+        repeated="step < a.steps; ++step",
+    ),
+]
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the rows as text."""
+    lines = []
+    for row in rows:
+        line = f"{row['op']} {'x'.join(map(str, row['shape']))} {row['dtype']} ({row['kernel']}): "
+        line += f"{row['registers']} registers, {row['code_bytes']:,} bytes of code"
+        if "budget" in row:
+            budgets = ", ".join(f"{name} {budget:.0f}" for name, budget in row["budget"].items())
+            line += f"; {row['instructions_per_vector']:.0f} instructions a vector, target {row['target']}, {budgets}"
+            line += f"; {row['bytes_in_flight'] / 1024:.0f} KiB in flight of {row['bytes_needed'] / 1024:.0f} needed"
+        else:
+            line += (
+                f"; {row['cycles']:,} cycles, target {row['target']:,}; shared memory takes {row['shared_turns']:,} "
+            )
+            line += f"turns, {row['fewest_shared_turns']:,} without conflicts"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the table and write the results."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.counts.budget", description=__doc__)
+    parser.add_argument("--only", default="", help="rows whose name contains this; nothing is written then")
+    options = parser.parse_args(arguments)
+    rows = [figures(row) for row in ROWS if options.only in row.name]
+    print(table(rows))
+    if not options.only:
+        write_json(PATH, {"nvrtc": nvrtc.NEWEST, "rows": rows})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The last layer of a classifier with its loss."""

@@ -1,0 +1,42 @@
+"""The budget of the kernels: the committed table is that of the sources, and its arithmetic that of the devices."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks.counts import budget
+from benchmarks.counts.devices import H100, H200
+from benchmarks.report import budget as report
+from tools.compile import nvrtc
+
+
+def test_the_issue_budget_is_what_memory_leaves_time_for() -> None:
+    cycles = 2 * budget.VECTOR / (4.3e12 / 132 / 1.98e9)  # for a vector in and one out
+    assert budget.issue_budget(H200, 2) == pytest.approx(128 * cycles)
+    assert budget.issue_budget(H100, 3) > budget.issue_budget(H200, 3) > budget.issue_budget(H200, 2)
+
+
+@pytest.mark.usefixtures("nvrtc")
+@pytest.mark.parametrize("row", budget.ROWS, ids=lambda row: row.name)
+def test_the_committed_table_is_of_these_sources(row: budget.Row) -> None:
+    committed = json.loads(budget.PATH.read_text(encoding="utf-8"))
+    assert committed["nvrtc"] == nvrtc.NEWEST
+    assert len(committed["rows"]) == len(budget.ROWS)
+    (known,) = (one for one in committed["rows"] if (one["op"], tuple(one["shape"])) == (row.op, row.shape))
+    found = json.loads(json.dumps(budget.figures(row)))
+    assert found == known, "if this is meant: python -m benchmarks.counts.budget, then python -m benchmarks.report"
+
+
+def test_a_measured_time_stands_beside_the_predicted_one() -> None:
+    counts = json.loads(budget.PATH.read_text(encoding="utf-8"))
+    forward = next(row for row in counts["rows"] if row["op"] == "batch_norm forward" and "budget" not in row)
+    case = {"op": "batch_norm", "direction": "forward", "shape": "64x20", "dtype": "float32", "layout": "NC"}
+    measured = case | {"epilogue": "relu", "provider": "bnkernels", "status": "ok", "hot_us_median": 8.0}
+    predicted, found = report.times_of(forward, {"rows": [measured]}, None)
+    assert found == 8.0
+    assert predicted == pytest.approx(1.1 + forward["cycles"] / 1980)
+    ratio = f"8, predicted / measured {predicted / 8:.2f}"
+    assert ratio in report.page(counts, {"rows": [measured]}, None)
+    assert "not yet measured" in report.page(counts, None, None)

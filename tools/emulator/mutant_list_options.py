@@ -1,0 +1,188 @@
+"""The bugs that `mutants.py` plants in masks, groups and other options of batch norm, and in merges of statistics."""
+
+from __future__ import annotations
+
+from .mutants import OPTIONS, Mutant
+
+FORWARD, BACKWARD, STATISTICS = "batch_norm_forward.cu", "batch_norm_backward.cu", "batch_norm_statistics.cu"
+SHARED, ROWS, PARTS = "lib/reduce/options.cuh", "lib/reduce/rows.cuh", "lib/reduce/parts.cuh"
+GRADIENT_SUMS = "lib/reduce/gradient_sums.cuh"
+ORDER = "test_one_launch_whose_order_changes_no_bit"
+
+MUTANTS = [
+    Mutant(
+        "masked: the mask is not looked at",
+        ROWS,
+        "if (mask[rows.at(outer_stride, inner_stride)] != 0) valid",
+        "valid",
+        among=OPTIONS,
+    ),
+    Mutant("masked: rows that it excludes count", ROWS, "masked ? __popc(valid) : count", "count", among=OPTIONS),
+    Mutant("forward masked: invalid rows are read", FORWARD, "if (!masked || has(i))", "if (true)", among=OPTIONS),
+    Mutant("backward masked: invalid rows are read", BACKWARD, "if (!masked || has(i))", "if (true)", among=OPTIONS),
+    Mutant(
+        "parts: the shift of a worker is that of an invalid row",
+        PARTS,
+        "shift = rows.has(i) ? values[i] : shift;",
+        "shift = values[0];",
+        among=OPTIONS,
+    ),
+    Mutant(
+        "parts: the shift of the merge is that of an empty part",
+        PARTS,
+        "if (parts[i * pitch].count == A(0)) continue;",
+        "",
+        among=OPTIONS,
+    ),
+    Mutant(
+        "parts: a mean over all rows, valid or not",
+        PARTS,
+        "        count = count_of(channel, pitch, workers / pitch);\n",
+        "",
+        among=OPTIONS,
+    ),
+    Mutant("parts: an empty part has a mean", PARTS, "if (part.count == A(0)) return;", "", among=OPTIONS),
+    Mutant(
+        "options: parameters of 16 bits are taken for float32",
+        SHARED,
+        "return in_storage_type ? A(static_cast<const T*>(parameters)[c]) : static_cast<const A*>(parameters)[c];",
+        "return static_cast<const A*>(parameters)[c];",
+        select="parameters",
+    ),
+    Mutant("options: the shift forgets d", SHARED, "shift = fma(gamma, d, ", "shift = fma(gamma, A(0), "),
+    Mutant(
+        "options: no barrier between the groups",
+        SHARED,
+        "    if (a.groups > 1) __syncthreads();\n",
+        "",
+        select="more_groups",
+    ),
+    Mutant(
+        "forward grouped: every group is the first",
+        FORWARD,
+        "    move(a.x, group * a.x_group);\n",
+        "",
+        select="group",
+        among=OPTIONS,
+    ),
+    Mutant(
+        "forward renormalised: only one worker has r",
+        FORWARD,
+        "threadIdx.y == 0 || a.statistic_rows == RENORMALISED",
+        "threadIdx.y == 0",
+        select="renorm",
+        among=OPTIONS,
+    ),
+    Mutant(
+        "forward renormalised: with what was just written",
+        FORWARD,
+        "    normalise_with(a, all, running, channel);\n",
+        "    if (a.statistic_rows == RENORMALISED) running = load_running(a, c);\n"
+        "    normalise_with(a, all, running, channel);\n",
+        ("tsan",),
+        select="renorm",
+        among=OPTIONS,
+    ),
+    Mutant(
+        "forward renormalised: d in the units of x",
+        FORWARD,
+        "((all.high - running.mean) + all.low) * of_running",
+        "((all.high - running.mean) + all.low)",
+        select="renorm",
+        among=OPTIONS,
+    ),
+    Mutant(
+        "forward renormalised: r has no lower limit",
+        FORWARD,
+        "clip(of_running / channel.rstd, A(1) / a.r_max, a.r_max)",
+        "clip(of_running / channel.rstd, A(0), a.r_max)",
+        select="renorm",
+        among=OPTIONS,
+    ),
+    Mutant(
+        "forward masked: one value has a variance",
+        FORWARD,
+        "(!masked || divisor > A(0))",
+        "true",
+        among=OPTIONS,
+    ),
+    Mutant(
+        "forward masked: a channel without rows has a mean",
+        FORWARD,
+        "(!masked || all.count > A(0))",
+        "true",
+        among=OPTIONS,
+    ),
+    Mutant(
+        "backward masked: the mean over all rows, valid or not",
+        BACKWARD,
+        "a.given & MASK ? A(1) / max(total.count, A(1)) : a.inverse_rows",
+        "a.inverse_rows",
+        among=OPTIONS,
+    ),
+    Mutant(
+        "gradient sums: a worker's number of rows is lost",
+        GRADIENT_SUMS,
+        "if (masked) counts[threadIdx.y] = own.count;",
+        "if (masked && threadIdx.y == 0) counts[threadIdx.y] = own.count;",
+        among=OPTIONS,
+    ),
+    Mutant(
+        "backward renormalised: dgamma without d",
+        BACKWARD,
+        "fma(channel.r, sums.g_xhat, channel.d * sums.g)",
+        "channel.r * sums.g_xhat",
+        select="renorm",
+        among=OPTIONS,
+    ),
+    Mutant(
+        "backward: running statistics depend on x",
+        BACKWARD,
+        "a.stage == FROZEN ? A(0) : fma(",
+        "a.stage == FROZEN ? sums(A(1)).g : fma(",
+    ),
+    Mutant(
+        "backward grouped: the counter is left where it is",
+        BACKWARD,
+        "            if (last) a.finished_blocks[blockIdx.x] = 0;  // reset for the next launch\n",
+        "",
+        select="group",
+        among=OPTIONS,
+    ),
+    Mutant(
+        "backward grouped: a block arrives without a fence",
+        BACKWARD,
+        "            __threadfence();\n            const bool last",
+        "            const bool last",
+        ("tsan",),
+        ORDER,
+        among=OPTIONS,
+    ),
+    Mutant(
+        "backward grouped: the last block reads without a fence",
+        BACKWARD,
+        "            __threadfence();\n            if (last)",
+        "            if (last)",
+        ("tsan",),
+        ORDER,
+        among=OPTIONS,
+    ),
+    Mutant(
+        "backward in parts: the sums of a part are those of its mean",
+        BACKWARD,
+        "        a.sums[2 * channels + c] = a.given & MASK ? total.count : a.rows;\n",
+        "        a.sums[2 * channels + c] = A(1);\n",
+        select="statistics",
+        among=OPTIONS,
+    ),
+    Mutant(
+        "parts: chunks of any size weigh the same",
+        PARTS,
+        "const A all = count + part.count, share = part.count / all;",
+        "const A all = count + part.count, share = A(0.5);",
+        select="statistics",
+        among=OPTIONS,
+    ),
+    Mutant("statistics: rstd of the sum of squares", STATISTICS, "all.m2 / all.count + a.eps", "all.m2 + a.eps"),
+    Mutant("statistics: the biased variance", STATISTICS, "all.m2 / divisor, keep", "all.m2 / all.count, keep"),
+]
