@@ -6,18 +6,19 @@ ARGS ?=
 PACKAGING := setup.py pyproject.toml tools/install.py tools/compile/compilers.txt
 TRAIN := .venv/installed-train
 TEST := .venv/installed-test
+FRAMEWORKS := .venv/installed-frameworks
 BENCH := .venv/installed-bench
 OUT ?= build/gpu
 # Every kernel in every variant; the rest of the suite repeats them with other values, and ThreadSanitizer takes its time.
 OP_TESTS = tests/ops/test_batch_norm.py tests/ops/test_softmax_cross_entropy.py tests/ops/test_parameter_update.py
 PARALLEL = -n auto --dist worksteal
 # Several processes share the cores: threads of BLAS would wait for one another.
-test test-fast emulate mutants coverage: export OPENBLAS_NUM_THREADS = 1
+test test-fast frameworks emulate mutants coverage: export OPENBLAS_NUM_THREADS = 1
 unexport PYTHONDONTWRITEBYTECODE # without bytecode every process that a test starts would compile all it imports
 CXX_FILES = $(shell find cuda tools/emulator benchmarks -name "*.cu" -o -name "*.cuh" -o -name "*.h" -o -name "*.cpp")
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-fast everything check format compile emulate mutants coverage bench host-cost first-call features traffic sass
+.PHONY: help train test test-fast frameworks everything check format compile emulate mutants coverage bench host-cost first-call features traffic sass
 .PHONY: notebooks clean
 .PHONY: gpu gpu-test gpu-sanitize gpu-bench gpu-dry-run
 
@@ -33,7 +34,10 @@ test: $(TEST) ## run the whole test suite; says what it skips and why
 test-fast: $(TEST) ## a quick look: every second test, without the slow ones
 	$(RUN) -m pytest -q $(PARALLEL) -m "not slow" --every 2 $(ARGS)
 
-everything: test check compile emulate mutants coverage ## all that can be checked without a GPU, whole: more than an hour
+frameworks: $(FRAMEWORKS) ## install PyTorch too, and run what compares with it, layers in other frameworks, examples
+	$(RUN) -m pytest -q $(PARALLEL) $(ARGS) tests/compat tests/examples tests/nn/test_state_dict.py
+
+everything: test check compile emulate mutants coverage frameworks ## all that can be checked without a GPU, whole: more than an hour
 
 check: $(TEST) ## lint and formatting of Python and CUDA, and the mirror rule
 	$(RUN) -m ruff check .
@@ -53,9 +57,12 @@ emulate: $(TEST) ## run the op tests on emulated kernels under AddressSanitizer 
 	$(RUN) -m tools.emulator run asan -- -q $(PARALLEL) -m "emulator and not slow" $(ARGS) tests
 	$(RUN) -m tools.emulator run tsan -- -q $(PARALLEL) -m "emulator and not slow" $(OP_TESTS) tests/regress/test_tileops_1727.py \
 		tests/ops/test_batch_norm_cooperative.py::test_the_order_of_blocks_and_threads_changes_no_bit tests/ops/test_mini_batch.py \
+		tests/ops/test_batch_norm_cooperative_groups.py::test_the_order_of_blocks_changes_no_bit_of_groups \
 		tests/ops/test_layer_norm.py::test_the_order_of_blocks_and_threads_changes_no_bit \
+		tests/ops/test_layer_norm_long_rows.py::test_the_order_of_blocks_and_threads_changes_no_bit \
 		tests/ops/test_linear_layer_norm.py::test_the_order_of_blocks_and_threads_changes_no_bit \
 		tests/ops/test_linear_batch_norm.py::test_the_order_of_blocks_and_threads_changes_no_bit \
+		tests/ops/test_linear_softmax_cross_entropy.py::test_the_order_of_blocks_and_threads_changes_no_bit \
 		tests/ops/test_fused_training_multi_block.py::test_the_order_of_blocks_and_threads_changes_no_bit
 
 mutants: $(TEST) ## plant bugs in the kernels: the tests must catch every one
@@ -81,6 +88,7 @@ traffic: $(TEST) ## count the bytes that batch norm moves, on the emulator, agai
 
 sass: $(TEST) ## show the machine code of every kernel: instructions, bytes, registers, occupancy; make sass ARGS="--only 90"
 	$(RUN) -m benchmarks.counts.sass $(ARGS)
+	$(RUN) -m benchmarks.counts.budget
 
 # Without installing anything, since a GPU machine has its own way: .venv if it has CuPy, else python3, or PYTHON=.
 GPU_RUN = $(if $(filter file,$(origin PYTHON)),$(shell $(RUN) -c "import cupy" 2>/dev/null && echo $(RUN) || echo $(PYTHON)),$(PYTHON))
@@ -112,9 +120,13 @@ $(TRAIN): $(PACKAGING)
 	$(PYTHON) tools/install.py train
 	@touch $@
 
+$(FRAMEWORKS): $(PACKAGING)
+	$(PYTHON) tools/install.py test torch
+	@touch $@ $(TEST) $(TRAIN)
+
 $(BENCH): $(PACKAGING)
 	$(PYTHON) tools/install.py test benchmarks
-	@touch $@ $(TEST) $(TRAIN)
+	@touch $@ $(TEST) $(TRAIN) $(FRAMEWORKS)
 
 $(TEST): $(PACKAGING)
 	$(PYTHON) tools/install.py test

@@ -28,7 +28,11 @@ TEST = [
     "numpydoc>=1.8",
     "ruff>=0.12",
     "clang-format>=20",
+    "expecttest>=0.3",  # PyTorch's own test inputs need it
+    "mypy>=1.11",  # a typed script of a user
     "ml_dtypes>=0.5",  # bfloat16 for NumPy
+    "safetensors>=0.8",
+    "thinc>=8.3,<8.4; python_version < '3.13'",  # where it surely has wheels
     f"nvidia-cuda-nvdisasm>=13.5; {PLATFORMS}",  # reads what the newest NVRTC makes
     "setuptools>=77",  # tests/test_packaging.py builds without the network
 ]
@@ -80,23 +84,30 @@ setup(
         "Programming Language :: Python :: 3 :: Only",
         *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 15)),
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
     ],
     # cuda/ lies at the top of the checkout but is installed inside the package: a top-level `cuda` is NVIDIA's.
     packages=[*find_packages(include=["bnkernels", "bnkernels.*"]), "bnkernels.cuda"],
     package_dir={"bnkernels.cuda": "cuda"},
-    package_data={"bnkernels.cuda": ["*.cu", "lib/*.cuh", "lib/*/*.cuh"]},
+    package_data={"bnkernels": ["py.typed"], "bnkernels.cuda": ["*.cu", "lib/*.cuh", "lib/*/*.cuh"]},
     include_package_data=False,
     python_requires=">=3.10",
     install_requires=["numpy>=2"],
     extras_require={
         "cpu": CPU,
         "train": TRAIN,
+        "safetensors": ["safetensors>=0.8"],  # the files of nn.save and nn.load that other frameworks read
+        "thinc": ["thinc>=8.3,<8.4"],  # the versions that spaCy takes
         "cuda12": [f"cupy-cuda12x[ctk]{CUPY}"],
         "cuda13": [f"cupy-cuda13x[ctk]{CUPY}"],
         "without-gpu": [f"cupy-cuda13x{CUPY}; {CUPY_WHEELS}"],  # never beside one of the two: they share their files
         "notebooks": NOTEBOOKS,
+        "torch": ["torch>=2.5", "ml_dtypes>=0.5"],  # bnkernels.compat.torch
         "benchmarks": [*TRAIN, "torch>=2.5", "ml_dtypes>=0.5"],  # more peers take part where they are installed
         "test": TEST,
     },
-    entry_points={"console_scripts": ["bnkernels = bnkernels.cli:main"]},
+    entry_points={
+        "console_scripts": ["bnkernels = bnkernels.cli:main"],
+        "thinc_layers": [f"bnkernels.{name}.v1 = bnkernels.compat.thinc:{name}" for name in ("BatchNorm", "LayerNorm")],
+    },
 )

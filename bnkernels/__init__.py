@@ -1,8 +1,9 @@
 """Batch normalisation for CuPy: CUDA kernels that need one launch each way, and the same ops on NumPy."""
 
-from bnkernels import _process  # noqa: F401  first, for an interrupt while the command loads the rest
+from typing import TYPE_CHECKING
+
+from bnkernels import _process  # noqa: F401  first of ours, for an interrupt while the command loads the rest
 from bnkernels._version import __version__  # noqa: F401
-from bnkernels.nn.mlp import MLP
 from bnkernels.ops.batch_norm.double_backward import batch_norm_double_backward
 from bnkernels.ops.batch_norm.folding import batch_norm_scale_shift, fold_batch_norm
 from bnkernels.ops.batch_norm.in_parts import (
@@ -17,6 +18,7 @@ from bnkernels.ops.batch_norm.training import batch_norm_backward, batch_norm_fo
 from bnkernels.ops.fused_training.op import fused_training
 from bnkernels.ops.layer_norm.op import layer_norm_backward, layer_norm_forward
 from bnkernels.ops.linear_batch_norm.op import linear_batch_norm_backward, linear_batch_norm_forward
+from bnkernels.ops.linear_softmax_cross_entropy.op import linear_softmax_cross_entropy
 from bnkernels.ops.mini_batch.op import mini_batch, random_rows
 from bnkernels.ops.parameter_update.op import (
     adam_update,
@@ -27,6 +29,10 @@ from bnkernels.ops.parameter_update.op import (
 )
 from bnkernels.ops.softmax_cross_entropy.op import softmax_cross_entropy
 from bnkernels.runtime.cpu.threads import get_num_threads, set_num_threads
+
+if TYPE_CHECKING:
+    from bnkernels import nn
+    from bnkernels.nn.mlp import MLP
 
 __all__ = [
     "MLP",
@@ -49,8 +55,10 @@ __all__ = [
     "layer_norm_forward",
     "linear_batch_norm_backward",
     "linear_batch_norm_forward",
+    "linear_softmax_cross_entropy",
     "mini_batch",
     "momentum_update",
+    "nn",
     "random_rows",
     "scheduled_update",
     "set_num_threads",
@@ -58,3 +66,14 @@ __all__ = [
     "softmax_cross_entropy",
     "update_schedule",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Return the layers, or `MLP` of them, when they are first asked for: ops do not need the time to load them."""
+    if name not in ("MLP", "nn"):
+        raise AttributeError(f"module 'bnkernels' has no attribute {name!r}")
+    from importlib import import_module
+
+    layers = import_module("bnkernels.nn")
+    globals().update(MLP=layers.MLP, nn=layers)
+    return globals()[name]

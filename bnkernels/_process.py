@@ -5,6 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+STOPS = signal.SIGINT, signal.SIGTERM  # Ctrl-C, and what batch systems and containers send before they kill
 
 
 def is_command() -> bool:
@@ -33,6 +39,41 @@ def raise_on_interrupt() -> None:
     """Let an interrupt be Python's exception again, if `end_on_interrupt` has changed that while the command loaded."""
     if loading:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class Stop:
+    """Whether a run shall stop: the trainer asks before every step.
+
+    Attributes
+    ----------
+    received : int or None
+        Signal that asked for it.
+    """
+
+    received: int | None = None
+
+    def __call__(self) -> bool:
+        return self.received is not None
+
+    @contextmanager
+    def on_signals(self) -> Iterator[None]:
+        """Turn the first Ctrl-C or SIGTERM into a wish; the next one of its kind acts at once."""
+        if threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
+            yield
+            return
+        previous = {number: signal.getsignal(number) for number in STOPS}
+
+        def request(number: int, frame: FrameType | None) -> None:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else previous[number])
+            self.received = number
+
+        for number in STOPS:
+            signal.signal(number, request)
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
 
 def open_streams() -> None:

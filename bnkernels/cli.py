@@ -1,18 +1,15 @@
-"""The command line: ``bnkernels train``, ``predict``, ``reproduce`` and ``info``."""
+"""The command line: ``bnkernels train``, ``evaluate``, ``predict``, ``reproduce`` and ``info``."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import math
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from functools import partial
-from types import FrameType
 from typing import Any, NoReturn
 
 import numpy as np
@@ -26,6 +23,7 @@ from bnkernels.train.config import CHOICES, DEFAULT_EPOCHS, DEFAULT_LEARNING_RAT
 from bnkernels.train.data import DataError
 from bnkernels.train.documents import to_json
 from bnkernels.train.environment import report
+from bnkernels.train.evaluate import evaluate
 from bnkernels.train.plots import require_matplotlib
 from bnkernels.train.predict import predict
 from bnkernels.train.reproduce import SHORTENED, STEPS, Experiment, require_folder
@@ -35,7 +33,7 @@ from bnkernels.train.runs import default_folder
 from bnkernels.train.tables import answer, heading, row
 from bnkernels.train.trainer import Trainer, resume, train
 
-EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 2, 130, 141  # the latter two as of a shell
+EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 2, 130, 141  # the latter two, 128 and a signal, as of a shell
 LONGEST = 300  # characters of an error that repeats the command line
 
 
@@ -50,7 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
     Returns
     -------
     int
-        The exit code: 0; 2 for bad input; 130 after Ctrl-C; 141 where nobody reads what is printed any more.
+        The exit code: 0; 2 for bad input; 130 after Ctrl-C, 143 after SIGTERM; 141 where nobody reads what is printed
+        any more.
     """
     try:
         try:
@@ -114,14 +113,20 @@ def build_parser() -> Parser:
     _add_training_options(command)
     _add_run_options(command)
 
-    command = commands.add_parser("predict", help="evaluate a checkpoint on the test set", allow_abbrev=False)
-    command.set_defaults(command=run_predict)
-    command.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's folder or its checkpoint")
-    command.add_argument(
+    evaluates = commands.add_parser("evaluate", help="evaluate a checkpoint on labelled data", allow_abbrev=False)
+    evaluates.set_defaults(command=run_evaluate)
+    predicts = commands.add_parser("predict", help="print the classes of new data", allow_abbrev=False)
+    predicts.set_defaults(command=run_predict)
+    for command in (evaluates, predicts):
+        command.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's folder or its checkpoint")
+        device = {"choices": CHOICES["device"], "default": "auto"}
+        command.add_argument("--device", **device, help="where to compute (default: auto)")
+        command.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
+    evaluates.add_argument(
         "--data", metavar="PATH", help="other data of the same kind, evaluated whole (default: the run's test set)"
     )
-    command.add_argument("--device", choices=CHOICES["device"], default="auto", help="where to compute (default: auto)")
-    command.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
+    predicts.add_argument("--data", metavar="FILE", required=True, help="an .npz file with x; labels are not needed")
+    predicts.add_argument("--norm", choices=tuple(LABELS), help="one network of the run (default: all)")
 
     command = commands.add_parser(
         "reproduce",
@@ -232,7 +237,8 @@ def run_train(options: argparse.Namespace) -> int:
         config["hidden"] = tuple(config["hidden"])
     places = {"folder": given.get("out"), "checkpoint": given.get("checkpoint")}
     require_matplotlib()  # first: what installs it installs the progress bar too
-    with _stop_on_interrupt() as should_stop, _progress(options.quiet or options.json) as on_epoch:
+    should_stop = _process.Stop()
+    with should_stop.on_signals(), _progress(options.quiet or options.json) as on_epoch:
         if "resume" in given:
             result = resume(given["resume"], on_epoch=on_epoch, should_stop=should_stop, **places, **config)
         else:
@@ -241,14 +247,28 @@ def run_train(options: argparse.Namespace) -> int:
             result = train(config, on_epoch=on_epoch, should_stop=should_stop, **places)
     if result.status == "stopped":
         print(f"bnkernels: stopped and saved; continue with: {result.continuation}", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return 128 + should_stop.received
     print(to_json(result.document()) if options.json else answer(result))
     return 0
 
 
 def run_predict(options: argparse.Namespace) -> int:
-    """``bnkernels predict``: evaluate a checkpoint."""
-    result = predict(options.checkpoint, data=options.data, device=options.device)
+    """``bnkernels predict``: print a line for every row, of several networks under their names."""
+    result = predict(options.checkpoint, options.data, norm=options.norm, device=options.device)
+    if options.json:
+        print(to_json(result))
+        return 0
+    predictions = result["predictions"]
+    if len(predictions) > 1:
+        print(*predictions, sep="\t")
+    for classes in zip(*predictions.values(), strict=True):
+        print(*classes, sep="\t")
+    return 0
+
+
+def run_evaluate(options: argparse.Namespace) -> int:
+    """``bnkernels evaluate``: print loss and accuracy."""
+    result = evaluate(options.checkpoint, data=options.data, device=options.device)
     if options.json:
         print(to_json(result))
         return 0
@@ -279,25 +299,6 @@ def run_info(options: argparse.Namespace) -> int:
     """``bnkernels info``: print the environment report."""
     print(report())
     return 0
-
-
-@contextmanager
-def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C into a question the trainer asks before every step; the second interrupts at once."""
-    requested = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
-        yield requested.is_set
-        return
-
-    def request(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        requested.set()
-
-    previous = signal.signal(signal.SIGINT, request)
-    try:
-        yield requested.is_set
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 @contextmanager

@@ -14,10 +14,9 @@ import numpy as np
 import pytest
 
 from bnkernels.runtime import registry
-from tools import backends
+from tools import backends, real_torch
 from tools.compile import nvrtc
 from tools.emulator import EmulatorRuntime
-from tools.emulator.build import BUILD_VARIABLE, BUILDS
 
 LEFT_OUT = pytest.StashKey[Counter]()  # tests that were not even started, by reason
 
@@ -101,9 +100,7 @@ def emulated() -> Iterator[EmulatorRuntime]:
 @pytest.fixture
 def torch() -> ModuleType:
     """Return PyTorch, which says what its users expect; skip where it is not installed or a sanitizer is at work."""
-    if BUILDS[os.environ.get(BUILD_VARIABLE, "plain")].sanitizer:
-        pytest.skip("PyTorch does not run under a sanitizer")
-    return pytest.importorskip("torch")
+    return real_torch.load()
 
 
 @pytest.fixture(name="nvrtc", scope="session")

@@ -47,6 +47,10 @@ FEATURES = [
     Feature("CUDA graphs, streams, devices, threads", r"test_cuda_(runtime|workspace)\.py"),
     Feature("every byte once, 16 bytes an access", r"moved_once|16_bytes_at_a_time|test_traffic\.py"),
     Feature("errors that say the way out", r"test_batch_norm_errors\.py"),
+    Feature("layers that own their arrays", r"test_(layers|containers|layer_objects|layer_errors)\.py"),
+    Feature("PyTorch's checkpoints, in files too", r"test_state_dict\.py.*(pytorch|module|file|safetensors)"),
+    Feature("modules of PyTorch", r"test_torch\w*\.py"),
+    Feature("other frameworks' conventions", r"test_conventions\.py|like_another_framework"),
     Feature("bugs of others that must not be ours", r"tests/regress/"),
 ]
 

@@ -11,6 +11,7 @@ import pkgutil
 import re
 import tokenize
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,28 +19,44 @@ from numpydoc.validate import validate
 
 import bnkernels
 from bnkernels.train import environment
+from tools import real_torch
 
 # Not asked for: an extended summary, See Also and Examples everywhere, and a line break before the summary.
 OPTIONAL = {"ES01", "SA01", "EX01", "GL01"}
 NOT_IMPORTED = {"bnkernels.runtime.cuda", "bnkernels.__main__"}  # one needs CuPy, the other runs the command
+NEEDS = {f"bnkernels.compat.{package}": package for package in ("dezero", "thinc")}  # module, and the package it needs
+NOT_IMPORTED |= {name for name, package in NEEDS.items() if find_spec(package) is None}
+if real_torch.absent():
+    NOT_IMPORTED |= {"bnkernels.compat.torch", "bnkernels.compat.torch_autograd"}
 MODULES = [
     module.name for module in pkgutil.walk_packages(bnkernels.__path__, "bnkernels.") if module.name not in NOT_IMPORTED
 ]
+COMPAT = [name for name in MODULES if name.startswith("bnkernels.compat.")]
 ROOT = Path(__file__).parents[1]
 SOURCES = [*ROOT.glob("*.py")] + [
-    p for f in ("bnkernels", "tools", "benchmarks", "tests") for p in (ROOT / f).rglob("*.py")
+    p for f in ("bnkernels", "tools", "benchmarks", "tests", "examples") for p in (ROOT / f).rglob("*.py")
 ]
 FRAGMENT = re.compile(r"(of|what|whatever|who|whose|whoever|so many|so much|how)\b", re.IGNORECASE)
 
 
 def public_names() -> list[str]:
     """Return the dotted public names, with the public methods of public classes."""
-    names = [f"bnkernels.{name}" for name in bnkernels.__all__]
-    for name in bnkernels.__all__:
-        thing = getattr(bnkernels, name)
-        if inspect.isclass(thing):
-            names += [f"bnkernels.{name}.{m}" for m, f in vars(thing).items() if callable(f) and not m.startswith("_")]
-    return names
+    names = []
+    for module in (bnkernels, bnkernels.nn):
+        for name in module.__all__:
+            thing = getattr(module, name)
+            names += [f"{module.__name__}.{name}"] if callable(thing) else []
+            for kind in thing.__mro__ if inspect.isclass(thing) else ():
+                if kind.__module__.startswith("bnkernels."):
+                    methods = [m for m, f in vars(kind).items() if callable(f) and not m.startswith("_")]
+                    # An override that says where its documentation stands.
+                    methods = [m for m in methods if "; see `" not in (getattr(kind, m).__doc__ or "")]
+                    names += [f"{kind.__module__}.{kind.__qualname__}.{method}" for method in methods]
+    for name in COMPAT:
+        module = importlib.import_module(name)
+        own = [thing for thing in vars(module).values() if getattr(thing, "__module__", "") == name]
+        names += [f"{name}.{thing.__qualname__}" for thing in own if not thing.__name__.startswith("_")]
+    return sorted(set(names))
 
 
 @pytest.mark.parametrize("name", [*public_names(), "bnkernels.train.environment.report"])

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 
@@ -17,7 +18,7 @@ PAGES = [
     *sorted((ROOT / "notebooks").glob("*.ipynb")),
 ]
 NOW = [page for page in PAGES if page.name != "CHANGELOG.md"]  # which names what there was
-FOLDERS = "bnkernels|cuda|tests|tools|benchmarks|notebooks|docs"
+FOLDERS = "bnkernels|cuda|tests|tools|benchmarks|examples|notebooks|docs"
 NEVER = {"cuda/__init__.py"}  # CONTRIBUTING says why
 FILE = re.compile(rf"`((?:{FOLDERS})/[\w./*-]+\.(?:py|cuh?|h|cpp|md|txt|json))(?:::\w+)?`")
 
@@ -57,6 +58,17 @@ def test_files_targets_and_modules_exist(page: Path) -> None:
     assert set(named) <= targets, set(named) - targets
     for module in re.findall(r"python -m ((?:bnkernels|benchmarks|tests|tools)[\w.]*)", text):
         assert find_spec(module), module
+
+
+def test_names_that_things_have_now_exist() -> None:
+    section = (
+        (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").partition("### Moved and renamed")[2].partition("###")[0]
+    )
+    rows = [line.split(" | ") for line in section.splitlines() if line.startswith("| ")][2:]
+    names = [name for _, now in rows for name in re.findall(r"`(bnkernels\.[\w.]+)", now)]
+    assert len(names) > 15
+    for name in names:
+        resolve_name(name)
 
 
 def test_there_are_pages() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import json
 import re
 import shutil
@@ -11,7 +12,7 @@ import tarfile
 import venv
 import zipfile
 from email.parser import Parser
-from importlib.util import find_spec
+from importlib.metadata import EntryPoint, distribution
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,7 @@ def python(tmp_path: Path) -> Path:
     """Make an environment without bnkernels that borrows NumPy, pip and setuptools from this one."""
     venv.create(tmp_path / "venv", symlinks=True)
     (site_packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
-    borrowed = {str(Path(find_spec(name).origin).parents[1]) for name in ("numpy", "pip", "setuptools")}
+    borrowed = {str(distribution(name).locate_file("")) for name in ("numpy", "pip", "setuptools")}
     (site_packages / "borrowed.pth").write_text("\n".join(sorted(borrowed)))
     return tmp_path / "venv" / "bin" / "python"
 
@@ -110,6 +111,7 @@ def test_a_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         f"{'-'.join(wheel.stem.split('-')[:2])}.dist-info",
     }
     expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "bnkernels").rglob("*.py")}
+    expected |= {"bnkernels/py.typed"}
     expected |= {f"bnkernels/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "cuda").rglob("*.cu*")}
     assert {name for name in names if name.startswith("bnkernels/")} == expected
     assert any(name.endswith("LICENSE") for name in names)
@@ -121,7 +123,8 @@ def test_numpy_is_the_only_hard_dependency(wheel: Path) -> None:
     metadata = Parser().parsestr(archive.read(name).decode())
     requirements = metadata.get_all("Requires-Dist")
     assert set(metadata.get_all("Provides-Extra")) == {
-        *("cpu", "train", "cuda12", "cuda13", "without-gpu", "test", "notebooks", "benchmarks")
+        *("cpu", "train", "safetensors", "thinc", "torch", "cuda12", "cuda13", "without-gpu", "test", "notebooks"),
+        "benchmarks",
     }
     assert metadata["Requires-Python"] == ">=3.10"
     assert [line for line in requirements if "extra ==" not in line] == ["numpy>=2"]
@@ -130,6 +133,19 @@ def test_numpy_is_the_only_hard_dependency(wheel: Path) -> None:
         *("cpu", "train", "test", "notebooks", "benchmarks")
     }
     assert all('python_version < "3.15"' in line for line in numba)  # later ones compute by the reference
+
+
+def test_thinc_finds_the_layers_by_their_entry_points(wheel: Path) -> None:
+    registry = pytest.importorskip("thinc.api", reason="thinc is not installed").registry
+    archive, found = zipfile.ZipFile(wheel), configparser.ConfigParser(delimiters=["="], interpolation=None)
+    (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/entry_points.txt"))
+    found.optionxform = str  # names keep their capitals
+    found.read_string(archive.read(name).decode())
+    points = [EntryPoint(*item, group="thinc_layers") for item in found["thinc_layers"].items()]
+    assert {point.name for point in points} == {"bnkernels.BatchNorm.v1", "bnkernels.LayerNorm.v1"}
+    assert registry.layers.entry_point_namespace == "thinc_layers"
+    for point in points:
+        assert point.load() is registry.layers.get(point.name)
 
 
 def test_the_badge_names_the_versions_of_the_classifiers() -> None:
@@ -152,7 +168,7 @@ def test_no_link_on_a_package_index_leads_nowhere(url: str) -> None:
 def test_an_sdist_holds_what_its_tests_need(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    for folder in ("cuda", "bnkernels", "tests", "tools", "benchmarks", "notebooks", "docs"):
+    for folder in ("cuda", "bnkernels", "tests", "tools", "benchmarks", "examples", "notebooks", "docs"):
         files = (path for path in (ROOT / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts)
         assert {path.relative_to(ROOT).as_posix() for path in files} <= names
     assert names >= {"LICENSE", "README.md", "Makefile", "setup.py", "pyproject.toml"}

@@ -1,1 +1,46 @@
 """Layers, networks and optimisers: they own arrays and call the ops."""
+
+from bnkernels.nn.activations import ELU, GELU, Activation, Identity, LeakyReLU, ReLU, Sigmoid, SiLU, Tanh
+from bnkernels.nn.batch_norm import BatchNorm
+from bnkernels.nn.containers import Residual, Sequential
+from bnkernels.nn.files import load, save
+from bnkernels.nn.flatten import Flatten
+from bnkernels.nn.frameworks import CONVENTIONS, Convention, batch_norm_like, from_torch
+from bnkernels.nn.layer import Layer
+from bnkernels.nn.layer_norm import LayerNorm
+from bnkernels.nn.linear import Linear
+from bnkernels.nn.linear_batch_norm import LinearBatchNorm
+from bnkernels.nn.mlp import MLP
+from bnkernels.nn.optimizers import SGD, Adam, Momentum
+from bnkernels.nn.statistics import Statistics
+
+__all__ = [
+    "CONVENTIONS",
+    "ELU",
+    "GELU",
+    "MLP",
+    "SGD",
+    "Activation",
+    "Adam",
+    "BatchNorm",
+    "Convention",
+    "Flatten",
+    "Identity",
+    "Layer",
+    "LayerNorm",
+    "LeakyReLU",
+    "Linear",
+    "LinearBatchNorm",
+    "Momentum",
+    "ReLU",
+    "Residual",
+    "Sequential",
+    "SiLU",
+    "Sigmoid",
+    "Statistics",
+    "Tanh",
+    "batch_norm_like",
+    "from_torch",
+    "load",
+    "save",
+]

@@ -6,48 +6,78 @@ from abc import ABC, abstractmethod
 
 import numpy as np
 
+from bnkernels.nn.layer import Layer
 from bnkernels.nn.mlp import MLP
 from bnkernels.ops.parameter_update.op import adam_update, momentum_update, sgd_update
 from bnkernels.runtime import checks as check
 
 
 class Optimizer(ABC):
-    """Base of the optimisers: the network's arrays, and a state of arrays of the same shape and a step count.
+    """Base of the optimisers: the flat arrays of a network or a layer, a state of such arrays and a step count.
 
     Parameters
     ----------
-    model : MLP
-        Network to train.
+    model : MLP or Layer
+        Network to train. The arrays of a layer are moved into flat ones, see `Layer.flatten`.
     lr : float
         Learning rate, per step.
     """
 
     state_names: tuple[str, ...] = ()
 
-    def __init__(self, model: MLP, *, lr: float) -> None:
-        self.parameters, self.gradients, self.xp = model.parameters, model.gradients, model.xp
+    def __init__(self, model: MLP | Layer, *, lr: float) -> None:
+        self._model, self.xp = model, model.xp
+        self.parameters, self.gradients = model.flatten()
         self.lr = check.number("lr", lr, 0)
         self.steps = 0
         self.arrays = {name: self.xp.zeros_like(self.parameters) for name in self.state_names}
 
     def step(self) -> None:
-        """Update the parameters from their gradients."""
+        """Update the parameters from their gradients.
+
+        Raises
+        ------
+        RuntimeError
+            If the model has other arrays by now, which an update would not reach.
+        """
+        if self._model.flatten()[0] is not self.parameters:
+            raise RuntimeError("the model has other arrays by now; make the optimiser after to() and astype()")
         self.update(self.steps + 1)
         self.steps += 1
 
     @abstractmethod
     def update(self, step: int) -> None:
-        """Launch the update of this step, the first of which is 1."""
+        """Launch the update of a step.
+
+        Parameters
+        ----------
+        step : int
+            Number of the step; the first is 1.
+        """
 
     def state(self) -> dict[str, np.ndarray]:
-        """Return copies of the state on the host, by name; `steps` is the number of steps made."""
+        """Return copies of the state on the host.
+
+        Returns
+        -------
+        dict of str to numpy.ndarray
+            Arrays by name; `steps` is the number of steps made.
+        """
         to_host = getattr(self.xp, "asnumpy", np.array)
         return {name: np.array(to_host(array)) for name, array in self.arrays.items()} | {"steps": np.array(self.steps)}
 
     def load_state(self, state: dict[str, np.ndarray]) -> None:
         """Take the state from what `state` returned.
 
-        TypeError or ValueError if it is another optimiser's or network's, or no state; nothing is changed then.
+        Parameters
+        ----------
+        state : dict of str to numpy.ndarray
+            State.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If it is another optimiser's or network's, or no state; nothing is changed then.
         """
         expected = [*self.state_names, "steps"]
         if set(state) != set(expected):
@@ -63,30 +93,72 @@ class Optimizer(ABC):
 
 
 class SGD(Optimizer):
-    """Stochastic gradient descent; see `sgd_update`."""
+    """Stochastic gradient descent; see `sgd_update`.
+
+    Parameters
+    ----------
+    model : MLP or Layer
+        Network to train.
+    lr : float
+        Learning rate, per step.
+    """
 
     def update(self, step: int) -> None:
-        """Launch the update."""
+        """Launch the update of a step.
+
+        Parameters
+        ----------
+        step : int
+            Number of the step; the first is 1.
+        """
         sgd_update(self.parameters, self.gradients, lr=self.lr)
 
 
 class Momentum(Optimizer):
-    """Stochastic gradient descent with momentum 0.9; see `momentum_update`."""
+    """Stochastic gradient descent with momentum 0.9; see `momentum_update`.
+
+    Parameters
+    ----------
+    model : MLP or Layer
+        Network to train.
+    lr : float
+        Learning rate, per step.
+    """
 
     state_names = ("velocity",)
 
     def update(self, step: int) -> None:
-        """Launch the update."""
+        """Launch the update of a step.
+
+        Parameters
+        ----------
+        step : int
+            Number of the step; the first is 1.
+        """
         momentum_update(self.parameters, self.gradients, self.arrays["velocity"], lr=self.lr)
 
 
 class Adam(Optimizer):
-    """Adam with its usual constants; see `adam_update`."""
+    """Adam with its usual constants; see `adam_update`.
+
+    Parameters
+    ----------
+    model : MLP or Layer
+        Network to train.
+    lr : float
+        Learning rate, per step.
+    """
 
     state_names = ("first", "second")
 
     def update(self, step: int) -> None:
-        """Launch the update."""
+        """Launch the update of a step.
+
+        Parameters
+        ----------
+        step : int
+            Number of the step; the first is 1.
+        """
         moments = self.arrays["first"], self.arrays["second"]
         adam_update(self.parameters, self.gradients, *moments, step=step, lr=self.lr)
 

@@ -1,7 +1,8 @@
 """A training step as a CUDA graph: captured once, then repeated with one call and no work on the host.
 
-CuPy does not let a library's matrix product be captured, so every layer is a `linear_batch_norm`. All buffers are there
-before the capture; what varies from step to step (the mini-batch, Adam's corrections) is read from device memory.
+CuPy does not let a library's matrix product be captured, so every hidden layer is a `linear_batch_norm`, and the last
+one, with the loss, a `linear_softmax_cross_entropy`. All buffers are there before the capture; what varies from step to
+step (the mini-batch, Adam's corrections) is read from device memory.
 """
 
 from __future__ import annotations
@@ -13,14 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from bnkernels.nn.mlp import MLP, LayerArrays
+from bnkernels.nn.mlp import MLP
+from bnkernels.nn.perceptron import LayerArrays
 from bnkernels.ops.gemm import MOST_NEURONS, MOST_ROWS
 from bnkernels.ops.linear_batch_norm.launch import choose
 from bnkernels.ops.linear_batch_norm.op import linear_batch_norm_backward, linear_batch_norm_forward
 from bnkernels.ops.linear_batch_norm.problem import Problem
+from bnkernels.ops.linear_softmax_cross_entropy.launch import choose as choose_loss
+from bnkernels.ops.linear_softmax_cross_entropy.op import linear_softmax_cross_entropy
 from bnkernels.ops.mini_batch.op import mini_batch
 from bnkernels.ops.parameter_update.op import scheduled_update, update_schedule
-from bnkernels.ops.softmax_cross_entropy.op import softmax_cross_entropy
 from bnkernels.runtime.registry import runtime_of
 
 
@@ -31,11 +34,15 @@ def why_not_captured(model: MLP, batch: int) -> str | None:
         return "it needs a GPU"
     if model.norm == "batch" and model.fused.momentum is None:
         return "its running statistics are plain averages, whose weights change from step to step"
-    limits = runtime.limits(model.parameters)
-    for (inputs, outputs), arrays in zip(pairwise(model.sizes), model.layer_arrays, strict=True):
-        problem = Problem(batch, inputs, outputs, np.dtype(model.dtype))
-        norm = model.norm if "gamma" in arrays.parameters else None
-        if any(choose(way, problem, limits, norm=norm) is None for way in ("forward", "backward")):
+    limits, dtype = runtime.limits(model.parameters), np.dtype(model.dtype)
+    kind = model.norm if model.norm != "none" else None
+    for i, (inputs, outputs) in enumerate(pairwise(model.sizes)):
+        if i < len(model.sizes) - 2:
+            problem = Problem(batch, inputs, outputs, dtype)
+            plans = [choose(way, problem, limits, norm=kind) for way in ("forward", "backward")]
+        else:
+            plans = [choose_loss(batch, inputs, outputs, dtype, np.dtype(np.int32), limits)]
+        if None in plans:
             return (
                 f"a layer of {inputs} inputs and {outputs} outputs on {batch} examples needs a library's product, "
                 f"which CuPy does not capture; at most {MOST_ROWS} examples and {MOST_NEURONS} inputs or outputs do not"
@@ -80,12 +87,12 @@ class CapturedStep:
         self._counter = model.xp.zeros(2, "uint32")
         self._mini_batch = self._empty(batch, model.sizes[0]), model.xp.zeros(batch, "int32"), self._empty(3)
         h, labels, scalars = self._mini_batch
-        backward: list[tuple[tuple, dict[str, Any]]] = []  # arrays and options of every layer's backward
+        backward: list[tuple[tuple, dict[str, Any]]] = []  # arrays and options of the backward of every hidden layer
         self._calls: list[Callable[[], Any]] = []
-        for i, arrays in enumerate(model.layer_arrays):
-            h = self._add_layer(arrays, h, backward, first=i == 0, last=i == len(model.sizes) - 2)
-        dy = self._empty(*h.shape)
-        self._calls.append(partial(softmax_cross_entropy, h, labels, out=(self.losses, dy)))
+        *hidden, last = model.layer_arrays
+        for arrays in hidden:
+            h = self._add_layer(arrays, h, backward)
+        dy = self._add_loss(last, h, labels, first=not hidden)
         for given, options in reversed(backward):
             self._calls.append(partial(linear_batch_norm_backward, dy, *given, **options))
             dy = options["out"][0]
@@ -95,15 +102,15 @@ class CapturedStep:
     def _empty(self, *shape: int) -> Any:
         return self.model.xp.empty(shape, self.model.dtype)
 
-    def _add_layer(self, arrays: LayerArrays, x: Any, backward: list, *, first: bool, last: bool) -> Any:
-        """Add a layer's forward to the calls, the arguments of its backward to `backward`; return its output."""
-        given, gradients, options = arrays.parameters, arrays.gradients, self.model.fused
+    def _add_layer(self, arrays: LayerArrays, x: Any, backward: list) -> Any:
+        """Add a hidden layer's forward to the calls, its backward's arguments to `backward`; return its output."""
+        given, gradients, options, first = arrays.parameters, arrays.gradients, self.model.fused, not backward
         shape = len(x), given["weight"].shape[1]
         y, z, workspace = (self._empty(*shape) for _ in range(3))
         kind = self.model.norm if "gamma" in given else None
         statistics = self._empty(3, shape[0] if kind == "layer" else shape[1]) if kind else None
         vectors = given.get("gamma"), given.get("beta", given.get("bias"))
-        phi = {"activation": "identity" if last else self.model.activation}
+        phi = {"activation": self.model.activation}
         norm: dict[str, Any] = {"norm": kind, "eps": options.eps, "out": (y, z, statistics) if kind else (y, z)}
         if kind == "batch":
             norm |= {"momentum": options.momentum, "unbiased": options.unbiased}
@@ -119,6 +126,16 @@ class CapturedStep:
         more = {"norm": kind, "input_gradient": not first, "workspace": workspace, "out": out, **phi}
         backward.append((behind, more))
         return y
+
+    def _add_loss(self, arrays: LayerArrays, x: Any, labels: Any, *, first: bool) -> Any:
+        """Add the last layer with the loss and all of its gradients to the calls; return the gradient of `x`."""
+        given, gradients = arrays.parameters, arrays.gradients
+        dx, workspace = None if first else self._empty(*x.shape), self._empty(len(x), given["weight"].shape[1])
+        out = self.losses, dx, gradients["weight"], gradients["bias"]
+        options = {"input_gradient": not first, "workspace": workspace, "out": out}
+        layer = partial(linear_softmax_cross_entropy, x, given["weight"], given["bias"], labels, **options)
+        self._calls.append(layer)
+        return dx
 
     def run(self, x: Any, labels: Any, *, lr: float, before: int, start: int = 0) -> Iterator[None]:
         """Make a step for every `next` of the iterator, to the last whole mini-batch.

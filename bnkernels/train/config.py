@@ -29,7 +29,7 @@ CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "engine": ("auto", "layers", "graph", "fused"),
 }
-LABELS = {"batch": "with batch norm", "layer": "with layer norm", "none": "without batch norm"}  # by `normalization`
+LABELS = {"batch": "with batch norm", "layer": "with layer norm", "none": "without norm"}  # by `normalization`
 MOST = 2**63 - 1  # the largest count
 MOST_SEED = 2**128 - 1  # the largest seed that NumPy's generators draw for themselves
 

@@ -34,6 +34,8 @@ class Dataset:
         The labels, 0 to `n_classes` - 1. Integers of any type may be given.
     n_classes : int
         The number of classes.
+    classes : tuple of str
+        Names of the classes, sorted; empty where they are numbers.
 
     Raises
     ------
@@ -47,6 +49,7 @@ class Dataset:
     x_test: np.ndarray
     y_test: np.ndarray
     n_classes: int
+    classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the arrays, and keep them as everything else takes them for granted."""
@@ -54,6 +57,8 @@ class Dataset:
             n_classes = operator.index(self.n_classes)
         except TypeError:
             raise DataError(f"n_classes must be an integer, got {type(self.n_classes).__name__}") from None
+        if self.classes and (len(self.classes) != n_classes or list(self.classes) != sorted(set(self.classes))):
+            raise DataError(f"classes must be {n_classes} sorted names, or (), got {str(self.classes)[:60]}")
         double = isinstance(self.x_train, np.ndarray) and self.x_train.dtype.type is np.float64  # in either byte order
         dtype = "float64" if double else "float32"
         parts = _checked("the data set", FIELDS, tuple(getattr(self, name) for name in FIELDS), dtype, n_classes)
@@ -81,6 +86,7 @@ class Dataset:
         for array in (self.x_train, self.y_train, self.x_test, self.y_test):
             digest.update(f"{array.dtype.str}{array.shape}".encode())
             digest.update(array.data if array.size else b"")
+        digest.update("\0".join(self.classes).encode())
         return digest.hexdigest()
 
 
@@ -91,7 +97,8 @@ def load_dataset(name: str = "digits", path: str | Path | None = None, dtype: st
     ----------
     name : {"digits", "mnist", "npz"}
         ``digits``: scikit-learn's 1,797 images of 8 x 8 pixels. ``mnist``: a folder with MNIST's four IDX files,
-        gzipped or not. ``npz``: a file with ``x`` (N, ...) and ``y`` (N,), and optionally ``x_test`` and ``y_test``.
+        gzipped or not. ``npz``: a file with ``x`` (N, ...) and ``y`` (N,), and optionally ``x_test`` and ``y_test``;
+        labels are 0 to K - 1, or text.
     path : path, optional
         The folder of ``mnist`` or the file of ``npz``; ``digits`` takes none.
     dtype : {"float32", "float64"}
@@ -129,7 +136,7 @@ def load_dataset(name: str = "digits", path: str | Path | None = None, dtype: st
 
 
 def load_examples(
-    name: str, path: str | Path, dtype: str, n_classes: int, trained_on: str
+    name: str, path: str | Path, dtype: str, n_classes: int, trained_on: str, classes: tuple[str, ...] = ()
 ) -> tuple[np.ndarray, np.ndarray]:
     """Load the examples of other data that a trained network is to be evaluated on.
 
@@ -141,6 +148,8 @@ def load_examples(
         Number of classes that the network tells apart; not every one of them has to occur.
     trained_on : str
         Digest of the data that the network was trained on.
+    classes : tuple of str
+        Names of the classes; empty where they are numbers.
 
     Returns
     -------
@@ -159,16 +168,41 @@ def load_examples(
         data = load_dataset(name, path, dtype)
         return data.x_test, data.y_test
     path = Path(path)
-    arrays = read_npz(path, dtype)
+    arrays = _numbered(path, read_npz(path, dtype), classes)
     if "x_test" in arrays:
         x, y = arrays["x_test"], arrays["y_test"]
         return _checked(str(path), IN_FILE[2:], (x, y), dtype, n_classes)
     x, y = _checked(str(path), IN_FILE[:2], (arrays["x"], arrays["y"]), dtype, n_classes)
     if len(x) > 1:
-        data = Dataset(name, *_split(x, y), n_classes)
+        data = Dataset(name, *_split(x, y), n_classes, classes)
         if data.digest == trained_on:
             return data.x_test, data.y_test
     return x, y
+
+
+def load_inputs(path: str | Path, dtype: str) -> np.ndarray:
+    """Load new data, which need no labels.
+
+    Parameters
+    ----------
+    path : path
+        An ``.npz`` file with `x`, (N, features) or (N, ...).
+    dtype : {"float32", "float64"}
+        Data type of what is returned.
+
+    Returns
+    -------
+    numpy.ndarray, shape (N, features)
+        Inputs, as they are.
+
+    Raises
+    ------
+    DataError
+        If the file is missing, damaged, too large or without `x`, or an input is not a finite number.
+    """
+    x = _plain(path, "x", read_npz(Path(path), dtype, needed=("x",))["x"])
+    _check_inputs(path, "x", x)
+    return _converted(path, "x", x, dtype)
 
 
 def _digits(dtype: str) -> Dataset:
@@ -193,11 +227,31 @@ def _mnist(folder: Path, dtype: str) -> Dataset:
 
 def _npz(path: Path, dtype: str) -> Dataset:
     """Return the data set of an ``.npz`` file; it may bring its own test set."""
-    arrays = read_npz(path, dtype)
+    arrays, classes = read_npz(path, dtype), ()
+    if arrays["y"].dtype.kind == "U":
+        classes = tuple(np.unique(arrays["y"]).tolist())
+        arrays = _numbered(path, arrays, classes)
     _check_pair(path, "x", arrays["x"], "y", arrays["y"])
     n_classes = _count_classes(path, arrays["y"])
     parts = tuple(arrays[key] for key in IN_FILE) if "x_test" in arrays else _split(arrays["x"], arrays["y"])
-    return Dataset("npz", *_checked(str(path), IN_FILE, parts, dtype, n_classes), n_classes)
+    return Dataset("npz", *_checked(str(path), IN_FILE, parts, dtype, n_classes), n_classes, classes)
+
+
+def _numbered(source: Any, arrays: dict[str, np.ndarray], classes: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Return the arrays of a file, labels that are text as numbers of these classes."""
+    known, numbered = np.array(classes, str), dict(arrays)
+    for name in IN_FILE[1::2]:
+        labels = arrays.get(name)
+        if labels is None or labels.dtype.kind != "U" or not classes:
+            continue
+        strange = labels[~np.isin(labels, known)]
+        if strange.size:
+            raise DataError(
+                f"{source}: {name} has the label {str(strange.flat[0])[:60]!r}, which is none of the {len(classes)} "
+                "classes of the training set: remove those rows"
+            )
+        numbered[name] = np.searchsorted(known, labels)
+    return numbered
 
 
 def _plain(source: Any, name: str, array: Any) -> np.ndarray:
@@ -209,8 +263,8 @@ def _plain(source: Any, name: str, array: Any) -> np.ndarray:
     return np.asarray(array)
 
 
-def _check_pair(source: Any, x_name: str, x: np.ndarray, y_name: str, y: np.ndarray) -> None:
-    """Refuse inputs and labels that do not belong together."""
+def _check_inputs(source: Any, x_name: str, x: np.ndarray) -> None:
+    """Refuse inputs that are no rows of real numbers."""
     if x.ndim < 2 or x.size == 0:
         raise DataError(f"{source}: {x_name} must be (N, features) with N and features at least 1, got shape {x.shape}")
     if x.dtype.names:
@@ -218,15 +272,31 @@ def _check_pair(source: Any, x_name: str, x: np.ndarray, y_name: str, y: np.ndar
         raise DataError(f"{source}: {x_name} must be real numbers, got a structured array: convert it with {plain}")
     if x.dtype.kind not in "fiub":
         raise DataError(f"{source}: {x_name} must be real numbers, got {x.dtype}: convert it with astype(float)")
+
+
+def _converted(source: Any, name: str, x: np.ndarray, dtype: str) -> np.ndarray:
+    """Return inputs as rows of features of a data type, all finite."""
+    with np.errstate(over="ignore"):  # an overflow shows as inf, which is reported below
+        x = np.ascontiguousarray(x.reshape(len(x), -1), dtype)
+    bad = np.flatnonzero(~np.isfinite(x).all(axis=1))
+    if bad.size:
+        raise DataError(f"{source}: {name} has NaN or infinity in {bad.size} rows as {dtype}: remove those rows")
+    return x
+
+
+def _check_pair(source: Any, x_name: str, x: np.ndarray, y_name: str, y: np.ndarray) -> None:
+    """Refuse inputs and labels that do not belong together."""
+    _check_inputs(source, x_name, x)
     if y.shape != x.shape[:1]:
         one_hot = "; of one-hot labels take argmax(axis=1)" if y.ndim == 2 else ""
         raise DataError(
             f"{source}: {y_name} must have one label per row of {x_name}, shape {x.shape[:1]}, got {y.shape}{one_hot}"
         )
     if y.dtype.kind not in "iu":
-        way = "astype(int)" if y.dtype.kind in "bf" else "numpy.unique(y, return_inverse=True)[1]"
+        ways = {"b": "astype(int)", "f": "astype(int)", "S": "astype(str)"}
+        way = ways.get(y.dtype.kind, "numpy.unique(y, return_inverse=True)[1]")
         got = "a structured array" if y.dtype.names else y.dtype
-        raise DataError(f"{source}: {y_name} must be integers, got {got}: convert it with {way}")
+        raise DataError(f"{source}: {y_name} must be integers or text, got {got}: convert it with {way}")
 
 
 def _count_classes(source: Any, y: np.ndarray) -> int:
@@ -265,11 +335,6 @@ def _checked(
                 f"{source}: {y_name} must lie in 0 to {n_classes - 1}, got {y.min()} to {y.max()}: remove those rows"
             )
     for x_name, y_name in pairs:
-        x = arrays[x_name]
-        with np.errstate(over="ignore"):  # an overflow shows as inf, which is reported below
-            x = np.ascontiguousarray(x.reshape(len(x), -1), dtype)
-        bad = np.flatnonzero(~np.isfinite(x).all(axis=1))
-        if bad.size:
-            raise DataError(f"{source}: {x_name} has NaN or infinity in {bad.size} rows as {dtype}: remove those rows")
-        arrays[x_name], arrays[y_name] = x, np.ascontiguousarray(arrays[y_name], np.int32)
+        arrays[x_name] = _converted(source, x_name, arrays[x_name], dtype)
+        arrays[y_name] = np.ascontiguousarray(arrays[y_name], np.int32)
     return tuple(arrays.values())

@@ -91,7 +91,7 @@ def _require_memory(path: Path, values: int, size: int, dtype: str) -> None:
         )
 
 
-def read_npz(path: Path, dtype: str) -> dict[str, np.ndarray]:
+def read_npz(path: Path, dtype: str, needed: tuple[str, ...] = IN_FILE[:2]) -> dict[str, np.ndarray]:
     """Read the arrays of an ``.npz`` file.
 
     Parameters
@@ -100,6 +100,8 @@ def read_npz(path: Path, dtype: str) -> dict[str, np.ndarray]:
         The file.
     dtype : {"float32", "float64"}
         The type that the inputs will be converted to, for which there must be memory.
+    needed : tuple of str
+        Names of arrays that must be there.
 
     Returns
     -------
@@ -113,7 +115,7 @@ def read_npz(path: Path, dtype: str) -> dict[str, np.ndarray]:
     """
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
-        raise DataError(f"the data file {path} {what}: give an .npz file with x and y")
+        raise DataError(f"the data file {path} {what}: give an .npz file with {' and '.join(needed)}")
     try:
         with open(path, "rb") as file:
             declared = declared_arrays(file, IN_FILE).values()
@@ -124,9 +126,10 @@ def read_npz(path: Path, dtype: str) -> dict[str, np.ndarray]:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
     except ArchiveError as error:
         raise DataError(f"cannot read {path} as an .npz of plain arrays: {error}: write it with numpy.savez") from error
-    missing = [key for key in ("x", "y") if key not in arrays]
+    missing = [key for key in needed if key not in arrays]
     if missing:
-        raise DataError(f"{path} has no {' and no '.join(missing)}: write it with numpy.savez(path, x=..., y=...)")
-    if ("x_test" in arrays) != ("y_test" in arrays):
+        given = ", ".join(f"{key}=..." for key in needed)
+        raise DataError(f"{path} has no {' and no '.join(missing)}: write it with numpy.savez(path, {given})")
+    if "y" in needed and ("x_test" in arrays) != ("y_test" in arrays):
         raise DataError(f"{path} has only one of x_test and y_test: give both or neither")
     return arrays

@@ -75,6 +75,10 @@ class Ensemble:
         losses, accuracies = zip(*(member.evaluate(x, y) for member in self.members), strict=True)
         return statistics.fmean(losses), statistics.fmean(accuracies)
 
+    def probabilities(self, x: Any) -> np.ndarray:
+        """Return the mean over the models of the probability of every class."""
+        return np.mean([member.probabilities(x) for member in self.members], axis=0)
+
     def arrays(self) -> dict[str, np.ndarray]:
         """Return copies of what `Learner.arrays` returns, with the number of its model before each name."""
         return {

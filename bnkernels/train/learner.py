@@ -10,6 +10,7 @@ import numpy as np
 
 from bnkernels.nn.mlp import MLP
 from bnkernels.nn.optimizers import make_optimizer
+from bnkernels.nn.state import host
 from bnkernels.ops.softmax_cross_entropy.op import softmax_cross_entropy
 from bnkernels.train.checkpoint import CheckpointError
 from bnkernels.train.config import TrainingConfig
@@ -73,6 +74,13 @@ class Learner:
             correct += float((logits.argmax(axis=1) == labels).sum())
             loss += float(softmax_cross_entropy(logits, labels)[0].sum(dtype="float64"))
         return loss / len(x), correct / len(x)
+
+    def probabilities(self, x: Any) -> np.ndarray:
+        """Return the probability of every class for these examples, on the host, with running statistics."""
+        parts = [x[start : start + EVALUATION_ROWS] for start in range(0, len(x), EVALUATION_ROWS)]
+        logits = np.concatenate([host(self.model.forward(part, training=False)) for part in parts]).astype(np.float64)
+        exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return exponentials / exponentials.sum(axis=1, keepdims=True)
 
     def assess(self, train: tuple[Any, Any], test: tuple[Any, Any]) -> dict[str, Any]:
         """Return the loss on the training examples (None if not finite) and the accuracy on the others."""

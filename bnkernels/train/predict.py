@@ -1,75 +1,67 @@
-"""Evaluate the networks of a checkpoint."""
+"""Predict the classes of new data with the networks of a checkpoint."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bnkernels.runtime.registry import choose_device
-from bnkernels.train.data import DataError, load_dataset, load_examples
-from bnkernels.train.ensemble import make_learner
-from bnkernels.train.learner import load_learners
+from bnkernels.train.checkpoint import CheckpointError
+from bnkernels.train.config import ConfigError
+from bnkernels.train.data import DataError, load_inputs
+from bnkernels.train.evaluate import trained_learners
 from bnkernels.train.runs import RunFolder
 from bnkernels.train.saved_run import load_run
 
 
-def predict(path: str | Path, *, data: str | Path | None = None, device: str = "auto") -> dict[str, Any]:
-    """Evaluate the networks of a checkpoint on the test set, or on other data.
+def predict(path: str | Path, data: str | Path, *, norm: str | None = None, device: str = "auto") -> dict[str, Any]:
+    """Predict the class of every row of a file.
 
     Parameters
     ----------
     path : path
         Folder of a run, or its checkpoint.
-    data : path, optional
-        Other data of the same kind, with labels: their test set if they have one, else all of them. By default the test
-        set of the run's own data; also where these very data are given from another place.
+    data : path
+        An ``.npz`` file with `x`, scaled as the run's own data; labels in it are not read.
+    norm : {"batch", "layer", "none"}, optional
+        Network to ask; by default all of the run.
     device : {"auto", "cpu", "cuda"}
         Device that computes.
 
     Returns
     -------
     dict
-        ``checkpoint``, ``dataset``, ``test_examples``, and under ``networks`` for each ``step``, ``test_loss`` (nats;
-        None if not finite) and ``test_accuracy`` (0 to 1).
+        ``checkpoint``, ``data``, ``examples``, and under ``predictions`` a list of classes for each network, their
+        names where the labels were text: those of the greatest probability, of an ensemble the mean over its models.
 
     Raises
     ------
     CheckpointError
-        If there is no checkpoint or it cannot be read.
-    ConfigError, DataError, DeviceError, ImportError
-        If the data are missing or do not fit the networks, or the device is not usable.
+        If there is no checkpoint, it cannot be read, or its network gives no finite numbers for these data.
+    ConfigError, DataError, DeviceError
+        If the run has no such network, the data are missing or do not fit, or the device is not usable.
     """
     path = RunFolder.find_checkpoint(path)
     config, meta, arrays = load_run(path)
-    config = replace(config, device=device, engine="layers")  # the one that every device has; none makes a step
-    sizes = tuple(meta["sizes"])
-    if data is None:
-        dataset = load_dataset(config.dataset, config.data, config.dtype)
-        x, y = dataset.x_test, dataset.y_test
-    else:
-        config = replace(config, data=data)
-        x, y = load_examples(config.dataset, config.data, config.dtype, sizes[-1], meta["data_digest"])
-    if x.shape[1] != sizes[0] or y.max() >= sizes[-1]:
+    if norm is not None and norm not in config.norms:
+        raise ConfigError(f"the run has networks with norm {' and '.join(config.norms)}, not {norm}")
+    inputs = meta["sizes"][0]
+    x = load_inputs(data, config.dtype)
+    if x.shape[1] != inputs:
         raise DataError(
-            f"the networks take {sizes[0]} features and tell {sizes[-1]} classes apart, but the data have "
-            f"{x.shape[1]} and {y.max() + 1}: give data of the kind they were trained on"
+            f"{data}: the networks take {inputs} features, but x has {x.shape[1]}: give data of the kind they were "
+            "trained on"
         )
-    xp = choose_device(config.device).xp
-    learners = {norm: make_learner(norm, config, sizes, xp) for norm in config.norms}
-    load_learners(learners, meta, arrays)
-    x, y, results = xp.asarray(x), xp.asarray(y), {}
-    for norm, learner in learners.items():
-        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # it shows as None
-            loss, accuracy = learner.evaluate(x, y)
-        loss = loss if math.isfinite(loss) else None
-        results[norm] = {"step": learner.step, "test_loss": loss, "test_accuracy": accuracy}
-    return {
-        "checkpoint": str(path),
-        "dataset": config.data or config.dataset,
-        "test_examples": len(x),
-        "networks": results,
-    }
+    xp = choose_device(device).xp
+    learners = trained_learners(config, meta, arrays, device, xp)
+    x, predictions = xp.asarray(x), {}
+    for name in config.norms if norm is None else (norm,):
+        with np.errstate(over="ignore", invalid="ignore"):
+            probabilities = learners[name].probabilities(x)
+        if not np.isfinite(probabilities).all():
+            raise CheckpointError(f"the network with norm {name} gives no finite probabilities: its training diverged")
+        numbers = probabilities.argmax(axis=1).tolist()
+        predictions[name] = [meta["classes"][number] for number in numbers] if meta.get("classes") else numbers
+    return {"checkpoint": str(path), "data": str(data), "examples": len(x), "predictions": predictions}

@@ -54,6 +54,7 @@ def load_run(path: Path) -> tuple[TrainingConfig, dict[str, Any], dict[str, np.n
     wanted = {
         "sizes": _sizes_fit(meta.get("sizes"), config),
         "data_digest": type(meta.get("data_digest")) is str,
+        "classes": _classes_fit(meta.get("classes", []), meta.get("sizes")),
         "epoch": _natural(meta.get("epoch")),
         "generator": _generator_fits(meta.get("generator")),
         "folder": _is_path(meta.get("folder", ".")),
@@ -161,6 +162,14 @@ def _sizes_fit(sizes: Any, config: TrainingConfig) -> bool:
     if type(sizes) is not list or not all(_natural(size) and size > 0 for size in sizes):
         return False
     return len(sizes) == len(config.hidden) + 2 and tuple(sizes[1:-1]) == config.hidden
+
+
+def _classes_fit(classes: Any, sizes: Any) -> bool:
+    """Whether these are sorted names of all classes, or none, as where labels are numbers and in earlier versions."""
+    if type(classes) is not list or not all(type(name) is str for name in classes):
+        return False
+    whole = type(sizes) is list and sizes[-1:] == [len(classes)] and classes == sorted(set(classes))
+    return not classes or whole
 
 
 def _generator_fits(state: Any) -> bool:

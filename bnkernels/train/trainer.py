@@ -118,6 +118,7 @@ class Trainer:
             "config": asdict(self.config),
             "sizes": self.sizes,
             "data_digest": self.dataset.digest,
+            "classes": list(self.dataset.classes),
             "epoch": self.epoch,
             "generator": self._generator.bit_generator.state,
             "networks": {

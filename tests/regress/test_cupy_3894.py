@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -13,8 +14,13 @@ from bnkernels.nn.mlp import MLP
 from bnkernels.ops.fused_training import launch as fused_training_launch
 from bnkernels.ops.layer_norm import launch as layer_norm_launch
 from tools.emulator import EmulatorError, EmulatorRuntime
+from tools.emulator.build import BUILD_VARIABLE
 
-pytestmark = pytest.mark.emulator
+UNDER_TSAN = os.environ.get(BUILD_VARIABLE) == "tsan"
+pytestmark = [
+    pytest.mark.emulator,
+    pytest.mark.skipif(UNDER_TSAN, reason="the emulated device has one multiprocessor under ThreadSanitizer"),
+]
 
 
 @pytest.fixture
@@ -24,9 +30,9 @@ def small_grids(emulated: EmulatorRuntime, monkeypatch: pytest.MonkeyPatch) -> l
 
     def cut(source: str, entry_point: str, planned: Any, arguments: np.ndarray, like: Any) -> None:
         asked.append(planned.grid)
-        x, y, _ = planned.grid
+        x, y, z = planned.grid
         along_x = source == "parameter_update" or source.endswith("_cooperative")
-        grid = (min(x, 2), y, 1) if along_x else (x, min(y, 2), 1)
+        grid = (min(x, 2), y, 1) if along_x else (x, min(y, 2), min(z, 2))
         launch(source, entry_point, replace(planned, grid=grid), arguments, like)
 
     monkeypatch.setattr(emulated, "launch", cut)
@@ -39,14 +45,14 @@ def test_cupy_3894_inference_with_fewer_blocks(
     x = rng.standard_normal((900, 40)).astype(np.float32)
     mean, var = np.zeros(40, np.float32), np.ones(40, np.float32)
     y = bn.batch_norm_inference(*(emulated.asarray(a) if a is not None else None for a in (x, None, None, mean, var)))
-    assert small_grids == [(2, 8, 1)]
+    assert small_grids == [(2, 1, 8)]
     np.testing.assert_array_equal(y, x * (1 / np.sqrt(np.float32(1) + np.float32(1e-5))))
 
 
 def test_cupy_3894_parameter_update_with_fewer_blocks(
     emulated: EmulatorRuntime, small_grids: list, rng: np.random.Generator
 ) -> None:
-    parameters, gradients, velocity = (rng.standard_normal(2000) for _ in range(3))
+    parameters, gradients, velocity = (rng.standard_normal(4000) for _ in range(3))
     on = [emulated.asarray(array) for array in (parameters, gradients, velocity)]
     bn.momentum_update(*on, lr=0.5, momentum=0.25)
     assert small_grids == [(8, 1, 1)]
@@ -124,5 +130,5 @@ def test_cupy_3894_the_emulator_cuts_nothing_unasked(
     monkeypatch.setattr(layer_norm_launch, "resident", lambda *_: 10**6)
     x = emulated.asarray(rng.standard_normal((4001, 8)).astype("f4"))
     _, statistics = bn.layer_norm_forward(x)
-    with pytest.raises(EmulatorError, match=r"wait for one another, and of 32 this device holds 8 at once"):
+    with pytest.raises(EmulatorError, match=r"wait for one another, and of 8 this device holds 4 at once"):
         bn.layer_norm_backward(x, x, None, None, statistics)

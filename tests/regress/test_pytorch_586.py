@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import bnkernels as bn
-from bnkernels.nn.layers import BatchNorm
+from bnkernels.nn import BatchNorm
 from tools import oracle
 from tools.backends import Backend
 
@@ -21,9 +21,10 @@ def test_pytorch_586_gradient_of_inference_is_a_scaling(backend: Backend, rng: n
     first = bn.batch_norm_inference_backward(backend.asarray(dy), *on)
     second = bn.batch_norm_inference_backward(backend.asarray(dy), *on)
 
-    scale = gamma * (1 / np.sqrt(var + var.dtype.type(1e-5)))  # rounded as the op rounds
-    once = np.finfo(dtype).eps if backend.name == "compiled" else 0  # computes dx in float64 and rounds it once
-    np.testing.assert_allclose(backend.asnumpy(first[0]), dy * scale, rtol=once, atol=0)
+    scale = gamma * (1 / np.sqrt(var + var.dtype.type(1e-5)))  # rounded as the reference rounds
+    # The CPU path computes dx in float64 and rounds it once; kernels refine an approximation of the root.
+    places = {"reference": 0, "compiled": 1}.get(backend.name, 4)
+    np.testing.assert_allclose(backend.asnumpy(first[0]), dy * scale, rtol=places * np.finfo(dtype).eps, atol=0)
     for one, other in zip(first, second, strict=True):
         np.testing.assert_array_equal(backend.asnumpy(one), backend.asnumpy(other))
     np.testing.assert_array_equal(backend.asnumpy(on[3]), mean)
@@ -41,7 +42,7 @@ def test_equinox_1010_inference_before_any_training(backend: Backend, rng: np.ra
     """Debiased running statistics divided by 1 - decay^0 when nothing had been trained; a fresh layer is near x."""
     x = rng.standard_normal((5, 3)).astype(np.float32)
     gamma, beta, mean, var = backend.arrays(*np.float32([[1, 2, -1], [0, 0.5, 0], [0, 0, 0], [1, 1, 1]]))
-    layer = BatchNorm({"gamma": gamma, "beta": beta}, {}, mean, var, momentum=None)
+    layer = BatchNorm.from_arrays(gamma, beta, mean, var, momentum=None)
     exact = oracle.forward(x, *np.float32([[1, 2, -1], [0, 0.5, 0]]), 1e-5, running=np.float32([[0, 0, 0], [1, 1, 1]]))
     y = backend.asnumpy(layer.forward(backend.asarray(x), training=False))
     oracle.assert_within(y, exact.y, exact.z_bound, "y")

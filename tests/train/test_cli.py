@@ -118,7 +118,7 @@ def test_norm_chooses_the_columns(capsys, norm, networks):
     code, out, _ = run(capsys, *SMALL, "--epochs", "2", "--norm", norm)
     assert code == 0
     assert ("with batch norm" in out) == ("batch" in networks)
-    assert ("without batch norm" in out) == ("none" in networks)
+    assert ("without norm" in out) == ("none" in networks)
     assert ("time of a step with batch norm: 10 steps" in out) == ({"batch", "none"} <= set(networks))
     assert list(json.loads(Path("run/metrics.json").read_text())["history"]) == networks
 
@@ -196,7 +196,7 @@ def test_a_loss_that_is_not_finite_is_reported(capsys):
     code, out, _ = run(capsys, *SMALL, "--lr", "1e30", "--epochs", "2")
     assert code == 0
     assert "diverged" in out
-    assert "The loss without batch norm is not finite: take a smaller --lr." in out
+    assert "The loss without norm is not finite: take a smaller --lr." in out
 
 
 def test_checkpoint_chooses_its_place_and_resume_finds_the_rest(capsys, tmp_path):

@@ -60,6 +60,28 @@ def test_npz_with_a_test_set_keeps_it(tmp_path):
     assert np.array_equal(data.x_test, x_test.reshape(4, 6))
 
 
+def test_labels_that_are_text_are_numbered_in_sorted_order(tmp_path):
+    y = np.array(["dog", "cat", "emu", "cat", "dog"] * 10)
+    more = {"x_test": np.zeros((2, 2, 3)), "y_test": np.array(["emu"] * 2)}
+    data = load_dataset("npz", write_npz(tmp_path / "a.npz", y=y, **more))
+    assert data.classes == ("cat", "dog", "emu")
+    assert data.n_classes == 3
+    assert data.y_train[:3].tolist() == [1, 0, 2]
+    assert data.y_test.tolist() == [2, 2]
+    numbers = np.unique(y, return_inverse=True)[1]
+    other = load_dataset("npz", write_npz(tmp_path / "b.npz", y=numbers, **more | {"y_test": np.array([2, 2])}))
+    assert other.digest != data.digest
+
+
+def test_a_label_that_is_no_class_of_the_training_set_is_refused(tmp_path):
+    y = np.array(["cat", "dog"] * 25)
+    path = write_npz(tmp_path / "a.npz", y=y, x_test=np.zeros((1, 2, 3)), y_test=np.array(["cow"]))
+    with pytest.raises(DataError, match=r"y_test has the label 'cow', which is none of the 2 classes"):
+        load_dataset("npz", path)
+    with pytest.raises(DataError, match=r"classes must be 3 sorted names, or \(\), got \('b', 'a', 'c'\)"):
+        replace(in_memory(), classes=("b", "a", "c"))
+
+
 def test_the_digest_tells_data_apart(tmp_path):
     x = np.random.default_rng(0).standard_normal((50, 2, 3))
     digest = load_dataset("npz", write_npz(tmp_path / "a.npz", x=x)).digest

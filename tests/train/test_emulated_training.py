@@ -9,7 +9,7 @@ import pytest
 
 from bnkernels import cli
 from bnkernels.ops.fused_training import launch
-from bnkernels.train.predict import predict
+from bnkernels.train.evaluate import evaluate
 from tools.emulator.train import train
 
 
@@ -31,4 +31,4 @@ def test_the_fused_engine_learns_what_the_layers_learn(
         (one,), (two,) = (document["history"][norm] for document in (fused, layers))
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-9)
         assert one["accuracy"] == two["accuracy"]
-        assert predict(tmp_path / "fused", device="cpu")["networks"][norm]["test_accuracy"] == one["accuracy"]
+        assert evaluate(tmp_path / "fused", device="cpu")["networks"][norm]["test_accuracy"] == one["accuracy"]

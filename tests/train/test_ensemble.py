@@ -185,7 +185,7 @@ def test_a_loss_that_is_not_finite_has_no_mean(rng: np.random.Generator) -> None
     assert found["models"][0]["loss"] is not None
 
 
-def test_the_command_trains_resumes_and_predicts_an_ensemble(
+def test_the_command_trains_resumes_and_evaluates_an_ensemble(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("matplotlib")
@@ -202,9 +202,9 @@ def test_the_command_trains_resumes_and_predicts_an_ensemble(
         assert network["test_accuracy"] == pytest.approx(np.mean(accuracies))
         assert network["test_accuracy_spread"] == pytest.approx(np.std(accuracies, ddof=1))
         assert len(set(accuracies)) > 1
-    assert cli.main(["predict", folder, "--json"]) == 0
-    predicted = json.loads(capsys.readouterr().out)["networks"]["batch"]
-    assert predicted["test_accuracy"] == pytest.approx(document["summary"]["networks"]["batch"]["test_accuracy"])
+    assert cli.main(["evaluate", folder, "--json"]) == 0
+    evaluated = json.loads(capsys.readouterr().out)["networks"]["batch"]
+    assert evaluated["test_accuracy"] == pytest.approx(document["summary"]["networks"]["batch"]["test_accuracy"])
     assert cli.main(["train", "--models", "0", *options]) == 2
     assert "models must be at least 1, got 0" in capsys.readouterr().err
     assert cli.main(["train", "--resume", folder, "--models", "2"]) == 2

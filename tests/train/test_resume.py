@@ -161,15 +161,16 @@ def test_killed_before_the_first_checkpoint_the_folder_can_be_used_again(npz, tm
     assert final(run) == uninterrupted
 
 
-def test_ctrl_c_saves_and_says_how_to_continue(npz, tmp_path):
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_a_signal_saves_and_says_how_to_continue(npz, tmp_path, stop):
     run = tmp_path / "run"
     with start([*TRAIN, *options(npz, 100_000), "--out", str(run)]) as process:
         while not (run / "checkpoint.npz").exists():
             time.sleep(0.002)
         time.sleep(0.2)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(stop)
         _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 128 + stop
     checkpoint = run / "checkpoint.npz"
     assert errors == f"bnkernels: stopped and saved; continue with: bnkernels train --resume {checkpoint}\n"
     epoch = load_checkpoint(checkpoint)[0]["epoch"]

@@ -17,7 +17,7 @@ from bnkernels import cli
 from bnkernels.train.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from bnkernels.train.config import ConfigError, TrainingConfig
 from bnkernels.train.data import DataError, Dataset
-from bnkernels.train.predict import predict
+from bnkernels.train.evaluate import evaluate
 from bnkernels.train.runs import TrainingResult
 from bnkernels.train.saved_run import load_run
 from bnkernels.train.trainer import Trainer, resume, train
@@ -230,10 +230,10 @@ def test_a_configuration_larger_than_the_file_builds_nothing(run: Path, place: t
     meta, arrays = load_checkpoint(run / "checkpoint.npz")
     path = rewritten(run, changed(meta, place, value), arrays)
     if place[-1] == "batch_size":  # no size of the network, and not needed to evaluate
-        assert predict(path, device="cpu")["test_examples"] > 0
+        assert evaluate(path, device="cpu")["test_examples"] > 0
     else:
         with pytest.raises(CheckpointError):
-            predict(path, device="cpu")
+            evaluate(path, device="cpu")
     with pytest.raises((CheckpointError, ConfigError)):
         resume(path, epochs=3)
 
@@ -247,12 +247,22 @@ def test_more_models_than_arrays_build_nothing(run: Path) -> None:
         load_run(path)
 
 
+@pytest.mark.parametrize("classes", [["a", "b"], ["a", "c", "b"], [0, 1, 2], ["a", "b", "b"], "abc"])
+def test_names_that_are_not_those_of_the_classes_are_refused(run: Path, classes: Any) -> None:
+    meta, arrays = load_checkpoint(run / "checkpoint.npz")
+    path = rewritten(run, changed(meta, ("classes",), ["a", "b", "c"]), arrays)
+    assert load_run(path)[1]["classes"] == ["a", "b", "c"]
+    path = rewritten(run, changed(meta, ("classes",), classes), arrays)
+    with pytest.raises(CheckpointError, match="its classes are missing or not what a run saves"):
+        load_run(path)
+
+
 def test_the_command_says_it_in_one_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     meta, arrays = load_checkpoint(run / "checkpoint.npz")
     for place in (("config",), ("networks",), ("generator",), ("sizes",), ("epoch",), ("data_digest",)):
         path = rewritten(run, changed(meta, place, remove=True), arrays)
         before = contents(run)
-        for command in (["train", "--resume", str(run), "--epochs", "4"], ["predict", str(path)]):
+        for command in (["train", "--resume", str(run), "--epochs", "4"], ["evaluate", str(path)]):
             assert cli.main(command) == 2
             err = capsys.readouterr().err
             assert err.startswith(f"bnkernels: error: {path} is not the checkpoint of a run")

@@ -9,8 +9,8 @@ import pytest
 from bnkernels.nn.optimizers import OPTIMIZERS
 from bnkernels.runtime.registry import DeviceError
 from bnkernels.train.data import DataError, Dataset
+from bnkernels.train.evaluate import evaluate
 from bnkernels.train.learner import EVALUATION_ROWS
-from bnkernels.train.predict import predict
 from bnkernels.train.trainer import ConfigError, Trainer, TrainingConfig, resume, train
 
 
@@ -317,18 +317,18 @@ def test_a_diverging_run_ends_and_says_so(tmp_path, npz):
     assert json.loads(result.files["metrics"].read_text())["summary"]["networks"]["none"]["training_loss"] is None
 
 
-def test_predict_evaluates_what_was_saved(npz, tmp_path):
+def test_evaluate_evaluates_what_was_saved(npz, tmp_path):
     result = train(config(dataset="npz", data=str(npz)), folder=tmp_path / "run")
-    prediction = predict(tmp_path / "run")
-    assert prediction["test_examples"] == 30
-    for norm, network in prediction["networks"].items():
+    evaluation = evaluate(tmp_path / "run")
+    assert evaluation["test_examples"] == 30
+    for norm, network in evaluation["networks"].items():
         assert network["step"] == 24
         assert network["test_accuracy"] == result.summary["networks"][norm]["test_accuracy"]
 
 
-def test_predict_refuses_data_of_another_shape(npz, tmp_path):
+def test_evaluate_refuses_data_of_another_shape(npz, tmp_path):
     train(config(dataset="npz", data=str(npz), epochs=1), folder=tmp_path / "run")
     other = tmp_path / "other.npz"
     np.savez(other, x=np.zeros((10, 5)), y=np.arange(10) % 3)
     with pytest.raises(DataError, match="take 6 features and tell 3 classes apart, but the data have 5 and 3"):
-        predict(tmp_path / "run", data=other)
+        evaluate(tmp_path / "run", data=other)

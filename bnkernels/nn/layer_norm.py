@@ -1,0 +1,178 @@
+"""Layer normalisation over any trailing axes, with an activation behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from bnkernels.nn.norm import Norm
+from bnkernels.nn.options import activation_options
+from bnkernels.nn.owner import array_module, data_type, vector
+from bnkernels.ops.activations import activation_named
+from bnkernels.ops.layer_norm.op import layer_norm_backward, layer_norm_forward
+from bnkernels.runtime import checks as check
+from bnkernels.runtime.arguments import accumulator, empty
+from bnkernels.runtime.dlpack import incoming
+from bnkernels.runtime.registry import runtime_of
+
+
+class LayerNorm(Norm):
+    """Layer normalisation of every example over its last axes, with an activation behind it.
+
+    Parameters
+    ----------
+    normalized_shape : int or sequence of int
+        Shape of the last axes of the input, over which is normalised.
+    eps : float
+        Number added to the variance, in the units of ``x**2``.
+    affine : bool
+        Whether there are scale and shift, `weight` and `bias`.
+    bias : bool
+        Whether there is a shift beside the scale.
+    activation : str
+        Activation behind, as in `batch_norm_forward`.
+    alpha : float, optional
+        Parameter of the activation.
+    dtype : data type
+        Type of the data; parameters for 16-bit data are float32.
+    xp : module
+        Array module, `numpy` or `cupy`.
+
+    Attributes
+    ----------
+    weight, bias : array, shape `normalized_shape`, or None
+        Scale and shift; `gamma` and `beta` are the same arrays.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is wrong.
+
+    Examples
+    --------
+    >>> norm = LayerNorm((2, 2), eps=0.25, dtype="float64")
+    >>> norm(np.array([[[1.0, 3.0], [1.0, 3.0]]])).round(3)
+    array([[[-0.894,  0.894],
+            [-0.894,  0.894]]])
+    """
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        *,
+        eps: float = 1e-5,
+        affine: bool = True,
+        bias: bool = True,
+        activation: str = "identity",
+        alpha: float | None = None,
+        dtype: Any = "float32",
+        xp: Any = np,
+    ) -> None:
+        super().__init__()
+        given = normalized_shape if isinstance(normalized_shape, Sequence) else (normalized_shape,)
+        self.normalized_shape = tuple(check.integer("normalized_shape", length, 1) for length in given)
+        if not self.normalized_shape:
+            raise ValueError("normalized_shape must have at least one axis, got ()")
+        kept, xp = accumulator(data_type(dtype)), array_module(xp)
+        self.activation, self.alpha = activation, alpha
+        activation_named(activation, alpha)
+        if check.boolean("affine", affine):
+            self._parameters["weight"] = xp.ones(self.normalized_shape, kept)
+            if check.boolean("bias", bias):
+                self._parameters["bias"] = xp.zeros(self.normalized_shape, kept)
+        self.eps = check.epsilon(eps, xp.zeros(1, kept))
+        self._take_gradients(None)
+
+    @classmethod
+    def from_arrays(
+        cls, weight: Any, bias: Any = None, *, gradients: Mapping[str, Any] | None = None, **options: Any
+    ) -> LayerNorm:
+        """Return a layer of arrays that there are: it works on them, and not on copies.
+
+        Parameters
+        ----------
+        weight, bias : array
+            Scale and shift, of the shape over which is normalised; C order. `bias` may be None.
+        gradients : dict of str to array, optional
+            Arrays for the gradients of `weight` and `bias`; by default they are made.
+        **options
+            Other options of the constructor: eps, activation, alpha.
+
+        Returns
+        -------
+        LayerNorm
+            Layer.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If an array does not fit.
+        """
+        weight = incoming("weight", weight)
+        argument = check.arguments({"weight": check.signature(weight)})["weight"]
+        check.float32_or_float64(argument)
+        layer = cls(argument.shape, affine=False, dtype=argument.dtype, **options)
+        layer._parameters["weight"] = vector("weight", weight, argument.shape)
+        if bias is not None:
+            layer._parameters["bias"] = vector("bias", bias, argument.shape, argument.dtype, weight)
+        layer._take_gradients(gradients)
+        return layer
+
+    def _forward(self, x: Any, training: bool, keep: bool) -> Any:
+        runtime, dtype, axes, own = (
+            runtime_of(type(x)),
+            accumulator(x.dtype),
+            len(self.normalized_shape),
+            self._parameters,
+        )
+        # With out= a repeated call is replayed: memory that was freed comes back with the same addresses.
+        shape, dtype = (3, *x.shape[:-axes]), accumulator(x.dtype)
+        if runtime is None:
+            out = np.empty(x.shape, x.dtype), np.empty(shape, dtype)
+        else:
+            out = empty(runtime, x.shape, x), empty(runtime, shape, x, dtype)
+        vectors = own.get("weight"), own.get("bias")
+        options = {"activation": self.activation, "alpha": self.alpha}
+        y, statistics = layer_norm_forward(x, *vectors, axes=axes, eps=self.eps, **options, out=out)
+        if keep:
+            self._saved = x, statistics
+        return y
+
+    def _backward(self, dy: Any, in_place: bool) -> Any:
+        x, statistics = self._saved
+        own, gradients = self._parameters, self._gradients
+        if len(gradients) == 2:
+            vectors = gradients["weight"], gradients["bias"]
+        else:
+            vectors = self._vector_gradients(x, self.normalized_shape)
+        out = dy if in_place else empty(runtime_of(type(x)), x.shape, x), *vectors
+        options = {"axes": len(self.normalized_shape), "activation": self.activation, "alpha": self.alpha, "out": out}
+        return layer_norm_backward(dy, x, own.get("weight"), own.get("bias"), statistics, **options)[0]
+
+    def _check(self, x: Any) -> None:
+        super()._check(x)
+        if x.shape[-len(self.normalized_shape) :] != self.normalized_shape:
+            raise ValueError(f"x must have {self.normalized_shape} as its last axes, got the shape {x.shape}")
+
+    def _taken(self, x: Any) -> Any:
+        x = super()._taken(x)
+        check.contiguous(check.Argument("x", *check.signature(x)), x.shape, x.dtype)
+        return x
+
+    def _taken_dy(self, dy: Any) -> Any:
+        dy = super()._taken_dy(dy)
+        check.contiguous(check.Argument("dy", *check.signature(dy)), dy.shape, dy.dtype)
+        return dy
+
+    def _options(self) -> list[str]:
+        shape = self.normalized_shape
+        options = [str(shape[0] if len(shape) == 1 else shape)]
+        options += [f"eps={self.eps!r}"] if self.eps != 1e-5 else []
+        options += ["affine=False"] if self.weight is None else ["bias=False"] if self.bias is None else []
+        return (
+            options
+            + activation_options(self)
+            + [f"dtype='{array.dtype}'" for array in [self.weight] if array is not None]
+        )

@@ -1,0 +1,62 @@
+"""Base of the norms: scale and shift, their types, and the statistics of the last forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from bnkernels.nn.layer import Leaf
+from bnkernels.nn.options import check_type
+from bnkernels.nn.statistics import Statistics
+from bnkernels.runtime.arguments import accumulator, empty
+from bnkernels.runtime.registry import runtime_of
+
+
+class Norm(Leaf):
+    """Base of the norms. What they keep of a forward begins with its input and its statistics."""
+
+    eps: float
+    groups: int | None = None
+
+    @property
+    def weight(self) -> Any:
+        """Scale, or None."""
+        return self._parameters.get("weight")
+
+    @property
+    def bias(self) -> Any:
+        """Shift, or None."""
+        return self._parameters.get("bias")
+
+    gamma, beta = weight, bias
+
+    @property
+    def statistics(self) -> Statistics:
+        """Statistics of the last input that was normalised by its own, by name; views."""
+        if self._saved is None or self._saved[1] is None:
+            raise RuntimeError(f"there are no statistics of an input: call this {type(self).__name__} in training")
+        return Statistics(self._saved[1], self.eps, grouped=self.groups is not None)
+
+    def _check(self, x: Any) -> None:
+        """Check that an input has a data type for which the parameters and statistics are."""
+        dtypes = {array.dtype for array in (*self._parameters.values(), *self._buffers.values())}
+        storage = next((str(dtype) for dtype in dtypes if dtype.itemsize == 2), None)
+        if storage is not None:
+            check_type(self, x, storage)
+        elif np.dtype(np.float64) in dtypes:
+            check_type(self, x, "float64")
+        elif dtypes:
+            check_type(self, x, "float32", "float16", "bfloat16")
+
+    def _vector_gradients(self, x: Any, shape: tuple[int, ...]) -> tuple[Any, Any]:
+        """Return arrays for the gradients of scale and shift, which the op has whether there are these or not."""
+        weight, bias = self._gradients.get("weight"), self._gradients.get("bias")
+        if weight is None or bias is None:
+            dtype = next((array.dtype for array in self._parameters.values()), accumulator(x.dtype))
+            made = [empty(runtime_of(type(x)), shape, x, dtype) for _ in range(2)]
+            weight, bias = (made[0] if weight is None else weight), (made[1] if bias is None else bias)
+        return weight, bias
+
+    def _dtype_of(self, name: str, data: np.dtype) -> np.dtype:
+        return accumulator(data)
