@@ -3,10 +3,10 @@
 // Formulas:  xhat = rstd[n] (x - mean[n]), z = gamma[c] xhat + beta[c], g = dy phi'(z), h = gamma g
 //            dbeta[c] = sum_n g,  dgamma[c] = sum_n g xhat
 //            dx = rstd (h - sum h / C - xhat sum (h xhat) / C)        sums over the C values of a row
-// Arrays:    dy, x, dx (N, C) of type T, C order; dx may alias dy. gamma, beta (C,) of the accumulator's type A, may be
-//            null (1, 0). statistics (3, N): mean, mean_low, rstd; dgamma, dbeta (C,), of type A. partial (blocks, 2,
-//            C): partial sums of dgamma and dbeta of every block, unused by a single block. barrier_counter: see
-//            lib/sync/grid_barrier.cuh.
+// Arrays:    dy, x, dx (N, C) of type T, C order; dx may alias dy. gamma, beta (C,) of the accumulator's type A or of T,
+//            may be null (1, 0). dgamma, dbeta (C,) of their type. statistics (3, N) of A: mean, mean_low, rstd. partial
+//            (blocks, 2, C) of A: partial sums of dgamma and dbeta of every block, unused by a single block.
+//            barrier_counter: see lib/sync/grid_barrier.cuh.
 // Launch:    Block (width, r, 1), width a power of two and width r = `threads` a multiple of 32; any grid, cooperative
 //            if it has more than one block. The threads with the same threadIdx.y share a row; rows are taken in turn.
 //            A thread has `held` vectors of a row, 1 to MOST_HELD, and keeps the sums of their columns in registers;
@@ -36,17 +36,17 @@ template <typename T, typename A>
 struct LayerNormBackward {
     const T* dy;
     const T* x;
-    const A* gamma;
-    const A* beta;
+    const void* gamma;
+    const void* beta;
     const A* statistics;
     T* dx;
-    A* dgamma;
-    A* dbeta;
+    void* dgamma;
+    void* dbeta;
     A* partial;
     unsigned* barrier_counter;
     long long rows, columns;
     A alpha, half_share;                                                   // half_share: 1 / (2 C)
-    int activation, shape, scaled, shifted, width, held, stages, threads;  // scaled: by gamma, shifted: by beta
+    int activation, shape, scaled, shifted, width, held, stages, threads;  // scaled: by gamma, shifted: by beta, as ParameterKind
 };
 
 // A thread's sums for dgamma and dbeta over the columns of its units, in shared memory.
@@ -156,8 +156,8 @@ __device__ __forceinline__ void merge_blocks(const LayerNormBackward<T, A>& a, A
         if (has && part == 0) {
             sum = {A(0), A(0)};
             for (int i = 0; i < parts; ++i) sum = add(sum, shared[i * width + column]);
-            const long long c = item + column;
-            (c < a.columns ? a.dgamma[c] : a.dbeta[c - a.columns]) = value(sum);
+            const int quantity = item + column < a.columns ? DGAMMA : DBETA;
+            store_sum<T>(a, quantity, item + column - quantity * a.columns, value(sum));
         }
         __syncthreads();
     }
@@ -176,7 +176,7 @@ __device__ __forceinline__ void layer_norm_backward(const LayerNormBackward<T, A
         if (gridDim.x > 1)
             a.partial[((long long)blockIdx.x * 2 + quantity) * a.columns + column] = sum;
         else
-            (quantity ? a.dbeta : a.dgamma)[column] = sum;
+            store_sum<T>(a, quantity, column, sum);
     });
     if (gridDim.x == 1) return;
     grid_barrier(a.barrier_counter, gridDim.x, blockIdx.x);

@@ -35,18 +35,18 @@ template <typename T, typename A>
 struct LayerNormBackwardCooperative {
     const T* dy;
     const T* x;
-    const A* gamma;
-    const A* beta;
+    const void* gamma;
+    const void* beta;
     const A* statistics;
     T* dx;
-    A* dgamma;
-    A* dbeta;
+    void* dgamma;
+    void* dbeta;
     A* partial;
     A* exchange;
     unsigned* barrier_counter;
     long long rows, columns, part;
     A alpha, half_share;                                            // half_share: 1 / (2 C)
-    int activation, shape, scaled, shifted, held, stages, at_once;  // scaled: by gamma, shifted: by beta
+    int activation, shape, scaled, shifted, held, stages, at_once;  // scaled: by gamma, shifted: by beta, as ParameterKind
 };
 
 // Adds the terms of all units, and clears them. A rare path: rolled, so that it takes no registers of the others.
@@ -59,8 +59,8 @@ __device__ __forceinline__ void add_terms(const GroupSums<A>& sums, const RowUni
 #pragma unroll 1
         for (int i = 0; i < UNIT<T>; ++i) {
             if (units.has_unit(k) && units.has(k, i)) {
-                sums.add_term(0, own + i, terms[0].dgamma[0], first);
-                sums.add_term(1, own + i, terms[0].dbeta[0], first);
+                sums.add_term(DGAMMA, own + i, terms[0].dgamma[0], first);
+                sums.add_term(DBETA, own + i, terms[0].dbeta[0], first);
             }
             rotate(terms[0].dgamma);
             rotate(terms[0].dbeta);
@@ -191,8 +191,8 @@ struct RowShare {
         const long long first = own.begin + blockIdx.x * blockDim.x + threadIdx.x;
 #pragma unroll 1
         for (long long column = first; column < own.first(own.spans); column += gridDim.x * blockDim.x) {
-            a.dgamma[column] = sums.of_all_groups(0, column);
-            a.dbeta[column] = sums.of_all_groups(1, column);
+            store_sum<T>(a, DGAMMA, column, sums.of_all_groups(DGAMMA, column));
+            store_sum<T>(a, DBETA, column, sums.of_all_groups(DBETA, column));
         }
     }
 };

@@ -3,8 +3,8 @@
 // Formulas:  Over the C values of a row:
 //            mean[n], m2[n] = sum (x - mean)^2, var = m2 / C, rstd = 1 / sqrt(var + eps)
 //            y = phi(gamma[c] rstd (x - mean) + beta[c])
-// Arrays:    x, y (N, C) of type T, C order; y may alias x. gamma, beta (C,) of the accumulator's type A, may be null
-//            (1, 0). statistics (3, N): mean, mean_low, rstd, of type A.
+// Arrays:    x, y (N, C) of type T, C order; y may alias x. gamma, beta (C,) of the accumulator's type A or of T, may
+//            be null (1, 0). statistics (3, N): mean, mean_low, rstd, of type A.
 // Launch:    Block (width, r, 1), width a power of two and width r a multiple of 32, grid (ceil(N / r), 1, 1): the
 //            threads with the same threadIdx.y share a row. A thread holds `held` vectors of 16 bytes, 1 to MOST_HELD;
 //            longer rows are for layer_norm_forward_cooperative.cu. Dynamic shared memory: 3 numbers of type A for
@@ -25,13 +25,13 @@ constexpr int MOST_HELD = sizeof(T) == 2 ? 4 : 8;
 template <typename T, typename A>
 struct LayerNormForward {
     const T* x;
-    const A* gamma;
-    const A* beta;
+    const void* gamma;
+    const void* beta;
     T* y;
     A* statistics;
     long long rows, columns;
     A eps, alpha, half_share;                             // half_share: 1 / (2 C)
-    int activation, shape, scaled, shifted, width, held;  // scaled: by gamma, shifted: by beta
+    int activation, shape, scaled, shifted, width, held;  // scaled: by gamma, shifted: by beta, as ParameterKind
 };
 
 // A row of x in registers.

@@ -24,15 +24,15 @@
 template <typename T, typename A>
 struct LayerNormForwardCooperative {
     const T* x;
-    const A* gamma;
-    const A* beta;
+    const void* gamma;
+    const void* beta;
     T* y;
     A* statistics;
     A* exchange;
     unsigned* barrier_counter;
     long long rows, columns, part;
     A eps, alpha;
-    int activation, shape, scaled, shifted, held, stages;  // scaled: by gamma, shifted: by beta
+    int activation, shape, scaled, shifted, held, stages;  // scaled: by gamma, shifted: by beta, as ParameterKind
 };
 
 // A block's share of the rows.

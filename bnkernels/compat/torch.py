@@ -127,7 +127,9 @@ def layer_norm(
     if input.itemsize == 2 and input.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
         input, weight, bias = (None if tensor is None else tensor.float() for tensor in (input, weight, bias))
     vectors = _for_sums(input, shape, weight=weight, bias=bias)
-    vectors = [None if vector is None else vector.reshape(-1) for vector in vectors]
+    if all(vector is None or vector.dtype == input.dtype for vector in (weight, bias)):
+        vectors = weight, bias
+    vectors = [None if vector is None else vector.reshape(-1).contiguous() for vector in vectors]
     rows = input.reshape(math.prod(input.shape[: input.dim() - len(shape)]), math.prod(shape)).contiguous()
     return autograd.layer_norm(rows, *vectors, eps, {"activation": activation, "alpha": alpha}).view(input.shape)
 

@@ -49,9 +49,11 @@ def sums_type(x: Tensor) -> torch.dtype:
     return torch.float32 if x.itemsize == 2 else x.dtype
 
 
-def _gradients(x: Tensor, length: int, residual: Tensor | None = None) -> tuple[Tensor, ...]:
+def _gradients(
+    x: Tensor, length: int, residual: Tensor | None = None, dtype: torch.dtype | None = None
+) -> tuple[Tensor, ...]:
     """Return new tensors for the gradients of data, scale and shift, and residual."""
-    vectors = (x.new_empty(length, dtype=sums_type(x)) for _ in range(2))
+    vectors = (x.new_empty(length, dtype=dtype or sums_type(x)) for _ in range(2))
     return x.new_empty(x.shape), *vectors, *([] if residual is None else [x.new_empty(x.shape)])
 
 
@@ -243,7 +245,8 @@ class _LayerNorm(torch.autograd.Function):
 
         if torch.is_grad_enabled():
             return _through(ctx, formula, (rows, weight, bias), dy)
-        out = _gradients(rows, rows.shape[1])
+        given = [vector.dtype for vector in (weight, bias) if vector is not None]
+        out = _gradients(rows, rows.shape[1], dtype=given[0] if given else None)
         _call(layer_norm_backward, dy.contiguous(), rows, weight, bias, statistics, **ctx.options, out=out)
         return _needed(ctx, out)
 

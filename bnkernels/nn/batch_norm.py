@@ -258,7 +258,8 @@ running_var (2,): 4 parameters
         y, statistics = batch_norm_forward(  # a dict of options would cost more than some launches
             x,
             *vectors,
-            momentum=1 / (self.batches + 1) if self.momentum is None else self.momentum,
+            momentum=self.momentum,
+            batches_before=self.batches,
             unbiased=self.unbiased,
             eps=self.eps,
             axis=self.axis,

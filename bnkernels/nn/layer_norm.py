@@ -94,7 +94,8 @@ class LayerNorm(Norm):
         Parameters
         ----------
         weight, bias : array
-            Scale and shift, of the shape over which is normalised; C order. `bias` may be None.
+            Scale and shift, of the shape over which is normalised; C order. Those of 16 bits are for data of their
+            type. `bias` may be None.
         gradients : dict of str to array, optional
             Arrays for the gradients of `weight` and `bias`; by default they are made.
         **options
@@ -112,7 +113,7 @@ class LayerNorm(Norm):
         """
         weight = incoming("weight", weight)
         argument = check.arguments({"weight": check.signature(weight)})["weight"]
-        check.float32_or_float64(argument)
+        check.floating(argument)
         layer = cls(argument.shape, affine=False, dtype=argument.dtype, **options)
         layer._parameters["weight"] = vector("weight", weight, argument.shape)
         if bias is not None:

@@ -13,6 +13,7 @@ from bnkernels.nn.layer_norm import LayerNorm
 from bnkernels.nn.linear import Linear
 from bnkernels.nn.options import check_type
 from bnkernels.ops.linear_batch_norm.op import linear_batch_norm_backward, linear_batch_norm_forward
+from bnkernels.ops.linear_batch_norm.problem import check_precision
 from bnkernels.runtime import checks as check
 from bnkernels.runtime.arguments import accumulator, empty
 from bnkernels.runtime.registry import runtime_of
@@ -35,6 +36,8 @@ class LinearBatchNorm(Leaf):
         Activation behind, as in `batch_norm_forward`.
     alpha : float, optional
         Parameter of the activation.
+    precision : {"tf32x3", None}
+        Arithmetic of the products of float32 data, as in `linear_batch_norm_forward`.
     input_gradient : bool
         Whether `backward` returns the gradient of the input.
     dtype : data type
@@ -79,6 +82,7 @@ class LinearBatchNorm(Leaf):
         track_running_stats: bool = True,
         activation: str = "identity",
         alpha: float | None = None,
+        precision: str | None = None,
         input_gradient: bool = True,
         dtype: Any = "float32",
         seed: int | np.random.Generator | None = None,
@@ -96,6 +100,8 @@ class LinearBatchNorm(Leaf):
             options = {"momentum": momentum, "decay": decay, "unbiased": unbiased}
             self.norm = BatchNorm(outputs, track_running_stats=track_running_stats, **options, **shared)
         self.activation, self.alpha = activation, alpha
+        check_precision(precision)
+        self.precision = precision
 
     @property
     def children(self) -> Mapping[str, Layer]:
@@ -141,11 +147,11 @@ class LinearBatchNorm(Leaf):
                 self._saved = x, None, None
             return y
         given = x, self.linear.weight, norm.weight, norm.bias
-        options = {"eps": norm.eps, "activation": self.activation, "alpha": self.alpha, "norm": self._kind}
+        options = {"eps": norm.eps, "activation": self.activation, "alpha": self.alpha}
+        options |= {"norm": self._kind, "precision": self.precision}
         if isinstance(norm, BatchNorm):
             given += norm.running_mean, norm.running_var
-            momentum = 1 / (norm.batches + 1) if norm.momentum is None else norm.momentum
-            options |= {"momentum": momentum, "unbiased": norm.unbiased}
+            options |= {"momentum": norm.momentum, "batches_before": norm.batches, "unbiased": norm.unbiased}
         # With out= a repeated call is replayed: memory that was freed comes back at the same addresses.
         runtime, shape = runtime_of(type(x)), (len(x), len(norm.weight))
         length = shape[0] if self._kind == "layer" else shape[1]
@@ -169,6 +175,7 @@ class LinearBatchNorm(Leaf):
             norm=self._kind,
             activation=self.activation,
             alpha=self.alpha,
+            precision=self.precision,
             input_gradient=wanted,
             workspace=empty(runtime, z.shape, z),
             out=(empty(runtime, x.shape, x) if wanted else None, linear._gradients["weight"], *of_norm),
@@ -193,5 +200,6 @@ class LinearBatchNorm(Leaf):
         inputs, outputs = self.linear.weight.shape
         seen = [option for option in self.norm._options()[1:] if not option.startswith("dtype")]
         kind = ["norm='layer'"] if self._kind == "layer" else []
+        kind += [] if self.precision is None else [f"precision={self.precision!r}"]
         first = [] if self.linear.input_gradient else ["input_gradient=False"]
         return [str(inputs), str(outputs), *kind, *seen, *first, f"dtype='{self.linear.weight.dtype}'"]

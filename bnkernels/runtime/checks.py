@@ -192,6 +192,11 @@ def one_device(runtime: Runtime, names: tuple[str, ...], arrays: tuple) -> None:
             raise ValueError(f"{name} is on device {device} but {first} is on device {wanted}; move one of them")
 
 
+def cumulative(batches_before: Any) -> float:
+    """Check the number of mini-batches before; return the weight of the next one in the mean over all."""
+    return 1 / (integer("batches_before", batches_before, 0) + 1)
+
+
 def number(name: str, given: Any, low: float | None, high: float = sys.float_info.max) -> float:
     """Check for a finite real number between two bounds, both allowed; return it as a float. No `low` is no bound."""
     if type(given) is float and low is not None and low <= given <= high:

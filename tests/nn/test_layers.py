@@ -11,6 +11,7 @@ import bnkernels as bn
 from bnkernels import nn
 from bnkernels.ops.activations import ACTIVATIONS
 from tests.nn.common import assert_close, assert_gradients, normalised
+from tests.ops.test_batch_norm_masked import dtype_named
 from tools.backends import Backend
 
 SHAPES = {1: [(6, 3), (5, 3, 4), (4, 3, 2, 5), (2, 3, 2, 3, 2)], -1: [(6, 3), (4, 2, 5, 3)], 2: [(3, 4, 3)]}
@@ -271,6 +272,25 @@ def test_linear_batch_norm_is_two_layers(backend: Backend, rng: np.random.Genera
         np.testing.assert_allclose(one, other, rtol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_layer_norm_works_on_16_bit_parameters_that_there_are(
+    backend: Backend, rng: np.random.Generator, dtype: str
+) -> None:
+    data = dtype_named(dtype)
+    x, dy, *vectors = backend.arrays(
+        *(rng.standard_normal((6, 5)).astype(data) for _ in range(2)), *(np.ones(5, data) for _ in range(2))
+    )
+    layer = nn.LayerNorm.from_arrays(*vectors)
+    layer.train()(x)
+    layer.backward(dy)
+    assert layer.weight is vectors[0]
+    assert layer.gradients["bias"].dtype == data
+    want = backend.asnumpy(dy).astype(float).sum(0)
+    np.testing.assert_allclose(backend.asnumpy(layer.gradients["bias"]).astype(float), want, rtol=2**-7, atol=1e-6)
+    with pytest.raises(TypeError, match=f"x must be {dtype} for this LayerNorm, got float32"):
+        layer(x.astype("float32"))
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_16_bit_layers_keep_float32_parameters(backend: Backend, rng: np.random.Generator, dtype: str) -> None:
     pytest.importorskip("ml_dtypes")
@@ -285,3 +305,26 @@ def test_16_bit_layers_keep_float32_parameters(backend: Backend, rng: np.random.
     want = normalised(normalised(wide, (0,), 1e-5), (1,), 1e-5)
     error = np.abs(np.float64(backend.asnumpy(y)) - want).max()
     assert error <= {"float16": 0.02, "bfloat16": 0.15, "float32": 1e-5}[dtype]
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+def test_a_linear_batch_norm_multiplies_with_the_precision_asked_for(
+    backend: Backend, rng: np.random.Generator, norm: str
+) -> None:
+    x, dy = backend.arrays(*(rng.standard_normal((9, length)).astype("float32") for length in (300, 8)))
+    found = {}
+    for precision in ("tf32x3", None):
+        layer = nn.LinearBatchNorm(300, 8, norm=norm, precision=precision, seed=2, xp=backend.xp)
+        own = layer.linear.weight, layer.norm.weight, layer.norm.bias
+        options = {"norm": norm, "precision": precision}
+        y, z, statistics = bn.linear_batch_norm_forward(x, *own, **options)
+        dx, dweight, *_ = bn.linear_batch_norm_backward(dy, x, *own, z, statistics, **options)
+        got = layer(x), layer.backward(dy), layer.gradients["linear.weight"]
+        for array, want in zip(got, (y, dx, dweight), strict=True):
+            np.testing.assert_array_equal(backend.asnumpy(array), backend.asnumpy(want))
+        found[precision] = backend.asnumpy(y)
+        assert ("precision='tf32x3'" in repr(layer)) == (precision is not None)
+    if not backend.is_numpy:  # a library multiplies in float32
+        assert (found["tf32x3"] != found[None]).any()
+    with pytest.raises(ValueError, match="precision must be"):
+        nn.LinearBatchNorm(3, 2, precision="tf32")

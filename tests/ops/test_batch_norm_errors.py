@@ -250,8 +250,19 @@ def test_eps_out_of_range(backend: Backend, op: str, bad: float) -> None:
         call(op, on, eps=bad)
 
 
-@pytest.mark.parametrize("name", ["momentum", "eps"])
-@pytest.mark.parametrize("bad", [None, "0.1x", [0.1], 1j], ids=repr)
+@pytest.mark.parametrize("bad", [-1, 1.5, None, True], ids=repr)
+def test_a_number_of_batches_that_is_none(backend: Backend, bad: Any) -> None:
+    on = on_backend(backend, "forward")
+    error = ValueError if bad == -1 else TypeError
+    with refused(backend, error, "batches_before must be a", *on.values()):
+        call("forward", on, momentum=None, batches_before=bad)
+
+
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [("eps", None), *((name, bad) for name in ("momentum", "eps") for bad in ("0.1x", [0.1], 1j))],
+    ids=repr,
+)
 def test_options_that_are_no_numbers(backend: Backend, name: str, bad: Any) -> None:
     on = on_backend(backend, "forward")
     with refused(backend, TypeError, f"{name} must be a number, got ", *on.values()):

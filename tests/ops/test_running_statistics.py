@@ -100,6 +100,22 @@ def test_the_average_of_all_batches(backend: Backend, rng: np.random.Generator, 
     np.testing.assert_allclose(backend.asnumpy(layer.running_var), variances, rtol=1e-12)
 
 
+@pytest.mark.parametrize("op", ["forward", "linear", "statistics"])
+def test_an_op_counts_the_batches_before(backend: Backend, rng: np.random.Generator, op: str) -> None:
+    batches = rng.standard_normal((4, 8, 3)) * 2 + 1
+    running, identity = backend.arrays(np.zeros(3), np.ones(3)), backend.asarray(np.eye(3))
+    for number, batch in enumerate(map(backend.asarray, batches)):
+        options = {"momentum": None, "batches_before": number}
+        if op == "forward":
+            bn.batch_norm_forward(batch, None, None, *running, **options)
+        elif op == "linear":
+            bn.linear_batch_norm_forward(batch, identity, None, None, *running, **options)
+        else:
+            bn.batch_norm_statistics(bn.batch_norm_moments(batch)[None], *running, **options)
+    np.testing.assert_allclose(backend.asnumpy(running[0]), batches.mean(1).mean(0), rtol=1e-12)
+    np.testing.assert_allclose(backend.asnumpy(running[1]), batches.var(1, ddof=1).mean(0), rtol=1e-12)
+
+
 def test_without_running_statistics_every_batch_is_normalised_by_its_own(
     backend: Backend, rng: np.random.Generator
 ) -> None:

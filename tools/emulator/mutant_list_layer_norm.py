@@ -9,6 +9,7 @@ MOMENTS, GRADIENTS = "lib/reduce/row_moments.cuh", "lib/reduce/row_gradients.cuh
 FORMULAS = "test_is_what_the_formulas_say and float32"
 SCHEDULES = "test_the_order_of_blocks"
 FINITE = "finite_rows"
+PARAMETERS = ("tests/ops/test_layer_norm_parameters.py",)
 
 MUTANTS = [
     Mutant(
@@ -218,5 +219,21 @@ MUTANTS = [
         "    sums.merge_rows",
         ("plain", "tsan"),
         select=SCHEDULES,
+    ),
+    Mutant(
+        "parameters of 16 bits are read as float32",
+        ROW,
+        "if (sizeof(T) == 2 && kind == IN_STORAGE_TYPE) return",
+        "if (sizeof(T) == 2 && kind > IN_STORAGE_TYPE) return",
+        among=PARAMETERS,
+        select="shape1-bfloat16-gamma-identity",
+    ),
+    Mutant(
+        "the gradient of a shift of 16 bits is stored as float32",
+        GRADIENTS,
+        "|| a.shifted == IN_STORAGE_TYPE",
+        "",
+        among=PARAMETERS,
+        select="shape1-float16-beta-identity",
     ),
 ]

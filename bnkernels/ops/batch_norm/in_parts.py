@@ -97,7 +97,8 @@ def batch_norm_statistics(
     running_mean: AnyArray | None = None,
     running_var: AnyArray | None = None,
     *,
-    momentum: float = 0.1,
+    momentum: float | None = 0.1,
+    batches_before: int = 0,
     unbiased: bool = True,
     eps: float = 1e-5,
     out: tuple[Array, Array] | None = None,
@@ -110,7 +111,7 @@ def batch_norm_statistics(
         Moments of K parts, as `batch_norm_moments` returned them; a part may be empty. Never written.
     running_mean, running_var : array, shape (C,), optional
         Running statistics, updated in place.
-    momentum, unbiased, eps : float, bool, float
+    momentum, batches_before, unbiased, eps : float or None, int, bool, float
         As in `batch_norm_forward`.
     out : tuple of two arrays, optional
         Arrays to write what is returned to; C order.
@@ -145,6 +146,8 @@ def batch_norm_statistics(
     >>> merged[:, 0]
     array([ 3.,  4.,  0., 26.])
     """
+    if momentum is None:
+        momentum = check.cumulative(batches_before)
     running = running_mean, running_var
     call = CALLS.replay(out, (moments, *running), momentum, unbiased, eps)
     if call.replayed:

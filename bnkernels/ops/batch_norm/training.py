@@ -23,7 +23,8 @@ def batch_norm_forward(
     running_mean: AnyArray | None = None,
     running_var: AnyArray | None = None,
     *,
-    momentum: float = 0.1,
+    momentum: float | None = 0.1,
+    batches_before: int = 0,
     unbiased: bool = True,
     eps: float = 1e-5,
     axis: int = 1,
@@ -45,8 +46,11 @@ def batch_norm_forward(
         Scale and shift; without them 1 and 0.
     running_mean, running_var : array, shape (C,), float32, or float64 for float64 `x`, optional
         Running statistics, updated in place.
-    momentum : float
-        Weight of the new statistics in the running ones, between 0 and 1.
+    momentum : float or None
+        Weight of the new statistics in the running ones, between 0 and 1; None is 1 / (batches_before + 1), with which
+        the running statistics are the means over all mini-batches.
+    batches_before : int
+        Number of the mini-batches that the running statistics are of already; only for ``momentum=None``.
     unbiased : bool
         Whether `running_var` takes the variance over N - 1, as in PyTorch, or over N, as in Flax and Keras.
     eps : float
@@ -117,6 +121,8 @@ def batch_norm_forward(
     >>> mean
     array([2., 0.])
     """
+    if momentum is None:
+        momentum = check.cumulative(batches_before)
     running, given = (running_mean, running_var), (x, residual, mask, gamma, beta)
     call = FORWARD.calls.replay(out, given + running, momentum, unbiased, eps, axis, activation, alpha, grouped, renorm)
     if call.replayed:

@@ -1,8 +1,8 @@
 """Layer normalisation of every example over its features: forward and backward, one launch each.
 
 CuPy arrays run ``cuda/layer_norm_*.cu``, NumPy arrays ``cpu``, or ``reference.py`` where Numba is missing. Below, C
-is the length of the last axis, over which is normalised; T is the data type of `x`, and A that of the accumulator:
-float32 for 16-bit T, else T.
+is the length of the last axis, over which is normalised; T is the data type of `x`, A that of the accumulator: float32
+for 16-bit T, else T; and P that of scale, shift and their gradients: A or T.
 """
 
 from __future__ import annotations
@@ -15,7 +15,15 @@ import numpy as np
 from bnkernels.ops.activations import Activation, activation_named
 from bnkernels.ops.layer_norm import reference
 from bnkernels.ops.layer_norm.launch import choose_backward, choose_forward, partial_sums
-from bnkernels.ops.layer_norm.problem import BACKWARD, FORWARD, FULL, VECTOR, Problem
+from bnkernels.ops.layer_norm.problem import (
+    BACKWARD,
+    FORWARD,
+    FULL,
+    IN_ACCUMULATOR_TYPE,
+    IN_STORAGE_TYPE,
+    VECTOR,
+    Problem,
+)
 from bnkernels.runtime import checks as check
 from bnkernels.runtime.arguments import addresses, empty, pack
 from bnkernels.runtime.arrays import AnyArray, Array
@@ -45,7 +53,7 @@ def layer_norm_forward(
     ----------
     x : array, shape (..., C), type T
         The examples; C order.
-    gamma, beta : array, shape (C,), type A, optional
+    gamma, beta : array, shape (C,), type P, optional
         Scale and shift of every feature; without them 1 and 0.
     axes : int
         Number of last axes over which is normalised; of several, these are in the place of C.
@@ -149,8 +157,8 @@ def layer_norm_backward(
     -------
     dx : array, shape (..., C), type T
         Gradient with respect to `x`.
-    dgamma, dbeta : array, shape (C,), type A
-        Gradients with respect to scale and shift.
+    dgamma, dbeta : array, shape (C,), type P
+        Gradients with respect to scale and shift, of type A if there is neither.
 
     Raises
     ------
@@ -180,7 +188,7 @@ def layer_norm_backward(
     runtime, problem = BACKWARD.check(dx, dgamma, dbeta, workspace, dy, x, gamma, beta, statistics, options=(axes,))
     if dx is None:
         dx = empty(runtime, x.shape, x)
-        dgamma, dbeta = (empty(runtime, x.shape[-axes:], x, problem.acc_dtype) for _ in range(2))
+        dgamma, dbeta = (empty(runtime, x.shape[-axes:], x, problem.params_dtype) for _ in range(2))
     if problem.rows == 0:
         dgamma[...], dbeta[...] = 0, 0
         return dx, dgamma, dbeta
@@ -223,7 +231,8 @@ def _codes(plan: LaunchPlan, problem: Problem, phi: Activation, members: dict[st
     shape = problem.columns % problem.count == 0 and all(address % VECTOR == 0 for address in by_vectors)
     if shape and "width" in names and plan.held * width == problem.vectors:
         shape = FULL
-    given = {"scaled": int(members["gamma"] != 0), "shifted": int(members["beta"] != 0)}
+    kind = IN_STORAGE_TYPE if problem.params_in_storage_type else IN_ACCUMULATOR_TYPE
+    given = {"scaled": members["gamma"] and kind, "shifted": members["beta"] and kind}
     codes = {"activation": phi.code, "shape": int(shape), **given, "width": width, "held": plan.held}
     codes |= {"stages": plan.stages, "threads": plan.launch.threads, "at_once": plan.at_once}
     return {name: code for name, code in codes.items() if name in names}

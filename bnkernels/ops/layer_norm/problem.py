@@ -15,20 +15,27 @@ from bnkernels.runtime.workspace import MOST_SPLITS
 
 VECTOR = 16  # bytes, as in cuda/lib/reduce/vector_rows.cuh
 FULL = 2  # shape of rows all of whose threads have as many whole vectors, as in vector_rows.cuh; 1: whole vectors
+IN_ACCUMULATOR_TYPE, IN_STORAGE_TYPE = 1, 2  # type of scale and shift, as in vector_rows.cuh
 MOST_PARTIALS = 2 * MOST_SPLITS  # sums of a column
 
 
 class Problem(NamedTuple):
-    """A matrix (rows, columns) of a data type."""
+    """A matrix (rows, columns) of a data type; scale and shift may be of that type too, instead of the accumulator's."""
 
     rows: int
     columns: int
     dtype: np.dtype
+    params_in_storage_type: bool = False
 
     @property
     def acc_dtype(self) -> np.dtype:
         """The data type of the accumulator."""
         return accumulator(self.dtype)
+
+    @property
+    def params_dtype(self) -> np.dtype:
+        """The data type of scale and shift, and of their gradients."""
+        return self.dtype if self.params_in_storage_type else self.acc_dtype
 
     @property
     def count(self) -> int:
@@ -55,7 +62,7 @@ def _backward(args: Arguments, axes: int) -> Problem:
     for name in ("dx", "dy"):
         check.contiguous(args[name], args["x"].shape, problem.dtype)
     for name in ("dgamma", "dbeta"):
-        check.contiguous(args[name], args["x"].shape[-axes:], problem.acc_dtype)
+        check.contiguous(args[name], args["x"].shape[-axes:], problem.params_dtype)
     if workspace is not None:
         wanted = MOST_PARTIALS * problem.columns
         if len(workspace.shape) != 1 or workspace.shape[0] < wanted:
@@ -72,9 +79,11 @@ def _rows(args: Arguments, axes: int) -> Problem:
         wanted = "(..., C), C at least 1," if axes == 1 else f"(..., *S), S of {axes} axes, each at least 1 long,"
         raise ValueError(f"x must have the shape {wanted} got {x.shape}: there is nothing to normalise")
     check.contiguous(x, x.shape, x.dtype)
-    problem = Problem(math.prod(x.shape[:-axes]), math.prod(x.shape[-axes:]), x.dtype)
-    for name in ("gamma", "beta"):
-        check.contiguous(args[name], x.shape[-axes:], problem.acc_dtype)
+    vectors = [args[name] for name in ("gamma", "beta")]
+    in_storage_type = x.dtype.itemsize == 2 and any(one is not None and one.dtype == x.dtype for one in vectors)
+    problem = Problem(math.prod(x.shape[:-axes]), math.prod(x.shape[-axes:]), x.dtype, in_storage_type)
+    for one in vectors:
+        check.contiguous(one, x.shape[-axes:], problem.params_dtype)
     check.contiguous(args["statistics"], (3, *x.shape[:-axes]), problem.acc_dtype)
     return problem
 

@@ -60,7 +60,7 @@ def forward(
     """Write `y` and `statistics`."""
     acc_dtype, shape = problem.acc_dtype, (problem.rows, problem.columns)
     x, y, statistics = x.reshape(shape), y.reshape(shape), statistics.reshape(3, -1)
-    gamma, beta = (None if array is None else array.reshape(-1) for array in (gamma, beta))
+    gamma, beta = (None if array is None else array.reshape(-1).astype(acc_dtype) for array in (gamma, beta))
     d = _centre(x, statistics)
     rstd = 1 / np.sqrt(_means(d * d).astype(acc_dtype) + acc_dtype.type(eps))
     statistics[2] = rstd[:, 0]
@@ -84,7 +84,7 @@ def backward(
     """Write the gradients; `dx` may be `dy`."""
     acc_dtype, shape = problem.acc_dtype, (problem.rows, problem.columns)
     dy, x, dx, statistics = dy.reshape(shape), x.reshape(shape), dx.reshape(shape), statistics.reshape(3, -1)
-    gamma, beta = (None if array is None else array.reshape(-1) for array in (gamma, beta))
+    gamma, beta = (None if array is None else array.reshape(-1).astype(acc_dtype) for array in (gamma, beta))
     high, low, rstd = statistics.astype(FLOAT64)[:, :, None]
     xhat = x - high
     xhat -= low
@@ -94,7 +94,8 @@ def backward(
     else:
         z, h = _activated(xhat, gamma, beta, acc_dtype, phi)
         g = phi.backward(np, dy.astype(acc_dtype, copy=False), h if phi.from_output else z).astype(FLOAT64)
-    dbeta.reshape(-1)[...], dgamma.reshape(-1)[...] = total(g, 0)[0], total(g * xhat, 0)[0]
+    for gradient, sums in ((dbeta, total(g, 0)[0]), (dgamma, total(g * xhat, 0)[0])):
+        gradient.reshape(-1)[...] = sums.astype(acc_dtype)
     if gamma is not None:
         g *= gamma
     slope = _means(g * xhat)

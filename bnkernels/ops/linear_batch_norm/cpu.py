@@ -71,7 +71,7 @@ def backward(
     pointers = addresses(None, dy, z, beta, dz, dbeta, sums)
     share(_backward, blocks, dy.size, like, *pointers, rows, columns, phi.alpha, phi.code, height)
     if sums is not None:
-        merge(like, host_pointer(sums), 0, columns, blocks, columns, host_pointer(dbeta))
+        merge(LIKE[dbeta.dtype.name], host_pointer(sums), 0, columns, blocks, columns, host_pointer(dbeta))
 
 
 def single(array: np.ndarray) -> np.ndarray:

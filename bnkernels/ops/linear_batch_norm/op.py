@@ -44,7 +44,8 @@ def linear_batch_norm_forward(
     running_var: AnyArray | None = None,
     *,
     norm: str | None = "batch",
-    momentum: float = 0.1,
+    momentum: float | None = 0.1,
+    batches_before: int = 0,
     unbiased: bool = True,
     eps: float = 1e-5,
     activation: str = "identity",
@@ -66,7 +67,7 @@ def linear_batch_norm_forward(
         Running statistics, updated in place; only with batch norm.
     norm : {"batch", "layer", None}
         Norm between product and shift: batch norm, layer norm over the M outputs of each example, or none.
-    momentum, unbiased, eps : float, bool, float
+    momentum, batches_before, unbiased, eps : float or None, int, bool, float
         Options of `batch_norm_forward`.
     activation : str
         Activation behind the norm, as in `batch_norm_forward`.
@@ -120,6 +121,8 @@ def linear_batch_norm_forward(
     >>> z.T, y.T.round(3)
     (array([[3., 1.]]), array([[ 1., -1.]]))
     """
+    if momentum is None:
+        momentum = check.cumulative(batches_before)
     given = x, weight, gamma, beta, running_mean, running_var
     call = FORWARD_CALLS.replay(out, given, norm, momentum, unbiased, eps, activation, alpha, precision)
     if call.replayed:

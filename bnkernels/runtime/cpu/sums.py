@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bnkernels.runtime.cpu.language import LINE, accumulator, device, doubles, kernel, numbers, part, stack
+from bnkernels.runtime.cpu.language import LINE, accumulator, device, doubles, kernel, part, place, stack, store
 from bnkernels.runtime.cpu.vectors import WIDTH, fold, get, get_first, splat
 
 MOST_SUMS = 2**18  # sums of the columns of all blocks, in float64: 2 MiB
@@ -53,10 +53,21 @@ def round_to(sums, line):
         line[j] = sums[j]
 
 
+@device
+def store_sums(like, out, first, sums, line):
+    """Write float64 sums into an array of the type `like` from `first` on; `line` is scratch."""
+    rounded = place(like, out, first, part(line, 0, len(sums)))
+    round_to(sums, rounded)
+    store(like, out, first, rounded)
+
+
 @kernel
 def merge(like, sums, offset, step, blocks, columns, out):
-    """Add the sums of all blocks in order: `columns` of them every `step` numbers, from an offset on."""
-    high, low, out = stack(0.0, LINE), stack(0.0, LINE), numbers(accumulator(like), out, 0, columns)
+    """Add the sums of all blocks in order: `columns` of them every `step` numbers, from an offset on.
+
+    `out` is an array of the type `like`.
+    """
+    high, low, line = stack(0.0, LINE), stack(0.0, LINE), stack(accumulator(like), LINE)
     for start in range(0, columns, LINE):
         count = min(LINE, columns - start)
         fill_line(part(high, 0, count), 0.0), fill_line(part(low, 0, count), 0.0)
@@ -65,4 +76,5 @@ def merge(like, sums, offset, step, blocks, columns, out):
             for j in range(count):
                 high[j], low[j] = add((high[j], low[j]), more[j])
         for j in range(count):
-            out[start + j] = high[j] + low[j]
+            high[j] += low[j]
+        store_sums(like, out, start, part(high, 0, count), line)

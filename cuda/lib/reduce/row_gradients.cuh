@@ -14,6 +14,18 @@ struct RowStatistics {
     A rstd;
 };
 
+enum ColumnSum { DGAMMA = 0, DBETA = 1 };
+
+// Stores the sum of a column, in the type of scale and shift.
+template <typename T, typename Arguments, typename A>
+__device__ __forceinline__ void store_sum(const Arguments& a, int quantity, long long column, A sum) {
+    void* const to = quantity == DGAMMA ? a.dgamma : a.dbeta;
+    if (sizeof(T) == 2 && (a.scaled == IN_STORAGE_TYPE || a.shifted == IN_STORAGE_TYPE))
+        store(static_cast<T*>(to)[column], sum);
+    else
+        static_cast<A*>(to)[column] = sum;
+}
+
 // The row's statistics; not asked for beyond the last row.
 template <typename Arguments>
 __device__ __forceinline__ auto statistics_of(const Arguments& a, long long n) {
@@ -79,13 +91,13 @@ struct RowGradients {
             if (has) {
                 unpack<T>(stage[2 * k], g);
                 unpack<T>(stage[2 * k + 1], xhat);
-                units.load_parameters(gamma, a.gamma + column, a.scaled, k, A(1));
+                units.load_parameters(gamma, a.gamma, a.scaled, column, k, A(1));
 #pragma unroll
                 for (int i = 0; i < UNIT<T>; ++i)
                     xhat[i] = units.has(k, i) ? fma(xhat[i] - mean.high, rstd, -mean.low * rstd) : A(0);
                 if (CURVED || a.alpha != A(1)) {
                     Unpacked<T> z;
-                    units.load_parameters(z, a.beta + column, a.shifted, k, A(0));
+                    units.load_parameters(z, a.beta, a.shifted, column, k, A(0));
 #pragma unroll
                     for (int i = 0; i < UNIT<T>; ++i) z[i] = fma(gamma[i], xhat[i], z[i]);
                     activation_backward_all(g, z, CURVED ? a.activation : LINEAR, a.alpha);

@@ -14,6 +14,9 @@ constexpr int UNIT = Packed<T>::COUNT;
 // ALIGNED: a row is a whole number of units and begins at a multiple of 16 bytes. FULL: and all threads have as many.
 enum RowShape { ANY = 0, ALIGNED = 1, FULL = 2 };
 
+// Scale and shift: not given, of the accumulator's type or of the data's, if that has 16 bits.
+enum ParameterKind { NOT_GIVEN = 0, IN_ACCUMULATOR_TYPE = 1, IN_STORAGE_TYPE = 2 };
+
 // The units of a thread in a row, or in a part of one, of `columns`: the first in `column`, the others `step` columns
 // apart.
 template <typename T>
@@ -56,14 +59,16 @@ struct RowUnits {
             if (has(k, i)) row[column + k * step + i] = T(values[i]);
     }
 
-    // Loads the parameters of the columns of unit k; they are `missing` unless `given`, and beyond the end.
+    // Loads the parameters of the columns of unit k of a part of a row from column `first` on; where there are none they
+    // are `missing`. Beyond the end of the row they are finite.
     template <typename A>
-    __device__ __forceinline__ void load_parameters(Unpacked<T>& values, const A* parameters, int given, int k,
-                                                    A missing) const {
+    __device__ __forceinline__ void load_parameters(Unpacked<T>& values, const void* parameters, int kind,
+                                                    long long first, int k, A missing) const {
+        if (sizeof(T) == 2 && kind == IN_STORAGE_TYPE) return unpack<T>(load((const T*)parameters + first, k), values);
 #pragma unroll
         for (int i = 0; i < UNIT<T>; ++i) values[i] = missing;
-        if (!given) return;
-        const A* const own = parameters + column + k * step;
+        if (!kind) return;
+        const A* const own = (const A*)parameters + first + column + k * step;
 #pragma unroll
         for (int i = 0; i < UNIT<T>; i += UNIT<A>) {
             if (shape != ANY) {

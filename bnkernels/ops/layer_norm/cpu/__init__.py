@@ -36,9 +36,9 @@ def forward(
     statistics: np.ndarray,
 ) -> Callable[[Any], None]:
     """Return what writes `y` and `statistics`."""
-    (rows, columns, _), (like, _, _) = problem, _plan(problem)
+    (rows, columns, *_), (like, params, _, _) = problem, _plan(problem)
     pointers = addresses(None, x, gamma, beta, y, statistics)
-    given = like, *pointers, rows, columns, eps, phi.alpha, phi.code
+    given = like, params, *pointers, rows, columns, eps, phi.alpha, phi.code
     return lambda _: share(forward_rows, rows, rows * columns, *given)
 
 
@@ -55,8 +55,8 @@ def backward(
     dbeta: np.ndarray,
 ) -> Callable[[Any], None]:
     """Return what writes the gradients; `dx` may be `dy`."""
-    (rows, columns, _), (like, height, blocks) = problem, _plan(problem)
-    given = like, *addresses(None, dy, x, gamma, beta, statistics)
+    (rows, columns, *_), (like, params, height, blocks) = problem, _plan(problem)
+    given = like, params, *addresses(None, dy, x, gamma, beta, statistics)
     outputs, numbers = addresses(None, dx, dgamma, dbeta), (rows, columns, phi.alpha, phi.code)
 
     def by_rows(_: Any) -> None:
@@ -64,7 +64,7 @@ def backward(
         share(backward_blocks, blocks, rows * columns, *given, *outputs, host_pointer(sums), *numbers, height)
         if blocks > 1:
             for offset, out in ((0, outputs[2]), (columns, outputs[1])):
-                merge(like, host_pointer(sums), offset, 2 * columns, blocks, columns, out)
+                merge(params, host_pointer(sums), offset, 2 * columns, blocks, columns, out)
 
     def by_columns(_: Any) -> None:
         sums = np.empty(3 * rows)
@@ -76,7 +76,7 @@ def backward(
 
 
 @lru_cache(maxsize=1024)
-def _plan(problem: Problem) -> tuple[Any, int, int]:
-    """Return an example of the data, and height and number of the blocks of rows."""
+def _plan(problem: Problem) -> tuple[Any, Any, int, int]:
+    """Return an example of the data and one of the parameters, and height and number of the blocks of rows."""
     height = GROUP * ceil_div(max(HEIGHT, ceil_div(problem.rows, max(1, MOST_SUMS // (2 * problem.columns)))), GROUP)
-    return LIKE[problem.dtype.name], height, ceil_div(problem.rows, height)
+    return LIKE[problem.dtype.name], LIKE[problem.params_dtype.name], height, ceil_div(problem.rows, height)

@@ -31,7 +31,7 @@ from bnkernels.runtime.cpu.language import (
     stack,
     store,
 )
-from bnkernels.runtime.cpu.sums import add, fill_line, flush, round_to, total
+from bnkernels.runtime.cpu.sums import add, fill_line, flush, store_sums, total
 from bnkernels.runtime.cpu.vectors import WIDTH, first, fold, get, get_first, prefetch, put, splat
 
 HELD = 8192  # columns of a row whose intermediate values are held
@@ -122,7 +122,7 @@ def _write(like, dx, offset, gradient, weights, xhat, rstd, mean, slope, line):
 
 @kernel
 def backward_blocks(
-    like, dy, x, gamma, beta, statistics, dx, dgamma, dbeta, sums, rows, columns, alpha, code, height, first,
+    like, params, dy, x, gamma, beta, statistics, dx, dgamma, dbeta, sums, rows, columns, alpha, code, height, first,
     last
 ):  # fmt: skip
     """Write `dx` and the sums of columns of blocks of rows, or of the only block the gradients."""
@@ -134,7 +134,7 @@ def backward_blocks(
     ones, zeros = part(ones, 0, columns), part(zeros, 0, columns)
     of_beta, of_gamma = part(of_beta, 0, columns), part(of_gamma, 0, columns)
     fill_line(ones, cast(1, acc)), fill_line(zeros, acc), fill_line(of_beta, acc), fill_line(of_gamma, acc)
-    weights, shifts = vector(acc, gamma, 0, ones), vector(acc, beta, 0, zeros)
+    weights, shifts = vector(params, gamma, 0, ones), vector(params, beta, 0, zeros)
     alpha = cast(alpha, acc)
     of_rows = numbers(acc, statistics, 0, 3 * rows)
     for block in range(first, last):
@@ -161,13 +161,13 @@ def backward_blocks(
             flush(of_beta, beta_sums)
             flush(of_gamma, gamma_sums)
     if height >= rows:
-        round_to(doubles(sums, 0, columns), numbers(acc, dbeta, 0, columns))
-        round_to(doubles(sums, columns, columns), numbers(acc, dgamma, 0, columns))
+        store_sums(params, dbeta, 0, doubles(sums, 0, columns), line)
+        store_sums(params, dgamma, 0, doubles(sums, columns, columns), line)
 
 
 @kernel
 def backward_rows(
-    like, dy, x, gamma, beta, statistics, sums, rows, columns, alpha, code, first, last
+    like, params, dy, x, gamma, beta, statistics, sums, rows, columns, alpha, code, first, last
 ):  # fmt: skip
     """Write the two means of long rows, and whether their gradients are scaled."""
     acc = accumulator(like)
@@ -182,9 +182,9 @@ def backward_rows(
             pair, products = (0.0, 0.0), (0.0, 0.0)
             for start in range(0, columns, LINE):
                 count = min(LINE, columns - start)
-                weights, shifts = vector(acc, gamma, start, part(ones, 0, count)), part(zeros, 0, count)
+                weights, shifts = vector(params, gamma, start, part(ones, 0, count)), part(zeros, 0, count)
                 lines = part(xhat, 0, count), part(g, 0, count), part(line, 0, count)
-                given = dy, x, n * columns + start, of_row, weights, vector(acc, beta, start, shifts)
+                given = dy, x, n * columns + start, of_row, weights, vector(params, beta, start, shifts)
                 values, gradient = _gradients(like, *given, alpha, code, *lines)
                 sum_h, product = _add_up(values, gradient, of_row, weights, lines[0], of_beta, of_gamma)
                 if scaled:
@@ -199,7 +199,7 @@ def backward_rows(
 
 @kernel
 def backward_columns(
-    like, dy, x, gamma, beta, statistics, dx, dgamma, dbeta, sums, rows, columns, alpha, code, first, last
+    like, params, dy, x, gamma, beta, statistics, dx, dgamma, dbeta, sums, rows, columns, alpha, code, first, last
 ):  # fmt: skip
     """Write `dx` of long rows, whose means are known, and the sums of columns, line by line of columns."""
     acc = accumulator(like)
@@ -212,8 +212,8 @@ def backward_columns(
     for start in range(first * LINE, min(last * LINE, columns), LINE):
         count = min(LINE, columns - start)
         fill_line(beta_sums, 0.0), fill_line(gamma_sums, 0.0)
-        weights, shifts = vector(acc, gamma, start, part(ones, 0, count)), part(zeros, 0, count)
-        shifts = vector(acc, beta, start, shifts)
+        weights, shifts = vector(params, gamma, start, part(ones, 0, count)), part(zeros, 0, count)
+        shifts = vector(params, beta, start, shifts)
         lines = part(xhat, 0, count), part(g, 0, count), part(line, 0, count)
         for n in range(rows):
             of_row, offset = _of_row(of_rows, n), n * columns + start
@@ -232,5 +232,5 @@ def backward_columns(
             if n % GROUP == GROUP - 1 or n == rows - 1:
                 flush(of_beta, part(beta_sums, 0, count))
                 flush(of_gamma, part(gamma_sums, 0, count))
-        round_to(part(beta_sums, 0, count), numbers(acc, dbeta, start, count))
-        round_to(part(gamma_sums, 0, count), numbers(acc, dgamma, start, count))
+        store_sums(params, dbeta, start, part(beta_sums, 0, count), line)
+        store_sums(params, dgamma, start, part(gamma_sums, 0, count), line)

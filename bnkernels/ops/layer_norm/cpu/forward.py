@@ -40,9 +40,9 @@ SMALL_SINGLE, SMALL_DOUBLE = 2.0**-66, 2.0**-600  # scales at which neither sums
 
 
 @device
-def vector(like, array, first, line):
-    """Return numbers of gamma or beta from the first on; where there is none, `line`."""
-    return numbers(like, array, first, len(line)) if array else line
+def vector(params, array, first, line):
+    """Return numbers of gamma or beta from the first on, 16-bit ones in `line`; where there is none, `line`."""
+    return load(params, array, first, line) if array else line
 
 
 @device
@@ -122,7 +122,7 @@ def _normalise(centred, low, rstd, weights, shifts, z):
 
 
 @inner
-def _row(like, x, gamma, beta, y, of_rows, n, columns, eps, alpha, code, line, d, ones, zeros):
+def _row(like, params, x, gamma, beta, y, of_rows, n, columns, eps, alpha, code, line, d, ones, zeros):
     """Normalise a row."""
     scale, rows = 1.0, len(of_rows) // 3
     while True:
@@ -145,15 +145,15 @@ def _row(like, x, gamma, beta, y, of_rows, n, columns, eps, alpha, code, line, d
             for j in range(count):
                 centred[j] = values[j] - high
         z = place(like, y, offset, part(line, 0, count))
-        weights, shifts = vector(eps, gamma, start, part(ones, 0, count)), part(zeros, 0, count)
-        _normalise(centred, low, rstd, weights, vector(eps, beta, start, shifts), z)
+        weights, shifts = vector(params, gamma, start, part(ones, 0, count)), part(zeros, 0, count)
+        _normalise(centred, low, rstd, weights, vector(params, beta, start, shifts), z)
         if code != 0 or alpha != 1:
             activate(code, alpha, z)
         store(like, y, offset, z)
 
 
 @device
-def _short_rows(like, x, gamma, beta, y, of_rows, n, count, columns, eps, alpha, code, line, d, ones, zeros):
+def _short_rows(like, params, x, gamma, beta, y, of_rows, n, count, columns, eps, alpha, code, line, d, ones, zeros):
     """Normalise rows that together are a line: step by step all of them, for a row is a chain of operations."""
     means, rests, variances = stack(0.0, MOST_TOGETHER), stack(0.0, MOST_TOGETHER), stack(0.0, MOST_TOGETHER)
     rows = len(of_rows) // 3
@@ -174,11 +174,11 @@ def _short_rows(like, x, gamma, beta, y, of_rows, n, count, columns, eps, alpha,
         largest += variance
     if not np.isfinite(cast(largest, eps)):  # one of them, or nearly
         for i in range(count):
-            _row(like, x, gamma, beta, y, of_rows, n + i, columns, eps, alpha, code, line, d, ones, zeros)
+            _row(like, params, x, gamma, beta, y, of_rows, n + i, columns, eps, alpha, code, line, d, ones, zeros)
         return
     z = place(like, y, n * columns, part(line, 0, count * columns))
-    weights, shifts = vector(eps, gamma, 0, part(ones, 0, columns)), part(zeros, 0, columns)
-    shifts = vector(eps, beta, 0, shifts)
+    weights, shifts = vector(params, gamma, 0, part(ones, 0, columns)), part(zeros, 0, columns)
+    shifts = vector(params, beta, 0, shifts)
     for i in range(count):
         centred, rstd, out = part(d, i * columns, columns), of_rows[2 * rows + n + i], part(z, i * columns, columns)
         _normalise(centred, cast(rests[i], eps), rstd, weights, shifts, out)
@@ -188,7 +188,7 @@ def _short_rows(like, x, gamma, beta, y, of_rows, n, count, columns, eps, alpha,
 
 
 @kernel
-def forward_rows(like, x, gamma, beta, y, statistics, rows, columns, eps, alpha, code, first, last):
+def forward_rows(like, params, x, gamma, beta, y, statistics, rows, columns, eps, alpha, code, first, last):
     """Write `y` and the statistics of rows."""
     acc = accumulator(like)
     line, d, ones, zeros = stack(acc, LINE), stack(acc, PADDED), stack(acc, LINE), stack(acc, LINE)
@@ -200,7 +200,7 @@ def forward_rows(like, x, gamma, beta, y, statistics, rows, columns, eps, alpha,
     if together >= FEWEST_TOGETHER:
         for n in range(first, last, together):
             count = min(together, last - n)
-            _short_rows(like, x, gamma, beta, y, of_rows, n, count, columns, eps, alpha, code, line, d, ones, zeros)
+            _short_rows(like, params, x, gamma, beta, y, of_rows, n, count, columns, eps, alpha, code, line, d, ones, zeros)
     else:
         for n in range(first, last):
-            _row(like, x, gamma, beta, y, of_rows, n, columns, eps, alpha, code, line, d, ones, zeros)
+            _row(like, params, x, gamma, beta, y, of_rows, n, columns, eps, alpha, code, line, d, ones, zeros)
