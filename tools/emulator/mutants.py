@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +97,9 @@ TESTS = {
     "lib/reduce/sums.cuh": ("tests/ops/test_batch_norm.py", *DOUBLE),
     "lib/reduce/warp.cuh": ("tests/ops/test_softmax_cross_entropy.py", "tests/regress"),
 }
-TIME_LIMIT = 120  # seconds; a mutant that hangs is noticed too
+TIME_LIMIT = 600  # seconds for the kernels as they are
+SLOWER = 3  # a mutant that takes so many times as long hangs, which is noticed too
+SHORTEST_LIMIT = 60  # seconds; compilation of a mutant included
 AT_ONCE = 2
 # Exit statuses of pytest and of `python -m tools.emulator run`.
 PASSED, FAILED, REPORTED = 0, 1, 66
@@ -144,11 +147,13 @@ def check(mutants: list[Mutant]) -> int:
     mutated = [mutant.sources(originals) for mutant in mutants]
     with ThreadPoolExecutor(AT_ONCE) as pool:
         needed = sorted({(build, m.tests(), m.select) for m in mutants for build in m.builds})
-        for run, outcome in zip(needed, pool.map(lambda run: _run(originals, *run), needed), strict=True):
+        limits = {}
+        for run, outcome in zip(needed, pool.map(lambda run: _run(originals, *run, TIME_LIMIT), needed), strict=True):
             if outcome.status != PASSED:
                 print(f"the kernels as they are fail {run}:\n{outcome.text}")
                 return 1
-        caught = sum(pool.map(_is_caught, mutants, mutated))
+            limits[run] = max(SHORTEST_LIMIT, SLOWER * outcome.seconds)
+        caught = sum(pool.map(lambda mutant, sources: _is_caught(mutant, sources, limits), mutants, mutated))
     print(f"{caught} of {len(mutants)} caught")
     return 0 if caught == len(mutants) else 1
 
@@ -157,12 +162,14 @@ def check(mutants: list[Mutant]) -> int:
 class _Outcome:
     status: int
     text: str
+    seconds: float
 
 
-def _is_caught(mutant: Mutant, sources: dict[str, str]) -> bool:
+def _is_caught(mutant: Mutant, sources: dict[str, str], limits: dict[tuple, float]) -> bool:
     """Try one mutant and print a line about it."""
     for build in mutant.builds:
-        outcome = _run(sources, build, mutant.tests(), mutant.select)
+        run = build, mutant.tests(), mutant.select
+        outcome = _run(sources, *run, limits[run])
         if outcome.status not in (PASSED, FAILED, REPORTED) or "g++ does not compile" in outcome.text:
             print(f"NOT A VERDICT  {mutant.name} ({build}):\n{outcome.text}", flush=True)
             return False
@@ -173,10 +180,11 @@ def _is_caught(mutant: Mutant, sources: dict[str, str]) -> bool:
     return False
 
 
-def _run(sources: dict[str, str], build: str, tests: tuple[str, ...], select: str) -> _Outcome:
+def _run(sources: dict[str, str], build: str, tests: tuple[str, ...], select: str, limit: float) -> _Outcome:
     """Run the fast tests of an op on one build of `sources`, up to the first failure."""
     marked = "emulator" if build == "plain" else "emulator and not slow"
     options = ["-x", "-q", "-p", "no:cacheprovider", "-m", marked]
+    started = time.perf_counter()
     command = [sys.executable, "-m", "tools.emulator", "run", build, "--", *options, "-k", select, *tests]
     with tempfile.TemporaryDirectory() as folder:
         write_sources(sources, Path(folder))
@@ -187,8 +195,8 @@ def _run(sources: dict[str, str], build: str, tests: tuple[str, ...], select: st
                 env=os.environ | {CUDA_VARIABLE: folder},
                 capture_output=True,
                 text=True,
-                timeout=TIME_LIMIT,
+                timeout=limit,
             )
         except subprocess.TimeoutExpired:
-            return _Outcome(FAILED, f"no end after {TIME_LIMIT} seconds")
-    return _Outcome(run.returncode, run.stdout + run.stderr)
+            return _Outcome(FAILED, f"no end after {limit:.0f} seconds", limit)
+    return _Outcome(run.returncode, run.stdout + run.stderr, time.perf_counter() - started)
