@@ -126,6 +126,7 @@ def test_columns_beyond_the_chip_are_read_again(
     np.testing.assert_array_equal(backend.asnumpy(dx), wanted[2])
 
 
+@pytest.mark.emulator
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_curved_activation(small: Backend, rng: np.random.Generator, dtype: str) -> None:
     assert_right(small, *make(rng, (3, 16_400), dtype), activation="silu")

@@ -13,10 +13,10 @@ from tests.ops.test_batch_norm_masked import dtype_named
 from tools.backends import Backend
 
 # Several rows of a block, with and without whole vectors; rows that several blocks share.
-SHAPES = [(7, 20), (70, 64), (300, 640), (2, 40_000)]
+SHAPES = [(7, 20), (70, 64), (2, 40_000)]
 
 
-@pytest.mark.parametrize("activation", ["identity", "relu", "silu"])
+@pytest.mark.parametrize("activation", ["identity", "silu"])
 @pytest.mark.parametrize("given", ["gamma beta", "gamma", "beta"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("shape", SHAPES)
