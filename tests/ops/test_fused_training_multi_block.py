@@ -18,7 +18,7 @@ from bnkernels.runtime.registry import runtime_of
 from bnkernels.runtime.seam import MAX_SHARED_BYTES, WORKSPACE_BYTES, Limits
 from tests.ops.test_constant_channels import test_fused_training_of_equal_examples_and_neurons as assert_phi_of_beta
 from tests.ops.test_constant_channels import test_the_running_mean_of_equal_examples as assert_the_running_mean
-from tests.ops.test_fused_training import RATES, by_layers, in_one, make_data
+from tests.ops.test_fused_training import OPTIMIZERS, RATES, by_layers, in_one, make_data
 from tests.ops.test_fused_training import test_adams_first_step_does_not_overflow as assert_it_does_not_overflow
 from tests.regress.refusal import refused
 from tests.train.test_engines import network_on
@@ -175,13 +175,15 @@ def test_many_models_are_trained_in_one_launch(
 def counts_of_a_step(norm: str, rng: np.random.Generator) -> tuple[LaunchRecord, dict[str, int]]:
     """Return the launch of three steps, and what it does more than that of two."""
     emulated, sizes, batch = backends.emulated_runtime(), (6, 9, 8, 3), 20
+    model = MLP(sizes, norm=norm)
     found = []
     for steps in (2, 3):
         x, y = make_data(rng, sizes, steps * batch, "float32")
         emulated.launches.clear()
-        in_one(backends.make("emulator"), MLP(sizes, norm=norm), "sgd", x, y, batch)
+        in_one(backends.make("emulator"), model, "sgd", x, y, batch)
         (record,) = emulated.launches
         counts = record.counts
+        updated = sum(of.bytes_written for at, of in counts.arrays.items() if len(at) == model.parameters.nbytes)
         counters = sum(of.writes for at, of in counts.arrays.items() if len(at) == WORKSPACE_BYTES)
         read = sum(of.bytes_read for at, of in counts.arrays.items() if len(at) == x.nbytes)
         found.append(
@@ -189,6 +191,7 @@ def counts_of_a_step(norm: str, rng: np.random.Generator) -> tuple[LaunchRecord,
                 "barriers": counts.barriers,
                 "barrier_counter": counters,
                 "x": read,
+                "parameters": updated,
                 "bytes": counts.total.bytes_read + counts.total.bytes_written,
             }
         )
@@ -236,6 +239,45 @@ def test_the_order_of_blocks_and_threads_changes_no_bit(
             np.testing.assert_array_equal(one, two)
 
 
+@pytest.mark.emulator
+@pytest.mark.parametrize(("norm", "first"), [("batch", 0), ("none", 0), ("layer", 6 * 9)])
+def test_a_step_writes_the_weights_that_other_blocks_read(
+    backend: Backend, group: str, rng: np.random.Generator, norm: str, first: int
+) -> None:
+    """Those of the first layer have no gradient to pass on; layer norm has all weights multiply each example."""
+    if backends.emulated_runtime().build not in ("plain", "coverage"):
+        pytest.skip("counted by what is written")
+    _, counts = counts_of_a_step(norm, rng)
+    of_neurons = (9 + 8) * (1 if norm == "none" else 2) + 3
+    assert counts["parameters"] == (first + 9 * 8 + 8 * 3 + of_neurons) * 4
+
+
+@pytest.mark.emulator
+@pytest.mark.parametrize(
+    ("sizes", "batch"), [((6, 33, 17, 5), 12), ((3, 9, 8, 7, 6, 4), 9), ((2, 130, 3), 13), ((5, 3), 6)]
+)
+@pytest.mark.parametrize(("name", "norm"), [("adam", "batch"), ("adam", "layer"), ("momentum", "none")])
+def test_weights_that_blocks_keep_are_those_in_global_memory(
+    backend: Backend, group: str, rng: np.random.Generator, sizes: tuple[int, ...], batch: int, name: str, norm: str
+) -> None:
+    """The same bits for every number of arrays that have room: a byte less, and there is one array less."""
+    emulated = backends.emulated_runtime()
+    limits = emulated.limits(None)
+    x, y = make_data(rng, sizes, 3 * batch, "float32")
+    model = MLP(sizes, norm=norm, seed=5)
+    found: dict[int, tuple] = {}
+    while 0 not in found:
+        with emulated.device_limits(limits):
+            arrays = in_one(backend, model, name, x, y, batch)
+        chosen = emulated.launches[-1].launch
+        limits = limits._replace(shared_bytes=chosen.shared_bytes - 1)
+        found[dict(chosen.constants)["kept"]] = arrays
+    assert list(found) == list(range(1 + OPTIMIZERS[name], -1, -1))
+    for kept in found.values():
+        for one, two in zip(kept, found[0], strict=True):
+            np.testing.assert_array_equal(one, two)
+
+
 def network(*sizes: int, norm: str = "batch") -> NetworkSpec:
     """Return what `choose` looks at, wherever the parameters lie."""
     hidden = len(sizes) - 2
@@ -276,6 +318,19 @@ def test_a_network_has_as_many_blocks_as_leave_each_the_fewest_neurons() -> None
     assert chosen(784, 100, 10, models=16, limits=H200._replace(clusters=False)) == ("grid", 8, 16)
     assert chosen(784, 30, 10) == ("cluster", 8, 4)
     assert chosen(784, 100, 10, models=1000, limits=H200._replace(clusters=False)) == ("grid", 1, 32)
+
+
+def test_a_block_keeps_the_arrays_of_its_weights_that_have_room() -> None:
+    def kept(*sizes: int, name: str = "adam", models: int = 1, dtype: str = "float32", norm: str = "batch") -> int:
+        given = launch.Problem(network(*sizes, norm=norm), 60, name, np.dtype(dtype), 300_000, 4000, models)
+        return launch.choose(given, H200).kept
+
+    paper = 784, 100, 100, 100, 10
+    assert [kept(*paper, name=name) for name in ("sgd", "momentum", "adam")] == [1, 2, 3]
+    assert kept(*paper, norm="layer") == 3
+    assert kept(*paper, models=16) == 2, "16 neurons of each layer, 69 KiB of weights"
+    assert kept(*paper, models=16, dtype="float64") == 0
+    assert kept(1024, 1024, 1024) == 2
 
 
 @pytest.mark.parametrize(
