@@ -10,9 +10,9 @@ enum Optimizer { SGD = 0, MOMENTUM = 1, ADAM = 2 };
 enum Layer { INPUTS, OUTPUTS, WEIGHT, GAMMA, SHIFT, MEAN, VARIANCE, ROW, LAYER_FIELDS };
 
 // The argument of the kernels, for one model or for M models stored one after the other. `rows` are the outputs of all
-// layers. workspace, barrier_counter, workspace_count, blocks, width, buffers of stages of products, widest, the outputs
-// of the widest layer, and kept, see own_weights.cuh, are for several blocks a model. subwarp_size and scratch_rows, the outputs of the widest
-// hidden layer with layer norm, are for one block.
+// layers. workspace, barrier_counter, workspace_count, blocks, width, buffers of stages of products, the outputs of the
+// widest layer, and the arrays that own_weights.cuh keeps are for several blocks a model. subwarp_size and
+// scratch_rows, the outputs of the widest hidden layer with layer norm, are for one block.
 template <typename T>
 struct FusedTraining {
     const T* x;
@@ -106,9 +106,9 @@ __device__ __forceinline__ auto load_parameter(const Arguments& a, const Array& 
     return Parameter<T>{parameters[i], a.optimizer == SGD ? T(0) : first[i], a.optimizer == ADAM ? second[i] : T(0)};
 }
 
-// Updates parameter i, which was `before`, with its gradient g, as in parameter_update.cu, and returns it. `step` is the
-// row of the schedule, whose last two entries are Adam's bias corrections of the first moment and of the root of the
-// second.
+// Updates parameter i, which was `before`, with its gradient g, as in parameter_update.cu, and returns it. `step` is
+// the row of the schedule, whose last two entries are Adam's bias corrections of the first moment and of the root of
+// the second.
 template <typename Array, typename Index, typename T, typename Arguments>
 __device__ __forceinline__ T update(const Arguments& a, const Array& parameters, const Array& first,
                                     const Array& second, const Index& i, const Parameter<T>& before, T g, T lr,

@@ -1,10 +1,10 @@
-// The weights that a block updates, and their state in the optimiser: in its shared memory for all steps of a launch, or
-// in global memory where that has no room for them.
+// The weights that a block updates, and their state in the optimiser: kept in its shared memory for all steps of a
+// launch, or in global memory where there is no room for them.
 //
-// Of the arrays `parameters`, `first` and `second`, the first a.kept are kept: all tiles of all layers that a block may
-// own, each (inputs, width), with rows of 0 up to a whole vector of terms. So a tile lies there as a stage of a product
-// has it. Global memory has the weights of a launch's beginning until copy() writes back, except those that the steps
-// publish for other blocks.
+// The first a.kept of the arrays `parameters`, `first` and `second` are kept: the tiles of all layers that a block may
+// own, each (inputs, width), with rows of 0 up to a whole vector of terms. So a tile lies there as stages of a product
+// have it. Global memory has what it had when the launch began until copy() writes back, and beside that the weights
+// that every step publishes for other blocks.
 #pragma once
 
 #include "lib/gemm/matrix.cuh"
