@@ -263,9 +263,9 @@ def of_several_blocks(launch: Launch) -> dict[str, tuple[int, ...]]:
     The products of the first layer have more than one stage. The last layer is updated by other blocks meanwhile.
     """
     return {
-        "first < count; first +=": (1,) * 9 + (0, 1),
+        "first < count; first +=": (1,) * 13 + (0, 1) + (1,) * 4,
         "i < turns; ++i": (4, 4),
-        "COLUMNS<A>; n += PRODUCT_THREADS": (0,) * 26,
+        "COLUMNS<A>; n += PRODUCT_THREADS": (0,) * 21,
         "s < count; s += 4": (4,) * 7 + (2,) * 6,
         "first < rows && c < left": (4,),
         "first < all": (0, 1, 0, 1),

@@ -81,6 +81,8 @@ class LaunchPlan(NamedTuple):
         Number of places on the chip for what a thread keeps: with two, the next comes while one is worked on.
     at_once : int
         Number of rows of a long-row kernel for which blocks wait for one another once.
+    kept : int
+        Number of arrays of parameters of which a block keeps its own on the chip for all steps of a launch.
     """
 
     source: str
@@ -92,6 +94,7 @@ class LaunchPlan(NamedTuple):
     held: int = 0
     stages: int = 1
     at_once: int = 1
+    kept: int = 0
 
 
 class Limits(NamedTuple):

@@ -5,12 +5,13 @@ from __future__ import annotations
 from .mutants import Mutant
 
 KERNEL, STEP, BARRIER = "fused_training_multi_block.cu", "lib/train/multi_block_step.cuh", "lib/sync/grid_barrier.cuh"
-NETWORK = "lib/train/network.cuh"
+NETWORK, WEIGHTS = "lib/train/network.cuh", "lib/train/own_weights.cuh"
 BY_NEURON, BY_EXAMPLE = "lib/train/multi_block_step_by_neuron.cuh", "lib/train/multi_block_step_by_example.cuh"
 STEPS = "test_steps_are_those_of_the_layers and 30 and sgd"
 OF_BATCH, OF_LAYER = f"{STEPS} and batch", f"{STEPS} and layer"
 ORDER = "order_of_blocks and multi_block"
 RACES = ("plain", "tsan")
+KEPT = "weights_that_blocks_keep"
 
 MUTANTS = [
     *(
@@ -94,6 +95,79 @@ MUTANTS = [
         "smem.x",
         RACES,
         f"{ORDER} and batch or {OF_BATCH}",
+    ),
+    Mutant(
+        "multi-block: kept weights are not written back", KERNEL, "    trained.copy_weights(true);\n", "", select=KEPT
+    ),
+    Mutant(
+        "multi-block: the state of kept weights is not written back",
+        WEIGHTS,
+        "if (back && exists)",
+        "if (back && exists && array == 0)",
+        select=KEPT,
+    ),
+    Mutant(
+        "multi-block: weights that other blocks read are not published",
+        STEP,
+        "                if (a.kept && published) global[e] = value;\n",
+        "",
+        select=KEPT,
+    ),
+    Mutant(
+        "multi-block: all weights are published",
+        STEP,
+        "if (a.kept && published)",
+        "if (a.kept)",
+        select="weights_that_other_blocks_read",
+    ),
+    Mutant(
+        "multi-block: kept weights do not move, only those in global memory",
+        WEIGHTS,
+        "        if (array >= a.kept) return stored(array, layer, column);\n        return {kept",
+        "        if (array >= a.kept || kept_begin >= 0) return stored(array, layer, column);\n        return {kept",
+        select=KEPT,
+    ),
+    Mutant(
+        "multi-block: products read the weights of the launch's beginning",
+        WEIGHTS,
+        "a.kept > 0, kept +",
+        "false, kept +",
+        select=KEPT,
+    ),
+    Mutant(
+        "multi-block: all tiles of a layer are kept in one place",
+        WEIGHTS,
+        "column / (int)(a.blocks * a.width) * tile_size(layer)",
+        "0",
+        select=KEPT,
+    ),
+    Mutant(
+        "multi-block: all layers are kept in one place",
+        WEIGHTS,
+        "a.kept ? begin(layer) +",
+        "a.kept ? begin(0) +",
+        select=KEPT,
+    ),
+    Mutant(
+        "multi-block: weights and their state are kept in one place",
+        WEIGHTS,
+        "array * size + kept_begin",
+        "kept_begin",
+        select=KEPT,
+    ),
+    Mutant(
+        "multi-block: rows beyond the inputs are kept as they were found",
+        WEIGHTS,
+        "if (!back) own[e] = exists ? global[e] : T(0);",
+        "if (!back && exists) own[e] = global[e];",
+        select=KEPT,
+    ),
+    Mutant(
+        "product: of a factor in shared memory every stage is the first",
+        WEIGHTS,
+        "tile + first * width : copied",
+        "tile : copied",
+        select=KEPT,
     ),
     Mutant(
         "multi-block: the mean is that of the values, not of their differences",

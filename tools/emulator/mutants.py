@@ -61,6 +61,7 @@ TESTS = {
         (
             "fused_training_multi_block.cu",
             "lib/train/multi_block_step.cuh",
+            "lib/train/own_weights.cuh",
             "lib/train/multi_block_step_by_neuron.cuh",
             "lib/train/multi_block_step_by_example.cuh",
         ),

@@ -24,7 +24,7 @@ POINTERS = (
 )
 SIZES = (
     "steps batch depth parameter_count running_count rows index_stride data_rows first_step scratch_rows "
-    "workspace_count blocks width buffers widest"
+    "workspace_count blocks width buffers widest kept"
 )
 SCALARS = "beta1 beta2 one_minus_beta1 one_minus_beta2 optimizer_eps correction eps alpha"
 ARGUMENTS = arguments_type(POINTERS, SIZES, SCALARS, "activation optimizer subwarp_size")
@@ -176,25 +176,46 @@ def _one_block(problem: Problem) -> LaunchPlan:
 def _plan(problem: Problem, source: str, barrier: str, launch: Launch, *tiles: int) -> LaunchPlan:
     norm = "_layer_norm" if problem.network.scratch_rows else ""
     kernel = f"bnk_fused_training{barrier}{norm}_{suffix(problem.dtype)}"
-    splits, width, buffers = tiles or (1, 0, 1)
-    return LaunchPlan(source, kernel, launch, ARGUMENTS[problem.dtype], splits, width, stages=buffers)
+    splits, width, buffers, kept = tiles or (1, 0, 1, 0)
+    return LaunchPlan(source, kernel, launch, ARGUMENTS[problem.dtype], splits, width, stages=buffers, kept=kept)
 
 
-def _tiles(problem: Problem, limits: Limits) -> tuple[int, int, int, int]:
-    """Return the blocks of a network, the columns that each owns at a time, its buffers and its shared memory."""
+def kept_numbers(network: NetworkSpec, blocks: int, width: int, dtype: np.dtype) -> int:
+    """Return the weights that a block has room for if it keeps its own, as ``cuda/lib/train/own_weights.cuh`` does.
+
+    Examples
+    --------
+    >>> from bnkernels.ops.fused_training.spec import LayerSpec, NetworkSpec
+    >>> layers = tuple(LayerSpec(i, o, 0, 0, 0) for i, o in ((784, 100), (100, 10)))
+    >>> kept_numbers(NetworkSpec(layers), 32, 4, np.dtype("float32"))
+    3536
+    """
+    vector = gemm.columns(dtype)
+    return sum(
+        ceil_div(layer.outputs, blocks * width) * width * ceil_div(layer.inputs, vector) * vector
+        for layer in network.layers
+    )
+
+
+def _tiles(problem: Problem, limits: Limits) -> tuple[int, int, int, int, int]:
+    """Return blocks of a network, columns that each owns at a time, buffers, kept arrays and bytes of shared memory."""
     layer_norm = bool(problem.network.scratch_rows)
     owned = max(problem.batch, problem.widest) if layer_norm else problem.widest
     on_device = resident(limits, gemm.THREADS, most_shared(limits, gemm.MIN_BLOCKS), gemm.MIN_BLOCKS)
-    most = 1 << (max(on_device // problem.models, 1).bit_length() - 1)
-    width = gemm.tile_width(owned, most, problem.dtype)
-    blocks = min(most, 1 << (ceil_div(owned, width) - 1).bit_length())
+    enough = 1 << (max(on_device // problem.models, 1).bit_length() - 1)
+    width = gemm.tile_width(owned, enough, problem.dtype)
+    blocks = min(enough, 1 << (ceil_div(owned, width) - 1).bit_length())
     if limits.clusters and (blocks <= CLUSTER or not limits.cooperative):
         blocks = CLUSTER
         width = gemm.tile_width(owned, blocks, problem.dtype)
     of_layers = len(problem.network.layers) * width if layer_norm else min(width, WARPS) * gemm.pitch(problem.batch)
     tile = width * gemm.pitch(problem.widest if layer_norm else problem.batch)
     beside = of_layers + 7 * gemm.pitch(problem.batch) + tile
-    return blocks, width, *gemm.buffers_and_bytes(width, problem.dtype, most_shared(limits, gemm.MIN_BLOCKS), beside)
+    most = most_shared(limits, gemm.MIN_BLOCKS)
+    buffers, needed = gemm.buffers_and_bytes(width, problem.dtype, most, beside)
+    of_array = kept_numbers(problem.network, blocks, width, problem.dtype) * problem.dtype.itemsize
+    kept = max(0, min(1 + OPTIMIZERS[problem.optimizer], (most - needed) // of_array))
+    return blocks, width, buffers, kept, needed + kept * of_array
 
 
 def _why_not_several(problem: Problem, limits: Limits) -> str | None:
@@ -203,7 +224,7 @@ def _why_not_several(problem: Problem, limits: Limits) -> str | None:
     largest = max(problem.widest, *(layer.inputs for layer in problem.network.layers))
     if largest > gemm.MOST_NEURONS:
         return f"several take layers of at most {gemm.MOST_NEURONS}, got {largest}"
-    blocks, _, _, needed = _tiles(problem, limits)
+    blocks, *_, needed = _tiles(problem, limits)
     if blocks > 1 and not (limits.cooperative or limits.clusters):
         return "several would have to wait for each other, which this device cannot"
     if needed > (most := most_shared(limits, gemm.MIN_BLOCKS)):
@@ -212,14 +233,13 @@ def _why_not_several(problem: Problem, limits: Limits) -> str | None:
 
 
 def _multi_block(problem: Problem, limits: Limits) -> LaunchPlan:
-    blocks, width, buffers, shared = _tiles(problem, limits)
+    blocks, width, buffers, kept, shared = _tiles(problem, limits)
     cluster = limits.clusters and blocks == CLUSTER
     assert cluster or blocks == 1 or problem.models <= MOST_BARRIERS, "no device has so many multiprocessors"
     # Two dimensions: CuPy cuts a cooperative grid of one if fewer blocks are resident than planned.
     grid = (problem.models * blocks, 1, 1) if cluster else (problem.models, blocks, 1)
-    tiles = ("blocks", blocks), ("width", width), ("buffers", buffers), ("widest", problem.widest)
+    tiles = ("blocks", blocks), ("width", width), ("buffers", buffers), ("kept", kept), ("widest", problem.widest)
     constants = (*problem.constants, *problem.sizes, *tiles)
     launch = Launch(grid, (gemm.THREADS, 1, 1), shared, not cluster and blocks > 1, constants)
-    return _plan(
-        problem, "fused_training_multi_block", "_cluster" if cluster else "_grid", launch, blocks, width, buffers
-    )
+    barrier = "_cluster" if cluster else "_grid"
+    return _plan(problem, "fused_training_multi_block", barrier, launch, blocks, width, buffers, kept)

@@ -180,9 +180,9 @@ def _launch(
     phi = activation_named(network.activation)
     scalars = BETA1, BETA2, 1 - BETA1, 1 - BETA2, ADAM_EPS, float(network.unbiased), network.eps, phi.alpha
     codes = phi.code, OPTIMIZERS[problem.optimizer]
-    workspace, counter, of_several = None, 0, (0, 1, 0, 0, 0)
+    workspace, counter, of_several = None, 0, (0, 1, 0, 0, 0, 0)
     if plan.width:
-        of_several = problem.workspace_count, plan.splits, plan.width, plan.stages, problem.widest
+        of_several = problem.workspace_count, plan.splits, plan.width, plan.stages, problem.widest, plan.kept
         workspace = empty(runtime, (problem.models, problem.workspace_count), x)  # free when all is enqueued
         counter = barrier_counters(runtime.workspace(x))
     pointers = *addresses(runtime, *given, workspace), counter

@@ -38,6 +38,12 @@ struct Matrix {
     // Whether it is in memory as it is; otherwise `value` computes it from what is there.
     __device__ __forceinline__ bool is_stored() const { return true; }
     __device__ __forceinline__ T value(T stored, int, int) const { return stored; }
+    // Whether stages are copied; else the factor has them in shared memory. Where the one is that begins with a term.
+    __device__ __forceinline__ bool is_copied() const { return true; }
+    template <typename A>
+    __device__ __forceinline__ const A* stage(const A* copied, int) const {
+        return copied;
+    }
 };
 
 // A stage's part of a factor, in shared memory: lines of 16-byte vectors; the number of either is a power of two. The
@@ -88,6 +94,7 @@ struct Stage {
     // Asks for the next stage, which begins with term `first` and has `left` terms or more; 0 beyond the last.
     // Others see it after a wait for copies and a barrier.
     __device__ __forceinline__ void fetch(A* stage, int first, int left) {
+        if (!factor.is_copied()) return;
         if (in_vectors) {
             fetch_vectors(stage, left);
             from += ALONG_TERMS ? terms : terms * factor.pitch;

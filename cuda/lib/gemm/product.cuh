@@ -116,11 +116,12 @@ struct FmaTile {
     // sums[column][row] += the products of the terms of a stage.
     __device__ __forceinline__ void multiply(A (&sums)[COLUMNS<A>][EXAMPLES], const A* stage, int first) const {
         const int groups = (min(terms - first, own.terms) + COLUMNS<A> - 1) / COLUMNS<A>;
+        const A* const right_stage = right.factor.stage(stage + RIGHT, first);
 #pragma unroll 1
         for (int group = own.k_split; group < groups; group += own.k_splits) {
             A rows[COLUMNS<A>][EXAMPLES], columns[COLUMNS<A>][COLUMNS<A>];
             load_rows_of(rows, own, left, stage, group);
-            load_columns_of(columns, own, right, stage + RIGHT, group);
+            load_columns_of(columns, own, right, right_stage, group);
 #pragma unroll
             for (int t = 0; t < COLUMNS<A>; ++t)
 #pragma unroll

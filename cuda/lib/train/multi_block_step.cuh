@@ -7,6 +7,7 @@
 #include "lib/numbers/rsqrt.cuh"
 #include "lib/sync/grid_barrier.cuh"
 #include "lib/train/network.cuh"
+#include "lib/train/own_weights.cuh"
 
 constexpr long long WARPS_OF_BLOCK = PRODUCT_THREADS / WARP;
 
@@ -77,9 +78,19 @@ template <typename T, typename Arguments, typename Barrier>
 struct MultiBlockStep {
     const Arguments& a;
     const Barrier barrier;
+    const int block;                         // index among the blocks of the model
+    const OwnWeights<T, Arguments> weights;  // the first in shared memory
     const MultiBlockSharedLayout<T> smem;
-    const int block;  // index among the blocks of the model
     const T lr;
+
+    __device__ __forceinline__ MultiBlockStep(const Arguments& a, const Barrier& barrier, int block, T* shared,
+                                              int beside, int pitch, int saved_rows)
+        : a(a),
+          barrier(barrier),
+          block(block),
+          weights(a, shared),
+          smem(a, weights.end() + beside, pitch, saved_rows),
+          lr(a.rates[0]) {}
 
     __device__ __forceinline__ int field(int layer, Layer which) const { return field_of(a, layer, which); }
     __device__ __forceinline__ bool is_last(int layer) const { return layer + 1 == a.depth; }
@@ -198,18 +209,21 @@ struct MultiBlockStep {
     }
 
     // Updates the weights (inputs, outputs) of a layer from its transposed inputs (inputs, examples) and dz (examples,
-    // outputs).
+    // outputs). Weights that other blocks read are published: kept ones are stored in global memory, too.
     template <typename Inputs, typename Outputs>
     __device__ __forceinline__ void update_weights(int layer, long long step, const Inputs& inputs_transposed,
-                                                   const Outputs& dz, int column) const {
-        const int first = field(layer, WEIGHT) + column, outputs = dz.columns;
+                                                   const Outputs& dz, int column, bool published) const {
+        const auto own = weights.tiles(layer, column);
+        const WeightTile<T> global = weights.stored(0, layer, column);
         const T* const row = schedule_of(step);
         const T schedule[3] = {row[0], row[1], row[2]};
         fma_product<(STAGES_WRITTEN_OUT == 1 ? 1 : 4)>(
             smem.terms, inputs_transposed, dz, column, (int)a.width, (int)a.buffers,
-            [&](int r, int c) { return parameter(first + r * outputs + c); },
-            [&](int r, int c, T value, const Parameter<T>& before) {
-                move(first + r * outputs + c, before, value, schedule);
+            [&](int r, int c) { return load_parameter(a, own.weight, own.first, own.second, Element{r, c}); },
+            [&](int r, int c, T g, const Parameter<T>& before) {
+                const Element e = {r, c};
+                const T value = update(a, own.weight, own.first, own.second, e, before, g, lr, schedule);
+                if (a.kept && published) global[e] = value;
             });
     }
 };

@@ -40,10 +40,10 @@ struct StepByExample : MultiBlockStep<T, Arguments, Barrier> {
     T* const rstd;  // (depth, width), in shared memory
 
     __device__ __forceinline__ StepByExample(const Arguments& a, const Barrier& barrier, int block, T* shared)
-        : Base{a, barrier, {a, shared + a.depth * a.width, pitch_of(a.widest), 0}, block, a.rates[0]},
+        : Base(a, barrier, block, shared, (int)(a.depth * a.width), pitch_of(a.widest), 0),
           workspace(a),
           pitch(pitch_of(a.widest)),
-          rstd(shared) {}
+          rstd(Base::weights.end()) {}
 
     __device__ __forceinline__ T* x_of(long long step) const {
         return workspace.x + (step & 1) * field(0, INPUTS) * a.batch;
@@ -158,7 +158,7 @@ struct StepByExample : MultiBlockStep<T, Arguments, Barrier> {
                                                              is_last(layer) ? workspace.dz : workspace.g, layer);
         const Matrix<T, true> dz = {of_layer(workspace.dz, layer), (int)a.batch, outputs, outputs};
         for_each_tile(outputs, block, [&](int column) {
-            Base::update_weights(layer, step, inputs_of(layer, step), dz, column);
+            Base::update_weights(layer, step, inputs_of(layer, step), dz, column, true);
             for_each_row((int)a.width, outputs - column, [&](int c) {
                 const WarpRow<T> examples(smem.losses, a.batch);
                 const long long m = column + c;
@@ -172,7 +172,14 @@ struct StepByExample : MultiBlockStep<T, Arguments, Barrier> {
         });
     }
 
+    __device__ __forceinline__ void copy_weights(bool back) const {
+#pragma unroll LAYERS_WRITTEN_OUT
+        for (int layer = 0; layer < a.depth; ++layer)
+            for_each_tile(field(layer, OUTPUTS), block, [&](int column) { Base::weights.copy(layer, column, back); });
+    }
+
     __device__ __forceinline__ void begin() const {
+        copy_weights(false);
         Base::choose_rows(0);
         __syncthreads();
         fetch(0);

@@ -35,7 +35,7 @@ struct StepByNeuron : MultiBlockStep<T, Arguments, Barrier> {
     const int pitch;
 
     __device__ __forceinline__ StepByNeuron(const Arguments& a, const Barrier& barrier, int block, T* shared)
-        : Base{a, barrier, {a, shared, pitch_of(a.batch), (int)min(a.width, WARPS_OF_BLOCK)}, block, a.rates[0]},
+        : Base(a, barrier, block, shared, 0, pitch_of(a.batch), (int)min(a.width, WARPS_OF_BLOCK)),
           workspace(a),
           pitch(pitch_of(a.batch)) {}
 
@@ -99,8 +99,8 @@ struct StepByNeuron : MultiBlockStep<T, Arguments, Barrier> {
 
     __device__ __forceinline__ void forward(int layer, long long step) const {
         const int inputs = field(layer, INPUTS), outputs = field(layer, OUTPUTS), batch = (int)a.batch;
-        const Matrix<T, true> weight = {parameters_of(layer, WEIGHT), inputs, outputs, outputs};
         for_each_tile(outputs, layer, [&](int column) {
+            const WeightFactor<T> weight = Base::weights.factor(layer, column);
             if (layer == 0)
                 multiply(Matrix<T, true>{x_of(step), batch, inputs, inputs}, weight, column);
             else
@@ -211,10 +211,11 @@ struct StepByNeuron : MultiBlockStep<T, Arguments, Barrier> {
         const Gradients<T> dz = gradients_of(layer, step);
         for_each_tile(outputs, layer, [&](int column) {
             if (layer == 0)
-                Base::update_weights(layer, step, Matrix<T, false>{x_of(step), inputs, batch, inputs}, dz, column);
+                Base::update_weights(layer, step, Matrix<T, false>{x_of(step), inputs, batch, inputs}, dz, column,
+                                     false);
             else
                 Base::update_weights(layer, step, Matrix<T, true>{h_of(layer - 1, step), inputs, batch, batch}, dz,
-                                     column);
+                                     column, true);
             if (!is_last(layer)) return;
             for_each_row((int)a.width, outputs - column, [&](int c) {
                 const WarpRow<T> examples(smem.losses, a.batch);
@@ -225,7 +226,14 @@ struct StepByNeuron : MultiBlockStep<T, Arguments, Barrier> {
         });
     }
 
+    __device__ __forceinline__ void copy_weights(bool back) const {
+#pragma unroll LAYERS_WRITTEN_OUT
+        for (int layer = 0; layer < a.depth; ++layer)
+            for_each_tile(field(layer, OUTPUTS), layer, [&](int column) { Base::weights.copy(layer, column, back); });
+    }
+
     __device__ __forceinline__ void begin() const {
+        copy_weights(false);
         Base::choose_rows(0);
         __syncthreads();
         fetch(0);

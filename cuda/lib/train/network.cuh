@@ -10,9 +10,9 @@ enum Optimizer { SGD = 0, MOMENTUM = 1, ADAM = 2 };
 enum Layer { INPUTS, OUTPUTS, WEIGHT, GAMMA, SHIFT, MEAN, VARIANCE, ROW, LAYER_FIELDS };
 
 // The argument of the kernels, for one model or for M models stored one after the other. `rows` are the outputs of all
-// layers. workspace, barrier_counter, workspace_count, blocks, width, buffers of stages of products, and widest, the
-// outputs of the widest layer, are for several blocks a model. subwarp_size and scratch_rows, the outputs of the widest
-// hidden layer with layer norm, are for one block.
+// layers. workspace, barrier_counter, workspace_count, blocks, width, buffers of stages of products, the outputs of the
+// widest layer, and the arrays that own_weights.cuh keeps are for several blocks a model. subwarp_size and
+// scratch_rows, the outputs of the widest hidden layer with layer norm, are for one block.
 template <typename T>
 struct FusedTraining {
     const T* x;
@@ -31,7 +31,7 @@ struct FusedTraining {
     unsigned* barrier_counter;
     long long steps, batch, depth, parameter_count, running_count, rows;
     long long index_stride, data_rows, first_step, scratch_rows;
-    long long workspace_count, blocks, width, buffers, widest;
+    long long workspace_count, blocks, width, buffers, widest, kept;
     T beta1, beta2, one_minus_beta1, one_minus_beta2, optimizer_eps, correction, eps, alpha;
     int activation, optimizer, subwarp_size;
 };
@@ -98,17 +98,21 @@ struct Parameter {
     T value, first, second;
 };
 
-template <typename T, typename Arguments>
-__device__ __forceinline__ Parameter<T> load_parameter(const Arguments& a, const T* parameters, const T* first,
-                                                       const T* second, long long i) {
-    return {parameters[i], a.optimizer == SGD ? T(0) : first[i], a.optimizer == ADAM ? second[i] : T(0)};
+// Array: a pointer or a WeightTile; Index: what it takes.
+template <typename Array, typename Index, typename Arguments>
+__device__ __forceinline__ auto load_parameter(const Arguments& a, const Array& parameters, const Array& first,
+                                               const Array& second, const Index& i) {
+    using T = decltype(parameters[i] + 0);
+    return Parameter<T>{parameters[i], a.optimizer == SGD ? T(0) : first[i], a.optimizer == ADAM ? second[i] : T(0)};
 }
 
-// Updates parameter i, which was `before`, with its gradient g, as in parameter_update.cu. `step` is the row of the
-// schedule, whose last two entries are Adam's bias corrections of the first moment and of the root of the second.
-template <typename T, typename Arguments>
-__device__ __forceinline__ void update(const Arguments& a, T* parameters, T* first, T* second, long long i,
-                                       const Parameter<T>& before, T g, T lr, const T* step) {
+// Updates parameter i, which was `before`, with its gradient g, as in parameter_update.cu, and returns it. `step` is
+// the row of the schedule, whose last two entries are Adam's bias corrections of the first moment and of the root of
+// the second.
+template <typename Array, typename Index, typename T, typename Arguments>
+__device__ __forceinline__ T update(const Arguments& a, const Array& parameters, const Array& first,
+                                    const Array& second, const Index& i, const Parameter<T>& before, T g, T lr,
+                                    const T* step) {
     T move = g;
     if (a.optimizer == MOMENTUM) move = first[i] = fma(a.beta1, before.first, g);
     if (a.optimizer == ADAM) {
@@ -116,7 +120,7 @@ __device__ __forceinline__ void update(const Arguments& a, T* parameters, T* fir
         const T square = second[i] = fma(a.beta2, before.second, a.one_minus_beta2 * g * g);
         move = mean / (sqrt(square) / step[2] + a.optimizer_eps) / step[1];
     }
-    parameters[i] = before.value - lr * move;
+    return parameters[i] = before.value - lr * move;
 }
 
 template <typename T, typename Arguments>
