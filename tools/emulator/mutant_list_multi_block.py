@@ -229,14 +229,6 @@ MUTANTS = [
         select=OF_BATCH,
     ),
     Mutant(
-        "multi-block: gamma moves before others have read it",
-        BY_NEURON,
-        "        __syncwarp();  // all",
-        "        // all",
-        RACES,
-        f"{ORDER} and batch",
-    ),
-    Mutant(
         "multi-block: the mini-batch is replaced while others use the one before",
         BY_NEURON,
         "            if (layer == 0) barrier.wait(token);\n            if (is_last(layer)) fetch(step + 1);\n",
