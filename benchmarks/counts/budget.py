@@ -329,8 +329,16 @@ def of_slice(direction: str, shape: tuple[int, ...]) -> Callable[[Launch], dict[
     return trips
 
 
-# Lines for rows that are not held, and for the last block of a slice to arrive.
-AWAY = "add_other_rows<L>(", "first = valid.rest", "slice.add_blocks(", "of.statistics[c] = empty", "mean[0] = "
+# Lines for sums beyond the range, for rows that are not held, and for the last block of a slice to arrive.
+AWAY = (
+    "units[i] < A(1)",
+    "add_other_rows<L>(",
+    "row = rows.row(valid.rest)",
+    "first = valid.rest",
+    "slice.add_blocks(",
+    "of.statistics[c] = empty",
+    "mean[0] = ",
+)
 
 
 def large(direction: str, shape: tuple[int, ...], dtype: str) -> Row:
