@@ -117,8 +117,8 @@ struct Chunk : ChunkRows {
     __device__ __forceinline__ void derive(const BatchNormBackward<T, A>& a, const Channel<A>& channel) {
 #pragma unroll
         for (int i = 0; i < VALUES; ++i) {
-            const A centred = subtract(x[i], channel.mean);
-            x[i] = centred * channel.rstd;
+            const A centred = x[i] - channel.mean.high;
+            x[i] = channel.xhat(centred);
             const A residual = z[i];
             z[i] = channel.of_centred(centred);
             if (a.given & RESIDUAL) z[i] += residual;

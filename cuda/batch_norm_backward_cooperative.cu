@@ -7,15 +7,17 @@
 //            of groups (columns, 4, w); these only if splits > 1; then (columns, 2, w) if columns share the groups of a
 //            slice; behind ten times (columns, w), if masked, (2, columns, splits) of unsigned. barrier_counter: three
 //            counters for every column.
-// Launch:    As batch_norm_forward_cooperative.cu, with the same constants; shared memory for 14 w, of groups 18 w, + 2
+// Launch:    As batch_norm_forward_cooperative.cu, with the same constants; shared memory for 15 w, of groups 19 w, + 2
 //            w workers numbers, and twice the rows: of x and dy.
 // Traffic:   2 N C reads and N C writes of T as long as all rows are held. The other rows are read twice, the second
-//            time in descending order. A residual is read twice, its gradient written once. The mask as in the forward.
-//            The last block of a column reads 8 splits bytes a channel, the others 8.
-// Numerics:  Plain sums of whole vectors that are held; other rows eight at a time, added up in pairs; workers eight at
-//            a time; blocks in pairs. All but a thread's own are sums of g / 2^m, where 2^m is N or more: finite
-//            gradients have finite means. Sums over groups in pairs. Deterministic: always in ascending order. A mask
-//            of all true changes no bit.
+//            time in descending order. A residual is read once for rows that are held if g is a number of T, else
+//            twice; its gradient is written once. The mask as in the forward. The last block of a column reads 8 splits
+//            bytes a channel, the others 8.
+// Numerics:  Sums over rows are of g and of g (x - mean.high); mean.low counts once a channel. Plain sums of whole
+//            vectors that are held; other rows eight at a time, added up in pairs; workers eight at a time; blocks in
+//            pairs. Where g is a number of T, as for a ReLU, it takes the place of dy in shared memory. All but a
+//            thread's own are sums of g / 2^m, where 2^m is N or more: finite gradients have finite means. Sums over
+//            groups in pairs. Deterministic: always in ascending order. A mask of all true changes no bit.
 // Reference: Ioffe and Szegedy, Batch Normalization, 2015, arXiv:1502.03167, section 3.
 // Called by: bnkernels/ops/batch_norm/training.py
 #include "lib/kernel.cuh"
@@ -76,16 +78,18 @@ __device__ __forceinline__ Arguments<L> of_group(Arguments<L> a, long long group
 // Puts the map of every channel of a slice into shared memory, for all threads of the block.
 template <typename L>
 __device__ __forceinline__ void share_channels(const Arguments<L>& a, long long first,
-                                               const SliceReduction<typename L::A>& reduction, typename L::A* maps) {
+                                               const SliceReduction<L>& reduction, typename L::A* maps) {
     using A = typename L::A;
     const long long c = first + reduction.channel;
     const int width = reduction.width;
     if (reduction.part != 0 || c >= a.channels) return;
     maps += reduction.channel;
-    maps[0] = a.mean[c];
-    maps[width] = a.mean_low[c];
-    maps[2 * width] = a.gamma ? a.gamma[c] * a.rstd[c] : a.rstd[c];
-    maps[3 * width] = a.beta ? a.beta[c] : A(0);
+    Affine<A> map = {
+        {a.mean[c], a.mean_low[c]}, a.gamma ? a.gamma[c] * a.rstd[c] : a.rstd[c], a.beta ? a.beta[c] : A(0)};
+    map.fold_low();
+    maps[0] = map.mean.high;
+    maps[width] = map.scale;
+    maps[2 * width] = map.shift;
 }
 
 // A power of two, at most a positive number: half the one at or below it.
@@ -96,31 +100,43 @@ __device__ __forceinline__ double power_below(double value) {
     return bnk_double_of((bnk_high_bits_of(value) & 0x7ff00000u) - 0x00100000u, 0u);
 }
 
-// The inputs of a row.
+// Whether g is a number of T, so that it can take the place of dy in shared memory: the activation is derived once.
 template <typename L>
-struct Inputs {
-    typename L::RowVector x, dy, residual;
-};
+__device__ __forceinline__ bool keeps_g(const Arguments<L>& a) {
+    const bool selects = a.activation == LINEAR && (a.alpha == typename L::A(0) || a.alpha == typename L::A(1));
+    return selects || sizeof(typename L::T) == sizeof(typename L::A);
+}
 
-// x - mean and g of a row.
+// Whether g is dy.
+template <typename L>
+__device__ __forceinline__ bool is_identity(const Arguments<L>& a) {
+    return a.activation == LINEAR && a.alpha == typename L::A(1);
+}
+
+// x - mean.high and dy of a row, then g.
 template <typename L>
 struct RowGradient {
     using T = typename L::T;
     using A = typename L::A;
+    using RowVector = typename L::RowVector;
     static constexpr int COUNT = L::COUNT;
     A centred[COUNT], g[COUNT];
 
-    __device__ __forceinline__ RowGradient(const Arguments<L>& a, const Affine<A> (&channels)[L::THREAD_CHANNELS],
-                                           const Inputs<L>& row) {
-        A x[COUNT], residual[COUNT], z[COUNT];
-        unpack<T>(row.x, x);
-        unpack<T>(row.dy, g);
-        if (a.residual) unpack<T>(row.residual, residual);
+    __device__ __forceinline__ RowGradient(const Affine<A> (&channels)[L::THREAD_CHANNELS], const RowVector& x,
+                                           const RowVector& dy) {
+        unpack<T>(x, centred);
+        unpack<T>(dy, g);
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) centred[i] -= channels[L::THREAD_CHANNELS == 1 ? 0 : i].mean.high;
+    }
+
+    __device__ __forceinline__ void derive(const Arguments<L>& a, const Affine<A> (&channels)[L::THREAD_CHANNELS],
+                                           const RowVector& of_residual) {
+        A residual[COUNT], z[COUNT];
+        if (a.residual) unpack<T>(of_residual, residual);
 #pragma unroll
         for (int i = 0; i < COUNT; ++i) {
-            const Affine<A>& channel = channels[L::THREAD_CHANNELS == 1 ? 0 : i];
-            centred[i] = subtract(x[i], channel.mean);
-            z[i] = channel.of_centred(centred[i]);
+            z[i] = channels[L::THREAD_CHANNELS == 1 ? 0 : i].of_centred(centred[i]);
             if (a.residual) z[i] += residual[i];
         }
         activation_backward_all(g, z, a.activation, a.alpha);
@@ -153,7 +169,7 @@ struct Channel {
     __device__ __forceinline__ bool counts(const Row& row) const { return a.mask[row.outer * a.mask_outer] != 0; }
 };
 
-// Sums over rows of a thread: of g, and of g (x - mean). Along inner the elements of a row have sums apart.
+// Sums over rows of a thread: of g, and of g (x - mean.high). Along inner the elements of a row have sums apart.
 template <typename L>
 struct RowSums {
     static constexpr int COUNT = L::COUNT;
@@ -168,29 +184,33 @@ struct RowSums {
     }
 };
 
-// Sums the thread's rows of its channels c, c + 1, ... into its slot, times `weight`. Whole vectors that are held are
+// Sums the thread's rows of its channels c, c + 1, ... into its slot, times `weight`; leaves g in the place of dy. Whole vectors that are held are
 // summed at once, all others SUMMED at a time.
 template <typename L>
 __device__ __forceinline__ void sum_rows(const Arguments<L>& a, const ThreadRows<L>& rows, long long c,
                                          const typename L::Kept& kept, const Valid& valid,
-                                         const SliceReduction<typename L::A>& reduction, const typename L::A* maps,
+                                         const SliceReduction<L>& reduction, const typename L::A* maps,
                                          typename L::A weight) {
     using A = typename L::A;
     constexpr int THREAD_CHANNELS = L::THREAD_CHANNELS;
     const int held = min(valid.count, (int)a.held);
     Affine<A> channels[THREAD_CHANNELS];
-    load_maps(channels, maps, reduction.width);
+    load_maps(channels, maps + L::own(), reduction.width);
     const Channel<L> inputs = {a, rows, c};
     auto row = rows.first;
-    const auto* x = kept.own;
+    auto* x = kept.own;
     const int dy = (int)a.held * kept.threads;
     const auto sum_held = [&](int first, int last) {
         RowSums<L> sums;
 #pragma unroll(THREAD_CHANNELS > 4 ? 1 : 2)
-        for (int i = first; i < last; ++i, x += kept.threads, rows.advance(row)) {
+        for (int i = first; i < last; ++i, x += kept.threads) {
             if (a.masked && a.residual)
                 while (!inputs.counts(row)) rows.advance(row);
-            sums.add(RowGradient<L>(a, channels, {x[0], x[dy], inputs.load_residual(row)}));
+            RowGradient<L> found(channels, x[0], x[dy]);
+            found.derive(a, channels, inputs.load_residual(row));
+            sums.add(found);
+            if (keeps_g<L>(a) && !is_identity<L>(a)) x[dy] = pack<typename L::T>(found.g);
+            if (a.residual) rows.advance(row);
         }
         return sums;
     };
@@ -210,15 +230,16 @@ __device__ __forceinline__ void sum_rows(const Arguments<L>& a, const ThreadRows
             all_g.add_rows(some.g);
             all_centred.add_rows(some.g_centred);
         }
-        if (a.masked) row = rows.row(valid.rest);
+        row = rows.row(valid.rest);
 #pragma unroll 1
         for (int first = valid.rest; first < rows.count; first += SUMMED) {
             RowSums<L> some;
 #pragma unroll 1
             for (int i = first; i < min(first + SUMMED, rows.count); ++i, rows.advance(row)) {
                 if (a.masked && !inputs.counts(row)) continue;
-                some.add(
-                    RowGradient<L>(a, channels, {inputs.load_x(row), inputs.load_dy(row), inputs.load_residual(row)}));
+                RowGradient<L> found(channels, inputs.load_x(row), inputs.load_dy(row));
+                found.derive(a, channels, inputs.load_residual(row));
+                some.add(found);
             }
             all_g.add_rows(some.g);
             all_centred.add_rows(some.g_centred);
@@ -226,7 +247,7 @@ __device__ __forceinline__ void sum_rows(const Arguments<L>& a, const ThreadRows
         all_g.store(g);
         all_centred.store(g_centred);
     }
-    A* const slot = reduction.slot(threadIdx.x * THREAD_CHANNELS);
+    A* const slot = reduction.slot(L::own());
 #pragma unroll
     for (int i = 0; i < THREAD_CHANNELS; ++i) {
         slot[i] = weight * g[i];
@@ -234,7 +255,7 @@ __device__ __forceinline__ void sum_rows(const Arguments<L>& a, const ThreadRows
     }
 }
 
-// Sums over the rows of a slice: of g, and of g (x - mean).
+// Sums over the rows of a slice: of g, and of g (x - mean.high).
 template <typename L>
 struct PartialSums {
     using A = typename L::A;
@@ -242,7 +263,7 @@ struct PartialSums {
 
     const Arguments<L>& a;
     const ThreadRows<L>& rows;
-    const SliceReduction<A>& reduction;
+    const SliceReduction<L>& reduction;
     const Turns& turns;
     int turn;
     long long first;  // channel
@@ -251,26 +272,26 @@ struct PartialSums {
 
     // A place behind the results of the blocks, which are not there if there is one block: the one with this index of
     // those that have [channel], behind `numbers` of every column.
-    __device__ __forceinline__ A* behind_results(int numbers, long long index) const {
-        const long long columns = gridDim.x, results = gridDim.y == 1 ? 0 : 2 * columns * gridDim.y * QUANTITIES;
+    __device__ __forceinline__ A* behind_results(int numbers, int index) const {
+        const int columns = gridDim.x, results = gridDim.y == 1 ? 0 : 2 * columns * (int)gridDim.y * QUANTITIES;
         return a.partial + (results + numbers * columns + index) * reduction.width;
     }
 
-    // Place of the coefficients of dx = scale (g - mean_g - (x - mean) slope), [2][channel]: in shared memory if there
-    // is one block.
+    // Place of the coefficients of dx = scale (g - mean_g - (x - mean.high) slope), [2][channel]: in shared memory if
+    // there is one block.
     __device__ __forceinline__ A* means() const {
-        if (gridDim.y == 1) return reduction.extra + (odd ? 12 : 10) * reduction.width;
-        return behind_results(0, 2 * ((odd ? (long long)gridDim.x : 0) + blockIdx.x));
+        if (gridDim.y == 1) return reduction.extra + (odd ? 13 : 11) * reduction.width;
+        return behind_results(0, 2 * ((odd ? gridDim.x : 0) + blockIdx.x));
     }
 
     // Place of the sums over groups, pairs of dgamma and dbeta, [4][channel]; as above.
     __device__ __forceinline__ A* group_sums() const {
-        return gridDim.y == 1 ? reduction.extra + 14 * reduction.width : behind_results(4, 4 * (long long)blockIdx.x);
+        return gridDim.y == 1 ? reduction.extra + 15 * reduction.width : behind_results(4, 4 * blockIdx.x);
     }
 
     // Place of dgamma and dbeta of a run, [2][channel].
     __device__ __forceinline__ A* run_sums(int run) const {
-        return behind_results(8, 2 * ((long long)run * turns.columns + turns.column()));
+        return behind_results(8, 2 * (run * turns.columns + turns.column()));
     }
 
     // Numbers of rows that a mask leaves.
@@ -300,12 +321,14 @@ struct PartialSums {
     __device__ __forceinline__ void conclude(int channel, const A* merged, int pitch) const {
         const long long c = first + channel;
         if (c >= a.channels) return;
-        const A g = merged[0], g_centred = merged[pitch], rstd = of_group<L>(a, turns.group(turn)).rstd[c];
+        const Arguments<L> of = of_group<L>(a, turns.group(turn));
+        const A g = merged[0], rstd = of.rstd[c], low = of.mean_low[c], g_centred = fma(-low, g, merged[pitch]);
         const A count = a.masked ? max(rows.values_of(*reduction.valid(odd)), A(1)) : A(a.outer * a.inner);
         const A share = A(1) / (weight * count);
+        const A slope = g_centred * rstd * rstd * share;
         A* const mean = means() + channel;
-        mean[0] = share * g;
-        mean[reduction.width] = g_centred * rstd * rstd * share;
+        mean[0] = fma(-low, slope, share * g);
+        mean[reduction.width] = slope;
         const A dgamma = g_centred / weight * rstd, dbeta = g / weight;
         if (a.groups == 1)
             write_gradients(c, dgamma, dbeta);
@@ -364,25 +387,26 @@ struct PartialSums {
 template <typename L>
 __device__ __forceinline__ void write_rows(const Arguments<L>& a, const ThreadRows<L>& rows, long long c,
                                            const typename L::Kept& kept, int valid, const typename L::A* maps,
-                                           int width) {
+                                           const typename L::A* means, int width) {
     using T = typename L::T;
     using A = typename L::A;
     using RowVector = typename L::RowVector;
     constexpr int COUNT = L::COUNT, THREAD_CHANNELS = L::THREAD_CHANNELS, BYTES = sizeof(RowVector);
     Affine<A> channels[THREAD_CHANNELS];
     A mean_g[THREAD_CHANNELS], slope[THREAD_CHANNELS];
-    load_maps(channels, maps, width);
+    load_maps(channels, maps + L::own(), width);
 #pragma unroll
     for (int i = 0; i < THREAD_CHANNELS; ++i) {
-        mean_g[i] = maps[4 * width + threadIdx.x * THREAD_CHANNELS + i];
-        slope[i] = maps[5 * width + threadIdx.x * THREAD_CHANNELS + i];
+        mean_g[i] = means[L::own() + i];
+        slope[i] = means[width + L::own() + i];
     }
     int i = rows.count;
     const Channel<L> inputs = {a, rows, c};
     const long long output = c * (L::CHANNELS_LAST ? 1 : a.inner);
     auto row = rows.last_row();
-    const auto write = [&](const RowVector& x, const RowVector& dy) {
-        RowGradient<L> found(a, channels, {x, dy, inputs.load_residual(row)});
+    const auto write = [&](RowVector x, RowVector dy, bool derived) {
+        RowGradient<L> found(channels, x, dy);
+        if (!derived) found.derive(a, channels, inputs.load_residual(row));
         if (a.residual && a.dresidual)
             store_words<BYTES>(rows.at(a.dresidual + output, a.channels * a.inner, row), pack<T>(found.g));
 #pragma unroll
@@ -393,13 +417,14 @@ __device__ __forceinline__ void write_rows(const Arguments<L>& a, const ThreadRo
         store_words<BYTES>(rows.at(a.dx + output, a.channels * a.inner, row), pack<T>(found.g));
         rows.retreat(row);
     };
+    const int dy = (int)a.held * kept.threads;
     if (a.masked) {
         rows.descend(Mask{a.mask, a.mask_outer}, row, valid, [&](int number) {
             if (number >= 0) {
                 if (number >= a.held)
-                    write(inputs.load_x(row), inputs.load_dy(row));
+                    write(inputs.load_x(row), inputs.load_dy(row), false);
                 else
-                    write(kept[number], kept[number + (int)a.held]);
+                    write(kept[number], (&kept[number])[dy], keeps_g<L>(a));
             } else {
                 if (a.residual && a.dresidual)
                     store_words<BYTES>(rows.at(a.dresidual + output, a.channels * a.inner, row), RowVector{});
@@ -410,9 +435,9 @@ __device__ __forceinline__ void write_rows(const Arguments<L>& a, const ThreadRo
         return;
     }
 #pragma unroll 1
-    for (; i > a.held; --i) write(inputs.load_x(row), inputs.load_dy(row));
+    for (; i > a.held; --i) write(inputs.load_x(row), inputs.load_dy(row), false);
 #pragma unroll 1
-    for (const RowVector* x = &kept[i - 1]; i > 0; --i, x -= kept.threads) write(x[0], x[(int)a.held * kept.threads]);
+    for (const RowVector* x = &kept[i - 1]; i > 0; --i, x -= kept.threads) write(x[0], x[dy], keeps_g<L>(a));
 }
 
 template <typename L>
@@ -421,18 +446,19 @@ __device__ __forceinline__ void batch_norm_backward_cooperative(const Arguments<
     Arguments<L> a = arguments;
     take_constants(a);
     BNK_DYNAMIC_SHARED(A, shared);
-    constexpr int THREAD_CHANNELS = L::THREAD_CHANNELS;
     const ThreadRows<L> rows(a.outer, a.inner);
-    const int width = blockDim.x * THREAD_CHANNELS, held = min(rows.count, (int)a.held), lag = (int)a.stages - 1;
-    const SliceReduction<A> reduction(shared, THREAD_CHANNELS, a.groups == 1 ? 14 : 18);
-    A *const summed_maps = reduction.extra, *const written_maps = summed_maps + 4 * width;
+    const int width = L::width(), held = min(rows.count, (int)a.held), lag = (int)a.stages - 1;
+    const SliceReduction<L> reduction(shared, a.groups == 1 ? 15 : 19);
+    A* const written_means = reduction.extra + 9 * width;
     const A weight = power_below(A(1) / A(a.outer * a.inner));
     const Turns turns(a.channels, width, a.groups);
     const auto first_channel = [&](int turn) { return turns.slice(turn) * width; };
-    const auto own_channel = [&](int turn) { return first_channel(turn) + threadIdx.x * THREAD_CHANNELS; };
+    const auto own_channel = [&](int turn) { return first_channel(turn) + L::own(); };
     const auto group_of = [&](int turn) { return of_group<L>(a, turns.group(turn)); };
+    // A slice needs its maps until it is written: while some threads do that, others share those of two turns later.
+    const auto maps = [&](int turn) { return reduction.extra + turn % 3 * (3 * width); };
     const auto kept = [&](int turn) {
-        return typename L::Kept(reduction.end()).from(turn % 2 == 1 && lag ? 2 * (int)a.held : 0);
+        return L::places(reduction.end()).from(turn % 2 == 1 && lag ? 2 * (int)a.held : 0);
     };
     const auto slice = [&](int turn) {
         return PartialSums<L>{a, rows, reduction, turns, turn, first_channel(turn), turn % 2 == 1, weight};
@@ -444,17 +470,17 @@ __device__ __forceinline__ void batch_norm_backward_cooperative(const Arguments<
             const Arguments<L> group = group_of(turn);
             const auto *const x = group.x + c * a.x_channel, *const dy = group.dy + c * a.dy_channel;
             if (a.masked)
-                valid = copy_valid_rows<L>(rows, kept(turn), (int)a.held, {group.mask, a.mask_outer}, x, a.x_outer, dy,
-                                           a.dy_outer, (int)a.held);
+                valid = copy_valid_rows<L, 2>(rows, kept(turn), (int)a.held, {group.mask, a.mask_outer}, x, a.x_outer,
+                                              dy, a.dy_outer, (int)a.held);
             else
-                copy_rows<L>(rows, kept(turn), held, x, a.x_outer, dy, a.dy_outer, (int)a.held);
+                copy_rows<L, 2>(rows, kept(turn), held, x, a.x_outer, dy, a.dy_outer, (int)a.held);
         }
         commit_copies();
         return valid;
     };
     // No early return: every thread must reach the barriers. Channels beyond the last have no rows.
     unsigned token = 0;
-    if (a.masked && threadIdx.x == 0 && threadIdx.y == 0) *reduction.valid(false) = 0;
+    if (a.masked && L::thread() == 0 && threadIdx.y == 0) *reduction.valid(false) = 0;
     Valid valid = ask(0);
     int valid_before = 0;
 #pragma unroll 1
@@ -462,28 +488,27 @@ __device__ __forceinline__ void batch_norm_backward_cooperative(const Arguments<
         token >>= 1;  // the phase of the turn before stays, a bit below that of this one
         if (turn < turns.count) {
             const long long c = own_channel(turn);
-            share_channels<L>(group_of(turn), first_channel(turn), reduction, summed_maps);
+            share_channels<L>(group_of(turn), first_channel(turn), reduction, maps(turn));
             wait_for_copies();
             __syncthreads();
             if (a.masked) reduction.count_valid(turn % 2 == 1, valid.count);
-            if (c < a.channels) sum_rows<L>(group_of(turn), rows, c, kept(turn), valid, reduction, summed_maps, weight);
-            reduction.template sum_block<L>();
+            if (c < a.channels) sum_rows<L>(group_of(turn), rows, c, kept(turn), valid, reduction, maps(turn), weight);
+            reduction.sum_block();
             token = (token & BARRIER_PHASE >> 1) |
                     (reduction.merge(a.partial, a.barrier_counter, slice(turn)) & BARRIER_PHASE);
         }
         const int written = turn - lag;
         if (written >= 0) {
             reduction.wait(a.barrier_counter, written % 2 == 1, lag ? token << 1 : token);
-            share_channels<L>(group_of(written), first_channel(written), reduction, written_maps);
             if (reduction.part < 2) {
                 const int mean = reduction.part * width + reduction.channel;
-                written_maps[4 * width + mean] = slice(written).means()[mean];
+                written_means[mean] = slice(written).means()[mean];
             }
             __syncthreads();
             const long long c = own_channel(written);
             if (c < a.channels)
-                write_rows<L>(group_of(written), rows, c, kept(written), lag ? valid_before : valid.count, written_maps,
-                              width);
+                write_rows<L>(group_of(written), rows, c, kept(written), lag ? valid_before : valid.count,
+                              maps(written), written_means, width);
         }
         valid_before = valid.count;
         valid = ask(turn + 1);

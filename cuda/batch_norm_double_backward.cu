@@ -93,6 +93,7 @@ __device__ __forceinline__ Channel<A> load_channel(const BatchNormDoubleBackward
     channel.gamma = a.gamma ? a.gamma[c] : A(1);
     channel.scale = channel.gamma * channel.rstd;
     channel.shift = a.beta ? a.beta[c] : A(0);
+    channel.fold_low();
     return channel;
 }
 
@@ -106,11 +107,11 @@ template <typename T, typename A>
 __device__ __forceinline__ RowTerms<A> load_row(const BatchNormDoubleBackward<T, A>& a, long long c,
                                                 const Channel<A>& channel, const Rows<false>& at) {
     RowTerms<A> row;
-    const A centred = subtract(A(a.x[at.at(a.x_outer, a.x_inner) + c * a.x_channel]), channel.mean);
+    const A centred = A(a.x[at.at(a.x_outer, a.x_inner) + c * a.x_channel]) - channel.mean.high;
     const A dy = A(a.dy[at.at(a.dy_outer, a.dy_inner) + c * a.dy_channel]);
     A z = channel.of_centred(centred);
     if (a.residual) z += A(a.residual[at.at(a.residual_outer, a.residual_inner) + c * a.residual_channel]);
-    row.xhat = centred * channel.rstd;
+    row.xhat = channel.xhat(centred);
     row.v = a.ddx ? A(a.ddx[at.at(a.ddx_outer, a.ddx_inner) + c * a.ddx_channel]) : A(0);
     row.u = channel.scale * row.v;
     if (a.ddresidual)

@@ -95,8 +95,7 @@ struct RowSums {
     static constexpr int COUNT = L::COUNT;
     A sum[COUNT] = {}, squares[COUNT] = {};
 
-    __device__ __forceinline__ void add(const typename L::RowVector& row, const A (&shift)[L::THREAD_CHANNELS],
-                                        A unit) {
+    __device__ __forceinline__ void add(typename L::RowVector row, const A (&shift)[L::THREAD_CHANNELS], A unit) {
         A values[COUNT];
         unpack<typename L::T>(row, values);
 #pragma unroll
@@ -109,8 +108,8 @@ struct RowSums {
 };
 
 // Number of valid rows that workers hold, in the place of their sums, for `choose_shift`.
-template <typename A>
-__device__ __forceinline__ int* held_of_workers(const SliceReduction<A>& reduction) {
+template <typename L>
+__device__ __forceinline__ int* held_of_workers(const SliceReduction<L>& reduction) {
     return reinterpret_cast<int*>(reduction.slots);
 }
 
@@ -122,7 +121,7 @@ __device__ __forceinline__ typename L::A mean_of_first_rows(const typename L::Ke
 #pragma unroll 1
     for (int worker = 0; worker < blockDim.y; ++worker) {
         if (held_of[worker] == 0) continue;
-        const auto& row = kept.own[(worker - (int)threadIdx.y) * (int)blockDim.x];
+        const auto& row = kept.own[(worker - (int)threadIdx.y) * L::threads()];
         sum += Packed<typename L::T>::get(row, threadIdx.y) / A(blockDim.y);  // cannot overflow
         workers += A(1);
     }
@@ -135,7 +134,7 @@ __device__ __forceinline__ typename L::A mean_of_first_rows(const typename L::Ke
 template <typename L>
 __device__ __forceinline__ typename L::A choose_shift(const Arguments<L>& a, const ThreadRows<L>& rows,
                                                       const typename L::Kept& kept,
-                                                      const SliceReduction<typename L::A>& reduction) {
+                                                      const SliceReduction<L>& reduction) {
     const int* const held_of = held_of_workers(reduction);
     typename L::A medians[3], numbers[3];
 #pragma unroll
@@ -148,7 +147,7 @@ __device__ __forceinline__ typename L::A choose_shift(const Arguments<L>& a, con
             held = min(held, held_of[worker]);
         }
         const int last_row = held - 1, rows_between[3] = {0, last_row / 2, last_row};
-        const typename L::RowVector* const of_worker = kept.own + (worker - (int)threadIdx.y) * (int)blockDim.x;
+        const typename L::RowVector* const of_worker = kept.own + (worker - (int)threadIdx.y) * L::threads();
 #pragma unroll
         for (int j = 0; j < 3; ++j)
             numbers[j] = Packed<typename L::T>::get(of_worker[rows_between[j] * kept.threads], threadIdx.y);
@@ -197,12 +196,12 @@ __device__ __forceinline__ void add_other_rows(LongSums<typename L::A, L::THREAD
 template <typename L>
 __device__ __forceinline__ void sum_rows(const Arguments<L>& a, const ThreadRows<L>& rows, long long c,
                                          const typename L::Kept& kept, const Valid& valid,
-                                         const SliceReduction<typename L::A>& reduction, typename L::A unit) {
+                                         const SliceReduction<L>& reduction, typename L::A unit) {
     using A = typename L::A;
     constexpr int THREAD_CHANNELS = L::THREAD_CHANNELS;
     const int held = min(valid.count, (int)a.held);
-    const A *const shifts = reduction.extra + threadIdx.x * THREAD_CHANNELS, *const units = shifts + reduction.width;
-    A* const slot = reduction.slot(threadIdx.x * THREAD_CHANNELS);
+    const A *const shifts = reduction.extra + L::own(), *const units = shifts + reduction.width;
+    A* const slot = reduction.slot(L::own());
     A shift[THREAD_CHANNELS], sum[THREAD_CHANNELS], squares[THREAD_CHANNELS];
 #pragma unroll
     for (int i = 0; i < THREAD_CHANNELS; ++i) shift[i] = unit * shifts[i];
@@ -232,12 +231,18 @@ __device__ __forceinline__ void sum_rows(const Arguments<L>& a, const ThreadRows
         all.store(sum);
         all_squares.store(squares);
     }
+    if (unit < A(1)) {
+#pragma unroll
+        for (int i = 0; i < THREAD_CHANNELS; ++i) {
+            if (units[i] < A(1)) continue;
+            sum[i] = threadIdx.y == 0 ? slot[i] : A(0);
+            squares[i] = threadIdx.y == 0 ? slot[reduction.plane + i] : A(0);
+        }
+    }
 #pragma unroll
     for (int i = 0; i < THREAD_CHANNELS; ++i) {
-        const bool stays = unit < A(1) && units[i] == A(1);
-        if (stays && threadIdx.y == 0) continue;
-        slot[i] = stays ? A(0) : sum[i];
-        slot[reduction.plane + i] = stays ? A(0) : squares[i];
+        slot[i] = sum[i];
+        slot[reduction.plane + i] = squares[i];
     }
 }
 
@@ -245,18 +250,18 @@ __device__ __forceinline__ void sum_rows(const Arguments<L>& a, const ThreadRows
 template <typename L>
 __device__ __forceinline__ void sum_slice(const Arguments<L>& a, const ThreadRows<L>& rows, long long c,
                                           const typename L::Kept& kept, const Valid& valid, bool odd,
-                                          const SliceReduction<typename L::A>& reduction) {
+                                          const SliceReduction<L>& reduction) {
     using A = typename L::A;
     constexpr int THREAD_CHANNELS = L::THREAD_CHANNELS;
-    const int own = threadIdx.x * THREAD_CHANNELS;
+    const int own = L::own();
     const long long channels_left = a.channels - c + own;
     A *const shifts = reduction.extra, *const units = shifts + reduction.width;
     wait_for_copies();
     __syncthreads();  // behind which nobody reads the flag of the slice before
-    if (threadIdx.x == 0 && threadIdx.y == 0) *reduction.flag = 0;
+    if (L::thread() == 0 && threadIdx.y == 0) *reduction.flag = 0;
     if (a.masked) {
         reduction.count_valid(odd, valid.count);
-        if (threadIdx.x == 0) held_of_workers(reduction)[threadIdx.y] = min(valid.count, (int)a.held);
+        if (L::thread() == 0) held_of_workers(reduction)[threadIdx.y] = min(valid.count, (int)a.held);
         __syncthreads();
     }
     if (threadIdx.y < THREAD_CHANNELS && c < a.channels)
@@ -268,7 +273,7 @@ __device__ __forceinline__ void sum_slice(const Arguments<L>& a, const ThreadRow
 #pragma unroll 1
     while (true) {
         if (c < a.channels) sum_rows<L>(a, rows, c, kept, valid, reduction, unit);
-        reduction.template sum_block<L>();
+        reduction.sum_block();
         if (unit < A(1)) return;
         if (reduction.part == 0) {
             const bool finite = fabs(reduction.slots[reduction.channel]) <= Range<A>::LARGEST;
@@ -290,13 +295,13 @@ struct PartialMoments {
 
     const Arguments<L>& a;
     const ThreadRows<L>& rows;
-    const SliceReduction<A>& reduction;
+    const SliceReduction<L>& reduction;
     long long group, first;  // channel
     bool odd;                // turn of the slice
 
     // Numbers of rows that a mask leaves, behind the results of the blocks.
     __device__ __forceinline__ unsigned* counts() const {
-        return reinterpret_cast<unsigned*>(a.partial + 2ll * gridDim.x * gridDim.y * QUANTITIES * reduction.width);
+        return reinterpret_cast<unsigned*>(a.partial + 2 * gridDim.x * gridDim.y * QUANTITIES * reduction.width);
     }
 
     __device__ __forceinline__ void of_block(int channel, A* to, int pitch) const {
@@ -382,22 +387,25 @@ struct PartialMoments {
     }
 };
 
-// Puts the map of every channel of a slice into shared memory, [mean, mean_low, scale, shift][channel], for all threads
-// of the block. With an infinite variance a channel of finite numbers is beta, though x - mean may be beyond the range.
+// Puts the map of every channel of a slice into shared memory, [mean.high, scale, shift][channel], for all threads of
+// the block. With an infinite variance a channel of finite numbers is beta, though x - mean may be beyond the range.
 template <typename L>
 __device__ __forceinline__ void share_channels(const Arguments<L>& a, long long first,
-                                               const SliceReduction<typename L::A>& reduction) {
+                                               const SliceReduction<L>& reduction) {
     using A = typename L::A;
     const long long c = first + reduction.channel;
     const int width = reduction.width;
     if (reduction.part == 0 && c < a.channels) {
         const A *const statistics = a.statistics + c, mean = statistics[0], rstd = statistics[2 * a.channels];
         const bool infinite = rstd == A(0) && fabs(mean) <= Range<A>::LARGEST;
+        Affine<A> map = {{infinite ? A(0) : mean, infinite ? A(0) : statistics[a.channels]},
+                         a.gamma ? a.gamma[c] * rstd : rstd,
+                         a.beta ? a.beta[c] : A(0)};
+        map.fold_low();
         A* const maps = reduction.slots + reduction.channel;
-        maps[0] = infinite ? A(0) : mean;
-        maps[width] = infinite ? A(0) : statistics[a.channels];
-        maps[2 * width] = a.gamma ? a.gamma[c] * rstd : rstd;
-        maps[3 * width] = a.beta ? a.beta[c] : A(0);
+        maps[0] = map.mean.high;
+        maps[width] = map.scale;
+        maps[2 * width] = map.shift;
     }
     __syncthreads();
 }
@@ -432,7 +440,7 @@ __device__ __forceinline__ void write_rows(const Arguments<L>& a, const ThreadRo
     T* const y = a.y + c * (L::CHANNELS_LAST ? 1 : a.inner);
     int i = rows.count;
     auto row = rows.last_row();
-    const auto write = [&](const RowVector& values) {
+    const auto write = [&](RowVector values) {
         RowVector added = {};
         if (a.residual) added = load_words<BYTES>(rows.at(residual, a.residual_outer, row));
         store_words<BYTES>(rows.at(y, a.channels * a.inner, row), normalise<L>(a, channels, values, added));
@@ -463,15 +471,13 @@ __device__ __forceinline__ void batch_norm_forward_cooperative(const Arguments<L
     BNK_DYNAMIC_SHARED(A, shared);
     constexpr int THREAD_CHANNELS = L::THREAD_CHANNELS;
     const ThreadRows<L> rows(a.outer, a.inner);
-    const int width = blockDim.x * THREAD_CHANNELS, held = min(rows.count, (int)a.held), lag = (int)a.stages - 1;
-    const SliceReduction<A> reduction(shared, THREAD_CHANNELS, 2);  // a shift and a unit for each channel
+    const int width = L::width(), held = min(rows.count, (int)a.held), lag = (int)a.stages - 1;
+    const SliceReduction<L> reduction(shared, 2);  // a shift and a unit for each channel
     const Turns turns(a.channels, width, a.groups);
     const auto first_channel = [&](int turn) { return turns.slice(turn) * width; };
-    const auto own_channel = [&](int turn) { return first_channel(turn) + threadIdx.x * THREAD_CHANNELS; };
+    const auto own_channel = [&](int turn) { return first_channel(turn) + L::own(); };
     const auto group_of = [&](int turn) { return of_group<L>(a, turns.group(turn)); };
-    const auto kept = [&](int turn) {
-        return typename L::Kept(reduction.end()).from(turn % 2 == 1 && lag ? (int)a.held : 0);
-    };
+    const auto kept = [&](int turn) { return L::places(reduction.end()).from(turn % 2 == 1 && lag ? (int)a.held : 0); };
     const auto ask = [&](int turn) {
         const long long c = own_channel(turn);
         Valid valid = {rows.count, held};
@@ -488,7 +494,7 @@ __device__ __forceinline__ void batch_norm_forward_cooperative(const Arguments<L
     };
     // No early return: every thread must reach the barriers. Channels beyond the last have no rows.
     unsigned token = 0;
-    if (a.masked && threadIdx.x == 0 && threadIdx.y == 0) *reduction.valid(false) = 0;
+    if (a.masked && L::thread() == 0 && threadIdx.y == 0) *reduction.valid(false) = 0;
     Valid valid = ask(0);
     int valid_before = 0;
 #pragma unroll 1
@@ -508,7 +514,7 @@ __device__ __forceinline__ void batch_norm_forward_cooperative(const Arguments<L
             share_channels<L>(group, first_channel(written), reduction);
             if (own_channel(written) < a.channels) {
                 Affine<A> channels[THREAD_CHANNELS];
-                load_maps(channels, reduction.slots, width);
+                load_maps(channels, reduction.slots + L::own(), width);
                 write_rows<L>(group, rows, own_channel(written), kept(written), lag ? valid_before : valid.count,
                               channels);
             }

@@ -54,8 +54,7 @@ __device__ __forceinline__ void differentiate(const LinearBatchNormBackward<T, A
     A rstd = A(1);
     if (a.statistics) {
         rstd = a.statistics[2 * a.outputs + m];
-        affine.mean = centre_of(Pair<A>{a.statistics[m], a.statistics[a.outputs + m]}, rstd);
-        affine.scale *= rstd;
+        affine = with_statistics(affine, {a.statistics[m], a.statistics[a.outputs + m]}, rstd);
     }
 #pragma unroll 1
     for (int n = g.lane; n < g.count; n += WARP)
@@ -106,11 +105,8 @@ __device__ __forceinline__ void linear_batch_norm_backward(const LinearBatchNorm
 // The map of layer norm from z[n, m] to the input of the activation.
 template <typename T, typename A>
 __device__ __forceinline__ Affine<A> affine_of_layer(const LinearBatchNormBackward<T, A>& a, long long n, long long m) {
-    Affine<A> affine = load_affine(a, m);
-    const A rstd = a.statistics[2 * a.rows + n];
-    affine.mean = centre_of(Pair<A>{a.statistics[n], a.statistics[a.rows + n]}, rstd);
-    affine.scale *= rstd;
-    return affine;
+    const Pair<A> mean = {a.statistics[n], a.statistics[a.rows + n]};
+    return with_statistics(load_affine(a, m), mean, a.statistics[2 * a.rows + n]);
 }
 
 // Replaces dy of an example by dz; for the warp that owns it.

@@ -71,17 +71,15 @@ __device__ __forceinline__ Statistics<A> normalise(const LinearBatchNormForward<
 template <typename T, typename A>
 __device__ __forceinline__ Affine<A> normalise_neuron(const LinearBatchNormForward<T, A>& a, const WarpRow<A>& z,
                                                       long long m) {
-    Affine<A> affine = load_affine(a, m);
+    const Affine<A> affine = load_affine(a, m);
     if (!a.statistics) return affine;
     const Statistics<A> row_statistics = normalise(a, z, m, a.outputs);
-    affine.mean = centre_of(row_statistics.mean, row_statistics.rstd);
-    affine.scale *= row_statistics.rstd;
     if (z.lane == 0) {
         const A keep = A(1) - a.momentum, var = row_statistics.m2 / (A(z.count) - a.correction);
         if (a.running_mean) a.running_mean[m] = fma(a.momentum, row_statistics.mean.high, keep * a.running_mean[m]);
         if (a.running_var) a.running_var[m] = fma(a.momentum, var, keep * a.running_var[m]);
     }
-    return affine;
+    return with_statistics(affine, row_statistics.mean, row_statistics.rstd);
 }
 
 template <Precision PRECISION, typename T, typename A>
@@ -123,9 +121,7 @@ __device__ __forceinline__ void linear_layer_norm_forward(const LinearBatchNormF
         const WarpRow<A> z(tile + c * pitch, a.outputs);
         const Statistics<A> row_statistics = normalise(a, z, first + c, a.rows);
         z.replace([&](int m, A value) {
-            Affine<A> affine = load_affine(a, m);
-            affine.mean = centre_of(row_statistics.mean, row_statistics.rstd);
-            affine.scale *= row_statistics.rstd;
+            const Affine<A> affine = with_statistics(load_affine(a, m), row_statistics.mean, row_statistics.rstd);
             return activate(affine(value), a.activation, a.alpha);
         });
     });

@@ -20,7 +20,8 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
+from fractions import Fraction
+from math import ceil, prod
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,9 @@ class Row:
         Line of the loop of which the figures are one turn; else they are of the whole kernel.
     rare : (str, int) or None
         Source line that only every so many turns reach.
+    summed : str
+        Source line of one instruction for each element of `x`. If given, the path must have as many of it as the
+        vectors have elements, and copy and store each vector: else the turns of loops are wrong.
     """
 
     op: str
@@ -80,10 +84,11 @@ class Row:
     target: int
     vectors: Callable[[Launch], int] | None = None
     moved: int = 2
-    trips: Callable[[Launch], Mapping[str, Sequence[int]]] = field(default=lambda launch: {})
+    trips: Callable[[Launch], Mapping[str, Sequence[int | Fraction]]] = field(default=lambda launch: {})
     avoid: Sequence[str] = ()
     repeated: str = ""
     rare: tuple[str, int] | None = None
+    summed: str = ""
 
     @property
     def name(self) -> str:
@@ -118,6 +123,7 @@ def figures(row: Row) -> dict[str, Any]:
     found |= {"blocks_per_sm": fits.blocks, "code_bytes": 16 * len(machine.code)}
     found |= {"loop_bytes": 16 * longest_loop(machine)}
     instructions, cycles, loaded = walked(row, machine, launch, row.avoid)
+    instructions = ceil(instructions)
     if row.rare:
         line, every = row.rare
         few, fast, _ = walked(row, machine, launch, (*row.avoid, line))
@@ -127,9 +133,10 @@ def figures(row: Row) -> dict[str, Any]:
     if row.vectors is None:
         return found | turns(row)
     vectors, warps = row.vectors(launch), fits.blocks * ceil_div(threads, WARP)
+    check_turns(row, machine, launch, vectors)
     _, slow, _ = walked(row, machine, launch, row.avoid, DRAM_LATENCY)
     time = max(slow, instructions * warps / SCHEDULERS)
-    in_flight = loaded * threads * fits.blocks * DRAM_LATENCY / time
+    in_flight = float(loaded) * threads * fits.blocks * DRAM_LATENCY / time
     budgets = {device.name: round4(issue_budget(device, row.moved)) for device in COPY_RATES}
     found |= {"moved": row.moved, "instructions_per_vector": round4(instructions / vectors), "budget": budgets}
     return found | {"bytes_in_flight": round4(in_flight), "bytes_needed": round4(bytes_needed(H200))}
@@ -139,15 +146,35 @@ def walked(
     row: Row, machine: paths.Machine, launch: Launch, avoid: Sequence[str], latency: int = paths.LATENCIES["LDG"]
 ) -> tuple[int, int, int]:
     """Return instructions, cycles, and bytes that a thread loads: of the whole path, or of a turn of a loop."""
-    trips = dict(row.trips(launch))
     found = []
-    for turns in (1, 2) if row.repeated else (1,):
-        if row.repeated:
-            trips[row.repeated] = (turns,)
-        path = machine.path(trips, avoid)
-        loaded = sum(one.bytes_loaded for one in machine.executed(path))
+    for path in ways(row, machine, launch, avoid):
+        loaded = machine.instructions(path, lambda one: one.bytes_loaded)
         found.append((machine.instructions(path), machine.cycles(path, latency), loaded))
     return tuple(np.subtract(found[-1], found[0]).tolist()) if row.repeated else found[0]
+
+
+def ways(row: Row, machine: paths.Machine, launch: Launch, avoid: Sequence[str]) -> list[tuple[paths.Step, ...]]:
+    """Return the path, or those with one turn of the loop and with two."""
+    trips = dict(row.trips(launch))
+    if not row.repeated:
+        return [machine.path(trips, avoid)]
+    return [machine.path(trips | {row.repeated: (turns,)}, avoid) for turns in (1, 2)]
+
+
+def check_turns(row: Row, machine: paths.Machine, launch: Launch, vectors: int) -> None:
+    """Raise a `ValueError` if the path copies, sums or stores another number of vectors."""
+    if not row.summed:
+        return
+    elements = VECTOR // native_dtype(row.dtype).itemsize
+    expected = {
+        "copies": ((row.moved - 1) * vectors, lambda one: one.kind == "LDGSTS"),
+        "sums": (elements * vectors, lambda one: one.kind == "FFMA" and row.summed in machine.lines(one)[0]),
+        "stores": (vectors, lambda one: one.name == "STG.E.128"),
+    }
+    for what, (number, counts) in expected.items():
+        once, twice = (machine.instructions(path, counts) for path in ways(row, machine, launch, row.avoid))
+        if twice - once != number:
+            raise ValueError(f"{row.name}: {twice - once} {what} of {vectors} vectors, not {number}")
 
 
 def longest_loop(machine: paths.Machine) -> int:
@@ -281,26 +308,37 @@ def rows_of_thread(shape: tuple[int, ...]) -> Callable[[Launch], int]:
     return lambda launch: ceil_div(vectors, launch.grid[1] * launch.block[1])
 
 
-def of_slice(direction: str, shape: tuple[int, ...]) -> Callable[[Launch], dict[str, tuple[int, ...]]]:
+def of_slice(direction: str, shape: tuple[int, ...]) -> Callable[[Launch], dict[str, tuple[int | Fraction, ...]]]:
     """Return how often the loops of a slice run where all rows are held, in a block that is not the last to arrive."""
     rows_of, forward, inner = rows_of_thread(shape), direction == "forward", len(shape) > 2
 
-    def trips(launch: Launch) -> dict[str, tuple[int, ...]]:
-        rows = rows_of(launch)
-        fours, levels = ceil_div(rows, 4), 1 + (launch.block[1] > 8) + (launch.block[1] > 64)
-        not_held = {"i += CHUNK": (0,)} if forward else {"min(first + SUMMED": (0,)}
-        return not_held | {
-            "i < count; ++i, to": (0, 0, fours),
-            "i < last; ++i, ": (fours,),
-            "SUMMED) {": (0,),
-            "step *= COOPERATIVE_FAN_IN": (0,) if inner else (levels, 0),
-            "block = first; block < last": (0,),
-            "i += step) add": (0,) if inner else (0, 0),
+    def trips(launch: Launch) -> dict[str, tuple[int | Fraction, ...]]:
+        rows, levels = rows_of(launch), 1 + (launch.block[1] > 8) + (launch.block[1] > 64)
+
+        def unrolled(times: int) -> Fraction:  # the path has all of the code for rows left over, too
+            return Fraction(rows - (times - 1), times)
+
+        return {
+            "i < count; ++i, to": (0, 0, unrolled(4)),
+            "i < last; ++i, ": (unrolled((4 if inner else 2) // (1 if forward else 2)),),
+            **({} if inner else {"step *= COOPERATIVE_FAN_IN": (levels,), "i += step) add": (0,)}),
             "i > a.held; --i": (0,),
-            "&kept[i - 1]": (ceil_div(rows, 2) if forward else rows,),
+            "&kept[i - 1]": (rows,),
         }
 
     return trips
+
+
+# Lines for sums beyond the range, for rows that are not held, and for the last block of a slice to arrive.
+AWAY = (
+    "units[i] < A(1)",
+    "add_other_rows<L>(",
+    "row = rows.row(valid.rest)",
+    "first = valid.rest",
+    "slice.add_blocks(",
+    "of.statistics[c] = empty",
+    "mean[0] = ",
+)
 
 
 def large(direction: str, shape: tuple[int, ...], dtype: str) -> Row:
@@ -314,8 +352,9 @@ def large(direction: str, shape: tuple[int, ...], dtype: str) -> Row:
         vectors=rows_of_thread(shape),
         moved=2 if direction == "forward" else 3,
         trips=of_slice(direction, shape),
-        avoid=("of.statistics[c] = empty", "mean[0] = share * g"),  # by the last block of a slice to arrive
+        avoid=AWAY,
         repeated="turn < turns.count + lag",
+        summed="squares[i] = fma(" if direction == "forward" else "g_centred[i] = fma(",
     )
 
 

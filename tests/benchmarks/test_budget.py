@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from benchmarks.counts import budget
 from benchmarks.counts.devices import H100, H200
 from benchmarks.report import budget as report
-from tools.compile import nvrtc
+from tools.compile import nvrtc, paths
 
 
 def test_the_issue_budget_is_what_memory_leaves_time_for() -> None:
@@ -27,6 +28,19 @@ def test_the_committed_table_is_of_these_sources(row: budget.Row) -> None:
     (known,) = (one for one in committed["rows"] if (one["op"], tuple(one["shape"])) == (row.op, row.shape))
     found = json.loads(json.dumps(budget.figures(row)))
     assert found == known, "if this is meant: python -m benchmarks.counts.budget, then python -m benchmarks.report"
+
+
+@pytest.mark.usefixtures("nvrtc")
+def test_a_path_with_too_few_turns_of_a_loop_is_refused() -> None:
+    row = next(row for row in budget.ROWS if row.summed)
+    stem, kernel, launch = budget.launched(row)
+    machine, vectors = paths.machine(stem, kernel, launch.constants), row.vectors(launch)
+    budget.check_turns(row, machine, launch, vectors)
+    for text, what in {"i < last; ++i, ": "sums", "&kept[i - 1]": "stores", "i < count; ++i, to": "copies"}.items():
+        few = (0,) * len(row.trips(launch)[text])
+        short = dataclasses.replace(row, trips=lambda launch, text=text, few=few: row.trips(launch) | {text: few})
+        with pytest.raises(ValueError, match=f"{what} of {vectors} vectors"):
+            budget.check_turns(short, machine, launch, vectors)
 
 
 def test_a_measured_time_stands_beside_the_predicted_one() -> None:

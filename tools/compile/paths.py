@@ -12,9 +12,11 @@ misses of the instruction cache are left out, so this bounds the time of a warp 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
+from math import ceil
 from typing import NamedTuple
 
 from bnkernels.runtime import source
@@ -71,9 +73,12 @@ class Instruction(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A block of a path, or the steps of a loop's body, so many times."""
+    """A block of a path, or the steps of a loop's body, so many times.
 
-    times: int
+    An unrolled loop has other code for the turns left over. Of a path through both, the loop may take a part of a turn.
+    """
+
+    times: int | Fraction
     block: int = -1
     body: tuple[Step, ...] = ()
 
@@ -169,12 +174,12 @@ class Machine:
                 found.append(Loop(header, blocks, self.lines(self.code[self.blocks[max(closing)][-1]])[0]))
         return sorted(found)
 
-    def path(self, trips: Mapping[str, Sequence[int]], avoid: Sequence[str] = ()) -> tuple[Step, ...]:
+    def path(self, trips: Mapping[str, Sequence[int | Fraction]], avoid: Sequence[str] = ()) -> tuple[Step, ...]:
         """Return the longest path.
 
         Parameters
         ----------
-        trips : mapping of str to sequence of int
+        trips : mapping of str to sequence of int or Fraction
             Numbers of turns of loops, in the order of the code, by a text in the source line that closes them: the
             compiler may make several of one loop. All other loops run once.
         avoid : sequence of str
@@ -197,7 +202,7 @@ class Machine:
         within: frozenset[int],
         entry: int,
         is_body: bool,
-        trips: Mapping[str, Sequence[int]],
+        trips: Mapping[str, Sequence[int | Fraction]],
         found: list[str],
     ) -> tuple[Step, ...]:
         """Return the longest way through some blocks, which are a loop's body or all; notes the loops that it meets."""
@@ -225,16 +230,20 @@ class Machine:
 
         return ways(entry)[1]
 
-    def instructions(self, steps: Iterable[Step]) -> int:
-        """Return the number of instructions of a path."""
-        return sum(
-            step.times * (self.instructions(step.body) if step.body else len(self.blocks[step.block])) for step in steps
-        )
+    def instructions(
+        self, steps: Iterable[Step], weight: Callable[[Instruction], int] = lambda one: 1
+    ) -> int | Fraction:
+        """Return the number of instructions of a path, or the sum of what each of them has of something."""
+        found = 0
+        for step in steps:
+            own = () if step.body else self.blocks[step.block]
+            found += step.times * (self.instructions(step.body, weight) + sum(weight(self.code[i]) for i in own))
+        return found
 
     def executed(self, steps: Iterable[Step]) -> Iterator[Instruction]:
-        """Give the instructions of a path, in order."""
+        """Give the instructions of a path, in order, and the whole of the last turn of a loop."""
         for step in steps:
-            for _ in range(step.times):
+            for _ in range(ceil(step.times)):
                 if step.body:
                     yield from self.executed(step.body)
                 else:

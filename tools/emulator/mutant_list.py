@@ -22,7 +22,7 @@ PAIR, FORWARD, BACKWARD = "lib/numbers/pair.cuh", "batch_norm_forward.cu", "batc
 SUMS, WARP = "lib/reduce/sums.cuh", "lib/reduce/warp.cuh"
 HALF, ACTIVATION, ROWS = "lib/numbers/half.cuh", "lib/numbers/activation.cuh", "lib/reduce/rows.cuh"
 PARTS, GRADIENT_SUMS = "lib/reduce/parts.cuh", "lib/reduce/gradient_sums.cuh"
-RSQRT = "lib/numbers/rsqrt.cuh"
+RSQRT, NORMALISATION = "lib/numbers/rsqrt.cuh", "lib/reduce/normalisation.cuh"
 SOFTMAX, UPDATE, MINI_BATCH = "softmax_cross_entropy.cu", "parameter_update.cu", "mini_batch.cu"
 
 MUTANTS = [
@@ -206,6 +206,18 @@ MUTANTS = [
         "fma(rest, rest,",
     ),
     Mutant("pair: the low part of the mean is dropped", PAIR, "return (x - a.high) - a.low;", "return x - a.high;"),
+    Mutant(
+        "normalisation: the low part of the mean is not in the shift",
+        NORMALISATION,
+        "fma(-scale, mean.low, shift)",
+        "shift",
+    ),
+    Mutant(
+        "normalisation: xhat without the low part of the mean",
+        NORMALISATION,
+        "rest = -this->mean.low * rstd",
+        "rest = A(0)",
+    ),
     Mutant("activation: relu turns NaN into 0", ACTIVATION, "return z <= A(0) ? (alpha", "return !(z > A(0)) ? (alpha"),
     Mutant("activation: the slope of leaky_relu is ignored", ACTIVATION, "alpha * value) : value", "A(0)) : value"),
     Mutant(
@@ -286,7 +298,7 @@ MUTANTS = [
     Mutant(
         "backward: dgamma is not normalised",
         BACKWARD,
-        "x[i] = centred * channel.rstd;",
+        "x[i] = channel.xhat(centred);",
         "x[i] = centred;",
     ),
     Mutant(

@@ -264,8 +264,9 @@ MUTANTS = [
     Mutant(
         "linear: the variance is out of range and the mean is not left out",
         FORWARD,
-        "affine.mean = centre_of(row_statistics.mean, row_statistics.rstd);\n    affine.scale *=",
-        "affine.mean = row_statistics.mean;\n    affine.scale *=",
+        "return with_statistics(affine, row_statistics.mean, row_statistics.rstd);",
+        "auto map = with_statistics(affine, row_statistics.mean, row_statistics.rstd); map.mean = row_statistics.mean; "
+        "return map;",
         select="without_a_variance_in_range",
     ),
     Mutant(
@@ -326,8 +327,8 @@ MUTANTS = [
     Mutant(
         "linear layer norm: gamma of another neuron",
         FORWARD,
-        "load_affine(a, m);\n            affine",
-        "load_affine(a, c);\n            affine",
+        "with_statistics(load_affine(a, m)",
+        "with_statistics(load_affine(a, c)",
         select=OF_LAYER,
     ),
     Mutant(

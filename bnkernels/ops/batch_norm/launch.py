@@ -42,7 +42,7 @@ SMALL = 64 * 1024  # bytes of data up to which one launch of few blocks takes no
 ROOM = 0.95  # share of the shared memory that is used: no launch depends on its last bytes
 EXCHANGE = 6  # vectors that each thread could move while blocks wait for the result of a slice, some 3 us
 QUANTITIES = {"forward": 3, "backward": 2}  # partial results of a channel
-EXTRA = {"forward": 2, "backward": 14}  # other numbers of a channel that a cooperative kernel keeps in shared memory
+EXTRA = {"forward": 2, "backward": 15}  # other numbers of a channel that a cooperative kernel keeps in shared memory
 OF_GROUPS = {"forward": 0, "backward": 4}  # and more of them for the sums over groups
 PLANES = {"forward": 1, "backward": 2}  # arrays that a cooperative kernel keeps in shared memory
 

@@ -30,6 +30,17 @@ struct Layout {
     static constexpr int THREAD_CHANNELS = CHANNELS_LAST ? COUNT : 1;  // channels of a thread
     using RowVector = Words<COUNT*(int)sizeof(T)>;
     using Kept = ThreadPlaces<RowVector>;
+
+    // Threads that share a row of all channels of a slice, and which of them this is.
+    static __device__ __forceinline__ int threads() { return CHANNELS_LAST ? blockDim.x : 1; }
+    static __device__ __forceinline__ int thread() { return CHANNELS_LAST ? threadIdx.x : 0; }
+    // Channels of a slice, and the thread's first among them.
+    static __device__ __forceinline__ int width() { return threads() * THREAD_CHANNELS; }
+    static __device__ __forceinline__ int own() { return thread() * THREAD_CHANNELS; }
+
+    static __device__ __forceinline__ Kept places(void* shared) {
+        return {static_cast<RowVector*>(shared) + threadIdx.y * threads() + thread(), threads() * (int)blockDim.y};
+    }
 };
 
 // The turns of a column: all groups of a slice, in ascending order, then those of its next slice. Where there are more
@@ -138,10 +149,11 @@ struct ThreadRows {
     __device__ __forceinline__ void advance(Row& row) const {
         row.outer += step.outer;
         if (CHANNELS_LAST) return;
-        row.index += step.index;
-        if (row.index >= inner) {
-            row.index -= inner;
-            ++row.outer;
+        ++row.outer;
+        row.index += step.index - inner;
+        if (row.index < 0) {
+            row.index += inner;
+            --row.outer;
         }
     }
     __device__ __forceinline__ void retreat(Row& row) const {
@@ -157,7 +169,8 @@ struct ThreadRows {
     // The place of a row in an array that begins at the slice's first channel; the inner stride is 1.
     template <typename Element>
     __device__ __forceinline__ Element* at(Element* channel, long long outer_stride, const Row& row) const {
-        const unsigned stride = (unsigned)outer_stride * (unsigned)sizeof(Element);
+        unsigned stride = (unsigned)outer_stride * (unsigned)sizeof(Element);
+        asm volatile("" : "+r"(stride));  // else the compiler widens it before the loop, and multiplies 64 bits
         const unsigned long long offset = (unsigned long long)(unsigned)row.outer * stride;
         const unsigned index = CHANNELS_LAST ? 0u : (unsigned)row.index;
         return reinterpret_cast<Element*>((unsigned long long)channel + offset +
@@ -189,7 +202,7 @@ struct ThreadRows {
 
 // Asks for the thread's first rows of one array or two, without waiting, into its places in shared memory: those of the
 // second array lie `apart` behind those of the first.
-template <typename L>
+template <typename L, int ARRAYS = 1>
 __device__ __forceinline__ void copy_rows(const ThreadRows<L>& rows, const typename L::Kept& kept, int count,
                                           const typename L::T* channel, long long outer_stride,
                                           const typename L::T* second = nullptr, long long second_stride = 0,
@@ -200,12 +213,12 @@ __device__ __forceinline__ void copy_rows(const ThreadRows<L>& rows, const typen
 #pragma unroll 4
     for (int i = 0; i < count; ++i, to += kept.threads, rows.advance(row)) {
         copy_async<BYTES>(to, rows.at(channel, outer_stride, row));
-        if (second) copy_async<BYTES>(to + apart * kept.threads, rows.at(second, second_stride, row));
+        if (ARRAYS == 2) copy_async<BYTES>(to + apart * kept.threads, rows.at(second, second_stride, row));
     }
 }
 
 // The same for the rows that a mask leaves, whose places are side by side too: at most `most` of them.
-template <typename L>
+template <typename L, int ARRAYS = 1>
 __device__ __forceinline__ Valid copy_valid_rows(const ThreadRows<L>& rows, const typename L::Kept& kept, int most,
                                                  const Mask& mask, const typename L::T* channel, long long outer_stride,
                                                  const typename L::T* second = nullptr, long long second_stride = 0,
@@ -224,7 +237,7 @@ __device__ __forceinline__ Valid copy_valid_rows(const ThreadRows<L>& rows, cons
             if ((bits >> i & 1u) == 0 || held == most) continue;
             auto* const to = &kept[held];
             copy_async<BYTES>(to, rows.at(channel, outer_stride, row));
-            if (second) copy_async<BYTES>(to + apart * kept.threads, rows.at(second, second_stride, row));
+            if (ARRAYS == 2) copy_async<BYTES>(to + apart * kept.threads, rows.at(second, second_stride, row));
             if (++held == most) valid.rest = first + i + 1;
         }
     }
@@ -268,8 +281,9 @@ struct LongSums {
 // apart. add_blocks(to, to_pitch, partials, pitch, first, last) sums what the blocks first ... last - 1 have written,
 // each Partial::QUANTITIES `pitch` behind the one before. conclude(channel, merged, pitch) gets the sums over all
 // blocks, or of_block's numbers if there is one block.
-template <typename A>
+template <typename L>
 struct SliceReduction {
+    using A = typename L::A;
     static constexpr int SUMMING = 32;  // threads, at most, that sum the results of the blocks, for each channel
 
     // The first of four words; the second says whether the block was the last to arrive, the last two count rows that
@@ -278,22 +292,20 @@ struct SliceReduction {
     A* extra;  // numbers of the kernel's own
     A* slots;  // [2][worker][channel of the slice]
     int width, plane;
-    int channel, part,
-        thread_channels;  // in the reduction a thread has one channel of the slice, of which it is a part
+    int channel, part;  // in the reduction a thread has one channel of the slice, of which it is a part
 
-    // `thread_channels` of a thread, and `extra_numbers` for each channel.
-    __device__ __forceinline__ SliceReduction(A* shared, int thread_channels, int extra_numbers)
+    // `extra_numbers` for each channel.
+    __device__ __forceinline__ SliceReduction(A* shared, int extra_numbers)
         : flag(reinterpret_cast<unsigned*>(shared)),
           extra(shared + 16 / sizeof(A)),
-          slots(extra + (extra_numbers * blockDim.x * thread_channels + 3) / 4 * 4),
-          width(blockDim.x * thread_channels),
+          slots(extra + (extra_numbers * L::width() + 3) / 4 * 4),
+          width(L::width()),
           plane(width * blockDim.y),
-          channel(threadIdx.y % thread_channels * blockDim.x + threadIdx.x),
-          part(threadIdx.y / thread_channels),
-          thread_channels(thread_channels) {}
+          channel(threadIdx.y % L::THREAD_CHANNELS * L::threads() + L::thread()),
+          part(threadIdx.y / L::THREAD_CHANNELS) {}
 
     // Threads that share a channel in the reduction.
-    __device__ __forceinline__ int parts() const { return blockDim.y / thread_channels; }
+    __device__ __forceinline__ int parts() const { return blockDim.y / L::THREAD_CHANNELS; }
 
     // Shared memory behind the slots.
     __device__ __forceinline__ A* end() const { return slots + 2 * plane; }
@@ -306,13 +318,13 @@ struct SliceReduction {
 
     // Counts those of the block, of a worker `own`; between barriers. Nobody needs those of the turn before any more.
     __device__ __forceinline__ void count_valid(bool odd, int own) const {
-        if (threadIdx.x == 0) atomicAdd(valid(odd), (unsigned)own);
-        if (threadIdx.x == 0 && threadIdx.y == 0) *valid(!odd) = 0;
+        if (L::thread() == 0) atomicAdd(valid(odd), (unsigned)own);
+        if (L::thread() == 0 && threadIdx.y == 0) *valid(!odd) = 0;
     }
 
     // Where the blocks of the column leave their numbers of such rows, in `counts` [2][column][split].
     __device__ __forceinline__ static unsigned* of_column(unsigned* counts, bool odd) {
-        return counts + (long long)((odd ? gridDim.x : 0) + blockIdx.x) * gridDim.y;
+        return counts + ((odd ? gridDim.x : 0) + blockIdx.x) * gridDim.y;
     }
 
     // Leaves that of the block, and adds what other blocks of some have left; integers, so that any order will do.
@@ -365,7 +377,6 @@ struct SliceReduction {
     }
 
     // Sums two numbers of every worker into slot 0. A few hundred numbers of 16 bits each lose next to nothing.
-    template <typename L>
     __device__ __forceinline__ void sum_block() const {
         if constexpr (L::CHANNELS_LAST)
             sum<2, (L::COUNT < 8)>(blockDim.y, plane);
@@ -388,11 +399,11 @@ struct SliceReduction {
         __syncthreads();
     }
 
-    // Where the blocks of the column leave their results: `partial` is [2][column][split][quantity][channel], used
+    // Where the blocks of the column leave their results, in the workspace of 1 MiB: `partial` is [2][column][split][quantity][channel], used
     // alternately, as the two counters of a barrier are: with two stages a block may be a slice ahead of another.
     template <typename Partial>
     __device__ __forceinline__ A* partials(A* partial, bool odd) const {
-        return partial + (long long)((odd ? gridDim.x : 0) + blockIdx.x) * gridDim.y * Partial::QUANTITIES * width;
+        return partial + ((odd ? gridDim.x : 0) + blockIdx.x) * gridDim.y * Partial::QUANTITIES * width;
     }
 
     // Merges over the splits: the last block of the column to come here does it. Returns the token that `wait` takes.

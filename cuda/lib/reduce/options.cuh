@@ -110,8 +110,10 @@ struct Channel : Normalisation<A> {
         if (a.stage == FROZEN) this->rstd = reciprocal_sqrt(this->rstd + a.eps);
         this->scale = gamma * this->rstd;
         this->mean = centre_of(this->mean, this->rstd);
-        if (a.statistic_rows < RENORMALISED) return;
-        this->scale *= r;
-        this->shift = fma(gamma, d, this->shift);
+        if (a.statistic_rows == RENORMALISED) {
+            this->scale *= r;
+            this->shift = fma(gamma, d, this->shift);
+        }
+        if (a.stage != FROZEN) this->fold_low();  // a running mean has no low part
     }
 };
