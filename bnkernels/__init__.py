@@ -19,6 +19,7 @@ from bnkernels.ops.fused_training.op import fused_training
 from bnkernels.ops.layer_norm.op import layer_norm_backward, layer_norm_forward
 from bnkernels.ops.linear_batch_norm.op import linear_batch_norm_backward, linear_batch_norm_forward
 from bnkernels.ops.linear_softmax_cross_entropy.op import linear_softmax_cross_entropy
+from bnkernels.ops.lstm.op import lstm_backward, lstm_forward
 from bnkernels.ops.mini_batch.op import mini_batch, random_rows
 from bnkernels.ops.parameter_update.op import (
     adam_update,
@@ -56,6 +57,8 @@ __all__ = [
     "linear_batch_norm_backward",
     "linear_batch_norm_forward",
     "linear_softmax_cross_entropy",
+    "lstm_backward",
+    "lstm_forward",
     "mini_batch",
     "momentum_update",
     "nn",
