@@ -10,6 +10,7 @@ from bnkernels.nn.layer import Layer
 from bnkernels.nn.layer_norm import LayerNorm
 from bnkernels.nn.linear import Linear
 from bnkernels.nn.linear_batch_norm import LinearBatchNorm
+from bnkernels.nn.lstm import LSTM, BatchNormLSTM, LayerNormLSTM
 from bnkernels.nn.mlp import MLP
 from bnkernels.nn.optimizers import SGD, Adam, Momentum
 from bnkernels.nn.statistics import Statistics
@@ -18,16 +19,19 @@ __all__ = [
     "CONVENTIONS",
     "ELU",
     "GELU",
+    "LSTM",
     "MLP",
     "SGD",
     "Activation",
     "Adam",
     "BatchNorm",
+    "BatchNormLSTM",
     "Convention",
     "Flatten",
     "Identity",
     "Layer",
     "LayerNorm",
+    "LayerNormLSTM",
     "LeakyReLU",
     "Linear",
     "LinearBatchNorm",
