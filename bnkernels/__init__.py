@@ -21,13 +21,8 @@ from bnkernels.ops.linear_batch_norm.op import linear_batch_norm_backward, linea
 from bnkernels.ops.linear_softmax_cross_entropy.op import linear_softmax_cross_entropy
 from bnkernels.ops.lstm.op import lstm_backward, lstm_forward
 from bnkernels.ops.mini_batch.op import mini_batch, random_rows
-from bnkernels.ops.parameter_update.op import (
-    adam_update,
-    momentum_update,
-    scheduled_update,
-    sgd_update,
-    update_schedule,
-)
+from bnkernels.ops.parameter_update.op import adam_update, momentum_update, rmsprop_update, sgd_update
+from bnkernels.ops.parameter_update.schedule import scheduled_update, update_schedule
 from bnkernels.ops.softmax_cross_entropy.op import softmax_cross_entropy
 from bnkernels.runtime.cpu.threads import get_num_threads, set_num_threads
 
@@ -63,6 +58,7 @@ __all__ = [
     "momentum_update",
     "nn",
     "random_rows",
+    "rmsprop_update",
     "scheduled_update",
     "set_num_threads",
     "sgd_update",

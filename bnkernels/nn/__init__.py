@@ -12,7 +12,7 @@ from bnkernels.nn.linear import Linear
 from bnkernels.nn.linear_batch_norm import LinearBatchNorm
 from bnkernels.nn.lstm import LSTM, BatchNormLSTM, LayerNormLSTM
 from bnkernels.nn.mlp import MLP
-from bnkernels.nn.optimizers import SGD, Adam, Momentum
+from bnkernels.nn.optimizers import SGD, Adam, Momentum, RMSProp, clip_gradients
 from bnkernels.nn.statistics import Statistics
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "Linear",
     "LinearBatchNorm",
     "Momentum",
+    "RMSProp",
     "ReLU",
     "Residual",
     "Sequential",
@@ -44,6 +45,7 @@ __all__ = [
     "Statistics",
     "Tanh",
     "batch_norm_like",
+    "clip_gradients",
     "from_torch",
     "load",
     "save",
