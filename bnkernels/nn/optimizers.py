@@ -219,7 +219,7 @@ def make_optimizer(name: str, model: MLP | Layer, lr: float) -> Optimizer:
     return OPTIMIZERS[name](model, lr=lr)
 
 
-@np.errstate(all="ignore")  # what overflows shows in the norm
+@np.errstate(all="ignore")  # an overflow shows in the norm
 def clip_gradients(model: MLP | Layer, most: float) -> Any:
     """Scale all gradients of a network down, in place, where their norm is larger than `most`.
 
