@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from bnkernels.train.config import LABELS
+from bnkernels.train.run_config import LABELS
 
 # Okabe and Ito's blue and vermilion: distinct in every kind of colour vision; the line styles tell them apart in grey.
 STYLES = {
