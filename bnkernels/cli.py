@@ -1,4 +1,4 @@
-"""The command line: ``bnkernels train``, ``evaluate``, ``predict``, ``reproduce`` and ``info``."""
+"""The command line: ``bnkernels train``, ``train-sequence``, ``evaluate``, ``predict``, ``reproduce`` and ``info``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,12 @@ from bnkernels.train.data import DataError
 from bnkernels.train.documents import to_json
 from bnkernels.train.environment import report
 from bnkernels.train.evaluate import evaluate
-from bnkernels.train.options import add_reproduction_options, add_run_options, add_training_options
+from bnkernels.train.options import (
+    add_reproduction_options,
+    add_run_options,
+    add_sequence_options,
+    add_training_options,
+)
 from bnkernels.train.plots import require_matplotlib
 from bnkernels.train.predict import predict
 from bnkernels.train.reproduce import Experiment, require_folder
@@ -32,6 +37,7 @@ from bnkernels.train.reproduce import run as reproduce
 from bnkernels.train.reproduce import write as write_reproduction
 from bnkernels.train.run_config import CHOICES, LABELS, ConfigError
 from bnkernels.train.runs import default_folder
+from bnkernels.train.sequence import SequenceConfig
 from bnkernels.train.tables import answer, heading, row
 from bnkernels.train.trainer import Trainer, resume, train
 
@@ -113,6 +119,18 @@ def build_parser() -> Parser:
     )
     command.set_defaults(command=run_train, kind=TrainingConfig)
     add_training_options(command)
+    add_run_options(command)
+
+    command = commands.add_parser(
+        "train-sequence",
+        help="train LSTMs on images read as sequences: without a norm, with layer norm, with recurrent batch norm",
+        description="Train an LSTM to classify images that it reads pixel by pixel, or row by row: without a norm, "
+        "with layer norm and with recurrent batch norm, on the same batches. Writes what train writes.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    command.set_defaults(command=run_train, kind=SequenceConfig)
+    add_sequence_options(command)
     add_run_options(command)
 
     evaluates = commands.add_parser("evaluate", help="evaluate a checkpoint on labelled data", allow_abbrev=False)

@@ -1,4 +1,4 @@
-"""Options of the command line that say what is trained, and how: those of ``train`` and ``reproduce``."""
+"""Options of the command line that say what is trained, and how: those of the commands that train."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from bnkernels.train.config import TrainingConfig
 from bnkernels.train.reproduce import SHORTENED, STEPS, Experiment
 from bnkernels.train.run_config import CHOICES, RunConfig
+from bnkernels.train.sequence import SequenceConfig
 
 
 def add_training_options(command: argparse.ArgumentParser) -> None:
@@ -32,6 +33,25 @@ def add_training_options(command: argparse.ArgumentParser) -> None:
     _add_training(group, TrainingConfig)
     text = f"steps op by op, as a graph, or many in one launch; auto is the fastest (default: {default.engine})"
     add(group, "engine", text)
+
+
+def add_sequence_options(command: argparse.ArgumentParser) -> None:
+    """Add the options that are fields of `SequenceConfig`."""
+    default, add = SequenceConfig(), partial(_add, SequenceConfig)
+    group = _add_data(command)
+    add(group, "read", f"steps of a sequence: every pixel, or every row of an image (default: {default.read})")
+    text = "order of the pixels: as they are, a permutation, or drawn with replacement, which leaves out 37 %% of them"
+    add(group, "permute", f"{text} (default: {default.permute})")
+    group = command.add_argument_group("network")
+    add(group, "hidden", f"number of hidden units (default: {default.hidden})", type=int, metavar="N")
+    add(group, "norm", f"networks to train (default: {default.norm})")
+    add(group, "dtype", f"type of data and parameters (default: {default.dtype})")
+    group = command.add_argument_group("training")
+    _add_training(group, SequenceConfig)
+    text = f"largest norm of all gradients together; 0 leaves them as they are (default: {default.clip:g})"
+    add(group, "clip", text, type=float, metavar="NORM")
+    text = f"standard deviation of the noise on the first hidden state in training (default: {default.noise:g})"
+    add(group, "noise", text, type=float, metavar="STD")
 
 
 def _add(kind: type[RunConfig], group: Any, name: str, text: str, **options: Any) -> None:

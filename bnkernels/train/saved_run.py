@@ -14,11 +14,12 @@ import numpy as np
 
 from bnkernels.train.checkpoint import CheckpointError, load_checkpoint
 from bnkernels.train.config import TrainingConfig
-from bnkernels.train.run_config import RunConfig
+from bnkernels.train.run_config import ConfigError, RunConfig
 from bnkernels.train.runs import RunFolder
+from bnkernels.train.sequence import SequenceConfig
 from bnkernels.train.step_time import MOST_ROUNDS
 
-CONFIGS: dict[str, type[RunConfig]] = {config.command: config for config in (TrainingConfig,)}
+CONFIGS: dict[str, type[RunConfig]] = {config.command: config for config in (TrainingConfig, SequenceConfig)}
 LARGEST = 2**53  # the largest integer up to which a float holds all
 MEASURED = ("epoch", "step", "accuracy", "us_per_step")  # numbers of every entry of a history; its loss may be None
 
@@ -228,10 +229,14 @@ def _check_weights(path: Path, config: RunConfig, sizes: list[int], arrays: Mapp
     """Refuse a configuration whose networks are larger than the weights that the file brings."""
     if config.models * len(config.norms) > len(arrays):
         raise _unusable(path, "its arrays are fewer than its models")
+    try:
+        wanted = {norm: list(config.weights(norm, sizes)) for norm in config.norms}
+    except ConfigError as error:
+        raise _unusable(path, str(error)) from error
     models = [""] if config.models == 1 else [f"{number}/" for number in range(config.models)]
-    for norm in config.norms:
+    for norm, weights in wanted.items():
         for model in models:
-            for own, shape in config.weights(norm, sizes):
+            for own, shape in weights:
                 name = f"{norm}/{model}model/{own}"
                 if name not in arrays or arrays[name].shape != shape:
                     raise _unusable(path, f"the array {name} is missing or not of the shape {shape}")

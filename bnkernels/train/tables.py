@@ -78,7 +78,8 @@ def answer(result: TrainingResult) -> str:
         "",
     ]
     if result.step_time_ratio is not None:
-        lines.append(str(result.step_time_ratio))
+        ratio = result.step_time_ratio
+        lines.append(str(ratio) if result.config.command == "train" else ratio.sentence)
     for norm, network in networks.items():
         if network["training_loss"] is None:
             lines.append(f"The loss {LABELS[norm]} is not finite: take a smaller --lr.")
