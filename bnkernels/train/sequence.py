@@ -13,6 +13,8 @@ from bnkernels.nn.containers import Sequential
 from bnkernels.nn.linear import Linear
 from bnkernels.nn.lstm import LSTM, BatchNormLSTM, LayerNormLSTM
 from bnkernels.nn.optimizers import Optimizer, clip_gradients
+from bnkernels.runtime.arguments import empty
+from bnkernels.runtime.registry import runtime_of
 from bnkernels.train.engines import LayersEngine
 from bnkernels.train.run_config import CHOICES, EVALUATION_ROWS, ConfigError, RunConfig, number, whole_number
 
@@ -207,9 +209,11 @@ class SequenceClassifier(Sequential):
             Logits.
         """
         x = x if self._order is None else x[:, self._order]
-        x = self.xp.ascontiguousarray(x.reshape(len(x), self.steps, -1).transpose(1, 0, 2))  # time first
+        rows = x.reshape(len(x), self.steps, -1)
+        sequences = empty(runtime_of(type(x)), (self.steps, len(x), rows.shape[2]), x)  # time first
+        sequences[...] = rows.swapaxes(0, 1)
         lstm, linear = self.layers
-        return linear.forward(lstm.forward(x, training=training, state=state), training=training)
+        return linear.forward(lstm.forward(sequences, training=training, state=state), training=training)
 
     def state(self) -> dict[str, np.ndarray]:
         """Return copies of all arrays on the host, by name."""
@@ -231,8 +235,9 @@ class SequenceEngine(LayersEngine):
             return model.forward(x, training=True)
         rng = np.random.default_rng((self.config.seed, NOISE_DRAW, step))
         noise = rng.normal(0, self.config.noise, (1, len(x), model.sizes[1])).astype(model.dtype)
-        h0 = model.xp.asarray(noise)
-        return model.forward(x, training=True, state=(h0, model.xp.zeros_like(h0)))
+        h0, c0 = (empty(runtime_of(type(x)), noise.shape, x) for _ in range(2))
+        h0[...], c0[...] = model.xp.asarray(noise), 0
+        return model.forward(x, training=True, state=(h0, c0))
 
     def update(self, model: SequenceClassifier, optimizer: Optimizer) -> None:
         """Clip the gradients, and update the parameters from them."""

@@ -20,6 +20,7 @@ from bnkernels.train.run_config import ConfigError, require_memory
 from bnkernels.train.saved_run import load_run
 from bnkernels.train.sequence import SequenceConfig
 from bnkernels.train.trainer import Trainer
+from tools.backends import Backend
 
 NORMS = ["batch", "layer", "none"]
 
@@ -117,6 +118,21 @@ def test_noise_is_on_the_first_state_in_training_only() -> None:
     for learner in (quiet, noisy, same):
         learner.train(x, y, 0, 1, lambda: False)
     assert bits(noisy) == bits(same) != bits(quiet)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_every_device_makes_the_same_step(backend: Backend, norm: str) -> None:
+    data, options = images(), config(read="rows", permute="replacement", dtype="float64", clip=0.01, optimizer="adam")
+    on, host = (Learner(norm, options, (9, 6, 3), xp) for xp in (backend.xp, np))
+    x, y = data.x_train.astype("float64"), data.y_train
+    try:
+        on.train(backend.asarray(x), backend.asarray(y), 0, 2, lambda: False)
+    except NotImplementedError as error:
+        pytest.skip(str(error))
+    host.train(x, y, 0, 2, lambda: False)
+    for name, array in on.arrays().items():
+        np.testing.assert_allclose(array, host.arrays()[name], rtol=1e-6, atol=1e-9, err_msg=name)
+    np.testing.assert_allclose(on.evaluate(backend.asarray(x), backend.asarray(y)), host.evaluate(x, y), rtol=1e-6)
 
 
 @pytest.mark.parametrize("clip", [0.0, 1e-3])
