@@ -86,11 +86,13 @@ def test_a_layer_norm_alone_is_the_reference(name: str, direction: str) -> None:
         assert error_of(case, map(HostClock().to_float64, call()), exact) < 1e-6
 
 
-@pytest.mark.parametrize("provider", UPDATES["rmsprop"].providers[::2], ids=lambda p: p.name)
+@pytest.mark.parametrize("provider", UPDATES["adam"].providers[::2], ids=lambda p: p.name)
 @pytest.mark.parametrize("rule", UPDATES)
 def test_every_call_is_the_next_step(rule: str, provider: Provider) -> None:
     """Only the first call is checked in a run, but what is timed are those after it."""
     op = UPDATES[rule]
+    if rule == "rmsprop" and provider.name == "PyTorch eager, fused":
+        pytest.skip("PyTorch has no such kernel")
     case = small(op, "float64")
     call = prepared(op, next(p for p in op.providers if (p.name, p.place) == (provider.name, "cpu")), case)
     expected = bench_parameter_update.formulas(case, arrays_of(op, case), rule)
