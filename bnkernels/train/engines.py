@@ -15,6 +15,7 @@ from bnkernels.nn.optimizers import Optimizer
 from bnkernels.ops.fused_training.launch import Problem, choose, why_not
 from bnkernels.ops.fused_training.op import fused_training
 from bnkernels.ops.softmax_cross_entropy.op import softmax_cross_entropy
+from bnkernels.runtime.arguments import empty
 from bnkernels.runtime.cpu import why_reference
 from bnkernels.runtime.cpu.threads import WORTH_SHARING
 from bnkernels.runtime.registry import runtime_of
@@ -108,11 +109,7 @@ class LayersEngine(Engine):
         """Return None: every model can be trained so."""
         return None
 
-    @cached_property
-    def _out(self) -> tuple[Any, Any]:
-        """Losses of a mini-batch and the gradient of its logits; only training needs them."""
-        model, batch = self.trained[0][0], self.config.batch_size
-        return model.xp.empty(batch, model.dtype), model.xp.empty((batch, model.sizes[-1]), model.dtype)
+    _out: tuple[Any, Any] | None = None  # losses of a mini-batch and the gradient of its logits
 
     def run(self, x: Any, y: Any, start: int, steps: int) -> None:
         """Make the steps, model by model."""
@@ -122,6 +119,9 @@ class LayersEngine(Engine):
                 logits, labels = self.forward(model, x[row : row + batch], optimizer.steps), y[row : row + batch]
                 if model.xp is np:
                     labels = labels.copy()  # at an address that comes again, so that the call is replayed
+                if self._out is None:
+                    runtime = runtime_of(type(logits))
+                    self._out = empty(runtime, logits.shape[:1], logits), empty(runtime, logits.shape, logits)
                 _, dlogits = softmax_cross_entropy(logits, labels, out=self._out)
                 model.backward(dlogits)
                 self.update(model, optimizer)

@@ -32,7 +32,7 @@ class SequenceConfig(RunConfig):
     Attributes
     ----------
     dataset, data, batch_size, norm, lr, epochs, steps, seed, models, dtype, device
-        Options of every run, see `RunConfig`; all three networks, and 40 epochs where no length is given.
+        Options of every run, see `RunConfig`; all three networks, and 100 epochs where no length is given.
     optimizer : {"rmsprop", "adam"}
         Rule that turns gradients into steps.
     read : {"pixels", "rows"}
@@ -61,7 +61,7 @@ class SequenceConfig(RunConfig):
         "permute": PERMUTATIONS,
     }
     rates: ClassVar[dict[str, float]] = RATES
-    default_epochs: ClassVar[int] = 40
+    default_epochs: ClassVar[int] = 100
 
     norm: str = "all"
     optimizer: str = "rmsprop"
