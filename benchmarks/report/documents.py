@@ -124,8 +124,8 @@ def pages(results: Path = RESULTS, baseline: Path = BASELINE) -> dict[str, Page]
         ),
         "sequence.md": Page(
             "LSTMs with a norm and without",
-            "What is trained: [recurrent batch norm](../recurrent_batch_norm.md). Steps are those of the first evaluation, one an "
-            "epoch, at or above a test accuracy: median over the seeds, lowest and highest.",
+            "What is trained: [recurrent batch norm](../recurrent_batch_norm.md). Steps are those of the first "
+            "evaluation, one an epoch, at or above a test accuracy: median over the seeds, lowest and highest.",
             sequence.tables(lstms, "../../benchmarks/results"),
         ),
         "ops.md": Page(

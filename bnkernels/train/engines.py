@@ -94,6 +94,9 @@ class Engine(ABC):
     def warm_up(self, x: Any, y: Any) -> None:  # noqa: B027  most engines compile what they call op by op
         """Compile, or load what is compiled, before steps are timed; no model changes."""
 
+    def before_evaluation(self, x: Any) -> None:  # noqa: B027  most models are ready
+        """Prepare the models for an evaluation, with the examples of an epoch in the order of the mini-batches."""
+
     @abstractmethod
     def run(self, x: Any, y: Any, start: int, steps: int) -> None:
         """Make `steps` steps of every model, beginning with mini-batch `start` of `x` and `y`."""

@@ -239,6 +239,21 @@ class SequenceEngine(LayersEngine):
         h0[...], c0[...] = model.xp.asarray(noise), 0
         return model.forward(x, training=True, state=(h0, c0))
 
+    def before_evaluation(self, x: Any) -> None:
+        """Estimate population statistics anew, as means over all mini-batches at the weights of now.
+
+        Exponential means over training are of other weights, and the steps of a sequence add up the difference.
+        """
+        batch = self.config.batch_size
+        for model, optimizer in self.trained:
+            lstm = model.layers[0]
+            if not isinstance(lstm, BatchNormLSTM):
+                continue
+            momentum, lstm.momentum, lstm.batches = lstm.momentum, None, 0
+            for step in range(len(x) // batch):
+                self.forward(model, x[step * batch : (step + 1) * batch], step)
+            lstm.momentum, lstm.batches = momentum, optimizer.steps
+
     def update(self, model: SequenceClassifier, optimizer: Optimizer) -> None:
         """Clip the gradients, and update the parameters from them."""
         if self.config.clip:

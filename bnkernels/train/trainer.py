@@ -102,6 +102,7 @@ class Trainer:
             for norm, learner in behind.items():
                 if learner.step == last:
                     entry = {"epoch": last / self.steps_per_epoch, "step": last}
+                    learner.engine.before_evaluation(x)
                     found = learner.assess(self._train, self._test)
                     learner.history.append(entry | found | {"us_per_step": statistics.median(times[norm])})
         if any(learner.step < last for learner in self.learners.values()):
