@@ -19,14 +19,10 @@ from bnkernels.ops.fused_training.op import fused_training
 from bnkernels.ops.layer_norm.op import layer_norm_backward, layer_norm_forward
 from bnkernels.ops.linear_batch_norm.op import linear_batch_norm_backward, linear_batch_norm_forward
 from bnkernels.ops.linear_softmax_cross_entropy.op import linear_softmax_cross_entropy
+from bnkernels.ops.lstm.op import lstm_backward, lstm_forward
 from bnkernels.ops.mini_batch.op import mini_batch, random_rows
-from bnkernels.ops.parameter_update.op import (
-    adam_update,
-    momentum_update,
-    scheduled_update,
-    sgd_update,
-    update_schedule,
-)
+from bnkernels.ops.parameter_update.op import adam_update, momentum_update, rmsprop_update, sgd_update
+from bnkernels.ops.parameter_update.schedule import scheduled_update, update_schedule
 from bnkernels.ops.softmax_cross_entropy.op import softmax_cross_entropy
 from bnkernels.runtime.cpu.threads import get_num_threads, set_num_threads
 
@@ -56,10 +52,13 @@ __all__ = [
     "linear_batch_norm_backward",
     "linear_batch_norm_forward",
     "linear_softmax_cross_entropy",
+    "lstm_backward",
+    "lstm_forward",
     "mini_batch",
     "momentum_update",
     "nn",
     "random_rows",
+    "rmsprop_update",
     "scheduled_update",
     "set_num_threads",
     "sgd_update",

@@ -1,4 +1,4 @@
-"""The command line: ``bnkernels train``, ``evaluate``, ``predict``, ``reproduce`` and ``info``."""
+"""The command line: ``bnkernels train``, ``train-sequence``, ``evaluate``, ``predict``, ``reproduce`` and ``info``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from functools import partial
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 
@@ -19,17 +19,25 @@ from bnkernels import _process
 from bnkernels.runtime import cpu
 from bnkernels.runtime.registry import DeviceError
 from bnkernels.train.checkpoint import CheckpointError
-from bnkernels.train.config import CHOICES, DEFAULT_EPOCHS, DEFAULT_LEARNING_RATES, LABELS, ConfigError, TrainingConfig
+from bnkernels.train.config import TrainingConfig
 from bnkernels.train.data import DataError
 from bnkernels.train.documents import to_json
 from bnkernels.train.environment import report
 from bnkernels.train.evaluate import evaluate
+from bnkernels.train.options import (
+    add_reproduction_options,
+    add_run_options,
+    add_sequence_options,
+    add_training_options,
+)
 from bnkernels.train.plots import require_matplotlib
 from bnkernels.train.predict import predict
-from bnkernels.train.reproduce import SHORTENED, STEPS, Experiment, require_folder
+from bnkernels.train.reproduce import Experiment, require_folder
 from bnkernels.train.reproduce import run as reproduce
 from bnkernels.train.reproduce import write as write_reproduction
+from bnkernels.train.run_config import CHOICES, LABELS, ConfigError
 from bnkernels.train.runs import default_folder
+from bnkernels.train.sequence import SequenceConfig
 from bnkernels.train.tables import answer, heading, row
 from bnkernels.train.trainer import Trainer, resume, train
 
@@ -109,9 +117,21 @@ def build_parser() -> Parser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    command.set_defaults(command=run_train)
-    _add_training_options(command)
-    _add_run_options(command)
+    command.set_defaults(command=run_train, kind=TrainingConfig)
+    add_training_options(command)
+    add_run_options(command)
+
+    command = commands.add_parser(
+        "train-sequence",
+        help="train LSTMs on images read as sequences: without a norm, with layer norm, with recurrent batch norm",
+        description="Train an LSTM to classify images that it reads pixel by pixel, or row by row: without a norm, "
+        "with layer norm and with recurrent batch norm, on the same batches. Writes what train writes.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    command.set_defaults(command=run_train, kind=SequenceConfig)
+    add_sequence_options(command)
+    add_run_options(command)
 
     evaluates = commands.add_parser("evaluate", help="evaluate a checkpoint on labelled data", allow_abbrev=False)
     evaluates.set_defaults(command=run_evaluate)
@@ -137,104 +157,18 @@ def build_parser() -> Parser:
         allow_abbrev=False,
     )
     command.set_defaults(command=run_reproduce)
-    _add_reproduction_options(command)
+    add_reproduction_options(command)
 
     command = commands.add_parser("info", help="print the environment, for bug reports", allow_abbrev=False)
     command.set_defaults(command=run_info)
     return parser
 
 
-def _add_training_options(command: Parser) -> None:
-    """Add the options that are fields of `TrainingConfig`."""
-    default = TrainingConfig()
-
-    def add(group: Any, name: str, text: str, **options: Any) -> None:
-        if name in CHOICES:
-            options["choices"] = CHOICES[name]
-        group.add_argument(f"--{name.replace('_', '-')}", help=text, **options)
-
-    group = command.add_argument_group("data")
-    add(group, "dataset", f"data set to train on (default: {default.dataset})")
-    add(
-        group,
-        "data",
-        "the folder of MNIST's IDX files, gzipped or not, or an .npz with x and y; x_test and y_test if it has them",
-        metavar="PATH",
-    )
-    group = command.add_argument_group("network")
-    add(
-        group,
-        "hidden",
-        "width of a hidden layer; repeat it or give several (default: 20)",
-        type=_widths,
-        action="extend",
-        metavar="N[,N...]",
-    )
-    add(group, "norm", f"networks to train (default: {default.norm})")
-    add(group, "activation", f"activation of the hidden layers (default: {default.activation})")
-    add(group, "dtype", f"type of data and parameters (default: {default.dtype})")
-    group = command.add_argument_group("training")
-    add(group, "batch_size", f"examples per step (default: {default.batch_size})", type=int, metavar="N")
-    add(group, "optimizer", f"rule that turns gradients into steps (default: {default.optimizer})")
-    rates = ", ".join(f"{rate:g} for {name}" for name, rate in DEFAULT_LEARNING_RATES.items())
-    add(group, "lr", f"learning rate, the same for both networks (default: {rates})", type=float, metavar="RATE")
-    length = group.add_mutually_exclusive_group()
-    add(length, "epochs", f"passes over the training set (default: {DEFAULT_EPOCHS})", type=int, metavar="N")
-    add(length, "steps", "steps, instead of epochs", type=int, metavar="N")
-    add(group, "seed", f"seed of weights and order of the examples (default: {default.seed})", type=int, metavar="N")
-    add(group, "models", "models of each network, with other weights; reports mean and spread", type=int, metavar="N")
-    add(group, "device", f"where to train; auto is a GPU where there is one (default: {default.device})")
-    add(
-        group,
-        "engine",
-        f"steps op by op, as a graph, or many in one launch; auto is the fastest (default: {default.engine})",
-    )
-
-
-def _add_reproduction_options(command: Parser) -> None:
-    """Add the options of `Experiment`."""
-    default = Experiment()
-    command.add_argument("experiment", choices=("ioffe2015",), help="which experiment")
-    command.add_argument("--mnist", metavar="DIR", help="MNIST's IDX files, gzipped or not (default: the digits)")
-    command.add_argument(
-        "--steps", type=int, metavar="N", help=f"number of steps (default: {STEPS} on a GPU, {SHORTENED} on a CPU)"
-    )
-    command.add_argument("--lr", type=float, metavar="RATE", help=f"learning rate (default: {default.lr})")
-    command.add_argument("--seed", type=int, metavar="N", help=f"seed of weights and batches (default: {default.seed})")
-    command.add_argument("--device", choices=CHOICES["device"], help=f"where to train (default: {default.device})")
-    command.add_argument(
-        "--engine", choices=CHOICES["engine"], help=f"engine, as for train (default: {default.engine})"
-    )
-    command.add_argument("--out", metavar="DIR", help="folder of document and pictures (default: runs/ioffe2015-...)")
-
-
-def _add_run_options(command: Parser) -> None:
-    """Add the options about files and output."""
-    group = command.add_argument_group("run")
-    group.add_argument("--out", metavar="DIR", help="the run's folder (default: runs/DATASET-DATE-TIME)")
-    group.add_argument("--checkpoint", metavar="PATH", help="the checkpoint (default: checkpoint.npz in the folder)")
-    group.add_argument(
-        "--resume", metavar="PATH", help="continue the run of this folder or checkpoint; --epochs or --steps extend it"
-    )
-    group = command.add_argument_group("output")
-    group.add_argument("--quiet", action="store_true", default=False, help="print the answer only")
-    group.add_argument("--json", action="store_true", default=False, help="print one JSON document and nothing else")
-
-
-def _widths(text: str) -> list[int]:
-    """Parse ``20`` or ``100,100,100``."""
-    try:
-        return [int(width) for width in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected widths such as 20 or 100,100,100, got {text!r}") from None
-
-
 def run_train(options: argparse.Namespace) -> int:
-    """``bnkernels train``: train or resume, then print the answer."""
+    """``bnkernels train`` and ``train-sequence``: train or resume, then print the answer."""
     given = vars(options)
-    config = {field.name: given[field.name] for field in fields(TrainingConfig) if field.name in given}
-    if "hidden" in config:
-        config["hidden"] = tuple(config["hidden"])
+    config = {field.name: given[field.name] for field in fields(options.kind) if field.name in given}
+    config = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
     places = {"folder": given.get("out"), "checkpoint": given.get("checkpoint")}
     require_matplotlib()  # first: what installs it installs the progress bar too
     should_stop = _process.Stop()
@@ -242,8 +176,8 @@ def run_train(options: argparse.Namespace) -> int:
         if "resume" in given:
             result = resume(given["resume"], on_epoch=on_epoch, should_stop=should_stop, **places, **config)
         else:
-            config = TrainingConfig(**config)
-            places["folder"] = places["folder"] or partial(default_folder, config.dataset)
+            config = options.kind(**config)
+            places["folder"] = places["folder"] or partial(default_folder, config.name)
             result = train(config, on_epoch=on_epoch, should_stop=should_stop, **places)
     if result.status == "stopped":
         print(f"bnkernels: stopped and saved; continue with: {result.continuation}", file=sys.stderr)

@@ -1,22 +1,23 @@
-// One optimiser step (SGD, momentum or Adam) over all parameters of a network, in one flat array, in one launch.
+// One optimiser step (SGD, momentum, RMSProp, Adam) over all parameters of a network, in one flat array, in one launch.
 //
 // Formulas:  sgd:       p -= lr g
 //            momentum:  v = momentum v + g;  p -= lr v
+//            rmsprop:   s = decay s + (1 - decay) g^2;  p -= lr g / (sqrt(s) + eps)
 //            adam:      m = beta1 m + (1 - beta1) g;  s = beta2 s + (1 - beta2) g^2
 //                       p -= lr / correction1 m / (sqrt(s) / root_correction2 + eps),
 //                       correction1 = 1 - beta1^step,  root_correction2 = sqrt(1 - beta2^step)
-// Arrays:    parameters, gradients and the state (velocity; first and second), P numbers each, C order, of type T, all
-//            distinct. Parameters and state are updated in place. scalars (3,): lr, correction1 and root_correction2,
-//            for a captured launch; null: those of the argument.
+// Arrays:    parameters, gradients and the state (velocity; square; first and second), P numbers each, C order, of type
+//            T, all distinct. Parameters and state are updated in place. scalars (3,): lr, correction1 and
+//            root_correction2, for a captured launch; null: those of the argument.
 // Launch:    Block (256, 1, 1), grid (b, 1, 1), any b; no shared memory. Thread i owns the units i, i + 256 b, ...: of
 //            the first `vectors` vectors of 16 bytes of each array, and of the numbers behind them one by one. Arrays
 //            that do not begin at a multiple of 16 bytes have no vectors.
-// Traffic:   sgd 2 P reads and P writes, momentum 3 P and 2 P, adam 4 P and 3 P. No barrier. A thread asks for all that
-//            it needs of a unit before it writes any.
+// Traffic:   sgd 2 P reads and P writes, momentum and rmsprop 3 P and 2 P, adam 4 P and 3 P. No barrier. A thread asks
+//            for all that it needs of a unit before it writes any.
 // Numerics:  In T; what depends on the step alone is computed in double precision on the host (1 - beta2, 0.001, would
 //            lose four digits in float32), but for two reciprocals that a thread computes once. The root of s is taken
-//            before its correction, and m divided before the rate multiplies it: as long as s and lr / correction1 are
-//            finite, no intermediate result overflows. Elementwise, hence deterministic.
+//            before its correction, and m or g divided before the rate multiplies it: as long as s and lr / correction1
+//            are finite, no intermediate result overflows. Elementwise, hence deterministic.
 // Reference: D. P. Kingma and J. Ba, Adam, 2015, arXiv:1412.6980, algorithm 1.
 // Called by: bnkernels/ops/parameter_update/op.py
 #include "lib/kernel.cuh"
@@ -26,7 +27,7 @@ template <typename T>
 struct ParameterUpdate {
     T* parameters;
     const T* gradients;
-    T* first;   // velocity, with beta1 as momentum, or Adam's first moment
+    T* first;   // velocity, with beta1 as momentum; RMSProp's square, with beta1 as decay; Adam's first moment
     T* second;  // Adam's second moment
     const T* scalars;
     long long size, vectors;
@@ -58,6 +59,15 @@ struct Momentum {
     static __device__ __forceinline__ T change(const ParameterUpdate<T>& a, const Step<T>& step, T g, T& first, T&) {
         first = fma(a.beta1, first, g);
         return step.rate * first;
+    }
+};
+
+struct RmsProp {
+    static constexpr int STATES = 1;
+    template <typename T>
+    static __device__ __forceinline__ T change(const ParameterUpdate<T>& a, const Step<T>& step, T g, T& first, T&) {
+        first = fma(a.beta1, first, a.one_minus_beta1 * g * g);
+        return step.rate * (g / (sqrt(first) + a.eps));
     }
 };
 
@@ -117,5 +127,7 @@ BNK_KERNEL(bnk_parameter_update_sgd_f32, (ParameterUpdate<float>), 256, 0, (para
 BNK_KERNEL(bnk_parameter_update_sgd_f64, (ParameterUpdate<double>), 256, 0, (parameter_update<Sgd, double>))
 BNK_KERNEL(bnk_parameter_update_momentum_f32, (ParameterUpdate<float>), 256, 0, (parameter_update<Momentum, float>))
 BNK_KERNEL(bnk_parameter_update_momentum_f64, (ParameterUpdate<double>), 256, 0, (parameter_update<Momentum, double>))
+BNK_KERNEL(bnk_parameter_update_rmsprop_f32, (ParameterUpdate<float>), 256, 0, (parameter_update<RmsProp, float>))
+BNK_KERNEL(bnk_parameter_update_rmsprop_f64, (ParameterUpdate<double>), 256, 0, (parameter_update<RmsProp, double>))
 BNK_KERNEL(bnk_parameter_update_adam_f32, (ParameterUpdate<float>), 256, 0, (parameter_update<Adam, float>))
 BNK_KERNEL(bnk_parameter_update_adam_f64, (ParameterUpdate<double>), 256, 0, (parameter_update<Adam, double>))

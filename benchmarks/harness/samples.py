@@ -26,7 +26,7 @@ SPECS = {
     **dict.fromkeys(("running_mean", "running_var"), "A GC"),
     **dict.fromkeys(("statistics", "sums"), "A 3C"),
     **dict.fromkeys(("moments", "merged"), "A 4C"),
-    **dict.fromkeys(("parameters", "gradients", "velocity", "first", "second"), "A P"),
+    **dict.fromkeys(("parameters", "gradients", "velocity", "square", "first", "second"), "A P"),
     **dict.fromkeys(("logits", "dlogits"), "T NO"),
     **dict.fromkeys(("weight", "dweight"), "T KC"),
     "z": "T NC",

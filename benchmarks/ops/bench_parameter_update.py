@@ -1,4 +1,4 @@
-"""One optimiser step over all parameters of a network: SGD, momentum, Adam. In place, step after step.
+"""One optimiser step over all parameters of a network: SGD, momentum, RMSProp, Adam. In place, step after step.
 
 A CUDA graph replays the step that was captured: Adam's corrections, numbers that the host computes, are then those of
 that step, which costs the same time.
@@ -20,7 +20,7 @@ from benchmarks.peers import expression, pytorch
 
 SIZES = [1568, 1_000_000]  # 64-20-10 with batch norm, padded; and beyond a core's own caches
 LR = 0.01
-STATES = {"sgd": (), "momentum": ("first",), "adam": ("first", "second")}
+STATES = {"sgd": (), "momentum": ("first",), "rmsprop": ("first",), "adam": ("first", "second")}
 
 
 def inputs(case: Case, random: Callable[..., Any], rule: str) -> Arrays:
@@ -62,6 +62,13 @@ def momentum(p: Any, g: Any, velocity: Any, step: int) -> None:
     p -= LR * velocity
 
 
+def rmsprop(p: Any, g: Any, square: Any, step: int) -> None:
+    """Make a step as a user would write it."""
+    square *= 0.9
+    square += 0.1 * g * g
+    p -= LR * g / (square**0.5 + 1e-8)
+
+
 def adam(p: Any, g: Any, first: Any, second: Any, step: int) -> None:
     """Make a step as a user would write it."""
     first *= 0.9
@@ -71,7 +78,7 @@ def adam(p: Any, g: Any, first: Any, second: Any, step: int) -> None:
     p -= LR * (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)) ** 0.5 + 1e-8)
 
 
-RULES = {"sgd": sgd, "momentum": momentum, "adam": adam}
+RULES = {"sgd": sgd, "momentum": momentum, "rmsprop": rmsprop, "adam": adam}
 
 
 def formulas(case: Case, arrays: Arrays, rule: str) -> Call:
@@ -95,6 +102,8 @@ def eager(case: Case, arrays: Arrays, rule: str, fused: bool = False) -> Call:
     if rule == "adam":
         # On a GPU it counts its steps there, as nothing else can be captured.
         optimizer = torch.optim.Adam([parameters], lr=LR, capturable=parameters.is_cuda, **options)
+    elif rule == "rmsprop":
+        optimizer = torch.optim.RMSprop([parameters], lr=LR, alpha=0.9, capturable=parameters.is_cuda)
     else:
         optimizer = torch.optim.SGD([parameters], lr=LR, momentum=0.9 if rule == "momentum" else 0, **options)
 
@@ -118,6 +127,7 @@ def bytes_moved(case: Case, rule: str) -> int:
 def op_of(rule: str) -> Op:
     """Return one rule with its cases and providers."""
     name = f"{rule}_update"
+    fused = on_both("PyTorch eager, fused", partial(eager, rule=rule, fused=True), pytorch.absent, "torch")
     return Op(
         name,
         cases=[Case(name, "step", (size,)) for size in SIZES],
@@ -128,12 +138,12 @@ def op_of(rule: str) -> Op:
             *on_both("bnkernels", partial(ours, rule=rule)),
             *expression.providers(partial(formulas, rule=rule)),
             *pytorch.providers(partial(eager, rule=rule)),
-            *on_both("PyTorch eager, fused", partial(eager, rule=rule, fused=True), pytorch.absent, "torch"),
+            *(fused if rule != "rmsprop" else ()),  # which has none
         ),
     )
 
 
-SGD, MOMENTUM, ADAM = map(op_of, STATES)
+SGD, MOMENTUM, RMSPROP, ADAM = map(op_of, STATES)
 
 
 def sample_of(rule: str, **options: Any) -> Sample:
@@ -150,10 +160,11 @@ def sample_of(rule: str, **options: Any) -> Sample:
     )
 
 
-ARRAYS = {"sgd": (), "momentum": ("velocity",), "adam": ("first", "second")}
+ARRAYS = {"sgd": (), "momentum": ("velocity",), "rmsprop": ("square",), "adam": ("first", "second")}
 SAMPLES = {
     "sgd_update": sample_of("sgd"),
     "momentum_update": sample_of("momentum"),
+    "rmsprop_update": sample_of("rmsprop"),
     "adam_update": sample_of("adam", step=1),
     "scheduled_update": Sample(
         "gradients scalars",

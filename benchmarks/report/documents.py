@@ -18,9 +18,10 @@ from typing import Any
 
 from benchmarks.counts import static
 from benchmarks.harness.timing import RESULTS, ROOT, results_folder
-from benchmarks.report import accuracy, budget, front, gpu, ops, overhead, partition, targets, train_step
+from benchmarks.report import accuracy, budget, front, gpu, ops, overhead, partition, sequence, targets, train_step
 from benchmarks.report.text import ABSENT, PLACES, Page, missing, paragraphs, table
 from benchmarks.steps import overhead_plot
+from benchmarks.steps.sequence import draw
 
 README, GENERATED = ROOT / "README.md", ROOT / "docs" / "generated"
 BASELINE = ROOT / "tools" / "compile" / "baseline.json"
@@ -97,9 +98,9 @@ def variance(results: Mapping[str, Any] | None) -> str:
 
 def pages(results: Path = RESULTS, baseline: Path = BASELINE) -> dict[str, Page]:
     """Return every generated page by the name of its file."""
-    step, cases, cost = (
+    step, cases, cost, lstms = (
         {place: latest(results, f"{name}.json", place) for place in PLACES}
-        for name in ("train_step", "ops", "overhead")
+        for name in ("train_step", "ops", "overhead", "sequence")
     )
     protocol = "How it is measured: [benchmarks](../benchmarks.md)."
     return {
@@ -120,6 +121,12 @@ def pages(results: Path = RESULTS, baseline: Path = BASELINE) -> dict[str, Page]
             "What a normalisation costs a training step",
             f"Time of a step relative to the same framework's step without, in the same round. {protocol}",
             overhead.tables(cost, "../../benchmarks/results"),
+        ),
+        "sequence.md": Page(
+            "LSTMs with a norm and without",
+            "What is trained: [recurrent batch norm](../recurrent_batch_norm.md). Steps are those of the first "
+            "evaluation, one an epoch, at or above a test accuracy: median over the seeds, lowest and highest.",
+            sequence.tables(lstms, "../../benchmarks/results"),
         ),
         "ops.md": Page(
             "Ops beside other libraries",
@@ -231,6 +238,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("\n".join(map(str, taken)))
         for folder in {path.parent for path in taken if path.name == "overhead.csv"}:
             overhead_plot.plot(folder)
+        for path in taken:
+            if path.name == "sequence.json":
+                path.with_suffix(".png").write_bytes(draw(load(path)))
     README.write_text(render(README.read_text(encoding="utf-8"), sections()), encoding="utf-8")
     written = pages()
     for name, page in written.items():

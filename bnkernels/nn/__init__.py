@@ -10,28 +10,33 @@ from bnkernels.nn.layer import Layer
 from bnkernels.nn.layer_norm import LayerNorm
 from bnkernels.nn.linear import Linear
 from bnkernels.nn.linear_batch_norm import LinearBatchNorm
+from bnkernels.nn.lstm import LSTM, BatchNormLSTM, LayerNormLSTM
 from bnkernels.nn.mlp import MLP
-from bnkernels.nn.optimizers import SGD, Adam, Momentum
+from bnkernels.nn.optimizers import SGD, Adam, Momentum, RMSProp, clip_gradients
 from bnkernels.nn.statistics import Statistics
 
 __all__ = [
     "CONVENTIONS",
     "ELU",
     "GELU",
+    "LSTM",
     "MLP",
     "SGD",
     "Activation",
     "Adam",
     "BatchNorm",
+    "BatchNormLSTM",
     "Convention",
     "Flatten",
     "Identity",
     "Layer",
     "LayerNorm",
+    "LayerNormLSTM",
     "LeakyReLU",
     "Linear",
     "LinearBatchNorm",
     "Momentum",
+    "RMSProp",
     "ReLU",
     "Residual",
     "Sequential",
@@ -40,6 +45,7 @@ __all__ = [
     "Statistics",
     "Tanh",
     "batch_norm_like",
+    "clip_gradients",
     "from_torch",
     "load",
     "save",

@@ -14,6 +14,7 @@ from bnkernels.nn.flatten import Flatten
 from bnkernels.nn.layer import Layer
 from bnkernels.nn.layer_norm import LayerNorm
 from bnkernels.nn.linear import Linear
+from bnkernels.nn.lstm import LSTM
 from bnkernels.runtime import checks as check
 
 
@@ -118,8 +119,9 @@ def from_torch(module: Any, *, xp: Any = np) -> Layer:
     Parameters
     ----------
     module : torch.nn.Module
-        A `Linear`, `BatchNorm1d`, `2d` or `3d`, `LayerNorm`, activation, `Flatten()`, or a `Sequential` of such. The
-        way back is ``module.load_state_dict({name: torch.from_numpy(a) for name, a in layer.state_dict().items()})``.
+        A `Linear`, `BatchNorm1d`, `2d` or `3d`, `LayerNorm`, `LSTM`, activation, `Flatten()`, or a `Sequential` of
+        such. The way back is
+        ``module.load_state_dict({name: torch.from_numpy(a) for name, a in layer.state_dict().items()})``.
     xp : module
         Array module of the layers, `numpy` or `cupy`.
 
@@ -164,6 +166,13 @@ def _flatten(module: Any) -> Layer:
     return Flatten()
 
 
+def _lstm(module: Any) -> Layer:
+    if module.bidirectional or module.proj_size or module.dropout:
+        raise TypeError(f"module must be an LSTM of one direction without projection and dropout, got {module}")
+    options = {"layers": module.num_layers, "bias": module.bias, "batch_first": module.batch_first}
+    return LSTM(module.input_size, module.hidden_size, **options)
+
+
 def _layer_norm(module: Any) -> Layer:
     affine, bias = module.elementwise_affine, module.bias is not None
     return LayerNorm(tuple(module.normalized_shape), eps=module.eps, affine=affine, bias=bias)
@@ -176,6 +185,7 @@ TORCH: dict[str, Callable[[Any], Layer]] = {
     "BatchNorm2d": _batch_norm,
     "BatchNorm3d": _batch_norm,
     "LayerNorm": _layer_norm,
+    "LSTM": _lstm,
     "Flatten": _flatten,
     "Identity": lambda module: activations.Identity(),
     "ReLU": lambda module: activations.ReLU(),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import numpy as np
 
 from bnkernels.nn.layer import Layer
 from bnkernels.nn.mlp import MLP
-from bnkernels.ops.parameter_update.op import adam_update, momentum_update, sgd_update
+from bnkernels.ops.parameter_update.op import adam_update, momentum_update, rmsprop_update, sgd_update
 from bnkernels.runtime import checks as check
 
 
@@ -138,6 +139,30 @@ class Momentum(Optimizer):
         momentum_update(self.parameters, self.gradients, self.arrays["velocity"], lr=self.lr)
 
 
+class RMSProp(Optimizer):
+    """RMSProp, its mean of squares decayed by 0.9 a step; see `rmsprop_update`.
+
+    Parameters
+    ----------
+    model : MLP or Layer
+        Network to train.
+    lr : float
+        Learning rate, per step.
+    """
+
+    state_names = ("square",)
+
+    def update(self, step: int) -> None:
+        """Launch the update of a step.
+
+        Parameters
+        ----------
+        step : int
+            Number of the step; the first is 1.
+        """
+        rmsprop_update(self.parameters, self.gradients, self.arrays["square"], lr=self.lr)
+
+
 class Adam(Optimizer):
     """Adam with its usual constants; see `adam_update`.
 
@@ -163,17 +188,17 @@ class Adam(Optimizer):
         adam_update(self.parameters, self.gradients, *moments, step=step, lr=self.lr)
 
 
-OPTIMIZERS: dict[str, type[Optimizer]] = {"sgd": SGD, "momentum": Momentum, "adam": Adam}
+OPTIMIZERS: dict[str, type[Optimizer]] = {"sgd": SGD, "momentum": Momentum, "rmsprop": RMSProp, "adam": Adam}
 
 
-def make_optimizer(name: str, model: MLP, lr: float) -> Optimizer:
+def make_optimizer(name: str, model: MLP | Layer, lr: float) -> Optimizer:
     """Return the optimiser of this name for a network.
 
     Parameters
     ----------
-    name : {'sgd', 'momentum', 'adam'}
+    name : {'sgd', 'momentum', 'rmsprop', 'adam'}
         Name of the optimiser.
-    model : MLP
+    model : MLP or Layer
         Network to train.
     lr : float
         Learning rate, per step.
@@ -192,3 +217,49 @@ def make_optimizer(name: str, model: MLP, lr: float) -> Optimizer:
     """
     check.one_of("optimizer", name, OPTIMIZERS)
     return OPTIMIZERS[name](model, lr=lr)
+
+
+@np.errstate(all="ignore")  # an overflow shows in the norm
+def clip_gradients(model: MLP | Layer, most: float) -> Any:
+    """Scale all gradients of a network down, in place, where their norm is larger than `most`.
+
+    Parameters
+    ----------
+    model : MLP or Layer
+        Network whose backward has written its gradients. The arrays of a layer are moved into flat ones, as an
+        optimiser does it.
+    most : float
+        Largest Euclidean norm of all gradients together; more than 0.
+
+    Returns
+    -------
+    array, shape (), float64
+        Norm before. On a GPU it stays there: nothing waits for it.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `most` is no such number; nothing is changed then.
+
+    Notes
+    -----
+    The norm is summed in float64. If a gradient is infinite or NaN, so is the norm, and gradients become NaN.
+
+    Examples
+    --------
+    >>> from bnkernels.nn import Linear
+    >>> layer = Linear(2, 1, bias=False, seed=0)
+    >>> layer.gradients["weight"][...] = [[3.0], [4.0]]
+    >>> float(clip_gradients(layer, 1)), layer.gradients["weight"].ravel().tolist() == np.float32([0.6, 0.8]).tolist()
+    (5.0, True)
+    """
+    most = check.number("most", most, 0)
+    if most == 0:
+        raise ValueError("most must be more than 0, got 0: without a limit, do not clip")
+    _, gradients = model.flatten()
+    xp = model.xp
+    squares = gradients.astype("float64")
+    squares *= squares
+    norm = xp.sqrt(squares.sum())
+    gradients *= xp.minimum(most / norm, 1).astype(gradients.dtype)
+    return norm

@@ -87,7 +87,7 @@ def _write(array: Any, numbers: Any) -> Callable[[], None]:
 
 def _counting(owner: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the layers that count mini-batches for their running statistics, each with the beginning of its names."""
-    if "running_mean" in owner._buffers:
+    if owner._buffers:
         yield prefix, owner
     for name, child in owner.children.items():
         yield from _counting(child, f"{prefix}{name}.")

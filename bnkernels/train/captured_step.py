@@ -23,7 +23,7 @@ from bnkernels.ops.linear_batch_norm.problem import Problem
 from bnkernels.ops.linear_softmax_cross_entropy.launch import choose as choose_loss
 from bnkernels.ops.linear_softmax_cross_entropy.op import linear_softmax_cross_entropy
 from bnkernels.ops.mini_batch.op import mini_batch
-from bnkernels.ops.parameter_update.op import scheduled_update, update_schedule
+from bnkernels.ops.parameter_update.schedule import scheduled_update, update_schedule
 from bnkernels.runtime.registry import runtime_of
 
 

@@ -15,11 +15,12 @@ from bnkernels.nn.optimizers import Optimizer
 from bnkernels.ops.fused_training.launch import Problem, choose, why_not
 from bnkernels.ops.fused_training.op import fused_training
 from bnkernels.ops.softmax_cross_entropy.op import softmax_cross_entropy
+from bnkernels.runtime.arguments import empty
 from bnkernels.runtime.cpu import why_reference
 from bnkernels.runtime.cpu.threads import WORTH_SHARING
 from bnkernels.runtime.registry import runtime_of
 from bnkernels.train.captured_step import CapturedStep, why_not_captured
-from bnkernels.train.config import ConfigError, TrainingConfig
+from bnkernels.train.run_config import ConfigError, RunConfig
 
 STEPS_IN_TURN = 10  # steps of one of several models before it is the next one's turn
 STEPS_PER_LAUNCH = 1000  # a few milliseconds, after which training can be interrupted
@@ -35,7 +36,7 @@ class Engine(ABC):
     ----------
     trained : sequence of (MLP, Optimizer)
         Models that differ only in their weights, each with its optimiser. All have made the same number of steps.
-    config : TrainingConfig
+    config : RunConfig
         Mini-batch size, optimiser and learning rate.
     remarks : sequence of str
         Reasons why no faster engine was chosen.
@@ -53,7 +54,7 @@ class Engine(ABC):
     name: ClassVar[str]
 
     def __init__(
-        self, trained: Sequence[tuple[MLP, Optimizer]], config: TrainingConfig, remarks: Sequence[str] = ()
+        self, trained: Sequence[tuple[MLP, Optimizer]], config: RunConfig, remarks: Sequence[str] = ()
     ) -> None:
         self.trained, self.config, self.remarks = trained, config, list(remarks)
         self.steps_at_once = 1 if len(trained) == 1 else STEPS_IN_TURN
@@ -87,11 +88,14 @@ class Engine(ABC):
 
     @staticmethod
     @abstractmethod
-    def why_not(model: MLP, config: TrainingConfig) -> str | None:
+    def why_not(model: MLP, config: RunConfig) -> str | None:
         """Return why the engine cannot train a model, or None if it can."""
 
     def warm_up(self, x: Any, y: Any) -> None:  # noqa: B027  most engines compile what they call op by op
         """Compile, or load what is compiled, before steps are timed; no model changes."""
+
+    def before_evaluation(self, x: Any) -> None:  # noqa: B027  most models are ready
+        """Prepare the models for an evaluation, with the examples of an epoch in the order of the mini-batches."""
 
     @abstractmethod
     def run(self, x: Any, y: Any, start: int, steps: int) -> None:
@@ -104,27 +108,34 @@ class LayersEngine(Engine):
     name = "layers"
 
     @staticmethod
-    def why_not(model: MLP, config: TrainingConfig) -> str | None:
+    def why_not(model: MLP, config: RunConfig) -> str | None:
         """Return None: every model can be trained so."""
         return None
 
-    @cached_property
-    def _out(self) -> tuple[Any, Any]:
-        """Losses of a mini-batch and the gradient of its logits; only training needs them."""
-        model, batch = self.trained[0][0], self.config.batch_size
-        return model.xp.empty(batch, model.dtype), model.xp.empty((batch, model.sizes[-1]), model.dtype)
+    _out: tuple[Any, Any] | None = None  # losses of a mini-batch and the gradient of its logits
 
     def run(self, x: Any, y: Any, start: int, steps: int) -> None:
         """Make the steps, model by model."""
         batch = self.config.batch_size
         for model, optimizer in self.trained:
             for row in range(start * batch, (start + steps) * batch, batch):
-                logits, labels = model.forward(x[row : row + batch], training=True), y[row : row + batch]
+                logits, labels = self.forward(model, x[row : row + batch], optimizer.steps), y[row : row + batch]
                 if model.xp is np:
                     labels = labels.copy()  # at an address that comes again, so that the call is replayed
+                if self._out is None:
+                    runtime = runtime_of(type(logits))
+                    self._out = empty(runtime, logits.shape[:1], logits), empty(runtime, logits.shape, logits)
                 _, dlogits = softmax_cross_entropy(logits, labels, out=self._out)
                 model.backward(dlogits)
-                optimizer.step()
+                self.update(model, optimizer)
+
+    def forward(self, model: Any, x: Any, step: int) -> Any:
+        """Return the logits of a mini-batch, after so many steps."""
+        return model.forward(x, training=True)
+
+    def update(self, model: Any, optimizer: Optimizer) -> None:
+        """Update the parameters from their gradients."""
+        optimizer.step()
 
 
 class GraphEngine(Engine):
@@ -135,7 +146,7 @@ class GraphEngine(Engine):
     _runs: Sequence[Iterator[None]] = ()
 
     @staticmethod
-    def why_not(model: MLP, config: TrainingConfig) -> str | None:
+    def why_not(model: MLP, config: RunConfig) -> str | None:
         """Return why a step cannot be captured, or None."""
         return why_not_captured(model, config.batch_size)
 
@@ -169,7 +180,7 @@ class FusedEngine(Engine):
     name = "fused"
 
     def __init__(
-        self, trained: Sequence[tuple[MLP, Optimizer]], config: TrainingConfig, remarks: Sequence[str] = ()
+        self, trained: Sequence[tuple[MLP, Optimizer]], config: RunConfig, remarks: Sequence[str] = ()
     ) -> None:
         super().__init__(trained, config, remarks)
         model = trained[0][0]
@@ -185,7 +196,7 @@ class FusedEngine(Engine):
         self.remarks += [f"{blocks} blocks"] if blocks > 1 else []
 
     @staticmethod
-    def why_not(model: MLP, config: TrainingConfig) -> str | None:
+    def why_not(model: MLP, config: RunConfig) -> str | None:
         """Return why neither a launch nor a compiled kernel can train the model, or None."""
         runtime = runtime_of(type(model.parameters))
         if runtime is None:
@@ -235,7 +246,7 @@ class FusedEngine(Engine):
             m.batches += steps
 
 
-def _why_layers(trained: Sequence[tuple[MLP, Optimizer]], config: TrainingConfig) -> str | None:
+def _why_layers(trained: Sequence[tuple[MLP, Optimizer]], config: RunConfig) -> str | None:
     """Return why single ops are as fast as fused training, or faster; None where they are not.
 
     On a CPU fused training has one thread a model, but for the BLAS. The number of threads decides nothing: results
@@ -250,7 +261,7 @@ def _why_layers(trained: Sequence[tuple[MLP, Optimizer]], config: TrainingConfig
     return None
 
 
-def _problem(model: MLP, config: TrainingConfig) -> Problem:
+def _problem(model: MLP, config: RunConfig) -> Problem:
     """Return the sizes that the launch of fused training depends on."""
     counts = model.parameters.dtype, model.parameters.size, model.running.size
     return Problem(model.fused, config.batch_size, config.optimizer, *counts)
@@ -259,14 +270,14 @@ def _problem(model: MLP, config: TrainingConfig) -> Problem:
 ENGINES = {engine.name: engine for engine in (FusedEngine, GraphEngine, LayersEngine)}  # the fastest first
 
 
-def choose_engine(trained: Sequence[tuple[MLP, Optimizer]], config: TrainingConfig) -> Engine:
+def choose_engine(trained: Sequence[tuple[MLP, Optimizer]], config: RunConfig) -> Engine:
     """Return the engine of a configuration; with ``auto``, the fastest that can train the models.
 
     Parameters
     ----------
     trained : sequence of (MLP, Optimizer)
         Models that differ only in their weights, each with its optimiser.
-    config : TrainingConfig
+    config : RunConfig
         Engine, mini-batch size, optimiser and learning rate.
 
     Returns

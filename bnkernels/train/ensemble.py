@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from bnkernels.nn.mlp import MLP
 from bnkernels.train.checkpoint import CheckpointError
-from bnkernels.train.config import TrainingConfig
-from bnkernels.train.engines import choose_engine
 from bnkernels.train.learner import Learner, below
+from bnkernels.train.run_config import RunConfig
 
 
-def make_learner(norm: str, config: TrainingConfig, sizes: tuple[int, ...], xp: Any) -> Learner | Ensemble:
+def make_learner(norm: str, config: RunConfig, sizes: tuple[int, ...], xp: Any) -> Learner | Ensemble:
     """Return the learner of a configuration, or an ensemble if it asks for several models."""
     return (Learner if config.models == 1 else Ensemble)(norm, config, sizes, xp)
 
@@ -39,14 +36,14 @@ class Ensemble:
         Evaluations, as in `TrainingResult`.
     """
 
-    def __init__(self, norm: str, config: TrainingConfig, sizes: tuple[int, ...], xp: Any) -> None:
+    def __init__(self, norm: str, config: RunConfig, sizes: tuple[int, ...], xp: Any) -> None:
         seeds = range(config.seed, config.seed + config.models)
-        self.members = [Learner(norm, replace(config, seed=seed, models=1), sizes, xp) for seed in seeds]
-        self.engine = choose_engine([(member.model, member.optimizer) for member in self.members], config)
+        self.members = [Learner(norm, config, sizes, xp, seed) for seed in seeds]
+        self.engine = config.make_engine([(member.model, member.optimizer) for member in self.members])
         self.history: list[dict[str, Any]] = []
 
     @property
-    def models(self) -> list[MLP]:
+    def models(self) -> list[Any]:
         """The models."""
         return [member.model for member in self.members]
 

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from bnkernels.runtime.registry import choose_device
-from bnkernels.train.config import TrainingConfig
 from bnkernels.train.data import DataError, load_dataset, load_examples
 from bnkernels.train.ensemble import Ensemble, make_learner
 from bnkernels.train.learner import Learner, load_learners
+from bnkernels.train.run_config import RunConfig
 from bnkernels.train.runs import RunFolder
 from bnkernels.train.saved_run import load_run
 
@@ -75,10 +75,10 @@ def evaluate(path: str | Path, *, data: str | Path | None = None, device: str = 
 
 
 def trained_learners(
-    config: TrainingConfig, meta: dict[str, Any], arrays: dict[str, np.ndarray], device: str, xp: Any
+    config: RunConfig, meta: dict[str, Any], arrays: dict[str, np.ndarray], device: str, xp: Any
 ) -> dict[str, Learner | Ensemble]:
     """Return the learners of a run that was loaded, on a device."""
-    config = replace(config, device=device, engine="layers")  # the one that every device has; none makes a step
+    config = config.for_evaluation(device)
     learners = {norm: make_learner(norm, config, tuple(meta["sizes"]), xp) for norm in config.norms}
     load_learners(learners, meta, arrays)
     return learners

@@ -8,15 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from bnkernels.nn.mlp import MLP
-from bnkernels.nn.optimizers import make_optimizer
 from bnkernels.nn.state import host
 from bnkernels.ops.softmax_cross_entropy.op import softmax_cross_entropy
 from bnkernels.train.checkpoint import CheckpointError
-from bnkernels.train.config import TrainingConfig
-from bnkernels.train.engines import choose_engine
-
-EVALUATION_ROWS = 8192  # evaluated at a time, to bound the memory of the activations
+from bnkernels.train.run_config import RunConfig
 
 
 class Learner:
@@ -26,16 +21,18 @@ class Learner:
     ----------
     norm : {"batch", "layer", "none"}
         Norm of the hidden layers.
-    config : TrainingConfig
+    config : RunConfig
         Options of the model and of its training.
     sizes : sequence of int
         Number of inputs, width of each hidden layer, number of classes.
     xp : module
         Array module that computes: ``numpy`` or ``cupy``.
+    seed : int, optional
+        Seed of the weights; by default that of the configuration.
 
     Attributes
     ----------
-    model : MLP
+    model : MLP or SequenceClassifier
         Network that is trained.
     optimizer : Optimizer
         Optimiser of the model.
@@ -50,10 +47,11 @@ class Learner:
         If the engine of the configuration cannot train the model.
     """
 
-    def __init__(self, norm: str, config: TrainingConfig, sizes: tuple[int, ...], xp: Any) -> None:
-        self.model = MLP(sizes, norm=norm, activation=config.activation, dtype=config.dtype, seed=config.seed, xp=xp)
-        self.optimizer = make_optimizer(config.optimizer, self.model, config.lr)
-        self.engine = choose_engine([(self.model, self.optimizer)], config)
+    def __init__(self, norm: str, config: RunConfig, sizes: tuple[int, ...], xp: Any, seed: int | None = None) -> None:
+        self.model = config.make_model(norm, sizes, xp, config.seed if seed is None else seed)
+        self.optimizer = config.make_optimizer(self.model)
+        self.engine = config.make_engine([(self.model, self.optimizer)])
+        self._rows = config.evaluation_rows(sizes)
         self.history: list[dict[str, Any]] = []
 
     @property
@@ -68,16 +66,16 @@ class Learner:
     def evaluate(self, x: Any, y: Any) -> tuple[float, float]:
         """Return the mean cross-entropy (nats) and the accuracy on these examples, with running statistics."""
         loss = correct = 0.0
-        for start in range(0, len(x), EVALUATION_ROWS):
-            labels = y[start : start + EVALUATION_ROWS]
-            logits = self.model.forward(x[start : start + EVALUATION_ROWS], training=False)
+        for start in range(0, len(x), self._rows):
+            labels = y[start : start + self._rows]
+            logits = self.model.forward(x[start : start + self._rows], training=False)
             correct += float((logits.argmax(axis=1) == labels).sum())
             loss += float(softmax_cross_entropy(logits, labels)[0].sum(dtype="float64"))
         return loss / len(x), correct / len(x)
 
     def probabilities(self, x: Any) -> np.ndarray:
         """Return the probability of every class for these examples, on the host, with running statistics."""
-        parts = [x[start : start + EVALUATION_ROWS] for start in range(0, len(x), EVALUATION_ROWS)]
+        parts = [x[start : start + self._rows] for start in range(0, len(x), self._rows)]
         logits = np.concatenate([host(self.model.forward(part, training=False)) for part in parts]).astype(np.float64)
         exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
         return exponentials / exponentials.sum(axis=1, keepdims=True)

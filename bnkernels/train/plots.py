@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from bnkernels.train.config import LABELS
+from bnkernels.train.run_config import LABELS
 
 # Okabe and Ito's blue and vermilion: distinct in every kind of colour vision; the line styles tell them apart in grey.
 STYLES = {
@@ -59,24 +59,46 @@ def draw_curves(history: Mapping[str, Sequence[Mapping[str, Any]]], title: str) 
     figure = Figure(figsize=(10, 13 / 3), dpi=150, layout="constrained")
     figure.suptitle(title, fontsize=11)
     loss_axes, accuracy_axes = figure.subplots(1, 2)
-    for norm, evaluations in history.items():
-        steps = [entry["step"] for entry in evaluations]
-        marker = "o" if len(steps) < 10 else ""
-        for axes, name, unit in ((loss_axes, "loss", 1), (accuracy_axes, "accuracy", 100)):
-            axes.plot(steps, unit * _numbers([entry[name] for entry in evaluations]), marker=marker, **STYLES[norm])
-            each = unit * _numbers([[model[name] for model in entry.get("models", ())] for entry in evaluations])
-            if each.size and not np.isnan(each).all():
-                color = STYLES[norm]["color"]
-                axes.fill_between(steps, each.min(axis=1), each.max(axis=1), color=color, alpha=0.2, linewidth=0)
+    draw_history(loss_axes, history, "loss")
+    draw_history(accuracy_axes, history, "accuracy", 100)
     loss_axes.set(ylabel="training loss (cross-entropy, nats)", yscale="log")
     accuracy_axes.set(ylabel="test accuracy (%)")
     accuracy_axes.axhline(95, color="grey", linewidth=0.8, linestyle=":", label="95 %")
     for axes in (loss_axes, accuracy_axes):
-        axes.set(xlabel="training step")
-        axes.set_xlim(left=0)
-        axes.grid(alpha=0.25)
-        axes.legend(frameon=False)
-    return _png(figure)
+        finish_axes(axes)
+    return png(figure)
+
+
+def draw_history(axes: Any, history: Mapping[str, Sequence[Mapping[str, Any]]], name: str, unit: float = 1) -> None:
+    """Draw a figure of every evaluation over the training steps, and the band of the models of an ensemble.
+
+    Parameters
+    ----------
+    axes : matplotlib.axes.Axes
+        Axes to draw on.
+    history : mapping of str to sequence of mappings
+        Evaluations of each network, as `draw_curves` takes them.
+    name : {"loss", "accuracy"}
+        Figure.
+    unit : float
+        Factor of the figures.
+    """
+    for norm, evaluations in history.items():
+        steps = [entry["step"] for entry in evaluations]
+        marker = "o" if len(steps) < 10 else ""
+        axes.plot(steps, unit * _numbers([entry[name] for entry in evaluations]), marker=marker, **STYLES[norm])
+        each = unit * _numbers([[model[name] for model in entry.get("models", ())] for entry in evaluations])
+        if each.size and not np.isnan(each).all():
+            color = STYLES[norm]["color"]
+            axes.fill_between(steps, each.min(axis=1), each.max(axis=1), color=color, alpha=0.2, linewidth=0)
+
+
+def finish_axes(axes: Any, **legend: Any) -> None:
+    """Give axes that have been drawn on their steps, grid and legend."""
+    axes.set(xlabel="training step")
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, **legend)
 
 
 def draw_accuracy(document: Mapping[str, Any]) -> bytes:
@@ -109,7 +131,7 @@ def draw_accuracy(document: Mapping[str, Any]) -> bytes:
     axes.set_ylim(60, 100)  # the first steps are below
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, loc="lower right")
-    return _png(figure)
+    return png(figure)
 
 
 def draw_percentiles(document: Mapping[str, Any]) -> bytes:
@@ -148,7 +170,7 @@ def draw_percentiles(document: Mapping[str, Any]) -> bytes:
         axes.grid(alpha=0.25)
         axes.tick_params(labelleft=True)
     figure.axes[0].set_ylabel("input of the sigmoid")
-    return _png(figure)
+    return png(figure)
 
 
 def _numbers(figures: Sequence[Any]) -> np.ndarray:
@@ -162,7 +184,8 @@ def _title(document: Mapping[str, Any]) -> str:
     return f"{document['data']['name']}, {sizes} sigmoids, mini-batches of {settings['batch']}"
 
 
-def _png(figure: Any) -> bytes:
+def png(figure: Any) -> bytes:
+    """Return a figure as the content of a PNG file."""
     image = io.BytesIO()
     figure.savefig(image, format="png")
     return image.getvalue()

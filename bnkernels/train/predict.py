@@ -9,9 +9,9 @@ import numpy as np
 
 from bnkernels.runtime.registry import choose_device
 from bnkernels.train.checkpoint import CheckpointError
-from bnkernels.train.config import ConfigError
 from bnkernels.train.data import DataError, load_inputs
 from bnkernels.train.evaluate import trained_learners
+from bnkernels.train.run_config import ConfigError
 from bnkernels.train.runs import RunFolder
 from bnkernels.train.saved_run import load_run
 

@@ -20,7 +20,7 @@ import numpy as np
 from bnkernels.nn.mlp import MLP
 from bnkernels.ops.batch_norm.inference import batch_norm_inference
 from bnkernels.runtime.registry import choose_device
-from bnkernels.train.config import LABELS, ConfigError, TrainingConfig, as_path
+from bnkernels.train.config import TrainingConfig
 from bnkernels.train.data import Dataset, load_dataset
 from bnkernels.train.data_files import DataError, read_mnist
 from bnkernels.train.documents import to_json
@@ -28,6 +28,7 @@ from bnkernels.train.environment import blas_threads, versions
 from bnkernels.train.files import write_atomically
 from bnkernels.train.learner import Learner
 from bnkernels.train.plots import draw_accuracy, draw_percentiles
+from bnkernels.train.run_config import LABELS, ConfigError, as_path
 
 HIDDEN, BATCH, STEPS = (100, 100, 100), 60, 50_000  # the paper's
 SHORTENED = 10_000  # steps on a CPU

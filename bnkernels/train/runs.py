@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from bnkernels.train.checkpoint import CheckpointError, save_checkpoint
-from bnkernels.train.config import ConfigError, TrainingConfig
 from bnkernels.train.documents import to_json
 from bnkernels.train.environment import versions
 from bnkernels.train.files import FULL, check_replaceable, locked, write_atomically
 from bnkernels.train.plots import draw_curves
+from bnkernels.train.run_config import ConfigError, RunConfig
 from bnkernels.train.step_time import StepTimeRatio
 
 TARGET_ACCURACY = 0.95  # that of "steps to 95 %"
@@ -34,13 +34,13 @@ class TrainingResult:
     ----------
     status : {"finished", "stopped", "already finished"}
         ``stopped``: asked to before the end; ``already finished``: the resumed run had nothing left to do.
-    config : TrainingConfig
+    config : RunConfig
         Options of the run.
     data : dict
         Number of ``training_examples``, ``test_examples``, ``features`` and ``classes``.
     device : str
         Device in words.
-    models : dict of str to MLP or list of MLP
+    models : dict of str to network or list of networks
         The networks, ``"batch"`` and ``"none"`` (or the one of them that was asked for); of an ensemble lists.
     history : dict of str to list of dict
         For each network its evaluations, one per epoch: ``epoch``, ``step``, ``loss`` (mean cross-entropy over the
@@ -54,7 +54,7 @@ class TrainingResult:
     """
 
     status: str
-    config: TrainingConfig
+    config: RunConfig
     data: dict[str, int]
     device: str
     models: dict[str, Any]
@@ -74,7 +74,7 @@ class TrainingResult:
         """The command that continues the run; a run whose checkpoint lies elsewhere is told its folder."""
         folder, checkpoint = self.files["metrics"].parent, self.files["checkpoint"]
         out = [] if checkpoint.parent == folder else ["--out", str(folder)]
-        return shlex.join(["bnkernels", "train", "--resume", str(checkpoint), *out])
+        return shlex.join(["bnkernels", self.config.command, "--resume", str(checkpoint), *out])
 
     def document(self) -> dict[str, Any]:
         """Return the content of ``metrics.json``."""
@@ -117,8 +117,8 @@ def summarise(history: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def default_folder(dataset: str) -> Path:
-    """Make the folder of a run that was given none, named after the data set and the time, and return it.
+def default_folder(beginning: str) -> Path:
+    """Make the folder of a run that was given none, named after what it trains on and the time, and return it.
 
     However many runs begin in one second, each gets a folder of its own: the first to make one has it.
 
@@ -127,7 +127,7 @@ def default_folder(dataset: str) -> Path:
     ConfigError
         If it cannot be made.
     """
-    name, repeat = f"{dataset}-{strftime('%Y%m%d-%H%M%S')}", 1
+    name, repeat = f"{beginning}-{strftime('%Y%m%d-%H%M%S')}", 1
     folder = Path("runs", name)
     _make(folder.parent)
     while True:
@@ -241,9 +241,10 @@ class RunFolder:
 
     def write(self, result: TrainingResult) -> None:
         """Write the curves and the metrics, each whole or not at all."""
-        sizes = "-".join(str(size) for size in (result.data["features"], *result.config.hidden, result.data["classes"]))
-        title = f"{result.config.dataset}, network {sizes}, mini-batches of {result.config.batch_size}"
-        title += f", {result.config.models} models" if result.config.models > 1 else ""
+        config = result.config
+        network = config.describe((result.data["features"], *config.widths, result.data["classes"]))
+        title = f"{config.dataset}, {network}, mini-batches of {config.batch_size}"
+        title += f", {config.models} models" if config.models > 1 else ""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.files["curves"], draw_curves(result.history, title))
         write_atomically(self.files["metrics"], to_json(result.document()).encode())

@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import fields
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,17 @@ import numpy as np
 
 from bnkernels.train.checkpoint import CheckpointError, load_checkpoint
 from bnkernels.train.config import TrainingConfig
+from bnkernels.train.run_config import ConfigError, RunConfig
 from bnkernels.train.runs import RunFolder
+from bnkernels.train.sequence import SequenceConfig
 from bnkernels.train.step_time import MOST_ROUNDS
 
+CONFIGS: dict[str, type[RunConfig]] = {config.command: config for config in (TrainingConfig, SequenceConfig)}
 LARGEST = 2**53  # the largest integer up to which a float holds all
 MEASURED = ("epoch", "step", "accuracy", "us_per_step")  # numbers of every entry of a history; its loss may be None
 
 
-def load_run(path: Path) -> tuple[TrainingConfig, dict[str, Any], dict[str, np.ndarray]]:
+def load_run(path: Path) -> tuple[RunConfig, dict[str, Any], dict[str, np.ndarray]]:
     """Read the checkpoint of a run and check all that continuing or evaluating it relies on.
 
     A digest says that a file is whole, not who wrote it: one with a right digest may still ask for terabytes.
@@ -34,7 +36,7 @@ def load_run(path: Path) -> tuple[TrainingConfig, dict[str, Any], dict[str, np.n
 
     Returns
     -------
-    config : TrainingConfig
+    config : RunConfig
         Options of the run. The networks it describes take about as much memory as the arrays.
     meta : dict
         Everything else that is not an array, as `Trainer.state` returned it.
@@ -49,7 +51,7 @@ def load_run(path: Path) -> tuple[TrainingConfig, dict[str, Any], dict[str, np.n
         If the file cannot be read.
     """
     meta, arrays = load_checkpoint(path)
-    config = _config(path, meta.get("config"))
+    config = _config(path, meta.get("command", "train"), meta.get("config"))
     networks = meta.get("networks")
     wanted = {
         "sizes": _sizes_fit(meta.get("sizes"), config),
@@ -109,27 +111,29 @@ def _unusable(path: Path, why: str) -> CheckpointError:
     return CheckpointError(f"{path} is not the checkpoint of a run that this version can continue: {why}")
 
 
-def _config(path: Path, saved: Any) -> TrainingConfig:
-    """Return the configuration, each field of its own type."""
+def _config(path: Path, command: Any, saved: Any) -> RunConfig:
+    """Return the configuration that a command made, each field of its own type."""
+    if type(command) is not str or command not in CONFIGS:
+        raise _unusable(path, f"it is of the command {str(command)[:40]!r}: upgrade bnkernels")
     if type(saved) is not dict:
         raise _unusable(path, "its config is missing")
-    defaults = {field.name: field.default for field in fields(TrainingConfig)}
+    defaults = {field.name: field.default for field in fields(CONFIGS[command])}
     for name, value in saved.items():
         if name not in defaults:
             raise _unusable(path, f"its config has the unknown field {name[:40]!r}: upgrade bnkernels")
         if not _field_fits(name, value, defaults[name]):
             raise _unusable(path, f"{name} of its config is not what a run saves")
     try:
-        return TrainingConfig(**saved)
+        return CONFIGS[command](**saved)
     except (TypeError, ValueError) as error:
         raise _unusable(path, str(error)[:300]) from error
 
 
 def _field_fits(name: str, value: Any, default: Any) -> bool:
     """Whether a value is of the type of its field, which JSON leaves open."""
-    if name == "hidden":
+    if type(default) is tuple:
         return type(value) is list and all(_natural(width) for width in value)
-    if name == "lr":
+    if name == "lr" or type(default) is float:
         return _number(value)
     if name == "seed":
         return type(value) is int
@@ -158,10 +162,10 @@ def _number(value: Any) -> bool:
     return (type(value) is float and math.isfinite(value)) or (type(value) is int and abs(value) < LARGEST)
 
 
-def _sizes_fit(sizes: Any, config: TrainingConfig) -> bool:
+def _sizes_fit(sizes: Any, config: RunConfig) -> bool:
     if type(sizes) is not list or not all(_natural(size) and size > 0 for size in sizes):
         return False
-    return len(sizes) == len(config.hidden) + 2 and tuple(sizes[1:-1]) == config.hidden
+    return len(sizes) == len(config.widths) + 2 and tuple(sizes[1:-1]) == config.widths
 
 
 def _classes_fit(classes: Any, sizes: Any) -> bool:
@@ -221,14 +225,18 @@ def _entry_fits(entry: Any, measured: tuple[str, ...], models: int) -> bool:
     return all(_entry_fits(model, ("accuracy",), 1) for model in each)
 
 
-def _check_weights(path: Path, config: TrainingConfig, sizes: list[int], arrays: Mapping[str, np.ndarray]) -> None:
+def _check_weights(path: Path, config: RunConfig, sizes: list[int], arrays: Mapping[str, np.ndarray]) -> None:
     """Refuse a configuration whose networks are larger than the weights that the file brings."""
     if config.models * len(config.norms) > len(arrays):
         raise _unusable(path, "its arrays are fewer than its models")
+    try:
+        wanted = {norm: list(config.weights(norm, sizes)) for norm in config.norms}
+    except ConfigError as error:
+        raise _unusable(path, str(error)) from error
     models = [""] if config.models == 1 else [f"{number}/" for number in range(config.models)]
-    for norm in config.norms:
+    for norm, weights in wanted.items():
         for model in models:
-            for i, shape in enumerate(pairwise(sizes)):
-                name = f"{norm}/{model}model/{i}.weight"
+            for own, shape in weights:
+                name = f"{norm}/{model}model/{own}"
                 if name not in arrays or arrays[name].shape != shape:
                     raise _unusable(path, f"the array {name} is missing or not of the shape {shape}")

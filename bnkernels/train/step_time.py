@@ -43,13 +43,18 @@ class StepTimeRatio(NamedTuple):
     why_no_verdict: str | None
 
     def __str__(self) -> str:
-        """Return the verdict as a sentence, or why there is none."""
+        """Return the verdict, beside what is said of perceptrons, or why there is none."""
+        return self.sentence if self.why_no_verdict else f"{self.sentence} Accepted wisdom: 3 to 5 times."
+
+    @property
+    def sentence(self) -> str:
+        """The verdict alone, or why there is none."""
         if self.why_no_verdict:
             return f"No verdict on the time of a step with batch norm: {self.why_no_verdict}."
         low, high = self.quartiles
         return (
             f"A step with batch norm takes {self.median:.2f} times a step without "
-            f"(quartiles {low:.2f} and {high:.2f} of {self.rounds} rounds). Accepted wisdom: 3 to 5 times."
+            f"(quartiles {low:.2f} and {high:.2f} of {self.rounds} rounds)."
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from bnkernels.runtime import cpu
-from bnkernels.train.config import LABELS
+from bnkernels.train.run_config import LABELS
 from bnkernels.train.runs import TrainingResult
 from bnkernels.train.trainer import Trainer
 
@@ -16,13 +16,12 @@ from bnkernels.train.trainer import Trainer
 def heading(trainer: Trainer) -> str:
     """Return a description of the run, and the head of its table."""
     config, data = trainer.config, trainer.dataset
-    sizes = "-".join(str(size) for size in trainer.sizes)
     columns = "".join(f" | {LABELS[norm]:^28}" for norm in trainer.learners)
     units = " |   loss   accuracy    µs/step" * len(trainer.learners)
     return (
         f"{data.name}: {len(data.x_train)} training and {len(data.x_test)} test examples\n"
-        f"network {sizes}, {config.activation}, {config.dtype}\n"
-        f"{trainer.total_steps} steps of {config.batch_size} examples, {config.optimizer} at {config.lr:g}, "
+        f"{config.describe(trainer.sizes)}, {config.dtype}\n"
+        f"{trainer.total_steps} steps of {config.batch_size} examples, {config.rule}, "
         f"seed {config.seed}{of_several(config.models)}\n"
         f"device {trainer.device}; {engines(trainer)}\n{arrays(trainer)}\n"
         f"{'':13}{columns}\n{'epoch':>5}{'step':>8}{units}"
@@ -79,7 +78,8 @@ def answer(result: TrainingResult) -> str:
         "",
     ]
     if result.step_time_ratio is not None:
-        lines.append(str(result.step_time_ratio))
+        ratio = result.step_time_ratio
+        lines.append(str(ratio) if result.config.command == "train" else ratio.sentence)
     for norm, network in networks.items():
         if network["training_loss"] is None:
             lines.append(f"The loss {LABELS[norm]} is not finite: take a smaller --lr.")

@@ -14,13 +14,14 @@ import numpy as np
 
 from bnkernels.runtime.registry import choose_device
 from bnkernels.train.checkpoint import CheckpointError
-from bnkernels.train.config import ConfigError, TrainingConfig, as_path, require_memory
+from bnkernels.train.config import TrainingConfig
 from bnkernels.train.data import DataError, Dataset, load_dataset
 from bnkernels.train.ensemble import make_learner
 from bnkernels.train.environment import blas_threads
 from bnkernels.train.files import locked
-from bnkernels.train.learner import EVALUATION_ROWS, load_learners
+from bnkernels.train.learner import load_learners
 from bnkernels.train.plots import require_matplotlib
+from bnkernels.train.run_config import ConfigError, RunConfig, as_path, require_memory
 from bnkernels.train.runs import RunFolder, TrainingResult
 from bnkernels.train.saved_run import load_run, run_folder
 from bnkernels.train.step_time import Rounds
@@ -40,7 +41,7 @@ class Trainer:
 
     Parameters
     ----------
-    config : TrainingConfig
+    config : RunConfig
         Options of the run.
     dataset : Dataset, optional
         Data set; by default the one that the configuration names is loaded.
@@ -51,7 +52,7 @@ class Trainer:
         If the configuration does not fit the data or the machine, or the data are unusable.
     """
 
-    def __init__(self, config: TrainingConfig, dataset: Dataset | None = None) -> None:
+    def __init__(self, config: RunConfig, dataset: Dataset | None = None) -> None:
         self.config = config
         self.dataset = (dataset or load_dataset(config.dataset, config.data, config.dtype)).astype(config.dtype)
         self.steps_per_epoch = len(self.dataset.x_train) // config.batch_size
@@ -62,8 +63,8 @@ class Trainer:
         self.total_steps = config.steps or config.epochs * self.steps_per_epoch
         device = choose_device(config.device)
         self.xp, self.device = device.xp, device.description
-        self.sizes = (self.dataset.n_features, *config.hidden, self.dataset.n_classes)
-        require_memory(config, self.sizes, min(EVALUATION_ROWS, len(self.dataset.x_train)))
+        self.sizes = (self.dataset.n_features, *config.widths, self.dataset.n_classes)
+        require_memory(config, self.sizes, min(config.evaluation_rows(self.sizes), len(self.dataset.x_train)))
         self.learners = {norm: make_learner(norm, config, self.sizes, self.xp) for norm in config.norms}
         self.rounds = Rounds(device, [str(learner.engine) for learner in self.learners.values()])
         self.epoch = 0  # complete ones
@@ -101,6 +102,7 @@ class Trainer:
             for norm, learner in behind.items():
                 if learner.step == last:
                     entry = {"epoch": last / self.steps_per_epoch, "step": last}
+                    learner.engine.before_evaluation(x)
                     found = learner.assess(self._train, self._test)
                     learner.history.append(entry | found | {"us_per_step": statistics.median(times[norm])})
         if any(learner.step < last for learner in self.learners.values()):
@@ -115,6 +117,7 @@ class Trainer:
     def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Return everything that a checkpoint holds: meta data for JSON, and the arrays by name."""
         meta = {
+            "command": self.config.command,
             "config": asdict(self.config),
             "sizes": self.sizes,
             "data_digest": self.dataset.digest,
@@ -165,7 +168,7 @@ class Trainer:
 
 
 def train(
-    config: TrainingConfig | None = None,
+    config: RunConfig | None = None,
     *,
     folder: str | Path | Callable[[], Path] | None = None,
     checkpoint: str | Path | None = None,
@@ -177,7 +180,7 @@ def train(
 
     Parameters
     ----------
-    config : TrainingConfig, optional
+    config : RunConfig, optional
         Options of the run; by default 64-20-10 on the digits, with batch norm and without.
     folder : path or callable, optional
         Folder of the checkpoint, written after every epoch, and of ``metrics.json`` and ``curves.png``, written at the
@@ -245,8 +248,8 @@ def resume(
     on_epoch, should_stop : callable
         Arguments of `train`.
     **options : any
-        Fields of `TrainingConfig`. ``epochs`` or ``steps`` extend the run, ``device`` moves it, ``engine`` goes on in
-        another way, ``data`` says where the same data are now; any other must be what the run was started with.
+        Fields of the run's configuration. ``epochs`` or ``steps`` extend the run, ``device`` moves it, ``engine`` goes
+        on in another way, ``data`` says where the same data are now; any other must be what the run was started with.
 
     Returns
     -------
@@ -280,7 +283,7 @@ def resume(
         return _run(trainer, run, on_epoch, should_stop)
 
 
-def _merged(config: TrainingConfig, options: Mapping[str, Any]) -> TrainingConfig:
+def _merged(config: RunConfig, options: Mapping[str, Any]) -> RunConfig:
     """Return a run's configuration with the options that may change, after checking that the others do not."""
     saved = asdict(config)
     for name, value in options.items():

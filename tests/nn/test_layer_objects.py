@@ -202,7 +202,7 @@ def test_flat_arrays_know_of_layers_that_were_added() -> None:
     assert model.parameters["0.1.weight"].base is model.flatten()[0]
 
 
-@pytest.mark.parametrize("optimizer", [nn.SGD, nn.Momentum, nn.Adam])
+@pytest.mark.parametrize("optimizer", [nn.SGD, nn.Momentum, nn.RMSProp, nn.Adam])
 def test_layers_learn(backend: Backend, optimizer: type) -> None:
     rng = np.random.default_rng(1)
     x = rng.standard_normal((64, 8)).astype("float32")
@@ -229,6 +229,36 @@ def test_an_optimiser_notices_that_the_arrays_are_others(model: Any) -> None:
         optimiser.step()
     assert optimiser.steps == 1
     nn.SGD(model, lr=0.1).step()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("most", [2.5, 5.0, 1e4])
+def test_gradients_are_clipped_by_the_norm_of_all(backend: Backend, dtype: str, most: float) -> None:
+    layers = nn.Linear(2, 1, bias=False, dtype=dtype, xp=backend.xp), nn.Linear(1, 1, dtype=dtype, xp=backend.xp)
+    model = nn.Sequential(*layers)
+    given = {"0.weight": [[3.0], [0.0]], "1.weight": [[0.0]], "1.bias": [4.0]}
+    for name, values in given.items():
+        model.gradients[name][...] = backend.asarray(np.array(values, dtype))
+    norm = nn.clip_gradients(model, most)
+    assert isinstance(norm, np.generic if backend.is_numpy else type(model.flatten()[0]))
+    assert (norm.shape, norm.dtype, float(norm)) == ((), "float64", 5)
+    for name, values in given.items():
+        wanted = np.array(values) * min(1, most / 5)
+        np.testing.assert_allclose(backend.asnumpy(model.gradients[name]), wanted, rtol=2 * np.finfo(dtype).eps)
+
+
+def test_no_gradients_and_gradients_that_are_not_finite_are_clipped_without_a_warning() -> None:
+    layer = nn.Linear(2, 1)
+    assert nn.clip_gradients(layer, 1) == 0
+    layer.gradients["weight"][...] = [[1e30], [0]]  # its square is beyond float32
+    assert float(nn.clip_gradients(layer, 1)) == pytest.approx(1e30)
+    assert layer.gradients["weight"][0, 0] == pytest.approx(1)
+    layer.gradients["weight"][...] = [[np.inf], [1]]
+    assert nn.clip_gradients(layer, 1) == np.inf
+    assert np.isnan(layer.gradients["weight"][0, 0])
+    for wrong, error in ((0, ValueError), (-1, ValueError), (np.inf, ValueError), ("1", TypeError)):
+        with pytest.raises(error, match="most must be"):
+            nn.clip_gradients(layer, wrong)
 
 
 def test_arrays_of_other_libraries_come_in_by_dlpack(torch: ModuleType) -> None:

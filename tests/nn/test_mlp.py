@@ -176,5 +176,5 @@ def test_a_foreign_state_is_refused_and_changes_nothing() -> None:
 def test_wrong_arguments_are_named(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MLP(**arguments)
-    with pytest.raises(ValueError, match="sgd, momentum, adam"):
-        make_optimizer("rmsprop", MLP((4, 2)), lr=0.1)
+    with pytest.raises(ValueError, match="sgd, momentum, rmsprop, adam"):
+        make_optimizer("adagrad", MLP((4, 2)), lr=0.1)

@@ -18,15 +18,16 @@ from tools.emulator import EmulatorRuntime
 
 SIZES = [1, 255, 256, 257, 1530]  # around a block, and the parameters of the network of the question
 DTYPES = ["float32", "float64"]
-RULES = {"sgd": 0, "momentum": 1, "adam": 2}  # number of arrays of state
+RULES = {"sgd": 0, "momentum": 1, "rmsprop": 1, "adam": 2}  # number of arrays of state
+SCHEDULED = ["sgd", "momentum", "adam"]
 STEPS = 20
-LR, MOMENTUM, BETA1, BETA2 = 0.1, 0.9, 0.9, 0.999
+LR, MOMENTUM, DECAY, BETA1, BETA2 = 0.1, 0.9, 0.9, 0.9, 0.999
 EPS = 0.25  # so large that a misplaced one is gross
 
 
 def update(rule: str, arrays: list[Any], step: int, **options: Any) -> None:
     """Make one step of a rule; `arrays` are parameters, gradients and state."""
-    given = {"lr": LR, "eps": EPS, "step": step, **options} if rule == "adam" else {"lr": LR, **options}
+    given = {"adam": {"eps": EPS, "step": step}, "rmsprop": {"eps": EPS}}.get(rule, {}) | {"lr": LR, **options}
     getattr(bn, f"{rule}_update")(*arrays, **given)
 
 
@@ -57,6 +58,10 @@ class Exact:
         elif self.rule == "momentum":
             self.decay("first", MOMENTUM, g)
             change, of_change = LR * self.first, LR * self.bounds["first"]
+        elif self.rule == "rmsprop":
+            self.decay("first", DECAY, (1 - oracle.Extended(DECAY)) * g * g)
+            change = LR * g / (np.sqrt(self.first) + EPS)
+            of_change = np.abs(change) * self.bounds["first"] / np.where(self.first == 0, 1, self.first) / 2
         else:
             self.decay("first", BETA1, (1 - oracle.Extended(BETA1)) * g)
             self.decay("second", BETA2, (1 - oracle.Extended(BETA2)) * g * g)
@@ -90,9 +95,8 @@ def test_twenty_steps_match_extended_precision(
         oracle.assert_within(backend.asnumpy(array), getattr(exact, name), exact.bounds[name], name)
 
 
-@pytest.mark.parametrize("scheduled", [False, True])
 @pytest.mark.parametrize("shape", [(), (4, 1, 3, 3), (2, 0)])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("rule", "scheduled"), [*((rule, False) for rule in RULES), *((r, True) for r in SCHEDULED)])
 def test_arrays_of_any_shape_are_updated_as_flat_ones(
     backend: Backend, rng: np.random.Generator, rule: str, shape: tuple[int, ...], scheduled: bool
 ) -> None:
@@ -157,13 +161,17 @@ def test_a_squared_gradient_beyond_the_type_stops_its_parameter(backend: Backend
     np.testing.assert_array_equal(found[:6], [0, 0, 0, np.nan, np.nan, np.nan])
     assert found[6] == pytest.approx(-10000.25)
     np.testing.assert_array_equal(backend.asnumpy(state[1])[:5], np.inf)
+    arrays = backend.arrays(np.zeros(7, dtype), given, np.zeros(7, dtype))
+    bn.rmsprop_update(*arrays, lr=1e4)
+    np.testing.assert_array_equal(backend.asnumpy(arrays[0])[:6], [0, 0, 0, np.nan, np.nan, np.nan])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_adam_with_a_zero_gradient_does_not_move(backend: Backend, dtype: str) -> None:
+def test_a_zero_gradient_does_not_move(backend: Backend, dtype: str) -> None:
     parameters, gradients, first, second = backend.arrays(*(np.full(5, value, dtype) for value in (2, 0, 0, 0)))
     for step in (1, 2):
         bn.adam_update(parameters, gradients, first, second, step=step, lr=LR)
+        bn.rmsprop_update(parameters, gradients, first, lr=LR)
     np.testing.assert_array_equal(backend.asnumpy(parameters), 2)
 
 
@@ -228,6 +236,8 @@ OPTION_ERRORS = [
     ("momentum", {"lr": np.inf}, ValueError, "lr must be at least 0 and finite, got inf"),
     ("momentum", {"momentum": 1.1}, ValueError, "momentum must be between 0 and 1 and finite, got 1.1"),
     ("momentum", {"momentum": "much"}, TypeError, "momentum must be a number, got 'much'"),
+    ("rmsprop", {"decay": 1.0}, ValueError, "decay must be .* got 1.0"),
+    ("rmsprop", {"eps": -1}, ValueError, "eps must be at least 0 and finite, got -1"),
     ("adam", {"beta1": 1.0}, ValueError, "beta1 must be .* got 1.0"),
     ("adam", {"beta2": -0.1}, ValueError, "beta2 must be .* got -0.1"),
     ("adam", {"beta2": 1}, ValueError, "beta2 must be .* got 1"),
@@ -295,6 +305,7 @@ def test_twenty_steps_agree_with_torch(
     peers = {
         "sgd": lambda: torch.optim.SGD([leaf], lr=LR),
         "momentum": lambda: torch.optim.SGD([leaf], lr=LR, momentum=MOMENTUM),
+        "rmsprop": lambda: torch.optim.RMSprop([leaf], lr=LR, alpha=DECAY, eps=EPS),
         "adam": lambda: torch.optim.Adam([leaf], lr=LR, betas=(BETA1, BETA2), eps=EPS),
     }
     peer = peers[rule]()
@@ -309,7 +320,7 @@ def test_twenty_steps_agree_with_torch(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", SCHEDULED)
 def test_numbers_from_a_schedule_make_the_same_steps(
     backend: Backend, rng: np.random.Generator, rule: str, dtype: str
 ) -> None:

@@ -56,6 +56,8 @@ NUMBERS: dict[str, Callable[[Any], Any]] = {
     "linear: momentum": lambda v: bn.linear_batch_norm_forward(X, X[:3], momentum=v),
     "sgd: lr": lambda v: bn.sgd_update(V.copy(), V, lr=v),
     "momentum: momentum": lambda v: bn.momentum_update(V.copy(), V, V.copy(), lr=0.1, momentum=v),
+    "rmsprop: decay": lambda v: bn.rmsprop_update(V.copy(), V, V.copy(), lr=0.1, decay=v),
+    "rmsprop: eps": lambda v: bn.rmsprop_update(V.copy(), V, V.copy(), lr=0.1, eps=v),
     "adam: lr": lambda v: adam(lr=v),
     "adam: beta1": lambda v: adam(beta1=v),
     "adam: beta2": lambda v: adam(beta2=v),
@@ -177,7 +179,7 @@ def test_numbers_beyond_all_bounds(option: str) -> None:
 def test_any_kind_of_number_is_one(option: str) -> None:
     call = (NUMBERS | EPS | FOLDING)[option]
     numbers = (1, Fraction(1, 1), np.float32(1), np.int64(1), np.array(1.0))
-    for value in (Fraction(1, 2), np.float64(0.5), np.array(0.5)) if "beta" in option else numbers:
+    for value in (Fraction(1, 2), np.float64(0.5), np.array(0.5)) if "beta" in option or "decay" in option else numbers:
         found, expected = call(value), call(float(value))
         assert type(found) is type(expected)
         np.testing.assert_equal(*(one.state() if hasattr(one, "state") else one for one in (found, expected)))

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bnkernels.nn.optimizers import OPTIMIZERS
-from bnkernels.train.config import DEFAULT_EPOCHS, DEFAULT_LEARNING_RATES, ConfigError, TrainingConfig, require_memory
+from bnkernels.ops.fused_training.launch import OPTIMIZERS
+from bnkernels.train.config import DEFAULT_EPOCHS, DEFAULT_LEARNING_RATES, ConfigError, TrainingConfig
+from bnkernels.train.run_config import require_memory
 
 
 @pytest.mark.parametrize(
@@ -127,7 +128,7 @@ def test_whatever_is_kept_is_pythons_own_and_survives_json(options):
 
 
 def test_networks_that_memory_cannot_hold_are_refused_with_the_bytes(monkeypatch):
-    monkeypatch.setattr("bnkernels.train.config.total_memory", lambda: 10**6)
+    monkeypatch.setattr("bnkernels.train.run_config.total_memory", lambda: 10**6)
     sizes, values = (64, 1000, 10), 65 * 1000 + 1001 * 10
     with pytest.raises(
         ConfigError, match=rf"take {4 * (2 * 2 * values + 64 * 1010):,} bytes .*than the 1,000,000 there"
@@ -137,5 +138,5 @@ def test_networks_that_memory_cannot_hold_are_refused_with_the_bytes(monkeypatch
     for options, rows in (({"norm": "batch"}, 1000), ({"norm": "batch", "models": 2}, 2), ({"dtype": "float64"}, 2)):
         with pytest.raises(ConfigError, match="give narrower layers"):
             require_memory(TrainingConfig(**options), sizes, rows)
-    monkeypatch.setattr("bnkernels.train.config.total_memory", lambda: None)
+    monkeypatch.setattr("bnkernels.train.run_config.total_memory", lambda: None)
     require_memory(TrainingConfig(hidden=(10**18,)), (64, 10**18, 10), 2)

@@ -20,6 +20,7 @@ from bnkernels.train.data import DataError, Dataset
 from bnkernels.train.evaluate import evaluate
 from bnkernels.train.runs import TrainingResult
 from bnkernels.train.saved_run import load_run
+from bnkernels.train.sequence import SequenceConfig
 from bnkernels.train.trainer import Trainer, resume, train
 
 HOSTILE: list[Any] = [
@@ -65,18 +66,20 @@ def config(data: Path, **changes: Any) -> TrainingConfig:
 
 
 @pytest.fixture(scope="module")
-def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """Return finished runs, of one model and of two."""
+def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int | str, Path]:
+    """Return finished runs, of one model and of two, and of an LSTM."""
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("bnkernels.train.runs.draw_curves", lambda history, title: b"a picture")
         for models in (1, 2):
             train(config(data, models=models), folder=folder / str(models))
-    return {models: folder / str(models) for models in (1, 2)}
+        options = {"dataset": "npz", "data": str(data), "hidden": 3, "batch_size": 50, "epochs": 1, "device": "cpu"}
+        train(SequenceConfig(**options, norm="batch"), folder=folder / "lstm")
+    return {kind: folder / str(kind) for kind in (1, 2, "lstm")}
 
 
 @pytest.fixture(params=[1, 2])
-def run(request: pytest.FixtureRequest, runs: dict[int, Path], tmp_path: Path) -> Path:
+def run(request: pytest.FixtureRequest, runs: dict[int | str, Path], tmp_path: Path) -> Path:
     """Return a copy of a finished run."""
     return Path(shutil.copytree(runs[request.param], tmp_path / "run"))
 
@@ -114,6 +117,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.parametrize("run", [1, 2, "lstm"], indirect=True)
 def test_whatever_is_wrong_is_one_short_line_and_whatever_is_accepted_works(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,7 +149,7 @@ def why_not(path: Path, dataset: Dataset) -> Exception | None:
         trainer.load_state(meta, arrays)
     except (CheckpointError, ConfigError, DataError) as error:
         return error
-    assert options.hidden == (8,)
+    assert options.hidden == (3 if options.command == "train-sequence" else (8,))
     history = {norm: learner.history for norm, learner in trainer.learners.items()}
     ratio = trainer.rounds.ratio()
     result = TrainingResult("finished", options, {}, "cpu", trainer.learners, history, ratio, {})

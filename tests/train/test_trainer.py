@@ -6,11 +6,11 @@ import json
 import numpy as np
 import pytest
 
-from bnkernels.nn.optimizers import OPTIMIZERS
+from bnkernels.ops.fused_training.launch import OPTIMIZERS
 from bnkernels.runtime.registry import DeviceError
 from bnkernels.train.data import DataError, Dataset
 from bnkernels.train.evaluate import evaluate
-from bnkernels.train.learner import EVALUATION_ROWS
+from bnkernels.train.run_config import EVALUATION_ROWS
 from bnkernels.train.trainer import ConfigError, Trainer, TrainingConfig, resume, train
 
 

@@ -319,6 +319,20 @@ MUTANTS = [
     Mutant("softmax: the label has no share of what all have", SOFTMAX, "a.smoothing + share;", "a.smoothing;"),
     Mutant("softmax: classes that are not there have a share", SOFTMAX, "if (first + i * WARP < a.classes) sum", "sum"),
     Mutant(
+        "update: RMSProp's eps inside the square root",
+        UPDATE,
+        "(sqrt(first) + a.eps)",
+        "sqrt(fma(a.eps, a.eps, first))",
+    ),
+    Mutant("update: RMSProp averages the gradients", UPDATE, "a.one_minus_beta1 * g * g)", "a.one_minus_beta1 * g)"),
+    Mutant(
+        "update: RMSProp's rate multiplies before the division",
+        UPDATE,
+        "step.rate * (g / (sqrt(first) + a.eps))",
+        "(step.rate * g) / (sqrt(first) + a.eps)",
+        select="beyond_the_type",
+    ),
+    Mutant(
         "update: Adam's eps inside the square root",
         UPDATE,
         "fma(sqrt(second), step.inverse_root, a.eps)",

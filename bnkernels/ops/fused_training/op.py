@@ -17,7 +17,8 @@ from bnkernels.ops.fused_training import reference
 from bnkernels.ops.fused_training.launch import MOST_EXAMPLES, OPTIMIZERS, Problem, choose, why_not
 from bnkernels.ops.fused_training.spec import LayerSpec, NetworkSpec, check_network, check_offsets, check_rows
 from bnkernels.ops.mini_batch.op import check_seed
-from bnkernels.ops.parameter_update.op import ADAM_EPS, BETA1, BETA2, state_names, update_schedule
+from bnkernels.ops.parameter_update.op import ADAM_EPS, BETA1, BETA2
+from bnkernels.ops.parameter_update.schedule import state_names, update_schedule
 from bnkernels.runtime import checks as check
 from bnkernels.runtime.arguments import addresses, empty, pack
 from bnkernels.runtime.arrays import AnyArray, Array

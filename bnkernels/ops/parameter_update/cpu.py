@@ -3,7 +3,7 @@
 Formulas:  as in ``cuda/parameter_update.cu``
 Arrays:    parameters, gradients and state, P numbers each, float32 or float64; all but the gradients in place
 Tasks:     blocks of `BLOCK` parameters
-Traffic:   sgd 2 P numbers read and P written, momentum 3 P and 2 P, adam 4 P and 3 P: each once
+Traffic:   sgd 2 P numbers read and P written, momentum and rmsprop 3 P and 2 P, adam 4 P and 3 P: each once
 Numerics:  numbers in the type of the arrays; factors are computed in float64 and rounded
 Order:     bits of a parameter depend on no other
 """
@@ -53,6 +53,19 @@ def _momentum(parameters, velocity, gradients, lr, momentum, first, last):
 
 
 @kernel
+def _rmsprop(parameters, square, gradients, lr, decay, eps, first, last):
+    start = first * BLOCK
+    count = min(last * BLOCK, len(parameters)) - start
+    p, g, s = part(parameters, start, count), part(gradients, start, count), part(square, start, count)
+    number = p.dtype.type
+    rate, keep, take, added = number(lr), number(decay), number(1.0 - decay), number(eps)
+    for i in range(count):
+        mean = keep * s[i] + take * g[i] * g[i]
+        s[i] = mean
+        p[i] -= rate * (g[i] / (np.sqrt(mean) + added))  # before lr: finite / infinite is 0
+
+
+@kernel
 def _adam(parameters, first_moment, second_moment, gradients, factors, first, last):
     start = first * BLOCK
     count = min(last * BLOCK, len(parameters)) - start
@@ -79,6 +92,13 @@ def sgd(parameters: np.ndarray, gradients: np.ndarray, lr: float) -> None:
 def momentum(parameters: np.ndarray, velocity: np.ndarray, gradients: np.ndarray, lr: float, decay: float) -> None:
     """Make a step with momentum."""
     _share(_momentum, parameters, velocity, gradients, lr, decay)
+
+
+def rmsprop(
+    parameters: np.ndarray, square: np.ndarray, gradients: np.ndarray, lr: float, decay: float, eps: float
+) -> None:
+    """Make a step of RMSProp."""
+    _share(_rmsprop, parameters, square, gradients, lr, decay, eps)
 
 
 def adam(

@@ -1,12 +1,9 @@
-"""One optimiser step over all numbers of an array at once: SGD, momentum, Adam. In place, one launch."""
+"""One optimiser step over all numbers of an array at once: SGD, momentum, RMSProp, Adam. In place, one launch."""
 
 from __future__ import annotations
 
 import math
 from types import ModuleType
-from typing import Any
-
-import numpy as np
 
 from bnkernels.ops.parameter_update import reference
 from bnkernels.runtime import checks as check
@@ -27,6 +24,7 @@ ARGUMENTS = arguments_type(
 THREADS, VECTOR = 256, 16
 MAX_BLOCKS = 1024  # several per multiprocessor of the largest GPU; threads stride over the rest
 MOMENTUM, BETA1, BETA2, ADAM_EPS = 0.9, 0.9, 0.999, 1e-8  # the usual ones
+DECAY, RMSPROP_EPS = 0.9, 1e-8
 BELOW_ONE = math.nextafter(1, 0)
 STATES = {"sgd": (), "momentum": ("velocity",), "adam": ("first", "second")}
 USUAL = {"sgd": (), "momentum": (MOMENTUM,), "adam": (BETA1, BETA2, ADAM_EPS)}
@@ -37,7 +35,8 @@ CONSTANTS = {  # members beta1 to eps of the argument
 }
 
 
-def _check_shapes(args: dict[str, check.Argument | None]) -> None:
+def check_shapes(args: dict[str, check.Argument | None]) -> None:
+    """Refuse arrays of other shapes or data types than the parameters."""
     parameters = args["parameters"]
     check.float32_or_float64(parameters)
     for name, argument in args.items():
@@ -45,13 +44,10 @@ def _check_shapes(args: dict[str, check.Argument | None]) -> None:
 
 
 OPERANDS = {
-    name: Operands(f"parameters {' '.join(state)}", "gradients", _check_shapes) for name, state in STATES.items()
+    name: Operands(f"parameters {' '.join(state)}", "gradients", check_shapes)
+    for name, state in (STATES | {"rmsprop": ("square",)}).items()
 }
-SCHEDULED = {
-    name: Operands(f"parameters {' '.join(state)}", "gradients scalars", _check_shapes)
-    for name, state in STATES.items()
-}
-SGD_CALLS, MOMENTUM_CALLS, SCHEDULED_CALLS, ADAM_CHECKS = (ReplayCache() for _ in range(4))
+SGD_CALLS, MOMENTUM_CALLS, RMSPROP_CALLS, ADAM_CHECKS = (ReplayCache() for _ in range(4))
 
 
 def sgd_update(parameters: Array, gradients: Array, *, lr: float) -> None:
@@ -85,9 +81,9 @@ def sgd_update(parameters: Array, gradients: Array, *, lr: float) -> None:
     lr = check.number("lr", lr, 0)
     runtime, _ = OPERANDS["sgd"].check(parameters, gradients)
     if runtime is not None:
-        _launch(runtime, call, "sgd", (parameters, gradients, None, None, None), (lr, *CONSTANTS["sgd"], 1, 1))
+        launch_update(runtime, call, "sgd", (parameters, gradients, None, None, None), (lr, *CONSTANTS["sgd"], 1, 1))
     else:
-        update = _on_numpy().sgd
+        update = on_numpy().sgd
         call.compute(lambda arrays: update(*arrays, lr), (parameters, gradients))
 
 
@@ -129,10 +125,74 @@ def momentum_update(
     runtime, _ = OPERANDS["momentum"].check(parameters, velocity, gradients)
     if runtime is not None:
         arrays = parameters, gradients, velocity, None, None
-        _launch(runtime, call, "momentum", arrays, (lr, momentum, 0, 0, 0, 0, 1, 1))
+        launch_update(runtime, call, "momentum", arrays, (lr, momentum, 0, 0, 0, 0, 1, 1))
     else:
-        update = _on_numpy().momentum
+        update = on_numpy().momentum
         call.compute(lambda arrays: update(*arrays, lr, momentum), (parameters, velocity, gradients))
+
+
+def rmsprop_update(
+    parameters: Array,
+    gradients: Array,
+    square: Array,
+    *,
+    lr: float,
+    decay: float = DECAY,
+    eps: float = RMSPROP_EPS,
+) -> None:
+    """Make one RMSProp step, in place: divide the gradients by the root of the decayed mean of their squares.
+
+    Parameters
+    ----------
+    parameters : array, float32 or float64
+        Parameters of any shape, updated in place; C order.
+    gradients : array, shape and dtype of `parameters`
+        Gradients; C order. Never written.
+    square : array, shape and dtype of `parameters`
+        Decayed mean of the squares of the gradients, updated in place; starts at 0.
+    lr : float
+        Learning rate, per step.
+    decay : float
+        Decay of `square` at each step, at least 0 and less than 1. PyTorch calls it `alpha`, with the default 0.99.
+    eps : float
+        Number added to the root of `square`, in the units of the gradients. With 0, a parameter whose gradients have
+        all been 0 becomes NaN.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is wrong; nothing is written then.
+
+    Notes
+    -----
+    `square` begins at 0 and, other than Adam's, is not corrected for that: the first step is
+    ``lr / sqrt(1 - decay)`` long. It becomes infinite, and stays so, when ``(1 - decay) * gradients**2`` is out of the
+    range of the data type; the parameter then moves no more.
+
+    References
+    ----------
+    .. [1] T. Tieleman and G. Hinton, "Lecture 6.5, RMSProp", COURSERA: Neural Networks for Machine Learning, 2012.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> p, square = np.array([1.0]), np.zeros(1)
+    >>> rmsprop_update(p, np.array([5.0]), square, lr=0.25, decay=0.75)
+    >>> p.round(6), square
+    (array([0.5]), array([6.25]))
+    """
+    call = RMSPROP_CALLS.replay((parameters, square), (gradients,), lr, decay, eps)
+    if call.replayed:
+        return
+    lr, eps = check.number("lr", lr, 0), check.number("eps", eps, 0)
+    decay = check.number("decay", decay, 0, BELOW_ONE)
+    runtime, _ = OPERANDS["rmsprop"].check(parameters, square, gradients)
+    if runtime is not None:
+        arrays = parameters, gradients, square, None, None
+        launch_update(runtime, call, "rmsprop", arrays, (lr, decay, 0, 1 - decay, 0, eps, 1, 1))
+    else:
+        update = on_numpy().rmsprop
+        call.compute(lambda arrays: update(*arrays, lr, decay, eps), (parameters, square, gradients))
 
 
 def adam_update(
@@ -199,109 +259,16 @@ def adam_update(
         runtime, _ = OPERANDS["adam"].check(parameters, first, second, gradients)
         if runtime is not None:
             scalars = lr, beta1, beta2, 1 - beta1, 1 - beta2, eps, *_corrections(step, beta1, beta2)
-            _launch(runtime, NEW, "adam", (parameters, gradients, first, second, None), scalars)
+            launch_update(runtime, NEW, "adam", (parameters, gradients, first, second, None), scalars)
             return
         call.compute(lambda arrays: None, (parameters, first, second, gradients))
     factors = float(lr), float(beta1), float(beta2), float(eps), *_corrections(step, beta1, beta2)
-    _on_numpy().adam(parameters, first, second, gradients, *factors)
+    on_numpy().adam(parameters, first, second, gradients, *factors)
 
 
 def _corrections(step: int, beta1: float, beta2: float) -> tuple[float, float]:
     """Return the divisors of the first moment and of the root of the second one."""
     return 1 - beta1**step, math.sqrt(1 - beta2**step)
-
-
-def scheduled_update(
-    optimizer: str, parameters: Array, gradients: Array, state: tuple[Array, ...], scalars: Array
-) -> None:
-    """Make one optimiser step in place, its numbers in an array: a launch that can be captured and replayed.
-
-    Parameters
-    ----------
-    optimizer : {"sgd", "momentum", "adam"}
-        Optimiser, with the usual constants of `sgd_update`, `momentum_update` and `adam_update`.
-    parameters, gradients : array, float32 or float64
-        Arguments of these.
-    state : tuple of arrays, shape of `parameters`
-        State of the optimiser: (), (velocity,) or (first, second); updated in place.
-    scalars : array, shape (3,), dtype of `parameters`
-        Row of `update_schedule`.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If an argument is wrong; nothing is written then.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> p = np.array([1.0, 2.0])
-    >>> scheduled_update("sgd", p, np.array([1.0, -1.0]), (), update_schedule("sgd", 0.5, 1)[0])
-    >>> p
-    array([0.5, 2.5])
-    """
-    state_names(optimizer, state)
-    call = SCHEDULED_CALLS.replay((parameters, *state), (gradients, scalars), optimizer)
-    if call.replayed:
-        return
-    runtime, _ = SCHEDULED[optimizer].check(parameters, *state, gradients, scalars)
-    if runtime is not None:
-        given = parameters, gradients, *(*state, None, None)[:2], scalars
-        _launch(runtime, call, optimizer, given, (1, *CONSTANTS[optimizer], 1, 1))
-        return
-    update, constants = getattr(_on_numpy(), optimizer), USUAL[optimizer]
-
-    def step(arrays: tuple) -> None:
-        lr, *corrections = arrays[-1].tolist()
-        update(*arrays[:-1], lr, *constants, *(corrections if optimizer == "adam" else ()))
-
-    call.compute(step, (parameters, *state, gradients, scalars))
-
-
-def state_names(optimizer: Any, state: Any) -> tuple[str, ...]:
-    """Check the name of an optimiser, and for a tuple of as many arrays as it has; return their names."""
-    check.one_of("optimizer", optimizer, STATES)
-    names = STATES[optimizer]
-    if not isinstance(state, (tuple, list)):
-        raise TypeError(f"state must be a tuple of arrays, for {optimizer} {len(names)}, got {check.shown(state)}")
-    if len(state) != len(names):
-        raise ValueError(f"state of {optimizer} must be {len(names)} arrays ({', '.join(names)}), got {len(state)}")
-    return names
-
-
-def update_schedule(optimizer: str, lr: float, steps: int, *, before: int = 0) -> np.ndarray:
-    """Return the numbers that depend on the step alone, for several steps.
-
-    Parameters
-    ----------
-    optimizer : {"sgd", "momentum", "adam"}
-        Optimiser; only Adam has corrections.
-    lr : float
-        Learning rate, per step.
-    steps, before : int
-        Number of rows, and number of steps already made.
-
-    Returns
-    -------
-    numpy.ndarray, shape (steps, 3), float64
-        Learning rate, ``1 - beta1**step`` and ``sqrt(1 - beta2**step)``: the divisors of Adam's first moment and of the
-        root of its second one.
-
-    Raises
-    ------
-    TypeError
-        If an option is not of the right kind.
-    ValueError
-        If a name is unknown, or a number out of range.
-    """
-    check.one_of("optimizer", optimizer, STATES)
-    steps, before = check.integer("steps", steps, 0), check.integer("before", before, 0, check.MOST_COUNTED)
-    schedule = np.ones((steps, 3))
-    schedule[:, 0] = check.number("lr", lr, 0)
-    if optimizer == "adam":
-        number = np.arange(before + 1, before + steps + 1, dtype=np.float64)
-        schedule[:, 1], schedule[:, 2] = 1 - BETA1**number, np.sqrt(1 - BETA2**number)
-    return schedule
 
 
 def parameter_update_launch(units: int) -> rt.Launch:
@@ -315,12 +282,13 @@ def parameter_update_launch(units: int) -> rt.Launch:
     return rt.Launch((min(rt.ceil_div(units, THREADS), MAX_BLOCKS), 1, 1), (THREADS, 1, 1))
 
 
-def _on_numpy() -> ModuleType:
+def on_numpy() -> ModuleType:
     """Return what computes NumPy arrays."""
     return kernels(CPU) or reference
 
 
-def _launch(runtime: rt.Runtime, call: Call, rule: str, arrays: tuple, scalars: tuple[float, ...]) -> None:
+def launch_update(runtime: rt.Runtime, call: Call, rule: str, arrays: tuple, scalars: tuple[float, ...]) -> None:
+    """Launch the kernel of a rule: parameters, gradients, state and schedule, and the numbers of the argument."""
     parameters = arrays[0]
     if parameters.size == 0:
         return

@@ -20,6 +20,20 @@ def momentum(parameters: np.ndarray, velocity: np.ndarray, gradients: np.ndarray
 
 
 @np.errstate(all="ignore")
+def rmsprop(
+    parameters: np.ndarray, square: np.ndarray, gradients: np.ndarray, lr: float, decay: float, eps: float
+) -> None:
+    """Make a step of RMSProp."""
+    square *= decay
+    square += (1 - decay) * gradients * gradients
+    root = np.sqrt(square, out=np.empty_like(square))
+    root += eps
+    np.divide(gradients, root, out=root)  # before lr multiplies: finite / infinite is 0
+    root *= lr
+    parameters -= root
+
+
+@np.errstate(all="ignore")
 def adam(
     parameters: np.ndarray,
     first: np.ndarray,

@@ -1,0 +1,1 @@
+"""An LSTM layer over whole sequences, with batch norm, layer norm or no norm in it."""

@@ -1,0 +1,306 @@
+"""LSTM: forward against its formulas in extended precision, backward against central differences."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+import bnkernels as bn
+from tools import oracle_lstm
+from tools.backends import Backend
+from tools.oracle import Extended
+
+NORMS = [None, "batch", "layer"]
+# (T, N, I, H): one of everything but examples; few; a step of the paper's kind; more units than a block has.
+SIZES = [(1, 2, 1, 1), (4, 5, 3, 3), (3, 33, 1, 20), (2, 3, 7, 70)]
+LENGTHS = np.array([3, 5, 1, 5, 2])  # for T = 5, in no order
+
+
+@pytest.fixture(autouse=True)
+def _on_numpy_arrays(request: pytest.FixtureRequest) -> None:
+    if "backend" in request.fixturenames and not request.getfixturevalue("backend").is_numpy:
+        pytest.skip("the LSTM has no kernels yet")
+
+
+def call(backend: Backend, given: dict[str, np.ndarray], **options: Any) -> tuple:
+    """Return the results of a forward on a backend."""
+    on = {name: None if array is None else backend.asarray(array) for name, array in given.items()}
+    first, norms = oracle_lstm.split(on)
+    return bn.lstm_forward(*first, norms, **options)
+
+
+def gradients(backend: Backend, saved: Any, *given: np.ndarray | None) -> dict[str, np.ndarray]:
+    """Return the gradients of a backward by the names of their arguments."""
+    *first, dnorms = bn.lstm_backward(*backend.arrays(*given), saved)
+    return {
+        name: np.array(backend.asnumpy(array))
+        for name, array in zip(oracle_lstm.NAMES, (*first, *(dnorms or ())), strict=dnorms is not None)
+    }
+
+
+def bound(sizes: tuple[int, int, int, int], dtype: str) -> float:
+    """Return how far a result near 1 may be off: roundings of the products and of a step, times the steps."""
+    steps, _, inputs, units = sizes
+    return steps * (inputs + units + 40) * float(np.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("sizes", SIZES)
+def test_forward_is_its_formulas(
+    backend: Backend, rng: np.random.Generator, sizes: tuple[int, int, int, int], norm: str | None, dtype: str
+) -> None:
+    given = oracle_lstm.arguments(rng, sizes, norm, dtype)
+    eps = 0.1  # with which few examples do not make small variances
+    *found, _ = call(backend, given, norm=norm, eps=eps)
+    for got, right in zip(found, oracle_lstm.forward(given, norm, eps=eps)[:3], strict=True):
+        assert got.dtype == dtype
+        assert (np.abs(backend.asnumpy(got) - right) <= bound(sizes, dtype)).all()
+    without = call(backend, given, norm=norm, eps=eps, keep=False)
+    assert without[3] is None
+    for one, two in zip(without[:3], found, strict=True):
+        np.testing.assert_array_equal(backend.asnumpy(one), backend.asnumpy(two))
+
+
+def loss_of(given: dict[str, np.ndarray], weights: list[np.ndarray], norm: str | None, **options: Any) -> Extended:
+    """Return a weighted sum of the outputs, in extended precision."""
+    found = oracle_lstm.forward(given, norm, **options)[:3]
+    return sum((weight * array).sum() for weight, array in zip(weights, found, strict=True))
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("norm", NORMS)
+def test_backward_is_central_differences(
+    backend: Backend, rng: np.random.Generator, norm: str | None, ragged: bool
+) -> None:
+    sizes = steps, rows, _, units = 5, 5, 3, 4
+    given, lengths = oracle_lstm.arguments(rng, sizes, norm, "float64"), LENGTHS if ragged else None
+    weights = [rng.standard_normal(shape) for shape in ((steps, rows, units), (rows, units), (rows, units))]
+    found = gradients(backend, call(backend, given, norm=norm, lengths=lengths)[3], *weights)
+    assert found.keys() == given.keys()
+    h = Extended(1e-8)  # far above the roundings of extended precision, and far below what bends
+    for name, gradient in found.items():
+        assert gradient.shape == given[name].shape
+        for _ in range(2):
+            direction = rng.standard_normal(gradient.shape)
+            ends = [given | {name: given[name] + sign * h * direction} for sign in (1, -1)]
+            high, low = (loss_of(end, weights, norm, lengths=lengths) for end in ends)
+            size = np.abs(gradient * direction).sum()
+            assert abs((high - low) / (2 * h) - (gradient * direction).sum()) <= 1e-9 * (1 + size), name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_without_a_norm_it_is_pytorchs(
+    backend: Backend, rng: np.random.Generator, torch: ModuleType, dtype: str, ragged: bool
+) -> None:
+    sizes = 5, 5, 3, 7
+    given = oracle_lstm.arguments(rng, sizes, None, dtype)
+    lstm = torch.nn.LSTM(3, 7).to(getattr(torch, dtype))
+    tensors = {name: torch.from_numpy(array.copy()).requires_grad_() for name, array in given.items()}
+    parameters = {name: tensors[name] for name in ("weight_ih", "weight_hh")} | {"bias_ih": tensors["bias"]}
+    parameters |= {"bias_hh": torch.zeros_like(tensors["bias"])}
+    parameters = {f"{name}_l0": tensor for name, tensor in parameters.items()}
+    x, state = tensors["x"], (tensors["h0"][None], tensors["c0"][None])
+    rnn = torch.nn.utils.rnn
+    inputs = rnn.pack_padded_sequence(x, LENGTHS, enforce_sorted=False) if ragged else x
+    y, (h_n, c_n) = torch.func.functional_call(lstm, parameters, (inputs, state))
+    y = rnn.pad_packed_sequence(y)[0] if ragged else y
+    *found, saved = call(backend, given, lengths=LENGTHS if ragged else None)
+    for got, right in zip(found, (y, h_n[0], c_n[0]), strict=True):
+        np.testing.assert_allclose(backend.asnumpy(got), right.detach().numpy(), rtol=0, atol=bound(sizes, dtype))
+    weights = [rng.standard_normal(tuple(array.shape)).astype(dtype) for array in (y, h_n[0], c_n[0])]
+    for grads, loss in (
+        (weights, sum((torch.from_numpy(w) * a).sum() for w, a in zip(weights, (y, h_n[0], c_n[0]), strict=True))),
+        ((None, weights[1], None), (torch.from_numpy(weights[1]) * h_n[0]).sum()),
+    ):
+        right = torch.autograd.grad(loss, list(tensors.values()), retain_graph=True)
+        for (name, got), wanted in zip(gradients(backend, saved, *grads).items(), right, strict=True):
+            np.testing.assert_allclose(got, wanted.numpy(), rtol=0, atol=40 * bound(sizes, dtype), err_msg=name)
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+def test_constant_inputs_have_finite_gradients(backend: Backend, rng: np.random.Generator, norm: str) -> None:
+    """As the first pixels of images: the variance is exactly 0, of all parts if the states begin equal too."""
+    given = oracle_lstm.arguments(rng, (6, 5, 1, 4), norm, "float32")
+    given["x"][:4] = 0.1
+    given["h0"][...], given["c0"][...] = 0, 0
+    y, h_n, _, saved = call(backend, given, norm=norm)
+    found = gradients(backend, saved, None, np.ones(h_n.shape, "float32"), None)
+    assert all(np.isfinite(array).all() for array in (backend.asnumpy(y), *found.values()))
+    if norm == "batch":  # every example is beta, exactly
+        rows = backend.asnumpy(y)[:4]
+        np.testing.assert_array_equal(rows, np.broadcast_to(rows[:, :1], rows.shape))
+        assert np.ptp(backend.asnumpy(y)[4:], axis=1).max() > 0
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_padding_changes_nothing(backend: Backend, rng: np.random.Generator, norm: str | None) -> None:
+    """A batch of sequences of which none is longer than 3 is a batch of 3 steps."""
+    given = oracle_lstm.arguments(rng, (5, 4, 2, 6), norm, "float64")
+    lengths = np.array([3, 2, 3, 1])
+    weights = [rng.standard_normal(shape) for shape in ((5, 4, 6), (4, 6), (4, 6))]
+    *found, saved = call(backend, given, norm=norm, lengths=lengths)
+    grads = gradients(backend, saved, *weights)
+    short = given | {"x": given["x"][:3]}
+    other = short | {"x": np.where((np.arange(3)[:, None] < lengths)[..., None], short["x"], 7)}
+    assert not backend.asnumpy(found[0])[3:].any()
+    assert not grads["x"][3:].any()
+    for same in (short, other):
+        *right, saved = call(backend, same, norm=norm, lengths=lengths)
+        again = gradients(backend, saved, weights[0][:3], *weights[1:])
+        for got, wanted in zip((backend.asnumpy(found[0])[:3], *found[1:]), right, strict=True):
+            np.testing.assert_array_equal(backend.asnumpy(got), backend.asnumpy(wanted))
+        for name, gradient in (grads | {"x": grads["x"][:3]}).items():
+            np.testing.assert_allclose(gradient, again[name], rtol=1e-12, atol=1e-13, err_msg=name)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_examples_of_a_length_are_a_batch_of_their_own(
+    backend: Backend, rng: np.random.Generator, norm: str | None
+) -> None:
+    """An example that ends with the first step is no part of the statistics of the others behind it."""
+    given = oracle_lstm.arguments(rng, (4, 6, 2, 3), norm, "float64")
+    given["x"][0, 3:], given["h0"][3:], given["c0"][3:] = given["x"][0, :3], given["h0"][:3], given["c0"][:3]
+    y, h_n, c_n, _ = call(backend, given, norm=norm, lengths=[4, 4, 4, 1, 1, 1])
+    some = given | {"x": given["x"][:, :3], "h0": given["h0"][:3], "c0": given["c0"][:3]}
+    right = call(backend, some, norm=norm)
+    for got, wanted in zip((backend.asnumpy(y)[:, :3], h_n[:3], c_n[:3]), right[:3], strict=True):
+        np.testing.assert_allclose(backend.asnumpy(got), backend.asnumpy(wanted), rtol=1e-11, atol=1e-12)
+    np.testing.assert_array_equal(backend.asnumpy(h_n)[3:], backend.asnumpy(y)[0, 3:])
+
+
+def population(units: int, steps: int, dtype: str = "float64") -> list[np.ndarray]:
+    """Return population statistics before the first mini-batch."""
+    shapes = [(steps, 4 * units)] * 4 + [(steps, units)] * 2
+    return [np.full(shape, number % 2, dtype) for number, shape in enumerate(shapes)]
+
+
+@pytest.mark.parametrize("lengths", [None, LENGTHS, np.array([5, 4, 4, 3, 3])])
+def test_every_step_has_population_statistics(
+    backend: Backend, rng: np.random.Generator, lengths: np.ndarray | None
+) -> None:
+    given = oracle_lstm.arguments(rng, (5, 5, 2, 3), "batch", "float64")
+    running = backend.arrays(*population(3, 4))
+    call(backend, given, norm="batch", running=tuple(running), momentum=0.25, lengths=lengths)
+    counts = [5 if lengths is None else int((lengths > t).sum()) for t in range(5)]
+    moments = oracle_lstm.forward(given, "batch", lengths)[3]
+    for number, (got, first) in enumerate(zip(running, population(3, 4), strict=True)):
+        for t in range(4):
+            new, n = moments[t][number], counts[t]
+            right = 0.75 * first[t] + 0.25 * new * (n / (n - 1) if number % 2 else 1) if n > 1 else first[t]
+            np.testing.assert_allclose(backend.asnumpy(got)[t], right.astype(float), rtol=1e-9, atol=1e-10)
+
+
+def test_the_population_is_an_average_of_all_mini_batches(backend: Backend, rng: np.random.Generator) -> None:
+    given = [oracle_lstm.arguments(rng, (2, 5, 2, 3), "batch", "float64") for _ in range(3)]
+    running = backend.arrays(*population(3, 2))
+    for before, one in enumerate(given):
+        call(backend, one, norm="batch", running=tuple(running), momentum=None, batches_before=before)
+    means = [oracle_lstm.forward(one, "batch")[3][1][4] for one in given]
+    np.testing.assert_allclose(backend.asnumpy(running[4])[1], np.mean(means, 0).astype(float), rtol=1e-9, atol=1e-12)
+
+
+def test_inference_takes_the_population_and_the_last_step_beyond(backend: Backend, rng: np.random.Generator) -> None:
+    sizes = 5, 4, 2, 3
+    given = oracle_lstm.arguments(rng, sizes, "batch", "float64")
+    running = [np.abs(array + rng.standard_normal(array.shape) / 8) for array in population(3, 3)]
+    on = tuple(backend.arrays(*running))
+    *found, saved = call(backend, given, norm="batch", running=on, training=False)
+    known = [tuple(array[t] for array in running) for t in range(3)]
+    for got, right in zip(found, oracle_lstm.forward(given, "batch", population=known)[:3], strict=True):
+        assert (np.abs(backend.asnumpy(got) - right) <= bound(sizes, "float64")).all()
+    for one, two in zip(on, running, strict=True):
+        np.testing.assert_array_equal(backend.asnumpy(one), two)
+    weights = [rng.standard_normal(array.shape) for array in found]
+    h = Extended(1e-8)  # far above the roundings of extended precision, and far below what bends
+    for name, gradient in gradients(backend, saved, *weights).items():
+        direction = rng.standard_normal(gradient.shape)
+        ends = [given | {name: given[name] + sign * h * direction} for sign in (1, -1)]
+        high, low = (loss_of(end, weights, "batch", population=known) for end in ends)
+        size = np.abs(gradient * direction).sum()
+        assert abs((high - low) / (2 * h) - (gradient * direction).sum()) <= 1e-9 * (1 + size), name
+
+
+def test_one_example_is_enough_in_inference(backend: Backend, rng: np.random.Generator) -> None:
+    given = oracle_lstm.arguments(rng, (2, 3, 2, 3), "batch", "float64")
+    running = tuple(backend.arrays(*population(3, 2)))
+    y = backend.asnumpy(call(backend, given, norm="batch", running=running, training=False)[0])
+    one = given | {name: array[..., 1:2, :] for name, array in given.items() if name in ("x", "h0", "c0")}
+    alone = call(backend, one, norm="batch", running=running, training=False)[0]
+    np.testing.assert_allclose(backend.asnumpy(alone), y[:, 1:2], rtol=1e-13, atol=1e-14)
+
+
+def test_two_windows_are_the_sequence(backend: Backend, rng: np.random.Generator) -> None:
+    """And the gradients of the second window go through its first states into the first: backward through time."""
+    given = oracle_lstm.arguments(rng, (6, 3, 2, 4), None, "float64")
+    *whole, saved = call(backend, given)
+    dy = rng.standard_normal((6, 3, 4))
+    right = gradients(backend, saved, dy, None, None)
+    *first, saved_first = call(backend, given | {"x": given["x"][:2]})
+    then = {"x": given["x"][2:], "h0": backend.asnumpy(first[1]), "c0": backend.asnumpy(first[2])}
+    *second, saved_second = call(backend, given | then)
+    for got, wanted in zip(second[1:], whole[1:], strict=True):
+        np.testing.assert_allclose(backend.asnumpy(got), backend.asnumpy(wanted), rtol=1e-13)
+    of_second = gradients(backend, saved_second, dy[2:], None, None)
+    of_first = gradients(backend, saved_first, dy[:2], of_second["h0"], of_second["c0"])
+    for name in ("weight_ih", "weight_hh", "bias"):
+        np.testing.assert_allclose(of_first[name] + of_second[name], right[name], rtol=1e-11, atol=1e-12)
+    np.testing.assert_allclose(of_first["h0"], right["h0"], rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
+@pytest.mark.parametrize("norm", NORMS)
+def test_no_steps_or_no_examples(backend: Backend, rng: np.random.Generator, norm: str | None, shape: tuple) -> None:
+    given = oracle_lstm.arguments(rng, (*shape, 2, 4), norm, "float32")
+    y, h_n, c_n, saved = call(backend, given, norm=norm)
+    assert y.shape == (*shape, 4)
+    for got, right in ((h_n, given["h0"]), (c_n, given["c0"])):
+        np.testing.assert_array_equal(backend.asnumpy(got), right)
+    found = gradients(backend, saved, None, np.ones((shape[1], 4), "float32"), None)
+    assert (found.pop("h0") == 1).all()
+    assert not any(array.any() for array in found.values())
+
+
+def test_what_is_none_is_0(backend: Backend, rng: np.random.Generator) -> None:
+    given = oracle_lstm.arguments(rng, (3, 4, 2, 5), None, "float64")
+    zeros = {name: np.zeros_like(given[name]) for name in ("h0", "c0", "bias")}
+    *right, saved = call(backend, given | zeros)
+    *found, other = call(backend, given | dict.fromkeys(zeros))
+    for one, two in zip(found, right, strict=True):
+        np.testing.assert_array_equal(backend.asnumpy(one), backend.asnumpy(two))
+    wanted = gradients(backend, saved, np.ones((3, 4, 5)), np.zeros((4, 5)), np.zeros((4, 5)))
+    got = gradients(backend, other, np.ones((3, 4, 5)), None, None)
+    for name in wanted:
+        np.testing.assert_array_equal(got[name], wanted[name])
+
+
+def test_outputs_are_written_where_they_are_wanted(backend: Backend, rng: np.random.Generator) -> None:
+    given = oracle_lstm.arguments(rng, (3, 4, 2, 5), "layer", "float32")
+    wanted = call(backend, given, norm="layer")
+    out = tuple(backend.empty(array.shape, "float32") for array in wanted[:3])
+    found = call(backend, given, norm="layer", out=out)
+    for one, two, three in zip(found, out, wanted, strict=False):
+        assert one is two
+        np.testing.assert_array_equal(backend.asnumpy(one), backend.asnumpy(three))
+    dx, *others = bn.lstm_backward(None, *backend.arrays(np.ones((4, 5), "float32"), None), found[3])
+    dx, *some = bn.lstm_backward(
+        None, *backend.arrays(np.ones((4, 5), "float32"), None), found[3], input_gradient=False
+    )
+    assert dx is None
+    for one, two in zip(some[:5], others[:5], strict=True):
+        np.testing.assert_array_equal(backend.asnumpy(one), backend.asnumpy(two))
+
+
+def test_nan_stays_in_its_example_without_batch_norm(backend: Backend, rng: np.random.Generator) -> None:
+    for norm in (None, "layer"):
+        given = oracle_lstm.arguments(rng, (3, 4, 2, 5), norm, "float32")
+        given["x"][1, 2, 0] = np.nan
+        y, _, _, saved = call(backend, given, norm=norm)
+        bad = np.isnan(backend.asnumpy(y)).all(2)
+        np.testing.assert_array_equal(bad, (np.arange(3)[:, None] >= 1) & (np.arange(4) == 2))
+        dx = gradients(backend, saved, np.ones((3, 4, 5), "float32"), None, None)["x"]
+        np.testing.assert_array_equal(np.isfinite(dx).all((0, 2)), np.arange(4) != 2)
