@@ -158,7 +158,7 @@ class LSTM(Leaf):
             self.batches += 1
         if keep:
             self._saved = x, saved, shape
-        self.state = tuple(self.xp.stack(arrays) for arrays in zip(*last, strict=True))
+        self.state = tuple(_stack(arrays) for arrays in zip(*last, strict=True))
         if self.output == "last":
             return last[-1][0]
         return _time_first(y) if self.batch_first else y
@@ -212,7 +212,7 @@ class LSTM(Leaf):
             self._write(number, *gradients)
             of_state.insert(0, (dh0, dc0))
             dh_last = None
-        self.state_gradient = tuple(self.xp.stack(arrays) for arrays in zip(*of_state, strict=True))
+        self.state_gradient = tuple(_stack(arrays) for arrays in zip(*of_state, strict=True))
         return _time_first(dy) if self.batch_first and dy is not None else dy
 
     def _write(self, number: int, dweight_ih: Any, dweight_hh: Any, dbias: Any, dnorms: Any) -> None:
@@ -268,7 +268,7 @@ class LSTM(Leaf):
         return x.dtype, (*((rows, steps) if self.batch_first else (steps, rows)), self.hidden)
 
     def _contiguous(self, array: Any) -> Any:
-        return array if array is None else self.xp.ascontiguousarray(array)
+        return array if array is None else _copy(array)
 
     def _forget(self) -> None:
         super()._forget()
@@ -297,7 +297,7 @@ class _NormLSTM(LSTM):
     def _add_norm(self, number: int, dtype: np.dtype, xp: Any) -> None:
         for name, units in zip(self._norm_names, (4 * self.hidden,) * 2 + (self.hidden,) * 2, strict=True):
             first = self.first_gamma if name != "beta_c" else 0
-            self._parameters[f"{name}_l{number}"] = xp.full(units, first, dtype)
+            self._parameters[f"{name}_l{number}"] = xp.asarray(np.full(units, first, dtype))
 
     def _options(self) -> list[str]:
         *options, dtype = super()._options()
@@ -414,8 +414,8 @@ class BatchNormLSTM(_NormLSTM):
         super()._add_norm(number, dtype, xp)
         for part in NORMALISED:
             shape = self.steps, self.hidden if part == "c" else 4 * self.hidden
-            self._buffers[f"running_mean_{part}_l{number}"] = xp.zeros(shape, dtype)
-            self._buffers[f"running_var_{part}_l{number}"] = xp.ones(shape, dtype)
+            self._buffers[f"running_mean_{part}_l{number}"] = xp.asarray(np.zeros(shape, dtype))
+            self._buffers[f"running_var_{part}_l{number}"] = xp.asarray(np.ones(shape, dtype))
 
     def _arrays(self, number: int) -> dict[str, Any]:
         names = (f"running_{what}_{part}_l{number}" for part in NORMALISED for what in ("mean", "var"))
@@ -451,6 +451,19 @@ def _orthogonal(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray
     q, r = np.linalg.qr(rng.standard_normal((max(rows, columns), min(rows, columns))))
     q *= np.sign(np.diag(r))
     return q if rows >= columns else q.T
+
+
+def _copy(array: Any) -> Any:
+    out = empty(runtime_of(type(array)), array.shape, array)
+    out[...] = array
+    return out
+
+
+def _stack(arrays: tuple) -> Any:
+    out = empty(runtime_of(type(arrays[0])), (len(arrays), *arrays[0].shape), arrays[0])
+    for place, array in zip(out, arrays, strict=True):
+        place[...] = array
+    return out
 
 
 def _time_first(array: Any) -> Any:
