@@ -460,7 +460,7 @@ __device__ __forceinline__ void write_rows(const Arguments<L>& a, const ThreadRo
 #pragma unroll 1
     for (; i > a.held; --i) write(load_words<BYTES>(rows.at(x, a.x_outer, row)));
 #pragma unroll 1
-    for (const RowVector* from = &kept[i - 1]; i > 0; --i, from -= kept.threads) write(*from);
+    for (int at = (i - 1) * kept.threads; at >= 0; at -= kept.threads) write(kept.own[at]);
 }
 
 template <typename L>

@@ -323,7 +323,7 @@ def of_slice(direction: str, shape: tuple[int, ...]) -> Callable[[Launch], dict[
             "i < last; ++i, ": (unrolled((4 if inner else 2) // (1 if forward else 2)),),
             **({} if inner else {"step *= COOPERATIVE_FAN_IN": (levels,), "i += step) add": (0,)}),
             "i > a.held; --i": (0,),
-            "&kept[i - 1]": (rows,),
+            "write(kept.own[at])" if forward else "&kept[i - 1]": (rows,),
         }
 
     return trips
