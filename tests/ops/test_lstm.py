@@ -73,6 +73,23 @@ def loss_of(given: dict[str, np.ndarray], weights: list[np.ndarray], norm: str |
 
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("norm", NORMS)
+def test_gradients_of_float32_are_those_of_float64_but_for_roundings(
+    backend: Backend, rng: np.random.Generator, norm: str | None, ragged: bool
+) -> None:
+    sizes = 5, 5, 3, 9
+    given, lengths = oracle_lstm.arguments(rng, sizes, norm, "float32"), LENGTHS if ragged else None
+    weights = [rng.standard_normal(shape).astype("float32") for shape in ((5, 5, 9), (5, 9), (5, 9))]
+    found = []
+    for dtype in ("float32", "float64"):
+        saved = call(backend, {n: a.astype(dtype) for n, a in given.items()}, norm=norm, lengths=lengths, eps=0.1)[3]
+        found.append(gradients(backend, saved, *(weight.astype(dtype) for weight in weights)))
+    for name, gradient in found[0].items():
+        size = np.abs(found[1][name]).max()
+        np.testing.assert_allclose(gradient, found[1][name], rtol=0, atol=4 * size * bound(sizes, "float32"))
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("norm", NORMS)
 def test_backward_is_central_differences(
     backend: Backend, rng: np.random.Generator, norm: str | None, ragged: bool
 ) -> None:

@@ -1,7 +1,8 @@
 """An LSTM layer over whole sequences, without a norm, with recurrent batch norm, or with layer norm.
 
-NumPy arrays run ``reference.py``. Below, T is the number of time steps, N that of examples, I that of inputs and H that
-of hidden units; the 4H gates come in PyTorch's order: input, forget, cell candidate, output.
+NumPy arrays run ``cpu``, or ``reference.py`` where Numba is missing. Below, T is the number of time steps, N that of
+examples, I that of inputs and H that of hidden units; the 4H gates come in PyTorch's order: input, forget, cell
+candidate, output.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from bnkernels.ops.lstm import reference, sequence
+from bnkernels.ops.lstm import sequence
 from bnkernels.ops.lstm.problem import (
     BACKWARD,
     INFERENCE,
@@ -19,7 +20,6 @@ from bnkernels.ops.lstm.problem import (
     NORMS,
     RUNNING_NAMES,
     TRAINING,
-    Backward,
     Forward,
     Problem,
     Saved,
@@ -29,7 +29,10 @@ from bnkernels.ops.lstm.problem import (
 from bnkernels.runtime import checks as check
 from bnkernels.runtime.arguments import empty
 from bnkernels.runtime.arrays import AnyArray, Array
+from bnkernels.runtime.cpu import kernels
 from bnkernels.runtime.seam import Runtime
+
+CPU = "bnkernels.ops.lstm.cpu"
 
 
 def lstm_forward(
@@ -151,7 +154,7 @@ def lstm_forward(
     memory = _memory(runtime, problem, x, len(counts) if keep else min(1, len(counts)), max(1, len(counts)))
     run = Forward(problem, eps, momentum, counts, lengths, y, h_n, c_n, c0, bias, norms, running, *memory)
     if counts:
-        sequence.forward(runtime, _steps(runtime), run, x, h0, weight_ih, weight_hh)
+        _driver(runtime).forward(runtime, run, x, h0, weight_ih, weight_hh)
     if not keep:
         return y, h_n, c_n, None
     return y, h_n, c_n, Saved(problem, counts, lengths, x, h0, c0, weight_ih, weight_hh, bias, norms, y, *memory)
@@ -219,16 +222,11 @@ def lstm_backward(
     dh0, dc0, dweight_ih, dweight_hh = (
         empty(runtime, like.shape, x) for like in (h0, h0, saved.weight_ih, saved.weight_hh)
     )
-    used, rows, columns = len(saved.counts), problem.rows, problem.columns
-    if not used:
-        return _of_no_steps(runtime, problem, dh_n, dc_n, dx, dh0, dc0, dweight_ih, dweight_hh)
-    dx_part = empty(runtime, (used, rows, columns), x)
-    dh_part = empty(runtime, (used, rows, columns), x) if problem.norm else dx_part
-    given = problem, saved.counts, saved.lengths, dy, dh_n, dc_n, saved.c0, saved.norms, saved.gates
-    kept = saved.x_hat, saved.h_hat, saved.c_hat, saved.cells, saved.rstd
-    run = Backward(*given, *kept, empty(runtime, h0.shape, x), dc0, dx_part, dh_part)
-    finish = sequence.backward(runtime, _steps(runtime), run, saved, (dx, dh0, dweight_ih, dweight_hh))
-    return dx, dh0, dc0, dweight_ih, dweight_hh, *_parameters(runtime, problem, finish(), x)
+    wanted = dx, dh0, dc0, dweight_ih, dweight_hh
+    if not saved.counts:
+        return _of_no_steps(runtime, problem, dh_n, dc_n, *wanted)
+    sums = _driver(runtime).backward(runtime, saved, dy, dh_n, dc_n, wanted)
+    return *wanted, *_parameters(runtime, problem, sums, x)
 
 
 def _pack(name: str, arrays: Any, names: tuple[str, ...]) -> tuple:
@@ -242,11 +240,11 @@ def _pack(name: str, arrays: Any, names: tuple[str, ...]) -> tuple:
     return tuple(arrays)
 
 
-def _steps(runtime: Runtime | None) -> ModuleType:
-    """Return the module that computes the steps."""
+def _driver(runtime: Runtime | None) -> ModuleType:
+    """Return the module that computes all steps."""
     if runtime is not None:
         raise NotImplementedError("the LSTM has no CUDA kernels yet; pass NumPy arrays")
-    return reference
+    return kernels(CPU) or sequence
 
 
 def _zeros(runtime: Runtime | None, shape: tuple[int, ...], like: Any, dtype: np.dtype | None = None) -> Any:
