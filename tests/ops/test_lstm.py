@@ -9,20 +9,18 @@ import numpy as np
 import pytest
 
 import bnkernels as bn
-from tools import oracle_lstm
+from bnkernels.ops.lstm.launch import choose
+from bnkernels.ops.lstm.problem import Problem
+from tools import backends, oracle_lstm
 from tools.backends import Backend
+from tools.emulator import EmulatorRuntime
 from tools.oracle import Extended
 
 NORMS = [None, "batch", "layer"]
-# (T, N, I, H): one of everything but examples; few; a step of the paper's kind; more units than a block has.
-SIZES = [(1, 2, 1, 1), (4, 5, 3, 3), (3, 33, 1, 20), (2, 3, 7, 70)]
+# (T, N, I, H): one of everything but examples; few; a step of the paper's kind; more units than a block has; more
+# examples, and more units, than the threads of a kernel hold.
+SIZES = [(1, 2, 1, 1), (4, 5, 3, 3), (3, 33, 1, 20), (2, 3, 7, 70), (2, 131, 2, 9), (2, 3, 2, 530)]
 LENGTHS = np.array([3, 5, 1, 5, 2])  # for T = 5, in no order
-
-
-@pytest.fixture(autouse=True)
-def _on_numpy_arrays(request: pytest.FixtureRequest) -> None:
-    if "backend" in request.fixturenames and not request.getfixturevalue("backend").is_numpy:
-        pytest.skip("the LSTM has no kernels yet")
 
 
 def call(backend: Backend, given: dict[str, np.ndarray], **options: Any) -> tuple:
@@ -69,6 +67,24 @@ def loss_of(given: dict[str, np.ndarray], weights: list[np.ndarray], norm: str |
     """Return a weighted sum of the outputs, in extended precision."""
     found = oracle_lstm.forward(given, norm, **options)[:3]
     return sum((weight * array).sum() for weight, array in zip(weights, found, strict=True))
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("sizes", SIZES)
+def test_gradients_are_those_of_the_reference(
+    backend: Backend, rng: np.random.Generator, sizes: tuple[int, int, int, int], norm: str | None, ragged: bool
+) -> None:
+    steps, rows, _, units = sizes
+    given = oracle_lstm.arguments(rng, sizes, norm, "float64")
+    lengths = np.arange(rows) % steps + 1 if ragged else None
+    weights = [rng.standard_normal(shape) for shape in ((steps, rows, units), (rows, units), (rows, units))]
+    found = gradients(backend, call(backend, given, norm=norm, lengths=lengths, eps=0.1)[3], *weights)
+    with backends.entered("reference") as plain:
+        right = gradients(plain, call(plain, given, norm=norm, lengths=lengths, eps=0.1)[3], *weights)
+    for name, gradient in found.items():
+        limit = 1e-13 * (rows + units) * np.abs(right[name]).max()
+        np.testing.assert_allclose(gradient, right[name], rtol=0, atol=limit, err_msg=name)
 
 
 @pytest.mark.parametrize("ragged", [False, True])
@@ -321,3 +337,52 @@ def test_nan_stays_in_its_example_without_batch_norm(backend: Backend, rng: np.r
         np.testing.assert_array_equal(bad, (np.arange(3)[:, None] >= 1) & (np.arange(4) == 2))
         dx = gradients(backend, saved, np.ones((3, 4, 5), "float32"), None, None)["x"]
         np.testing.assert_array_equal(np.isfinite(dx).all((0, 2)), np.arange(4) != 2)
+
+
+@pytest.mark.emulator
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_step_is_one_launch(emulated: EmulatorRuntime, rng: np.random.Generator, norm: str | None) -> None:
+    """Behind its product: norms, gates, cell, norm of the cell and hidden state; and backwards."""
+    backend = backends.make("emulator")
+    given = oracle_lstm.arguments(rng, (5, 6, 2, 9), norm, "float32")
+    saved = call(backend, given, norm=norm)[3]
+    assert [record.source for record in emulated.launches] == ["lstm_forward"] * 5
+    assert {record.counts.barriers for record in emulated.launches} == {5 if norm else 0}
+    emulated.reset()
+    gradients(backend, saved, np.ones((5, 6, 9), "float32"), None, None)
+    assert [record.source for record in emulated.launches] == ["lstm_backward"] * 5
+    assert {record.counts.barriers for record in emulated.launches} == {2 if norm else 1}
+
+
+@pytest.mark.emulator
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_order_of_blocks_and_threads_changes_no_bit(
+    emulated: EmulatorRuntime, rng: np.random.Generator, norm: str | None
+) -> None:
+    backend = backends.make("emulator")
+    given = oracle_lstm.arguments(rng, (2, 7, 2, 40), norm, "float32")
+
+    def run() -> list[np.ndarray]:
+        *outputs, saved = call(backend, given, norm=norm, lengths=[1, 2] * 3 + [2])
+        found = gradients(backend, saved, np.ones((2, 7, 40), "float32"), None, None)
+        return [*map(backend.asnumpy, outputs), *found.values()]
+
+    first = run()
+    for seed in (1, 2, 3):
+        with emulated.schedule(seed):
+            for one, two in zip(first, run(), strict=True):
+                assert np.isfinite(one).all()
+                np.testing.assert_array_equal(one, two)
+
+
+def test_the_launch_follows_from_the_sizes() -> None:
+    problem = Problem(9, 64, 1, 100, np.dtype("float32"), "batch", True, 0)
+    plan = choose("backward", problem)
+    assert (plan.launch.grid, plan.launch.block, plan.held) == ((13, 1, 1), (8, 64, 1), 1)
+    assert choose("backward", problem._replace(rows=129)).held == 0
+    assert choose("forward", problem._replace(dtype=np.dtype("float64"))).launch.block == (4, 64, 1)
+    assert choose("forward", problem._replace(rows=2, units=1, norm=None)).launch.block == (1, 32, 1)
+    layer = problem._replace(norm="layer", units=20)
+    assert choose("forward", layer).launch == choose("forward", layer._replace(live=True, tracked=3)).launch
+    assert choose("forward", layer).launch.grid == (32, 1, 1)
+    assert choose("forward", layer._replace(units=513)).held == 0

@@ -15,12 +15,6 @@ T, N, K, H = 3, 4, 2, 5  # time steps, examples, inputs, hidden units
 F32 = np.float32
 
 
-@pytest.fixture(autouse=True)
-def _on_numpy_arrays(request: pytest.FixtureRequest) -> None:
-    if "backend" in request.fixturenames and not request.getfixturevalue("backend").is_numpy:
-        pytest.skip("the LSTM has no kernels yet")
-
-
 def norms() -> tuple[np.ndarray, ...]:
     return tuple(np.ones(length, F32) for length in (4 * H, 4 * H, H, H))
 

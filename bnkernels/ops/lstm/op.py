@@ -1,6 +1,7 @@
 """An LSTM layer over whole sequences, without a norm, with recurrent batch norm, or with layer norm.
 
-NumPy arrays run ``cpu``, or ``reference.py`` where Numba is missing. Below, T is the number of time steps, N that of
+CuPy arrays run ``cuda/lstm_*.cu`` between the products of a library, NumPy arrays ``cpu``, or ``reference.py`` where
+Numba is missing. Below, T is the number of time steps, N that of
 examples, I that of inputs and H that of hidden units; the 4H gates come in PyTorch's order: input, forget, cell
 candidate, output.
 """
@@ -149,10 +150,11 @@ def lstm_forward(
     h0, c0 = (_zeros(runtime, state, x) if array is None else array for array in (h0, c0))
     if not counts:
         h_n[...], c_n[...] = h0, c0
+    longest = 0 if lengths is None or not counts else int(lengths.argmax())
     if lengths is not None and runtime is not None:
         lengths = runtime.on_device(lengths, x)
     memory = _memory(runtime, problem, x, len(counts) if keep else min(1, len(counts)), max(1, len(counts)))
-    run = Forward(problem, eps, momentum, counts, lengths, y, h_n, c_n, c0, bias, norms, running, *memory)
+    run = Forward(problem, eps, momentum, counts, lengths, longest, y, h_n, c_n, c0, bias, norms, running, *memory)
     if counts:
         _driver(runtime).forward(runtime, run, x, h0, weight_ih, weight_hh)
     if not keep:
@@ -242,9 +244,7 @@ def _pack(name: str, arrays: Any, names: tuple[str, ...]) -> tuple:
 
 def _driver(runtime: Runtime | None) -> ModuleType:
     """Return the module that computes all steps."""
-    if runtime is not None:
-        raise NotImplementedError("the LSTM has no CUDA kernels yet; pass NumPy arrays")
-    return kernels(CPU) or sequence
+    return (runtime is None and kernels(CPU)) or sequence
 
 
 def _zeros(runtime: Runtime | None, shape: tuple[int, ...], like: Any, dtype: np.dtype | None = None) -> Any:

@@ -59,6 +59,7 @@ class Forward(NamedTuple):
     momentum: float
     counts: tuple[int, ...]  # examples that a step has
     lengths: Any
+    longest: int  # an example that has all of them
     y: Any
     h_n: Any
     c_n: Any
@@ -130,7 +131,7 @@ def check_lengths(lengths: Any, steps: int, rows: int) -> np.ndarray | None:
         return None
     if isinstance(lengths, (list, tuple)):
         lengths = np.asarray(lengths)
-    if not isinstance(lengths, np.ndarray):
+    if type(lengths) is not np.ndarray:  # nor a kind of it that lies elsewhere
         raise TypeError(
             f"lengths must be a NumPy array of integers, or a list of them, got {check.shown(lengths)}; the op needs "
             "them on the host, as PyTorch does: pass cupy.asnumpy of them"

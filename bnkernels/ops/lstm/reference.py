@@ -16,12 +16,12 @@ from bnkernels.ops.lstm.problem import Backward, Forward, Problem, at
 FLOAT64 = np.dtype(np.float64)
 
 
-def forward(run: Forward) -> Callable[[int], None]:
+def forward(runtime: None, run: Forward) -> Callable[[int], None]:
     """Return what computes a step."""
     return lambda t: _forward_step(run, t)
 
 
-def backward(run: Backward) -> tuple[Callable[[int], None], Callable[[], np.ndarray]]:
+def backward(runtime: None, run: Backward) -> tuple[Callable[[int], None], Callable[[], np.ndarray]]:
     """Return what computes a step, and what returns the gradients of bias and norms in the end."""
     sums = np.zeros(run.problem.sums_length)
     return lambda t: _backward_step(run, sums, t), lambda: sums

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from bnkernels.ops.lstm import reference
+from bnkernels.ops.lstm import kernels, reference
 from bnkernels.ops.lstm.problem import Backward, Forward, Saved, at
 from bnkernels.runtime.arguments import empty
 from bnkernels.runtime.seam import Runtime
@@ -21,7 +21,7 @@ def forward(runtime: Runtime | None, run: Forward, x: Any, h0: Any, weight_ih: A
     problem, used, weight = run.problem, len(run.counts), weight_hh.T
     rows = used * problem.rows
     multiply(runtime, x[:used].reshape(rows, -1), weight_ih.T, run.x_part[:used].reshape(rows, -1))
-    step = reference.forward(run)
+    step = (reference if runtime is None else kernels).forward(runtime, run)
     for t in range(used):
         multiply(runtime, h0 if t == 0 else run.y[t - 1], weight, at(run.h_part, t))
         step(t)
@@ -36,7 +36,8 @@ def backward(runtime: Runtime | None, saved: Saved, dy: Any, dh_n: Any, dc_n: An
     dh_part = empty(runtime, dx_part.shape, x) if problem.norm else dx_part
     kept = saved.gates, saved.x_hat, saved.h_hat, saved.c_hat, saved.cells, saved.rstd
     given = problem, saved.counts, saved.lengths, dy, dh_n, dc_n, saved.c0, saved.norms
-    step, finish = reference.backward(Backward(*given, *kept, dh0, dc0, dx_part, dh_part))
+    run = Backward(*given, *kept, dh0, dc0, dx_part, dh_part)
+    step, finish = (reference if runtime is None else kernels).backward(runtime, run)
     for t in range(used - 1, -1, -1):
         step(t)
         multiply(runtime, dh_part[t], saved.weight_hh, dh0)

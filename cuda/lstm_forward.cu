@@ -1,0 +1,364 @@
+// A time step of an LSTM behind its two products: norms of both, gates, cell, norm of the cell, hidden state.
+//
+// Formulas:  For gate k of unit u of example n, with the products X = W_ih x and H = W_hh h before:
+//            a[n,k,u] = gamma_x[k,u] norm(X)[n,k,u] + gamma_h[k,u] norm(H)[n,k,u] + bias[k,u]; plain: X + H + bias
+//            i, f, o  = sigmoid(a), g = tanh(a)
+//            c[n,u]   = f before[n,u] + i g
+//            h[n,u]   = o tanh(gamma_c[u] norm(c)[n,u] + beta_c[u]); plain: o tanh(c)
+//            norm(v)  = (v - mean) rstd, rstd = 1 / sqrt(var + eps), var biased: batch: of every column over the
+//            examples that have the step; with live = 0 of mean and var as they are given. layer: of X and of H over
+//            the 4H gates of an example, of c over its H cells.
+//            moving: mean = (1 - momentum) mean + momentum mean of the batch; var likewise, with count / (count - 1)
+//            An example without the step: h = norm(c) = 0. Its last step: h_n = h, c_n = c.
+// Arrays:    x_part, h_part (N, 4, H): X and H, overwritten by norm(X) and norm(H); plain: only read. before, cells,
+//            c_hat, h, h_n, c_n (N, H); cells may be before, gates (N, 4, H) may be x_part. bias, gamma_x, gamma_h
+//            (4, H), gamma_c, beta_c (H,); bias may be null. rstd: batch (9, H), of X, H and c; layer (3, N). mean_x,
+//            var_x, mean_h, var_h (4, H), mean_c, var_c (H,): null if there are none. All of type A: float or double.
+//            lengths (N,) of int, may be null: all have the step, and end with step `end`. chosen: an example that has
+//            the step; count: how many have. C order.
+// Launch:    plain, batch: by unit, grid (ceil(H/w), 1, 1). layer: by example, grid (ceil(N/r), 1, 1). See
+//            lib/reduce/step_items.cuh. No block waits for another. held: a thread has at most HELD pairs, which stay in
+//            registers; else they are read again, from the cache. Dynamic shared memory: batch 16, layer 4 numbers for
+//            every warp, times min(w, 32) by unit; plain none. live and held are constants of the launch.
+// Traffic:   X and H read once, norm(X), norm(H), gates, c, norm(c) and h written once. Batch and layer: five barriers.
+// Numerics:  In A. Distances from the chosen example, or from the first gate or cell, in plain sums; then the squares of
+//            distances from their mean. Equal numbers have exactly norm 0. E[x^2] - E[x]^2 is not used. Deterministic.
+// Reference: Cooijmans et al., Recurrent Batch Normalization, 2016, arXiv:1603.09025; Ba, Kiros and Hinton, Layer
+//            Normalization, 2016, arXiv:1607.06450.
+// Called by: bnkernels/ops/lstm/kernels.py
+#include "lib/kernel.cuh"
+#include "lib/numbers/activation.cuh"
+#include "lib/numbers/rsqrt.cuh"
+#include "lib/reduce/step_items.cuh"
+
+template <typename A>
+struct LstmForward {
+    A* x_part;
+    A* h_part;
+    const A* before;
+    const A* bias;
+    const A* gamma_x;
+    const A* gamma_h;
+    const A* gamma_c;
+    const A* beta_c;
+    A* gates;
+    A* cells;
+    A* c_hat;
+    A* rstd;
+    A* h;
+    A* h_n;
+    A* c_n;
+    const int* lengths;
+    A* mean_x;
+    A* var_x;
+    A* mean_h;
+    A* var_h;
+    A* mean_c;
+    A* var_c;
+    long long rows, units, step, end, chosen;
+    A eps, momentum, count, inverse_count;
+    int live, moving, held;
+};
+
+// Shift, mean of what is left, and 1 / standard deviation, of numbers that are normalised together.
+template <typename A>
+struct Statistic {
+    A shift, rest, rstd;
+
+    __device__ __forceinline__ A centred(A x) const { return (x - shift) - rest; }
+    __device__ __forceinline__ A operator()(A x) const { return centred(x) * rstd; }
+
+    // Takes population statistics.
+    __device__ __forceinline__ void take(const A* mean, const A* var, long long at, A eps) {
+        shift = mean[at];
+        rest = A(0);
+        rstd = reciprocal_sqrt(var[at] + eps);
+    }
+
+    // Moves population statistics towards these, of the biased variance `var`.
+    template <typename Arguments>
+    __device__ __forceinline__ void move(const Arguments& a, A* mean, A* of_var, long long at, A var) const {
+        const A keep = A(1) - a.momentum, unbiased = var * (a.count / (a.count - A(1)));
+        mean[at] = fma(a.momentum, shift + rest, keep * mean[at]);
+        of_var[at] = fma(a.momentum, unbiased, keep * of_var[at]);
+    }
+};
+
+// The sums of a step: by unit of the gates of both parts, by example of both parts.
+template <int NORM>
+constexpr int SUMS = NORM == BATCH ? PARTS * GATES : PARTS;
+template <int NORM>
+__device__ __forceinline__ constexpr int statistic_of(int part, int gate) {
+    return NORM == BATCH ? part * GATES + gate : part;
+}
+
+// The products of a thread's pairs: those in registers, or the next ones.
+template <typename A>
+struct Products {
+    A values[PARTS][GATES][HELD];
+    bool there[HELD];
+
+    template <int NORM>
+    __device__ __forceinline__ void load(const LstmForward<A>& a, Items<NORM> items) {
+#pragma unroll
+        for (int k = 0; k < HELD; ++k) {
+            there[k] = items.inside() && has_step(a, items.n);
+            if (there[k])
+#pragma unroll
+                for (int gate = 0; gate < GATES; ++gate) {
+                    values[0][gate][k] = a.x_part[items.gate(gate)];
+                    values[1][gate][k] = a.h_part[items.gate(gate)];
+                }
+            items.advance();
+        }
+    }
+};
+
+// Calls work(items, products) for the pairs, HELD at a time.
+template <int NORM, typename A, typename Work>
+__device__ __forceinline__ void for_products(const LstmForward<A>& a, Products<A>& products, const Work& work) {
+    Items<NORM> items(a);
+    do {
+        if (!a.held) products.load(a, items);
+        work(items, products);
+#pragma unroll
+        for (int k = 0; k < HELD; ++k) items.advance();
+    } while (!a.held && items.inside());
+}
+
+// Finds the statistics of both products. All threads must call.
+template <int NORM, typename A, typename Shared>
+__device__ __forceinline__ void find_statistics(const LstmForward<A>& a, Products<A>& products, Shared& team,
+                                                Statistic<A> (&statistics)[SUMS<NORM>]) {
+    constexpr int COUNT = SUMS<NORM>;
+    const Items<NORM> first(a);
+    const long long row = NORM == LAYER ? first.n : a.chosen, stride = a.units;
+    A sums[COUNT] = {}, squares[COUNT] = {};
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+        const A* const part = i < COUNT / PARTS ? a.x_part : a.h_part;
+        const bool there = NORM == LAYER ? first.n < a.rows : first.u < a.units;
+        const long long column = NORM == LAYER ? 0 : first.column(i % GATES);
+        statistics[i].shift = there ? part[row * GATES * stride + column] : A(0);
+        statistics[i].rest = A(0);
+    }
+    const auto add = [&](A(&to)[COUNT], bool squared) {
+        for_products<NORM>(a, products, [&](const Items<NORM>&, const Products<A>& p) {
+#pragma unroll
+            for (int k = 0; k < HELD; ++k)
+                if (p.there[k])
+#pragma unroll
+                    for (int j = 0; j < PARTS * GATES; ++j) {
+                        const int i = statistic_of<NORM>(j / GATES, j % GATES);
+                        const A d = statistics[i].centred(p.values[j / GATES][j % GATES][k]);
+                        to[i] = squared ? fma(d, d, to[i]) : to[i] + d;
+                    }
+        });
+        team.sum(to);
+    };
+    const A share = NORM == LAYER ? A(1) / A(GATES * a.units) : a.inverse_count;
+    add(sums, false);
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) statistics[i].rest = sums[i] * share;
+    add(squares, true);
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+        const A var = squares[i] * share;
+        statistics[i].rstd = reciprocal_sqrt(var + a.eps);
+        if (!first.inside() || !first.speaks()) continue;
+        const long long at = NORM == LAYER ? 0 : first.column(i % GATES);
+        if (NORM == LAYER)
+            a.rstd[i * a.rows + first.n] = statistics[i].rstd;
+        else if (a.moving)
+            statistics[i].move(a, i < GATES ? a.mean_x : a.mean_h, i < GATES ? a.var_x : a.var_h, at, var);
+    }
+}
+
+template <typename A>
+__device__ __forceinline__ void take_population(const LstmForward<A>& a, const Items<BATCH>& first,
+                                                Statistic<A> (&statistics)[SUMS<BATCH>]) {
+    if (!first.inside()) return;
+#pragma unroll
+    for (int i = 0; i < SUMS<BATCH>; ++i)
+        statistics[i].take(i < GATES ? a.mean_x : a.mean_h, i < GATES ? a.var_x : a.var_h, first.column(i % GATES),
+                           a.eps);
+}
+
+// The cells and output gates of a thread's pairs.
+template <typename A>
+struct Cells {
+    A c[HELD], o[HELD];
+
+    template <int NORM>
+    __device__ __forceinline__ void load(const LstmForward<A>& a, Items<NORM> items) {
+#pragma unroll
+        for (int k = 0; k < HELD; ++k) {
+            if (items.inside() && has_step(a, items.n)) {
+                c[k] = a.cells[items.state()];
+                o[k] = a.gates[items.gate(GATES - 1)];
+            }
+            items.advance();
+        }
+    }
+};
+
+// Opens the gates of a pair and returns its cell; a: the inputs of the gates, which become the gates.
+template <typename A, typename Pair>
+__device__ __forceinline__ A next_cell(const LstmForward<A>& a, const Pair& pair, A (&gates)[GATES]) {
+    const A before = a.before[pair.state()];
+#pragma unroll
+    for (int gate = 0; gate < GATES; ++gate) {
+        gates[gate] = gate_of(gates[gate], gate == 2 ? TANH : SIGMOID).gate;
+        a.gates[pair.gate(gate)] = gates[gate];
+    }
+    const A c = fma(gates[1], before, gates[0] * gates[2]);
+    a.cells[pair.state()] = c;
+    return c;
+}
+
+// Writes the hidden state of a pair, h of z, or 0 where its example does not have the step.
+template <typename A, typename Pair>
+__device__ __forceinline__ void write_hidden(const LstmForward<A>& a, const Pair& pair, bool there, A c, A h) {
+    a.h[pair.state()] = there ? h : A(0);
+    if (!ends_with_step(a, pair.n)) return;
+    a.h_n[pair.state()] = h;
+    a.c_n[pair.state()] = c;
+}
+
+template <typename A>
+__device__ __forceinline__ void lstm_plain_forward(LstmForward<A> a) {
+    take_constants(a);
+    for (Items<PLAIN> pair(a); pair.inside(); pair.advance()) {
+        A gates[GATES], c = A(0), h = A(0);
+        const bool there = has_step(a, pair.n);
+        if (there) {
+#pragma unroll
+            for (int gate = 0; gate < GATES; ++gate) {
+                gates[gate] = a.x_part[pair.gate(gate)] + a.h_part[pair.gate(gate)];
+                if (a.bias) gates[gate] += a.bias[pair.column(gate)];
+            }
+            c = next_cell(a, pair, gates);
+            h = gates[3] * gate_of(c, TANH).gate;
+        }
+        write_hidden(a, pair, there, c, h);
+    }
+}
+
+// Normalises the products, opens the gates, and computes the cells.
+template <int NORM, typename A>
+__device__ __forceinline__ void compute_cells(const LstmForward<A>& a, Products<A>& products, Cells<A>& cells,
+                                              const Statistic<A> (&statistics)[SUMS<NORM>]) {
+    for_products<NORM>(a, products, [&](Items<NORM> pair, const Products<A>& p) {
+#pragma unroll
+        for (int k = 0; k < HELD; ++k) {
+            if (p.there[k]) {
+                A gates[GATES];
+#pragma unroll
+                for (int gate = 0; gate < GATES; ++gate) {
+                    const A x = statistics[statistic_of<NORM>(0, gate)](p.values[0][gate][k]);
+                    const A h = statistics[statistic_of<NORM>(1, gate)](p.values[1][gate][k]);
+                    const long long at = pair.gate(gate), column = pair.column(gate);
+                    a.x_part[at] = x;
+                    a.h_part[at] = h;
+                    gates[gate] = fma(a.gamma_x[column], x, a.gamma_h[column] * h);
+                    if (a.bias) gates[gate] += a.bias[column];
+                }
+                cells.c[k] = next_cell(a, pair, gates);
+                cells.o[k] = gates[3];
+            }
+            pair.advance();
+        }
+    });
+}
+
+// Calls work(pair, there, c, o) for all pairs.
+template <int NORM, typename A, typename Work>
+__device__ __forceinline__ void for_cells(const LstmForward<A>& a, Cells<A>& cells, const Work& work) {
+    Items<NORM> items(a);
+    do {
+        if (!a.held) cells.load(a, items);
+#pragma unroll
+        for (int k = 0; k < HELD; ++k) {
+            if (items.inside()) work(items, has_step(a, items.n), cells.c[k], cells.o[k]);
+            items.advance();
+        }
+    } while (!a.held && items.inside());
+}
+
+// The statistics of the cells. All threads must call.
+template <int NORM, typename A, typename Shared>
+__device__ __forceinline__ Statistic<A> statistic_of_cells(const LstmForward<A>& a, Cells<A>& cells, Shared& team) {
+    Statistic<A> found = {A(0), A(0), A(0)};
+    const Items<NORM> first(a);
+    if (NORM == BATCH && !a.live) {
+        if (first.inside()) found.take(a.mean_c, a.var_c, first.u, a.eps);
+    } else {
+        A chosen = A(0), sum[1] = {A(0)}, squares[1] = {A(0)};
+        bool mine = false;
+        for_cells<NORM>(a, cells, [&](const Items<NORM>& pair, bool there, A c, A) {
+            if (there && (NORM == LAYER ? pair.u == 0 : pair.n == a.chosen)) {
+                chosen = c;
+                mine = true;
+            }
+        });
+        found.shift = team.take(chosen, mine);
+        for_cells<NORM>(a, cells, [&](const Items<NORM>&, bool there, A c, A) {
+            if (there) sum[0] += c - found.shift;
+        });
+        team.sum(sum);
+        const A share = NORM == LAYER ? A(1) / A(a.units) : a.inverse_count;
+        found.rest = sum[0] * share;
+        for_cells<NORM>(a, cells, [&](const Items<NORM>&, bool there, A c, A) {
+            const A d = found.centred(c);
+            if (there) squares[0] = fma(d, d, squares[0]);
+        });
+        team.sum(squares);
+        const A var = squares[0] * share;
+        found.rstd = reciprocal_sqrt(var + a.eps);
+        if (NORM == BATCH && a.moving && first.inside() && first.speaks())
+            found.move(a, a.mean_c, a.var_c, first.u, var);
+    }
+    if (first.inside() && first.speaks())
+        a.rstd[NORM == LAYER ? 2 * a.rows + first.n : 2 * GATES * a.units + first.u] = found.rstd;
+    return found;
+}
+
+template <int NORM, typename A>
+__device__ __forceinline__ void lstm_norm_forward(LstmForward<A> a) {
+    take_constants(a);
+    BNK_DYNAMIC_SHARED(A, shared);
+    Team<A, NORM, SUMS<NORM>> team(shared);
+    const Items<NORM> first(a);
+    Products<A> products;
+    Cells<A> cells;
+    Statistic<A> statistics[SUMS<NORM>] = {};
+    if (a.held) products.load(a, first);
+    if constexpr (NORM == BATCH) {
+        if (a.live)
+            find_statistics<NORM>(a, products, team, statistics);
+        else
+            take_population(a, first, statistics);
+        if (first.inside() && first.speaks())
+#pragma unroll
+            for (int i = 0; i < SUMS<NORM>; ++i)
+                a.rstd[i / GATES * GATES * a.units + first.column(i % GATES)] = statistics[i].rstd;
+    } else {
+        find_statistics<NORM>(a, products, team, statistics);
+    }
+    compute_cells<NORM>(a, products, cells, statistics);
+    const Statistic<A> of_cells = statistic_of_cells<NORM>(a, cells, team);
+    for_cells<NORM>(a, cells, [&](const Items<NORM>& pair, bool there, A c, A o) {
+        const A hat = of_cells(c);
+        a.c_hat[pair.state()] = there ? hat : A(0);
+        const A h = there ? o * gate_of(fma(a.gamma_c[pair.u], hat, a.beta_c[pair.u]), TANH).gate : A(0);
+        write_hidden(a, pair, there, c, h);
+    });
+}
+
+#define LSTM_FORWARD(suffix, A)                                                                          \
+    BNK_KERNEL(bnk_lstm_forward_plain_##suffix, (LstmForward<A>), 512, 1, (lstm_plain_forward<A>))       \
+    BNK_KERNEL(bnk_lstm_forward_batch_##suffix, (LstmForward<A>), 512, 1, (lstm_norm_forward<BATCH, A>)) \
+    BNK_KERNEL(bnk_lstm_forward_layer_##suffix, (LstmForward<A>), 512, 1, (lstm_norm_forward<LAYER, A>))
+
+LSTM_FORWARD(f32, float)
+LSTM_FORWARD(f64, double)
