@@ -255,10 +255,10 @@ __device__ __forceinline__ void lstm_norm_backward(LstmBackward<A> a) {
     a.sums[3 * columns + a.units + first.u] = of_cells[0];
 }
 
-#define LSTM_BACKWARD(suffix, A)                                                                            \
-    BNK_KERNEL(bnk_lstm_backward_plain_##suffix, (LstmBackward<A>), 512, 1, (lstm_plain_backward<A>))       \
-    BNK_KERNEL(bnk_lstm_backward_batch_##suffix, (LstmBackward<A>), 512, 1, (lstm_norm_backward<BATCH, A>)) \
-    BNK_KERNEL(bnk_lstm_backward_layer_##suffix, (LstmBackward<A>), 512, 1, (lstm_norm_backward<LAYER, A>))
+#define LSTM_BACKWARD(suffix, A, threads)                                                                       \
+    BNK_KERNEL(bnk_lstm_backward_plain_##suffix, (LstmBackward<A>), threads, 1, (lstm_plain_backward<A>))       \
+    BNK_KERNEL(bnk_lstm_backward_batch_##suffix, (LstmBackward<A>), threads, 1, (lstm_norm_backward<BATCH, A>)) \
+    BNK_KERNEL(bnk_lstm_backward_layer_##suffix, (LstmBackward<A>), 256, 1, (lstm_norm_backward<LAYER, A>))
 
-LSTM_BACKWARD(f32, float)
-LSTM_BACKWARD(f64, double)
+LSTM_BACKWARD(f32, float, 512)
+LSTM_BACKWARD(f64, double, 256)

@@ -355,10 +355,10 @@ __device__ __forceinline__ void lstm_norm_forward(LstmForward<A> a) {
     });
 }
 
-#define LSTM_FORWARD(suffix, A)                                                                          \
-    BNK_KERNEL(bnk_lstm_forward_plain_##suffix, (LstmForward<A>), 512, 1, (lstm_plain_forward<A>))       \
-    BNK_KERNEL(bnk_lstm_forward_batch_##suffix, (LstmForward<A>), 512, 1, (lstm_norm_forward<BATCH, A>)) \
-    BNK_KERNEL(bnk_lstm_forward_layer_##suffix, (LstmForward<A>), 512, 1, (lstm_norm_forward<LAYER, A>))
+#define LSTM_FORWARD(suffix, A, threads)                                                                     \
+    BNK_KERNEL(bnk_lstm_forward_plain_##suffix, (LstmForward<A>), threads, 1, (lstm_plain_forward<A>))       \
+    BNK_KERNEL(bnk_lstm_forward_batch_##suffix, (LstmForward<A>), threads, 1, (lstm_norm_forward<BATCH, A>)) \
+    BNK_KERNEL(bnk_lstm_forward_layer_##suffix, (LstmForward<A>), 256, 1, (lstm_norm_forward<LAYER, A>))
 
-LSTM_FORWARD(f32, float)
-LSTM_FORWARD(f64, double)
+LSTM_FORWARD(f32, float, 512)
+LSTM_FORWARD(f64, double, 256)
