@@ -1,4 +1,4 @@
-// A time step of an LSTM backwards, in front of its products: output, norm of the cell, cell, gates, norms of both parts.
+// A time step of an LSTM backwards, before its products: output, norm of the cell, cell, gates, norms of both parts.
 //
 // Formulas:  With the names of lstm_forward.cu, z the argument of the second tanh, for examples that have the step:
 //            dh[n,u]  = dy + (dh_n if the example ends with the step, else dh)
@@ -138,7 +138,7 @@ __device__ __forceinline__ void lstm_plain_backward(LstmBackward<A> a) {
 template <int NORM>
 constexpr int GATE_SUMS = NORM == BATCH ? 3 * GATES : 2 * PARTS;
 
-// What a thread keeps of its pairs.
+// The numbers of a thread's pairs that stay in registers.
 template <typename A>
 struct Gradients {
     OutputGradient<A> output[HELD];

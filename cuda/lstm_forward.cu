@@ -17,12 +17,13 @@
 //            lengths (N,) of int, may be null: all have the step, and end with step `end`. chosen: an example that has
 //            the step; count: how many have. C order.
 // Launch:    plain, batch: by unit, grid (ceil(H/w), 1, 1). layer: by example, grid (ceil(N/r), 1, 1). See
-//            lib/reduce/step_items.cuh. No block waits for another. held: a thread has at most HELD pairs, which stay in
-//            registers; else they are read again, from the cache. Dynamic shared memory: batch 16, layer 4 numbers for
-//            every warp, times min(w, 32) by unit; plain none. live and held are constants of the launch.
+//            lib/reduce/step_items.cuh. No block waits for another. held: a thread has at most HELD pairs, which stay
+//            in registers; else they are read again, from the cache. Dynamic shared memory: batch 16, layer 4 numbers
+//            for every warp, times min(w, 32) by unit; plain none. live and held are constants of the launch.
 // Traffic:   X and H read once, norm(X), norm(H), gates, c, norm(c) and h written once. Batch and layer: five barriers.
-// Numerics:  In A. Distances from the chosen example, or from the first gate or cell, in plain sums; then the squares of
-//            distances from their mean. Equal numbers have exactly norm 0. E[x^2] - E[x]^2 is not used. Deterministic.
+// Numerics:  In A. Distances from the chosen example, or from the first gate or cell, in plain sums; then the squares
+//            of distances from their mean. Equal numbers have exactly norm 0. E[x^2] - E[x]^2 is not used.
+//            Deterministic.
 // Reference: Cooijmans et al., Recurrent Batch Normalization, 2016, arXiv:1603.09025; Ba, Kiros and Hinton, Layer
 //            Normalization, 2016, arXiv:1607.06450.
 // Called by: bnkernels/ops/lstm/kernels.py
@@ -30,6 +31,7 @@
 #include "lib/numbers/activation.cuh"
 #include "lib/numbers/rsqrt.cuh"
 #include "lib/reduce/step_items.cuh"
+#include "lib/reduce/step_statistic.cuh"
 
 template <typename A>
 struct LstmForward {
@@ -58,30 +60,6 @@ struct LstmForward {
     long long rows, units, step, end, chosen;
     A eps, momentum, count, inverse_count;
     int live, moving, held;
-};
-
-// Shift, mean of what is left, and 1 / standard deviation, of numbers that are normalised together.
-template <typename A>
-struct Statistic {
-    A shift, rest, rstd;
-
-    __device__ __forceinline__ A centred(A x) const { return (x - shift) - rest; }
-    __device__ __forceinline__ A operator()(A x) const { return centred(x) * rstd; }
-
-    // Takes population statistics.
-    __device__ __forceinline__ void take(const A* mean, const A* var, long long at, A eps) {
-        shift = mean[at];
-        rest = A(0);
-        rstd = reciprocal_sqrt(var[at] + eps);
-    }
-
-    // Moves population statistics towards these, of the biased variance `var`.
-    template <typename Arguments>
-    __device__ __forceinline__ void move(const Arguments& a, A* mean, A* of_var, long long at, A var) const {
-        const A keep = A(1) - a.momentum, unbiased = var * (a.count / (a.count - A(1)));
-        mean[at] = fma(a.momentum, shift + rest, keep * mean[at]);
-        of_var[at] = fma(a.momentum, unbiased, keep * of_var[at]);
-    }
 };
 
 // The sums of a step: by unit of the gates of both parts, by example of both parts.
@@ -216,10 +194,10 @@ __device__ __forceinline__ A next_cell(const LstmForward<A>& a, const Pair& pair
     return c;
 }
 
-// Writes the hidden state of a pair, h of z, or 0 where its example does not have the step.
+// Writes the hidden state of a pair, which is 0 where its example does not have the step.
 template <typename A, typename Pair>
-__device__ __forceinline__ void write_hidden(const LstmForward<A>& a, const Pair& pair, bool there, A c, A h) {
-    a.h[pair.state()] = there ? h : A(0);
+__device__ __forceinline__ void write_hidden(const LstmForward<A>& a, const Pair& pair, A c, A h) {
+    a.h[pair.state()] = h;
     if (!ends_with_step(a, pair.n)) return;
     a.h_n[pair.state()] = h;
     a.c_n[pair.state()] = c;
@@ -230,8 +208,7 @@ __device__ __forceinline__ void lstm_plain_forward(LstmForward<A> a) {
     take_constants(a);
     for (Items<PLAIN> pair(a); pair.inside(); pair.advance()) {
         A gates[GATES], c = A(0), h = A(0);
-        const bool there = has_step(a, pair.n);
-        if (there) {
+        if (has_step(a, pair.n)) {
 #pragma unroll
             for (int gate = 0; gate < GATES; ++gate) {
                 gates[gate] = a.x_part[pair.gate(gate)] + a.h_part[pair.gate(gate)];
@@ -240,7 +217,7 @@ __device__ __forceinline__ void lstm_plain_forward(LstmForward<A> a) {
             c = next_cell(a, pair, gates);
             h = gates[3] * gate_of(c, TANH).gate;
         }
-        write_hidden(a, pair, there, c, h);
+        write_hidden(a, pair, c, h);
     }
 }
 
@@ -351,7 +328,7 @@ __device__ __forceinline__ void lstm_norm_forward(LstmForward<A> a) {
         const A hat = of_cells(c);
         a.c_hat[pair.state()] = there ? hat : A(0);
         const A h = there ? o * gate_of(fma(a.gamma_c[pair.u], hat, a.beta_c[pair.u]), TANH).gate : A(0);
-        write_hidden(a, pair, there, c, h);
+        write_hidden(a, pair, c, h);
     });
 }
 

@@ -7,6 +7,7 @@ gradients of everything but the input.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import bnkernels as bn
@@ -210,17 +211,39 @@ OP = Op(
     ),
 )
 
-AXES = {"x": "T SNK", "dx": "T SNK", "y": "T SNC", "dy": "T SNC", "bias": "A 4*C"}
+AXES = {"x": "T SNK", "y": "T SNC", "dy": "T SNC", "bias": "A 4*C"}
 AXES |= dict.fromkeys(("h0", "c0", "h_n", "c_n", "dh_n", "dc_n"), "T NC")
 AXES |= {"weight_ih": "T 4*CK", "weight_hh": "T 4*CC", "gamma_x": "A 4*C", "gamma_h": "A 4*C"}
 AXES |= dict.fromkeys(("gamma_c", "beta_c"), "A C")
-GIVEN = " ".join(NAMES)
+AXES |= dict.fromkeys(("mean_x", "var_x", "mean_h", "var_h"), "A S4*C") | dict.fromkeys(("mean_c", "var_c"), "A SC")
+RUNNING = "mean_x var_x mean_h var_h mean_c var_c"
+# Several blocks of both kinds; more than the threads of a kernel hold.
+SIZES = ({"N": 6, "C": 33}, {"S": 1, "N": 131, "C": 3}, {"S": 1, "N": 3, "C": 530})
 
 
-def forward_of(a: Arrays, norm: str | None = None) -> tuple:
+def forward_of(a: Arrays, norm: str | None = None, **options: Any) -> tuple:
     """Call the forward of a sample; return what its backward takes."""
     norms = take(a, " ".join(OF_NORMS)) if norm else None
-    return bn.lstm_forward(*take(a, GIVEN), norms, norm=norm, out=take(a, "y h_n c_n"))
+    running = take(a, RUNNING) if norm == "batch" else None
+    return bn.lstm_forward(*take(a, " ".join(NAMES)), norms, running, norm=norm, **options, out=take(a, "y h_n c_n"))
 
 
-SAMPLES: dict[str, Sample] = {}
+def backward_of(a: Arrays, norm: str | None = None, **options: Any) -> None:
+    """Call the forward and the backward of a sample."""
+    bn.lstm_backward(*take(a, "dy dh_n dc_n"), forward_of(a, norm, **options)[3])
+
+
+def _sample(run: Callable[..., Any], norm: str | None = None, **options: Any) -> Sample:
+    behind = "dy dh_n dc_n" if run is backward_of else ""
+    reads = f"{' '.join(NAMES)} {' '.join(OF_NORMS) if norm else ''} {behind}"
+    writes = f"y h_n c_n {RUNNING if norm == 'batch' else ''}"
+    types = ("float32", "float64")
+    return Sample(reads, writes, partial(run, norm=norm, **options), specs=AXES, sizes=SIZES, dtypes=types)
+
+
+SAMPLES: dict[str, Sample] = {}  # each of these is one launch, which a sequence is not
+VARIANTS = {
+    f"lstm_{direction}_{norm or 'plain'}": _sample(run, norm)
+    for direction, run in (("forward", forward_of), ("backward", backward_of))
+    for norm in (None, "batch", "layer")
+}

@@ -93,6 +93,10 @@ TESTS = {
         ("layer_norm_forward_cooperative.cu", "layer_norm_backward_cooperative.cu", "lib/reduce/shared_rows.cuh"),
         ("tests/ops/test_layer_norm_long_rows.py",),
     ),
+    **dict.fromkeys(
+        ("lstm_forward.cu", "lstm_backward.cu", "lib/reduce/step_items.cuh", "lib/reduce/step_statistic.cuh"),
+        ("tests/ops/test_lstm.py",),
+    ),
     "lib/reduce/sums.cuh": ("tests/ops/test_batch_norm.py", *DOUBLE),
     "lib/reduce/warp.cuh": ("tests/ops/test_softmax_cross_entropy.py", "tests/regress"),
 }

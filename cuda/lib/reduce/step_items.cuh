@@ -4,8 +4,8 @@
 // By unit: block (w, l, 1), thread (i, j) owns unit w blockIdx.x + i of the examples j, j + l, ...: the statistics of a
 // unit's gates, its cell update and the statistics of its cell are all within the threads with its i. By example: block
 // (w, r, 1), thread (i, j) owns example r blockIdx.x + j of the units i, i + w, ...: those of an example are within the
-// threads with its j. Either way neighbouring threads read neighbouring units. w is a power of two, w l and by example w
-// too are multiples of 32.
+// threads with its j. Either way neighbouring threads read neighbouring units. w is a power of two; w l, and by example
+// w itself, is a multiple of 32.
 #pragma once
 
 #include "lib/kernel.cuh"

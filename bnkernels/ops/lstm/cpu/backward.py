@@ -3,8 +3,8 @@
 Formulas:  Of ``cuda/lstm_backward.cu``, and the products behind them.
 Arrays:    Those of a whole backward, given by their addresses; 0 for none. dx_part, dh_part (N, 4H), dh (N, H): of the
            step being worked on. dweight_ih, dweight_hh, sums: of every block, float64 the last.
-Tasks:     Without a norm and with layer norm blocks of HEIGHT examples, each with all its steps. With batch norm a step
-           of strips of units, and then of blocks, for which the gates of all units are multiplied.
+Tasks:     Without a norm and with layer norm blocks of HEIGHT examples, each with all its steps. With batch norm, step
+           by step, strips of units, and then blocks, whose products take the gates of all units.
 Traffic:   What the forward kept is read once, and with batch norm from the cache again. Gradients of gates stay there.
 Numerics:  Of ``parts``. Products are of the data's type; sums of columns of all steps are of float64.
 Order:     Blocks and strips are fixed by the shape: the same bits for any number of threads.
@@ -206,11 +206,28 @@ def backward_products(like, pointers, sizes, t, first, last):
         _products_of_block(like, pointers, sizes, t, start, min(HEIGHT, sizes[1] - start))
 
 
+@inner
+def _outputs_of_strip(like, pointers, sizes, t, start, width):
+    """Write the gradients of output gates, and over `dh` those behind the norm of the cells, of some units."""
+    gc, bc, gates, c_hat = pointers[8], pointers[9], pointers[10], pointers[13]
+    dy, dh_n, dh, dx_part, lengths = pointers[16], pointers[17], pointers[19], pointers[22], pointers[27]
+    steps, rows, _, units = sizes
+    for n in range(rows):
+        if has(lengths, n, t):
+            at, gate = (t * rows + n) * units + start, 3 * units + start
+            of_o = numbers(like, dx_part, n * 4 * units + gate, width)
+            scale, shift = numbers(like, gc, start, width), numbers(like, bc, start, width)
+            _tanh_of_affine(numbers(like, c_hat, at, width), scale, shift, of_o)
+            hidden = _carried(like, dh, dh_n, n * units + start, (ends(lengths, n, t, steps - 1), of_o))
+            _of_hidden(like, dy, at, hidden)
+            _through_output(numbers(like, gates, (t * rows + n) * 4 * units + gate, width), hidden, of_o)
+
+
 @kernel
 def backward_strips(like, pointers, sizes, t, count, live, first, last):
     """Compute a step of some strips of units with batch norm."""
-    x, h0, c0, _, _, y, gx, gh, gc, bc, gates, x_hat, h_hat, c_hat, cells, rstd = pointers[:16]
-    dy, dh_n, dc_n, dh, dc, _, dx_part, dh_part, dweight_ih, dweight_hh, sums, lengths = pointers[16:28]
+    x, h0, c0, _, _, y, gx, gh, gc, _, gates, x_hat, h_hat, c_hat, cells, rstd = pointers[:16]
+    _, _, dc_n, dh, dc, _, dx_part, dh_part, dweight_ih, dweight_hh, sums, lengths = pointers[16:28]
     steps, rows, _, units = sizes
     columns, step = 4 * units, t * rows
     of_weights = x, h0, y, dx_part, dh_part, dweight_ih, dweight_hh
@@ -222,14 +239,7 @@ def backward_strips(like, pointers, sizes, t, count, live, first, last):
         width = min(STRIP, units - start)
         of_g, of_x, of_h = part(sums_g, 0, width), part(sums_x, 0, width), part(sums_h, 0, width)
         scale, mean, slope = part(scales, 0, width), part(means, 0, width), part(slopes, 0, width)
-        for n in range(rows):
-            if has(lengths, n, t):
-                at, of_o = (step + n) * units + start, numbers(like, dx_part, n * columns + 3 * units + start, width)
-                _tanh_of_affine(numbers(like, c_hat, at, width), numbers(like, gc, start, width),
-                                numbers(like, bc, start, width), of_o)  # fmt: skip
-                hidden = _carried(like, dh, dh_n, n * units + start, (ends(lengths, n, t, steps - 1), of_o))
-                _of_hidden(like, dy, at, hidden)
-                _through_output(numbers(like, gates, (step + n) * columns + 3 * units + start, width), hidden, of_o)
+        _outputs_of_strip(like, pointers, sizes, t, start, width)
         at = step * units + start
         column_sums(like, dh, c_hat, 0, start, at, units, 0, rows, lengths, t, lines, of_g, of_x, of_h)
         keep(sums, 3 * columns + start, of_x)

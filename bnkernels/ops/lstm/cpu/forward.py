@@ -140,21 +140,33 @@ def _statistics(like, a, at, pitch, lengths, t, mean, var, out, options, shift, 
     copy(rstd, numbers(like, out, 0, len(rstd)))
 
 
+@inner
+def _hidden_of_strip(like, pointers, sizes, t, start, shift, rest, scale):
+    """Write normalised cells and hidden states of some units."""
+    gc, bc, gates = pointers[8], pointers[9], pointers[10]
+    cells, c_hat, y, h_n, c_n, lengths = pointers[13], pointers[14], *pointers[16:20]
+    steps, rows, _, units, many, _ = sizes
+    step, width = many * t * rows, len(shift)
+    for n in range(rows):
+        h, at = numbers(like, y, (t * rows + n) * units + start, width), (step + n) * units + start
+        if not has(lengths, n, t):
+            fill_line(h, like)
+            continue
+        c, hat = numbers(like, cells, at, width), numbers(like, c_hat, at, width)
+        standardise(c, shift, rest, scale, hat)
+        _affine(hat, numbers(like, gc, start, width), numbers(like, bc, start, width), h)
+        emit(numbers(like, gates, (step + n) * 4 * units + 3 * units + start, width), h, h)
+        _finish(like, y, h_n, c_n, c, t, n, start, width, sizes, ends(lengths, n, t, steps - 1))
+
+
 @kernel
 def forward_strips(like, pointers, running, eps, momentum, sizes, t, count, live, row, moving, first, last):
     """Compute a step of some strips of units with batch norm; `row` is that of the population statistics."""
-    x, h0, c0, weight_ih, weight_hh, bias, gx, gh, gc, bc = pointers[:10]
-    gates, x_part, h_part, cells, c_hat, rstd, y, h_n, c_n, lengths = pointers[10:20]
-    steps, rows, inputs, units, many, many_x = sizes
+    x, h0, c0, weight_ih, weight_hh, bias, gx, gh = pointers[:8]
+    gates, x_part, h_part, cells, _, rstd, y, _, _, lengths = pointers[10:20]
+    _, rows, inputs, units, many, many_x = sizes
     columns, size = 4 * units, size_of(like)
-    of_gates, of_cells = row * columns * size, row * units * size
-    mean_x, var_x, mean_h, var_h = (
-        running[0] + of_gates,
-        running[1] + of_gates,
-        running[2] + of_gates,
-        running[3] + of_gates,
-    )
-    mean_c, var_c = running[4] + of_cells, running[5] + of_cells
+    of_gates, of_cells = row * columns * size, row * units * size  # places in the population statistics
     options = rows, eps, momentum, count, live, moving
     step, before = many * t * rows, many * (t - 1) * rows if t else 0
     in_x, in_h, kept = many_x * t * rows * columns, step * columns, many * t * (2 * columns + units)
@@ -169,7 +181,7 @@ def forward_strips(like, pointers, running, eps, momentum, sizes, t, count, live
         line_, sums_ = part(line, 0, length), part(sums, 0, length)
         for piece in range(pieces):
             at, k = piece * units + start, piece * length
-            b, out = at * size, rstd + (kept + at) * size
+            b, out = at * size + of_gates, rstd + (kept + at) * size
             product(rows, length, inputs, numbers(like, x, 0, 1), t * rows * inputs, inputs, 1,
                     numbers(like, weight_ih, 0, 1), at, columns, 1, numbers(like, x_part, 0, 1), in_x + at, columns,
                     0)  # fmt: skip
@@ -177,11 +189,11 @@ def forward_strips(like, pointers, running, eps, momentum, sizes, t, count, live
                     units, 1, numbers(like, weight_hh, 0, 1), at, columns, 1, numbers(like, h_part, 0, 1), in_h + at,
                     columns, 0)  # fmt: skip
             shift, rest, scale = part(shift_x, k, length), part(rest_x, k, length), part(scale_x, k, length)
-            _statistics(like, x_part, in_x + at, columns, lengths, t, mean_x + b, var_x + b, out, options, shift, rest,
-                        scale, line_, sums_)  # fmt: skip
+            _statistics(like, x_part, in_x + at, columns, lengths, t, running[0] + b, running[1] + b, out, options,
+                        shift, rest, scale, line_, sums_)  # fmt: skip
             shift, rest, scale = part(shift_h, k, length), part(rest_h, k, length), part(scale_h, k, length)
-            _statistics(like, h_part, in_h + at, columns, lengths, t, mean_h + b, var_h + b, out + columns * size,
-                        options, shift, rest, scale, line_, sums_)  # fmt: skip
+            _statistics(like, h_part, in_h + at, columns, lengths, t, running[2] + b, running[3] + b,
+                        out + columns * size, options, shift, rest, scale, line_, sums_)  # fmt: skip
             copy(numbers(like, gx, at, length), part(gammas_x, k, length))
             copy(numbers(like, gh, at, length), part(gammas_h, k, length))
             copy(numbers(like, bias, at, length), part(biases, k, length))
@@ -204,16 +216,7 @@ def forward_strips(like, pointers, running, eps, momentum, sizes, t, count, live
             next_cell(a, start, units, numbers(like, cells if t else c0, (before + n) * units + start, width), c)
         line_, sums_ = part(line, 0, width), part(sums, 0, width)
         shift, rest, scale = part(shift_x, 0, width), part(rest_x, 0, width), part(scale_x, 0, width)
-        b, out = start * size, rstd + (kept + 2 * columns + start) * size
-        _statistics(like, cells, step * units + start, units, lengths, t, mean_c + b, var_c + b, out, options, shift,
-                    rest, scale, line_, sums_)  # fmt: skip
-        for n in range(rows):
-            h, at = numbers(like, y, (t * rows + n) * units + start, width), (step + n) * units + start
-            if not has(lengths, n, t):
-                fill_line(h, like)
-                continue
-            c, hat = numbers(like, cells, at, width), numbers(like, c_hat, at, width)
-            standardise(c, shift, rest, scale, hat)
-            _affine(hat, numbers(like, gc, start, width), numbers(like, bc, start, width), h)
-            emit(numbers(like, gates, (step + n) * columns + 3 * units + start, width), h, h)
-            _finish(like, y, h_n, c_n, c, t, n, start, width, sizes, ends(lengths, n, t, steps - 1))
+        b, out = start * size + of_cells, rstd + (kept + 2 * columns + start) * size
+        _statistics(like, cells, step * units + start, units, lengths, t, running[4] + b, running[5] + b, out, options,
+                    shift, rest, scale, line_, sums_)  # fmt: skip
+        _hidden_of_strip(like, pointers, sizes, t, start, shift, rest, scale)
