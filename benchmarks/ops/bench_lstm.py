@@ -57,13 +57,16 @@ def ours(case: Case, arrays: Arrays) -> Call:
     norm = NORMS[case.direction]
     given = tuple(arrays[name] for name in NAMES)
     norms = tuple(arrays[name] for name in OF_NORMS) if norm else None
+    *out, saved = bn.lstm_forward(*given, norms, norm=norm, eps=EPSILON)
+    out = tuple(out)
     if not is_both(case):
-        return lambda: bn.lstm_forward(*given, norms, norm=norm, eps=EPSILON, keep=False)[:1]
+        return lambda: bn.lstm_forward(*given, norms, norm=norm, eps=EPSILON, keep=False, out=out)[:1]
+    grads = bn.lstm_backward(arrays["dy"], None, None, saved, input_gradient=False)
 
     def both() -> tuple:
-        y, _, _, saved = bn.lstm_forward(*given, norms, norm=norm, eps=EPSILON)
-        _, *found, dnorms = bn.lstm_backward(arrays["dy"], None, None, saved, input_gradient=False)
-        return y, *found, *(dnorms or ())
+        again = bn.lstm_forward(*given, norms, norm=norm, eps=EPSILON, reuse=saved, out=out)[3]
+        bn.lstm_backward(arrays["dy"], None, None, again, input_gradient=False, out=grads)
+        return out[0], *grads[1:6], *(grads[6] or ())
 
     return both
 

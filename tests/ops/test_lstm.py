@@ -319,13 +319,42 @@ def test_outputs_are_written_where_they_are_wanted(backend: Backend, rng: np.ran
     for one, two, three in zip(found, out, wanted, strict=False):
         assert one is two
         np.testing.assert_array_equal(backend.asnumpy(one), backend.asnumpy(three))
-    dx, *others = bn.lstm_backward(None, *backend.arrays(np.ones((4, 5), "float32"), None), found[3])
-    dx, *some = bn.lstm_backward(
-        None, *backend.arrays(np.ones((4, 5), "float32"), None), found[3], input_gradient=False
+    dh_n = backend.asarray(np.ones((4, 5), "float32"))
+    *right, dnorms = bn.lstm_backward(None, dh_n, None, found[3])
+    *some, their_norms = out = (
+        *(backend.empty(array.shape, "float32") for array in right),
+        tuple(backend.empty(array.shape, "float32") for array in dnorms),
     )
+    *got, of_norms = bn.lstm_backward(None, dh_n, None, found[3], out=out)
+    for one, two, three in zip((*got, *of_norms), (*some, *their_norms), (*right, *dnorms), strict=True):
+        assert one is two
+        np.testing.assert_array_equal(backend.asnumpy(one), backend.asnumpy(three))
+    dx, *others = bn.lstm_backward(None, dh_n, None, found[3], input_gradient=False, out=(None, *out[1:]))
     assert dx is None
-    for one, two in zip(some[:5], others[:5], strict=True):
+    for one, two in zip(others[:5], right[1:], strict=True):
         np.testing.assert_array_equal(backend.asnumpy(one), backend.asnumpy(two))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_memory_of_an_earlier_forward_is_used_again(
+    backend: Backend, rng: np.random.Generator, norm: str | None
+) -> None:
+    """Where it is enough, whatever it holds."""
+    given = oracle_lstm.arguments(rng, (5, 5, 2, 3), norm, "float64")
+    dy = rng.standard_normal((5, 5, 3))
+    saved = call(backend, given, norm=norm)[3]
+    for steps, lengths, fits in ((5, LENGTHS, True), (3, None, True), (1, None, False), (5, None, True)):
+        some = given | {"x": given["x"][:steps]}
+        *right, fresh = call(backend, some, norm=norm, lengths=lengths)
+        *found, again = call(backend, some, norm=norm, lengths=lengths, reuse=saved)
+        assert (again.gates is saved.gates) == fits
+        for one, two in zip(found, right, strict=True):
+            np.testing.assert_array_equal(backend.asnumpy(one), backend.asnumpy(two))
+        wanted = gradients(backend, fresh, dy[:steps], None, None)
+        for name, gradient in gradients(backend, again, dy[:steps], None, None).items():
+            np.testing.assert_array_equal(gradient, wanted[name], err_msg=name)
+    other = call(backend, given | {"x": given["x"][:, :4], "h0": given["h0"][:4], "c0": given["c0"][:4]}, norm=norm)[3]
+    assert call(backend, given, norm=norm, reuse=other)[3].gates is not other.gates
 
 
 def test_nan_stays_in_its_example_without_batch_norm(backend: Backend, rng: np.random.Generator) -> None:

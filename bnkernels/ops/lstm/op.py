@@ -53,6 +53,7 @@ def lstm_forward(
     eps: float = 1e-5,
     lengths: Any = None,
     keep: bool = True,
+    reuse: Any = None,
     out: tuple[AnyArray, AnyArray, AnyArray] | None = None,
 ) -> tuple[Array, Array, Array, Any]:
     """Run an LSTM over whole sequences.
@@ -89,6 +90,8 @@ def lstm_forward(
         Lengths of the sequences, from 1 to T; in any order. By default T.
     keep : bool
         Whether a backward follows; False takes less memory.
+    reuse : tuple, optional
+        Result `saved` of an earlier forward, whose backward is not wanted any more: its memory is taken where it fits.
     out : tuple of three arrays, optional
         Arrays for ``(y, h_n, c_n)``; C order.
 
@@ -153,7 +156,9 @@ def lstm_forward(
     longest = 0 if lengths is None or not counts else int(lengths.argmax())
     if lengths is not None and runtime is not None:
         lengths = runtime.on_device(lengths, x)
-    memory = _memory(runtime, problem, x, len(counts) if keep else min(1, len(counts)), max(1, len(counts)))
+    memory = _fitting(runtime, problem, reuse, len(counts), x) if keep else None
+    if memory is None:
+        memory = _memory(runtime, problem, x, len(counts) if keep else min(1, len(counts)), max(1, len(counts)))
     run = Forward(problem, eps, momentum, counts, lengths, longest, y, h_n, c_n, c0, bias, norms, running, *memory)
     if counts:
         _driver(runtime).forward(runtime, run, x, h0, weight_ih, weight_hh)
@@ -169,6 +174,7 @@ def lstm_backward(
     saved: Any,
     *,
     input_gradient: bool = True,
+    out: tuple[Any, ...] | None = None,
 ) -> tuple[Any, Any, Any, Any, Any, Any, Any]:
     """Return the gradients of `lstm_forward`, through all its time steps.
 
@@ -183,6 +189,8 @@ def lstm_backward(
         Last result of the forward.
     input_gradient : bool
         True if `dx` is wanted; the first layer of a network does not need it.
+    out : tuple, optional
+        Arrays for the gradients, as they are returned, `dnorms` a tuple of four; C order. None where None is returned.
 
     Returns
     -------
@@ -200,7 +208,7 @@ def lstm_backward(
     Raises
     ------
     TypeError, ValueError
-        If an argument is wrong.
+        If an argument is wrong; nothing is written then.
 
     Notes
     -----
@@ -218,17 +226,38 @@ def lstm_backward(
     if not isinstance(saved, Saved):
         raise TypeError(f"saved must be the last result of lstm_forward with keep=True, got {check.shown(saved)}")
     input_gradient = check.boolean("input_gradient", input_gradient)
-    runtime, _ = BACKWARD.check(saved.x, saved.h0, dy, dh_n, dc_n)
     problem, x, h0 = saved.problem, saved.x, saved.h0
-    dx = empty(runtime, x.shape, x) if input_gradient else None
-    dh0, dc0, dweight_ih, dweight_hh = (
-        empty(runtime, like.shape, x) for like in (h0, h0, saved.weight_ih, saved.weight_hh)
-    )
-    wanted = dx, dh0, dc0, dweight_ih, dweight_hh
-    if not saved.counts:
-        return _of_no_steps(runtime, problem, dh_n, dc_n, *wanted)
-    sums = _driver(runtime).backward(runtime, saved, dy, dh_n, dc_n, wanted)
-    return *wanted, *_parameters(runtime, problem, sums, x)
+    found = _pack_gradients(out, input_gradient, problem.norm)
+    weights = saved.weight_ih, saved.weight_hh
+    runtime, _ = BACKWARD.check(*found, x, h0, saved.c0, *weights, dy, dh_n, dc_n)
+    columns, units = (problem.columns,), (problem.units,)
+    vectors = (columns, columns, columns, units, units)[: 5 if problem.norm else 1]
+    shapes = [like.shape for like in (x, h0, h0, *weights)] + [*vectors]
+    if out is None:
+        found = [empty(runtime, shape, x) for shape in shapes]
+        found[0] = found[0] if input_gradient else None
+    wanted, parameters = found[:5], found[5 : len(shapes)]
+    if saved.counts:
+        sums = _driver(runtime).backward(runtime, saved, dy, dh_n, dc_n, tuple(wanted))
+    else:
+        sums = _zeros(runtime, (problem.sums_length,), x)
+        for gradient, given in zip(wanted, (None, dh_n, dc_n, None, None), strict=True):
+            if gradient is not None:
+                gradient[...] = 0 if given is None else given
+    start = 0
+    for gradient in parameters:
+        gradient[...] = sums[start : start + len(gradient)]
+        start += len(gradient)
+    return *wanted, parameters[0], tuple(parameters[1:]) if problem.norm else None
+
+
+def _pack_gradients(out: Any, input_gradient: bool, norm: str | None) -> list:
+    """Check the tuple of the gradients, or None; return its ten arrays, None for what is not wanted."""
+    if out is None:
+        return [None] * 10
+    names = ("dx", "dh0", "dc0", "dweight_ih", "dweight_hh", "dbias", "dnorms")
+    *others, dnorms = check.pack_wanted(out, names, (input_gradient, *[True] * 5, norm is not None))
+    return [*others, *_pack("dnorms", dnorms, tuple(f"d{name}" for name in NORM_NAMES))]
 
 
 def _pack(name: str, arrays: Any, names: tuple[str, ...]) -> tuple:
@@ -265,22 +294,16 @@ def _memory(runtime: Runtime | None, problem: Problem, x: Any, kept: int, used: 
     return gates, x_part, h_part, c_hat, cells, empty(runtime, (kept, *problem.rstd_shape), x)
 
 
-def _of_no_steps(runtime: Runtime | None, problem: Problem, dh_n: Any, dc_n: Any, *outputs: Any) -> tuple:
-    """Return the gradients of a forward that had no step or no example."""
-    dx, dh0, dc0, *dweights = outputs
-    for out, given in ((dx, None), (dh0, dh_n), (dc0, dc_n), *((dweight, None) for dweight in dweights)):
-        if out is not None:
-            out[...] = 0 if given is None else given
-    sums = _zeros(runtime, (problem.sums_length,), dh0)
-    return *outputs, *_parameters(runtime, problem, sums, dh0)
-
-
-def _parameters(runtime: Runtime | None, problem: Problem, sums: Any, like: Any) -> tuple[Any, tuple | None]:
-    """Return dbias and dnorms of the sums of all steps."""
-    columns, units = problem.columns, problem.units
-    found, start = [], 0
-    for length in (columns, columns, columns, units, units)[: 5 if problem.norm else 1]:
-        found.append(empty(runtime, (length,), like, problem.dtype))
-        found[-1][...] = sums[start : start + length]
-        start += length
-    return found[0], tuple(found[1:]) if problem.norm else None
+def _fitting(runtime: Runtime | None, problem: Problem, reuse: Any, used: int, x: Any) -> tuple | None:
+    """Return the memory of an earlier forward, None where it does not fit."""
+    if reuse is None:
+        return None
+    if not isinstance(reuse, Saved):
+        raise TypeError(f"reuse must be the last result of lstm_forward with keep=True, got {check.shown(reuse)}")
+    same = reuse.problem._replace(steps=problem.steps, live=problem.live, tracked=problem.tracked) == problem
+    steps = len(reuse.cells)
+    if not same or type(reuse.y) is not type(x) or not (steps == used or 1 < used <= steps):
+        return None
+    if runtime is not None and runtime.device(reuse.y) != runtime.device(x):
+        return None
+    return reuse.gates, reuse.x_hat, reuse.h_hat, reuse.c_hat, reuse.cells, reuse.rstd
