@@ -1,4 +1,7 @@
-"""Steps of an LSTM by the kernels ``cuda/lstm_*.cu``: the arguments of all steps are made at once, then launched."""
+"""Steps of an LSTM by the kernels ``cuda/lstm_*.cu``: a launch each, or a whole sequence in one.
+
+The arguments of all steps are made at once.
+"""
 
 from __future__ import annotations
 
@@ -8,58 +11,125 @@ from typing import Any
 
 import numpy as np
 
-from bnkernels.ops.lstm.launch import choose
+from bnkernels.ops.lstm.launch import choose, choose_sequence
 from bnkernels.ops.lstm.problem import NORM_NAMES, RUNNING_NAMES, Backward, Forward, Problem
-from bnkernels.runtime.arguments import addresses, empty
+from bnkernels.runtime.arguments import addresses, empty, pack
 from bnkernels.runtime.seam import LaunchPlan, Runtime
+from bnkernels.runtime.workspace import barrier_counters
 
 
 def forward(runtime: Runtime, run: Forward) -> Callable[[int], None]:
     """Return what computes a step."""
     problem, used = run.problem, len(run.counts)
-    plan, steps = choose("forward", problem), np.arange(used)
-    of_step = {"x_part": run.x_part, "h_part": run.h_part, "gates": run.gates, "cells": run.cells, "c_hat": run.c_hat}
-    of_step |= {"rstd": run.rstd, "h": run.y}
-    fixed = {"bias": run.bias, "h_n": run.h_n, "c_n": run.c_n, "lengths": run.lengths}
-    fixed |= dict(zip(NORM_NAMES, run.norms, strict=True))
-    members = _places(runtime, steps, of_step) | _fixed(runtime, fixed)
+    plan, steps, counts = choose("forward", problem), np.arange(used), np.array(run.counts)
+    members = _places(runtime, steps, _arrays_of_steps(run)) | _members(runtime, run)
     members["before"] = _before(runtime, steps, run.c0, run.cells)
-    members |= _sizes(problem, plan, steps) | {"eps": run.eps, "momentum": run.momentum}
-    counts = np.array(run.counts)
-    members |= {"count": counts, "inverse_count": 1 / counts, "chosen": run.longest}
+    members |= {"step": steps, "count": counts, "inverse_count": 1 / counts}
     if problem.tracked:
         rows = np.minimum(steps, problem.tracked - 1)
         members |= _places(runtime, rows, dict(zip(RUNNING_NAMES, run.running, strict=True)))
         members["moving"] = problem.live & (steps < problem.tracked) & (counts > 1)
-    return _launcher(runtime, plan, members, used, run.y)
+    return _launcher(runtime, plan, members | {"held": plan.held}, used, run.y)
 
 
-def backward(runtime: Runtime, run: Backward) -> tuple[Callable[[int], None], Callable[[], Any]]:
-    """Return what computes a step, and what returns the gradients of bias and norms in the end."""
-    problem, used, like = run.problem, len(run.counts), run.dx_part
-    plan, steps = choose("backward", problem), np.arange(used)
-    layer = problem.norm == "layer"
-    da = empty(runtime, run.dx_part.shape, like) if layer else None
-    dz = empty(runtime, (used, problem.rows, problem.units), like) if layer else None
-    sums = None if layer else empty(runtime, (used, problem.sums_length), like)
-    of_step = {"dy": run.dy, "gates": run.gates, "dx_part": run.dx_part, "da": da, "dz": dz, "sums": sums}
-    if problem.norm:
-        of_step |= {"c_hat": run.c_hat, "x_hat": run.x_hat, "h_hat": run.h_hat, "rstd": run.rstd}
-        of_step |= {"dh_part": run.dh_part}
-    else:
-        of_step |= {"cells": run.cells}
-    fixed = {"dh": run.dh, "dh_n": run.dh_n, "dc_n": run.dc_n, "dc": run.dc, "lengths": run.lengths}
-    fixed |= dict(zip(NORM_NAMES, run.norms, strict=True))
-    members = _places(runtime, steps, of_step) | _fixed(runtime, fixed)
-    members["before"] = _before(runtime, steps, run.c0, run.cells)
-    members |= _sizes(problem, plan, steps) | {"inverse_count": 1 / np.array(run.counts)}
+def forward_sequence(runtime: Runtime, run: Forward, h0: Any, weight_hh: Any) -> bool:
+    """Compute all steps in one launch, products too; return whether there is such a launch."""
+    problem = run.problem
+    plan = choose_sequence("forward", problem, runtime.limits(run.y))
+    if plan is None:
+        return False
+    of_steps, counts = _arrays_of_steps(run), _counts(runtime, run.counts, run.y)
+    running = dict(zip(RUNNING_NAMES, run.running, strict=True))
+    arrays = of_steps | running | {"before": run.c0, "weight_hh": weight_hh, "h0": h0, "counts": counts}
+    members = _fixed(runtime, arrays) | _members(runtime, run) | {"steps": len(run.counts), "tracked": problem.tracked}
+    pitches = {f"{name}_pitch": of_steps[name] for name in ("gates", "h_part", "rstd")} | {"state_pitch": run.cells}
+    members |= {name: _pitch(array, problem) for name, array in pitches.items()} | {"held": plan.held}
+    _launch(runtime, plan, members, run.y)
+    return True
 
-    def finish() -> Any:
-        if layer:
-            return _sums_over_examples(runtime, run, da, dz)
-        return _column_sums(runtime, sums)
 
-    return _launcher(runtime, plan, members, used, like), finish
+def _arrays_of_steps(run: Forward) -> dict[str, Any]:
+    arrays = {"x_part": run.x_part, "h_part": run.h_part, "gates": run.gates, "cells": run.cells}
+    return arrays | {"c_hat": run.c_hat, "rstd": run.rstd, "h": run.y}
+
+
+def _members(runtime: Runtime, run: Forward) -> dict[str, Any]:
+    """Return what all steps of a forward have in common."""
+    fixed = {"bias": run.bias, "h_n": run.h_n, "c_n": run.c_n, "lengths": run.lengths}
+    members = _fixed(runtime, fixed | dict(zip(NORM_NAMES, run.norms, strict=True))) | _sizes(run.problem, run.counts)
+    return members | {"eps": run.eps, "momentum": run.momentum, "chosen": run.longest}
+
+
+class BackwardKernels:
+    """The backward of a sequence: a step at a time, or all in one launch."""
+
+    def __init__(self, runtime: Runtime, run: Backward) -> None:
+        problem, used, like = run.problem, len(run.counts), run.dx_part
+        self._runtime, self._run, layer = runtime, run, problem.norm == "layer"
+        self._da = empty(runtime, run.dx_part.shape, like) if layer else None
+        self._dz = empty(runtime, (used, problem.rows, problem.units), like) if layer else None
+        self._sums = None if layer else empty(runtime, (used, problem.sums_length), like)
+        arrays = {"dy": run.dy, "gates": run.gates, "dx_part": run.dx_part}
+        arrays |= {"da": self._da, "dz": self._dz, "sums": self._sums}
+        if problem.norm:
+            arrays |= {"c_hat": run.c_hat, "x_hat": run.x_hat, "h_hat": run.h_hat, "rstd": run.rstd}
+            arrays |= {"dh_part": run.dh_part}
+        else:
+            arrays |= {"cells": run.cells}
+        fixed = {"dh": run.dh, "dh_n": run.dh_n, "dc_n": run.dc_n, "dc": run.dc, "lengths": run.lengths}
+        self._arrays, fixed = arrays, fixed | dict(zip(NORM_NAMES, run.norms, strict=True))
+        self._members = _fixed(runtime, fixed) | _sizes(problem, run.counts)
+
+    def steps(self) -> Callable[[int], None]:
+        """Return what computes a step."""
+        run, runtime = self._run, self._runtime
+        plan, steps = choose("backward", run.problem), np.arange(len(run.counts))
+        members = self._members | _places(runtime, steps, self._arrays)
+        members["before"] = _before(runtime, steps, run.c0, run.cells)
+        members |= {"step": steps, "inverse_count": 1 / np.array(run.counts), "held": plan.held}
+        return _launcher(runtime, plan, members, len(steps), run.dx_part)
+
+    def sequence(self, weight_hh: Any) -> bool:
+        """Compute all steps in one launch, recurrent products too; return whether there is such a launch."""
+        run, runtime = self._run, self._runtime
+        plan = choose_sequence("backward", run.problem, runtime.limits(run.dx_part))
+        if plan is None:
+            return False
+        counts = _counts(runtime, run.counts, run.dx_part)
+        arrays = self._arrays | {"before": run.c0, "states": run.cells, "weight_hh": weight_hh, "counts": counts}
+        members = self._members | _fixed(runtime, arrays) | {"steps": len(run.counts), "held": plan.held}
+        members |= {"rstd_pitch": _pitch(run.rstd, run.problem), "sums_pitch": run.problem.sums_length}
+        _launch(runtime, plan, members, run.dx_part)
+        return True
+
+    def finish(self) -> Any:
+        """Return the gradients of bias and norms, one behind the other."""
+        if self._sums is None:
+            return _sums_over_examples(self._runtime, self._run, self._da, self._dz)
+        return _column_sums(self._runtime, self._sums)
+
+
+def backward(runtime: Runtime, run: Backward) -> BackwardKernels:
+    """Return the kernels of a backward."""
+    return BackwardKernels(runtime, run)
+
+
+def _counts(runtime: Runtime, counts: tuple[int, ...], like: Any) -> Any:
+    """Return the examples of every step, on the device."""
+    return runtime.on_device(np.array(counts, like.dtype), like)
+
+
+def _pitch(array: Any, problem: Problem) -> int:
+    """Return the elements from step to step, 0 where there is one step only, or none."""
+    return 0 if array is None or len(array) == 1 else array.strides[0] // problem.dtype.itemsize
+
+
+def _launch(runtime: Runtime, plan: LaunchPlan, members: dict[str, Any], like: Any) -> None:
+    """Launch a sequence."""
+    if plan.launch.cooperative:
+        members["barrier_counter"] = barrier_counters(runtime.workspace(like))
+    arguments = pack(plan.arguments, *(members.get(name, 0) for name in plan.arguments.names))
+    runtime.launch(*plan[:3], arguments, like)
 
 
 def _places(runtime: Runtime, rows: np.ndarray, arrays: dict[str, Any]) -> dict[str, Any]:
@@ -83,9 +153,8 @@ def _before(runtime: Runtime, steps: np.ndarray, c0: Any, cells: Any) -> np.ndar
     return found
 
 
-def _sizes(problem: Problem, plan: LaunchPlan, steps: np.ndarray) -> dict[str, Any]:
-    sizes = {"rows": problem.rows, "units": problem.units, "step": steps, "end": len(steps) - 1}
-    return sizes | {"live": problem.live, "held": plan.held}
+def _sizes(problem: Problem, counts: tuple[int, ...]) -> dict[str, Any]:
+    return {"rows": problem.rows, "units": problem.units, "end": len(counts) - 1, "live": problem.live}
 
 
 def _launcher(runtime: Runtime, plan: LaunchPlan, members: dict[str, Any], used: int, like: Any) -> Callable:

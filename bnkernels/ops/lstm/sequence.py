@@ -1,7 +1,7 @@
-"""The time steps of an LSTM by a library's products, and between them what a step does.
+"""The time steps of an LSTM: in one launch, or by a library's products and between them what a step does.
 
-The inputs of all steps are one product, and so are the gradients of each weight, behind the last step. Within the loop
-a step is one product with the recurrent weights, and one kernel.
+The inputs of all steps are one product, and so are the gradients of each weight, behind the last step. Where there is a
+loop, a step of it is one product with the recurrent weights, and one kernel.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ def forward(runtime: Runtime | None, run: Forward, x: Any, h0: Any, weight_ih: A
     problem, used, weight = run.problem, len(run.counts), weight_hh.T
     rows = used * problem.rows
     multiply(runtime, x[:used].reshape(rows, -1), weight_ih.T, run.x_part[:used].reshape(rows, -1))
-    step = (reference if runtime is None else kernels).forward(runtime, run)
-    for t in range(used):
-        multiply(runtime, h0 if t == 0 else run.y[t - 1], weight, at(run.h_part, t))
-        step(t)
+    if runtime is None or not kernels.forward_sequence(runtime, run, h0, weight_hh):
+        step = (reference if runtime is None else kernels).forward(runtime, run)
+        for t in range(used):
+            multiply(runtime, h0 if t == 0 else run.y[t - 1], weight, at(run.h_part, t))
+            step(t)
     run.y[used:] = 0
 
 
@@ -37,10 +38,12 @@ def backward(runtime: Runtime | None, saved: Saved, dy: Any, dh_n: Any, dc_n: An
     kept = saved.gates, saved.x_hat, saved.h_hat, saved.c_hat, saved.cells, saved.rstd
     given = problem, saved.counts, saved.lengths, dy, dh_n, dc_n, saved.c0, saved.norms
     run = Backward(*given, *kept, dh0, dc0, dx_part, dh_part)
-    step, finish = (reference if runtime is None else kernels).backward(runtime, run)
-    for t in range(used - 1, -1, -1):
-        step(t)
-        multiply(runtime, dh_part[t], saved.weight_hh, dh0)
+    work = (reference if runtime is None else kernels).backward(runtime, run)
+    if runtime is None or not work.sequence(saved.weight_hh):
+        step = work.steps()
+        for t in range(used - 1, -1, -1):
+            step(t)
+            multiply(runtime, dh_part[t], saved.weight_hh, dh0)
     rows = used * problem.rows
     of_x, of_h = dx_part.reshape(rows, -1), dh_part.reshape(rows, -1)
     multiply(runtime, of_x.T, x[:used].reshape(rows, -1), dweight_ih)
@@ -52,7 +55,7 @@ def backward(runtime: Runtime | None, saved: Saved, dy: Any, dh_n: Any, dc_n: An
     if dx is not None:
         multiply(runtime, of_x, saved.weight_ih, dx[:used].reshape(rows, -1))
         dx[used:] = 0
-    return finish()
+    return work.finish()
 
 
 @np.errstate(all="ignore")  # kernels have no warnings either
