@@ -73,11 +73,11 @@ __device__ __forceinline__ void lstm_sequence_backward(LstmBackward<A> a) {
     }
 }
 
-#define LSTM_BACKWARD_COOPERATIVE(suffix, A, threads)                                       \
-    BNK_KERNEL(bnk_lstm_backward_cooperative_plain_##suffix, (LstmBackward<A>), threads, 1, \
-               (lstm_sequence_backward<PLAIN, A>))                                          \
-    BNK_KERNEL(bnk_lstm_backward_cooperative_batch_##suffix, (LstmBackward<A>), threads, 1, \
+#define LSTM_BACKWARD_COOPERATIVE(suffix, A)                                            \
+    BNK_KERNEL(bnk_lstm_backward_cooperative_plain_##suffix, (LstmBackward<A>), 256, 1, \
+               (lstm_sequence_backward<PLAIN, A>))                                      \
+    BNK_KERNEL(bnk_lstm_backward_cooperative_batch_##suffix, (LstmBackward<A>), 256, 1, \
                (lstm_sequence_backward<BATCH, A>))
 
-LSTM_BACKWARD_COOPERATIVE(f32, float, 512)
-LSTM_BACKWARD_COOPERATIVE(f64, double, 256)
+LSTM_BACKWARD_COOPERATIVE(f32, float)
+LSTM_BACKWARD_COOPERATIVE(f64, double)

@@ -3,8 +3,8 @@
 // Formulas:  For every time step t H = W_hh h[t-1], with h[-1] = h0, and then those of lstm_forward.cu.
 // Arrays:    As in lstm_forward.cu, of all steps: x_part (T, N, 4, H), h (T, N, H); gates, h_part, cells, c_hat and
 //            rstd `pitch` elements from step to step, 0 for those that are not kept. before: c0. weight_hh (4, H, H).
-//            h0 (N, H). counts (T,): examples that every step has. mean_x to var_c (tracked, ...): a row for every step,
-//            the last for those beyond. barrier_counter: see lib/sync/grid_barrier.cuh.
+//            h0 (N, H). counts (T,): examples that every step has. mean_x to var_c (tracked, ...): a row for every
+//            step, the last for those beyond. barrier_counter: see lib/sync/grid_barrier.cuh.
 // Launch:    By unit, see lib/recurrent/step_items.cuh, grid (ceil(H/w), 1, 1), cooperative if that is more than 1.
 //            Dynamic shared memory: 4 w H numbers, which are the weights of the block's units; then as lstm_forward.cu.
 // Traffic:   As T launches of lstm_forward.cu, and W_hh once. Every block reads the hidden state of every step, from
@@ -104,11 +104,10 @@ __device__ __forceinline__ void lstm_sequence_forward(LstmForward<A> a) {
     }
 }
 
-#define LSTM_FORWARD_COOPERATIVE(suffix, A, threads)                                      \
-    BNK_KERNEL(bnk_lstm_forward_cooperative_plain_##suffix, (LstmForward<A>), threads, 1, \
-               (lstm_sequence_forward<PLAIN, A>))                                         \
-    BNK_KERNEL(bnk_lstm_forward_cooperative_batch_##suffix, (LstmForward<A>), threads, 1, \
-               (lstm_sequence_forward<BATCH, A>))
+#define LSTM_FORWARD_COOPERATIVE(suffix, A)                                           \
+    BNK_KERNEL(bnk_lstm_forward_cooperative_plain_##suffix, (LstmForward<A>), 256, 1, \
+               (lstm_sequence_forward<PLAIN, A>))                                     \
+    BNK_KERNEL(bnk_lstm_forward_cooperative_batch_##suffix, (LstmForward<A>), 256, 1, (lstm_sequence_forward<BATCH, A>))
 
-LSTM_FORWARD_COOPERATIVE(f32, float, 512)
-LSTM_FORWARD_COOPERATIVE(f64, double, 256)
+LSTM_FORWARD_COOPERATIVE(f32, float)
+LSTM_FORWARD_COOPERATIVE(f64, double)

@@ -90,7 +90,7 @@ def test_a_sequence_is_one_launch_where_it_fits() -> None:
         Limits(132, 227 * 1024, 228 * 1024, True),
     )
     plan = choose_sequence("backward", problem._replace(units=512, rows=300), h200)
-    assert (plan.launch.grid, plan.launch.block, plan.launch.cooperative) == ((128, 1, 1), (4, 128, 1), True)
+    assert (plan.launch.grid, plan.launch.block, plan.launch.cooperative) == ((128, 1, 1), (4, 64, 1), True)
     assert plan.held == 0
     alone = h200._replace(cooperative=False)
     assert choose_sequence("forward", problem, alone) is None

@@ -31,7 +31,7 @@ WORKERS = 64  # threads of a unit, at most
 MOST_WIDTH = 256  # threads of an example, at most
 FEW = 64  # threads of a block by example, at least
 MOST_ROWS = 512  # examples, and units, of a sequence in one launch; beyond, a library multiplies faster
-THREADS = {4: 512, 8: 256}  # of a block by unit, by the bytes of a number, as in the launch bounds of the kernels
+THREADS = 256  # of a block of a sequence, at most, as in the launch bounds of its kernels
 MIN_BLOCKS = 1  # resident blocks of a multiprocessor, promised by these
 # Sums of a warp that two buffers hold, of every unit that it has.
 BUFFERS = {"forward": {None: 0, "batch": 16, "layer": 4}, "backward": {None: 8, "batch": 24, "layer": 8}}
@@ -95,7 +95,7 @@ def choose_sequence(direction: str, problem: Problem, limits: Limits) -> LaunchP
     if problem.norm == "layer" or max(rows, units) > MOST_ROWS:
         return None
     width = min(WARP, _power(ceil_div(units, limits.sms)))
-    workers = max(WARP // width, min(THREADS[number] // width, _power(rows)))
+    workers = max(WARP // width, min(THREADS // width, _power(rows)))
     blocks, items, places = ceil_div(units, width), ceil_div(rows, workers), width * workers // WARP * width
     shared = (4 * width * units + BUFFERS[direction][problem.norm] * places) * number
     fits = shared <= most_shared(limits, MIN_BLOCKS)
