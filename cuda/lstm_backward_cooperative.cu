@@ -38,13 +38,16 @@ __device__ __forceinline__ LstmBackward<A> of_step(LstmBackward<A> a, long long 
 
 // Writes the gradients of the hidden state of the thread's pairs.
 template <typename A>
-__device__ __forceinline__ void multiply(const LstmBackward<A>& a, const A* dh_part, const A* weights) {
-    const int columns = GATES * (int)a.units;
+__device__ __forceinline__ void multiply(const LstmBackward<A>& a, const A* dh_part, const Four<A>* weights) {
     for (Items<PLAIN> pair(a); pair.inside(); pair.advance()) {
         A sum = A(0);
-        const A* const row = dh_part + pair.n * columns;
+        const Four<A>* const row = reinterpret_cast<const Four<A>*>(dh_part) + pair.n * a.units;  // 4 H columns
 #pragma unroll 4
-        for (int c = 0; c < columns; ++c) sum = fma(row[c], weights[c * blockDim.x + threadIdx.x], sum);
+        for (int c = 0; c < (int)a.units; ++c) {
+            const Four<A> gradient = row[c], weight = weights[c * blockDim.x + threadIdx.x];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sum = fma(gradient.of[i], weight.of[i], sum);
+        }
         a.dh[pair.state()] = sum;
     }
 }
@@ -52,12 +55,12 @@ __device__ __forceinline__ void multiply(const LstmBackward<A>& a, const A* dh_p
 template <int NORM, typename A>
 __device__ __forceinline__ void lstm_sequence_backward(LstmBackward<A> a) {
     take_constants(a);
-    BNK_DYNAMIC_SHARED(A, weights);
+    BNK_DYNAMIC_SHARED(Four<A>, weights);
     constexpr int COUNT = NORM == PLAIN ? GATES : GATE_SUMS<NORM>;
-    Team<A, NORM, COUNT> team(weights + GATES * a.units * blockDim.x);
+    Team<A, NORM, COUNT> team(reinterpret_cast<A*>(weights + a.units * blockDim.x));
     const Items<PLAIN> own(a);
     for (long long c = threadIdx.y; c < GATES * a.units; c += blockDim.y)
-        weights[c * blockDim.x + threadIdx.x] = own.u < a.units ? a.weight_hh[c * a.units + own.u] : A(0);
+        weights[c / 4 * blockDim.x + threadIdx.x].of[c % 4] = own.u < a.units ? a.weight_hh[c * a.units + own.u] : A(0);
 #pragma unroll 1
     for (long long t = a.steps - 1; t >= 0; --t) {
         const LstmBackward<A> step = of_step(a, t);

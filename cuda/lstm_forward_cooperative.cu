@@ -42,14 +42,9 @@ __device__ __forceinline__ LstmForward<A> of_step(LstmForward<A> a, long long t)
     return a;
 }
 
-// The weights of a unit of the block, of one unit before.
+// The weights are those of the gates of a unit of the block, of one unit before after the other.
 template <typename A>
-struct alignas(16) GateWeights {
-    A of[GATES];
-};
-
-template <typename A>
-__device__ __forceinline__ void load_weights(const LstmForward<A>& a, GateWeights<A>* weights) {
+__device__ __forceinline__ void load_weights(const LstmForward<A>& a, Four<A>* weights) {
     const Items<PLAIN> own(a);
     for (long long k = threadIdx.y; k < a.units; k += blockDim.y)
 #pragma unroll
@@ -60,14 +55,14 @@ __device__ __forceinline__ void load_weights(const LstmForward<A>& a, GateWeight
 
 // Writes the recurrent products of the thread's pairs.
 template <typename A>
-__device__ __forceinline__ void multiply(const LstmForward<A>& a, const A* h, const GateWeights<A>* weights) {
+__device__ __forceinline__ void multiply(const LstmForward<A>& a, const A* h, const Four<A>* weights) {
     for (Items<PLAIN> pair(a); pair.inside(); pair.advance()) {
         A sums[GATES] = {};
         const A* const row = h + pair.n * a.units;
 #pragma unroll 4
         for (int k = 0; k < (int)a.units; ++k) {
             const A number = row[k];
-            const GateWeights<A> weight = weights[k * blockDim.x + threadIdx.x];
+            const Four<A> weight = weights[k * blockDim.x + threadIdx.x];
 #pragma unroll
             for (int gate = 0; gate < GATES; ++gate) sums[gate] = fma(number, weight.of[gate], sums[gate]);
         }
@@ -80,7 +75,7 @@ __device__ __forceinline__ void multiply(const LstmForward<A>& a, const A* h, co
 template <int NORM, typename A>
 __device__ __forceinline__ void lstm_sequence_forward(LstmForward<A> a) {
     take_constants(a);
-    BNK_DYNAMIC_SHARED(GateWeights<A>, weights);
+    BNK_DYNAMIC_SHARED(Four<A>, weights);
     constexpr int COUNT = SUMS<NORM>;
     Team<A, NORM, COUNT> team(reinterpret_cast<A*>(weights + a.units * blockDim.x));
     load_weights(a, weights);

@@ -220,8 +220,8 @@ AXES |= {"weight_ih": "T 4*CK", "weight_hh": "T 4*CC", "gamma_x": "A 4*C", "gamm
 AXES |= dict.fromkeys(("gamma_c", "beta_c"), "A C")
 AXES |= dict.fromkeys(("mean_x", "var_x", "mean_h", "var_h"), "A S4*C") | dict.fromkeys(("mean_c", "var_c"), "A SC")
 RUNNING = "mean_x var_x mean_h var_h mean_c var_c"
-# Several blocks; more than the threads of a kernel hold.
-BY_UNIT = {"N": 6, "C": 33}, {"S": 1, "N": 131, "C": 3}
+# Several blocks; more than the threads of a kernel hold, or by unit than a sequence in one launch takes.
+BY_UNIT = {"N": 6, "C": 33}, {"S": 1, "N": 520, "C": 3}
 BY_EXAMPLE = {"N": 6, "C": 33}, {"S": 1, "N": 3, "C": 530}
 LARGE_EPSILON = 1e4  # products of positive numbers have means that are far from 0, whose roundings it keeps small
 

@@ -89,13 +89,13 @@ def test_a_sequence_is_one_launch_where_it_fits() -> None:
         Problem(9, 64, 1, 100, np.dtype("float32"), "batch", True, 0),
         Limits(132, 227 * 1024, 228 * 1024, True),
     )
-    plan = choose_sequence("backward", problem._replace(units=512, rows=300), h200)
+    plan = choose_sequence("backward", problem._replace(units=512, rows=64), h200)
     assert (plan.launch.grid, plan.launch.block, plan.launch.cooperative) == ((128, 1, 1), (4, 64, 1), True)
-    assert plan.held == 0
+    assert choose_sequence("backward", problem._replace(units=10, rows=512), h200).held == 1
     alone = h200._replace(cooperative=False)
     assert choose_sequence("forward", problem, alone) is None
     assert not choose_sequence("forward", problem._replace(units=1), alone).launch.cooperative
-    for change in ({"norm": "layer"}, {"rows": 513}, {"units": 513}):
+    for change in ({"norm": "layer"}, {"rows": 513}, {"units": 513}, {"units": 513, "rows": 2}):
         assert choose_sequence("forward", problem._replace(**change), h200) is None
     small = h200._replace(sms=4, shared_bytes=48 * 1024)
     assert choose_sequence("forward", problem._replace(units=500), small) is None

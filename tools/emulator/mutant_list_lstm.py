@@ -306,8 +306,8 @@ MUTANTS = [
     Mutant(
         "lstm sequence backward: half of the gates",
         SEQUENCE_BACKWARD,
-        "c < columns; ++c",
-        "c < columns / 2; ++c",
+        "c < (int)a.units; ++c",
+        "c < (int)a.units / 2; ++c",
         select=GRADIENTS,
     ),
     Mutant(

@@ -30,7 +30,7 @@ SECTOR = 32  # bytes of neighbouring units that a block reads
 WORKERS = 64  # threads of a unit, at most
 MOST_WIDTH = 256  # threads of an example, at most
 FEW = 64  # threads of a block by example, at least
-MOST_ROWS = 512  # examples, and units, of a sequence in one launch; beyond, a library multiplies faster
+MOST_ROWS, MOST_STATE = 512, 2**15  # examples or units, and numbers of a state, of a sequence in one launch
 THREADS = 256  # of a block of a sequence, at most, as in the launch bounds of its kernels
 MIN_BLOCKS = 1  # resident blocks of a multiprocessor, promised by these
 # Sums of a warp that two buffers hold, of every unit that it has.
@@ -79,7 +79,8 @@ def choose(direction: str, problem: Problem) -> LaunchPlan:
 def choose_sequence(direction: str, problem: Problem, limits: Limits) -> LaunchPlan | None:
     """Return the launch of a whole sequence; None where every step is one of its own.
 
-    A block has as few units as leave no multiprocessor more than one block, and keeps their recurrent weights.
+    A block has as few units as leave no multiprocessor more than one block, and keeps their recurrent weights. Beyond
+    2^15 numbers of a state a library multiplies faster, as far as instructions tell.
 
     Examples
     --------
@@ -92,7 +93,7 @@ def choose_sequence(direction: str, problem: Problem, limits: Limits) -> LaunchP
     True
     """
     rows, units, number = problem.rows, problem.units, problem.dtype.itemsize
-    if problem.norm == "layer" or max(rows, units) > MOST_ROWS:
+    if problem.norm == "layer" or max(rows, units) > MOST_ROWS or rows * units > MOST_STATE:
         return None
     width = min(WARP, _power(ceil_div(units, limits.sms)))
     workers = max(WARP // width, min(THREADS // width, _power(rows)))

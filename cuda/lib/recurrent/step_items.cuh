@@ -14,6 +14,12 @@
 constexpr int GATES = 4, PARTS = 2;  // gates: i, f, g, o; parts: of the input, of the hidden state
 constexpr int HELD = 2;              // pairs of a thread that stay in registers, at most
 
+// Numbers that one access of 16 bytes moves, or of double two: the gates of a unit, or neighbouring ones.
+template <typename A>
+struct alignas(16) Four {
+    A of[4];
+};
+
 enum StepNorm { PLAIN = 0, BATCH = 1, LAYER = 2 };
 
 // A thread's pairs.
