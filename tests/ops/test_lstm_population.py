@@ -55,7 +55,7 @@ def population(units: int, steps: int, dtype: str = "float64") -> list[np.ndarra
     return [np.full(shape, number % 2, dtype) for number, shape in enumerate(shapes)]
 
 
-@pytest.mark.parametrize("lengths", [None, LENGTHS, np.array([5, 4, 4, 3, 3])])
+@pytest.mark.parametrize("lengths", [None, LENGTHS, np.array([5, 2, 2, 1, 1])])
 def test_every_step_has_population_statistics(
     backend: Backend, rng: np.random.Generator, lengths: np.ndarray | None
 ) -> None:

@@ -31,7 +31,7 @@ WORKERS = 64  # threads of a unit, at most
 MOST_WIDTH = 256  # threads of an example, at most
 FEW = 64  # threads of a block by example, at least
 MOST_ROWS, MOST_STATE = 512, 2**15  # examples or units, and numbers of a state, of a sequence in one launch
-THREADS = 256  # of a block of a sequence, at most, as in the launch bounds of its kernels
+THREADS = 256  # threads of a block of a sequence, at most, as in the launch bounds of its kernels
 MIN_BLOCKS = 1  # resident blocks of a multiprocessor, promised by these
 # Sums of a warp that two buffers hold, of every unit that it has.
 BUFFERS = {"forward": {None: 0, "batch": 16, "layer": 4}, "backward": {None: 8, "batch": 24, "layer": 8}}

@@ -118,6 +118,9 @@ def lstm_forward(
     one example is left at has the variance 0 and updates no population statistics. Examples beyond their length do not
     enter the statistics; whatever `x` holds there must be finite.
 
+    A sequence is one launch where it fits, else a time step is, behind a product by a library. Source:
+    ``cuda/lstm_forward_cooperative.cu``, ``cuda/lstm_forward.cu``.
+
     For truncated backward through time pass `h_n` and `c_n` of a window as `h0` and `c0` of the next, and drop the
     gradients that the backward of the next returns for them.
 
@@ -212,7 +215,8 @@ def lstm_backward(
 
     Notes
     -----
-    Deterministic. With batch norm after ``training=False`` the statistics are constants.
+    Deterministic. With batch norm after ``training=False`` the statistics are constants. Source:
+    ``cuda/lstm_backward_cooperative.cu``, ``cuda/lstm_backward.cu``.
 
     Examples
     --------

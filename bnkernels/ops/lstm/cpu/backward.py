@@ -259,7 +259,7 @@ def backward_strips(like, pointers, sizes, t, count, live, first, last):
                 )
                 before = numbers(like, cells if t else c0, at - rows * units if t else state, width)
                 _through_gates(a, start, units, before, of_c, out)
-        pieces = 1 if width == units else 4  # of the gates of a strip, within which they are neighbours
+        pieces = 1 if width == units else 4  # parts of the gates of a strip, within which they are neighbours
         length = 4 * width // pieces
         of_g, of_x, of_h = part(sums_g, 0, length), part(sums_x, 0, length), part(sums_h, 0, length)
         scale, mean, slope = part(scales, 0, length), part(means, 0, length), part(slopes, 0, length)

@@ -176,7 +176,7 @@ def forward_strips(like, pointers, running, eps, momentum, sizes, t, count, live
     line, sums = stack(like, WIDE), stack(0.0, WIDE)
     for start in range(first * STRIP, min(last * STRIP, units), STRIP):
         width = min(STRIP, units - start)
-        pieces = 1 if width == units else 4  # of the gates of a strip, within which they are neighbours
+        pieces = 1 if width == units else 4  # parts of the gates of a strip, within which they are neighbours
         length = 4 * width // pieces
         line_, sums_ = part(line, 0, length), part(sums, 0, length)
         for piece in range(pieces):
