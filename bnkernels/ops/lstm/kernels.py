@@ -116,7 +116,11 @@ def backward(runtime: Runtime, run: Backward) -> BackwardKernels:
 
 def _counts(runtime: Runtime, counts: tuple[int, ...], like: Any) -> Any:
     """Return the examples of every step, on the device."""
-    return runtime.on_device(np.array(counts, like.dtype), like)
+    if counts[0] > counts[-1]:
+        return runtime.on_device(np.array(counts, like.dtype), like)
+    found = empty(runtime, (len(counts),), like)
+    found[...] = counts[0]  # without a copy from the host, which a CUDA graph could not capture
+    return found
 
 
 def _pitch(array: Any, problem: Problem) -> int:
