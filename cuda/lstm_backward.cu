@@ -23,26 +23,23 @@
 #include "lib/kernel.cuh"
 #include "lib/recurrent/lstm_backward_step.cuh"
 
-template <typename A>
-__device__ __forceinline__ void lstm_plain_backward(LstmBackward<A> a) {
-    take_constants(a);
-    BNK_DYNAMIC_SHARED(A, shared);
-    Team<A, PLAIN, GATES> team(shared);
-    plain_step(a, team);
-}
-
 template <int NORM, typename A>
-__device__ __forceinline__ void lstm_norm_backward(LstmBackward<A> a) {
+__device__ __forceinline__ void lstm_backward(LstmBackward<A> a) {
     take_constants(a);
     BNK_DYNAMIC_SHARED(A, shared);
-    Team<A, NORM, GATE_SUMS<NORM>> team(shared);
-    norm_step<NORM>(a, team);
+    Team<A, NORM, NORM == PLAIN ? GATES : GATE_SUMS<NORM>> team(shared);
+    if constexpr (NORM == PLAIN)
+        plain_step(a, team);
+    else
+        norm_step<NORM>(a, team);
 }
 
-#define LSTM_BACKWARD(suffix, A, threads)                                                                       \
-    BNK_KERNEL(bnk_lstm_backward_plain_##suffix, (LstmBackward<A>), threads, 1, (lstm_plain_backward<A>))       \
-    BNK_KERNEL(bnk_lstm_backward_batch_##suffix, (LstmBackward<A>), threads, 1, (lstm_norm_backward<BATCH, A>)) \
-    BNK_KERNEL(bnk_lstm_backward_layer_##suffix, (LstmBackward<A>), 256, 1, (lstm_norm_backward<LAYER, A>))
+#define LSTM_BACKWARD(variant, suffix, norm, A, threads) \
+    BNK_KERNEL(bnk_lstm_backward_##variant##_##suffix, (LstmBackward<A>), threads, 1, (lstm_backward<norm, A>))
 
-LSTM_BACKWARD(f32, float, 512)
-LSTM_BACKWARD(f64, double, 256)
+LSTM_BACKWARD(plain, f32, PLAIN, float, 512)
+LSTM_BACKWARD(batch, f32, BATCH, float, 512)
+LSTM_BACKWARD(layer, f32, LAYER, float, 256)
+LSTM_BACKWARD(plain, f64, PLAIN, double, 256)
+LSTM_BACKWARD(batch, f64, BATCH, double, 256)
+LSTM_BACKWARD(layer, f64, LAYER, double, 256)

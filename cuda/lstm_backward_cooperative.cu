@@ -76,11 +76,11 @@ __device__ __forceinline__ void lstm_sequence_backward(LstmBackward<A> a) {
     }
 }
 
-#define LSTM_BACKWARD_COOPERATIVE(suffix, A)                                            \
-    BNK_KERNEL(bnk_lstm_backward_cooperative_plain_##suffix, (LstmBackward<A>), 256, 1, \
-               (lstm_sequence_backward<PLAIN, A>))                                      \
-    BNK_KERNEL(bnk_lstm_backward_cooperative_batch_##suffix, (LstmBackward<A>), 256, 1, \
-               (lstm_sequence_backward<BATCH, A>))
+#define LSTM_BACKWARD_COOPERATIVE(variant, suffix, norm, A)                                   \
+    BNK_KERNEL(bnk_lstm_backward_cooperative_##variant##_##suffix, (LstmBackward<A>), 256, 1, \
+               (lstm_sequence_backward<norm, A>))
 
-LSTM_BACKWARD_COOPERATIVE(f32, float)
-LSTM_BACKWARD_COOPERATIVE(f64, double)
+LSTM_BACKWARD_COOPERATIVE(plain, f32, PLAIN, float)
+LSTM_BACKWARD_COOPERATIVE(batch, f32, BATCH, float)
+LSTM_BACKWARD_COOPERATIVE(plain, f64, PLAIN, double)
+LSTM_BACKWARD_COOPERATIVE(batch, f64, BATCH, double)

@@ -30,24 +30,24 @@
 #include "lib/kernel.cuh"
 #include "lib/recurrent/lstm_forward_step.cuh"
 
-template <typename A>
-__device__ __forceinline__ void lstm_plain_forward(LstmForward<A> a) {
-    take_constants(a);
-    plain_step(a);
-}
-
 template <int NORM, typename A>
-__device__ __forceinline__ void lstm_norm_forward(LstmForward<A> a) {
+__device__ __forceinline__ void lstm_forward(LstmForward<A> a) {
     take_constants(a);
-    BNK_DYNAMIC_SHARED(A, shared);
-    Team<A, NORM, SUMS<NORM>> team(shared);
-    norm_step<NORM>(a, team);
+    if constexpr (NORM == PLAIN) {
+        plain_step(a);
+    } else {
+        BNK_DYNAMIC_SHARED(A, shared);
+        Team<A, NORM, SUMS<NORM>> team(shared);
+        norm_step<NORM>(a, team);
+    }
 }
 
-#define LSTM_FORWARD(suffix, A, threads)                                                                     \
-    BNK_KERNEL(bnk_lstm_forward_plain_##suffix, (LstmForward<A>), threads, 1, (lstm_plain_forward<A>))       \
-    BNK_KERNEL(bnk_lstm_forward_batch_##suffix, (LstmForward<A>), threads, 1, (lstm_norm_forward<BATCH, A>)) \
-    BNK_KERNEL(bnk_lstm_forward_layer_##suffix, (LstmForward<A>), 256, 1, (lstm_norm_forward<LAYER, A>))
+#define LSTM_FORWARD(variant, suffix, norm, A, threads) \
+    BNK_KERNEL(bnk_lstm_forward_##variant##_##suffix, (LstmForward<A>), threads, 1, (lstm_forward<norm, A>))
 
-LSTM_FORWARD(f32, float, 512)
-LSTM_FORWARD(f64, double, 256)
+LSTM_FORWARD(plain, f32, PLAIN, float, 512)
+LSTM_FORWARD(batch, f32, BATCH, float, 512)
+LSTM_FORWARD(layer, f32, LAYER, float, 256)
+LSTM_FORWARD(plain, f64, PLAIN, double, 256)
+LSTM_FORWARD(batch, f64, BATCH, double, 256)
+LSTM_FORWARD(layer, f64, LAYER, double, 256)

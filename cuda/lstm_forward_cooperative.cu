@@ -99,10 +99,11 @@ __device__ __forceinline__ void lstm_sequence_forward(LstmForward<A> a) {
     }
 }
 
-#define LSTM_FORWARD_COOPERATIVE(suffix, A)                                           \
-    BNK_KERNEL(bnk_lstm_forward_cooperative_plain_##suffix, (LstmForward<A>), 256, 1, \
-               (lstm_sequence_forward<PLAIN, A>))                                     \
-    BNK_KERNEL(bnk_lstm_forward_cooperative_batch_##suffix, (LstmForward<A>), 256, 1, (lstm_sequence_forward<BATCH, A>))
+#define LSTM_FORWARD_COOPERATIVE(variant, suffix, norm, A)                                  \
+    BNK_KERNEL(bnk_lstm_forward_cooperative_##variant##_##suffix, (LstmForward<A>), 256, 1, \
+               (lstm_sequence_forward<norm, A>))
 
-LSTM_FORWARD_COOPERATIVE(f32, float)
-LSTM_FORWARD_COOPERATIVE(f64, double)
+LSTM_FORWARD_COOPERATIVE(plain, f32, PLAIN, float)
+LSTM_FORWARD_COOPERATIVE(batch, f32, BATCH, float)
+LSTM_FORWARD_COOPERATIVE(plain, f64, PLAIN, double)
+LSTM_FORWARD_COOPERATIVE(batch, f64, BATCH, double)
