@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+import bnkernels as bn
 from bnkernels.ops.lstm.launch import choose, choose_sequence
 from bnkernels.ops.lstm.problem import Problem
+from bnkernels.runtime import registry, source
 from bnkernels.runtime.seam import Limits
 from tests.ops.test_lstm import NORMS, by_step, call, gradients
+from tests.runtime.test_cuda_runtime import forget_the_runtime
 from tools import backends, oracle_lstm
 from tools.emulator import EmulatorRuntime
+from tools.emulator.build import CUDA_VARIABLE
+from tools.fake_cupy import streams
+
+H200 = Limits(132, 227 * 1024, 228 * 1024, True)
 
 
 @pytest.mark.emulator
@@ -85,17 +96,57 @@ def test_the_launch_follows_from_the_sizes() -> None:
 
 
 def test_a_sequence_is_one_launch_where_it_fits() -> None:
-    problem, h200 = (
+    problem, H200 = (
         Problem(9, 64, 1, 100, np.dtype("float32"), "batch", True, 0),
         Limits(132, 227 * 1024, 228 * 1024, True),
     )
-    plan = choose_sequence("backward", problem._replace(units=512, rows=64), h200)
+    plan = choose_sequence("backward", problem._replace(units=512, rows=64), H200)
     assert (plan.launch.grid, plan.launch.block, plan.launch.cooperative) == ((128, 1, 1), (4, 64, 1), True)
-    assert choose_sequence("backward", problem._replace(units=10, rows=512), h200).held == 1
-    alone = h200._replace(cooperative=False)
+    assert choose_sequence("backward", problem._replace(units=10, rows=512), H200).held == 1
+    alone = H200._replace(cooperative=False)
     assert choose_sequence("forward", problem, alone) is None
     assert not choose_sequence("forward", problem._replace(units=1), alone).launch.cooperative
     for change in ({"norm": "layer"}, {"rows": 513}, {"units": 513}, {"units": 513, "rows": 2}):
-        assert choose_sequence("forward", problem._replace(**change), h200) is None
-    small = h200._replace(sms=4, shared_bytes=48 * 1024)
+        assert choose_sequence("forward", problem._replace(**change), H200) is None
+    small = H200._replace(sms=4, shared_bytes=48 * 1024)
     assert choose_sequence("forward", problem._replace(units=500), small) is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_every_kernel_is_found_by_its_name(direction: str, dtype: str) -> None:
+    for norm in NORMS:
+        problem = Problem(9, 64, 1, 100, np.dtype(dtype), norm, norm == "batch", 0)
+        plans = choose(direction, problem), choose_sequence(direction, problem, H200)
+        for plan in filter(None, plans):
+            assert plan.kernel in source.entry_points(plan.source)
+
+
+@pytest.mark.emulator
+@pytest.mark.parametrize("lengths", [None, [4, 2, 1, 4, 3, 4]])
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_cuda_runtime_launches_the_same(
+    emulated: EmulatorRuntime,
+    monkeypatch: pytest.MonkeyPatch,
+    rng: np.random.Generator,
+    norm: str | None,
+    lengths: list[int] | None,
+) -> None:
+    """On a stand-in for CuPy, which also refuses what CuPy would."""
+    cupy = streams.make(emulated)
+    if CUDA_VARIABLE in os.environ:  # the sources that the emulated ops run on
+        monkeypatch.setattr(source, "folder", lambda: Path(os.environ[CUDA_VARIABLE]))
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(registry, "runtimes", dict(registry.runtimes))
+    forget_the_runtime()
+    try:
+        given, found = oracle_lstm.arguments(rng, (4, 6, 3, 9), norm, "float32"), []
+        for asarray, asnumpy in ((cupy.asarray, cupy.asnumpy), (emulated.asarray, np.asarray)):
+            first, norms = oracle_lstm.split({name: asarray(array) for name, array in given.items()})
+            *outputs, saved = bn.lstm_forward(*first, norms, norm=norm, lengths=lengths)
+            *grads, dnorms = bn.lstm_backward(asarray(np.ones((4, 6, 9), "float32")), None, None, saved)
+            found.append([asnumpy(array) for array in (*outputs, *grads, *(dnorms or ()))])
+    finally:
+        forget_the_runtime()
+    for one, two in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, two)

@@ -173,7 +173,7 @@ def test_blocks_that_wait_are_resident_and_others_fit(device: Device, op: str) -
 NAMES = {
     "suffix": "(?:f16|bf16|(?:tf32x3_)?f32|f64)",
     "labels": "(?:i32|i64)",
-    "variant": "(?:cooperative(?:_inner)?(?:_pair|_single)?|linear|curved)",
+    "variant": "(?:cooperative(?:_inner)?(?:_pair|_single)?|linear|curved|plain|batch)",
 }  # parameters of macros
 
 
@@ -193,6 +193,7 @@ def promise_of(kernel: str) -> int:
         ("batch_norm", batch_norm, ""),
         ("layer_norm", layer_norm, "backward_(linear|curved)"),
         ("layer_norm", long_rows, "(forward|backward)_cooperative"),
+        ("lstm", lstm, ""),
         *((op, gemm, "") for op in ("linear_batch_norm", "linear_softmax_cross_entropy", "fused_training")),
     ],
 )
