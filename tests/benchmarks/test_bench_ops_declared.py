@@ -16,6 +16,7 @@ from benchmarks.harness.places import cast, to_float64
 from benchmarks.ops import (
     bench_batch_norm_statistics,
     bench_layer_norm,
+    bench_lstm,
     bench_parameter_update,
     bench_softmax_cross_entropy,
     every_op,
@@ -26,8 +27,8 @@ from benchmarks.peers import EPSILON
 ELSEWHERE = {"batch_norm", "batch_norm_double_backward", "fused_training", "mini_batch"}  # tested with the op
 OPS = [op for op in every_op().values() if op.name not in ELSEWHERE]
 UPDATES = {rule: every_op()[f"{rule}_update"] for rule in bench_parameter_update.STATES}
-NO_HALVES = [bench_softmax_cross_entropy.OP, *UPDATES.values()]
-SMALL = {1: (100,), 2: (6, 5)}
+NO_HALVES = [bench_softmax_cross_entropy.OP, bench_lstm.OP, *UPDATES.values()]
+SMALL = {1: (100,), 2: (6, 5), 4: (3, 6, 2, 5)}
 PAIRS = [(op, provider) for op in OPS for provider in op.providers if provider.place == "cpu"]
 IDS = [f"{op.name}, {provider.name}" for op, provider in PAIRS]
 
@@ -79,6 +80,17 @@ def test_parts_are_merged_like_the_reference(name: str) -> None:
 @pytest.mark.parametrize("name", ["bnkernels", "NumPy expression", "PyTorch eager"])
 def test_a_layer_norm_alone_is_the_reference(name: str, direction: str) -> None:
     op, case = bench_layer_norm.OP, Case("layer_norm", direction, (6, 9))
+    provider = next(p for p in op.providers if (p.name, p.place) == (name, "cpu"))
+    call = prepared(op, provider, case)
+    exact = op.reference(case, to_float64(arrays_of(op, case)), np)
+    for _ in range(2):
+        assert error_of(case, map(HostClock().to_float64, call()), exact) < 1e-6
+
+
+@pytest.mark.parametrize("direction", bench_lstm.NORMS)
+@pytest.mark.parametrize("name", ["bnkernels", "PyTorch eager"])
+def test_every_lstm_is_the_reference(name: str, direction: str) -> None:
+    op, case = bench_lstm.OP, Case("lstm", direction, SMALL[4], "float64")
     provider = next(p for p in op.providers if (p.name, p.place) == (name, "cpu"))
     call = prepared(op, provider, case)
     exact = op.reference(case, to_float64(arrays_of(op, case)), np)

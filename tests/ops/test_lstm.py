@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -9,20 +10,33 @@ import numpy as np
 import pytest
 
 import bnkernels as bn
-from tools import oracle_lstm
+from bnkernels.ops.lstm import kernels
+from tools import backends, oracle_lstm
 from tools.backends import Backend
 from tools.oracle import Extended
 
 NORMS = [None, "batch", "layer"]
-# (T, N, I, H): one of everything but examples; few; a step of the paper's kind; more units than a block has.
-SIZES = [(1, 2, 1, 1), (4, 5, 3, 3), (3, 33, 1, 20), (2, 3, 7, 70)]
+# (T, N, I, H): one of everything but examples; few; a step of the paper's kind; more units than a block has; more
+# examples, and more units, than the threads of a kernel hold.
+SIZES = [(1, 2, 1, 1), (4, 5, 3, 3), (3, 33, 1, 20), (2, 3, 7, 70), (2, 131, 2, 9), (2, 3, 2, 530)]
 LENGTHS = np.array([3, 5, 1, 5, 2])  # for T = 5, in no order
 
 
-@pytest.fixture(autouse=True)
-def _on_numpy_arrays(request: pytest.FixtureRequest) -> None:
-    if "backend" in request.fixturenames and not request.getfixturevalue("backend").is_numpy:
-        pytest.skip("the LSTM has no kernels yet")
+def by_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every step be a launch of its own."""
+    monkeypatch.setattr(kernels, "choose_sequence", lambda *given: None)
+
+
+@pytest.fixture(params=[*backends.PARAMETERS, pytest.param("by_step", marks=pytest.mark.emulator)])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
+    """Return each place an op runs in; the emulator with sequences in one launch where they fit, and without."""
+    name = "emulator" if request.param == "by_step" else request.param
+    if request.param == "by_step":
+        by_step(monkeypatch)
+    with backends.entered(name) as backend:
+        yield backend
+    if name == "emulator":
+        backends.emulated_runtime().check_guards()
 
 
 def call(backend: Backend, given: dict[str, np.ndarray], **options: Any) -> tuple:
@@ -69,6 +83,41 @@ def loss_of(given: dict[str, np.ndarray], weights: list[np.ndarray], norm: str |
     """Return a weighted sum of the outputs, in extended precision."""
     found = oracle_lstm.forward(given, norm, **options)[:3]
     return sum((weight * array).sum() for weight, array in zip(weights, found, strict=True))
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("sizes", SIZES)
+def test_gradients_are_those_of_the_reference(
+    backend: Backend, rng: np.random.Generator, sizes: tuple[int, int, int, int], norm: str | None, ragged: bool
+) -> None:
+    steps, rows, _, units = sizes
+    given = oracle_lstm.arguments(rng, sizes, norm, "float64")
+    lengths = np.arange(rows) % steps + 1 if ragged else None
+    weights = [rng.standard_normal(shape) for shape in ((steps, rows, units), (rows, units), (rows, units))]
+    found = gradients(backend, call(backend, given, norm=norm, lengths=lengths, eps=0.1)[3], *weights)
+    with backends.entered("reference") as plain:
+        right = gradients(plain, call(plain, given, norm=norm, lengths=lengths, eps=0.1)[3], *weights)
+    for name, gradient in found.items():
+        limit = 1e-13 * (rows + units) * np.abs(right[name]).max()
+        np.testing.assert_allclose(gradient, right[name], rtol=0, atol=limit, err_msg=name)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("norm", NORMS)
+def test_gradients_of_float32_are_those_of_float64_but_for_roundings(
+    backend: Backend, rng: np.random.Generator, norm: str | None, ragged: bool
+) -> None:
+    sizes = 5, 5, 3, 9
+    given, lengths = oracle_lstm.arguments(rng, sizes, norm, "float32"), LENGTHS if ragged else None
+    weights = [rng.standard_normal(shape).astype("float32") for shape in ((5, 5, 9), (5, 9), (5, 9))]
+    found = []
+    for dtype in ("float32", "float64"):
+        saved = call(backend, {n: a.astype(dtype) for n, a in given.items()}, norm=norm, lengths=lengths, eps=0.1)[3]
+        found.append(gradients(backend, saved, *(weight.astype(dtype) for weight in weights)))
+    for name, gradient in found[0].items():
+        size = np.abs(found[1][name]).max()
+        np.testing.assert_allclose(gradient, found[1][name], rtol=0, atol=4 * size * bound(sizes, "float32"))
 
 
 @pytest.mark.parametrize("ragged", [False, True])
@@ -137,103 +186,6 @@ def test_constant_inputs_have_finite_gradients(backend: Backend, rng: np.random.
         assert np.ptp(backend.asnumpy(y)[4:], axis=1).max() > 0
 
 
-@pytest.mark.parametrize("norm", NORMS)
-def test_padding_changes_nothing(backend: Backend, rng: np.random.Generator, norm: str | None) -> None:
-    """A batch of sequences of which none is longer than 3 is a batch of 3 steps."""
-    given = oracle_lstm.arguments(rng, (5, 4, 2, 6), norm, "float64")
-    lengths = np.array([3, 2, 3, 1])
-    weights = [rng.standard_normal(shape) for shape in ((5, 4, 6), (4, 6), (4, 6))]
-    *found, saved = call(backend, given, norm=norm, lengths=lengths)
-    grads = gradients(backend, saved, *weights)
-    short = given | {"x": given["x"][:3]}
-    other = short | {"x": np.where((np.arange(3)[:, None] < lengths)[..., None], short["x"], 7)}
-    assert not backend.asnumpy(found[0])[3:].any()
-    assert not grads["x"][3:].any()
-    for same in (short, other):
-        *right, saved = call(backend, same, norm=norm, lengths=lengths)
-        again = gradients(backend, saved, weights[0][:3], *weights[1:])
-        for got, wanted in zip((backend.asnumpy(found[0])[:3], *found[1:]), right, strict=True):
-            np.testing.assert_array_equal(backend.asnumpy(got), backend.asnumpy(wanted))
-        for name, gradient in (grads | {"x": grads["x"][:3]}).items():
-            np.testing.assert_allclose(gradient, again[name], rtol=1e-12, atol=1e-13, err_msg=name)
-
-
-@pytest.mark.parametrize("norm", NORMS)
-def test_examples_of_a_length_are_a_batch_of_their_own(
-    backend: Backend, rng: np.random.Generator, norm: str | None
-) -> None:
-    """An example that ends with the first step is no part of the statistics of the others behind it."""
-    given = oracle_lstm.arguments(rng, (4, 6, 2, 3), norm, "float64")
-    given["x"][0, 3:], given["h0"][3:], given["c0"][3:] = given["x"][0, :3], given["h0"][:3], given["c0"][:3]
-    y, h_n, c_n, _ = call(backend, given, norm=norm, lengths=[4, 4, 4, 1, 1, 1])
-    some = given | {"x": given["x"][:, :3], "h0": given["h0"][:3], "c0": given["c0"][:3]}
-    right = call(backend, some, norm=norm)
-    for got, wanted in zip((backend.asnumpy(y)[:, :3], h_n[:3], c_n[:3]), right[:3], strict=True):
-        np.testing.assert_allclose(backend.asnumpy(got), backend.asnumpy(wanted), rtol=1e-11, atol=1e-12)
-    np.testing.assert_array_equal(backend.asnumpy(h_n)[3:], backend.asnumpy(y)[0, 3:])
-
-
-def population(units: int, steps: int, dtype: str = "float64") -> list[np.ndarray]:
-    """Return population statistics before the first mini-batch."""
-    shapes = [(steps, 4 * units)] * 4 + [(steps, units)] * 2
-    return [np.full(shape, number % 2, dtype) for number, shape in enumerate(shapes)]
-
-
-@pytest.mark.parametrize("lengths", [None, LENGTHS, np.array([5, 4, 4, 3, 3])])
-def test_every_step_has_population_statistics(
-    backend: Backend, rng: np.random.Generator, lengths: np.ndarray | None
-) -> None:
-    given = oracle_lstm.arguments(rng, (5, 5, 2, 3), "batch", "float64")
-    running = backend.arrays(*population(3, 4))
-    call(backend, given, norm="batch", running=tuple(running), momentum=0.25, lengths=lengths)
-    counts = [5 if lengths is None else int((lengths > t).sum()) for t in range(5)]
-    moments = oracle_lstm.forward(given, "batch", lengths)[3]
-    for number, (got, first) in enumerate(zip(running, population(3, 4), strict=True)):
-        for t in range(4):
-            new, n = moments[t][number], counts[t]
-            right = 0.75 * first[t] + 0.25 * new * (n / (n - 1) if number % 2 else 1) if n > 1 else first[t]
-            np.testing.assert_allclose(backend.asnumpy(got)[t], right.astype(float), rtol=1e-9, atol=1e-10)
-
-
-def test_the_population_is_an_average_of_all_mini_batches(backend: Backend, rng: np.random.Generator) -> None:
-    given = [oracle_lstm.arguments(rng, (2, 5, 2, 3), "batch", "float64") for _ in range(3)]
-    running = backend.arrays(*population(3, 2))
-    for before, one in enumerate(given):
-        call(backend, one, norm="batch", running=tuple(running), momentum=None, batches_before=before)
-    means = [oracle_lstm.forward(one, "batch")[3][1][4] for one in given]
-    np.testing.assert_allclose(backend.asnumpy(running[4])[1], np.mean(means, 0).astype(float), rtol=1e-9, atol=1e-12)
-
-
-def test_inference_takes_the_population_and_the_last_step_beyond(backend: Backend, rng: np.random.Generator) -> None:
-    sizes = 5, 4, 2, 3
-    given = oracle_lstm.arguments(rng, sizes, "batch", "float64")
-    running = [np.abs(array + rng.standard_normal(array.shape) / 8) for array in population(3, 3)]
-    on = tuple(backend.arrays(*running))
-    *found, saved = call(backend, given, norm="batch", running=on, training=False)
-    known = [tuple(array[t] for array in running) for t in range(3)]
-    for got, right in zip(found, oracle_lstm.forward(given, "batch", population=known)[:3], strict=True):
-        assert (np.abs(backend.asnumpy(got) - right) <= bound(sizes, "float64")).all()
-    for one, two in zip(on, running, strict=True):
-        np.testing.assert_array_equal(backend.asnumpy(one), two)
-    weights = [rng.standard_normal(array.shape) for array in found]
-    h = Extended(1e-8)  # far above the roundings of extended precision, and far below what bends
-    for name, gradient in gradients(backend, saved, *weights).items():
-        direction = rng.standard_normal(gradient.shape)
-        ends = [given | {name: given[name] + sign * h * direction} for sign in (1, -1)]
-        high, low = (loss_of(end, weights, "batch", population=known) for end in ends)
-        size = np.abs(gradient * direction).sum()
-        assert abs((high - low) / (2 * h) - (gradient * direction).sum()) <= 1e-9 * (1 + size), name
-
-
-def test_one_example_is_enough_in_inference(backend: Backend, rng: np.random.Generator) -> None:
-    given = oracle_lstm.arguments(rng, (2, 3, 2, 3), "batch", "float64")
-    running = tuple(backend.arrays(*population(3, 2)))
-    y = backend.asnumpy(call(backend, given, norm="batch", running=running, training=False)[0])
-    one = given | {name: array[..., 1:2, :] for name, array in given.items() if name in ("x", "h0", "c0")}
-    alone = call(backend, one, norm="batch", running=running, training=False)[0]
-    np.testing.assert_allclose(backend.asnumpy(alone), y[:, 1:2], rtol=1e-13, atol=1e-14)
-
-
 def test_two_windows_are_the_sequence(backend: Backend, rng: np.random.Generator) -> None:
     """And the gradients of the second window go through its first states into the first: backward through time."""
     given = oracle_lstm.arguments(rng, (6, 3, 2, 4), None, "float64")
@@ -286,13 +238,42 @@ def test_outputs_are_written_where_they_are_wanted(backend: Backend, rng: np.ran
     for one, two, three in zip(found, out, wanted, strict=False):
         assert one is two
         np.testing.assert_array_equal(backend.asnumpy(one), backend.asnumpy(three))
-    dx, *others = bn.lstm_backward(None, *backend.arrays(np.ones((4, 5), "float32"), None), found[3])
-    dx, *some = bn.lstm_backward(
-        None, *backend.arrays(np.ones((4, 5), "float32"), None), found[3], input_gradient=False
+    dh_n = backend.asarray(np.ones((4, 5), "float32"))
+    *right, dnorms = bn.lstm_backward(None, dh_n, None, found[3])
+    *some, their_norms = out = (
+        *(backend.empty(array.shape, "float32") for array in right),
+        tuple(backend.empty(array.shape, "float32") for array in dnorms),
     )
+    *got, of_norms = bn.lstm_backward(None, dh_n, None, found[3], out=out)
+    for one, two, three in zip((*got, *of_norms), (*some, *their_norms), (*right, *dnorms), strict=True):
+        assert one is two
+        np.testing.assert_array_equal(backend.asnumpy(one), backend.asnumpy(three))
+    dx, *others = bn.lstm_backward(None, dh_n, None, found[3], input_gradient=False, out=(None, *out[1:]))
     assert dx is None
-    for one, two in zip(some[:5], others[:5], strict=True):
+    for one, two in zip(others[:5], right[1:], strict=True):
         np.testing.assert_array_equal(backend.asnumpy(one), backend.asnumpy(two))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_memory_of_an_earlier_forward_is_used_again(
+    backend: Backend, rng: np.random.Generator, norm: str | None
+) -> None:
+    """Where it is enough, whatever it holds."""
+    given = oracle_lstm.arguments(rng, (5, 5, 2, 3), norm, "float64")
+    dy = rng.standard_normal((5, 5, 3))
+    saved = call(backend, given, norm=norm)[3]
+    for steps, lengths, fits in ((5, LENGTHS, True), (3, None, True), (1, None, False), (5, None, True)):
+        some = given | {"x": given["x"][:steps]}
+        *right, fresh = call(backend, some, norm=norm, lengths=lengths)
+        *found, again = call(backend, some, norm=norm, lengths=lengths, reuse=saved)
+        assert (again.gates is saved.gates) == fits
+        for one, two in zip(found, right, strict=True):
+            np.testing.assert_array_equal(backend.asnumpy(one), backend.asnumpy(two))
+        wanted = gradients(backend, fresh, dy[:steps], None, None)
+        for name, gradient in gradients(backend, again, dy[:steps], None, None).items():
+            np.testing.assert_array_equal(gradient, wanted[name], err_msg=name)
+    other = call(backend, given | {"x": given["x"][:, :4], "h0": given["h0"][:4], "c0": given["c0"][:4]}, norm=norm)[3]
+    assert call(backend, given, norm=norm, reuse=other)[3].gates is not other.gates
 
 
 def test_nan_stays_in_its_example_without_batch_norm(backend: Backend, rng: np.random.Generator) -> None:

@@ -15,12 +15,6 @@ T, N, K, H = 3, 4, 2, 5  # time steps, examples, inputs, hidden units
 F32 = np.float32
 
 
-@pytest.fixture(autouse=True)
-def _on_numpy_arrays(request: pytest.FixtureRequest) -> None:
-    if "backend" in request.fixturenames and not request.getfixturevalue("backend").is_numpy:
-        pytest.skip("the LSTM has no kernels yet")
-
-
 def norms() -> tuple[np.ndarray, ...]:
     return tuple(np.ones(length, F32) for length in (4 * H, 4 * H, H, H))
 
@@ -73,6 +67,7 @@ def on(backend: Backend, value: Any) -> Any:
         ({"lengths": [1.0, 2, 3, 3]}, TypeError, "lengths must be integers, got float64"),
         ({"lengths": 3}, TypeError, "lengths must be a NumPy array of integers, or a list"),
         ({"out": ()}, TypeError, r"out must be a tuple of the 3 arrays \(y, h_n, c_n\)"),
+        ({"reuse": ()}, TypeError, "reuse must be the last result of lstm_forward with keep=True"),
     ],
 )
 def test_what_is_wrong_is_refused(
@@ -117,6 +112,7 @@ def test_lengths_stay_on_the_host(backend: Backend) -> None:
         ({"dh_n": np.ones((N, H))}, TypeError, "dh_n must be float32, got float64"),
         ({"dc_n": np.ones(H, F32)}, ValueError, r"dc_n must have the shape \(4, 5\)"),
         ({"input_gradient": 1}, TypeError, "input_gradient must be True or False"),
+        ({"out": (1, 2)}, TypeError, r"out must be the tuple of arrays \(dx, dh0, dc0, .*, dbias, None\)"),
     ],
 )
 def test_what_is_wrong_is_refused_backwards(
@@ -128,3 +124,12 @@ def test_what_is_wrong_is_refused_backwards(
     given = {name: value if name == "saved" else on(backend, value) for name, value in given.items()}
     with refused(backend, error, message):
         bn.lstm_backward(**given)
+
+
+def test_gradients_must_not_lie_in_what_is_read(backend: Backend) -> None:
+    x, ih, hh = (np.ones(shape, F32) for shape in ((T, N, K), (4 * H, K), (4 * H, H)))
+    x, ih, hh, _, *states = on(backend, (x, ih, hh, np.ones(4 * H, F32), np.ones((N, H), F32), np.ones((N, H), F32)))
+    saved = bn.lstm_forward(x, None, None, ih, hh)[3]
+    good = on(backend, tuple(np.ones(shape, F32) for shape in ((4 * H, K), (4 * H, H), (4 * H,))))
+    with refused(backend, ValueError, "dx overlaps x in memory", x, *states):
+        bn.lstm_backward(None, states[0], None, saved, out=(x, *on(backend, (np.ones((N, H), F32),) * 2), *good, None))

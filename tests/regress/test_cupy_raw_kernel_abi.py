@@ -23,7 +23,8 @@ FLOAT = np.dtype(np.float32)
 def argument_structs() -> dict[str, list[tuple[str, str]]]:
     """Return the structs of cuda/ that hold pointers, which only kernel arguments do: (member, type) in order."""
     structs = {}
-    for file in [*(f"{stem}.cu" for stem in source.stems()), "lib/train/network.cuh"]:
+    shared = "lib/train/network.cuh", *(f"lib/recurrent/lstm_{way}_step.cuh" for way in ("forward", "backward"))
+    for file in [*(f"{stem}.cu" for stem in source.stems()), *shared]:
         text = re.sub(r"//.*", "", (source.folder() / file).read_text(encoding="utf-8"))
         for name, body in re.findall(r"^struct (\w+) \{\n(.*?)^\};", text, re.MULTILINE | re.DOTALL):
             if not re.search(r"^    (const )?\w+\* ", body, re.MULTILINE):

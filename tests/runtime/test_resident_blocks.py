@@ -28,6 +28,7 @@ from bnkernels.ops.layer_norm import long_rows
 from bnkernels.ops.linear_batch_norm import launch as linear
 from bnkernels.ops.linear_batch_norm.problem import Problem
 from bnkernels.ops.linear_softmax_cross_entropy import launch as linear_softmax
+from bnkernels.ops.lstm import launch as lstm
 from bnkernels.ops.softmax_cross_entropy.op import LABELS
 from bnkernels.runtime.occupancy import most_shared, resident
 from bnkernels.runtime.seam import Launch, Limits
@@ -107,6 +108,15 @@ def linear_softmax_plans(limits: Limits) -> Iterator[Plan]:
             yield chosen.kernel, chosen.launch
 
 
+def lstm_plans(limits: Limits) -> Iterator[Plan]:
+    """Yield those of whole sequences; where there is none, every step is a launch."""
+    sizes = product((1, 2, 64, 100, 512), (1, 20, 100, 256, 500, 512), TYPES[:2], ("batch", None), DIRECTIONS)
+    for rows, units, dtype, norm, direction in sizes:
+        chosen = lstm.choose_sequence(direction, lstm.Problem(9, rows, 1, units, dtype, norm, True, 0), limits)
+        if chosen is not None:
+            yield chosen.kernel, chosen.launch
+
+
 def networks() -> Iterator[fused.Problem]:
     """Yield what may be trained in one launch."""
     hidden = (64, 20, 10), (64, 300, 10), (784, 100, 100, 100, 10), (64, 1024, 10), (1000, 9, 2), (8, 300, 1000)
@@ -133,6 +143,7 @@ OPS = {
     "linear_batch_norm": linear_plans,
     "linear_softmax_cross_entropy": linear_softmax_plans,
     "fused_training": fused_training_plans,
+    "lstm": lstm_plans,
 }
 
 
@@ -162,7 +173,7 @@ def test_blocks_that_wait_are_resident_and_others_fit(device: Device, op: str) -
 NAMES = {
     "suffix": "(?:f16|bf16|(?:tf32x3_)?f32|f64)",
     "labels": "(?:i32|i64)",
-    "variant": "(?:cooperative(?:_inner)?(?:_pair|_single)?|linear|curved)",
+    "variant": "(?:cooperative(?:_inner)?(?:_pair|_single)?|linear|curved|plain|batch)",
 }  # parameters of macros
 
 
@@ -182,6 +193,7 @@ def promise_of(kernel: str) -> int:
         ("batch_norm", batch_norm, ""),
         ("layer_norm", layer_norm, "backward_(linear|curved)"),
         ("layer_norm", long_rows, "(forward|backward)_cooperative"),
+        ("lstm", lstm, ""),
         *((op, gemm, "") for op in ("linear_batch_norm", "linear_softmax_cross_entropy", "fused_training")),
     ],
 )

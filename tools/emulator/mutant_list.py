@@ -12,6 +12,7 @@ from .mutant_list_layer_norm import MUTANTS as LAYER_NORM
 from .mutant_list_linear import MUTANTS as LINEAR
 from .mutant_list_linear_softmax import MUTANTS as LINEAR_SOFTMAX
 from .mutant_list_long_rows import MUTANTS as LONG_ROWS
+from .mutant_list_lstm import MUTANTS as LSTM
 from .mutant_list_multi_block import MUTANTS as MULTI_BLOCK
 from .mutant_list_one_block import MUTANTS as ONE_BLOCK
 from .mutant_list_options import MUTANTS as OPTIONS
@@ -35,6 +36,7 @@ MUTANTS = [
     *LONG_ROWS,
     *LINEAR,
     *LINEAR_SOFTMAX,
+    *LSTM,
     *TF32X3,
     *COOPERATIVE,
     # ---- barriers, warps, races

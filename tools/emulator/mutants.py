@@ -95,6 +95,14 @@ TESTS = {
         ("layer_norm_forward_cooperative.cu", "layer_norm_backward_cooperative.cu", "lib/reduce/shared_rows.cuh"),
         ("tests/ops/test_layer_norm_long_rows.py",),
     ),
+    **dict.fromkeys(
+        (
+            *(f"lstm_{way}{kind}.cu" for way in ("forward", "backward") for kind in ("", "_cooperative")),
+            *(f"lib/recurrent/lstm_{way}_step.cuh" for way in ("forward", "backward")),
+            *("lib/recurrent/step_items.cuh", "lib/recurrent/step_statistic.cuh"),
+        ),
+        tuple(f"tests/ops/test_lstm{part}.py" for part in ("_launch", "", "_population")),
+    ),
     "lib/reduce/sums.cuh": ("tests/ops/test_batch_norm.py", *DOUBLE),
     "lib/reduce/warp.cuh": ("tests/ops/test_softmax_cross_entropy.py", "tests/regress"),
 }

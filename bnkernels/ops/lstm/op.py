@@ -1,7 +1,9 @@
 """An LSTM layer over whole sequences, without a norm, with recurrent batch norm, or with layer norm.
 
-NumPy arrays run ``reference.py``. Below, T is the number of time steps, N that of examples, I that of inputs and H that
-of hidden units; the 4H gates come in PyTorch's order: input, forget, cell candidate, output.
+CuPy arrays run ``cuda/lstm_*.cu`` between the products of a library, NumPy arrays ``cpu``, or ``reference.py`` where
+Numba is missing. Below, T is the number of time steps, N that of
+examples, I that of inputs and H that of hidden units; the 4H gates come in PyTorch's order: input, forget, cell
+candidate, output.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from bnkernels.ops.lstm import reference, sequence
+from bnkernels.ops.lstm import sequence
 from bnkernels.ops.lstm.problem import (
     BACKWARD,
     INFERENCE,
@@ -19,7 +21,6 @@ from bnkernels.ops.lstm.problem import (
     NORMS,
     RUNNING_NAMES,
     TRAINING,
-    Backward,
     Forward,
     Problem,
     Saved,
@@ -29,7 +30,10 @@ from bnkernels.ops.lstm.problem import (
 from bnkernels.runtime import checks as check
 from bnkernels.runtime.arguments import empty
 from bnkernels.runtime.arrays import AnyArray, Array
+from bnkernels.runtime.cpu import kernels
 from bnkernels.runtime.seam import Runtime
+
+CPU = "bnkernels.ops.lstm.cpu"
 
 
 def lstm_forward(
@@ -49,6 +53,7 @@ def lstm_forward(
     eps: float = 1e-5,
     lengths: Any = None,
     keep: bool = True,
+    reuse: Any = None,
     out: tuple[AnyArray, AnyArray, AnyArray] | None = None,
 ) -> tuple[Array, Array, Array, Any]:
     """Run an LSTM over whole sequences.
@@ -85,6 +90,8 @@ def lstm_forward(
         Lengths of the sequences, from 1 to T; in any order. By default T.
     keep : bool
         Whether a backward follows; False takes less memory.
+    reuse : tuple, optional
+        Result `saved` of an earlier forward, whose backward is not wanted any more: its memory is taken where it fits.
     out : tuple of three arrays, optional
         Arrays for ``(y, h_n, c_n)``; C order.
 
@@ -110,6 +117,9 @@ def lstm_forward(
     The cell that goes to the next step is not normalised. Population variances are unbiased, over N - 1; a step that
     one example is left at has the variance 0 and updates no population statistics. Examples beyond their length do not
     enter the statistics; whatever `x` holds there must be finite.
+
+    A sequence is one launch where it fits, else a time step is, behind a product by a library. Source:
+    ``cuda/lstm_forward_cooperative.cu``, ``cuda/lstm_forward.cu``.
 
     For truncated backward through time pass `h_n` and `c_n` of a window as `h0` and `c0` of the next, and drop the
     gradients that the backward of the next returns for them.
@@ -146,12 +156,15 @@ def lstm_forward(
     h0, c0 = (_zeros(runtime, state, x) if array is None else array for array in (h0, c0))
     if not counts:
         h_n[...], c_n[...] = h0, c0
+    longest = 0 if lengths is None or not counts else int(lengths.argmax())
     if lengths is not None and runtime is not None:
         lengths = runtime.on_device(lengths, x)
-    memory = _memory(runtime, problem, x, len(counts) if keep else min(1, len(counts)), max(1, len(counts)))
-    run = Forward(problem, eps, momentum, counts, lengths, y, h_n, c_n, c0, bias, norms, running, *memory)
+    memory = _fitting(runtime, problem, reuse, len(counts), x) if keep else None
+    if memory is None:
+        memory = _memory(runtime, problem, x, len(counts) if keep else min(1, len(counts)), max(1, len(counts)))
+    run = Forward(problem, eps, momentum, counts, lengths, longest, y, h_n, c_n, c0, bias, norms, running, *memory)
     if counts:
-        sequence.forward(runtime, _steps(runtime), run, x, h0, weight_ih, weight_hh)
+        _driver(runtime).forward(runtime, run, x, h0, weight_ih, weight_hh)
     if not keep:
         return y, h_n, c_n, None
     return y, h_n, c_n, Saved(problem, counts, lengths, x, h0, c0, weight_ih, weight_hh, bias, norms, y, *memory)
@@ -164,6 +177,7 @@ def lstm_backward(
     saved: Any,
     *,
     input_gradient: bool = True,
+    out: tuple[Any, ...] | None = None,
 ) -> tuple[Any, Any, Any, Any, Any, Any, Any]:
     """Return the gradients of `lstm_forward`, through all its time steps.
 
@@ -178,6 +192,8 @@ def lstm_backward(
         Last result of the forward.
     input_gradient : bool
         True if `dx` is wanted; the first layer of a network does not need it.
+    out : tuple, optional
+        Arrays for the gradients, as they are returned, `dnorms` a tuple of four; C order. None where None is returned.
 
     Returns
     -------
@@ -195,11 +211,12 @@ def lstm_backward(
     Raises
     ------
     TypeError, ValueError
-        If an argument is wrong.
+        If an argument is wrong; nothing is written then.
 
     Notes
     -----
-    Deterministic. With batch norm after ``training=False`` the statistics are constants.
+    Deterministic. With batch norm after ``training=False`` the statistics are constants. Source:
+    ``cuda/lstm_backward_cooperative.cu``, ``cuda/lstm_backward.cu``.
 
     Examples
     --------
@@ -213,22 +230,38 @@ def lstm_backward(
     if not isinstance(saved, Saved):
         raise TypeError(f"saved must be the last result of lstm_forward with keep=True, got {check.shown(saved)}")
     input_gradient = check.boolean("input_gradient", input_gradient)
-    runtime, _ = BACKWARD.check(saved.x, saved.h0, dy, dh_n, dc_n)
     problem, x, h0 = saved.problem, saved.x, saved.h0
-    dx = empty(runtime, x.shape, x) if input_gradient else None
-    dh0, dc0, dweight_ih, dweight_hh = (
-        empty(runtime, like.shape, x) for like in (h0, h0, saved.weight_ih, saved.weight_hh)
-    )
-    used, rows, columns = len(saved.counts), problem.rows, problem.columns
-    if not used:
-        return _of_no_steps(runtime, problem, dh_n, dc_n, dx, dh0, dc0, dweight_ih, dweight_hh)
-    dx_part = empty(runtime, (used, rows, columns), x)
-    dh_part = empty(runtime, (used, rows, columns), x) if problem.norm else dx_part
-    given = problem, saved.counts, saved.lengths, dy, dh_n, dc_n, saved.c0, saved.norms, saved.gates
-    kept = saved.x_hat, saved.h_hat, saved.c_hat, saved.cells, saved.rstd
-    run = Backward(*given, *kept, empty(runtime, h0.shape, x), dc0, dx_part, dh_part)
-    finish = sequence.backward(runtime, _steps(runtime), run, saved, (dx, dh0, dweight_ih, dweight_hh))
-    return dx, dh0, dc0, dweight_ih, dweight_hh, *_parameters(runtime, problem, finish(), x)
+    found = _pack_gradients(out, input_gradient, problem.norm)
+    weights = saved.weight_ih, saved.weight_hh
+    runtime, _ = BACKWARD.check(*found, x, h0, saved.c0, *weights, dy, dh_n, dc_n)
+    columns, units = (problem.columns,), (problem.units,)
+    vectors = (columns, columns, columns, units, units)[: 5 if problem.norm else 1]
+    shapes = [like.shape for like in (x, h0, h0, *weights)] + [*vectors]
+    if out is None:
+        found = [empty(runtime, shape, x) for shape in shapes]
+        found[0] = found[0] if input_gradient else None
+    wanted, parameters = found[:5], found[5 : len(shapes)]
+    if saved.counts:
+        sums = _driver(runtime).backward(runtime, saved, dy, dh_n, dc_n, tuple(wanted))
+    else:
+        sums = _zeros(runtime, (problem.sums_length,), x)
+        for gradient, given in zip(wanted, (None, dh_n, dc_n, None, None), strict=True):
+            if gradient is not None:
+                gradient[...] = 0 if given is None else given
+    start = 0
+    for gradient in parameters:
+        gradient[...] = sums[start : start + len(gradient)]
+        start += len(gradient)
+    return *wanted, parameters[0], tuple(parameters[1:]) if problem.norm else None
+
+
+def _pack_gradients(out: Any, input_gradient: bool, norm: str | None) -> list:
+    """Check the tuple of the gradients, or None; return its ten arrays, None for what is not wanted."""
+    if out is None:
+        return [None] * 10
+    names = ("dx", "dh0", "dc0", "dweight_ih", "dweight_hh", "dbias", "dnorms")
+    *others, dnorms = check.pack_wanted(out, names, (input_gradient, *[True] * 5, norm is not None))
+    return [*others, *_pack("dnorms", dnorms, tuple(f"d{name}" for name in NORM_NAMES))]
 
 
 def _pack(name: str, arrays: Any, names: tuple[str, ...]) -> tuple:
@@ -242,11 +275,9 @@ def _pack(name: str, arrays: Any, names: tuple[str, ...]) -> tuple:
     return tuple(arrays)
 
 
-def _steps(runtime: Runtime | None) -> ModuleType:
-    """Return the module that computes the steps."""
-    if runtime is not None:
-        raise NotImplementedError("the LSTM has no CUDA kernels yet; pass NumPy arrays")
-    return reference
+def _driver(runtime: Runtime | None) -> ModuleType:
+    """Return the module that computes all steps."""
+    return (runtime is None and kernels(CPU)) or sequence
 
 
 def _zeros(runtime: Runtime | None, shape: tuple[int, ...], like: Any, dtype: np.dtype | None = None) -> Any:
@@ -267,22 +298,16 @@ def _memory(runtime: Runtime | None, problem: Problem, x: Any, kept: int, used: 
     return gates, x_part, h_part, c_hat, cells, empty(runtime, (kept, *problem.rstd_shape), x)
 
 
-def _of_no_steps(runtime: Runtime | None, problem: Problem, dh_n: Any, dc_n: Any, *outputs: Any) -> tuple:
-    """Return the gradients of a forward that had no step or no example."""
-    dx, dh0, dc0, *dweights = outputs
-    for out, given in ((dx, None), (dh0, dh_n), (dc0, dc_n), *((dweight, None) for dweight in dweights)):
-        if out is not None:
-            out[...] = 0 if given is None else given
-    sums = _zeros(runtime, (problem.sums_length,), dh0)
-    return *outputs, *_parameters(runtime, problem, sums, dh0)
-
-
-def _parameters(runtime: Runtime | None, problem: Problem, sums: Any, like: Any) -> tuple[Any, tuple | None]:
-    """Return dbias and dnorms of the sums of all steps."""
-    columns, units = problem.columns, problem.units
-    found, start = [], 0
-    for length in (columns, columns, columns, units, units)[: 5 if problem.norm else 1]:
-        found.append(empty(runtime, (length,), like, problem.dtype))
-        found[-1][...] = sums[start : start + length]
-        start += length
-    return found[0], tuple(found[1:]) if problem.norm else None
+def _fitting(runtime: Runtime | None, problem: Problem, reuse: Any, used: int, x: Any) -> tuple | None:
+    """Return the memory of an earlier forward, None where it does not fit."""
+    if reuse is None:
+        return None
+    if not isinstance(reuse, Saved):
+        raise TypeError(f"reuse must be the last result of lstm_forward with keep=True, got {check.shown(reuse)}")
+    same = reuse.problem._replace(steps=problem.steps, live=problem.live, tracked=problem.tracked) == problem
+    steps = len(reuse.cells)
+    if not same or type(reuse.y) is not type(x) or not (steps == used or 1 < used <= steps):
+        return None
+    if runtime is not None and runtime.device(reuse.y) != runtime.device(x):
+        return None
+    return reuse.gates, reuse.x_hat, reuse.h_hat, reuse.c_hat, reuse.cells, reuse.rstd

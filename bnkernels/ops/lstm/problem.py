@@ -59,6 +59,7 @@ class Forward(NamedTuple):
     momentum: float
     counts: tuple[int, ...]  # examples that a step has
     lengths: Any
+    longest: int  # an example that has all of them
     y: Any
     h_n: Any
     c_n: Any
@@ -130,7 +131,7 @@ def check_lengths(lengths: Any, steps: int, rows: int) -> np.ndarray | None:
         return None
     if isinstance(lengths, (list, tuple)):
         lengths = np.asarray(lengths)
-    if not isinstance(lengths, np.ndarray):
+    if type(lengths) is not np.ndarray:  # nor a kind of it that lies elsewhere
         raise TypeError(
             f"lengths must be a NumPy array of integers, or a list of them, got {check.shown(lengths)}; the op needs "
             "them on the host, as PyTorch does: pass cupy.asnumpy of them"
@@ -197,14 +198,20 @@ def _check_given(args: Arguments, norm: str | None, training: bool) -> None:
 
 
 def _backward(args: Arguments) -> None:
-    x, h0 = args["x"], args["h0"]
-    check.contiguous(args["dy"], (*x.shape[:2], h0.shape[1]), x.dtype)
-    for name in ("dh_n", "dc_n"):
-        check.contiguous(args[name], h0.shape, x.dtype)
+    x, h0, weight_hh = args["x"], args["h0"], args["weight_hh"]
+    columns, units = weight_hh.shape[:1], weight_hh.shape[1:]
+    shapes = {"dy": (*x.shape[:2], *units), "dx": x.shape, "dweight_ih": args["weight_ih"].shape}
+    shapes |= dict.fromkeys(("dh_n", "dc_n", "dh0", "dc0"), h0.shape) | {"dweight_hh": weight_hh.shape}
+    shapes |= dict.fromkeys(("dbias", "dgamma_x", "dgamma_h"), columns) | dict.fromkeys(("dgamma_c", "dbeta_c"), units)
+    for name, shape in shapes.items():
+        check.contiguous(args[name], shape, x.dtype)
 
 
 _READ = f"x h0 c0 weight_ih weight_hh bias {' '.join(NORM_NAMES)}"
 _OPTIONAL = f"y h_n c_n h0 c0 bias {' '.join((*NORM_NAMES, *RUNNING_NAMES))}"
 TRAINING = Operands(f"y h_n c_n {' '.join(RUNNING_NAMES)}", _READ, _forward, optional=_OPTIONAL)
 INFERENCE = Operands("y h_n c_n", f"{_READ} {' '.join(RUNNING_NAMES)}", _forward, optional=_OPTIONAL)
-BACKWARD = Operands("", "x h0 dy dh_n dc_n", _backward, optional="dy dh_n dc_n")
+_GRADIENTS = f"dx dh0 dc0 dweight_ih dweight_hh dbias {' '.join(f'd{name}' for name in NORM_NAMES)}"
+BACKWARD = Operands(
+    *(_GRADIENTS, "x h0 c0 weight_ih weight_hh dy dh_n dc_n", _backward), optional=f"{_GRADIENTS} dy dh_n dc_n"
+)

@@ -16,15 +16,29 @@ from bnkernels.ops.lstm.problem import Backward, Forward, Problem, at
 FLOAT64 = np.dtype(np.float64)
 
 
-def forward(run: Forward) -> Callable[[int], None]:
+def forward(runtime: None, run: Forward) -> Callable[[int], None]:
     """Return what computes a step."""
     return lambda t: _forward_step(run, t)
 
 
-def backward(run: Backward) -> tuple[Callable[[int], None], Callable[[], np.ndarray]]:
-    """Return what computes a step, and what returns the gradients of bias and norms in the end."""
-    sums = np.zeros(run.problem.sums_length)
-    return lambda t: _backward_step(run, sums, t), lambda: sums
+class BackwardSteps:
+    """The backward of a sequence, a step at a time."""
+
+    def __init__(self, run: Backward) -> None:
+        self._run, self._sums = run, np.zeros(run.problem.sums_length)
+
+    def steps(self) -> Callable[[int], None]:
+        """Return what computes a step."""
+        return lambda t: _backward_step(self._run, self._sums, t)
+
+    def finish(self) -> np.ndarray:
+        """Return the gradients of bias and norms, one behind the other."""
+        return self._sums
+
+
+def backward(runtime: None, run: Backward) -> BackwardSteps:
+    """Return the steps of a backward."""
+    return BackwardSteps(run)
 
 
 def _sigmoid(a: np.ndarray) -> np.ndarray:

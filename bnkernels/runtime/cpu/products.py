@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -24,7 +24,8 @@ from bnkernels.runtime.cpu.language import inner
 from bnkernels.runtime.cpu.vectors import FLAGS, first_lanes, pointer_of, read, spread, write
 
 VECTORS = 3  # columns of a tile
-BYTES = 32  # bytes of its vectors: a tile fills the registers
+# Bytes of its vectors: 12 of them fill the registers, or half of those of AVX-512, of which there are 32.
+BYTES = 64 if binding.get_host_cpu_features().get("avx512f") else 32
 WORTH_BLAS = 2**23  # multiply-adds from which on the BLAS is faster, as measured: 128 x 256 x 256
 
 
