@@ -27,6 +27,7 @@ from bnkernels.ops.parameter_update.op import (
     sgd_update,
     update_schedule,
 )
+from bnkernels.ops.rms_norm.op import rms_norm_backward, rms_norm_forward
 from bnkernels.ops.softmax_cross_entropy.op import softmax_cross_entropy
 from bnkernels.runtime.cpu.threads import get_num_threads, set_num_threads
 
@@ -60,6 +61,8 @@ __all__ = [
     "momentum_update",
     "nn",
     "random_rows",
+    "rms_norm_backward",
+    "rms_norm_forward",
     "scheduled_update",
     "set_num_threads",
     "sgd_update",

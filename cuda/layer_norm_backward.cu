@@ -1,11 +1,13 @@
-// Gradients of layer norm with its scale, shift and activation, in one launch.
+// Gradients of layer norm or RMS norm with its scale, shift and activation, in one launch.
 //
 // Formulas:  xhat = rstd[n] (x - mean[n]), z = gamma[c] xhat + beta[c], g = dy phi'(z), h = gamma g
 //            dbeta[c] = sum_n g,  dgamma[c] = sum_n g xhat
 //            dx = rstd (h - sum h / C - xhat sum (h xhat) / C)        sums over the C values of a row
+//            RMS norm, where rows are not centred: without mean, sum h, beta and dbeta.
 // Arrays:    dy, x, dx (N, C) of type T, C order; dx may alias dy. gamma, beta (C,) of the accumulator's type A or of T,
-//            may be null (1, 0). dgamma, dbeta (C,) of their type. statistics (3, N) of A: mean, mean_low, rstd. partial
-//            (blocks, 2, C) of A: partial sums of dgamma and dbeta of every block, unused by a single block.
+//            may be null (1, 0). dgamma, dbeta (C,) of their type. statistics (3, N) of A: mean, mean_low, rstd; of RMS norm
+//            (1, N): rstd. partial (blocks, 2, C) of A: partial sums of dgamma and dbeta of every block, unused by a
+//            single block.
 //            barrier_counter: see lib/sync/grid_barrier.cuh.
 // Launch:    Block (width, r, 1), width a power of two and width r = `threads` a multiple of 32; any grid, cooperative
 //            if it has more than one block. The threads with the same threadIdx.y share a row; rows are taken in turn.
@@ -20,7 +22,8 @@
 //            Sums of a column are plain for ROWS_IN_REGISTERS rows of a thread, then in pairs. Blocks' partial sums
 //            are in A, rows and blocks in a fixed order: deterministic. A row whose variance counts as infinite has
 //            xhat = 0.
-// Reference: Ba, Kiros and Hinton, Layer Normalization, 2016, arXiv:1607.06450.
+// Reference: Ba, Kiros and Hinton, Layer Normalization, 2016, arXiv:1607.06450; Zhang and Sennrich, Root Mean Square
+//            Layer Normalization, 2019, arXiv:1910.07467.
 // Called by: bnkernels/ops/layer_norm/op.py
 #include "lib/kernel.cuh"
 #include "lib/numbers/pair.cuh"
@@ -45,22 +48,24 @@ struct LayerNormBackward {
     A* partial;
     unsigned* barrier_counter;
     long long rows, columns;
-    A alpha, half_share;                                                   // half_share: 1 / (2 C)
-    int activation, shape, scaled, shifted, width, held, stages, threads;  // scaled: by gamma, shifted: by beta, as ParameterKind
+    A alpha, half_share;  // half_share: 1 / (2 C)
+    // scaled: by gamma, shifted: by beta, as ParameterKind. centred: 0 for RMS norm.
+    int activation, shape, scaled, shifted, centred, width, held, stages, threads;
 };
 
 // A thread's sums for dgamma and dbeta over the columns of its units, in shared memory.
 template <typename T, typename A>
 struct ColumnSums {
     Pair<A>* sums;  // [unit of a thread][dgamma, dbeta][element of the unit][thread]
-    int thread, threads, width, held;
+    int thread, threads, width, held, quantities;
 
     __device__ __forceinline__ ColumnSums(const LayerNormBackward<T, A>& a, void* shared)
         : sums(static_cast<Pair<A>*>(shared)),
           thread((int)threadIdx.y * a.width + (int)threadIdx.x),
           threads(a.threads),
           width(a.width),
-          held(a.held) {}
+          held(a.held),
+          quantities(::quantities(a)) {}
 
     __device__ __forceinline__ Pair<A>& at(int k, int quantity, int i, int owner) const {
         return sums[((k * 2 + quantity) * UNIT<T> + i) * threads + owner];
@@ -79,7 +84,7 @@ struct ColumnSums {
             for (int i = 0; i < UNIT<T>; ++i) {
                 Pair<A>&dgamma = at(k, 0, i, thread), &dbeta = at(k, 1, i, thread);
                 dgamma = add(dgamma, terms[k].dgamma[i]);
-                dbeta = add(dbeta, terms[k].dbeta[i]);
+                if (quantities == 2) dbeta = add(dbeta, terms[k].dbeta[i]);
             }
             terms[k] = {};
         }
@@ -88,7 +93,7 @@ struct ColumnSums {
     // Merges the block's rows of threads in order; calls emit(column, quantity, sum).
     template <typename Emit>
     __device__ __forceinline__ void merge_rows(int columns, const Emit& emit) const {
-        for (int item = thread; item < columns * 2; item += threads) {
+        for (int item = thread; item < columns * quantities; item += threads) {
             const int column = item % columns, quantity = item / columns;
             const int unit = column / UNIT<T>, i = column % UNIT<T>;
             const int k = unit / width, column_thread = unit % width;
@@ -129,7 +134,8 @@ __device__ __forceinline__ void differentiate_rows(const LayerNormBackward<T, A>
             wait_for_copies<0>();
         A of_row[2] = {A(0), A(0)};
         row.add(of_row, terms);
-        row_sums(of_row, a.width, scratch + odd * 2 * a.threads / WARP);  // another thread may still read the other
+        sums_of_row(a, of_row, a.width,
+                    scratch + odd * 2 * a.threads / WARP);  // another thread may still read the other
         row.write(of_row);
         ++summed;
         if (summed % ROWS_IN_REGISTERS == 0 || block_row + step >= a.rows) sums.add_terms(terms);
@@ -141,12 +147,12 @@ __device__ __forceinline__ void differentiate_rows(const LayerNormBackward<T, A>
 template <typename T, typename A>
 __device__ __forceinline__ void merge_blocks(const LayerNormBackward<T, A>& a, A* shared) {
     const int blocks = gridDim.x, thread = threadIdx.y * blockDim.x + threadIdx.x;
-    const long long own = (2 * a.columns + blocks - 1) / blocks, first = own * blockIdx.x;
+    const long long all = quantities(a) * a.columns, own = (all + blocks - 1) / blocks, first = own * blockIdx.x;
     const int width = (int)min(own, (long long)a.threads), parts = a.threads / width;  // of the blocks, side by side
 #pragma unroll 1
-    for (long long item = first; item < min(first + own, 2 * a.columns); item += width) {
+    for (long long item = first; item < min(first + own, all); item += width) {
         const int column = thread % width, part = thread / width;
-        const bool has = part < parts && item + column < min(first + own, 2 * a.columns);
+        const bool has = part < parts && item + column < min(first + own, all);
         Pair<A> sum = {A(0), A(0)};
 #pragma unroll 4
         for (int block = part; has && block < blocks; block += parts)

@@ -1,4 +1,4 @@
-// Gradients of layer norm of long rows, each shared by several blocks, in one launch.
+// Gradients of layer norm or RMS norm of long rows, each shared by several blocks, in one launch.
 //
 // Formulas:  as in layer_norm_backward.cu.
 // Arrays:    dy, x, dx, gamma, beta, statistics, dgamma, dbeta as in layer_norm_backward.cu. partial (groups, 2, 2, C)
@@ -18,7 +18,8 @@
 //            warp reads 8 splits bytes of sums a row, of float64 16.
 // Numerics:  In A, as in layer_norm_backward.cu; partial sums are pairs. The sums of a row are added by span, warp and
 //            block, groups in ascending order: deterministic.
-// Reference: Ba, Kiros and Hinton, Layer Normalization, 2016, arXiv:1607.06450.
+// Reference: Ba, Kiros and Hinton, Layer Normalization, 2016, arXiv:1607.06450; Zhang and Sennrich, Root Mean Square
+//            Layer Normalization, 2019, arXiv:1910.07467.
 // Called by: bnkernels/ops/layer_norm/op.py
 #include "lib/kernel.cuh"
 #include "lib/numbers/pair.cuh"
@@ -45,14 +46,15 @@ struct LayerNormBackwardCooperative {
     A* exchange;
     unsigned* barrier_counter;
     long long rows, columns, part;
-    A alpha, half_share;                                            // half_share: 1 / (2 C)
-    int activation, shape, scaled, shifted, held, stages, at_once;  // scaled: by gamma, shifted: by beta, as ParameterKind
+    A alpha, half_share;  // half_share: 1 / (2 C)
+    // scaled: by gamma, shifted: by beta, as ParameterKind. centred: 0 for RMS norm.
+    int activation, shape, scaled, shifted, centred, held, stages, at_once;
 };
 
 // Adds the terms of all units, and clears them. A rare path: rolled, so that it takes no registers of the others.
 template <typename T, typename A, int HELD>
 __device__ __forceinline__ void add_terms(const GroupSums<A>& sums, const RowUnits<T>& units, long long column,
-                                          ColumnTerms<T, A> (&terms)[HELD], bool first) {
+                                          ColumnTerms<T, A> (&terms)[HELD], bool first, int quantities) {
 #pragma unroll 1
     for (int k = 0; k < HELD; ++k) {
         const long long own = column + units.column + k * units.step;
@@ -60,7 +62,7 @@ __device__ __forceinline__ void add_terms(const GroupSums<A>& sums, const RowUni
         for (int i = 0; i < UNIT<T>; ++i) {
             if (units.has_unit(k) && units.has(k, i)) {
                 sums.add_term(DGAMMA, own + i, terms[0].dgamma[0], first);
-                sums.add_term(DBETA, own + i, terms[0].dbeta[0], first);
+                if (quantities == 2) sums.add_term(DBETA, own + i, terms[0].dbeta[0], first);
             }
             rotate(terms[0].dgamma);
             rotate(terms[0].dbeta);
@@ -121,11 +123,12 @@ struct RowShare {
             }
             part.add(of_row, terms);
             if (spans > 1 || last || summed % ROWS_IN_REGISTERS == 0)
-                add_terms(sums, part.units, part.column, terms, summed <= (spans > 1 ? 1 : ROWS_IN_REGISTERS));
+                add_terms(sums, part.units, part.column, terms, summed <= (spans > 1 ? 1 : ROWS_IN_REGISTERS),
+                          quantities(a));
         }
         // Another thread may still read the scratch of the row before.
         BNK_DYNAMIC_SHARED(A, scratch);
-        row_sums(of_row, blockDim.x, scratch + summed % 2 * 2 * blockDim.x / WARP);
+        sums_of_row(a, of_row, blockDim.x, scratch + summed % 2 * 2 * blockDim.x / WARP);
     }
 
     // Sums of row `i` of a turn over the blocks that show them.
@@ -192,7 +195,7 @@ struct RowShare {
 #pragma unroll 1
         for (long long column = first; column < own.first(own.spans); column += gridDim.x * blockDim.x) {
             store_sum<T>(a, DGAMMA, column, sums.of_all_groups(DGAMMA, column));
-            store_sum<T>(a, DBETA, column, sums.of_all_groups(DBETA, column));
+            if (quantities(a) == 2) store_sum<T>(a, DBETA, column, sums.of_all_groups(DBETA, column));
         }
     }
 };

@@ -1,4 +1,4 @@
-"""Launch choice of layer norm: a pure function of problem and limits.
+"""Launch choice of layer norm and RMS norm: a pure function of problem and limits.
 
 The thresholds follow from what the kernels of ``cuda/layer_norm_*.cu`` hold on the chip; none has been tuned. What one
 block cannot hold is for `long_rows`.
@@ -21,25 +21,25 @@ ARGUMENTS = {
         "x gamma beta y statistics",
         "rows columns",
         "eps alpha half_share",
-        "activation shape scaled shifted width held",
+        "activation shape scaled shifted centred width held",
     ),
     "forward_cooperative": arguments_type(
         "x gamma beta y statistics exchange barrier_counter",
         "rows columns part",
         "eps alpha",
-        "activation shape scaled shifted held stages",
+        "activation shape scaled shifted centred held stages",
     ),
     "backward": arguments_type(
         "dy x gamma beta statistics dx dgamma dbeta partial barrier_counter",
         "rows columns",
         "alpha half_share",
-        "activation shape scaled shifted width held stages threads",
+        "activation shape scaled shifted centred width held stages threads",
     ),
     "backward_cooperative": arguments_type(
         "dy x gamma beta statistics dx dgamma dbeta partial exchange barrier_counter",
         "rows columns part",
         "alpha half_share",
-        "activation shape scaled shifted held stages at_once",
+        "activation shape scaled shifted centred held stages at_once",
     ),
 }
 MIN_BLOCKS = 1  # resident blocks of a multiprocessor, promised by the launch bounds of the kernels

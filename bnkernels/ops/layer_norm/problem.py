@@ -1,8 +1,9 @@
-"""Problem of layer norm: a matrix whose rows are normalised, and the checks of the arrays."""
+"""Problem of layer norm and RMS norm: a matrix whose rows are normalised, and the checks of the arrays."""
 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -20,12 +21,16 @@ MOST_PARTIALS = 2 * MOST_SPLITS  # sums of a column
 
 
 class Problem(NamedTuple):
-    """A matrix (rows, columns) of a data type; scale and shift may be of that type too, instead of the accumulator's."""
+    """A matrix (rows, columns) of a data type; scale and shift may be of that type too, instead of the accumulator's.
+
+    Layer norm centres the rows, RMS norm does not.
+    """
 
     rows: int
     columns: int
     dtype: np.dtype
     params_in_storage_type: bool = False
+    centred: bool = True
 
     @property
     def acc_dtype(self) -> np.dtype:
@@ -36,6 +41,11 @@ class Problem(NamedTuple):
     def params_dtype(self) -> np.dtype:
         """The data type of scale and shift, and of their gradients."""
         return self.dtype if self.params_in_storage_type else self.acc_dtype
+
+    @property
+    def statistics_shape(self) -> tuple[int, int]:
+        """The shape of the statistics: rows mean, mean_low and rstd, or rstd alone."""
+        return (3 if self.centred else 1), self.rows
 
     @property
     def count(self) -> int:
@@ -51,18 +61,18 @@ class Problem(NamedTuple):
 Arguments = dict[str, check.Argument | None]
 
 
-def _forward(args: Arguments, axes: int) -> Problem:
-    problem = _rows(args, axes)
+def _forward(args: Arguments, axes: int, *, centred: bool = True) -> Problem:
+    problem = _rows(args, axes, centred)
     check.contiguous(args["y"], args["x"].shape, problem.dtype)
     return problem
 
 
-def _backward(args: Arguments, axes: int) -> Problem:
-    problem, workspace = _rows(args, axes), args["workspace"]
+def _backward(args: Arguments, axes: int, *, centred: bool = True) -> Problem:
+    problem, workspace = _rows(args, axes, centred), args["workspace"]
     for name in ("dx", "dy"):
         check.contiguous(args[name], args["x"].shape, problem.dtype)
     for name in ("dgamma", "dbeta"):
-        check.contiguous(args[name], args["x"].shape[-axes:], problem.params_dtype)
+        check.contiguous(args.get(name), args["x"].shape[-axes:], problem.params_dtype)
     if workspace is not None:
         wanted = MOST_PARTIALS * problem.columns
         if len(workspace.shape) != 1 or workspace.shape[0] < wanted:
@@ -71,7 +81,7 @@ def _backward(args: Arguments, axes: int) -> Problem:
     return problem
 
 
-def _rows(args: Arguments, axes: int) -> Problem:
+def _rows(args: Arguments, axes: int, centred: bool) -> Problem:
     """Check x, gamma, beta and statistics."""
     x = args["x"]
     check.floating(x)
@@ -79,12 +89,13 @@ def _rows(args: Arguments, axes: int) -> Problem:
         wanted = "(..., C), C at least 1," if axes == 1 else f"(..., *S), S of {axes} axes, each at least 1 long,"
         raise ValueError(f"x must have the shape {wanted} got {x.shape}: there is nothing to normalise")
     check.contiguous(x, x.shape, x.dtype)
-    vectors = [args[name] for name in ("gamma", "beta")]
+    vectors = [args.get(name) for name in ("gamma", "beta")]
     in_storage_type = x.dtype.itemsize == 2 and any(one is not None and one.dtype == x.dtype for one in vectors)
-    problem = Problem(math.prod(x.shape[:-axes]), math.prod(x.shape[-axes:]), x.dtype, in_storage_type)
+    sizes = math.prod(x.shape[:-axes]), math.prod(x.shape[-axes:])
+    problem = Problem(*sizes, x.dtype, in_storage_type, centred)
     for one in vectors:
         check.contiguous(one, x.shape[-axes:], problem.params_dtype)
-    check.contiguous(args["statistics"], (3, *x.shape[:-axes]), problem.acc_dtype)
+    check.contiguous(args["statistics"], (problem.statistics_shape[0], *x.shape[:-axes]), problem.acc_dtype)
     return problem
 
 
@@ -92,5 +103,15 @@ FORWARD = Operands("y statistics", "x gamma beta", _forward, optional="y statist
 BACKWARD = Operands(
     *("dx dgamma dbeta workspace", "dy x gamma beta statistics", _backward),
     optional="dx dgamma dbeta workspace gamma beta",
+    in_place="dy",
+)
+RMS_FORWARD = Operands(
+    *("y statistics", "x gamma", partial(_forward, centred=False)),
+    optional="y statistics gamma",
+    in_place="x",
+)
+RMS_BACKWARD = Operands(
+    *("dx dgamma workspace", "dy x gamma statistics", partial(_backward, centred=False)),
+    optional="dx dgamma workspace gamma",
     in_place="dy",
 )

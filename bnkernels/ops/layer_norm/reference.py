@@ -1,4 +1,4 @@
-"""NumPy reference of layer norm, on matrices: float64 throughout, rounded to the data's type at the end."""
+"""NumPy reference of layer norm and RMS norm, on matrices: float64 throughout, rounded to the data type at the end."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ def forward(
 ) -> None:
     """Write `y` and `statistics`."""
     acc_dtype, shape = problem.acc_dtype, (problem.rows, problem.columns)
-    x, y, statistics = x.reshape(shape), y.reshape(shape), statistics.reshape(3, -1)
+    x, y, statistics = x.reshape(shape), y.reshape(shape), statistics.reshape(problem.statistics_shape)
     gamma, beta = (None if array is None else array.reshape(-1).astype(acc_dtype) for array in (gamma, beta))
-    d = _centre(x, statistics)
+    d = _centre(x, statistics) if problem.centred else x.astype(FLOAT64)
     rstd = 1 / np.sqrt(_means(d * d).astype(acc_dtype) + acc_dtype.type(eps))
-    statistics[2] = rstd[:, 0]
+    statistics[-1] = rstd[:, 0]
     d *= rstd
     y[...] = _activated(d, gamma, beta, acc_dtype, phi)[1]
 
@@ -79,27 +79,30 @@ def backward(
     phi: Activation,
     dx: np.ndarray,
     dgamma: np.ndarray,
-    dbeta: np.ndarray,
+    dbeta: np.ndarray | None,
 ) -> None:
     """Write the gradients; `dx` may be `dy`."""
     acc_dtype, shape = problem.acc_dtype, (problem.rows, problem.columns)
-    dy, x, dx, statistics = dy.reshape(shape), x.reshape(shape), dx.reshape(shape), statistics.reshape(3, -1)
+    dy, x, dx, statistics = dy.reshape(shape), x.reshape(shape), dx.reshape(shape), statistics.astype(FLOAT64)
     gamma, beta = (None if array is None else array.reshape(-1).astype(acc_dtype) for array in (gamma, beta))
-    high, low, rstd = statistics.astype(FLOAT64)[:, :, None]
-    xhat = x - high
-    xhat -= low
+    *mean, rstd = statistics.reshape(*problem.statistics_shape, 1)
+    xhat = x.astype(FLOAT64)
+    for part in mean:
+        xhat -= part
     xhat *= rstd
     if phi.is_identity:
         g = dy.astype(FLOAT64)
     else:
         z, h = _activated(xhat, gamma, beta, acc_dtype, phi)
         g = phi.backward(np, dy.astype(acc_dtype, copy=False), h if phi.from_output else z).astype(FLOAT64)
-    for gradient, sums in ((dbeta, total(g, 0)[0]), (dgamma, total(g * xhat, 0)[0])):
-        gradient.reshape(-1)[...] = sums.astype(acc_dtype)
+    for gradient, terms in ((dbeta, g), (dgamma, g * xhat)):
+        if gradient is not None:
+            gradient.reshape(-1)[...] = total(terms, 0)[0].astype(acc_dtype)
     if gamma is not None:
         g *= gamma
     slope = _means(g * xhat)
-    g -= _means(g)
+    if problem.centred:
+        g -= _means(g)
     xhat *= slope
     g -= xhat
     g *= rstd

@@ -1,4 +1,5 @@
-// Gradients of layer norm over a row, or over some of its columns: a row's sums, the terms of column sums, and dx.
+// Gradients of layer norm over a row, or over some of its columns: a row's sums, the terms of column sums, and dx. Rows
+// that are not centred, those of RMS norm, have no mean to subtract, so none of h either, and no shift.
 #pragma once
 
 #include "lib/numbers/activation.cuh"
@@ -16,6 +17,12 @@ struct RowStatistics {
 
 enum ColumnSum { DGAMMA = 0, DBETA = 1 };
 
+// The number of column sums.
+template <typename Arguments>
+__device__ __forceinline__ int quantities(const Arguments& a) {
+    return a.centred ? 2 : 1;
+}
+
 // Stores the sum of a column, in the type of scale and shift.
 template <typename T, typename Arguments, typename A>
 __device__ __forceinline__ void store_sum(const Arguments& a, int quantity, long long column, A sum) {
@@ -31,6 +38,7 @@ template <typename Arguments>
 __device__ __forceinline__ auto statistics_of(const Arguments& a, long long n) {
     using A = decltype(a.alpha + a.alpha);
     if (n >= a.rows) return RowStatistics<A>{{A(0), A(0)}, A(0)};
+    if (!a.centred) return RowStatistics<A>{{A(0), A(0)}, a.statistics[n]};
     return RowStatistics<A>{{a.statistics[n], a.statistics[a.rows + n]}, a.statistics[2 * a.rows + n]};
 }
 
@@ -39,6 +47,15 @@ template <typename T, typename A>
 struct ColumnTerms {
     A dgamma[UNIT<T>], dbeta[UNIT<T>];
 };
+
+// The sums of h and h xhat over the threads of a row. Without a mean that of h is not needed. All threads must call.
+template <typename A, typename Arguments>
+__device__ __forceinline__ void sums_of_row(const Arguments& a, A (&sums)[2], int width, A* scratch) {
+    if (a.centred) return row_sums(sums, width, scratch);
+    A product[1] = {sums[1]};
+    row_sums(product, width, scratch);
+    sums[1] = product[0];
+}
 
 // Columns of a row of dy and x, of which a thread has up to HELD units. ROLLED: the loop of the copies, which saves
 // registers.
@@ -114,10 +131,10 @@ struct RowGradients {
 #pragma unroll
             for (int i = 0; has && i < UNIT<T>; ++i) {
                 const A h = gamma[i] * a.half_share * g[i];
-                sum += h;
+                if (a.centred) sum += h;
                 product = fma(h, xhat[i], product);
                 terms[0].dgamma[i] = fma(g[i], xhat[i], terms[0].dgamma[i]);
-                terms[0].dbeta[i] += g[i];
+                if (a.centred) terms[0].dbeta[i] += g[i];
             }
             sums[0] += sum;
             sums[1] += product;
@@ -128,7 +145,8 @@ struct RowGradients {
     // Writes dx, from these sums over the whole row.
     __device__ __forceinline__ void write(const A (&sums)[2]) const {
         const bool flat = rstd == A(0);  // what multiplies rstd must be finite
-        const A mean_h = flat ? A(0) : A(2) * sums[0], slope = flat ? A(0) : A(2) * sums[1];
+        const A mean_h = flat || !a.centred ? A(0) : A(2) * sums[0];
+        const A slope = flat ? A(0) : A(2) * sums[1];
         for_each_unit([&](int k, bool has, const Unpacked<T>& g, const Unpacked<T>& xhat, const Unpacked<T>& gamma) {
             if (!has) return;
             Unpacked<T> dx;

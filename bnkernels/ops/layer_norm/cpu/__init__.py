@@ -1,4 +1,4 @@
-"""Layer norm on the CPU, compiled by Numba: the kernels of a pass, and how its rows are shared among threads.
+"""Layer norm and RMS norm on the CPU, compiled by Numba: the kernels, and how rows are shared among threads.
 
 Blocks of rows are fixed by the shape, so the bits are the same for any number of threads. Beside its arrays a call
 takes 2 MiB at most, for the sums of columns of every block.
@@ -38,7 +38,7 @@ def forward(
     """Return what writes `y` and `statistics`."""
     (rows, columns, *_), (like, params, _, _) = problem, _plan(problem)
     pointers = addresses(None, x, gamma, beta, y, statistics)
-    given = like, params, *pointers, rows, columns, eps, phi.alpha, phi.code
+    given = like, params, *pointers, rows, columns, problem.centred, eps, phi.alpha, phi.code
     return lambda _: share(forward_rows, rows, rows * columns, *given)
 
 
@@ -52,18 +52,18 @@ def backward(
     phi: Activation,
     dx: np.ndarray,
     dgamma: np.ndarray,
-    dbeta: np.ndarray,
+    dbeta: np.ndarray | None,
 ) -> Callable[[Any], None]:
     """Return what writes the gradients; `dx` may be `dy`."""
     (rows, columns, *_), (like, params, height, blocks) = problem, _plan(problem)
     given = like, params, *addresses(None, dy, x, gamma, beta, statistics)
-    outputs, numbers = addresses(None, dx, dgamma, dbeta), (rows, columns, phi.alpha, phi.code)
+    outputs, numbers = addresses(None, dx, dgamma, dbeta), (rows, columns, problem.centred, phi.alpha, phi.code)
 
     def by_rows(_: Any) -> None:
         sums = np.empty(2 * blocks * columns)
         share(backward_blocks, blocks, rows * columns, *given, *outputs, host_pointer(sums), *numbers, height)
         if blocks > 1:
-            for offset, out in ((0, outputs[2]), (columns, outputs[1])):
+            for offset, out in ((0, outputs[2]), (columns, outputs[1]))[0 if problem.centred else 1 :]:
                 merge(params, host_pointer(sums), offset, 2 * columns, blocks, columns, out)
 
     def by_columns(_: Any) -> None:
