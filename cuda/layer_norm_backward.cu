@@ -4,11 +4,10 @@
 //            dbeta[c] = sum_n g,  dgamma[c] = sum_n g xhat
 //            dx = rstd (h - sum h / C - xhat sum (h xhat) / C)        sums over the C values of a row
 //            RMS norm, where rows are not centred: without mean, sum h, beta and dbeta.
-// Arrays:    dy, x, dx (N, C) of type T, C order; dx may alias dy. gamma, beta (C,) of the accumulator's type A or of T,
-//            may be null (1, 0). dgamma, dbeta (C,) of their type. statistics (3, N) of A: mean, mean_low, rstd; of RMS norm
-//            (1, N): rstd. partial (blocks, 2, C) of A: partial sums of dgamma and dbeta of every block, unused by a
-//            single block.
-//            barrier_counter: see lib/sync/grid_barrier.cuh.
+// Arrays:    dy, x, dx (N, C) of type T, C order; dx may alias dy. gamma, beta (C,) of the accumulator's type A or of
+//            T, may be null (1, 0). dgamma, dbeta (C,) of their type. statistics (3, N) of A: mean, mean_low, rstd; of
+//            RMS norm (1, N): rstd. partial (blocks, 2, C) of A: partial sums of dgamma and dbeta of every block,
+//            unused by a single block. barrier_counter: see lib/sync/grid_barrier.cuh.
 // Launch:    Block (width, r, 1), width a power of two and width r = `threads` a multiple of 32; any grid, cooperative
 //            if it has more than one block. The threads with the same threadIdx.y share a row; rows are taken in turn.
 //            A thread has `held` vectors of a row, 1 to MOST_HELD, and keeps the sums of their columns in registers;
@@ -17,7 +16,7 @@
 //            next one, on its way; and a Pair<A> for every column sum. Variants: linear, of the piecewise linear
 //            activations, and curved.
 // Traffic:   dy and x read once and dx written once; gamma, beta from the cache. Partial sums: 2 C words of every
-//            block, written once and read once.
+//            block, written once and read once; of RMS norm C.
 // Numerics:  In A. Sums of a row are plain; a number is divided by C before it is added, so that they cannot overflow.
 //            Sums of a column are plain for ROWS_IN_REGISTERS rows of a thread, then in pairs. Blocks' partial sums
 //            are in A, rows and blocks in a fixed order: deterministic. A row whose variance counts as infinite has
@@ -35,6 +34,7 @@
 template <typename T>
 constexpr int MOST_HELD = sizeof(T) == 4 ? 4 : 2;
 
+// scaled: by gamma, shifted: by beta, as ParameterKind. centred: 0 for RMS norm. half_share: 1 / (2 C).
 template <typename T, typename A>
 struct LayerNormBackward {
     const T* dy;
@@ -48,8 +48,7 @@ struct LayerNormBackward {
     A* partial;
     unsigned* barrier_counter;
     long long rows, columns;
-    A alpha, half_share;  // half_share: 1 / (2 C)
-    // scaled: by gamma, shifted: by beta, as ParameterKind. centred: 0 for RMS norm.
+    A alpha, half_share;
     int activation, shape, scaled, shifted, centred, width, held, stages, threads;
 };
 

@@ -32,6 +32,7 @@ constexpr int MOST_HELD = sizeof(T) == 2   ? 2
                           : sizeof(T) == 4 ? 3
                                            : 4;
 
+// scaled: by gamma, shifted: by beta, as ParameterKind. centred: 0 for RMS norm. half_share: 1 / (2 C).
 template <typename T, typename A>
 struct LayerNormBackwardCooperative {
     const T* dy;
@@ -46,8 +47,7 @@ struct LayerNormBackwardCooperative {
     A* exchange;
     unsigned* barrier_counter;
     long long rows, columns, part;
-    A alpha, half_share;  // half_share: 1 / (2 C)
-    // scaled: by gamma, shifted: by beta, as ParameterKind. centred: 0 for RMS norm.
+    A alpha, half_share;
     int activation, shape, scaled, shifted, centred, held, stages, at_once;
 };
 

@@ -24,6 +24,7 @@
 template <typename T>
 constexpr int MOST_HELD = sizeof(T) == 2 ? 4 : 8;
 
+// scaled: by gamma, shifted: by beta, as ParameterKind. centred: 0 for RMS norm. half_share: 1 / (2 C).
 template <typename T, typename A>
 struct LayerNormForward {
     const T* x;
@@ -32,8 +33,7 @@ struct LayerNormForward {
     T* y;
     A* statistics;
     long long rows, columns;
-    A eps, alpha, half_share;  // half_share: 1 / (2 C)
-    // scaled: by gamma, shifted: by beta, as ParameterKind. centred: 0 for RMS norm.
+    A eps, alpha, half_share;
     int activation, shape, scaled, shifted, centred, width, held;
 };
 
@@ -77,10 +77,9 @@ struct InputRow {
     }
 };
 
-// The moments of the row. share: 1 / C. All threads must call.
+// The moments of the row. All threads must call.
 template <typename T, typename A>
-__device__ __forceinline__ RowMoments<A> moments_of(const LayerNormForward<T, A>& a, InputRow<T, A>& row, A share,
-                                                    A* scratch) {
+__device__ __forceinline__ RowMoments<A> moments_of(const LayerNormForward<T, A>& a, InputRow<T, A>& row, A* scratch) {
     if (!a.centred) {
         A squares[1] = {A(0)};
         row.for_each_unit([&](int, const Unpacked<T>& x) { add_squares<T>(squares[0], x); });
@@ -96,7 +95,7 @@ __device__ __forceinline__ RowMoments<A> moments_of(const LayerNormForward<T, A>
     A sums[2] = {A(0), A(0)};
     row.for_each_unit([&](int k, const Unpacked<T>& x) { add_distances<T>(sums, row.units, k, x, centre); });
     row_sums(sums, a.width, scratch + blockDim.x * blockDim.y / WARP);
-    return moments_about(centre, sums, A(a.columns), share);
+    return moments_about(centre, sums, A(a.columns), A(2) * a.half_share);
 }
 
 // Writes the row's y.
@@ -114,10 +113,9 @@ __device__ __forceinline__ void layer_norm_forward(const LayerNormForward<T, A>&
     take_constants(a);
     const long long n = (long long)blockIdx.x * blockDim.y + threadIdx.y;
     InputRow<T, A> row(a, n);
-    const A share = A(2) * a.half_share;
-    const RowMoments<A> moments = moments_of(a, row, share, scratch);
+    const RowMoments<A> moments = moments_of(a, row, scratch);
     Pair<A> mean = moments.mean;
-    const A rstd = reciprocal_sqrt(moments.m2 * share + a.eps);
+    const A share = A(2) * a.half_share, rstd = reciprocal_sqrt(moments.m2 * share + a.eps);
     if (threadIdx.x == 0 && row.is_there) store_statistics(a, n, mean, rstd);
     if (rstd == A(0)) mean = {A(0), A(0)};
     if (a.activation == LINEAR)

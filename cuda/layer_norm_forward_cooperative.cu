@@ -13,8 +13,8 @@
 //            from the cache. Every warp reads 12 splits bytes of moments a row, of float64 24.
 // Numerics:  In A. The sums of a span are those of lib/reduce/row_moments.cuh, four vectors of a thread at a time.
 //            Spans of a block in their order and then blocks in a tree are merged as moments, with the mean as a pair:
-//            deterministic. Alignment changes no bit. A variance out of range counts as infinite. RMS norm: one plain sum of a
-//            span, of the squares; a mean of 0.
+//            deterministic. Alignment changes no bit. A variance out of range counts as infinite. RMS norm: one plain
+//            sum of a span, of the squares; the mean of a part is 0.
 // Reference: Chan, Golub and LeVeque, Algorithms for computing the sample variance, 1983.
 // Called by: bnkernels/ops/layer_norm/op.py
 #include "lib/kernel.cuh"
@@ -22,6 +22,7 @@
 #include "lib/reduce/row_moments.cuh"
 #include "lib/reduce/shared_rows.cuh"
 
+// scaled: by gamma, shifted: by beta, as ParameterKind. centred: 0 for RMS norm.
 template <typename T, typename A>
 struct LayerNormForwardCooperative {
     const T* x;
@@ -33,7 +34,6 @@ struct LayerNormForwardCooperative {
     unsigned* barrier_counter;
     long long rows, columns, part;
     A eps, alpha;
-    // scaled: by gamma, shifted: by beta, as ParameterKind. centred: 0 for RMS norm.
     int activation, shape, scaled, shifted, centred, held, stages;
 };
 

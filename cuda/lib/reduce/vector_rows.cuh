@@ -59,7 +59,7 @@ struct RowUnits {
             if (has(k, i)) row[column + k * step + i] = T(values[i]);
     }
 
-    // Loads the parameters of the columns of unit k of a part of a row from column `first` on; where there are none they
+    // Loads the parameters of the columns of unit k of a part of a row from column `first` on; those that are not given
     // are `missing`. Beyond the end of the row they are finite.
     template <typename A>
     __device__ __forceinline__ void load_parameters(Unpacked<T>& values, const void* parameters, int kind,
