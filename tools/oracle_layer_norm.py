@@ -1,4 +1,4 @@
-"""Layer norm and RMS norm in extended precision, by the formulas, and how far off a result may be; see ``oracle.py``."""
+"""Layer norm and RMS norm in extended precision, by the formulas, with bounds; see ``oracle.py``."""
 
 from __future__ import annotations
 

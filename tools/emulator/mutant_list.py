@@ -15,6 +15,7 @@ from .mutant_list_long_rows import MUTANTS as LONG_ROWS
 from .mutant_list_multi_block import MUTANTS as MULTI_BLOCK
 from .mutant_list_one_block import MUTANTS as ONE_BLOCK
 from .mutant_list_options import MUTANTS as OPTIONS
+from .mutant_list_rms_norm import MUTANTS as RMS_NORM
 from .mutant_list_tf32x3 import MUTANTS as TF32X3
 from .mutants import Mutant
 
@@ -33,6 +34,7 @@ MUTANTS = [
     *MULTI_BLOCK,
     *LAYER_NORM,
     *LONG_ROWS,
+    *RMS_NORM,
     *LINEAR,
     *LINEAR_SOFTMAX,
     *TF32X3,

@@ -145,8 +145,7 @@ struct RowGradients {
     // Writes dx, from these sums over the whole row.
     __device__ __forceinline__ void write(const A (&sums)[2]) const {
         const bool flat = rstd == A(0);  // what multiplies rstd must be finite
-        const A mean_h = flat || !a.centred ? A(0) : A(2) * sums[0];
-        const A slope = flat ? A(0) : A(2) * sums[1];
+        const A mean_h = flat ? A(0) : A(2) * sums[0], slope = flat ? A(0) : A(2) * sums[1];
         for_each_unit([&](int k, bool has, const Unpacked<T>& g, const Unpacked<T>& xhat, const Unpacked<T>& gamma) {
             if (!has) return;
             Unpacked<T> dx;
