@@ -6,12 +6,14 @@ from bnkernels.nn.containers import Residual, Sequential
 from bnkernels.nn.files import load, save
 from bnkernels.nn.flatten import Flatten
 from bnkernels.nn.frameworks import CONVENTIONS, Convention, batch_norm_like, from_torch
+from bnkernels.nn.instance_norm import InstanceNorm
 from bnkernels.nn.layer import Layer
 from bnkernels.nn.layer_norm import LayerNorm
 from bnkernels.nn.linear import Linear
 from bnkernels.nn.linear_batch_norm import LinearBatchNorm
 from bnkernels.nn.mlp import MLP
 from bnkernels.nn.optimizers import SGD, Adam, Momentum
+from bnkernels.nn.rms_norm import RMSNorm
 from bnkernels.nn.statistics import Statistics
 
 __all__ = [
@@ -26,12 +28,14 @@ __all__ = [
     "Convention",
     "Flatten",
     "Identity",
+    "InstanceNorm",
     "Layer",
     "LayerNorm",
     "LeakyReLU",
     "Linear",
     "LinearBatchNorm",
     "Momentum",
+    "RMSNorm",
     "ReLU",
     "Residual",
     "Sequential",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import ml_dtypes
@@ -124,8 +125,9 @@ def test_any_axes(backend: Backend, rng: np.random.Generator, shape: tuple[int, 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("columns", [20, 1100, 16_400])
-def test_agrees_with_pytorch(backend: Backend, rng: np.random.Generator, columns: int, dtype: str) -> None:
-    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+def test_agrees_with_pytorch(
+    torch: ModuleType, backend: Backend, rng: np.random.Generator, columns: int, dtype: str
+) -> None:
     x, dy, gamma, _ = make(rng, (5, columns), dtype)
     tensors = [torch.from_numpy(array.astype("float64")).requires_grad_() for array in (x, gamma)]
     y = torch.nn.functional.rms_norm(tensors[0], (columns,), tensors[1], 1e-3)

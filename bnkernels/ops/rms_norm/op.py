@@ -67,10 +67,10 @@ def rms_norm_forward(
 
     Notes
     -----
-    Training and inference are the same. PyTorch's ``eps=None`` is the distance of 1 from the next number of the data's
-    type. Rows of more than 16,384 columns, or 8192 of float64, are shared by several blocks: a cooperative launch. A
-    mean square out of range counts as infinite: the row becomes 0. Source: ``cuda/layer_norm_forward.cu``, for long
-    rows ``cuda/layer_norm_forward_cooperative.cu``.
+    Training and inference are the same. PyTorch's ``eps=None`` is the distance of 1 from the next number: of float64
+    2.22e-16, else of float32, 1.19e-7. Rows of more than 16,384 columns, or 8192 of float64, are shared by several
+    blocks: a cooperative launch. A mean square out of range counts as infinite: the row becomes 0. Source:
+    ``cuda/layer_norm_forward.cu``, for long rows ``cuda/layer_norm_forward_cooperative.cu``.
 
     References
     ----------
