@@ -16,6 +16,7 @@ from bnkernels.ops.batch_norm.in_parts import (
 from bnkernels.ops.batch_norm.inference import batch_norm_inference, batch_norm_inference_backward
 from bnkernels.ops.batch_norm.training import batch_norm_backward, batch_norm_forward
 from bnkernels.ops.fused_training.op import fused_training
+from bnkernels.ops.group_norm.op import group_norm_backward, group_norm_forward
 from bnkernels.ops.instance_norm.op import instance_norm_backward, instance_norm_forward
 from bnkernels.ops.layer_norm.op import layer_norm_backward, layer_norm_forward
 from bnkernels.ops.linear_batch_norm.op import linear_batch_norm_backward, linear_batch_norm_forward
@@ -53,6 +54,8 @@ __all__ = [
     "fold_batch_norm",
     "fused_training",
     "get_num_threads",
+    "group_norm_backward",
+    "group_norm_forward",
     "instance_norm_backward",
     "instance_norm_forward",
     "layer_norm_backward",

@@ -1,11 +1,13 @@
-// Layer norm or RMS norm of every example over its features, scale, shift and activation, in one launch.
+// Layer norm, RMS norm or group norm of every example over its features, scale, shift and activation, in one launch.
 //
 // Formulas:  Over the C values of a row:
 //            mean[n], m2[n] = sum (x - mean)^2, var = m2 / C, rstd = 1 / sqrt(var + eps)
 //            y = phi(gamma[c] rstd (x - mean) + beta[c])
 //            RMS norm, where rows are not centred: mean = 0, so rstd = 1 / sqrt(sum x^2 / C + eps); no beta.
-// Arrays:    x, y (N, C) of type T, C order; y may alias x. gamma, beta (C,) of the accumulator's type A or of T, may
-//            be null (1, 0). statistics (3, N): mean, mean_low, rstd, of type A; of RMS norm (1, N): rstd.
+//            Group norm, of G groups of D channels with I positions: the rows of an example are its groups, C = D I,
+//            and gamma and beta are those of channel (n mod G) D + c / I. Layer norm: G = I = 1.
+// Arrays:    x, y (N, C) of type T, C order; y may alias x. gamma, beta (G D,) of the accumulator's type A or of T,
+//            may be null (1, 0). statistics (3, N): mean, mean_low, rstd, of type A; of RMS norm (1, N): rstd.
 // Launch:    Block (width, r, 1), width a power of two and width r a multiple of 32, grid (ceil(N / r), 1, 1): the
 //            threads with the same threadIdx.y share a row. A thread holds `held` vectors of 16 bytes, 1 to MOST_HELD;
 //            longer rows are for layer_norm_forward_cooperative.cu. Dynamic shared memory: 3 numbers of type A for
@@ -24,7 +26,8 @@
 template <typename T>
 constexpr int MOST_HELD = sizeof(T) == 2 ? 4 : 8;
 
-// scaled: by gamma, shifted: by beta, as ParameterKind. centred: 0 for RMS norm. half_share: 1 / (2 C).
+// scaled: by gamma, shifted: by beta, as ParameterKind. centred: 0 for RMS norm. channel_groups, inner: G and I.
+// half_share: 1 / (2 C).
 template <typename T, typename A>
 struct LayerNormForward {
     const T* x;
@@ -34,7 +37,7 @@ struct LayerNormForward {
     A* statistics;
     long long rows, columns;
     A eps, alpha, half_share;
-    int activation, shape, scaled, shifted, centred, width, held;
+    int activation, shape, scaled, shifted, centred, channel_groups, inner, width, held;
 };
 
 // A row of x in registers.
@@ -100,9 +103,10 @@ __device__ __forceinline__ RowMoments<A> moments_of(const LayerNormForward<T, A>
 
 // Writes the row's y.
 template <int UNROLL, typename T, typename A>
-__device__ __forceinline__ void normalise(InputRow<T, A>& row, Pair<A> mean, A rstd) {
+__device__ __forceinline__ void normalise(InputRow<T, A>& row, long long n, Pair<A> mean, A rstd) {
+    const ParameterPlace place = parameter_place(row.a, n, 0);
     row.template for_each_unit<UNROLL>([&](int k, const Unpacked<T>& x) {
-        write_normalised(row.a, row.units, row.a.y + row.offset, 0, k, x, mean, rstd);
+        write_normalised(row.a, row.units, row.a.y + row.offset, place, k, x, mean, rstd);
     });
 }
 
@@ -119,9 +123,9 @@ __device__ __forceinline__ void layer_norm_forward(const LayerNormForward<T, A>&
     if (threadIdx.x == 0 && row.is_there) store_statistics(a, n, mean, rstd);
     if (rstd == A(0)) mean = {A(0), A(0)};
     if (a.activation == LINEAR)
-        normalise<MOST_HELD<T>>(row, mean, rstd);
+        normalise<MOST_HELD<T>>(row, n, mean, rstd);
     else
-        normalise<1>(row, mean, rstd);
+        normalise<1>(row, n, mean, rstd);
 }
 
 #define LAYER_NORM_FORWARD(suffix, T, A) \

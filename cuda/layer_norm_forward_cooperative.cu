@@ -1,4 +1,4 @@
-// Layer norm or RMS norm of long rows, each shared by several blocks, in one launch.
+// Layer norm, RMS norm or group norm of long rows, each shared by several blocks, in one launch.
 //
 // Formulas:  as in layer_norm_forward.cu.
 // Arrays:    x, y, gamma, beta, statistics as in layer_norm_forward.cu. exchange (2, groups, splits, 3) of A: the
@@ -22,7 +22,7 @@
 #include "lib/reduce/row_moments.cuh"
 #include "lib/reduce/shared_rows.cuh"
 
-// scaled: by gamma, shifted: by beta, as ParameterKind. centred: 0 for RMS norm.
+// scaled: by gamma, shifted: by beta, as ParameterKind. centred: 0 for RMS norm. channel_groups, inner: G and I.
 template <typename T, typename A>
 struct LayerNormForwardCooperative {
     const T* x;
@@ -34,7 +34,7 @@ struct LayerNormForwardCooperative {
     unsigned* barrier_counter;
     long long rows, columns, part;
     A eps, alpha;
-    int activation, shape, scaled, shifted, centred, held, stages;
+    int activation, shape, scaled, shifted, centred, channel_groups, inner, held, stages;
 };
 
 // A block's share of the rows.
@@ -127,9 +127,10 @@ struct RowShare {
         for (int span = last; span >= 0; --span) {
             const RowUnits<T> units = own.units(span);
             const long long column = own.first(span), place = n * a.columns + column;
+            const ParameterPlace parameters = parameter_place(a, n, column);
             const auto load = [&](int k) { return span == last ? held[k] : units.load(a.x + place, k); };
             for_each_unit<UNROLL, T>(units, a.held, load, [&](int k, const Unpacked<T>& x) {
-                write_normalised(a, units, a.y + place, column, k, x, mean, rstd);
+                write_normalised(a, units, a.y + place, parameters, k, x, mean, rstd);
             });
         }
     }

@@ -235,7 +235,7 @@ def long_rows(direction: str, target: int, centred: bool = True) -> Row:
     row = Row(f"{name} {direction}", *LONG_ROWS, call, target, vectors=lambda launch: 4096 // 8 // launch.block[0])
     if direction == "forward":
         return row
-    return replace(row, moved=3, repeated="block_row < a.rows", rare=("dgamma = add(dgamma, terms", 16))
+    return replace(row, moved=3, repeated="block_row < own.all", rare=("dgamma = add(dgamma, terms", 16))
 
 
 def fused(sizes: tuple[int, ...], batch: int) -> Callable[[Make, int], Call]:

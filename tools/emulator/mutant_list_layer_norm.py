@@ -186,8 +186,8 @@ MUTANTS = [
     Mutant(
         "layer norm backward: the statistics of the row before",
         BACKWARD,
-        "next = statistics_of(a, n + step)",
-        "next = statistics_of(a, n)",
+        "next = statistics_of(a, own.row(n + step))",
+        "next = statistics_of(a, own.row(n))",
         select="several_blocks",
     ),
     Mutant(

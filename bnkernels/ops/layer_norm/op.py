@@ -84,7 +84,7 @@ def layer_norm_forward(
     call = FORWARD_CALLS.replay(out, (x, gamma, beta), axes, eps, activation, alpha)
     if call.replayed:
         return out
-    options = axes, activation_named(activation, alpha), check.epsilon(eps, x)
+    options = ("axes", axes), activation_named(activation, alpha), check.epsilon(eps, x)
     return forward(FORWARD, call, out, *options, x, gamma, beta)
 
 
@@ -147,5 +147,5 @@ def layer_norm_backward(
     call = BACKWARD_CALLS.replay(out, (dy, x, gamma, beta, statistics, workspace), axes, activation, alpha)
     if call.replayed:
         return out
-    options = axes, activation_named(activation, alpha)
+    options = ("axes", axes), activation_named(activation, alpha)
     return backward(BACKWARD, call, out, *options, dy, x, gamma, beta, statistics, workspace)

@@ -1,4 +1,4 @@
-"""NumPy reference of layer norm and RMS norm, on matrices: float64 throughout, rounded to the data type at the end."""
+"""NumPy reference of layer norm, RMS norm and group norm, on matrices: in float64, rounded at the end."""
 
 from __future__ import annotations
 
@@ -32,6 +32,14 @@ def _centre(x: np.ndarray, statistics: np.ndarray) -> np.ndarray:
     return d
 
 
+def _of_columns(problem: Problem, parameters: np.ndarray | None) -> np.ndarray | None:
+    """Return the parameters of all columns, of every row where those of the rows differ."""
+    if parameters is None:
+        return None
+    each = parameters.reshape(-1).astype(problem.acc_dtype).repeat(problem.inner).reshape(problem.channel_groups, -1)
+    return np.tile(each, (problem.rows // problem.channel_groups, 1)) if problem.channel_groups > 1 else each[0]
+
+
 def _activated(
     xhat: np.ndarray, gamma: np.ndarray | None, beta: np.ndarray | None, acc_dtype: np.dtype, phi: Activation
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -60,7 +68,7 @@ def forward(
     """Write `y` and `statistics`."""
     acc_dtype, shape = problem.acc_dtype, (problem.rows, problem.columns)
     x, y, statistics = x.reshape(shape), y.reshape(shape), statistics.reshape(problem.statistics_shape)
-    gamma, beta = (None if array is None else array.reshape(-1).astype(acc_dtype) for array in (gamma, beta))
+    gamma, beta = (_of_columns(problem, array) for array in (gamma, beta))
     d = _centre(x, statistics) if problem.centred else x.astype(FLOAT64)
     rstd = 1 / np.sqrt(_means(d * d).astype(acc_dtype) + acc_dtype.type(eps))
     statistics[-1] = rstd[:, 0]
@@ -84,7 +92,7 @@ def backward(
     """Write the gradients; `dx` may be `dy`."""
     acc_dtype, shape = problem.acc_dtype, (problem.rows, problem.columns)
     dy, x, dx, statistics = dy.reshape(shape), x.reshape(shape), dx.reshape(shape), statistics.astype(FLOAT64)
-    gamma, beta = (None if array is None else array.reshape(-1).astype(acc_dtype) for array in (gamma, beta))
+    gamma, beta = (_of_columns(problem, array) for array in (gamma, beta))
     *mean, rstd = statistics.reshape(*problem.statistics_shape, 1)
     xhat = x.astype(FLOAT64)
     for part in mean:
@@ -97,7 +105,8 @@ def backward(
         g = phi.backward(np, dy.astype(acc_dtype, copy=False), h if phi.from_output else z).astype(FLOAT64)
     for gradient, terms in ((dbeta, g), (dgamma, g * xhat)):
         if gradient is not None:
-            gradient.reshape(-1)[...] = total(terms, 0)[0].astype(acc_dtype)
+            sums = total(terms.reshape(-1, problem.channel_groups * problem.columns), 0)
+            gradient.reshape(-1)[...] = total(sums.reshape(-1, problem.inner), 1)[:, 0].astype(acc_dtype)
     if gamma is not None:
         g *= gamma
     slope = _means(g * xhat)

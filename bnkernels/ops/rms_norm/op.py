@@ -87,7 +87,7 @@ def rms_norm_forward(
     call = FORWARD_CALLS.replay(out, (x, gamma), axes, eps, activation, alpha)
     if call.replayed:
         return out
-    options = axes, activation_named(activation, alpha), check.epsilon(eps, x)
+    options = ("axes", axes), activation_named(activation, alpha), check.epsilon(eps, x)
     return forward(RMS_FORWARD, call, out, *options, x, gamma, None)
 
 
@@ -149,5 +149,5 @@ def rms_norm_backward(
     call = BACKWARD_CALLS.replay(out, (dy, x, gamma, statistics, workspace), axes, activation, alpha)
     if call.replayed:
         return out
-    options = axes, activation_named(activation, alpha)
+    options = ("axes", axes), activation_named(activation, alpha)
     return backward(RMS_BACKWARD, call, out, *options, dy, x, gamma, None, statistics, workspace)

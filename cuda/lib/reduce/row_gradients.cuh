@@ -17,6 +17,16 @@ struct RowStatistics {
 
 enum ColumnSum { DGAMMA = 0, DBETA = 1 };
 
+// Sum of pairs over the lanes of a warp, in a fixed order. All lanes must call.
+template <typename A>
+__device__ __forceinline__ Pair<A> warp_sum(Pair<A> sum) {
+#pragma unroll
+    for (int offset = WARP / 2; offset > 0; offset /= 2)
+        sum = add(sum, Pair<A>{__shfl_xor_sync(0xffffffffu, sum.high, offset),
+                               __shfl_xor_sync(0xffffffffu, sum.low, offset)});
+    return sum;
+}
+
 // The number of column sums.
 template <typename Arguments>
 __device__ __forceinline__ int quantities(const Arguments& a) {
@@ -32,6 +42,23 @@ __device__ __forceinline__ void store_sum(const Arguments& a, int quantity, long
     else
         static_cast<A*>(to)[column] = sum;
 }
+
+// The rows of a block, or of the blocks that share rows: every `blocks`-th one of those of a group of channels. Of all
+// rows, number i of these is i * groups + group.
+struct GroupRows {
+    unsigned groups, group, blocks, block;
+    long long all;
+
+    template <typename Arguments>
+    __device__ __forceinline__ explicit GroupRows(const Arguments& a)
+        : groups(a.channel_groups),
+          group(blockIdx.x % groups),
+          blocks(gridDim.x / groups),
+          block(blockIdx.x / groups),
+          all(a.rows / groups) {}
+
+    __device__ __forceinline__ long long row(long long i) const { return i * groups + group; }
+};
 
 // The row's statistics; not asked for beyond the last row.
 template <typename Arguments>
@@ -66,6 +93,7 @@ struct RowGradients {
     const RowUnits<T> units;
     const ThreadVectors stage;      // dy and x, alternating
     const long long column, place;  // of the first column: in the row, and in the matrix
+    const ParameterPlace parameters;
     const bool is_there;
     const A rstd;
     const Pair<A> mean;
@@ -78,6 +106,7 @@ struct RowGradients {
           stage(stage),
           column(column),
           place(n * a.columns + column),
+          parameters(parameter_place(a, n, column)),
           is_there(n < a.rows),
           rstd(statistics.rstd),
           mean(statistics.rstd == A(0) ? Pair<A>{A(0), A(0)} : statistics.mean) {}
@@ -108,13 +137,13 @@ struct RowGradients {
             if (has) {
                 unpack<T>(stage[2 * k], g);
                 unpack<T>(stage[2 * k + 1], xhat);
-                units.load_parameters(gamma, a.gamma, a.scaled, column, k, A(1));
+                units.load_parameters(gamma, a.gamma, a.scaled, parameters, k, A(1));
 #pragma unroll
                 for (int i = 0; i < UNIT<T>; ++i)
                     xhat[i] = units.has(k, i) ? fma(xhat[i] - mean.high, rstd, -mean.low * rstd) : A(0);
                 if (CURVED || a.alpha != A(1)) {
                     Unpacked<T> z;
-                    units.load_parameters(z, a.beta, a.shifted, column, k, A(0));
+                    units.load_parameters(z, a.beta, a.shifted, parameters, k, A(0));
 #pragma unroll
                     for (int i = 0; i < UNIT<T>; ++i) z[i] = fma(gamma[i], xhat[i], z[i]);
                     activation_backward_all(g, z, CURVED ? a.activation : LINEAR, a.alpha);

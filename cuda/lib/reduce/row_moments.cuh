@@ -105,11 +105,12 @@ __device__ __forceinline__ void store_statistics(const Arguments& a, long long n
 // Writes unit k of y. With rstd = 0 the numbers are finite, but their distance from the mean may not be: then the mean
 // given is 0.
 template <typename T, typename A, typename Arguments>
-__device__ __forceinline__ void write_normalised(const Arguments& a, const RowUnits<T>& units, T* y, long long column,
-                                                 int k, const Unpacked<T>& x, Pair<A> mean, A rstd) {
+__device__ __forceinline__ void write_normalised(const Arguments& a, const RowUnits<T>& units, T* y,
+                                                 const ParameterPlace& place, int k, const Unpacked<T>& x, Pair<A> mean,
+                                                 A rstd) {
     Unpacked<T> gamma, z;
-    units.load_parameters(gamma, a.gamma, a.scaled, column, k, A(1));
-    units.load_parameters(z, a.beta, a.shifted, column, k, A(0));
+    units.load_parameters(gamma, a.gamma, a.scaled, place, k, A(1));
+    units.load_parameters(z, a.beta, a.shifted, place, k, A(0));
     const A rest = -mean.low * rstd;
 #pragma unroll
     for (int i = 0; i < UNIT<T>; ++i) z[i] = fma(gamma[i], fma(x[i] - mean.high, rstd, rest), z[i]);

@@ -1,7 +1,8 @@
-"""Layer norm and RMS norm forward on the CPU.
+"""Layer norm, RMS norm and group norm forward on the CPU.
 
 Formulas:  Of ``cuda/layer_norm_forward.cu``.
-Arrays:    Those of the CUDA kernel, given by their addresses; 0 for none.
+Arrays:    Those of the CUDA kernel, given by their addresses; 0 for none. gamma and beta are those of all columns of an
+           example, whose rows are its groups.
 Tasks:     Rows.
 Traffic:   A row is read from memory once as long as it fits into the cache, and written once; gamma and beta stay in
            the cache.
@@ -132,7 +133,7 @@ def _normalise(centred, low, rstd, weights, shifts, z):
 
 
 @inner
-def _row(like, params, x, gamma, beta, y, of_rows, n, columns, centre, eps, alpha, code, line, d, ones, zeros):
+def _row(like, params, x, gamma, beta, y, of_rows, n, columns, groups, centre, eps, alpha, code, line, d, ones, zeros):
     """Normalise a row."""
     scale = 1.0
     while True:
@@ -155,8 +156,9 @@ def _row(like, params, x, gamma, beta, y, of_rows, n, columns, centre, eps, alph
             for j in range(count):
                 centred[j] = values[j] - high
         z = place(like, y, offset, part(line, 0, count))
-        weights, shifts = vector(params, gamma, start, part(ones, 0, count)), part(zeros, 0, count)
-        _normalise(centred, low, rstd, weights, vector(params, beta, start, shifts), z)
+        own = n % groups * columns + start
+        weights, shifts = vector(params, gamma, own, part(ones, 0, count)), part(zeros, 0, count)
+        _normalise(centred, low, rstd, weights, vector(params, beta, own, shifts), z)
         if code != 0 or alpha != 1:
             activate(code, alpha, z)
         store(like, y, offset, z)
@@ -164,7 +166,7 @@ def _row(like, params, x, gamma, beta, y, of_rows, n, columns, centre, eps, alph
 
 @device
 def _short_rows(
-    like, params, x, gamma, beta, y, of_rows, n, count, columns, centre, eps, alpha, code, line, d, ones, zeros
+    like, params, x, gamma, beta, y, of_rows, n, count, columns, groups, centre, eps, alpha, code, line, d, ones, zeros
 ):  # fmt: skip
     """Normalise rows that together are a line: step by step all of them, for a row is a chain of operations."""
     means, rests, variances = stack(0.0, MOST_TOGETHER), stack(0.0, MOST_TOGETHER), stack(0.0, MOST_TOGETHER)
@@ -187,13 +189,17 @@ def _short_rows(
         largest += variance
     if not np.isfinite(cast(largest, eps)):  # one of them, or nearly
         for i in range(count):
-            given = like, params, x, gamma, beta, y, of_rows, n + i, columns, centre
+            given = like, params, x, gamma, beta, y, of_rows, n + i, columns, groups, centre
             _row(*given, eps, alpha, code, line, d, ones, zeros)
         return
     z = place(like, y, n * columns, part(line, 0, count * columns))
     weights, shifts = vector(params, gamma, 0, part(ones, 0, columns)), part(zeros, 0, columns)
     shifts = vector(params, beta, 0, shifts)
     for i in range(count):
+        if groups > 1:
+            own = (n + i) % groups * columns
+            weights, shifts = vector(params, gamma, own, part(ones, 0, columns)), part(zeros, 0, columns)
+            shifts = vector(params, beta, own, shifts)
         centred, rstd, out = part(d, i * columns, columns), rstds[i], part(z, i * columns, columns)
         _normalise(centred, cast(rests[i], eps), rstd, weights, shifts, out)
     if code != 0 or alpha != 1:
@@ -202,7 +208,9 @@ def _short_rows(
 
 
 @kernel
-def forward_rows(like, params, x, gamma, beta, y, statistics, rows, columns, centre, eps, alpha, code, first, last):
+def forward_rows(
+    like, params, x, gamma, beta, y, statistics, rows, columns, groups, centre, eps, alpha, code, first, last
+):
     """Write `y` and the statistics of rows."""
     acc = accumulator(like)
     line, d, ones, zeros = stack(acc, LINE), stack(acc, PADDED), stack(acc, LINE), stack(acc, LINE)
@@ -214,9 +222,9 @@ def forward_rows(like, params, x, gamma, beta, y, statistics, rows, columns, cen
     if together >= FEWEST_TOGETHER:
         for n in range(first, last, together):
             count = min(together, last - n)
-            given = like, params, x, gamma, beta, y, of_rows, n, count, columns, centre
+            given = like, params, x, gamma, beta, y, of_rows, n, count, columns, groups, centre
             _short_rows(*given, eps, alpha, code, line, d, ones, zeros)
     else:
         for n in range(first, last):
-            given = like, params, x, gamma, beta, y, of_rows, n, columns, centre
+            given = like, params, x, gamma, beta, y, of_rows, n, columns, groups, centre
             _row(*given, eps, alpha, code, line, d, ones, zeros)
