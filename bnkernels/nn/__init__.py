@@ -6,6 +6,7 @@ from bnkernels.nn.containers import Residual, Sequential
 from bnkernels.nn.files import load, save
 from bnkernels.nn.flatten import Flatten
 from bnkernels.nn.frameworks import CONVENTIONS, Convention, batch_norm_like, from_torch
+from bnkernels.nn.group_norm import GroupNorm
 from bnkernels.nn.instance_norm import InstanceNorm
 from bnkernels.nn.layer import Layer
 from bnkernels.nn.layer_norm import LayerNorm
@@ -27,6 +28,7 @@ __all__ = [
     "BatchNorm",
     "Convention",
     "Flatten",
+    "GroupNorm",
     "Identity",
     "InstanceNorm",
     "Layer",

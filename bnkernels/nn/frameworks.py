@@ -11,6 +11,7 @@ from bnkernels.nn import activations
 from bnkernels.nn.batch_norm import BatchNorm
 from bnkernels.nn.containers import Sequential
 from bnkernels.nn.flatten import Flatten
+from bnkernels.nn.group_norm import GroupNorm
 from bnkernels.nn.instance_norm import InstanceNorm
 from bnkernels.nn.layer import Layer
 from bnkernels.nn.layer_norm import LayerNorm
@@ -121,7 +122,7 @@ def from_torch(module: Any, *, xp: Any = np) -> Layer:
     ----------
     module : torch.nn.Module
         A `Linear`, `BatchNorm1d`, `2d` or `3d`, `InstanceNorm1d`, `2d` or `3d` without running statistics, `LayerNorm`,
-        `RMSNorm`, activation, `Flatten()`, or a `Sequential` of such. The
+        `RMSNorm`, `GroupNorm`, activation, `Flatten()`, or a `Sequential` of such. The
         way back is ``module.load_state_dict({name: torch.from_numpy(a) for name, a in layer.state_dict().items()})``.
     xp : module
         Array module of the layers, `numpy` or `cupy`.
@@ -193,6 +194,7 @@ TORCH: dict[str, Callable[[Any], Layer]] = {
     "BatchNorm1d": _batch_norm,
     "BatchNorm2d": _batch_norm,
     "BatchNorm3d": _batch_norm,
+    "GroupNorm": lambda module: GroupNorm(module.num_groups, module.num_channels, eps=module.eps, affine=module.affine),
     "InstanceNorm1d": _instance_norm,
     "InstanceNorm2d": _instance_norm,
     "InstanceNorm3d": _instance_norm,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from .mutant_list_cooperative import MUTANTS as COOPERATIVE
 from .mutant_list_double_backward import MUTANTS as DOUBLE_BACKWARD
 from .mutant_list_fused import MUTANTS as FUSED
+from .mutant_list_group_norm import MUTANTS as GROUP_NORM
 from .mutant_list_layer_norm import MUTANTS as LAYER_NORM
 from .mutant_list_linear import MUTANTS as LINEAR
 from .mutant_list_linear_softmax import MUTANTS as LINEAR_SOFTMAX
@@ -35,6 +36,7 @@ MUTANTS = [
     *LAYER_NORM,
     *LONG_ROWS,
     *RMS_NORM,
+    *GROUP_NORM,
     *LINEAR,
     *LINEAR_SOFTMAX,
     *TF32X3,

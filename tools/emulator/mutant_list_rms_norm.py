@@ -90,8 +90,8 @@ MUTANTS = [
     Mutant(
         "rms norm backward: half of the blocks' columns are merged",
         BACKWARD,
-        "all = quantities(a) * a.columns",
-        "all = quantities(a) * a.columns / 2",
+        "all = quantities(a) * channels",
+        "all = quantities(a) * channels / 2",
         select=MEET,
         among=TESTS,
     ),
