@@ -175,7 +175,7 @@ def test_with_a_group_for_each_channel_is_instance_norm(backend: Backend, rng: n
 
 
 def test_groups_know_nothing_of_each_other(backend: Backend, rng: np.random.Generator) -> None:
-    """Of any group alone the results have the same bits; what is not finite stays in its group of its example."""
+    """Results of a group alone have the same bits; what is not finite stays in its group of its example."""
     x, _, gamma, beta = make(rng, (3, 6, 8), "float32")
     x[1, 2, 3], x[2, 0, 0] = np.nan, np.inf
     on_x, *vectors = backend.arrays(x, gamma, beta)
@@ -285,7 +285,7 @@ def test_the_order_of_blocks_and_threads_changes_no_bit(
 ) -> None:
     x, dy, *vectors = (emulated.asarray(array) for array in make(rng, shape, "float32"))
     found = []
-    limits = SMALL if shape[2] > 1000 else Limits(4, 60 * 1024, 61 * 1024, True)  # of four blocks
+    limits = SMALL if shape[2] > 1000 else Limits(4, 60 * 1024, 61 * 1024, True)  # four blocks
     with emulated.device_limits(limits):
         assert plans(shape, groups, "float32", limits)[1].launch.cooperative
         for seed in range(4):
