@@ -20,7 +20,7 @@ FOLDER = Path(__file__).parent
 # Constants of every launch, of layer norm here; without them kernels would take more registers, and divide.
 CONSTANTS = {f"batch_norm_{direction}_cooperative": (("masked", 0),) for direction in ("forward", "backward")}
 CONSTANTS |= {
-    f"layer_norm_{direction}{rows}": (("channel_groups", 1), ("inner", 1))
+    f"layer_norm_{direction}{rows}": (("centred", 1), ("channel_groups", 1), ("inner", 1))
     for direction in ("forward", "backward")
     for rows in ("", "_cooperative")
 }
