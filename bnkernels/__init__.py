@@ -16,6 +16,8 @@ from bnkernels.ops.batch_norm.in_parts import (
 from bnkernels.ops.batch_norm.inference import batch_norm_inference, batch_norm_inference_backward
 from bnkernels.ops.batch_norm.training import batch_norm_backward, batch_norm_forward
 from bnkernels.ops.fused_training.op import fused_training
+from bnkernels.ops.group_norm.op import group_norm_backward, group_norm_forward
+from bnkernels.ops.instance_norm.op import instance_norm_backward, instance_norm_forward
 from bnkernels.ops.layer_norm.op import layer_norm_backward, layer_norm_forward
 from bnkernels.ops.linear_batch_norm.op import linear_batch_norm_backward, linear_batch_norm_forward
 from bnkernels.ops.linear_softmax_cross_entropy.op import linear_softmax_cross_entropy
@@ -23,6 +25,7 @@ from bnkernels.ops.lstm.op import lstm_backward, lstm_forward
 from bnkernels.ops.mini_batch.op import mini_batch, random_rows
 from bnkernels.ops.parameter_update.op import adam_update, momentum_update, rmsprop_update, sgd_update
 from bnkernels.ops.parameter_update.schedule import scheduled_update, update_schedule
+from bnkernels.ops.rms_norm.op import rms_norm_backward, rms_norm_forward
 from bnkernels.ops.softmax_cross_entropy.op import softmax_cross_entropy
 from bnkernels.runtime.cpu.threads import get_num_threads, set_num_threads
 
@@ -47,6 +50,10 @@ __all__ = [
     "fold_batch_norm",
     "fused_training",
     "get_num_threads",
+    "group_norm_backward",
+    "group_norm_forward",
+    "instance_norm_backward",
+    "instance_norm_forward",
     "layer_norm_backward",
     "layer_norm_forward",
     "linear_batch_norm_backward",
@@ -58,6 +65,8 @@ __all__ = [
     "momentum_update",
     "nn",
     "random_rows",
+    "rms_norm_backward",
+    "rms_norm_forward",
     "rmsprop_update",
     "scheduled_update",
     "set_num_threads",

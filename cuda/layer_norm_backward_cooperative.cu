@@ -1,4 +1,4 @@
-// Gradients of layer norm of long rows, each shared by several blocks, in one launch.
+// Gradients of layer norm, RMS norm or group norm of long rows, each shared by several blocks, in one launch.
 //
 // Formulas:  as in layer_norm_backward.cu.
 // Arrays:    dy, x, dx, gamma, beta, statistics, dgamma, dbeta as in layer_norm_backward.cu. partial (groups, 2, 2, C)
@@ -6,10 +6,11 @@
 //            splits, at_once, 2) of A: the sums that blocks find in rows, unused by a single one. barrier_counter: one
 //            for every group and one for every split, see lib/sync/grid_barrier.cuh.
 // Launch:    Block (threads, 1, 1), threads a multiple of 128. Grid (groups, splits, 1), see
-//            lib/reduce/shared_rows.cuh; cooperative if it has more than one block. Every block has columns: `part` of
-//            them, a whole number of vectors, or what is left of the row. Blocks wait for one another once for
-//            `at_once` rows. Dynamic shared memory: 4 numbers of type A for every warp; for every thread, `held`
-//            vectors of dy and of x, 1 to MOST_HELD, of each of these rows, and with two stages of the next ones, on
+//            lib/reduce/shared_rows.cuh. `groups` is a multiple of G: group b takes rows of group b mod G of the
+//            channels; cooperative if these have more than one block. Every block has columns: `part` of them, a whole
+//            number of vectors, or what is left of the row. Blocks wait for one another once for `at_once` rows.
+//            Dynamic shared memory: 4 numbers of type A for every warp; for every thread, `held` vectors of dy and of
+//            x, 1 to MOST_HELD, of each of these rows, and with two stages of the next ones, on
 //            their way. One stage and one row at once if a span is not all. Variants: linear, of the piecewise linear
 //            activations, and curved.
 // Traffic:   dy and x read once and dx written once as long as all columns are held; the others are read twice. gamma
@@ -18,7 +19,8 @@
 //            warp reads 8 splits bytes of sums a row, of float64 16.
 // Numerics:  In A, as in layer_norm_backward.cu; partial sums are pairs. The sums of a row are added by span, warp and
 //            block, groups in ascending order: deterministic.
-// Reference: Ba, Kiros and Hinton, Layer Normalization, 2016, arXiv:1607.06450.
+// Reference: Ba, Kiros and Hinton, Layer Normalization, 2016, arXiv:1607.06450; Zhang and Sennrich, Root Mean Square
+//            Layer Normalization, 2019, arXiv:1910.07467.
 // Called by: bnkernels/ops/layer_norm/op.py
 #include "lib/kernel.cuh"
 #include "lib/numbers/pair.cuh"
@@ -31,6 +33,8 @@ constexpr int MOST_HELD = sizeof(T) == 2   ? 2
                           : sizeof(T) == 4 ? 3
                                            : 4;
 
+// scaled: by gamma, shifted: by beta, as ParameterKind. centred: 0 for RMS norm. channel_groups, inner: G and I.
+// half_share: 1 / (2 C).
 template <typename T, typename A>
 struct LayerNormBackwardCooperative {
     const T* dy;
@@ -45,14 +49,14 @@ struct LayerNormBackwardCooperative {
     A* exchange;
     unsigned* barrier_counter;
     long long rows, columns, part;
-    A alpha, half_share;                                            // half_share: 1 / (2 C)
-    int activation, shape, scaled, shifted, held, stages, at_once;  // scaled: by gamma, shifted: by beta, as ParameterKind
+    A alpha, half_share;
+    int activation, shape, scaled, shifted, centred, channel_groups, inner, held, stages, at_once;
 };
 
 // Adds the terms of all units, and clears them. A rare path: rolled, so that it takes no registers of the others.
 template <typename T, typename A, int HELD>
 __device__ __forceinline__ void add_terms(const GroupSums<A>& sums, const RowUnits<T>& units, long long column,
-                                          ColumnTerms<T, A> (&terms)[HELD], bool first) {
+                                          ColumnTerms<T, A> (&terms)[HELD], bool first, int quantities) {
 #pragma unroll 1
     for (int k = 0; k < HELD; ++k) {
         const long long own = column + units.column + k * units.step;
@@ -60,7 +64,7 @@ __device__ __forceinline__ void add_terms(const GroupSums<A>& sums, const RowUni
         for (int i = 0; i < UNIT<T>; ++i) {
             if (units.has_unit(k) && units.has(k, i)) {
                 sums.add_term(DGAMMA, own + i, terms[0].dgamma[0], first);
-                sums.add_term(DBETA, own + i, terms[0].dbeta[0], first);
+                if (quantities == 2) sums.add_term(DBETA, own + i, terms[0].dbeta[0], first);
             }
             rotate(terms[0].dgamma);
             rotate(terms[0].dbeta);
@@ -79,23 +83,25 @@ struct RowShare {
     const BlockColumns<T> own;
     const ThreadVectors places;
     const GroupSums<A> sums;
+    const GroupRows rows;
 
     __device__ __forceinline__ RowShare(const Arguments& a, A* shared)
         : a(a),
           own(a.columns, a.part, a.held, a.shape),
           places(shared + 4 * blockDim.x / WARP),
-          sums{a.partial, a.columns} {}
+          sums{a.partial, a.columns},
+          rows(a) {}
 
-    // A span of row n, which is number `i` of its turn.
+    // A span of row n of the group's, which is number `i` of its turn.
     __device__ __forceinline__ Row row(long long n, int i, int span, int turn,
                                        const RowStatistics<A>& statistics) const {
         const int stage = (a.stages == 2 && turn % 2 ? a.at_once : 0) + i;
-        return Row(a, own.units(span), places.from(2 * stage * a.held), n, own.first(span), statistics);
+        return Row(a, own.units(span), places.from(2 * stage * a.held), rows.row(n), own.first(span), statistics);
     }
 
     // First row of a turn of the group.
     __device__ __forceinline__ long long first_row(int turn) const {
-        return ((long long)turn * gridDim.x + blockIdx.x) * a.at_once;
+        return ((long long)turn * rows.blocks + rows.block) * a.at_once;
     }
 
     // Begins to copy the rows of a turn, which are held as a whole.
@@ -109,8 +115,8 @@ struct RowShare {
                                             int turn) const {
         const int spans = own.spans, summed = turn * a.at_once + i + 1;
         const long long n = first_row(turn) + i;
-        const bool last = i + 1 == a.at_once && first_row(turn + 1) >= a.rows;
-        const RowStatistics<A> statistics = statistics_of(a, n);
+        const bool last = i + 1 == a.at_once && first_row(turn + 1) >= rows.all;
+        const RowStatistics<A> statistics = statistics_of(a, rows.row(n));
         of_row[0] = of_row[1] = A(0);
 #pragma unroll 1
         for (int span = 0; span < spans; ++span) {
@@ -121,11 +127,12 @@ struct RowShare {
             }
             part.add(of_row, terms);
             if (spans > 1 || last || summed % ROWS_IN_REGISTERS == 0)
-                add_terms(sums, part.units, part.column, terms, summed <= (spans > 1 ? 1 : ROWS_IN_REGISTERS));
+                add_terms(sums, part.units, part.column, terms, summed <= (spans > 1 ? 1 : ROWS_IN_REGISTERS),
+                          quantities(a));
         }
         // Another thread may still read the scratch of the row before.
         BNK_DYNAMIC_SHARED(A, scratch);
-        row_sums(of_row, blockDim.x, scratch + summed % 2 * 2 * blockDim.x / WARP);
+        sums_of_row(a, of_row, blockDim.x, scratch + summed % 2 * 2 * blockDim.x / WARP);
     }
 
     // Sums of row `i` of a turn over the blocks that show them.
@@ -149,7 +156,7 @@ struct RowShare {
         if (a.stages == 2) ask(0);
         A of_row[2];
 #pragma unroll 1
-        for (int turn = 0; first_row(turn) < a.rows; ++turn) {  // the same in all blocks of a group
+        for (int turn = 0; first_row(turn) < rows.all; ++turn) {  // the same in all blocks of a group
             if (a.stages == 2) {
                 ask(turn + 1);
                 wait_for_copies<1>();
@@ -166,7 +173,7 @@ struct RowShare {
 #pragma unroll 1
             for (int i = 0; i < a.at_once; ++i) {
                 const long long n = first_row(turn) + i;
-                const RowStatistics<A> statistics = statistics_of(a, n);
+                const RowStatistics<A> statistics = statistics_of(a, rows.row(n));
                 if (gridDim.y > 1) add_blocks(of_row, group.shown(turn), i);
 #pragma unroll 1
                 for (int span = spans - 1; span >= 0; --span) {
@@ -182,17 +189,53 @@ struct RowShare {
         wait_for_copies<0>();
     }
 
-    // Merges the groups' column sums; each column by one block of its split.
+    // Merges the column sums of the groups with the same channels; each column by one block of its split.
     __device__ __forceinline__ void merge_groups() const {
-        if (gridDim.x > 1)
+        if (a.inner > 1) return merge_channels();
+        if (rows.blocks > 1)
             grid_barrier(a.barrier_counter + blockIdx.y * BARRIER_PITCH + 1, gridDim.x, blockIdx.x);
         else
             __syncthreads();
-        const long long first = own.begin + blockIdx.x * blockDim.x + threadIdx.x;
+        const long long first = own.begin + rows.block * blockDim.x + threadIdx.x, place = rows.group * a.columns;
 #pragma unroll 1
-        for (long long column = first; column < own.first(own.spans); column += gridDim.x * blockDim.x) {
-            store_sum<T>(a, DGAMMA, column, sums.of_all_groups(DGAMMA, column));
-            store_sum<T>(a, DBETA, column, sums.of_all_groups(DBETA, column));
+        for (long long column = first; column < own.first(own.spans); column += rows.blocks * blockDim.x) {
+            store_sum<T>(a, DGAMMA, place + column, value(of_all_groups(DGAMMA, column)));
+            if (quantities(a) == 2) store_sum<T>(a, DBETA, place + column, value(of_all_groups(DBETA, column)));
+        }
+    }
+
+    __device__ __forceinline__ Pair<A> of_all_groups(int quantity, long long column) const {
+        return sums.of_all_groups(quantity, column, rows.group, rows.groups);
+    }
+
+    // The same for channels of several columns, which may be those of two splits: each channel by one block.
+    __device__ __forceinline__ void merge_channels() const {
+        BNK_DYNAMIC_SHARED(A, scratch);
+        const int sharers = rows.blocks * gridDim.y, warp = threadIdx.x / WARP;
+        if (sharers > 1)
+            grid_barrier(a.barrier_counter + 1, gridDim.x * gridDim.y, blockIdx.y * gridDim.x + blockIdx.x);
+        else
+            __syncthreads();
+        const long long channels = a.columns / a.inner;
+#pragma unroll 1
+        for (long long item = rows.block * gridDim.y + blockIdx.y; item < channels * quantities(a); item += sharers) {
+            const long long channel = item % channels;
+            const int quantity = (int)(item / channels);
+            Pair<A> sum = {A(0), A(0)};
+#pragma unroll 4
+            for (int i = threadIdx.x; i < a.inner; i += blockDim.x)
+                sum = add(sum, of_all_groups(quantity, channel * a.inner + i));
+            sum = warp_sum(sum);
+            if (threadIdx.x % WARP == 0) {
+                scratch[2 * warp] = sum.high;
+                scratch[2 * warp + 1] = sum.low;
+            }
+            __syncthreads();
+            if (threadIdx.x == 0) {
+                for (int i = 1; i < blockDim.x / WARP; ++i) sum = add(sum, Pair<A>{scratch[2 * i], scratch[2 * i + 1]});
+                store_sum<T>(a, quantity, rows.group * channels + channel, value(sum));
+            }
+            __syncthreads();
         }
     }
 };

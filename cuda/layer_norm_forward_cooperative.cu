@@ -1,4 +1,4 @@
-// Layer norm of long rows, each shared by several blocks, in one launch.
+// Layer norm, RMS norm or group norm of long rows, each shared by several blocks, in one launch.
 //
 // Formulas:  as in layer_norm_forward.cu.
 // Arrays:    x, y, gamma, beta, statistics as in layer_norm_forward.cu. exchange (2, groups, splits, 3) of A: the
@@ -13,7 +13,8 @@
 //            from the cache. Every warp reads 12 splits bytes of moments a row, of float64 24.
 // Numerics:  In A. The sums of a span are those of lib/reduce/row_moments.cuh, four vectors of a thread at a time.
 //            Spans of a block in their order and then blocks in a tree are merged as moments, with the mean as a pair:
-//            deterministic. Alignment changes no bit. A variance out of range counts as infinite.
+//            deterministic. Alignment changes no bit. A variance out of range counts as infinite. RMS norm: one plain
+//            sum of a span, of the squares; the mean of a part is 0.
 // Reference: Chan, Golub and LeVeque, Algorithms for computing the sample variance, 1983.
 // Called by: bnkernels/ops/layer_norm/op.py
 #include "lib/kernel.cuh"
@@ -21,6 +22,7 @@
 #include "lib/reduce/row_moments.cuh"
 #include "lib/reduce/shared_rows.cuh"
 
+// scaled: by gamma, shifted: by beta, as ParameterKind. centred: 0 for RMS norm. channel_groups, inner: G and I.
 template <typename T, typename A>
 struct LayerNormForwardCooperative {
     const T* x;
@@ -32,7 +34,7 @@ struct LayerNormForwardCooperative {
     unsigned* barrier_counter;
     long long rows, columns, part;
     A eps, alpha;
-    int activation, shape, scaled, shifted, held, stages;  // scaled: by gamma, shifted: by beta, as ParameterKind
+    int activation, shape, scaled, shifted, centred, channel_groups, inner, held, stages;
 };
 
 // A block's share of the rows.
@@ -71,13 +73,20 @@ struct RowShare {
         const ThreadVectors held = of_thread(turn);
         const auto from_held = [&](int k) { return held[k]; };
         const A count = A(own.count(span)), half_share = A(0.5) / count;
+        BNK_DYNAMIC_SHARED(A, scratch);
         __syncthreads();
+        if (!a.centred) {
+            A squares[1] = {A(0)};
+            for_each_unit<CHUNK, T>(units, a.held, from_held,
+                                    [&](int, const Unpacked<T>& x) { add_squares<T>(squares[0], x); });
+            row_sums(squares, blockDim.x, scratch);
+            return {count, {A(0), A(0)}, squares[0]};
+        }
         const A first = Packed<T>::get(*stage(turn), 0), half_first = A(0.5) * first;
         A near[1] = {A(0)};
         for_each_unit<CHUNK, T>(units, a.held, from_held, [&](int k, const Unpacked<T>& x) {
             near[0] += near_terms<T>(units, k, x, half_first, half_share);
         });
-        BNK_DYNAMIC_SHARED(A, scratch);
         row_sums(near, blockDim.x, scratch);
         const A centre = fma(A(4), near[0], first);
         A sums[2] = {A(0), A(0)};
@@ -118,9 +127,10 @@ struct RowShare {
         for (int span = last; span >= 0; --span) {
             const RowUnits<T> units = own.units(span);
             const long long column = own.first(span), place = n * a.columns + column;
+            const ParameterPlace parameters = parameter_place(a, n, column);
             const auto load = [&](int k) { return span == last ? held[k] : units.load(a.x + place, k); };
             for_each_unit<UNROLL, T>(units, a.held, load, [&](int k, const Unpacked<T>& x) {
-                write_normalised(a, units, a.y + place, column, k, x, mean, rstd);
+                write_normalised(a, units, a.y + place, parameters, k, x, mean, rstd);
             });
         }
     }
@@ -150,11 +160,7 @@ __device__ __forceinline__ void layer_norm_forward_cooperative(const LayerNormFo
         moments = share.of_all_blocks(moments, turn);
         Pair<A> mean = moments.mean;
         const A rstd = reciprocal_sqrt(moments.m2 / A(a.columns) + a.eps);
-        if (threadIdx.x == 0 && blockIdx.y == 0) {
-            a.statistics[n] = mean.high;
-            a.statistics[a.rows + n] = mean.low;
-            a.statistics[2 * a.rows + n] = rstd;
-        }
+        if (threadIdx.x == 0 && blockIdx.y == 0) store_statistics(a, n, mean, rstd);
         if (rstd == A(0)) mean = {A(0), A(0)};
         if (a.activation == LINEAR)
             share.template normalise<CHUNK>(n, turn, mean, rstd);

@@ -1,4 +1,4 @@
-"""Layer norm in extended precision, by the formulas, and how far from it a result may be; see ``oracle.py``."""
+"""Layer norm and RMS norm in extended precision, by the formulas, with bounds; see ``oracle.py``."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ class Exact(NamedTuple):
     dbeta_bound: np.ndarray
 
 
-def exact(x, dy, gamma, beta, eps, activation="identity") -> Exact:
-    """Return the layer norm of a matrix and its gradients."""
+def exact(x, dy, gamma, beta, eps, activation="identity", centred=True) -> Exact:
+    """Return the layer norm of a matrix and its gradients; of rows that are not centred the RMS norm."""
     u = unit_roundoff(x.dtype)
-    rows = oracle.forward(x.T, None, None, eps)  # as the channels of a batch norm
+    about_0 = None if centred else (np.zeros(len(x)), np.square(x.astype(Extended)).mean(1))
+    rows = oracle.forward(x.T, None, None, eps, running=about_0)  # as the channels of a batch norm
     scale = np.ones(x.shape[1], Extended) if gamma is None else gamma.astype(Extended)
     shift = np.zeros(x.shape[1], Extended) if beta is None else beta.astype(Extended)
     xhat, xhat_bound = rows.xhat.T, SLACK * u * (1 + np.abs(rows.xhat.T))
@@ -40,9 +41,9 @@ def exact(x, dy, gamma, beta, eps, activation="identity") -> Exact:
     product_bound = g_bound * np.abs(xhat) + np.abs(g) * xhat_bound + SLACK * u * np.abs(g * xhat)
     # To x the scaled gradients are what those of a batch norm are.
     h, h_bound = scale * g, np.abs(scale) * (g_bound + SLACK * u * np.abs(g))
-    mean_h, mean_product = h.mean(1, keepdims=True), (h * xhat).mean(1, keepdims=True)
+    mean_h, mean_product = centred * h.mean(1, keepdims=True), (h * xhat).mean(1, keepdims=True)
     through = (h_bound * np.abs(xhat) + np.abs(h) * xhat_bound).mean(1, keepdims=True)
-    through = np.abs(xhat) * through + h_bound.mean(1, keepdims=True) + xhat_bound * np.abs(mean_product)
+    through = np.abs(xhat) * through + centred * h_bound.mean(1, keepdims=True) + xhat_bound * np.abs(mean_product)
     size = np.abs(h) + np.abs(mean_h) + np.abs(xhat * mean_product)
     rstd = rows.rstd[:, None]
     return Exact(

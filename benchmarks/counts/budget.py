@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from math import ceil, prod
 from typing import Any
@@ -237,19 +237,32 @@ def batch_norm(direction: str, shape: tuple[int, ...], dtype: str) -> Callable[[
     return call
 
 
-def layer_norm(direction: str, shape: tuple[int, int], dtype: str) -> Callable[[Make, int], Call]:
-    """Return what makes the call of a pass."""
+def layer_norm(direction: str, shape: tuple[int, int], dtype: str, centred: bool = True) -> Callable[[Make, int], Call]:
+    """Return what makes the call of a pass; that of RMS norm, if rows are not centred."""
 
     def call(array: Make, repetitions: int) -> Call:
         x, y = array(shape, dtype), array(shape, dtype)
-        gamma, beta, dgamma, dbeta = (array(shape[1:]) for _ in range(4))
-        saved = array((3, shape[0]))
+        vectors, gradients = ([array(shape[1:]) for _ in range(1 + centred)] for _ in range(2))
+        forward, backward = bn.layer_norm_forward, bn.layer_norm_backward
+        if not centred:
+            forward, backward = bn.rms_norm_forward, bn.rms_norm_backward
+        saved = array((3 if centred else 1, shape[0]))
         if direction == "forward":
-            return lambda: bn.layer_norm_forward(x, gamma, beta, out=(y, saved))
+            return lambda: forward(x, *vectors, out=(y, saved))
         dy = array(shape, dtype)
-        return lambda: bn.layer_norm_backward(dy, x, gamma, beta, saved, out=(y, dgamma, dbeta))
+        return lambda: backward(dy, x, *vectors, saved, out=(y, *gradients))
 
     return call
+
+
+def long_rows(direction: str, target: int, centred: bool = True) -> Row:
+    """Return the row of a layer norm, or of an RMS norm."""
+    name = "layer_norm" if centred else "rms_norm"
+    call = layer_norm(direction, *LONG_ROWS, centred)
+    row = Row(f"{name} {direction}", *LONG_ROWS, call, target, vectors=lambda launch: 4096 // 8 // launch.block[0])
+    if direction == "forward":
+        return row
+    return replace(row, moved=3, repeated="block_row < own.all", rare=("dgamma = add(dgamma, terms", 16))
 
 
 def fused(sizes: tuple[int, ...], batch: int) -> Callable[[Make, int], Call]:
@@ -362,23 +375,10 @@ LONG_ROWS = (16384, 4096), "bfloat16"
 MATRIX, IMAGES = ((65536, 4096), "bfloat16"), ((256, 256, 56, 56), "float16")
 ROWS = [
     *(large(direction, *data) for data in (MATRIX, IMAGES) for direction in ("forward", "backward")),
-    Row(
-        "layer_norm forward",
-        *LONG_ROWS,
-        layer_norm("forward", *LONG_ROWS),
-        150,
-        vectors=lambda launch: 4096 // 8 // launch.block[0],
-    ),
-    Row(
-        "layer_norm backward",
-        *LONG_ROWS,
-        layer_norm("backward", *LONG_ROWS),
-        260,
-        vectors=lambda launch: 4096 // 8 // launch.block[0],
-        moved=3,
-        repeated="block_row < a.rows",
-        rare=("dgamma = add(dgamma, terms", 16),
-    ),
+    long_rows("forward", 150),
+    long_rows("backward", 260),
+    long_rows("forward", 100, centred=False),
+    long_rows("backward", 220, centred=False),
     at_question("forward"),
     at_question("backward"),
     Row(

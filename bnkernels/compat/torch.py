@@ -57,10 +57,8 @@ def batch_norm(
     """
     _check_data(input)
     if input.dim() < 2 or (residual is not None and residual.shape != input.shape):
-        raise ValueError(
-            "input must have the shape (N, C, ...), and residual the same, got "
-            f"{tuple(input.shape)} and {check.shown(residual)}"
-        )
+        got = f"{tuple(input.shape)} and {check.shown(residual)}"
+        raise ValueError(f"input must have the shape (N, C, ...), and residual the same, got {got}")
     if (running_mean is None) != (running_var is None) or (running_mean is None and not training):
         raise ValueError(
             "running_mean and running_var must be two tensors, or in training both None, got "

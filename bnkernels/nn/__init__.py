@@ -6,6 +6,8 @@ from bnkernels.nn.containers import Residual, Sequential
 from bnkernels.nn.files import load, save
 from bnkernels.nn.flatten import Flatten
 from bnkernels.nn.frameworks import CONVENTIONS, Convention, batch_norm_like, from_torch
+from bnkernels.nn.group_norm import GroupNorm
+from bnkernels.nn.instance_norm import InstanceNorm
 from bnkernels.nn.layer import Layer
 from bnkernels.nn.layer_norm import LayerNorm
 from bnkernels.nn.linear import Linear
@@ -13,6 +15,7 @@ from bnkernels.nn.linear_batch_norm import LinearBatchNorm
 from bnkernels.nn.lstm import LSTM, BatchNormLSTM, LayerNormLSTM
 from bnkernels.nn.mlp import MLP
 from bnkernels.nn.optimizers import SGD, Adam, Momentum, RMSProp, clip_gradients
+from bnkernels.nn.rms_norm import RMSNorm
 from bnkernels.nn.statistics import Statistics
 
 __all__ = [
@@ -28,7 +31,9 @@ __all__ = [
     "BatchNormLSTM",
     "Convention",
     "Flatten",
+    "GroupNorm",
     "Identity",
+    "InstanceNorm",
     "Layer",
     "LayerNorm",
     "LayerNormLSTM",
@@ -36,6 +41,7 @@ __all__ = [
     "Linear",
     "LinearBatchNorm",
     "Momentum",
+    "RMSNorm",
     "RMSProp",
     "ReLU",
     "Residual",

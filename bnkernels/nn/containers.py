@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from bnkernels.nn.batch_norm import BatchNorm
+from bnkernels.nn.instance_norm import InstanceNorm
 from bnkernels.nn.layer import Layer
 from bnkernels.nn.owner import Owner
 from bnkernels.runtime import checks as check
@@ -116,8 +117,8 @@ class Sequential(Layer):
 class Residual(Sequential):
     """Layers one behind the other, and the input added to their output.
 
-    A `BatchNorm` at the end takes the input as its residual: the sum comes before its activation, in the same launch.
-    Behind any other layer it is a plain sum.
+    A `BatchNorm` or `InstanceNorm` at the end takes the input as its residual: the sum comes before its activation, in
+    the same launch. Behind any other layer it is a plain sum.
 
     Parameters
     ----------
@@ -144,7 +145,7 @@ class Residual(Sequential):
 
     @property
     def _fused(self) -> bool:
-        return bool(self.layers) and isinstance(self.layers[-1], BatchNorm)
+        return bool(self.layers) and isinstance(self.layers[-1], BatchNorm | InstanceNorm)
 
     @np.errstate(all="ignore")  # kernels have no warnings either
     def forward(self, x: Any, *, training: bool | None = None, mask: Any = None) -> Any:

@@ -11,10 +11,13 @@ from bnkernels.nn import activations
 from bnkernels.nn.batch_norm import BatchNorm
 from bnkernels.nn.containers import Sequential
 from bnkernels.nn.flatten import Flatten
+from bnkernels.nn.group_norm import GroupNorm
+from bnkernels.nn.instance_norm import InstanceNorm
 from bnkernels.nn.layer import Layer
 from bnkernels.nn.layer_norm import LayerNorm
 from bnkernels.nn.linear import Linear
 from bnkernels.nn.lstm import LSTM
+from bnkernels.nn.rms_norm import RMSNorm
 from bnkernels.runtime import checks as check
 
 
@@ -119,8 +122,8 @@ def from_torch(module: Any, *, xp: Any = np) -> Layer:
     Parameters
     ----------
     module : torch.nn.Module
-        A `Linear`, `BatchNorm1d`, `2d` or `3d`, `LayerNorm`, `LSTM`, activation, `Flatten()`, or a `Sequential` of
-        such. The way back is
+        A `Linear`, `BatchNorm1d`, `2d` or `3d`, `InstanceNorm1d`, `2d` or `3d` without running statistics, `LayerNorm`,
+        `RMSNorm`, `GroupNorm`, `LSTM`, activation, `Flatten()`, or a `Sequential` of such. The way back is
         ``module.load_state_dict({name: torch.from_numpy(a) for name, a in layer.state_dict().items()})``.
     xp : module
         Array module of the layers, `numpy` or `cupy`.
@@ -178,14 +181,34 @@ def _layer_norm(module: Any) -> Layer:
     return LayerNorm(tuple(module.normalized_shape), eps=module.eps, affine=affine, bias=bias)
 
 
+def _rms_norm(module: Any) -> Layer:
+    weight = module.weight
+    eps = module.eps
+    if eps is None:
+        dtype = "float32" if weight is None or weight.itemsize == 2 else str(weight.dtype).removeprefix("torch.")
+        eps = float(np.finfo(dtype).eps)
+    return RMSNorm(tuple(module.normalized_shape), eps=eps, affine=weight is not None)
+
+
+def _instance_norm(module: Any) -> Layer:
+    if module.running_mean is not None:
+        raise TypeError(f"module must not track running statistics to become an InstanceNorm, got {module}")
+    return InstanceNorm(module.num_features, eps=module.eps, affine=module.affine)
+
+
 TORCH: dict[str, Callable[[Any], Layer]] = {
     "Sequential": lambda module: Sequential(),
     "Linear": _linear,
     "BatchNorm1d": _batch_norm,
     "BatchNorm2d": _batch_norm,
     "BatchNorm3d": _batch_norm,
+    "GroupNorm": lambda module: GroupNorm(module.num_groups, module.num_channels, eps=module.eps, affine=module.affine),
+    "InstanceNorm1d": _instance_norm,
+    "InstanceNorm2d": _instance_norm,
+    "InstanceNorm3d": _instance_norm,
     "LayerNorm": _layer_norm,
     "LSTM": _lstm,
+    "RMSNorm": _rms_norm,
     "Flatten": _flatten,
     "Identity": lambda module: activations.Identity(),
     "ReLU": lambda module: activations.ReLU(),

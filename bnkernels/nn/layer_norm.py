@@ -7,10 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from bnkernels.nn.norm import Norm
-from bnkernels.nn.options import activation_options
 from bnkernels.nn.owner import array_module, data_type, vector
-from bnkernels.ops.activations import activation_named
+from bnkernels.nn.row_norm import RowNorm
 from bnkernels.ops.layer_norm.op import layer_norm_backward, layer_norm_forward
 from bnkernels.runtime import checks as check
 from bnkernels.runtime.arguments import accumulator, empty
@@ -18,7 +16,7 @@ from bnkernels.runtime.dlpack import incoming
 from bnkernels.runtime.registry import runtime_of
 
 
-class LayerNorm(Norm):
+class LayerNorm(RowNorm):
     """Layer normalisation of every example over its last axes, with an activation behind it.
 
     Parameters
@@ -71,13 +69,8 @@ class LayerNorm(Norm):
         xp: Any = np,
     ) -> None:
         super().__init__()
-        given = normalized_shape if isinstance(normalized_shape, Sequence) else (normalized_shape,)
-        self.normalized_shape = tuple(check.integer("normalized_shape", length, 1) for length in given)
-        if not self.normalized_shape:
-            raise ValueError("normalized_shape must have at least one axis, got ()")
+        self._take_shape(normalized_shape, activation, alpha)
         kept, xp = accumulator(data_type(dtype)), array_module(xp)
-        self.activation, self.alpha = activation, alpha
-        activation_named(activation, alpha)
         if check.boolean("affine", affine):
             self._parameters["weight"] = xp.ones(self.normalized_shape, kept)
             if check.boolean("bias", bias):
@@ -122,21 +115,9 @@ class LayerNorm(Norm):
         return layer
 
     def _forward(self, x: Any, training: bool, keep: bool) -> Any:
-        runtime, dtype, axes, own = (
-            runtime_of(type(x)),
-            accumulator(x.dtype),
-            len(self.normalized_shape),
-            self._parameters,
-        )
-        # With out= a repeated call is replayed: memory that was freed comes back with the same addresses.
-        shape, dtype = (3, *x.shape[:-axes]), accumulator(x.dtype)
-        if runtime is None:
-            out = np.empty(x.shape, x.dtype), np.empty(shape, dtype)
-        else:
-            out = empty(runtime, x.shape, x), empty(runtime, shape, x, dtype)
+        own, options = self._parameters, self._call_options()
         vectors = own.get("weight"), own.get("bias")
-        options = {"activation": self.activation, "alpha": self.alpha}
-        y, statistics = layer_norm_forward(x, *vectors, axes=axes, eps=self.eps, **options, out=out)
+        y, statistics = layer_norm_forward(x, *vectors, eps=self.eps, **options, out=self._new_outputs(x))
         if keep:
             self._saved = x, statistics
         return y
@@ -149,31 +130,8 @@ class LayerNorm(Norm):
         else:
             vectors = self._vector_gradients(x, self.normalized_shape)
         out = dy if in_place else empty(runtime_of(type(x)), x.shape, x), *vectors
-        options = {"axes": len(self.normalized_shape), "activation": self.activation, "alpha": self.alpha, "out": out}
-        return layer_norm_backward(dy, x, own.get("weight"), own.get("bias"), statistics, **options)[0]
+        given = dy, x, own.get("weight"), own.get("bias"), statistics
+        return layer_norm_backward(*given, **self._call_options(), out=out)[0]
 
-    def _check(self, x: Any) -> None:
-        super()._check(x)
-        if x.shape[-len(self.normalized_shape) :] != self.normalized_shape:
-            raise ValueError(f"x must have {self.normalized_shape} as its last axes, got the shape {x.shape}")
-
-    def _taken(self, x: Any) -> Any:
-        x = super()._taken(x)
-        check.contiguous(check.Argument("x", *check.signature(x)), x.shape, x.dtype)
-        return x
-
-    def _taken_dy(self, dy: Any) -> Any:
-        dy = super()._taken_dy(dy)
-        check.contiguous(check.Argument("dy", *check.signature(dy)), dy.shape, dy.dtype)
-        return dy
-
-    def _options(self) -> list[str]:
-        shape = self.normalized_shape
-        options = [str(shape[0] if len(shape) == 1 else shape)]
-        options += [f"eps={self.eps!r}"] if self.eps != 1e-5 else []
-        options += ["affine=False"] if self.weight is None else ["bias=False"] if self.bias is None else []
-        return (
-            options
-            + activation_options(self)
-            + [f"dtype='{array.dtype}'" for array in [self.weight] if array is not None]
-        )
+    def _without(self) -> list[str]:
+        return ["bias=False"] if self.bias is None else []

@@ -36,7 +36,12 @@ class Norm(Leaf):
         """Statistics of the last input that was normalised by its own, by name; views."""
         if self._saved is None or self._saved[1] is None:
             raise RuntimeError(f"there are no statistics of an input: call this {type(self).__name__} in training")
-        return Statistics(self._saved[1], self.eps, grouped=self.groups is not None)
+        return Statistics(self._saved[1], self.eps, grouped=self._grouped)
+
+    @property
+    def _grouped(self) -> bool:
+        """Whether statistics are of groups."""
+        return self.groups is not None
 
     def _check(self, x: Any) -> None:
         """Check that an input has a data type for which the parameters and statistics are."""

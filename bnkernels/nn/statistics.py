@@ -9,14 +9,16 @@ import numpy as np
 from bnkernels.runtime import checks as check
 from bnkernels.runtime.registry import runtime_of
 
+RSTD = 2  # row of statistics that have a mean
+
 
 class Statistics:
     """Mean, variance and reciprocal deviation, named, of the `statistics` that the forward of a norm returns.
 
     Parameters
     ----------
-    array : array, shape (3, ...) or (5, ...), or of groups (T, 3, C)
-        Statistics of `batch_norm_forward`, `layer_norm_forward` or `linear_batch_norm_forward`.
+    array : array, shape (3, ...) or (5, ...), or of groups (T, 3, C), or without a mean (1, ...)
+        Statistics of `batch_norm_forward`, `layer_norm_forward`, `linear_batch_norm_forward` or `rms_norm_forward`.
     eps : float
         Number that was added to the variance.
     grouped : bool
@@ -37,16 +39,18 @@ class Statistics:
 
     def __init__(self, array: Any, eps: float = 1e-5, *, grouped: bool = False) -> None:
         first = int(check.boolean("grouped", grouped))
-        if array.ndim <= first or array.shape[first] not in (3, 5):
-            raise ValueError(f"array must have 3 or 5 rows, the mean first, got the shape {array.shape}")
+        if array.ndim <= first or array.shape[first] not in (1, 3, 5):
+            raise ValueError(f"array must have 3 or 5 rows, the mean first, or 1 of rstd, got the shape {array.shape}")
         self.array, self.eps, self._first = array, check.epsilon(eps, array), first
 
     def _row(self, number: int) -> Any:
+        if self.array.shape[self._first] == 1:
+            return None if number < RSTD else self.array[0]
         return self.array[:, number] if self._first else self.array[number]
 
     @property
     def mean(self) -> Any:
-        """Mean, a view."""
+        """Mean, a view; None if it was not subtracted, as in RMS norm, whose `var` is the mean square."""
         return self._row(0)
 
     @property
@@ -57,7 +61,7 @@ class Statistics:
     @property
     def rstd(self) -> Any:
         """Reciprocal standard deviation, a view: ``1 / sqrt(var + eps)``."""
-        return self._row(2)
+        return self._row(RSTD)
 
     @property
     def var(self) -> Any:

@@ -312,7 +312,9 @@ def test_statistics_by_name(backend: Backend, rng: np.random.Generator) -> None:
     assert named.array is statistics
     mean, var, rstd = named
     assert (mean.shape, var.shape, rstd.shape, named.mean_low.shape) == ((4,),) * 4
-    with pytest.raises(ValueError, match=r"array must have 3 or 5 rows, the mean first, got the shape \(4, 2\)"):
+    with pytest.raises(
+        ValueError, match=r"array must have 3 or 5 rows, the mean first, or 1 of rstd, got the shape \(4, 2\)"
+    ):
         nn.Statistics(np.zeros((4, 2)))
     with pytest.raises(RuntimeError, match="call this BatchNorm in training"):
         _ = nn.BatchNorm(2).statistics

@@ -40,6 +40,17 @@ def modules(torch: ModuleType, kind: str, dtype: Any) -> tuple[Any, tuple[int, .
             [of.BatchNorm1d(3, affine=False), of.LayerNorm(4, elementwise_affine=False), of.LayerNorm(4, bias=False)],
             (5, 3, 4),
         ),
+        "norms": (
+            [
+                of.RMSNorm(4),
+                of.GroupNorm(2, 6),
+                of.InstanceNorm1d(6),
+                of.InstanceNorm1d(6, affine=True),
+                of.RMSNorm((6, 4)),
+            ],
+            (5, 6, 4),
+        ),
+        "norms of images": ([of.GroupNorm(3, 6, affine=False), of.InstanceNorm2d(6, eps=1e-3)], (5, 6, 4, 3)),
         "volumes": ([of.BatchNorm3d(2, track_running_stats=False), of.Sequential(of.Tanh())], (3, 2, 2, 3, 2)),
     }[kind]
     model = of.Sequential(*made).to(dtype)
@@ -51,7 +62,7 @@ def modules(torch: ModuleType, kind: str, dtype: Any) -> tuple[Any, tuple[int, .
     return model, shape
 
 
-KINDS = ["mlp", "activations", "images", "sequences", "volumes"]
+KINDS = ["mlp", "activations", "images", "sequences", "norms", "norms of images", "volumes"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -46,7 +46,7 @@ def results(backend: Backend, x: np.ndarray, dy: np.ndarray, vectors: list, acti
 def test_over_several_axes_and_into_given_arrays(backend: Backend, rng: np.random.Generator) -> None:
     x, dy = (rng.standard_normal((6, 4, 5)).astype("float16") for _ in range(2))
     on_x, on_dy, gamma, beta = backend.arrays(x, dy, np.ones((4, 5), "float16"), np.zeros((4, 5), "float16"))
-    y, statistics = bn.layer_norm_forward(on_x, gamma, beta, axes=2)
+    _, statistics = bn.layer_norm_forward(on_x, gamma, beta, axes=2)
     out = tuple(backend.empty(shape, "float16") for shape in ((6, 4, 5), (4, 5), (4, 5)))
     found = bn.layer_norm_backward(on_dy, on_x, gamma, beta, statistics, axes=2, out=out)
     assert all(got is given for got, given in zip(found, out, strict=True))
@@ -70,7 +70,7 @@ def test_parameters_of_two_types_are_refused(backend: Backend, gamma: Any, beta:
 
 
 def test_infinite_gradients_of_parameters_stay_so(backend: Backend) -> None:
-    """What float16 cannot hold becomes infinite, as rounding has it."""
+    """Numbers that float16 cannot hold become infinite, as rounding has it."""
     x = np.array([[1.0, 3.0]] * 8, "float16")
     on_x, dy, gamma = backend.arrays(x, np.full((8, 2), 6e4, "float16"), np.ones(2, "float16"))
     _, statistics = bn.layer_norm_forward(on_x, gamma)

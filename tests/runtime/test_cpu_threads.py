@@ -23,7 +23,7 @@ from tools import backends
 BATCH_NORM = "bnkernels.ops.batch_norm.cpu"
 ROWS = {"N": 700, "C": 100, "K": 40, "O": 3, "P": 200_000, "S": 2, "E": 1400}
 IMAGES = {"N": 10, "C": 12, "L": 500, "K": 5, "O": 3, "P": 3, "S": 2, "E": 80}
-NO_IMAGES = {op for op in EVERY if op.startswith(("layer_norm", "linear", "fused"))}
+NO_IMAGES = {op for op in EVERY if op.startswith(("layer_norm", "rms_norm", "linear", "fused"))}
 
 
 @pytest.fixture(autouse=True)

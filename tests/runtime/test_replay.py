@@ -16,7 +16,7 @@ from tools import backends
 NEVER_KEPT = {"adam_update", "fused_training", "grouped_forward"}
 OPS = [op for op in EVERY if op not in NEVER_KEPT]
 ARRAYS = [(op, name) for op in OPS for name in EVERY[op].names]
-LARGER_IS_RIGHT = [(op, "workspace") for op in OPS if op.startswith("layer_norm_backward")]
+LARGER_IS_RIGHT = [(op, "workspace") for op in OPS if op.startswith(("layer_norm_backward", "rms_norm_backward"))]
 
 
 @pytest.fixture

@@ -88,6 +88,18 @@ def layer_norm_plans(limits: Limits) -> Iterator[Plan]:
             yield chosen.kernel, chosen.launch
 
 
+def group_norm_plans(limits: Limits) -> Iterator[Plan]:
+    """Yield one for each data type and shape; a backward has as many blocks for each group of channels."""
+    sizes = product(TYPES, (1, 64, 5000), (1, 2, 32, 300), (1, 10, 16), (1, 49, 3136, 20_000))
+    for dtype, examples, groups, channels, inner in sizes:
+        shape = {"channel_groups": groups, "inner": inner}
+        problem = layer_norm.Problem(examples * groups, channels * inner, dtype, **shape)
+        for curved in (False, True):
+            chosen = layer_norm.choose_backward(problem, limits, curved)
+            assert chosen.launch.grid[0] % groups == 0
+            yield chosen.kernel, chosen.launch
+
+
 def linear_plans(limits: Limits) -> Iterator[Plan]:
     """Yield those of the kernels; where there is none, a library multiplies."""
     sizes = product((2, 64, 100, 512), (1, 64, 784, 1024), (1, 20, 100, 1000, 1024), TYPES)
@@ -140,6 +152,7 @@ def fused_training_plans(limits: Limits) -> Iterator[Plan]:
 OPS = {
     "batch_norm": batch_norm_plans,
     "layer_norm": layer_norm_plans,
+    "group_norm": group_norm_plans,
     "linear_batch_norm": linear_plans,
     "linear_softmax_cross_entropy": linear_softmax_plans,
     "fused_training": fused_training_plans,

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bnkernels.ops.activations import activation_named
 from bnkernels.runtime import source
 from tests.argument_structs import LAYOUTS, struct_of
 from tools.compile import __main__ as command
@@ -78,11 +79,30 @@ def test_data_move_16_bytes_at_a_time_where_they_lie_in_vectors() -> None:
 def test_masked_kernels_with_the_most_numbers_do_not_spill(version: str) -> None:
     """The baseline has the kernels without a mask; the registers of eight channels a thread are the fewest to spare."""
     for stem in command.CONSTANTS:
-        kernel = f"bnk_{stem}_f16"
-        text = source.read(stem, kernel, (("masked", 1),))
-        for architecture in (75, 90):
-            found = nvrtc.resources(text, architecture, version)[kernel]
-            assert (found.spill_stores, found.spill_loads, found.stack) == (0, 0, 0), (kernel, architecture)
+        if stem.startswith("batch_norm"):
+            assert_nothing_spills(stem, f"bnk_{stem}_f16", (("masked", 1),), version)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("inner", [49, 3136])
+@pytest.mark.parametrize("rows", ["", "_cooperative"])
+def test_kernels_of_group_norm_do_not_spill(rows: str, inner: int) -> None:
+    """The baseline has those of layer norm; here they are as launched, with gelu and rows that are not aligned."""
+    launched = {"activation": activation_named("gelu", None).code, "shape": 0, "scaled": 1, "shifted": 1, "centred": 1}
+    launched |= {"channel_groups": 32, "inner": inner, "held": 2, "stages": 1, "at_once": 1}
+    for stem, variant in ((f"layer_norm_forward{rows}", ""), (f"layer_norm_backward{rows}", "curved_")):
+        kernel = f"bnk_{stem}_{variant}f16"
+        names = LAYOUTS[struct_of(stem, kernel)][DTYPES["f16"]].names
+        constants = tuple((name, code) for name, code in launched.items() if name in names)
+        assert_nothing_spills(stem, kernel, constants, nvrtc.NEWEST)
+
+
+def assert_nothing_spills(stem: str, kernel: str, constants: tuple, version: str) -> None:
+    """Compile a kernel for the oldest architecture and for sm_90."""
+    text = source.read(stem, kernel, constants)
+    for architecture in (75, 90):
+        found = nvrtc.resources(text, architecture, version)[kernel]
+        assert (found.spill_stores, found.spill_loads, found.stack) == (0, 0, 0), (kernel, architecture)
 
 
 def test_16_bit_products_are_those_of_tensor_cores_from_sm_80_on() -> None:

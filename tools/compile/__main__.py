@@ -17,8 +17,13 @@ from tools.compile import nvrtc, sass
 
 FOLDER = Path(__file__).parent
 
-# Constants of every launch; without them kernels would take more registers.
+# Constants of every launch, of layer norm here; without them kernels would take more registers, and divide.
 CONSTANTS = {f"batch_norm_{direction}_cooperative": (("masked", 0),) for direction in ("forward", "backward")}
+CONSTANTS |= {
+    f"layer_norm_{direction}{rows}": (("centred", 1), ("channel_groups", 1), ("inner", 1))
+    for direction in ("forward", "backward")
+    for rows in ("", "_cooperative")
+}
 FIGURES = ("registers", "instructions")  # keys of a baseline
 FORBIDDEN = {
     "spill_stores": "bytes of spill stores",

@@ -8,6 +8,7 @@ from __future__ import annotations
 from .mutant_list_cooperative import MUTANTS as COOPERATIVE
 from .mutant_list_double_backward import MUTANTS as DOUBLE_BACKWARD
 from .mutant_list_fused import MUTANTS as FUSED
+from .mutant_list_group_norm import MUTANTS as GROUP_NORM
 from .mutant_list_layer_norm import MUTANTS as LAYER_NORM
 from .mutant_list_linear import MUTANTS as LINEAR
 from .mutant_list_linear_softmax import MUTANTS as LINEAR_SOFTMAX
@@ -16,6 +17,7 @@ from .mutant_list_lstm import MUTANTS as LSTM
 from .mutant_list_multi_block import MUTANTS as MULTI_BLOCK
 from .mutant_list_one_block import MUTANTS as ONE_BLOCK
 from .mutant_list_options import MUTANTS as OPTIONS
+from .mutant_list_rms_norm import MUTANTS as RMS_NORM
 from .mutant_list_tf32x3 import MUTANTS as TF32X3
 from .mutants import Mutant
 
@@ -34,6 +36,8 @@ MUTANTS = [
     *MULTI_BLOCK,
     *LAYER_NORM,
     *LONG_ROWS,
+    *RMS_NORM,
+    *GROUP_NORM,
     *LINEAR,
     *LINEAR_SOFTMAX,
     *LSTM,

@@ -186,8 +186,8 @@ MUTANTS = [
     Mutant(
         "layer norm backward: the statistics of the row before",
         BACKWARD,
-        "next = statistics_of(a, n + step)",
-        "next = statistics_of(a, n)",
+        "next = statistics_of(a, own.row(n + step))",
+        "next = statistics_of(a, own.row(n))",
         select="several_blocks",
     ),
     Mutant(
@@ -215,8 +215,8 @@ MUTANTS = [
     Mutant(
         "layer norm backward: rows of threads are merged before all are there",
         BACKWARD,
-        "    __syncthreads();\n    sums.merge_rows",
-        "    sums.merge_rows",
+        "    __syncthreads();\n    const GroupRows rows(a);",
+        "    const GroupRows rows(a);",
         ("plain", "tsan"),
         select=SCHEDULES,
     ),

@@ -77,8 +77,8 @@ MUTANTS = [
     Mutant(
         "long rows forward: the first number before it is there",
         FORWARD,
-        "        __syncthreads();\n        const A first",
-        "        const A first",
+        "        __syncthreads();\n        if (!a.centred) {",
+        "        if (!a.centred) {",
         ("plain", "tsan"),
         select=ORDER,
     ),
@@ -201,15 +201,15 @@ MUTANTS = [
     Mutant(
         "long rows backward: groups are merged before all are done",
         BACKWARD,
-        "        if (gridDim.x > 1)\n            grid_barrier(",
+        "        if (rows.blocks > 1)\n            grid_barrier(",
         "        if (false)\n            grid_barrier(",
         select=f"{ORDER} or {PIPELINE}",
     ),
     Mutant(
         "long rows backward: the first group alone",
         SHARED,
-        "group < gridDim.x; ++group",
-        "group < 1; ++group",
+        "group < gridDim.x; group += step",
+        "group < 1; group += step",
         select=PIPELINE,
     ),
 ]

@@ -1,4 +1,4 @@
-"""Launch choice of layer norm: a pure function of problem and limits.
+"""Launch choice of layer norm, RMS norm and group norm: a pure function of problem and limits.
 
 The thresholds follow from what the kernels of ``cuda/layer_norm_*.cu`` hold on the chip; none has been tuned. What one
 block cannot hold is for `long_rows`.
@@ -21,25 +21,25 @@ ARGUMENTS = {
         "x gamma beta y statistics",
         "rows columns",
         "eps alpha half_share",
-        "activation shape scaled shifted width held",
+        "activation shape scaled shifted centred channel_groups inner width held",
     ),
     "forward_cooperative": arguments_type(
         "x gamma beta y statistics exchange barrier_counter",
         "rows columns part",
         "eps alpha",
-        "activation shape scaled shifted held stages",
+        "activation shape scaled shifted centred channel_groups inner held stages",
     ),
     "backward": arguments_type(
         "dy x gamma beta statistics dx dgamma dbeta partial barrier_counter",
         "rows columns",
         "alpha half_share",
-        "activation shape scaled shifted width held stages threads",
+        "activation shape scaled shifted centred channel_groups inner width held stages threads",
     ),
     "backward_cooperative": arguments_type(
         "dy x gamma beta statistics dx dgamma dbeta partial exchange barrier_counter",
         "rows columns part",
         "alpha half_share",
-        "activation shape scaled shifted held stages at_once",
+        "activation shape scaled shifted centred channel_groups inner held stages at_once",
     ),
 }
 MIN_BLOCKS = 1  # resident blocks of a multiprocessor, promised by the launch bounds of the kernels
@@ -93,7 +93,8 @@ def choose_backward(problem: Problem, limits: Limits, curved: bool = False) -> L
     A block has a multiprocessor to itself. Where its shared memory does not hold two rows of every worker, it holds
     the one being worked on, or a block of half as many threads has fewer rows. A grid barrier precedes the last sums.
     For a small problem, or on a device without cooperative launches, there is one block. Rows that a block cannot hold
-    are shared by several, whose groups have pairs of partial sums.
+    are shared by several, whose groups have pairs of partial sums. A block has rows of one group of channels only; a
+    block that has all of them waits for no other.
 
     Examples
     --------
@@ -110,21 +111,22 @@ def choose_backward(problem: Problem, limits: Limits, curved: bool = False) -> L
         if held <= most and shared <= available:
             break
     else:
-        held, groups = MOST_HELD_SUMMED[problem.dtype.itemsize], MOST_PARTIALS // 4 if limits.cooperative else 1
-        return _shared_rows("backward", problem, limits, held, groups, _variant(curved))
-    rows = threads // width
-    blocks = min(ceil_div(problem.rows, rows), resident(limits, threads, shared, MIN_BLOCKS), MOST_SPLITS)
+        held, most = MOST_HELD_SUMMED[problem.dtype.itemsize], MOST_PARTIALS // 4 if limits.cooperative else 1
+        return _shared_rows("backward", problem, limits, held, most, _variant(curved))
+    rows, groups = threads // width, problem.channel_groups
+    most_blocks = min(resident(limits, threads, shared, MIN_BLOCKS), MOST_SPLITS) // groups
+    blocks = max(1, min(ceil_div(problem.rows // groups, rows), most_blocks))  # for each group of channels
     if problem.rows * problem.columns <= SMALL or not limits.cooperative:
         blocks = 1
-    launch = Launch((blocks, 1, 1), (width, rows, 1), shared, cooperative=blocks > 1)
+    launch = Launch((groups * blocks, 1, 1), (width, rows, 1), shared, cooperative=blocks > 1)
     return _plan("backward", problem, launch, _variant(curved), held=held, stages=stages)
 
 
-def partial_sums(plan: LaunchPlan) -> int:
-    """Return the numbers of a column that the blocks of a backward leave in memory: each its own, or groups pairs."""
+def partial_sums(plan: LaunchPlan, problem: Problem) -> int:
+    """Return the numbers that the blocks of a backward leave in memory: of channels, or in groups pairs of columns."""
     if plan.source.endswith("cooperative"):
-        return 4 * plan.launch.grid[0]
-    return 2 * plan.launch.blocks if plan.launch.cooperative else 0
+        return 4 * plan.launch.grid[0] * problem.columns
+    return 2 * plan.launch.blocks * problem.channels if plan.launch.cooperative else 0
 
 
 def _shared(problem: Problem, threads: int, held: int, stages: int) -> int:

@@ -61,11 +61,13 @@ def share(direction: str, problem: Problem, limits: Limits, most_held: int, most
     if room < 1:
         raise ValueError(f"the device gives a block {most} bytes of shared memory, {beside + vector} are needed")
     blocks = resident(limits, THREADS, most, MIN_BLOCKS)
-    splits = min(blocks, problem.vectors // THREADS, MOST_SPLITS) if limits.cooperative else 1
+    of_channels = problem.channel_groups if direction == "backward" else 1  # groups with other rows each
+    splits = min(blocks // of_channels, problem.vectors // THREADS, MOST_SPLITS) if limits.cooperative else 1
 
     def choice(splits: int) -> Share:
-        own, groups = ceil_div(ceil_div(problem.vectors, splits), THREADS), min(blocks // splits, most_groups)
-        found = Share(min(problem.rows, groups), splits, own, min(own, most_held, room))
+        own = ceil_div(ceil_div(problem.vectors, splits), THREADS)
+        groups = min(problem.rows, min(blocks // splits, most_groups) // of_channels * of_channels)
+        found = Share(max(groups, of_channels), splits, own, min(own, most_held, room))
         turns = ceil_div(problem.rows, found.groups)
         if turns == 1 or found.held < own or 2 * own > room:
             return found
@@ -79,7 +81,7 @@ def launch_of(direction: str, problem: Problem, limits: Limits, chosen: Share) -
     """Return the launch of blocks that share rows so."""
     _, beside, vector = _block(direction, problem, limits)
     shared = beside + chosen.stages * chosen.at_once * chosen.held * vector
-    waits = chosen.splits > 1 or (direction == "backward" and chosen.groups > 1)
+    waits = chosen.splits > 1 or (direction == "backward" and chosen.groups > problem.channel_groups)
     return Launch((chosen.groups, chosen.splits, 1), (THREADS, 1, 1), shared, cooperative=waits)
 
 

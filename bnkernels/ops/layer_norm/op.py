@@ -7,33 +7,16 @@ for 16-bit T, else T; and P that of scale, shift and their gradients: A or T.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
-import numpy as np
-
-from bnkernels.ops.activations import Activation, activation_named
-from bnkernels.ops.layer_norm import reference
-from bnkernels.ops.layer_norm.launch import choose_backward, choose_forward, partial_sums
-from bnkernels.ops.layer_norm.problem import (
-    BACKWARD,
-    FORWARD,
-    FULL,
-    IN_ACCUMULATOR_TYPE,
-    IN_STORAGE_TYPE,
-    VECTOR,
-    Problem,
-)
+from bnkernels.ops.activations import activation_named
+from bnkernels.ops.layer_norm.call import backward, forward
+from bnkernels.ops.layer_norm.problem import BACKWARD, FORWARD
 from bnkernels.runtime import checks as check
-from bnkernels.runtime.arguments import addresses, empty, pack
 from bnkernels.runtime.arrays import AnyArray, Array
-from bnkernels.runtime.cpu import kernels
 from bnkernels.runtime.replay import ReplayCache
-from bnkernels.runtime.seam import Launch, LaunchPlan, Runtime, ceil_div
-from bnkernels.runtime.workspace import PARTIALS, barrier_counters
 
 FORWARD_CALLS, BACKWARD_CALLS = ReplayCache(), ReplayCache()
-CPU = "bnkernels.ops.layer_norm.cpu"
 
 
 def layer_norm_forward(
@@ -101,26 +84,8 @@ def layer_norm_forward(
     call = FORWARD_CALLS.replay(out, (x, gamma, beta), axes, eps, activation, alpha)
     if call.replayed:
         return out
-    phi, eps = activation_named(activation, alpha), check.epsilon(eps, x)
-    y, statistics = check.pack_outputs(out, ("y", "statistics"))
-    axes = check.integer("axes", axes, 1)
-    runtime, problem = FORWARD.check(y, statistics, x, gamma, beta, options=(axes,))
-    if y is None:
-        y, statistics = empty(runtime, x.shape, x), empty(runtime, (3, *x.shape[:-axes]), x, problem.acc_dtype)
-    if problem.rows == 0:
-        return y, statistics
-    if runtime is None:
-        given = problem, x, gamma, beta, eps, phi, y, statistics
-        if cpu := kernels(CPU):
-            call.compute(cpu.forward(*given), x)
-        else:
-            reference.forward(*given)
-        return y, statistics
-    plan = choose_forward(problem, runtime.limits(x))
-    names = "x gamma beta y statistics".split()
-    members = dict(zip(names, addresses(runtime, x, gamma, beta, y, statistics), strict=True)) | {"eps": eps}
-    call.launch(runtime, *plan[:2], *_prepared(runtime, plan, problem, phi, members, x), x)
-    return y, statistics
+    options = ("axes", axes), activation_named(activation, alpha), check.epsilon(eps, x)
+    return forward(FORWARD, call, out, *options, x, gamma, beta)
 
 
 def layer_norm_backward(
@@ -182,57 +147,5 @@ def layer_norm_backward(
     call = BACKWARD_CALLS.replay(out, (dy, x, gamma, beta, statistics, workspace), axes, activation, alpha)
     if call.replayed:
         return out
-    phi = activation_named(activation, alpha)
-    dx, dgamma, dbeta = check.pack_outputs(out, ("dx", "dgamma", "dbeta"))
-    axes = check.integer("axes", axes, 1)
-    runtime, problem = BACKWARD.check(dx, dgamma, dbeta, workspace, dy, x, gamma, beta, statistics, options=(axes,))
-    if dx is None:
-        dx = empty(runtime, x.shape, x)
-        dgamma, dbeta = (empty(runtime, x.shape[-axes:], x, problem.params_dtype) for _ in range(2))
-    if problem.rows == 0:
-        dgamma[...], dbeta[...] = 0, 0
-        return dx, dgamma, dbeta
-    if runtime is None:
-        given = problem, dy, x, gamma, beta, statistics, phi, dx, dgamma, dbeta
-        if cpu := kernels(CPU):
-            call.compute(cpu.backward(*given), x)
-        else:
-            reference.backward(*given)
-        return dx, dgamma, dbeta
-    plan = choose_backward(problem, runtime.limits(x), not phi.is_piecewise_linear)
-    own = workspace is None and (partials := partial_sums(plan))
-    if own:
-        workspace = empty(runtime, (partials * problem.columns,), x, problem.acc_dtype)
-    names = "dy x gamma beta statistics dx dgamma dbeta partial".split()
-    arrays = dy, x, gamma, beta, statistics, dx, dgamma, dbeta, workspace
-    members = dict(zip(names, addresses(runtime, *arrays), strict=True))
-    call.launch(runtime, *plan[:2], *_prepared(runtime, plan, problem, phi, members, x), x, replayable=not own)
-    return dx, dgamma, dbeta
-
-
-def _prepared(
-    runtime: Runtime, plan: LaunchPlan, problem: Problem, phi: Activation, members: dict[str, Any], x: Any
-) -> tuple[Launch, np.ndarray]:
-    """Return the launch of a kernel that is compiled for this call, and its argument of `members` and what follows."""
-    codes = _codes(plan, problem, phi, members)
-    workspace = runtime.workspace(x) if plan.launch.cooperative else 0
-    members = members | codes | {"rows": problem.rows, "columns": problem.columns, "alpha": phi.alpha}
-    members |= {"half_share": 0.5 / problem.columns, "part": ceil_div(problem.vectors, plan.splits) * problem.count}
-    members |= {"barrier_counter": barrier_counters(workspace), "exchange": workspace + PARTIALS}
-    slope = {"alpha": int(phi.alpha)} if phi.is_piecewise_linear and phi.alpha in (0, 1) else {}
-    launch = dataclasses.replace(plan.launch, constants=tuple((codes | slope).items()))
-    return launch, pack(plan.arguments, *(members[name] for name in plan.arguments.names))
-
-
-def _codes(plan: LaunchPlan, problem: Problem, phi: Activation, members: dict[str, Any]) -> dict[str, int]:
-    """Return the last members of the argument, for whose values a kernel is compiled."""
-    names, width = plan.arguments.names, plan.launch.block[0]
-    by_vectors = [members[name] for name in ("dy", "x", "gamma", "beta", "y", "dx") if name in members]
-    shape = problem.columns % problem.count == 0 and all(address % VECTOR == 0 for address in by_vectors)
-    if shape and "width" in names and plan.held * width == problem.vectors:
-        shape = FULL
-    kind = IN_STORAGE_TYPE if problem.params_in_storage_type else IN_ACCUMULATOR_TYPE
-    given = {"scaled": members["gamma"] and kind, "shifted": members["beta"] and kind}
-    codes = {"activation": phi.code, "shape": int(shape), **given, "width": width, "held": plan.held}
-    codes |= {"stages": plan.stages, "threads": plan.launch.threads, "at_once": plan.at_once}
-    return {name: code for name, code in codes.items() if name in names}
+    options = ("axes", axes), activation_named(activation, alpha)
+    return backward(BACKWARD, call, out, *options, dy, x, gamma, beta, statistics, workspace)

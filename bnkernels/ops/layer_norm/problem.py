@@ -1,9 +1,11 @@
-"""Problem of layer norm: a matrix whose rows are normalised, and the checks of the arrays."""
+"""Problem of layer norm, RMS norm and group norm: a matrix whose rows are normalised, and the checks of the arrays."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,12 +22,19 @@ MOST_PARTIALS = 2 * MOST_SPLITS  # sums of a column
 
 
 class Problem(NamedTuple):
-    """A matrix (rows, columns) of a data type; scale and shift may be of that type too, instead of the accumulator's."""
+    """A matrix (rows, columns) of a data type; scale and shift may be of that type too, instead of the accumulator's.
+
+    Layer norm centres the rows, RMS norm does not. In group norm the rows of an example are its groups of channels, of
+    which `inner` columns share one.
+    """
 
     rows: int
     columns: int
     dtype: np.dtype
     params_in_storage_type: bool = False
+    centred: bool = True
+    channel_groups: int = 1
+    inner: int = 1
 
     @property
     def acc_dtype(self) -> np.dtype:
@@ -36,6 +45,16 @@ class Problem(NamedTuple):
     def params_dtype(self) -> np.dtype:
         """The data type of scale and shift, and of their gradients."""
         return self.dtype if self.params_in_storage_type else self.acc_dtype
+
+    @property
+    def channels(self) -> int:
+        """The channels of a row."""
+        return self.columns // self.inner
+
+    @property
+    def statistics_shape(self) -> tuple[int, int]:
+        """The shape of the statistics: rows mean, mean_low and rstd, or rstd alone."""
+        return (3 if self.centred else 1), self.rows
 
     @property
     def count(self) -> int:
@@ -49,48 +68,95 @@ class Problem(NamedTuple):
 
 
 Arguments = dict[str, check.Argument | None]
+Shape = tuple[int, ...]
 
 
-def _forward(args: Arguments, axes: int) -> Problem:
-    problem = _rows(args, axes)
-    check.contiguous(args["y"], args["x"].shape, problem.dtype)
-    return problem
+class Checked(NamedTuple):
+    """A problem, and the shapes of its statistics and of its parameters."""
+
+    problem: Problem
+    statistics: Shape
+    parameters: Shape
 
 
-def _backward(args: Arguments, axes: int) -> Problem:
-    problem, workspace = _rows(args, axes), args["workspace"]
+Rows = Callable[..., Checked]
+
+
+def _forward(args: Arguments, *options: int, rows: Rows) -> Checked:
+    checked = rows(args, *options)
+    check.contiguous(args["y"], args["x"].shape, checked.problem.dtype)
+    return checked
+
+
+def _backward(args: Arguments, *options: int, rows: Rows) -> Checked:
+    checked, workspace = rows(args, *options), args["workspace"]
+    problem = checked.problem
     for name in ("dx", "dy"):
         check.contiguous(args[name], args["x"].shape, problem.dtype)
     for name in ("dgamma", "dbeta"):
-        check.contiguous(args[name], args["x"].shape[-axes:], problem.params_dtype)
+        check.contiguous(args.get(name), checked.parameters, problem.params_dtype)
     if workspace is not None:
-        wanted = MOST_PARTIALS * problem.columns
+        wanted = max(MOST_PARTIALS, 4 * problem.channel_groups) * problem.columns
         if len(workspace.shape) != 1 or workspace.shape[0] < wanted:
             raise ValueError(f"workspace must have one axis of at least {wanted} numbers, got {workspace.shape}")
         check.contiguous(workspace, workspace.shape, problem.acc_dtype)
-    return problem
+    return checked
 
 
-def _rows(args: Arguments, axes: int) -> Problem:
-    """Check x, gamma, beta and statistics."""
+def _trailing(args: Arguments, axes: int, *, centred: bool = True) -> Checked:
+    """Check x, gamma, beta and statistics of a norm over the last axes."""
     x = args["x"]
     check.floating(x)
     if len(x.shape) < axes or 0 in x.shape[-axes:]:
         wanted = "(..., C), C at least 1," if axes == 1 else f"(..., *S), S of {axes} axes, each at least 1 long,"
         raise ValueError(f"x must have the shape {wanted} got {x.shape}: there is nothing to normalise")
+    leading, last = x.shape[:-axes], x.shape[-axes:]
+    return _of_rows(args, math.prod(leading), math.prod(last), leading, last, centred=centred)
+
+
+def _channel_groups(args: Arguments, groups: int) -> Checked:
+    """Check the same of a norm over groups of channels and all positions."""
+    x = args["x"]
+    check.floating(x)
+    if len(x.shape) < 2 or 0 in x.shape[1:]:
+        raise ValueError(f"x must have the shape (N, C, ...), no axis empty but N, got {x.shape}: nothing to normalise")
+    if x.shape[1] % groups:
+        raise ValueError(f"groups must divide the {x.shape[1]} channels of x, got {groups}")
+    inner = math.prod(x.shape[2:])
+    sizes = x.shape[0] * groups, x.shape[1] // groups * inner
+    return _of_rows(args, *sizes, (x.shape[0], groups), x.shape[1:2], channel_groups=groups, inner=inner)
+
+
+def _of_rows(args: Arguments, rows: int, columns: int, leading: Shape, of_parameters: Shape, **more: Any) -> Checked:
+    """Check the layouts and the types of x, gamma, beta and statistics."""
+    x, vectors = args["x"], [args.get(name) for name in ("gamma", "beta")]
     check.contiguous(x, x.shape, x.dtype)
-    vectors = [args[name] for name in ("gamma", "beta")]
     in_storage_type = x.dtype.itemsize == 2 and any(one is not None and one.dtype == x.dtype for one in vectors)
-    problem = Problem(math.prod(x.shape[:-axes]), math.prod(x.shape[-axes:]), x.dtype, in_storage_type)
+    problem = Problem(rows, columns, x.dtype, in_storage_type, **more)
     for one in vectors:
-        check.contiguous(one, x.shape[-axes:], problem.params_dtype)
-    check.contiguous(args["statistics"], (3, *x.shape[:-axes]), problem.acc_dtype)
-    return problem
+        check.contiguous(one, of_parameters, problem.params_dtype)
+    of_statistics = problem.statistics_shape[0], *leading
+    check.contiguous(args["statistics"], of_statistics, problem.acc_dtype)
+    return Checked(problem, of_statistics, of_parameters)
 
 
-FORWARD = Operands("y statistics", "x gamma beta", _forward, optional="y statistics gamma beta", in_place="x")
-BACKWARD = Operands(
-    *("dx dgamma dbeta workspace", "dy x gamma beta statistics", _backward),
-    optional="dx dgamma dbeta workspace gamma beta",
-    in_place="dy",
-)
+def _operands(rows: Rows, optional: str = "gamma beta") -> tuple[Operands, Operands]:
+    """Return the operands of forward and backward, which have the parameters `optional`."""
+    gradients = " ".join(f"d{name}" for name in optional.split())
+    return (
+        Operands(
+            *("y statistics", f"x {optional}", partial(_forward, rows=rows)),
+            optional=f"y statistics {optional}",
+            in_place="x",
+        ),
+        Operands(
+            *(f"dx {gradients} workspace", f"dy x {optional} statistics", partial(_backward, rows=rows)),
+            optional=f"dx {gradients} workspace {optional}",
+            in_place="dy",
+        ),
+    )
+
+
+FORWARD, BACKWARD = _operands(_trailing)
+RMS_FORWARD, RMS_BACKWARD = _operands(partial(_trailing, centred=False), "gamma")
+GROUP_FORWARD, GROUP_BACKWARD = _operands(_channel_groups)

@@ -1,4 +1,4 @@
-"""NumPy reference of layer norm, on matrices: float64 throughout, rounded to the data's type at the end."""
+"""NumPy reference of layer norm, RMS norm and group norm, on matrices: in float64, rounded at the end."""
 
 from __future__ import annotations
 
@@ -32,6 +32,14 @@ def _centre(x: np.ndarray, statistics: np.ndarray) -> np.ndarray:
     return d
 
 
+def _of_columns(problem: Problem, parameters: np.ndarray | None) -> np.ndarray | None:
+    """Return the parameters of all columns, of every row where those of the rows differ."""
+    if parameters is None:
+        return None
+    each = parameters.reshape(-1).astype(problem.acc_dtype).repeat(problem.inner).reshape(problem.channel_groups, -1)
+    return np.tile(each, (problem.rows // problem.channel_groups, 1)) if problem.channel_groups > 1 else each[0]
+
+
 def _activated(
     xhat: np.ndarray, gamma: np.ndarray | None, beta: np.ndarray | None, acc_dtype: np.dtype, phi: Activation
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -59,11 +67,11 @@ def forward(
 ) -> None:
     """Write `y` and `statistics`."""
     acc_dtype, shape = problem.acc_dtype, (problem.rows, problem.columns)
-    x, y, statistics = x.reshape(shape), y.reshape(shape), statistics.reshape(3, -1)
-    gamma, beta = (None if array is None else array.reshape(-1).astype(acc_dtype) for array in (gamma, beta))
-    d = _centre(x, statistics)
+    x, y, statistics = x.reshape(shape), y.reshape(shape), statistics.reshape(problem.statistics_shape)
+    gamma, beta = (_of_columns(problem, array) for array in (gamma, beta))
+    d = _centre(x, statistics) if problem.centred else x.astype(FLOAT64)
     rstd = 1 / np.sqrt(_means(d * d).astype(acc_dtype) + acc_dtype.type(eps))
-    statistics[2] = rstd[:, 0]
+    statistics[-1] = rstd[:, 0]
     d *= rstd
     y[...] = _activated(d, gamma, beta, acc_dtype, phi)[1]
 
@@ -79,27 +87,31 @@ def backward(
     phi: Activation,
     dx: np.ndarray,
     dgamma: np.ndarray,
-    dbeta: np.ndarray,
+    dbeta: np.ndarray | None,
 ) -> None:
     """Write the gradients; `dx` may be `dy`."""
     acc_dtype, shape = problem.acc_dtype, (problem.rows, problem.columns)
-    dy, x, dx, statistics = dy.reshape(shape), x.reshape(shape), dx.reshape(shape), statistics.reshape(3, -1)
-    gamma, beta = (None if array is None else array.reshape(-1).astype(acc_dtype) for array in (gamma, beta))
-    high, low, rstd = statistics.astype(FLOAT64)[:, :, None]
-    xhat = x - high
-    xhat -= low
+    dy, x, dx, statistics = dy.reshape(shape), x.reshape(shape), dx.reshape(shape), statistics.astype(FLOAT64)
+    gamma, beta = (_of_columns(problem, array) for array in (gamma, beta))
+    *mean, rstd = statistics.reshape(*problem.statistics_shape, 1)
+    xhat = x.astype(FLOAT64)
+    for part in mean:
+        xhat -= part
     xhat *= rstd
     if phi.is_identity:
         g = dy.astype(FLOAT64)
     else:
         z, h = _activated(xhat, gamma, beta, acc_dtype, phi)
         g = phi.backward(np, dy.astype(acc_dtype, copy=False), h if phi.from_output else z).astype(FLOAT64)
-    for gradient, sums in ((dbeta, total(g, 0)[0]), (dgamma, total(g * xhat, 0)[0])):
-        gradient.reshape(-1)[...] = sums.astype(acc_dtype)
+    for gradient, terms in ((dbeta, g), (dgamma, g * xhat)):
+        if gradient is not None:
+            sums = total(terms.reshape(-1, problem.channel_groups * problem.columns), 0)
+            gradient.reshape(-1)[...] = total(sums.reshape(-1, problem.inner), 1)[:, 0].astype(acc_dtype)
     if gamma is not None:
         g *= gamma
     slope = _means(g * xhat)
-    g -= _means(g)
+    if problem.centred:
+        g -= _means(g)
     xhat *= slope
     g -= xhat
     g *= rstd

@@ -1,4 +1,5 @@
-// Gradients of layer norm over a row, or over some of its columns: a row's sums, the terms of column sums, and dx.
+// Gradients of layer norm over a row, or over some of its columns: a row's sums, the terms of column sums, and dx. Rows
+// that are not centred, those of RMS norm, have no mean to subtract, so none of h either, and no shift.
 #pragma once
 
 #include "lib/numbers/activation.cuh"
@@ -16,6 +17,22 @@ struct RowStatistics {
 
 enum ColumnSum { DGAMMA = 0, DBETA = 1 };
 
+// Sum of pairs over the lanes of a warp, in a fixed order. All lanes must call.
+template <typename A>
+__device__ __forceinline__ Pair<A> warp_sum(Pair<A> sum) {
+#pragma unroll
+    for (int offset = WARP / 2; offset > 0; offset /= 2)
+        sum = add(sum, Pair<A>{__shfl_xor_sync(0xffffffffu, sum.high, offset),
+                               __shfl_xor_sync(0xffffffffu, sum.low, offset)});
+    return sum;
+}
+
+// The number of column sums.
+template <typename Arguments>
+__device__ __forceinline__ int quantities(const Arguments& a) {
+    return a.centred ? 2 : 1;
+}
+
 // Stores the sum of a column, in the type of scale and shift.
 template <typename T, typename Arguments, typename A>
 __device__ __forceinline__ void store_sum(const Arguments& a, int quantity, long long column, A sum) {
@@ -26,11 +43,29 @@ __device__ __forceinline__ void store_sum(const Arguments& a, int quantity, long
         static_cast<A*>(to)[column] = sum;
 }
 
+// The rows of a block, or of the blocks that share rows: every `blocks`-th one of those of a group of channels. Of all
+// rows, number i of these is i * groups + group.
+struct GroupRows {
+    unsigned groups, group, blocks, block;
+    long long all;
+
+    template <typename Arguments>
+    __device__ __forceinline__ explicit GroupRows(const Arguments& a)
+        : groups(a.channel_groups),
+          group(blockIdx.x % groups),
+          blocks(gridDim.x / groups),
+          block(blockIdx.x / groups),
+          all(a.rows / groups) {}
+
+    __device__ __forceinline__ long long row(long long i) const { return i * groups + group; }
+};
+
 // The row's statistics; not asked for beyond the last row.
 template <typename Arguments>
 __device__ __forceinline__ auto statistics_of(const Arguments& a, long long n) {
     using A = decltype(a.alpha + a.alpha);
     if (n >= a.rows) return RowStatistics<A>{{A(0), A(0)}, A(0)};
+    if (!a.centred) return RowStatistics<A>{{A(0), A(0)}, a.statistics[n]};
     return RowStatistics<A>{{a.statistics[n], a.statistics[a.rows + n]}, a.statistics[2 * a.rows + n]};
 }
 
@@ -39,6 +74,15 @@ template <typename T, typename A>
 struct ColumnTerms {
     A dgamma[UNIT<T>], dbeta[UNIT<T>];
 };
+
+// The sums of h and h xhat over the threads of a row. Without a mean that of h is not needed. All threads must call.
+template <typename A, typename Arguments>
+__device__ __forceinline__ void sums_of_row(const Arguments& a, A (&sums)[2], int width, A* scratch) {
+    if (a.centred) return row_sums(sums, width, scratch);
+    A product[1] = {sums[1]};
+    row_sums(product, width, scratch);
+    sums[1] = product[0];
+}
 
 // Columns of a row of dy and x, of which a thread has up to HELD units. ROLLED: the loop of the copies, which saves
 // registers.
@@ -49,6 +93,7 @@ struct RowGradients {
     const RowUnits<T> units;
     const ThreadVectors stage;      // dy and x, alternating
     const long long column, place;  // of the first column: in the row, and in the matrix
+    const ParameterPlace parameters;
     const bool is_there;
     const A rstd;
     const Pair<A> mean;
@@ -61,6 +106,7 @@ struct RowGradients {
           stage(stage),
           column(column),
           place(n * a.columns + column),
+          parameters(parameter_place(a, n, column)),
           is_there(n < a.rows),
           rstd(statistics.rstd),
           mean(statistics.rstd == A(0) ? Pair<A>{A(0), A(0)} : statistics.mean) {}
@@ -91,13 +137,13 @@ struct RowGradients {
             if (has) {
                 unpack<T>(stage[2 * k], g);
                 unpack<T>(stage[2 * k + 1], xhat);
-                units.load_parameters(gamma, a.gamma, a.scaled, column, k, A(1));
+                units.load_parameters(gamma, a.gamma, a.scaled, parameters, k, A(1));
 #pragma unroll
                 for (int i = 0; i < UNIT<T>; ++i)
                     xhat[i] = units.has(k, i) ? fma(xhat[i] - mean.high, rstd, -mean.low * rstd) : A(0);
                 if (CURVED || a.alpha != A(1)) {
                     Unpacked<T> z;
-                    units.load_parameters(z, a.beta, a.shifted, column, k, A(0));
+                    units.load_parameters(z, a.beta, a.shifted, parameters, k, A(0));
 #pragma unroll
                     for (int i = 0; i < UNIT<T>; ++i) z[i] = fma(gamma[i], xhat[i], z[i]);
                     activation_backward_all(g, z, CURVED ? a.activation : LINEAR, a.alpha);
@@ -114,10 +160,10 @@ struct RowGradients {
 #pragma unroll
             for (int i = 0; has && i < UNIT<T>; ++i) {
                 const A h = gamma[i] * a.half_share * g[i];
-                sum += h;
+                if (a.centred) sum += h;
                 product = fma(h, xhat[i], product);
                 terms[0].dgamma[i] = fma(g[i], xhat[i], terms[0].dgamma[i]);
-                terms[0].dbeta[i] += g[i];
+                if (a.centred) terms[0].dbeta[i] += g[i];
             }
             sums[0] += sum;
             sums[1] += product;

@@ -1,5 +1,6 @@
 // Mean and variance of a row, or of some of its columns, from two plain sums; the merge of such parts; and what follows
-// from them for the row's output.
+// from them for the row's output. Where rows are not centred, as in RMS norm, the mean counts as 0 everywhere: moments
+// are about 0 and one sum is enough.
 //
 // The first sum finds a number near the mean, from half distances to one of the row's numbers, each divided by their
 // count before it is added: they cannot overflow, and equal numbers have exactly their mean. The second sums, of
@@ -45,6 +46,15 @@ __device__ __forceinline__ void add_distances(A (&sums)[2], const RowUnits<T>& u
     sums[1] += squares;
 }
 
+// Adds the squares of a unit. Elements beyond the end of the row are 0.
+template <typename T, typename A>
+__device__ __forceinline__ void add_squares(A& sum, const Unpacked<T>& x) {
+    A squares = A(0);
+#pragma unroll
+    for (int i = 0; i < UNIT<T>; ++i) squares = fma(x[i], x[i], squares);
+    sum += squares;
+}
+
 // The moments from these sums. share: 1 / count.
 template <typename A>
 __device__ __forceinline__ RowMoments<A> moments_about(A centre, const A (&sums)[2], A count, A share) {
@@ -82,14 +92,25 @@ __device__ __forceinline__ RowMoments<A> merge_warp(RowMoments<A> own, int lanes
     return of_lane(0);
 }
 
+// Writes the statistics of row n: mean, mean_low and rstd, or rstd alone.
+template <typename A, typename Arguments>
+__device__ __forceinline__ void store_statistics(const Arguments& a, long long n, Pair<A> mean, A rstd) {
+    if (a.centred) {
+        a.statistics[n] = mean.high;
+        a.statistics[a.rows + n] = mean.low;
+    }
+    a.statistics[a.centred ? 2 * a.rows + n : n] = rstd;
+}
+
 // Writes unit k of y. With rstd = 0 the numbers are finite, but their distance from the mean may not be: then the mean
 // given is 0.
 template <typename T, typename A, typename Arguments>
-__device__ __forceinline__ void write_normalised(const Arguments& a, const RowUnits<T>& units, T* y, long long column,
-                                                 int k, const Unpacked<T>& x, Pair<A> mean, A rstd) {
+__device__ __forceinline__ void write_normalised(const Arguments& a, const RowUnits<T>& units, T* y,
+                                                 const ParameterPlace& place, int k, const Unpacked<T>& x, Pair<A> mean,
+                                                 A rstd) {
     Unpacked<T> gamma, z;
-    units.load_parameters(gamma, a.gamma, a.scaled, column, k, A(1));
-    units.load_parameters(z, a.beta, a.shifted, column, k, A(0));
+    units.load_parameters(gamma, a.gamma, a.scaled, place, k, A(1));
+    units.load_parameters(z, a.beta, a.shifted, place, k, A(0));
     const A rest = -mean.low * rstd;
 #pragma unroll
     for (int i = 0; i < UNIT<T>; ++i) z[i] = fma(gamma[i], fma(x[i] - mean.high, rstd, rest), z[i]);

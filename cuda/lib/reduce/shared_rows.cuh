@@ -97,10 +97,11 @@ struct GroupSums {
         to[0] = sum.high;
         to[columns] = sum.low;
     }
-    __device__ __forceinline__ A of_all_groups(int quantity, long long column) const {
-        Pair<A> sum = load(0, quantity, column);
+    // Sum over every `step`-th group.
+    __device__ __forceinline__ Pair<A> of_all_groups(int quantity, long long column, int first, int step) const {
+        Pair<A> sum = load(first, quantity, column);
 #pragma unroll 1
-        for (int group = 1; group < gridDim.x; ++group) sum = add(sum, load(group, quantity, column));
-        return value(sum);
+        for (int group = first + step; group < gridDim.x; group += step) sum = add(sum, load(group, quantity, column));
+        return sum;
     }
 };

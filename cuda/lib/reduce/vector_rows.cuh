@@ -17,6 +17,20 @@ enum RowShape { ANY = 0, ALIGNED = 1, FULL = 2 };
 // Scale and shift: not given, of the accumulator's type or of the data's, if that has 16 bits.
 enum ParameterKind { NOT_GIVEN = 0, IN_ACCUMULATOR_TYPE = 1, IN_STORAGE_TYPE = 2 };
 
+// Where the parameters of a part of a row are: that of its column j is number first + (column + j) / inner.
+struct ParameterPlace {
+    long long first, column;
+    int inner;
+};
+
+// The place for the columns of row n from `column` on. Rows are those of the groups of channels in turn, and `inner`
+// columns share a channel.
+template <typename Arguments>
+__device__ __forceinline__ ParameterPlace parameter_place(const Arguments& a, long long n, long long column) {
+    const long long first = a.channel_groups == 1 ? 0 : n % a.channel_groups * (a.columns / a.inner);
+    return {first, column, a.inner};
+}
+
 // The units of a thread in a row, or in a part of one, of `columns`: the first in `column`, the others `step` columns
 // apart.
 template <typename T>
@@ -59,11 +73,13 @@ struct RowUnits {
             if (has(k, i)) row[column + k * step + i] = T(values[i]);
     }
 
-    // Loads the parameters of the columns of unit k of a part of a row from column `first` on; where there are none they
-    // are `missing`. Beyond the end of the row they are finite.
+    // Loads the parameters of the columns of unit k of a part of a row; those that are not given are `missing`. Beyond
+    // the end of the row they are finite.
     template <typename A>
     __device__ __forceinline__ void load_parameters(Unpacked<T>& values, const void* parameters, int kind,
-                                                    long long first, int k, A missing) const {
+                                                    const ParameterPlace& place, int k, A missing) const {
+        if (place.inner > 1) return load_of_channels(values, parameters, kind, place, k, missing);
+        const long long first = place.first + place.column;
         if (sizeof(T) == 2 && kind == IN_STORAGE_TYPE) return unpack<T>(load((const T*)parameters + first, k), values);
 #pragma unroll
         for (int i = 0; i < UNIT<T>; ++i) values[i] = missing;
@@ -80,6 +96,24 @@ struct RowUnits {
                 for (int j = 0; j < UNIT<A>; ++j)
                     if (has(k, i + j)) values[i + j] = own[i + j];
             }
+        }
+    }
+
+    // The same where several columns share a channel: one number for a unit that is within one, else one by one.
+    template <typename A>
+    __device__ __forceinline__ void load_of_channels(Unpacked<T>& values, const void* parameters, int kind,
+                                                     const ParameterPlace& place, int k, A missing) const {
+        const long long own = place.column + column + k * step;
+        const bool within = place.inner % UNIT<T> == 0;
+        A one = missing;
+#pragma unroll
+        for (int i = 0; i < UNIT<T>; ++i) {
+            if (kind && (within ? i == 0 : has(k, i))) {
+                const long long channel = place.first + (own + i) / place.inner;
+                one = kind == IN_STORAGE_TYPE ? A(static_cast<const T*>(parameters)[channel])
+                                              : static_cast<const A*>(parameters)[channel];
+            }
+            values[i] = one;
         }
     }
 };

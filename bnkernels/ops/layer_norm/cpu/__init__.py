@@ -1,4 +1,4 @@
-"""Layer norm on the CPU, compiled by Numba: the kernels of a pass, and how its rows are shared among threads.
+"""Layer norm, RMS norm and group norm on the CPU, compiled by Numba: the kernels, and who computes which rows.
 
 Blocks of rows are fixed by the shape, so the bits are the same for any number of threads. Beside its arrays a call
 takes 2 MiB at most, for the sums of columns of every block.
@@ -34,12 +34,21 @@ def forward(
     phi: Activation,
     y: np.ndarray,
     statistics: np.ndarray,
-) -> Callable[[Any], None]:
-    """Return what writes `y` and `statistics`."""
-    (rows, columns, *_), (like, params, _, _) = problem, _plan(problem)
+) -> Callable[[tuple], None]:
+    """Return what writes `y` and `statistics`, given these, x, gamma and beta as a tuple."""
+    rows, columns, (like, params, _, _) = problem.rows, problem.columns, _plan(problem)
     pointers = addresses(None, x, gamma, beta, y, statistics)
-    given = like, params, *pointers, rows, columns, eps, phi.alpha, phi.code
-    return lambda _: share(forward_rows, rows, rows * columns, *given)
+    numbers = rows, columns, problem.channel_groups, problem.centred, eps, phi.alpha, phi.code
+    if problem.inner == 1:
+        given = like, params, *pointers, *numbers
+        return lambda _: share(forward_rows, rows, rows * columns, *given)
+
+    def of_channels(arrays: tuple) -> None:
+        own = [_of_columns(problem, array) for array in arrays[3:5]]
+        given = like, params, pointers[0], *addresses(None, *own), *pointers[3:], *numbers
+        share(forward_rows, rows, rows * columns, *given)
+
+    return of_channels
 
 
 def backward(
@@ -52,31 +61,52 @@ def backward(
     phi: Activation,
     dx: np.ndarray,
     dgamma: np.ndarray,
-    dbeta: np.ndarray,
-) -> Callable[[Any], None]:
-    """Return what writes the gradients; `dx` may be `dy`."""
-    (rows, columns, *_), (like, params, height, blocks) = problem, _plan(problem)
-    given = like, params, *addresses(None, dy, x, gamma, beta, statistics)
-    outputs, numbers = addresses(None, dx, dgamma, dbeta), (rows, columns, phi.alpha, phi.code)
+    dbeta: np.ndarray | None,
+) -> Callable[[tuple], None]:
+    """Return what writes the gradients, given these, dy, x, gamma, beta and statistics; `dx` may be `dy`."""
+    inputs, outputs = addresses(None, dy, x, gamma, beta, statistics), addresses(None, dx, dgamma, dbeta)
+    if problem.inner == 1:
+        return lambda _: _differentiate(problem, phi, inputs, outputs)
 
-    def by_rows(_: Any) -> None:
-        sums = np.empty(2 * blocks * columns)
-        share(backward_blocks, blocks, rows * columns, *given, *outputs, host_pointer(sums), *numbers, height)
-        if blocks > 1:
-            for offset, out in ((0, outputs[2]), (columns, outputs[1])):
-                merge(params, host_pointer(sums), offset, 2 * columns, blocks, columns, out)
+    @np.errstate(all="ignore")  # kernels have no warnings either
+    def of_channels(arrays: tuple) -> None:
+        gradients, own = arrays[1:3], [_of_columns(problem, array) for array in arrays[5:7]]
+        sums = [np.empty(problem.channel_groups * problem.columns, problem.acc_dtype) for _ in gradients]
+        given = *inputs[:2], *addresses(None, *own), inputs[4]
+        _differentiate(problem, phi, given, (outputs[0], *addresses(None, *sums)))
+        for gradient, of_columns in zip(gradients, sums, strict=True):
+            gradient[...] = of_columns.reshape(-1, problem.inner).sum(1, dtype=np.float64).astype(problem.acc_dtype)
 
-    def by_columns(_: Any) -> None:
+    return of_channels
+
+
+def _of_columns(problem: Problem, parameters: np.ndarray | None) -> np.ndarray | None:
+    """Return the parameters of all columns of an example."""
+    return None if parameters is None else parameters.astype(problem.acc_dtype).repeat(problem.inner)
+
+
+def _differentiate(problem: Problem, phi: Activation, inputs: tuple[int, ...], outputs: tuple[int, int, int]) -> None:
+    """Write dx, and the gradients of the parameters of all columns of an example."""
+    rows, columns, groups, (like, params, height, blocks) = *problem[:2], problem.channel_groups, _plan(problem)
+    given, numbers = (like, params, *inputs), (rows, columns, groups, problem.centred, phi.alpha, phi.code)
+    if columns > HELD:
         sums = np.empty(3 * rows)
         share(backward_rows, rows, rows * columns, *given, host_pointer(sums), *numbers)
-        lines = ceil_div(columns, LINE)
+        lines = groups * ceil_div(columns, LINE)
         share(backward_columns, lines, rows * columns, *given, *outputs, host_pointer(sums), *numbers)
-
-    return by_rows if columns <= HELD else by_columns
+        return
+    sums = np.empty(2 * blocks * groups * columns)
+    share(backward_blocks, blocks * groups, rows * columns, *given, *outputs, host_pointer(sums), *numbers, height)
+    if blocks > 1:
+        step, size = 2 * groups * columns, groups * columns
+        for offset, out in ((0, outputs[2]), (size, outputs[1]))[0 if problem.centred else 1 :]:
+            merge(params, host_pointer(sums), offset, step, blocks, size, out)
 
 
 @lru_cache(maxsize=1024)
 def _plan(problem: Problem) -> tuple[Any, Any, int, int]:
     """Return an example of the data and one of the parameters, and height and number of the blocks of rows."""
-    height = GROUP * ceil_div(max(HEIGHT, ceil_div(problem.rows, max(1, MOST_SUMS // (2 * problem.columns)))), GROUP)
-    return LIKE[problem.dtype.name], LIKE[problem.params_dtype.name], height, ceil_div(problem.rows, height)
+    rows, columns = problem.rows // problem.channel_groups, problem.channel_groups * problem.columns
+    height = GROUP * ceil_div(max(HEIGHT, ceil_div(rows, max(1, MOST_SUMS // (2 * columns)))), GROUP)
+    params = problem.params_dtype if problem.inner == 1 else problem.acc_dtype
+    return LIKE[problem.dtype.name], LIKE[params.name], height, ceil_div(rows, height)

@@ -1,9 +1,9 @@
-"""Layer norm backward on the CPU.
+"""Layer norm, RMS norm and group norm backward on the CPU.
 
 Formulas:  Of ``cuda/layer_norm_backward.cu``.
 Arrays:    Those of the CUDA kernel, given by their addresses; 0 for none. sums: of the columns of every block, or of
            long rows the two means and whether the gradients were scaled; float64.
-Tasks:     Blocks of `height` rows. Of rows too long to be held: rows, and then lines of columns.
+Tasks:     Blocks of `height` rows of a group of channels. Of rows too long to be held: rows, and then lines of columns.
 Traffic:   dy and x are read once and dx is written once; of rows too long to be held, dy and x are read twice.
 Numerics:  Sums of a row are of float64, float32 by fours; sums of columns of the accumulator's type over 8 rows, and
            then of float64. Where a float64 sum of a row overflows, the gradients are scaled first.
@@ -40,8 +40,11 @@ LARGE_DOUBLE = 1 / SMALL_DOUBLE
 
 
 @device
-def _of_row(of_rows, n):
-    """Return mean, mean_low and rstd of a row; no mean where the distance from it may be beyond the type."""
+def _of_row(of_rows, n, centre):
+    """Return mean, mean_low and rstd of a row; the mean is 0 where the distance from it may be beyond the type."""
+    if not centre:
+        zero = cast(0, of_rows[n])
+        return zero, zero, of_rows[n]
     rows = len(of_rows) // 3
     mean, low, rstd = of_rows[n], of_rows[rows + n], of_rows[2 * rows + n]
     return (rstd, rstd, rstd) if rstd == 0 else (mean, low, rstd)
@@ -122,8 +125,8 @@ def _write(like, dx, offset, gradient, weights, xhat, rstd, mean, slope, line):
 
 @kernel
 def backward_blocks(
-    like, params, dy, x, gamma, beta, statistics, dx, dgamma, dbeta, sums, rows, columns, alpha, code, height, first,
-    last
+    like, params, dy, x, gamma, beta, statistics, dx, dgamma, dbeta, sums, rows, columns, groups, centre, alpha, code,
+    height, first, last
 ):  # fmt: skip
     """Write `dx` and the sums of columns of blocks of rows, or of the only block the gradients."""
     acc = accumulator(like)
@@ -134,17 +137,19 @@ def backward_blocks(
     ones, zeros = part(ones, 0, columns), part(zeros, 0, columns)
     of_beta, of_gamma = part(of_beta, 0, columns), part(of_gamma, 0, columns)
     fill_line(ones, cast(1, acc)), fill_line(zeros, acc), fill_line(of_beta, acc), fill_line(of_gamma, acc)
-    weights, shifts = vector(params, gamma, 0, ones), vector(params, beta, 0, zeros)
     alpha = cast(alpha, acc)
-    of_rows = numbers(acc, statistics, 0, 3 * rows)
-    for block in range(first, last):
-        beta_sums = doubles(sums, 2 * block * columns, columns)
-        gamma_sums = doubles(sums, (2 * block + 1) * columns, columns)
+    of_rows = numbers(acc, statistics, 0, 3 * rows if centre else rows)
+    for task in range(first, last):
+        block, group = task // groups, task % groups
+        weights, shifts = vector(params, gamma, group * columns, ones), vector(params, beta, group * columns, zeros)
+        beta_sums = doubles(sums, (2 * block * groups + group) * columns, columns)
+        gamma_sums = doubles(sums, ((2 * block + 1) * groups + group) * columns, columns)
         fill_line(beta_sums, 0.0), fill_line(gamma_sums, 0.0)
-        end = min(rows, (block + 1) * height)
+        end = min(rows // groups, (block + 1) * height)
         for start in range(block * height, end, GROUP):
-            for n in range(start, min(start + GROUP, end)):
-                of_row, offset = _of_row(of_rows, n), n * columns
+            for i in range(start, min(start + GROUP, end)):
+                n = i * groups + group
+                of_row, offset = _of_row(of_rows, n, centre), n * columns
                 given = weights, shifts, alpha, code, xhat, g, line
                 values, gradient = _gradients(like, dy, x, offset, of_row, *given)
                 sum_h, product = _add_up(values, gradient, of_row, weights, xhat, of_beta, of_gamma)
@@ -152,7 +157,7 @@ def backward_blocks(
                 if scaled:
                     sum_h, product = _add_scaled(gradient, weights, xhat, g, line)
                     gradient = g
-                means = sum_h / columns, product / columns
+                means = sum_h / columns if centre else 0.0, product / columns
                 out = _write(like, dx, offset, gradient, weights, xhat, of_row[2], *means, line)
                 if scaled:
                     for j in range(columns):
@@ -160,14 +165,15 @@ def backward_blocks(
                 store(like, dx, offset, out)
             flush(of_beta, beta_sums)
             flush(of_gamma, gamma_sums)
-    if height >= rows:
-        store_sums(params, dbeta, 0, doubles(sums, 0, columns), line)
-        store_sums(params, dgamma, 0, doubles(sums, columns, columns), line)
+        if height >= rows // groups:
+            if centre:
+                store_sums(params, dbeta, group * columns, beta_sums, line)
+            store_sums(params, dgamma, group * columns, gamma_sums, line)
 
 
 @kernel
 def backward_rows(
-    like, params, dy, x, gamma, beta, statistics, sums, rows, columns, alpha, code, first, last
+    like, params, dy, x, gamma, beta, statistics, sums, rows, columns, groups, centre, alpha, code, first, last
 ):  # fmt: skip
     """Write the two means of long rows, and whether their gradients are scaled."""
     acc = accumulator(like)
@@ -175,16 +181,17 @@ def backward_rows(
     ones, zeros, of_beta, of_gamma = stack(acc, LINE), stack(acc, LINE), stack(acc, LINE), stack(acc, LINE)
     fill_line(ones, cast(1, acc)), fill_line(zeros, acc)
     means, alpha = doubles(sums, 0, 3 * rows), cast(alpha, acc)
-    of_rows = numbers(acc, statistics, 0, 3 * rows)
+    of_rows = numbers(acc, statistics, 0, 3 * rows if centre else rows)
     for n in range(first, last):
-        of_row, scaled = _of_row(of_rows, n), False
+        of_row, scaled = _of_row(of_rows, n, centre), False
         while True:
             pair, products = (0.0, 0.0), (0.0, 0.0)
             for start in range(0, columns, LINE):
                 count = min(LINE, columns - start)
-                weights, shifts = vector(params, gamma, start, part(ones, 0, count)), part(zeros, 0, count)
+                own = n % groups * columns + start
+                weights, shifts = vector(params, gamma, own, part(ones, 0, count)), part(zeros, 0, count)
                 lines = part(xhat, 0, count), part(g, 0, count), part(line, 0, count)
-                given = dy, x, n * columns + start, of_row, weights, vector(params, beta, start, shifts)
+                given = dy, x, n * columns + start, of_row, weights, vector(params, beta, own, shifts)
                 values, gradient = _gradients(like, *given, alpha, code, *lines)
                 sum_h, product = _add_up(values, gradient, of_row, weights, lines[0], of_beta, of_gamma)
                 if scaled:
@@ -194,12 +201,14 @@ def backward_rows(
             if scaled or not is_double(like) or np.isfinite(sum_h + product):
                 break
             scaled = True
-        means[n], means[rows + n], means[2 * rows + n] = sum_h / columns, product / columns, scaled
+        means[n], means[rows + n] = sum_h / columns if centre else 0.0, product / columns
+        means[2 * rows + n] = scaled
 
 
 @kernel
 def backward_columns(
-    like, params, dy, x, gamma, beta, statistics, dx, dgamma, dbeta, sums, rows, columns, alpha, code, first, last
+    like, params, dy, x, gamma, beta, statistics, dx, dgamma, dbeta, sums, rows, columns, groups, centre, alpha, code,
+    first, last
 ):  # fmt: skip
     """Write `dx` of long rows, whose means are known, and the sums of columns, line by line of columns."""
     acc = accumulator(like)
@@ -208,15 +217,19 @@ def backward_columns(
     of_beta, of_gamma, beta_sums, gamma_sums = stack(acc, LINE), stack(acc, LINE), stack(0.0, LINE), stack(0.0, LINE)
     fill_line(ones, cast(1, acc)), fill_line(zeros, acc), fill_line(of_beta, acc), fill_line(of_gamma, acc)
     alpha = cast(alpha, acc)
-    means, of_rows = doubles(sums, 0, 3 * rows), numbers(acc, statistics, 0, 3 * rows)
-    for start in range(first * LINE, min(last * LINE, columns), LINE):
+    means, of_rows = doubles(sums, 0, 3 * rows), numbers(acc, statistics, 0, 3 * rows if centre else rows)
+    lines_of_row = (columns + LINE - 1) // LINE
+    for task in range(first, last):
+        group, start = task // lines_of_row, task % lines_of_row * LINE
+        own = group * columns + start
         count = min(LINE, columns - start)
         fill_line(beta_sums, 0.0), fill_line(gamma_sums, 0.0)
-        weights, shifts = vector(params, gamma, start, part(ones, 0, count)), part(zeros, 0, count)
-        shifts = vector(params, beta, start, shifts)
+        weights, shifts = vector(params, gamma, own, part(ones, 0, count)), part(zeros, 0, count)
+        shifts = vector(params, beta, own, shifts)
         lines = part(xhat, 0, count), part(g, 0, count), part(line, 0, count)
-        for n in range(rows):
-            of_row, offset = _of_row(of_rows, n), n * columns + start
+        for i in range(rows // groups):
+            n = i * groups + group
+            of_row, offset = _of_row(of_rows, n, centre), n * columns + start
             values, gradient = _gradients(like, dy, x, offset, of_row, weights, shifts, alpha, code, *lines)
             _add_up(values, gradient, of_row, weights, lines[0], of_beta, of_gamma)
             scaled = is_double(like) and means[2 * rows + n] != 0
@@ -229,8 +242,9 @@ def backward_columns(
                 for j in range(count):
                     out[j] *= LARGE_DOUBLE
             store(like, dx, offset, out)
-            if n % GROUP == GROUP - 1 or n == rows - 1:
+            if i % GROUP == GROUP - 1 or i == rows // groups - 1:
                 flush(of_beta, part(beta_sums, 0, count))
                 flush(of_gamma, part(gamma_sums, 0, count))
-        store_sums(params, dbeta, start, part(beta_sums, 0, count), line)
-        store_sums(params, dgamma, start, part(gamma_sums, 0, count), line)
+        if centre:
+            store_sums(params, dbeta, own, part(beta_sums, 0, count), line)
+        store_sums(params, dgamma, own, part(gamma_sums, 0, count), line)

@@ -1,13 +1,14 @@
-"""Layer norm forward on the CPU.
+"""Layer norm, RMS norm and group norm forward on the CPU.
 
 Formulas:  Of ``cuda/layer_norm_forward.cu``.
-Arrays:    Those of the CUDA kernel, given by their addresses; 0 for none.
+Arrays:    Those of the CUDA kernel, given by their addresses; 0 for none. gamma and beta are those of all columns of an
+           example, whose rows are its groups.
 Tasks:     Rows.
 Traffic:   A row is read from memory once as long as it fits into the cache, and written once; gamma and beta stay in
            the cache.
 Numerics:  The mean is summed in float64, and so are the squares about it, float32 by fours. What the mean of float64
            data lost by rounding is found beside them. Where the variance is beyond the type, the numbers are scaled
-           first: their sum may be beyond it too.
+           first: their sum may be beyond it too. Rows that are not centred have the mean 0.
 Order:     A row knows of no other.
 """
 
@@ -46,7 +47,7 @@ def vector(params, array, first, line):
 
 
 @device
-def _moments(like, x, offset, columns, scale, line, d):
+def _moments(like, x, offset, columns, centre, scale, line, d):
     """Return mean, remainder and variance of a row times `scale`; leave its last line less the mean in `d`."""
     factor = cast(scale, line[0])
     sums, rests, squares = (0.0, 0.0), (0.0, 0.0), (0.0, 0.0)
@@ -58,7 +59,7 @@ def _moments(like, x, offset, columns, scale, line, d):
                 scaled[j] = values[j] * factor
             values = scaled
         sums = add(sums, total(values))
-    exact = (sums[0] + sums[1]) / columns
+    exact = (sums[0] + sums[1]) / columns if centre else 0.0
     mean = cast(exact, factor)
     for start in range(0, columns, LINE):
         values, centred = part(line, 0, min(LINE, columns - start)), part(d, 0, min(LINE, columns - start))
@@ -70,7 +71,7 @@ def _moments(like, x, offset, columns, scale, line, d):
             values = centred
         rest, square = _centre(values, mean, centred)
         rests, squares = add(rests, rest), add(squares, square)
-    return _of_sums(columns, exact, mean, rests[0] + rests[1], squares[0] + squares[1])
+    return _of_sums(columns, exact, mean, rests[0] + rests[1] if centre else 0.0, squares[0] + squares[1])
 
 
 @device
@@ -116,22 +117,32 @@ def _statistics(mean, rest, variance, back, eps):
 
 
 @device
+def _keep(of_rows, n, centre, mean, low, rstd):
+    """Write the statistics of a row, without the mean if that was not subtracted."""
+    if not centre:
+        of_rows[n] = rstd
+        return
+    rows = len(of_rows) // 3
+    of_rows[n], of_rows[rows + n], of_rows[2 * rows + n] = mean, low, rstd
+
+
+@device
 def _normalise(centred, low, rstd, weights, shifts, z):
     for j in range(len(z)):
         z[j] = (centred[j] - low) * rstd * weights[j] + shifts[j]
 
 
 @inner
-def _row(like, params, x, gamma, beta, y, of_rows, n, columns, eps, alpha, code, line, d, ones, zeros):
+def _row(like, params, x, gamma, beta, y, of_rows, n, columns, groups, centre, eps, alpha, code, line, d, ones, zeros):
     """Normalise a row."""
-    scale, rows = 1.0, len(of_rows) // 3
+    scale = 1.0
     while True:
-        mean, rest, variance = _moments(like, x, n * columns, columns, scale, line, d)
+        mean, rest, variance = _moments(like, x, n * columns, columns, centre, scale, line, d)
         if scale != 1 or np.isfinite(cast(variance, eps)):
             break
         scale = SMALL_DOUBLE if is_double(eps) else SMALL_SINGLE
     high, low, rstd = _statistics(mean, rest, variance, cast(1 / scale, eps), eps)
-    of_rows[n], of_rows[rows + n], of_rows[2 * rows + n] = high, low, rstd
+    _keep(of_rows, n, centre, high, low, rstd)
     held = scale == 1 and columns <= LINE  # in `d`
     if held:
         low = cast(rest, eps)
@@ -145,21 +156,24 @@ def _row(like, params, x, gamma, beta, y, of_rows, n, columns, eps, alpha, code,
             for j in range(count):
                 centred[j] = values[j] - high
         z = place(like, y, offset, part(line, 0, count))
-        weights, shifts = vector(params, gamma, start, part(ones, 0, count)), part(zeros, 0, count)
-        _normalise(centred, low, rstd, weights, vector(params, beta, start, shifts), z)
+        own = n % groups * columns + start
+        weights, shifts = vector(params, gamma, own, part(ones, 0, count)), part(zeros, 0, count)
+        _normalise(centred, low, rstd, weights, vector(params, beta, own, shifts), z)
         if code != 0 or alpha != 1:
             activate(code, alpha, z)
         store(like, y, offset, z)
 
 
 @device
-def _short_rows(like, params, x, gamma, beta, y, of_rows, n, count, columns, eps, alpha, code, line, d, ones, zeros):
+def _short_rows(
+    like, params, x, gamma, beta, y, of_rows, n, count, columns, groups, centre, eps, alpha, code, line, d, ones, zeros
+):  # fmt: skip
     """Normalise rows that together are a line: step by step all of them, for a row is a chain of operations."""
     means, rests, variances = stack(0.0, MOST_TOGETHER), stack(0.0, MOST_TOGETHER), stack(0.0, MOST_TOGETHER)
-    rows = len(of_rows) // 3
+    rstds = stack(eps, MOST_TOGETHER)
     values = load(like, x, n * columns, part(line, 0, count * columns))
     for i in range(count):
-        means[i] = total(part(values, i * columns, columns))
+        means[i] = total(part(values, i * columns, columns)) if centre else 0.0
     for i in range(count):
         means[i] /= columns
     for i in range(count):
@@ -167,20 +181,26 @@ def _short_rows(like, params, x, gamma, beta, y, of_rows, n, count, columns, eps
         rests[i], variances[i] = _centre(row, mean, centred)
     largest = 0.0
     for i in range(count):
-        mean, rest, variance = _of_sums(columns, means[i], cast(means[i], eps), rests[i], variances[i])
+        rest = rests[i] if centre else 0.0
+        mean, rest, variance = _of_sums(columns, means[i], cast(means[i], eps), rest, variances[i])
         high, low, rstd = _statistics(mean, rest, variance, cast(1.0, eps), eps)
-        of_rows[n + i], of_rows[rows + n + i], of_rows[2 * rows + n + i] = high, low, rstd
-        rests[i] = rest
+        _keep(of_rows, n + i, centre, high, low, rstd)
+        rests[i], rstds[i] = rest, rstd
         largest += variance
     if not np.isfinite(cast(largest, eps)):  # one of them, or nearly
         for i in range(count):
-            _row(like, params, x, gamma, beta, y, of_rows, n + i, columns, eps, alpha, code, line, d, ones, zeros)
+            given = like, params, x, gamma, beta, y, of_rows, n + i, columns, groups, centre
+            _row(*given, eps, alpha, code, line, d, ones, zeros)
         return
     z = place(like, y, n * columns, part(line, 0, count * columns))
     weights, shifts = vector(params, gamma, 0, part(ones, 0, columns)), part(zeros, 0, columns)
     shifts = vector(params, beta, 0, shifts)
     for i in range(count):
-        centred, rstd, out = part(d, i * columns, columns), of_rows[2 * rows + n + i], part(z, i * columns, columns)
+        if groups > 1:
+            own = (n + i) % groups * columns
+            weights, shifts = vector(params, gamma, own, part(ones, 0, columns)), part(zeros, 0, columns)
+            shifts = vector(params, beta, own, shifts)
+        centred, rstd, out = part(d, i * columns, columns), rstds[i], part(z, i * columns, columns)
         _normalise(centred, cast(rests[i], eps), rstd, weights, shifts, out)
     if code != 0 or alpha != 1:
         activate(code, alpha, z)
@@ -188,19 +208,23 @@ def _short_rows(like, params, x, gamma, beta, y, of_rows, n, count, columns, eps
 
 
 @kernel
-def forward_rows(like, params, x, gamma, beta, y, statistics, rows, columns, eps, alpha, code, first, last):
+def forward_rows(
+    like, params, x, gamma, beta, y, statistics, rows, columns, groups, centre, eps, alpha, code, first, last
+):
     """Write `y` and the statistics of rows."""
     acc = accumulator(like)
     line, d, ones, zeros = stack(acc, LINE), stack(acc, PADDED), stack(acc, LINE), stack(acc, LINE)
     fill_line(part(ones, 0, min(LINE, columns)), cast(1, acc))
     fill_line(part(zeros, 0, min(LINE, columns)), acc)
-    of_rows = numbers(acc, statistics, 0, 3 * rows)
+    of_rows = numbers(acc, statistics, 0, 3 * rows if centre else rows)
     eps, alpha = cast(eps, acc), cast(alpha, acc)
     together = min(MOST_TOGETHER, LINE // columns)
     if together >= FEWEST_TOGETHER:
         for n in range(first, last, together):
             count = min(together, last - n)
-            _short_rows(like, params, x, gamma, beta, y, of_rows, n, count, columns, eps, alpha, code, line, d, ones, zeros)
+            given = like, params, x, gamma, beta, y, of_rows, n, count, columns, groups, centre
+            _short_rows(*given, eps, alpha, code, line, d, ones, zeros)
     else:
         for n in range(first, last):
-            _row(like, params, x, gamma, beta, y, of_rows, n, columns, eps, alpha, code, line, d, ones, zeros)
+            given = like, params, x, gamma, beta, y, of_rows, n, columns, groups, centre
+            _row(*given, eps, alpha, code, line, d, ones, zeros)

@@ -1,0 +1,1 @@
+"""Group normalisation, by the kernels of layer norm."""

@@ -1,0 +1,1 @@
+"""Instance normalisation, by the kernels of batch norm."""

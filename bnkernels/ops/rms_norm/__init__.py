@@ -1,0 +1,1 @@
+"""RMS normalisation over the last axes, by the kernels of layer norm."""
