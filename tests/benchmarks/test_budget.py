@@ -36,7 +36,11 @@ def test_a_path_with_too_few_turns_of_a_loop_is_refused() -> None:
     stem, kernel, launch = budget.launched(row)
     machine, vectors = paths.machine(stem, kernel, launch.constants), row.vectors(launch)
     budget.check_turns(row, machine, launch, vectors)
-    for text, what in {"i < last; ++i, ": "sums", "write(kept.own[at])": "stores", "i < count; ++i, to": "copies"}.items():
+    for text, what in {
+        "i < last; ++i, ": "sums",
+        "write(kept.own[at])": "stores",
+        "i < count; ++i, to": "copies",
+    }.items():
         few = (0,) * len(row.trips(launch)[text])
         short = dataclasses.replace(row, trips=lambda launch, text=text, few=few: row.trips(launch) | {text: few})
         with pytest.raises(ValueError, match=f"{what} of {vectors} vectors"):
