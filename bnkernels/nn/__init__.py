@@ -12,8 +12,9 @@ from bnkernels.nn.layer import Layer
 from bnkernels.nn.layer_norm import LayerNorm
 from bnkernels.nn.linear import Linear
 from bnkernels.nn.linear_batch_norm import LinearBatchNorm
-from bnkernels.nn.lstm import LSTM, BatchNormLSTM, LayerNormLSTM
+from bnkernels.nn.lstm import LSTM
 from bnkernels.nn.mlp import MLP
+from bnkernels.nn.norm_lstm import BatchNormLSTM, LayerNormLSTM
 from bnkernels.nn.optimizers import SGD, Adam, Momentum, RMSProp, clip_gradients
 from bnkernels.nn.rms_norm import RMSNorm
 from bnkernels.nn.statistics import Statistics

@@ -11,7 +11,8 @@ import numpy as np
 
 from bnkernels.nn.containers import Sequential
 from bnkernels.nn.linear import Linear
-from bnkernels.nn.lstm import LSTM, BatchNormLSTM, LayerNormLSTM
+from bnkernels.nn.lstm import LSTM
+from bnkernels.nn.norm_lstm import BatchNormLSTM, LayerNormLSTM
 from bnkernels.nn.optimizers import Optimizer, clip_gradients
 from bnkernels.runtime.arguments import empty
 from bnkernels.runtime.registry import runtime_of

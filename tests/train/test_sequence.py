@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from bnkernels.cli import main
-from bnkernels.nn.lstm import LSTM, BatchNormLSTM, LayerNormLSTM
+from bnkernels.nn.lstm import LSTM
+from bnkernels.nn.norm_lstm import BatchNormLSTM, LayerNormLSTM
 from bnkernels.train.checkpoint import load_checkpoint
 from bnkernels.train.data import Dataset
 from bnkernels.train.learner import Learner

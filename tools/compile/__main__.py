@@ -17,8 +17,12 @@ from tools.compile import nvrtc, sass
 
 FOLDER = Path(__file__).parent
 
-# Constants of every launch, of layer norm here; without them kernels would take more registers, and divide.
-CONSTANTS = {f"batch_norm_{direction}_cooperative": (("masked", 0),) for direction in ("forward", "backward")}
+# Constants that every launch has, here those of one group with GELU, the longest activation, and of layer norm; without
+# them kernels would take more registers, and divide.
+CONSTANTS = {
+    f"batch_norm_{direction}_cooperative": (("activation", 6), ("masked", 0), ("groups", 1))
+    for direction in ("forward", "backward")
+}
 CONSTANTS |= {
     f"layer_norm_{direction}{rows}": (("centred", 1), ("channel_groups", 1), ("inner", 1))
     for direction in ("forward", "backward")

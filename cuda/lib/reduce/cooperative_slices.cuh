@@ -399,8 +399,9 @@ struct SliceReduction {
         __syncthreads();
     }
 
-    // Where the blocks of the column leave their results, in the workspace of 1 MiB: `partial` is [2][column][split][quantity][channel], used
-    // alternately, as the two counters of a barrier are: with two stages a block may be a slice ahead of another.
+    // Where the blocks of the column leave their results, in the workspace of 1 MiB: `partial` is
+    // [2][column][split][quantity][channel], used alternately, as the two counters of a barrier are: with two stages a
+    // block may be a slice ahead of another.
     template <typename Partial>
     __device__ __forceinline__ A* partials(A* partial, bool odd) const {
         return partial + ((odd ? gridDim.x : 0) + blockIdx.x) * gridDim.y * Partial::QUANTITIES * width;
