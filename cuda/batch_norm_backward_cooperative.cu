@@ -184,8 +184,8 @@ struct RowSums {
     }
 };
 
-// Sums the thread's rows of its channels c, c + 1, ... into its slot, times `weight`; leaves g in the place of dy. Whole
-// vectors that are held are summed at once, all others SUMMED at a time.
+// Sums the thread's rows of its channels c, c + 1, ... into its slot, times `weight`; leaves g in the place of dy.
+// Whole vectors that are held are summed at once, all others SUMMED at a time.
 template <typename L>
 __device__ __forceinline__ void sum_rows(const Arguments<L>& a, const ThreadRows<L>& rows, long long c,
                                          const typename L::Kept& kept, const Valid& valid,
