@@ -83,25 +83,26 @@ struct RowShare {
     const BlockColumns<T> own;
     const ThreadVectors places;
     const GroupSums<A> sums;
-    const GroupRows rows;
 
     __device__ __forceinline__ RowShare(const Arguments& a, A* shared)
         : a(a),
           own(a.columns, a.part, a.held, a.shape),
           places(shared + 4 * blockDim.x / WARP),
-          sums{a.partial, a.columns},
-          rows(a) {}
+          sums{a.partial, a.columns} {}
+
+    // Not a member: registers are few.
+    __device__ __forceinline__ GroupRows rows() const { return GroupRows(a); }
 
     // A span of row n of the group's, which is number `i` of its turn.
     __device__ __forceinline__ Row row(long long n, int i, int span, int turn,
                                        const RowStatistics<A>& statistics) const {
         const int stage = (a.stages == 2 && turn % 2 ? a.at_once : 0) + i;
-        return Row(a, own.units(span), places.from(2 * stage * a.held), rows.row(n), own.first(span), statistics);
+        return Row(a, own.units(span), places.from(2 * stage * a.held), rows().row(n), own.first(span), statistics);
     }
 
     // First row of a turn of the group.
     __device__ __forceinline__ long long first_row(int turn) const {
-        return ((long long)turn * rows.blocks + rows.block) * a.at_once;
+        return ((long long)turn * rows().blocks + rows().block) * a.at_once;
     }
 
     // Begins to copy the rows of a turn, which are held as a whole.
@@ -115,8 +116,8 @@ struct RowShare {
                                             int turn) const {
         const int spans = own.spans, summed = turn * a.at_once + i + 1;
         const long long n = first_row(turn) + i;
-        const bool last = i + 1 == a.at_once && first_row(turn + 1) >= rows.all;
-        const RowStatistics<A> statistics = statistics_of(a, rows.row(n));
+        const bool last = i + 1 == a.at_once && first_row(turn + 1) >= rows().all;
+        const RowStatistics<A> statistics = statistics_of(a, rows().row(n));
         of_row[0] = of_row[1] = A(0);
 #pragma unroll 1
         for (int span = 0; span < spans; ++span) {
@@ -156,7 +157,7 @@ struct RowShare {
         if (a.stages == 2) ask(0);
         A of_row[2];
 #pragma unroll 1
-        for (int turn = 0; first_row(turn) < rows.all; ++turn) {  // the same in all blocks of a group
+        for (int turn = 0; first_row(turn) < rows().all; ++turn) {  // the same in all blocks of a group
             if (a.stages == 2) {
                 ask(turn + 1);
                 wait_for_copies<1>();
@@ -173,7 +174,7 @@ struct RowShare {
 #pragma unroll 1
             for (int i = 0; i < a.at_once; ++i) {
                 const long long n = first_row(turn) + i;
-                const RowStatistics<A> statistics = statistics_of(a, rows.row(n));
+                const RowStatistics<A> statistics = statistics_of(a, rows().row(n));
                 if (gridDim.y > 1) add_blocks(of_row, group.shown(turn), i);
 #pragma unroll 1
                 for (int span = spans - 1; span >= 0; --span) {
@@ -192,33 +193,33 @@ struct RowShare {
     // Merges the column sums of the groups with the same channels; each column by one block of its split.
     __device__ __forceinline__ void merge_groups() const {
         if (a.inner > 1) return merge_channels();
-        if (rows.blocks > 1)
+        if (rows().blocks > 1)
             grid_barrier(a.barrier_counter + blockIdx.y * BARRIER_PITCH + 1, gridDim.x, blockIdx.x);
         else
             __syncthreads();
-        const long long first = own.begin + rows.block * blockDim.x + threadIdx.x, place = rows.group * a.columns;
+        const long long first = own.begin + rows().block * blockDim.x + threadIdx.x, place = rows().group * a.columns;
 #pragma unroll 1
-        for (long long column = first; column < own.first(own.spans); column += rows.blocks * blockDim.x) {
+        for (long long column = first; column < own.first(own.spans); column += rows().blocks * blockDim.x) {
             store_sum<T>(a, DGAMMA, place + column, value(of_all_groups(DGAMMA, column)));
             if (quantities(a) == 2) store_sum<T>(a, DBETA, place + column, value(of_all_groups(DBETA, column)));
         }
     }
 
     __device__ __forceinline__ Pair<A> of_all_groups(int quantity, long long column) const {
-        return sums.of_all_groups(quantity, column, rows.group, rows.groups);
+        return sums.of_all_groups(quantity, column, rows().group, rows().groups);
     }
 
     // The same for channels of several columns, which may be those of two splits: each channel by one block.
     __device__ __forceinline__ void merge_channels() const {
         BNK_DYNAMIC_SHARED(A, scratch);
-        const int sharers = rows.blocks * gridDim.y, warp = threadIdx.x / WARP;
+        const int sharers = rows().blocks * gridDim.y, warp = threadIdx.x / WARP;
         if (sharers > 1)
             grid_barrier(a.barrier_counter + 1, gridDim.x * gridDim.y, blockIdx.y * gridDim.x + blockIdx.x);
         else
             __syncthreads();
         const long long channels = a.columns / a.inner;
 #pragma unroll 1
-        for (long long item = rows.block * gridDim.y + blockIdx.y; item < channels * quantities(a); item += sharers) {
+        for (long long item = rows().block * gridDim.y + blockIdx.y; item < channels * quantities(a); item += sharers) {
             const long long channel = item % channels;
             const int quantity = (int)(item / channels);
             Pair<A> sum = {A(0), A(0)};
@@ -233,7 +234,7 @@ struct RowShare {
             __syncthreads();
             if (threadIdx.x == 0) {
                 for (int i = 1; i < blockDim.x / WARP; ++i) sum = add(sum, Pair<A>{scratch[2 * i], scratch[2 * i + 1]});
-                store_sum<T>(a, quantity, rows.group * channels + channel, value(sum));
+                store_sum<T>(a, quantity, rows().group * channels + channel, value(sum));
             }
             __syncthreads();
         }

@@ -201,7 +201,7 @@ MUTANTS = [
     Mutant(
         "long rows backward: groups are merged before all are done",
         BACKWARD,
-        "        if (rows.blocks > 1)\n            grid_barrier(",
+        "        if (rows().blocks > 1)\n            grid_barrier(",
         "        if (false)\n            grid_barrier(",
         select=f"{ORDER} or {PIPELINE}",
     ),
