@@ -120,7 +120,7 @@ OP = Op(
 RUNNING = "x gamma beta running_mean running_var"
 SAVED = "dy x gamma beta statistics"
 GROUPED = {"statistics": "A G5C"}  # renormalised
-LARGE = ({"N": 1200, "C": 16}, {"N": 60, "C": 3, "L": 404})  # that cooperative kernels take, of three groups
+LARGE = ({"N": 1200, "C": 16}, {"N": 62, "C": 3, "L": 404})  # that cooperative kernels take, of three groups
 
 SAMPLES = {
     "batch_norm_masked_forward": Sample(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import bnkernels as bn
@@ -130,17 +131,17 @@ SIZES = (
 )
 
 
-def forward(a: Arrays) -> Any:
+def forward(a: Arrays, groups: int = 1) -> Any:
     """Call our forward."""
     x, *vectors = take(a, "x gamma beta")
-    return bn.group_norm_forward(x, a["statistics"].shape[2], *vectors, activation="relu", out=take(a, "y statistics"))
+    return bn.group_norm_forward(x, groups, *vectors, activation="relu", out=take(a, "y statistics"))
 
 
-def backward(a: Arrays) -> Any:
+def backward(a: Arrays, groups: int = 1) -> Any:
     """Call our backward."""
     dy, x, *saved = take(a, SAVED)
     out = take(a, "dx dgamma dbeta")
-    return bn.group_norm_backward(dy, x, a["statistics"].shape[2], *saved, activation="relu", out=out)
+    return bn.group_norm_backward(dy, x, groups, *saved, activation="relu", out=out)
 
 
 SAMPLES = {
@@ -149,6 +150,10 @@ SAMPLES = {
 }
 EVEN = {"C": 8}  # channels of two groups
 VARIANTS = {
-    "two_group_norm_forward": Sample("x gamma beta", "y statistics", forward, specs=GROUPED, fixed=EVEN, sizes=SIZES),
-    "two_group_norm_backward": Sample(SAVED, "dx dgamma dbeta", backward, specs=GROUPED, fixed=EVEN, sizes=SIZES),
+    "two_group_norm_forward": Sample(
+        "x gamma beta", "y statistics", partial(forward, groups=2), specs=GROUPED, fixed=EVEN, sizes=SIZES
+    ),
+    "two_group_norm_backward": Sample(
+        SAVED, "dx dgamma dbeta", partial(backward, groups=2), specs=GROUPED, fixed=EVEN, sizes=SIZES
+    ),
 }

@@ -142,7 +142,7 @@ def test_learns_with_an_optimiser_and_is_copied_and_saved(
         losses.append(float((error * error).mean()))
         model.backward(error)
         optimizer.step()
-    assert losses[-1] < 0.6 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         given = backend.asarray(x)
         assert_close(backend, other.eval()(given), backend.asnumpy(model.eval()(given)), 0)

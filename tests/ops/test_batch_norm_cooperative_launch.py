@@ -71,7 +71,7 @@ def test_a_choice_covers_all_rows_and_keeps_all_limits(
     kept = choice.held * choice.stages * columns * workers * count * size * PLANES[direction]
     width = 1 if inner > 1 else columns * count
     before = choice.launch.shared_bytes - kept
-    numbers, number = {"forward": 2, "backward": 14}[direction] * width, accumulator(dtype).itemsize
+    numbers, number = {"forward": 2, "backward": 15}[direction] * width, accumulator(dtype).itemsize
     assert before == 16 + ((numbers + 3) // 4 * 4 + 2 * width * workers) * number
     assert before % (count * size) == 0, "rows are kept at multiples of their size"
     assert PARTIALS + 2 * groups * (together * 3 + 2) * width * number <= WORKSPACE_BYTES

@@ -82,7 +82,7 @@ def test_cupy_raw_kernel_abi_of_every_launch(op: str, dtype: str) -> None:
     assert launch.arguments.shape == ()
     assert launch.arguments.dtype in [layouts[np.dtype(dtype)] for layouts in LAYOUTS.values()]
     members = {name: launch.arguments[name] for name in launch.arguments.dtype.names}
-    aliases = {"y": "out", "first": "velocity", "moments": "parts"}
+    aliases = {"y": "out", "first": "square" if op == "rmsprop_update" else "velocity", "moments": "parts"}
     for name in [name for name in members if launch.arguments.dtype[name] == np.uint64]:
         if members[name]:
             assert members[name] == (on.get(name) or on[aliases[name]]).address
