@@ -59,7 +59,7 @@ __device__ __forceinline__ void multiply(const LstmForward<A>& a, const A* h, co
     for (Items<PLAIN> pair(a); pair.inside(); pair.advance()) {
         A sums[GATES] = {};
         const A* const row = h + pair.n * a.units;
-#pragma unroll 4
+#pragma unroll 2
         for (int k = 0; k < (int)a.units; ++k) {
             const A number = row[k];
             const Four<A> weight = weights[k * blockDim.x + threadIdx.x];
