@@ -79,7 +79,7 @@ class _Backward(Function):
 
     def backward(self, *given: Any) -> Any:
         if Config.enable_backprop:
-            raise NotImplementedError(
+            raise RuntimeError(
                 "gradients of gradients have no graph in this batch norm; call backward with create_graph=False"
             )
         (mean, var), statistics = self.running, self.statistics

@@ -237,7 +237,7 @@ MUTANTS = [
         "turn % 3 * (3 * width)",
         "turn % 2 * (3 * width)",
         ("plain", "tsan"),
-        "test_the_order_of_blocks_and_threads_changes_no_bit and shape3",
+        "test_the_order_of_blocks_and_threads_changes_no_bit and (shape5 or shape6)",
     ),
     Mutant(
         "backward cooperative: dy is kept where x is",
