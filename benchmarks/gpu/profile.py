@@ -1,7 +1,7 @@
 """Nsight Compute over the kernels of the instruction budget: what limits them, beside what was predicted.
 
-``python -m benchmarks.gpu.profile --out PATH`` profiles each row of ``benchmarks/counts/budget.py`` once. ``--run`` is
-what runs inside the profiler. It explains times and proves nothing: where Nsight Compute is missing, or the driver
+``python -m benchmarks.gpu.profile --out PATH`` profiles each row of ``benchmarks/counts/budget_rows.py`` once. ``--run``
+is what runs inside the profiler. It explains times and proves nothing: where Nsight Compute is missing, or the driver
 lets only administrators count, the document says so.
 """
 
@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.counts.budget import ROWS
+from benchmarks.counts.budget_rows import ROWS
 from benchmarks.gpu.processes import run_limited
 from benchmarks.gpu.sanitize import tool_path
 from benchmarks.harness.case import native_dtype

@@ -8,6 +8,7 @@ import json
 import pytest
 
 from benchmarks.counts import budget
+from benchmarks.counts.budget_rows import ROWS, Row
 from benchmarks.counts.devices import H100, H200
 from benchmarks.report import budget as report
 from tools.compile import nvrtc, paths
@@ -20,11 +21,11 @@ def test_the_issue_budget_is_what_memory_leaves_time_for() -> None:
 
 
 @pytest.mark.usefixtures("nvrtc")
-@pytest.mark.parametrize("row", budget.ROWS, ids=lambda row: row.name)
-def test_the_committed_table_is_of_these_sources(row: budget.Row) -> None:
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_the_committed_table_is_of_these_sources(row: Row) -> None:
     committed = json.loads(budget.PATH.read_text(encoding="utf-8"))
     assert committed["nvrtc"] == nvrtc.NEWEST
-    assert len(committed["rows"]) == len(budget.ROWS)
+    assert len(committed["rows"]) == len(ROWS)
     (known,) = (one for one in committed["rows"] if (one["op"], tuple(one["shape"])) == (row.op, row.shape))
     found = json.loads(json.dumps(budget.figures(row)))
     assert found == known, "if this is meant: python -m benchmarks.counts.budget, then python -m benchmarks.report"
@@ -32,7 +33,7 @@ def test_the_committed_table_is_of_these_sources(row: budget.Row) -> None:
 
 @pytest.mark.usefixtures("nvrtc")
 def test_a_path_with_too_few_turns_of_a_loop_is_refused() -> None:
-    row = next(row for row in budget.ROWS if row.summed)
+    row = next(row for row in ROWS if row.summed)
     stem, kernel, launch = budget.launched(row)
     machine, vectors = paths.machine(stem, kernel, launch.constants), row.vectors(launch)
     budget.check_turns(row, machine, launch, vectors)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.counts.budget import ROWS
+from benchmarks.counts.budget_rows import ROWS
 from benchmarks.counts.counting import planner
 from benchmarks.gpu import profile
 

@@ -6,6 +6,7 @@ Long because it is a list.
 from __future__ import annotations
 
 from .mutant_list_cooperative import MUTANTS as COOPERATIVE
+from .mutant_list_cooperative_options import MUTANTS as COOPERATIVE_OPTIONS
 from .mutant_list_double_backward import MUTANTS as DOUBLE_BACKWARD
 from .mutant_list_fused import MUTANTS as FUSED
 from .mutant_list_group_norm import MUTANTS as GROUP_NORM
@@ -43,6 +44,7 @@ MUTANTS = [
     *LSTM,
     *TF32X3,
     *COOPERATIVE,
+    *COOPERATIVE_OPTIONS,
     # ---- barriers, warps, races
     Mutant(
         "forward: every worker updates the running statistics",

@@ -6,7 +6,7 @@ from .mutants import Mutant
 
 ROW, GRADIENTS, SHARED = "lib/reduce/vector_rows.cuh", "lib/reduce/row_gradients.cuh", "lib/reduce/shared_rows.cuh"
 BACKWARD, COOPERATIVE = "layer_norm_backward.cu", "layer_norm_backward_cooperative.cu"
-TESTS = ("tests/ops/test_group_norm.py",)
+TESTS = "tests/ops/test_group_norm.py", "tests/ops/test_group_norm_launch.py"
 FORMULAS = "test_is_what_the_formulas_say and float32"
 MEET, LONG, ORDER = "several_blocks_meet and float32", "test_long_groups_of_several_blocks", "test_the_order_of_blocks"
 
