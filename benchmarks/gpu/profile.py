@@ -1,6 +1,6 @@
 """Nsight Compute over the kernels of the instruction budget: what limits them, beside what was predicted.
 
-``python -m benchmarks.gpu.profile --out PATH`` profiles each row of ``benchmarks/counts/budget_rows.py`` once. ``--run``
+``python -m benchmarks.gpu.profile --out PATH`` profiles each row of `budget_rows` once. ``--run``
 is what runs inside the profiler. It explains times and proves nothing: where Nsight Compute is missing, or the driver
 lets only administrators count, the document says so.
 """
