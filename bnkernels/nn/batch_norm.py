@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from bnkernels.nn.norm import Norm
+from bnkernels.nn.channel_norm import ChannelNorm
 from bnkernels.nn.options import activation_options
 from bnkernels.nn.owner import array_module, data_type, vector, zeros_beside
-from bnkernels.ops.activations import activation_named
 from bnkernels.ops.batch_norm.inference import batch_norm_inference, batch_norm_inference_backward
 from bnkernels.ops.batch_norm.training import batch_norm_backward, batch_norm_forward
 from bnkernels.runtime import checks as check
@@ -22,7 +21,7 @@ from bnkernels.runtime.registry import runtime_of
 DEFAULT_MOMENTUM = float("0.1")  # an object of its own: `is` tells it from a 0.1 that was passed
 
 
-class BatchNorm(Norm):
+class BatchNorm(ChannelNorm):
     """Batch normalisation of (N, C), (N, C, L), (N, C, H, W), ..., with a residual sum and an activation behind it.
 
     Parameters
@@ -88,8 +87,6 @@ running_var (2,): 4 parameters
     True
     """
 
-    takes_mask = True
-
     def __init__(
         self,
         num_features: int,
@@ -122,17 +119,14 @@ running_var (2,): 4 parameters
         self.momentum = momentum if momentum is None else check.number("momentum", momentum, 0, 1)
         self.unbiased, self.renorm = check.boolean("unbiased", unbiased), check.renorm_limits(renorm)
         self.allow_single = check.boolean("allow_single", allow_single)
-        self.activation, self.alpha, self.batches = activation, alpha, 0
-        activation_named(activation, alpha)
-        if check.boolean("affine", affine):
-            self._parameters = {"weight": xp.ones(num_features, kept), "bias": xp.zeros(num_features, kept)}
+        self.batches = 0
+        options = {"eps": eps, "activation": activation, "alpha": alpha, "dtype": dtype, "xp": xp}
+        self._take(("weight", "bias") if check.boolean("affine", affine) else (), num_features, options)
         if check.boolean("track_running_stats", track_running_stats):
             shape = self._statistics_shape
             self._buffers = {"running_mean": xp.zeros(shape, kept), "running_var": xp.ones(shape, kept)}
         elif self.renorm is not None:
             raise ValueError("renorm takes running statistics; leave track_running_stats=True")
-        self.eps = check.epsilon(eps, xp.zeros(1, kept))
-        self._take_gradients(None)
 
     @classmethod
     def from_arrays(
@@ -215,42 +209,13 @@ running_var (2,): 4 parameters
         """Weight of the old running statistics, ``1 - momentum``; None averages all mini-batches."""
         return None if self.momentum is None else 1 - self.momentum
 
-    @np.errstate(all="ignore")  # kernels have no warnings either
-    def forward(self, x: Any, *, training: bool | None = None, residual: Any = None, mask: Any = None) -> Any:
-        """Return the output.
-
-        Parameters
-        ----------
-        x : array, C channels in `axis`
-            Input. Never written. An array of another library comes in through ``__dlpack__``.
-        training : bool, optional
-            Mode of this call; by default that of the layer. False keeps nothing for a backward.
-        residual : array, shape and dtype of `x`, optional
-            Array added before the activation; `backward` returns its gradient too.
-        mask : array of bool, optional
-            True where a value counts, as in `batch_norm_forward`.
-
-        Returns
-        -------
-        array, shape and dtype of `x`
-            Output, a new array.
-
-        Raises
-        ------
-        TypeError, ValueError
-            If an array does not fit the layer; nothing is changed then.
-        """
-        mode, keep = self._mode(training)
-        x, residual, mask = self._taken(x), incoming("residual", residual), incoming("mask", mask)
-        frozen = not mode and self._buffers
-        if mask is None and self.allow_single and not frozen and x.size == self.num_features * (self.groups or 1):
-            return self._forward_single(x, keep, residual)
-        return self._forward(x, mode, keep, residual, mask)
-
     def _forward(self, x: Any, training: bool, keep: bool, residual: Any = None, mask: Any = None) -> Any:
         own, running = self._parameters, self._buffers
+        frozen = running and not training
+        if mask is None and self.allow_single and not frozen and x.size == self.num_features * (self.groups or 1):
+            return self._forward_single(x, keep, residual)
         vectors = own.get("weight"), own.get("bias"), running.get("running_mean"), running.get("running_var")
-        if running and not training:
+        if frozen:
             y = batch_norm_inference(x, *vectors, eps=self.eps, **self._call_options(residual, mask))
             if keep:
                 self._saved = x, None, residual, mask
@@ -289,18 +254,11 @@ running_var (2,): 4 parameters
         return y
 
     def _call_options(self, residual: Any, mask: Any) -> dict[str, Any]:
-        options = {"axis": self.axis, "grouped": self.groups is not None, "residual": residual, "mask": mask}
-        return options | {"activation": self.activation, "alpha": self.alpha}
+        return super()._call_options(residual, mask) | {"grouped": self.groups is not None}
 
-    def _new_outputs(self, x: Any) -> tuple[Any, Any]:
-        """Return new arrays: with ``out=`` calls are replayed, for freed memory comes back at the same addresses."""
-        runtime, dtype = runtime_of(type(x)), accumulator(x.dtype)
-        shape = (3 if self.renorm is None else 5, self.num_features)
-        if self.groups is not None:
-            shape = (self.groups, *shape)
-        if runtime is None:
-            return np.empty(x.shape, x.dtype), np.empty(shape, dtype)
-        return empty(runtime, x.shape, x), empty(runtime, shape, x, dtype)
+    def _statistics_of(self, x: Any) -> tuple[int, ...]:
+        shape = 3 if self.renorm is None else 5, self.num_features
+        return shape if self.groups is None else (self.groups, *shape)
 
     def _backward(self, dy: Any, in_place: bool) -> Any:
         x, statistics, residual, mask = self._saved

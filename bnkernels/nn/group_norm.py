@@ -8,13 +8,10 @@ from typing import Any
 import numpy as np
 
 from bnkernels.nn.norm import Norm
-from bnkernels.nn.options import activation_options
-from bnkernels.nn.owner import array_module, data_type, vector
-from bnkernels.ops.activations import activation_named
+from bnkernels.nn.owner import described
 from bnkernels.ops.group_norm.op import group_norm_backward, group_norm_forward
 from bnkernels.runtime import checks as check
-from bnkernels.runtime.arguments import accumulator, empty
-from bnkernels.runtime.dlpack import incoming
+from bnkernels.runtime.arguments import empty
 from bnkernels.runtime.registry import runtime_of
 
 
@@ -57,6 +54,8 @@ class GroupNorm(Norm):
     array([[-0.894,  0.894,  0.   ,  0.   ]])
     """
 
+    _in_c_order = True
+
     def __init__(
         self,
         num_groups: int,
@@ -74,13 +73,8 @@ class GroupNorm(Norm):
         self.num_channels = check.integer("num_channels", num_channels, 1)
         if num_channels % num_groups:
             raise ValueError(f"num_groups must divide num_channels, got {num_groups} and {num_channels}")
-        kept, xp = accumulator(data_type(dtype)), array_module(xp)
-        self.activation, self.alpha = activation, alpha
-        activation_named(activation, alpha)
-        if check.boolean("affine", affine):
-            self._parameters = {"weight": xp.ones(num_channels, kept), "bias": xp.zeros(num_channels, kept)}
-        self.eps = check.epsilon(eps, xp.zeros(1, kept))
-        self._take_gradients(None)
+        options = {"eps": eps, "activation": activation, "alpha": alpha, "dtype": dtype, "xp": xp}
+        self._take(("weight", "bias") if check.boolean("affine", affine) else (), num_channels, options)
 
     @classmethod
     def from_arrays(
@@ -109,13 +103,9 @@ class GroupNorm(Norm):
         TypeError, ValueError
             If an array does not fit.
         """
-        weight = incoming("weight", weight)
-        argument = check.arguments({"weight": check.signature(weight)})["weight"]
-        check.floating(argument)
+        weight, argument = described("weight", weight)
         layer = cls(num_groups, weight.size, affine=False, dtype=argument.dtype, **options)
-        for name, array in (("weight", weight), ("bias", bias)):
-            layer._parameters[name] = vector(name, array, (layer.num_channels,), argument.dtype, weight)
-        layer._take_gradients(gradients)
+        layer._take_arrays({"weight": weight, "bias": bias}, (layer.num_channels,), gradients)
         return layer
 
     def _forward(self, x: Any, training: bool, keep: bool) -> Any:
@@ -133,33 +123,15 @@ class GroupNorm(Norm):
         given = dy, x, self.num_groups, self._parameters.get("weight"), self._parameters.get("bias"), statistics
         return group_norm_backward(*given, activation=self.activation, alpha=self.alpha, out=out)[0]
 
-    def _new_outputs(self, x: Any) -> tuple[Any, Any]:
-        """Return new arrays: with ``out=`` calls are replayed, for freed memory comes back at the same addresses."""
-        runtime, dtype, shape = runtime_of(type(x)), accumulator(x.dtype), (3, x.shape[0], self.num_groups)
-        if runtime is None:
-            return np.empty(x.shape, x.dtype), np.empty(shape, dtype)
-        return empty(runtime, x.shape, x), empty(runtime, shape, x, dtype)
+    def _statistics_of(self, x: Any) -> tuple[int, ...]:
+        return 3, x.shape[0], self.num_groups
 
     def _check(self, x: Any) -> None:
         super()._check(x)
         if len(x.shape) < 2 or x.shape[1] != self.num_channels:
             raise ValueError(f"x must have {self.num_channels} channels in axis 1, got the shape {x.shape}")
 
-    def _taken(self, x: Any) -> Any:
-        x = super()._taken(x)
-        check.contiguous(check.Argument("x", *check.signature(x)), x.shape, x.dtype)
-        return x
-
-    def _taken_dy(self, dy: Any) -> Any:
-        dy = super()._taken_dy(dy)
-        check.contiguous(check.Argument("dy", *check.signature(dy)), dy.shape, dy.dtype)
-        return dy
-
     def _options(self) -> list[str]:
         options = [f"{self.num_groups}, {self.num_channels}", *([] if self.eps == 1e-5 else [f"eps={self.eps!r}"])]
         options += [] if self._parameters else ["affine=False"]
-        return (
-            options
-            + activation_options(self)
-            + [f"dtype='{array.dtype}'" for array in [self.weight] if array is not None]
-        )
+        return options + self._last_options()

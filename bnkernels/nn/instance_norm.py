@@ -7,18 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from bnkernels.nn.norm import Norm
-from bnkernels.nn.options import activation_options
-from bnkernels.nn.owner import array_module, data_type, vector
-from bnkernels.ops.activations import activation_named
+from bnkernels.nn.channel_norm import ChannelNorm
+from bnkernels.nn.owner import described
 from bnkernels.ops.instance_norm.op import instance_norm_backward, instance_norm_forward
 from bnkernels.runtime import checks as check
-from bnkernels.runtime.arguments import accumulator, empty
-from bnkernels.runtime.dlpack import incoming
+from bnkernels.runtime.arguments import empty
 from bnkernels.runtime.registry import runtime_of
 
 
-class InstanceNorm(Norm):
+class InstanceNorm(ChannelNorm):
     """Instance normalisation of (N, C, L), (N, C, H, W), ..., with a residual sum and an activation behind it.
 
     There are no running statistics: training and evaluation are the same.
@@ -60,7 +57,6 @@ class InstanceNorm(Norm):
             [ 0.   ,  0.   ]]])
     """
 
-    takes_mask = True
     _grouped = True  # examples are groups of batch norm
 
     def __init__(
@@ -80,13 +76,8 @@ class InstanceNorm(Norm):
         self.axis = check.integer("axis", axis)
         if self.axis == 0:
             raise ValueError("axis must be that of the channels, such as 1 or -1, got 0, that of the examples")
-        kept, xp = accumulator(data_type(dtype)), array_module(xp)
-        self.activation, self.alpha = activation, alpha
-        activation_named(activation, alpha)
-        if check.boolean("affine", affine):
-            self._parameters = {"weight": xp.ones(num_features, kept), "bias": xp.zeros(num_features, kept)}
-        self.eps = check.epsilon(eps, xp.zeros(1, kept))
-        self._take_gradients(None)
+        options = {"eps": eps, "activation": activation, "alpha": alpha, "dtype": dtype, "xp": xp}
+        self._take(("weight", "bias") if check.boolean("affine", affine) else (), num_features, options)
 
     @classmethod
     def from_arrays(
@@ -113,43 +104,10 @@ class InstanceNorm(Norm):
         TypeError, ValueError
             If an array does not fit.
         """
-        weight = incoming("weight", weight)
-        argument = check.arguments({"weight": check.signature(weight)})["weight"]
-        check.floating(argument)
+        weight, argument = described("weight", weight)
         layer = cls(weight.size, dtype=argument.dtype, **options)
-        for name, array in (("weight", weight), ("bias", bias)):
-            layer._parameters[name] = vector(name, array, (layer.num_features,), argument.dtype, weight)
-        layer._take_gradients(gradients)
+        layer._take_arrays({"weight": weight, "bias": bias}, (layer.num_features,), gradients)
         return layer
-
-    @np.errstate(all="ignore")  # kernels have no warnings either
-    def forward(self, x: Any, *, training: bool | None = None, residual: Any = None, mask: Any = None) -> Any:
-        """Return the output.
-
-        Parameters
-        ----------
-        x : array, C channels in `axis`
-            Input. Never written. An array of another library comes in through ``__dlpack__``.
-        training : bool, optional
-            Mode of this call; by default that of the layer. False keeps nothing for a backward.
-        residual : array, shape and dtype of `x`, optional
-            Array added before the activation; `backward` returns its gradient too.
-        mask : array of bool, optional
-            True where a value counts, as in `batch_norm_forward`.
-
-        Returns
-        -------
-        array, shape and dtype of `x`
-            Output, a new array.
-
-        Raises
-        ------
-        TypeError, ValueError
-            If an array does not fit the layer; nothing is changed then.
-        """
-        mode, keep = self._mode(training)
-        x, residual, mask = self._taken(x), incoming("residual", residual), incoming("mask", mask)
-        return self._forward(x, mode, keep, residual, mask)
 
     def _forward(self, x: Any, training: bool, keep: bool, residual: Any = None, mask: Any = None) -> Any:
         given = x, self._parameters.get("weight"), self._parameters.get("bias")
@@ -169,17 +127,8 @@ class InstanceNorm(Norm):
         instance_norm_backward(*given, **self._call_options(residual, mask), out=out)
         return out[0] if residual is None else (out[0], out[3])
 
-    def _call_options(self, residual: Any, mask: Any) -> dict[str, Any]:
-        options = {"axis": self.axis, "residual": residual, "mask": mask}
-        return options | {"activation": self.activation, "alpha": self.alpha}
-
-    def _new_outputs(self, x: Any) -> tuple[Any, Any]:
-        """Return new arrays: with ``out=`` calls are replayed, for freed memory comes back at the same addresses."""
-        runtime, dtype = runtime_of(type(x)), accumulator(x.dtype)
-        shape = (x.shape[0], 3, self.num_features)
-        if runtime is None:
-            return np.empty(x.shape, x.dtype), np.empty(shape, dtype)
-        return empty(runtime, x.shape, x), empty(runtime, shape, x, dtype)
+    def _statistics_of(self, x: Any) -> tuple[int, ...]:
+        return x.shape[0], 3, self.num_features
 
     def _check(self, x: Any) -> None:
         super()._check(x)
@@ -191,8 +140,4 @@ class InstanceNorm(Norm):
     def _options(self) -> list[str]:
         options = [str(self.num_features), *([] if self.eps == 1e-5 else [f"eps={self.eps!r}"])]
         options += ([] if self.axis == 1 else [f"axis={self.axis}"]) + (["affine=True"] if self._parameters else [])
-        return (
-            options
-            + activation_options(self)
-            + [f"dtype='{array.dtype}'" for array in [self.weight] if array is not None]
-        )
+        return options + self._last_options()

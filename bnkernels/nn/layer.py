@@ -117,6 +117,8 @@ class Layer(Owner, ABC):
 class Leaf(Layer):
     """Base of the layers that compute themselves: theirs are `_forward` and `_backward`, without checks."""
 
+    _in_c_order = False  # whether inputs and their gradients must be
+
     def __init__(self) -> None:
         super().__init__()
         self._saved: Saved | None = None
@@ -180,7 +182,7 @@ class Leaf(Layer):
             check.floating(argument)
             self._check(x)
             self._known = form
-        return x
+        return self._contiguous("x", x)
 
     def _taken_dy(self, dy: Any) -> Any:
         """Return the gradient of the output as an array of ours, checked."""
@@ -189,7 +191,13 @@ class Leaf(Layer):
         if type(dy) is not type(saved) or dy.dtype != dtype or dy.shape != shape:
             both = check.arguments({"dy": check.signature(dy), "x": check.signature(saved)})
             check.like(both["dy"], shape, dtype)
-        return dy
+        return self._contiguous("dy", dy)
+
+    def _contiguous(self, name: str, array: Any) -> Any:
+        """Return an array, checked to be in C order if it must be."""
+        if self._in_c_order:
+            check.contiguous(check.Argument(name, *check.signature(array)), array.shape, array.dtype)
+        return array
 
     def _forget(self) -> None:
         super()._forget()

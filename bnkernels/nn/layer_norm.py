@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from bnkernels.nn.owner import array_module, data_type, vector
+from bnkernels.nn.owner import described
 from bnkernels.nn.row_norm import RowNorm
 from bnkernels.ops.layer_norm.op import layer_norm_backward, layer_norm_forward
 from bnkernels.runtime import checks as check
-from bnkernels.runtime.arguments import accumulator, empty
-from bnkernels.runtime.dlpack import incoming
+from bnkernels.runtime.arguments import empty
 from bnkernels.runtime.registry import runtime_of
 
 
@@ -69,14 +68,9 @@ class LayerNorm(RowNorm):
         xp: Any = np,
     ) -> None:
         super().__init__()
-        self._take_shape(normalized_shape, activation, alpha)
-        kept, xp = accumulator(data_type(dtype)), array_module(xp)
-        if check.boolean("affine", affine):
-            self._parameters["weight"] = xp.ones(self.normalized_shape, kept)
-            if check.boolean("bias", bias):
-                self._parameters["bias"] = xp.zeros(self.normalized_shape, kept)
-        self.eps = check.epsilon(eps, xp.zeros(1, kept))
-        self._take_gradients(None)
+        names = ("weight", "bias") if check.boolean("bias", bias) else ("weight",)
+        options = {"eps": eps, "activation": activation, "alpha": alpha, "dtype": dtype, "xp": xp}
+        self._take_rows(names if check.boolean("affine", affine) else (), normalized_shape, options)
 
     @classmethod
     def from_arrays(
@@ -104,14 +98,9 @@ class LayerNorm(RowNorm):
         TypeError, ValueError
             If an array does not fit.
         """
-        weight = incoming("weight", weight)
-        argument = check.arguments({"weight": check.signature(weight)})["weight"]
-        check.floating(argument)
+        weight, argument = described("weight", weight)
         layer = cls(argument.shape, affine=False, dtype=argument.dtype, **options)
-        layer._parameters["weight"] = vector("weight", weight, argument.shape)
-        if bias is not None:
-            layer._parameters["bias"] = vector("bias", bias, argument.shape, argument.dtype, weight)
-        layer._take_gradients(gradients)
+        layer._take_arrays({"weight": weight, "bias": bias}, argument.shape, gradients)
         return layer
 
     def _forward(self, x: Any, training: bool, keep: bool) -> Any:

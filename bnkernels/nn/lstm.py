@@ -72,6 +72,7 @@ class LSTM(Leaf):
     """
 
     norm: ClassVar[str | None] = None
+    _in_c_order = True
     eps = 1e-5
 
     def __init__(
@@ -199,11 +200,11 @@ class LSTM(Leaf):
         saved, last = self._saved[1], self._last
         of_state: list[State] = []
         dh_last = dy if self.output == "last" else None
-        dy = None if self.output == "last" else _time_first(dy) if self.batch_first else self._contiguous(dy)
+        dy = None if self.output == "last" else _time_first(dy) if self.batch_first else dy
         for number in reversed(range(self.layers)):
             dh, dc = (None, None) if last is None else (last[0][number], last[1][number])
             if dh_last is not None:
-                dh = self._contiguous(dh_last if dh is None else dh + dh_last)
+                dh = dh_last if dh is None else dh + dh_last
             dy, dh0, dc0, *gradients = lstm_backward(
                 dy, dh, dc, saved[number], input_gradient=number > 0 or self.input_gradient
             )
@@ -254,19 +255,11 @@ class LSTM(Leaf):
         if x.ndim != 3 or x.shape[2] != self.inputs:
             raise ValueError(f"x must have the shape {axes} with {self.inputs} inputs, got the shape {x.shape}")
 
-    def _taken(self, x: Any) -> Any:
-        x = super()._taken(x)
-        check.contiguous(check.Argument("x", *check.signature(x)), x.shape, x.dtype)
-        return x
-
     def _output(self) -> tuple[np.dtype, tuple[int, ...]]:
         x, _, (steps, rows, _) = self._saved
         if self.output == "last":
             return x.dtype, (rows, self.hidden)
         return x.dtype, (*((rows, steps) if self.batch_first else (steps, rows)), self.hidden)
-
-    def _contiguous(self, array: Any) -> Any:
-        return array if array is None else _copy(array)
 
     def _forget(self) -> None:
         super()._forget()
@@ -303,12 +296,6 @@ def _orthogonal(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray
     q, r = np.linalg.qr(rng.standard_normal((max(rows, columns), min(rows, columns))))
     q *= np.sign(np.diag(r))
     return q if rows >= columns else q.T
-
-
-def _copy(array: Any) -> Any:
-    out = empty(runtime_of(type(array)), array.shape, array)
-    out[...] = array
-    return out
 
 
 def _stack(arrays: tuple) -> Any:

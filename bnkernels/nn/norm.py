@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from bnkernels.nn.layer import Leaf
-from bnkernels.nn.options import check_type
+from bnkernels.nn.options import activation_options, check_type
+from bnkernels.nn.owner import array_module, data_type, vector
 from bnkernels.nn.statistics import Statistics
+from bnkernels.ops.activations import activation_named
+from bnkernels.runtime import checks as check
 from bnkernels.runtime.arguments import accumulator, empty
 from bnkernels.runtime.registry import runtime_of
 
@@ -18,6 +23,46 @@ class Norm(Leaf):
 
     eps: float
     groups: int | None = None
+
+    def _take(
+        self,
+        names: Sequence[str],
+        shape: int | tuple[int, ...],
+        options: Mapping[str, Any],
+    ) -> None:
+        """Make the parameters of these names; check and keep the options that all norms have."""
+        kept, xp = accumulator(data_type(options["dtype"])), array_module(options["xp"])
+        self.activation, self.alpha = options["activation"], options["alpha"]
+        activation_named(self.activation, self.alpha)
+        for name in names:
+            self._parameters[name] = (xp.zeros if name == "bias" else xp.ones)(shape, kept)
+        self.eps = check.epsilon(options["eps"], xp.zeros(1, kept))
+        self._take_gradients(None)
+
+    def _take_arrays(
+        self, arrays: Mapping[str, Any], shape: tuple[int, ...], gradients: Mapping[str, Any] | None
+    ) -> None:
+        """Keep arrays for the parameters, the first of which is there; all have its type and lie beside it."""
+        first = next(iter(arrays.values()))
+        for name, array in arrays.items():
+            if array is not None:
+                self._parameters[name] = vector(name, array, shape, first.dtype, first)
+        self._take_gradients(gradients)
+
+    def _new_outputs(self, x: Any) -> tuple[Any, Any]:
+        """Return new arrays: with ``out=`` calls are replayed, for freed memory comes back at the same addresses."""
+        runtime, dtype, shape = runtime_of(type(x)), accumulator(x.dtype), self._statistics_of(x)
+        if runtime is None:
+            return np.empty(x.shape, x.dtype), np.empty(shape, dtype)
+        return empty(runtime, x.shape, x), empty(runtime, shape, x, dtype)
+
+    @abstractmethod
+    def _statistics_of(self, x: Any) -> tuple[int, ...]:
+        """Return the shape of the statistics of an input."""
+
+    def _last_options(self) -> list[str]:
+        """Return the options of the constructor that come last, as text."""
+        return activation_options(self) + [f"dtype='{array.dtype}'" for array in [self.weight] if array is not None]
 
     @property
     def weight(self) -> Any:

@@ -282,6 +282,15 @@ def array_module(given: Any) -> Any:
     return given
 
 
+def described(name: str, array: Any) -> tuple[Any, check.Argument]:
+    """Return an array that is given for a parameter, as one of ours, and its description; check its data type."""
+    array = incoming(name, array)
+    argument = check.arguments({name: check.signature(array)})[name]
+    assert argument is not None
+    check.floating(argument)
+    return array, argument
+
+
 def vector(name: str, array: Any, shape: tuple[int, ...], dtype: np.dtype | None = None, beside: Any = None) -> Any:
     """Return an array, which may have axes of length 1 more such as (1, C, 1, 1), as a view of this shape.
 

@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from bnkernels.nn.owner import array_module, data_type, vector
+from bnkernels.nn.owner import described
 from bnkernels.nn.row_norm import RowNorm
 from bnkernels.ops.rms_norm.op import rms_norm_backward, rms_norm_forward
 from bnkernels.runtime import checks as check
 from bnkernels.runtime.arguments import accumulator, empty
-from bnkernels.runtime.dlpack import incoming
 from bnkernels.runtime.registry import runtime_of
 
 
@@ -68,12 +67,8 @@ class RMSNorm(RowNorm):
         xp: Any = np,
     ) -> None:
         super().__init__()
-        self._take_shape(normalized_shape, activation, alpha)
-        kept, xp = accumulator(data_type(dtype)), array_module(xp)
-        if check.boolean("affine", affine):
-            self._parameters["weight"] = xp.ones(self.normalized_shape, kept)
-        self.eps = check.epsilon(eps, xp.zeros(1, kept))
-        self._take_gradients(None)
+        options = {"eps": eps, "activation": activation, "alpha": alpha, "dtype": dtype, "xp": xp}
+        self._take_rows(("weight",) if check.boolean("affine", affine) else (), normalized_shape, options)
 
     @classmethod
     def from_arrays(cls, weight: Any, *, gradients: Mapping[str, Any] | None = None, **options: Any) -> RMSNorm:
@@ -98,12 +93,9 @@ class RMSNorm(RowNorm):
         TypeError, ValueError
             If an array does not fit.
         """
-        weight = incoming("weight", weight)
-        argument = check.arguments({"weight": check.signature(weight)})["weight"]
-        check.floating(argument)
+        weight, argument = described("weight", weight)
         layer = cls(argument.shape, affine=False, dtype=argument.dtype, **options)
-        layer._parameters["weight"] = vector("weight", weight, argument.shape)
-        layer._take_gradients(gradients)
+        layer._take_arrays({"weight": weight}, argument.shape, gradients)
         return layer
 
     def _forward(self, x: Any, training: bool, keep: bool) -> Any:
