@@ -1,4 +1,4 @@
-"""The site: its reference has every public name, its lines run on NumPy and on CuPy, and every page is in its menu."""
+"""The site: its reference has every public name, and the lines of its pages run on NumPy and on CuPy."""
 
 from __future__ import annotations
 
@@ -64,7 +64,9 @@ def test_the_lines_of_a_page_run(name: str) -> None:
 
 
 @pytest.mark.emulator
-@pytest.mark.parametrize("name", [name for name in WITH_LINES if re.search(">>> import (cupy|numpy as xp)", PAGES[name])])
+@pytest.mark.parametrize(
+    "name", [name for name in WITH_LINES if re.search(">>> import (cupy|numpy as xp)", PAGES[name])]
+)
 def test_the_lines_of_a_page_run_on_cupy(name: str, cupy: types.ModuleType) -> None:
     assert lines_of(name, "cupy").failed == 0
     assert cupy.driver.launches, "no kernel of ours ran"

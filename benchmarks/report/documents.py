@@ -70,7 +70,11 @@ def files(source: str) -> str:
     """Return links to everything that has the name of a kernel's op."""
     op = re.sub(r"_(forward|backward)$", "", source)
     places = (f"bnkernels/ops/{op}{rest}" for rest in (".py", "/op.py", "/training.py"))
-    paths = {"kernel": f"cuda/{source}.cu", "op": next(place for place in places if (ROOT / place).is_file()), "test": f"tests/ops/test_{op}.py"}
+    paths = {
+        "kernel": f"cuda/{source}.cu",
+        "op": next(place for place in places if (ROOT / place).is_file()),
+        "test": f"tests/ops/test_{op}.py",
+    }
     paths["bench"] = f"benchmarks/ops/bench_{op}.py"
     return ", ".join(f"[{name}](../../{path})" for name, path in paths.items())
 
