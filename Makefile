@@ -115,6 +115,7 @@ notebooks: $(TEST) ## execute the notebooks; keep their outputs: make notebooks 
 	$(RUN) -m pytest -q --nbmake $(ARGS) notebooks
 
 docs: $(DOCS) ## build the site from docs/, notebooks/ and the docstrings into build/site; a warning is an error
+	rm -rf $(SITE)
 	$(RUN) -m sphinx -q -W --keep-going -j auto -c docs -d build/site-doctrees . $(SITE)
 
 docs-check: docs $(BROWSER) ## look at every page in Chromium: links, pictures, errors, widths; screenshots in build/screenshots

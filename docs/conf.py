@@ -8,7 +8,7 @@ import re
 import sys
 from pathlib import Path
 
-from docutils.nodes import math, math_block
+from docutils.nodes import SkipNode, math, math_block
 from latex2mathml.converter import convert
 from sphinx.application import Sphinx
 from sphinx.writers.html5 import HTML5Translator
@@ -35,6 +35,7 @@ autodoc_member_order = "bysource"
 
 html_theme = "pydata_sphinx_theme"
 html_title = "bnkernels"
+html_context = {"default_mode": "auto"}
 html_additional_pages = {"index": "redirect.html"}
 templates_path = ["templates"]
 html_static_path = ["static"]
@@ -43,6 +44,7 @@ html_show_sourcelink = False
 html_copy_source = False
 html_math_renderer = "mathml"
 html_theme_options = {
+    "header_links_before_dropdown": 6,
     "show_toc_level": 2,
     "navigation_with_keys": False,
     "footer_start": ["copyright"],
@@ -55,17 +57,15 @@ html_theme_options = {
 def inline(self: HTML5Translator, node: math) -> None:
     """Write a formula in a line of text."""
     self.body.append(convert(node.astext()))
+    raise SkipNode  # its text is written
 
 
 def display(self: HTML5Translator, node: math_block) -> None:
     """Write a formula of its own."""
-    self.body.append(f'<div class="math">{convert(node.astext(), display="block")}</div>')
-
-
-def leave(self: HTML5Translator, node: math | math_block) -> None:
-    """Nothing is open behind a formula."""
+    self.body.append(f'<div class="formula">{convert(node.astext(), display="block")}</div>')
+    raise SkipNode
 
 
 def setup(app: Sphinx) -> None:
     """Let browsers draw formulas."""
-    app.add_html_math_renderer("mathml", (inline, leave), (display, leave))
+    app.add_html_math_renderer("mathml", (inline, None), (display, None))
