@@ -5,6 +5,7 @@ formulas are MathML, which browsers draw themselves.
 """
 
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -66,6 +67,15 @@ def display(self: HTML5Translator, node: math_block) -> None:
     raise SkipNode
 
 
+def copy_page(app: Sphinx, error: Exception | None) -> None:
+    """Copy the page with sliders to where it is in the checkout, for the links of pages and notebooks."""
+    if error is None:
+        page = Path("docs/pictures/step_through.html")
+        (app.outdir / page).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / page, app.outdir / page)
+
+
 def setup(app: Sphinx) -> None:
-    """Let browsers draw formulas."""
+    """Let browsers draw formulas, and serve a page that is none of Sphinx's."""
+    app.connect("build-finished", copy_page)
     app.add_html_math_renderer("mathml", (inline, None), (display, None))

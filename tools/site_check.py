@@ -89,7 +89,7 @@ def step_through(page: Page, site: Path) -> Iterator[str]:
     """Move the sliders of the step-through and press its buttons."""
     page.on("pageerror", lambda error: errors.append(f"step_through.html: {error}"))
     errors: list[str] = []
-    page.goto((site / "_static" / "step_through.html").as_uri())
+    page.goto((site / "docs" / "pictures" / "step_through.html").as_uri())
     before = page.inner_text("body")
     for name in ("N", "C", "cost"):
         for value in range(int(page.get_attribute(f"#{name}", "max") or 0) + 1):
