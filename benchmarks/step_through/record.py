@@ -31,7 +31,7 @@ from tools.emulator.runtime import LaunchRecord
 RESULT = RESULTS / "step_through.json"
 EXAMPLES, NEURONS = (8, 16, 64, 256, 1024, 4096), (4, 20, 64, 256)
 WAYS = ("example", "neuron")
-MOST_BLOCKS = 16  # of examples; a block for each of 64 would be no different
+MOST_BLOCKS = 16  # by example, where more of them would wait for one another in the same way
 READ, WRITE, BARRIER, WAIT = range(len(KINDS))
 
 
