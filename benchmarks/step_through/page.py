@@ -13,7 +13,7 @@ from benchmarks.step_through.record import Step
 TEMPLATE = Path(__file__).with_name("template.html")
 PAGE, PICTURE = (ROOT / "docs" / "pictures" / f"step_through.{kind}" for kind in ("html", "svg"))
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8A7A00", "#6A4C93")
-DRAWN, COST = (64, 256), 10  # examples and neurons of the picture; accesses that a wait costs
+DRAWN, COST = (64, 256), 10  # examples and neurons of the picture; words that a wait costs
 TITLES = {"example": "by example: three launches, all wait twice", "neuron": "by neuron: one launch, no block waits"}
 SIDE, HALF, TOP, LINES, LINE = 360, 160, 50, 250, 9  # sizes in the picture
 

@@ -2,9 +2,10 @@
 
 A step is what a block does between two waits, or between a barrier behind which it turns from reading `x` to writing
 `y` and the next one. The cells that it touches are rectangles of rows and columns; where they were not, recording
-fails. Its length is counted in accesses: those that its busiest thread makes, one after the other, whatever their size,
-and one for every barrier within the block. Blocks that wait for others go on when the last of these is there, and have
-paid for a wait: so a step begins at ``start + waits cost``, whatever a wait costs.
+fails. Its length is counted in words: those of four bytes that its busiest thread moves, and one for every barrier
+within the block. By example has about as many threads as by neuron, so that what differs is who waits. Blocks that wait
+for others go on when the last of these is there, and have paid for a wait: so a step begins at ``start + waits cost``,
+whatever a wait costs.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from tools.emulator.runtime import LaunchRecord
 RESULT = RESULTS / "step_through.json"
 EXAMPLES, NEURONS = (8, 16, 64, 256, 1024, 4096), (4, 20, 64, 256)
 WAYS = ("example", "neuron")
-MOST_BLOCKS = 16  # by example, where more of them would wait for one another in the same way
+BLOCKS, MOST_THREADS, MERGERS = 16, 256, 32  # by example: blocks at least, threads of one, threads that merge a neuron
+WORD = 4  # bytes
 READ, WRITE, BARRIER, WAIT = range(len(KINDS))
 
 
@@ -43,7 +45,7 @@ class Step(NamedTuple):
     block : int
         Number of the block.
     start, waits, length : int
-        Accesses before it and waits for other blocks before it, on the longest way there; accesses that it takes.
+        Words before it and waits for other blocks before it, on the longest way there; words that it takes.
     read, written : list of list of int
         First row, end, first column and end of each rectangle that it touches of `x` and `y`.
     """
@@ -85,12 +87,15 @@ def by_neuron(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[LaunchRe
 
 
 def by_example(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[LaunchRecord]]:
-    """Return x, y and the three launches of `benchmarks.peers.three_launches`, a thread for each neuron of a block."""
+    """Return x, y and the launches of `benchmarks.peers.three_launches`, with about as many threads as by neuron."""
+    *_, (record,) = by_neuron(values)
     sources = read_sources() | {"three_launches.cu": three_launches.SOURCE.read_text(encoding="utf-8")}
     runtime = EmulatorRuntime(sources=sources)
     (rows, channels), dtype = values.shape, np.dtype(np.float32)
-    rows_of_block = ceil_div(rows, MOST_BLOCKS)
+    threads = record.launch.blocks * record.launch.threads
+    rows_of_block = ceil_div(rows, max(BLOCKS, ceil_div(threads, MOST_THREADS)))
     blocks = ceil_div(rows, rows_of_block)
+    workers = max(1, min(ceil_div(threads, blocks * channels), MOST_THREADS // channels))
     vectors = {
         name: runtime.asarray(np.ones(channels, dtype)) for name in "gamma beta running_mean running_var".split()
     }
@@ -101,9 +106,9 @@ def by_example(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[LaunchR
     arguments = pack(three_launches.FORWARD[dtype], *map(runtime.pointer, used), *sizes)
     width = min(channels, 32)
     plans = {
-        "sums": Launch((1, blocks, 1), (channels, 1, 1), 12 * channels),
-        "finalise": Launch((ceil_div(channels, width), 1, 1), (width, MOST_BLOCKS, 1), 12 * width * MOST_BLOCKS),
-        "apply": Launch((1, blocks, 1), (channels, 1, 1)),
+        "sums": Launch((1, blocks, 1), (channels, workers, 1), 12 * channels * workers),
+        "finalise": Launch((ceil_div(channels, width), 1, 1), (width, MERGERS, 1), 12 * width * MERGERS),
+        "apply": Launch((1, blocks, 1), (channels, workers, 1)),
     }
     with runtime.tracing():
         for phase, launch in plans.items():
@@ -147,7 +152,7 @@ def parts(events: np.ndarray, arrays: dict[str, np.ndarray]) -> Iterator[tuple[i
             yield finished(open_step, length, waiting, arrays)
             open_step, waiting, length = [], meeting == WAIT, 0
         accesses = part[part["kind"] <= WRITE]
-        busiest = int(np.bincount(accesses["thread"]).max()) if accesses.size else 0
+        busiest = int(np.bincount(accesses["thread"], accesses["bytes"]).max()) // WORD if accesses.size else 0
         length += busiest + int(meeting == BARRIER)
         open_step.append(accesses)
     yield finished(open_step, length, waiting, arrays)

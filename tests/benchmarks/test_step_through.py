@@ -58,6 +58,20 @@ def test_what_the_page_says_holds() -> None:
         assert waits == (2 if way == "example" else int(rows == 4096 and columns >= 20)), page.key(one)
 
 
+def test_by_example_is_ahead_where_the_page_says() -> None:
+    def total(way: str, examples: int, neurons: int, cost: int) -> int:
+        (one,) = (one for one in CASES if page.key(one) == (way, examples, neurons))
+        return max(step.start + step.waits * cost + step.length for step in page.steps_of(one))
+
+    sizes = {page.key(one)[1:] for one in CASES}
+    ahead = {
+        size: sum(total("example", *size, cost) < total("neuron", *size, cost) for cost in range(101)) for size in sizes
+    }
+    assert {size: count for size, count in ahead.items() if count} == {(4096, 20): 6, (4096, 64): 34}
+    text = (page.ROOT / "docs" / "step_through.md").read_text(encoding="utf-8").replace("\n", " ")
+    assert "where a wait costs less than 6 and 34 words" in " ".join(text.split())
+
+
 def test_what_is_no_rectangle_is_refused() -> None:
     with pytest.raises(ValueError, match="expected whole rows of some columns, got 3 elements in 2 rows"):
         record.rectangles(np.array([0, 1, 4]), 4)
