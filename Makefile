@@ -8,6 +8,9 @@ TRAIN := .venv/installed-train
 TEST := .venv/installed-test
 FRAMEWORKS := .venv/installed-frameworks
 BENCH := .venv/installed-bench
+DOCS := .venv/installed-docs
+BROWSER := .venv/installed-browser
+SITE := build/site
 OUT ?= build/gpu
 # Every kernel in every variant; the rest of the suite repeats them with other values, and ThreadSanitizer takes its time.
 OP_TESTS = tests/ops/test_batch_norm.py tests/ops/test_softmax_cross_entropy.py tests/ops/test_parameter_update.py
@@ -19,7 +22,7 @@ CXX_FILES = $(shell find cuda tools/emulator benchmarks -name "*.cu" -o -name "*
 
 .DEFAULT_GOAL := help
 .PHONY: help train test test-fast frameworks everything check format compile emulate mutants coverage bench host-cost first-call features traffic sass
-.PHONY: notebooks clean
+.PHONY: notebooks docs docs-check clean
 .PHONY: gpu gpu-test gpu-sanitize gpu-bench gpu-dry-run
 
 help: ## list the targets
@@ -111,6 +114,13 @@ gpu-dry-run: $(TEST) ## walk all of make gpu on a machine without a GPU, on the 
 notebooks: $(TEST) ## execute the notebooks; keep their outputs: make notebooks ARGS=--overwrite
 	$(RUN) -m pytest -q --nbmake $(ARGS) notebooks
 
+docs: $(DOCS) ## build the site from docs/, notebooks/ and the docstrings into build/site; a warning is an error
+	rm -rf $(SITE)
+	$(RUN) -m sphinx -q -W --keep-going -j auto -c docs -d build/site-doctrees . $(SITE)
+
+docs-check: docs $(BROWSER) ## look at every page in Chromium: links, pictures, errors, widths; screenshots in build/screenshots
+	$(RUN) -m tools.site_check $(SITE) build/screenshots
+
 clean: ## remove .venv and everything that is built
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -127,6 +137,14 @@ $(FRAMEWORKS): $(PACKAGING)
 $(BENCH): $(PACKAGING)
 	$(PYTHON) tools/install.py test benchmarks
 	@touch $@ $(TEST) $(TRAIN) $(FRAMEWORKS)
+
+$(DOCS): $(PACKAGING)
+	$(PYTHON) tools/install.py docs
+	@touch $@
+
+$(BROWSER): $(PACKAGING)
+	$(PYTHON) tools/install.py browser
+	@touch $@
 
 $(TEST): $(PACKAGING)
 	$(PYTHON) tools/install.py test

@@ -18,6 +18,7 @@ PLATFORMS = (
 WHEELS = f"({PLATFORMS} or sys_platform == 'darwin' and platform_machine == 'arm64') and python_version < '3.15'"
 CPU = [f"numba>=0.61; {WHEELS}", "scipy>=1.13"]  # compiled kernels for NumPy arrays; Numba calls SciPy's BLAS
 TRAIN = [*CPU, "scikit-learn>=1.5", "threadpoolctl>=3.1", "tqdm>=4.66", "matplotlib>=3.8"]
+DOCS = ["sphinx>=8", "pydata-sphinx-theme>=0.16", "myst-nb>=1.2", "numpydoc>=1.8", "latex2mathml>=3.77"]
 NOTEBOOKS = [*TRAIN, "nbmake>=1.5", "ipykernel>=6.29"]
 TEST = [
     *NOTEBOOKS,
@@ -102,6 +103,8 @@ setup(
         "cuda13": [f"cupy-cuda13x[ctk]{CUPY}"],
         "without-gpu": [f"cupy-cuda13x{CUPY}; {CUPY_WHEELS}"],  # never beside one of the two: they share their files
         "notebooks": NOTEBOOKS,
+        "docs": DOCS,  # the site: make docs
+        "browser": ["playwright>=1.45"],  # drives the Chromium that looks at it: make docs-check
         "torch": ["torch>=2.5", "ml_dtypes>=0.5"],  # bnkernels.compat.torch
         "benchmarks": [*TRAIN, "torch>=2.5", "ml_dtypes>=0.5"],  # more peers take part where they are installed
         "test": TEST,

@@ -19,7 +19,7 @@ def tables(results: Mapping[str, Any] | None) -> str:
     parts = [verdict(results["errors"])]
     for dtype, rows in groupby(results["errors"], key=lambda row: row["dtype"]):
         lines = [line for _, of_input in groupby(rows, key=lambda row: row["input"]) for line in block(list(of_input))]
-        parts.append(f"### {dtype}\n\n{table(['x =', 'computed by', *QUANTITIES, 'kept'], lines)}")
+        parts.append(f"## {dtype}\n\n{table(['x =', 'computed by', *QUANTITIES, 'kept'], lines)}")
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items() if version)
     parts.append(f"{results['rows']} rows, {results['channels']} channels; {versions}; {results['date']}.")
     return "\n\n".join(parts)

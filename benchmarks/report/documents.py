@@ -69,9 +69,12 @@ def kernels(results: Mapping[str, Any] | None, baseline: Mapping[str, Any] | Non
 def files(source: str) -> str:
     """Return links to everything that has the name of a kernel's op."""
     op = re.sub(r"_(forward|backward)$", "", source)
-    module = f"bnkernels/ops/{op}"
-    module += "" if (ROOT / module).is_dir() else ".py"
-    paths = {"kernel": f"cuda/{source}.cu", "op": module, "test": f"tests/ops/test_{op}.py"}
+    places = (f"bnkernels/ops/{op}{rest}" for rest in (".py", "/op.py", "/training.py"))
+    paths = {
+        "kernel": f"cuda/{source}.cu",
+        "op": next(place for place in places if (ROOT / place).is_file()),
+        "test": f"tests/ops/test_{op}.py",
+    }
     paths["bench"] = f"benchmarks/ops/bench_{op}.py"
     return ", ".join(f"[{name}](../../{path})" for name, path in paths.items())
 
@@ -124,7 +127,7 @@ def pages(results: Path = RESULTS, baseline: Path = BASELINE) -> dict[str, Page]
         ),
         "sequence.md": Page(
             "LSTMs with a norm and without",
-            "What is trained: [recurrent batch norm](../recurrent_batch_norm.md). Steps are those of the first "
+            "What is trained: [recurrent layers](../recurrent.md). Steps are those of the first "
             "evaluation, one an epoch, at or above a test accuracy: median over the seeds, lowest and highest.",
             sequence.tables(lstms, "../../benchmarks/results"),
         ),

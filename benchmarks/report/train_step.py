@@ -55,7 +55,7 @@ def of_network(document: Mapping[str, Any], network: str) -> str:
         for key, title in RATIOS.items()
         if key in first["ratios"]
     ]
-    heading = f"### {network}, mini-batches of {first['batch']}"
+    heading = f"## {network}, mini-batches of {first['batch']}"
     return paragraphs(heading, table(["µs per step", *titles], rows), table(["ratio", *titles], ratios))
 
 

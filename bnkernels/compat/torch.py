@@ -97,7 +97,7 @@ def layer_norm(
 
     Parameters
     ----------
-    input : torch.Tensor, shape (..., *normalized_shape), float16, bfloat16, float32 or float64
+    input : torch.Tensor, shape (...) and `normalized_shape` behind, float16, bfloat16, float32 or float64
         Input; what is not contiguous is copied.
     normalized_shape : sequence of int
         Shape of the last axes, over which is normalised.

@@ -87,7 +87,7 @@ def test_the_training_step_shows_the_run_and_says_what_is_missing() -> None:
     assert "| bnkernels, no norm | 100 (90 to 120) |" in text
     assert text.count("PyTorch") == 1
     assert "Not measured: PyTorch (not installed)." in text
-    assert "### 64-20-10, mini-batches of 64" in text
+    assert "## 64-20-10, mini-batches of 64" in text
     assert "| ours, the faster engine: batch norm / no norm | 1.23 |" in text
     assert "| batch norm | 0.9712 | 0.9700, 0.9724 | 66, never |" in text
     assert text.endswith("On a GPU: not yet measured.")
@@ -313,7 +313,7 @@ def doctest_of_the_readme(array_module: str) -> doctest.TestResults:
 
 def test_the_lines_of_the_readme_run() -> None:
     outcome = doctest_of_the_readme("numpy")
-    assert outcome.attempted >= 13
+    assert outcome.attempted >= 9
     assert outcome.failed == 0
 
 

@@ -18,14 +18,17 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_example_of_the_page_runs() -> None:
-    page = (ROOT / "docs" / "layers.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```python\n(.*?)```", page.partition("\n## In PyTorch\n")[2].partition("\n## ")[0], re.S)
+    page = (ROOT / "docs" / "howto" / "pytorch.md").read_text(encoding="utf-8")
+    example, taken_over = re.findall(r"```python\n(.*?)```", page, re.S)
     names: dict[str, Any] = {}
     exec(example, names)
     model, converted = names["model"], names["ours"]
     assert all(torch.isfinite(parameter.grad).all() for parameter in (*model.parameters(), *converted.parameters()))
     assert (type(converted[1]), type(converted[2])) == (ours.BatchNorm2d, ours.LayerNorm)
     assert names["images"].grad.abs().max() > 0
+    names["torch_model"] = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.ReLU())
+    exec(taken_over, names)
+    assert len(list(names["layers"].state_dict())) == len(names["torch_model"].state_dict())
 
 
 def test_importing_bnkernels_imports_no_pytorch() -> None:

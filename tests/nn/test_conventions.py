@@ -2,7 +2,7 @@
 
 Every convention is written down again in a few lines of NumPy: the weight of the old or the new in the running
 statistics, their variance over N or N - 1, eps, the axes, where they start. Where the public code is wrong, the test
-says what is right: what its own names promise. `docs/layers.md` has the table.
+says what is right: what its own names promise. `docs/howto/other_code.md` has the table.
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ class _Request(ctypes.Structure):  # engine/scheduler.h: Request
         ("resident", c_uint64),
         ("cooperative", c_uint64),
         ("count_turns", c_uint64),
+        ("trace", c_uint64),
         ("rsqrt_error", c_double),
         ("cluster", c_uint64),
         ("only", POINTER(c_uint64)),
@@ -71,6 +72,11 @@ class _Traffic(ctypes.Structure):  # engine/memory.h: Traffic
             "vector_accesses",
         )
     ]
+
+
+# One access or wait (engine/trace.h: Event); `kind` is an index of `KINDS`.
+EVENT = np.dtype([("address", "u8"), *((name, "u4") for name in ("bytes", "kind", "block", "thread"))])
+KINDS = ("read", "write", "barrier", "wait")
 
 
 @dataclass(frozen=True)
@@ -131,7 +137,8 @@ class Schedule:
     Seed 0 is their natural order, any other a reproducible disorder; `resident` blocks are in flight at once; `only`
     names the blocks to run, by their number x + gridDim.x (y + gridDim.y z). `rsqrt_error` is the relative error of
     the hardware's approximation of 1 / sqrt(x), of which PTX promises only that it is at most `RSQRT_BOUND`.
-    `count_turns`: whether to count bank conflicts of shared memory, which takes time.
+    `count_turns`: whether to count bank conflicts of shared memory, which takes time; `trace`: whether to record every
+    access and every wait.
     """
 
     seed: int = 0
@@ -139,6 +146,7 @@ class Schedule:
     only: Sequence[int] = ()
     rsqrt_error: float = 0.0
     count_turns: bool = False
+    trace: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what the engine cannot follow."""
@@ -175,6 +183,7 @@ class Binding:
             ("holds", c_bool, [c_size_t]),
             ("broken_guard", c_char_p, []),
             ("traffic", c_bool, [c_size_t, POINTER(_Traffic)]),
+            ("events", c_void_p, [POINTER(c_uint64)]),
             ("launch", c_char_p, [POINTER(_Request), POINTER(_Totals)]),
         ):
             function = self._engine[f"bnk_{name}"]
@@ -245,6 +254,7 @@ class Binding:
             resident=schedule.resident,
             cooperative=launch.cooperative,
             count_turns=schedule.count_turns,
+            trace=schedule.trace,
             rsqrt_error=schedule.rsqrt_error,
             cluster=cluster,
             only=only,
@@ -259,6 +269,12 @@ class Binding:
             raise EmulatorError(f"{source}.cu, {entry_point}: {reports}")
         figures = [getattr(totals, name) for name, _ in _Totals._fields_[:-1]]
         return Counts(self._array_traffic(), *figures)
+
+    def events(self) -> np.ndarray:
+        """Return the events of the last launch, in order, of the type `EVENT`; none if it was not traced."""
+        count = c_uint64()
+        address = self._events(count)
+        return np.frombuffer(ctypes.string_at(address, count.value * EVENT.itemsize), EVENT)
 
     def promised(self, source: str, entry_point: str) -> int:
         """Return how many blocks the registers of a multiprocessor hold, as far as the launch bounds promise it."""

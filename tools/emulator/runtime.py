@@ -8,7 +8,7 @@ import os
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,12 +47,13 @@ class EmulatedArray(np.ndarray):
 
 @dataclass(frozen=True)
 class LaunchRecord:
-    """One launch and what it did."""
+    """One launch and what it did; its events, of the type `binding.EVENT`, where it was traced."""
 
     source: str
     entry_point: str
     launch: Launch
     counts: Counts
+    events: np.ndarray
 
 
 class EmulatorRuntime(seam.Runtime):
@@ -139,7 +140,7 @@ class EmulatorRuntime(seam.Runtime):
         if launch.cooperative:
             launch = self._granted(source, entry_point, launch)
         counts = self._binding.launch(source, entry_point, launch, arguments, self._schedule)
-        self.launches.append(LaunchRecord(source, entry_point, launch, counts))
+        self.launches.append(LaunchRecord(source, entry_point, launch, counts, self._binding.events()))
 
     def capture(self, work: Callable[[], None], like: Any) -> Callable[[], None]:
         """Return a callable that repeats the launches that `work` makes, as they were: nothing else of it runs again.
@@ -226,29 +227,25 @@ class EmulatorRuntime(seam.Runtime):
         """Raise `EmulatorError` if anything was written just before or behind an array."""
         self._binding.check_guards()
 
-    @contextmanager
-    def schedule(self, seed: int = 0, resident: int = 4) -> Iterator[None]:
+    def schedule(self, seed: int = 0, resident: int = 4) -> AbstractContextManager[None]:
         """Run blocks and threads in the order of `seed` (0: the natural one), `resident` blocks at a time."""
-        with self._scheduled(replace(self._schedule, seed=seed, resident=resident)):
-            yield
+        return self._scheduled(replace(self._schedule, seed=seed, resident=resident))
 
-    @contextmanager
-    def only_blocks(self, blocks: Sequence[int]) -> Iterator[None]:
+    def only_blocks(self, blocks: Sequence[int]) -> AbstractContextManager[None]:
         """Run these blocks of every grid and no others; block (x, y, z) is x + gridDim.x (y + gridDim.y z)."""
-        with self._scheduled(replace(self._schedule, only=tuple(blocks))):
-            yield
+        return self._scheduled(replace(self._schedule, only=tuple(blocks)))
 
-    @contextmanager
-    def rsqrt_error(self, relative: float) -> Iterator[None]:
+    def rsqrt_error(self, relative: float) -> AbstractContextManager[None]:
         """Let the approximation of 1 / sqrt(x) be off by so much; `RSQRT_BOUND` is the most."""
-        with self._scheduled(replace(self._schedule, rsqrt_error=relative)):
-            yield
+        return self._scheduled(replace(self._schedule, rsqrt_error=relative))
 
-    @contextmanager
-    def counting_turns(self) -> Iterator[None]:
+    def counting_turns(self) -> AbstractContextManager[None]:
         """Count the turns of shared memory."""
-        with self._scheduled(replace(self._schedule, count_turns=True)):
-            yield
+        return self._scheduled(replace(self._schedule, count_turns=True))
+
+    def tracing(self) -> AbstractContextManager[None]:
+        """Record every access and every wait of a launch in the `events` of its record."""
+        return self._scheduled(replace(self._schedule, trace=True))
 
     @contextmanager
     def device_limits(self, limits: Limits) -> Iterator[None]:

@@ -34,6 +34,7 @@ class Array(package.Array):
     data = property(Pointer)
     ndim = property(lambda self: self._memory.ndim)
     T = property(lambda self: self.view_of(self._memory.T))
+    flags = property(lambda self: self._memory.flags)
 
     def reshape(self, *shape: Any) -> Array:
         """Return a view of another shape."""

@@ -7,6 +7,7 @@
 #include "banks.h"
 #include "memory.h"
 #include "scheduler.h"
+#include "trace.h"
 
 namespace bnk {
 
@@ -30,6 +31,7 @@ std::string judge(const void* address, size_t bytes, size_t alignment, bool is_w
     }
     if (within(address, bytes, r.request.arguments, r.request.argument_bytes))
         return is_write ? "to the kernel's argument" : "";
+    trace::note(is_write ? trace::Kind::write : trace::Kind::read, address, bytes);
     const std::string wrong = memory::access(reinterpret_cast<uintptr_t>(address), bytes, is_write);
     if (!wrong.empty() && within(address, 0, r.thread->block->shared, r.request.shared_bytes + 4096))
         return "past the end of the " + std::to_string(r.request.shared_bytes) + " bytes of shared memory";

@@ -52,8 +52,7 @@ void start_launch() {
 
 void note(size_t offset, size_t bytes, const void* instruction) {
     const Thread& thread = *running.thread;
-    const BnkIndex block = thread.block->index, grid = running.request.grid;
-    const uint64_t number = block.x + uint64_t(grid.x) * (block.y + uint64_t(grid.y) * block.z);
+    const uint64_t number = block_number(*thread.block);
     const unsigned execution = executions[{number, thread.number, instruction}]++;
     accesses[{{number, thread.number / 32, instruction}, execution}].push_back({thread.lane, offset, bytes});
 }

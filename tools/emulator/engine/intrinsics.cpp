@@ -6,6 +6,7 @@
 
 #include "access.h"
 #include "scheduler.h"
+#include "trace.h"
 
 using namespace bnk;
 
@@ -76,6 +77,7 @@ void arrive_at_barrier(Site site) {
     if (++block.at_barrier < block.threads.size()) return;
     block.at_barrier = 0;
     ++block.barriers;
+    trace::note(trace::Kind::barrier, nullptr, 0);
     std::vector<Thread*> all;
     for (Thread& thread : block.threads) all.push_back(&thread);
     meet(all, block.barrier_tag);
@@ -244,6 +246,7 @@ void bnk_wait_for_counter(const unsigned* counter, unsigned ticket, bool acquire
     {
         const EngineWork work;
         bnk::access(counter, sizeof *counter, sizeof *counter, false, __builtin_return_address(0));
+        trace::note(trace::Kind::wait, counter, 0);
         published = &running.atomic_tags[counter];
         pass_on(*published, me.before_atomics);
     }
@@ -252,11 +255,7 @@ void bnk_wait_for_counter(const unsigned* counter, unsigned ticket, bool acquire
 
 namespace {
 
-Cluster& own_cluster() {
-    const BnkIndex index = self().block->index, grid = running.request.grid;
-    return running
-        .clusters[(index.x + uint64_t(grid.x) * (index.y + uint64_t(grid.y) * index.z)) / running.request.cluster];
-}
+Cluster& own_cluster() { return running.clusters[block_number(*self().block) / running.request.cluster]; }
 
 }  // namespace
 

@@ -12,6 +12,7 @@
 
 #include "banks.h"
 #include "memory.h"
+#include "trace.h"
 
 namespace bnk {
 
@@ -236,6 +237,7 @@ extern "C" const char* bnk_launch(const bnk::Request* request, bnk::Totals* tota
     running.request.arguments = arguments.data();
     memory::start_launch();
     banks::start_launch();
+    trace::start_launch();
     run_blocks();
     const banks::Turns turns = banks::turns();
     running.totals.shared_turns = turns.taken;

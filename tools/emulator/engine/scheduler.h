@@ -88,6 +88,7 @@ struct Request {
     uint64_t resident;     // blocks in flight at once
     uint64_t cooperative;  // all blocks are, and may wait for one another
     uint64_t count_turns;  // of shared memory
+    uint64_t trace;        // note every access and every wait
     double rsqrt_error;    // relative error of the approximation
     uint64_t cluster;      // blocks of one; of more than one, all are in flight, too
     const uint64_t* only;  // the blocks to run; none: all of them
@@ -112,6 +113,12 @@ struct Running {
 };
 
 extern Running running;
+
+// x + gridDim.x (y + gridDim.y z)
+inline uint64_t block_number(const Block& block) {
+    const BnkIndex grid = running.request.grid;
+    return block.index.x + uint64_t(grid.x) * (block.index.y + uint64_t(grid.y) * block.index.z);
+}
 
 // Ends the launch with an error. Call from a CUDA thread.
 [[noreturn]] void fail(const std::string& what);
