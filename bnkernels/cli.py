@@ -151,7 +151,7 @@ def build_parser() -> Parser:
     command = commands.add_parser(
         "reproduce",
         help="repeat a paper's experiment",
-        description="Repeat a published experiment and draw its figure. ioffe2015: 784 binary inputs, three layers of "
+        description="Repeat a published experiment and draw its figure. ioffe2015: 784 inputs, three layers of "
         "100 sigmoids, with and without batch norm (arXiv:1502.03167, section 4.1).",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from bnkernels.train.data_files import IN_FILE, DataError, read_mnist, read_npz
+from bnkernels.train.data_files import IN_FILE, DataError, name_of, read_mnist, read_npz
 
 DATASETS = ("digits", "mnist", "npz")
 FIELDS = ("x_train", "y_train", "x_test", "y_test")  # IN_FILE, as arguments
@@ -26,7 +26,7 @@ class Dataset:
     Attributes
     ----------
     name : str
-        ``"digits"``, ``"mnist"`` or ``"npz"``.
+        ``"digits"`` or ``"npz"``; of IDX files the name that `name_of` finds, ``"mnist"`` or ``"fashion-mnist"``.
     x_train, x_test : numpy.ndarray, shape (N, features), float32 or float64
         The inputs, one row per example. Any real numbers may be given, of any layout and byte order, and with more
         axes: they are kept in C order, one row per example, as float64 if `x_train` is, else as float32.
@@ -96,9 +96,9 @@ def load_dataset(name: str = "digits", path: str | Path | None = None, dtype: st
     Parameters
     ----------
     name : {"digits", "mnist", "npz"}
-        ``digits``: scikit-learn's 1,797 images of 8 x 8 pixels. ``mnist``: a folder with MNIST's four IDX files,
-        gzipped or not. ``npz``: a file with ``x`` (N, ...) and ``y`` (N,), and optionally ``x_test`` and ``y_test``;
-        labels are 0 to K - 1, or text.
+        ``digits``: scikit-learn's 1,797 images of 8 x 8 pixels. ``mnist``: a folder with MNIST's four IDX files, or
+        Fashion-MNIST's, gzipped or not. ``npz``: a file with ``x`` (N, ...) and ``y`` (N,), and optionally ``x_test``
+        and ``y_test``; labels are 0 to K - 1, or text.
     path : path, optional
         The folder of ``mnist`` or the file of ``npz``; ``digits`` takes none.
     dtype : {"float32", "float64"}
@@ -222,7 +222,7 @@ def _mnist(folder: Path, dtype: str) -> Dataset:
     images, labels, test_images, test_labels = read_mnist(folder, dtype)
     pixels = (np.divide(array, 255, dtype=dtype) for array in (images, test_images))
     parts = (next(pixels), labels, next(pixels), test_labels)
-    return Dataset("mnist", *_checked(str(folder), IN_FILE, parts, dtype, 10), 10)
+    return Dataset(name_of(images), *_checked(str(folder), IN_FILE, parts, dtype, 10), 10)
 
 
 def _npz(path: Path, dtype: str) -> Dataset:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from bnkernels.train.config import TrainingConfig
-from bnkernels.train.reproduce import SHORTENED, STEPS, Experiment
+from bnkernels.train.reproduce import PIXELS, SHORTENED, STEPS, Experiment
 from bnkernels.train.run_config import CHOICES, RunConfig
 from bnkernels.train.sequence import SequenceConfig
 
@@ -91,7 +91,15 @@ def add_reproduction_options(command: argparse.ArgumentParser) -> None:
     """Add the options of `Experiment`."""
     default = Experiment()
     command.add_argument("experiment", choices=("ioffe2015",), help="which experiment")
-    command.add_argument("--mnist", metavar="DIR", help="MNIST's IDX files, gzipped or not (default: the digits)")
+    command.add_argument(
+        "--mnist",
+        metavar="DIR",
+        help="IDX files of MNIST or Fashion-MNIST, gzipped or not (default: those of Debian's package "
+        "dataset-fashion-mnist where it is installed, else the digits)",
+    )
+    command.add_argument(
+        "--pixels", choices=PIXELS, help=f"images in black and white, or grey (default: {default.pixels})"
+    )
     command.add_argument(
         "--steps", type=int, metavar="N", help=f"number of steps (default: {STEPS} on a GPU, {SHORTENED} on a CPU)"
     )

@@ -181,7 +181,9 @@ def _numbers(figures: Sequence[Any]) -> np.ndarray:
 def _title(document: Mapping[str, Any]) -> str:
     settings = document["settings"]
     sizes = "-".join(map(str, settings["sizes"]))
-    return f"{document['data']['name']}, {sizes} sigmoids, mini-batches of {settings['batch']}"
+    data = document["data"]
+    pixels = data["inputs"].split()[-1]
+    return f"{data['name']} ({pixels}), {sizes} sigmoids, mini-batches of {settings['batch']}"
 
 
 def png(figure: Any) -> bytes:

@@ -1,9 +1,9 @@
 """``bnkernels reproduce ioffe2015``: the MNIST experiment of the batch-norm paper, section 4.1 and figure 1.
 
-Binary images of 28 x 28 pixels, three hidden layers of 100 sigmoids, 10 classes, mini-batches of 60, with and without
-batch norm: the same weights to begin with, the same mini-batches. What is watched over the steps is the test accuracy,
-and the 15th, 50th and 85th percentiles, over the test examples, of the input of a typical sigmoid of the last hidden
-layer.
+Images of 28 x 28 pixels, binary as in the paper or grey, three hidden layers of 100 sigmoids, 10 classes, mini-batches
+of 60, with and without batch norm: the same weights to begin with, the same mini-batches. What is watched over the
+steps is the test accuracy, and the 15th, 50th and 85th percentiles, over the test examples, of the input of a typical
+sigmoid of the last hidden layer.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from bnkernels.ops.batch_norm.inference import batch_norm_inference
 from bnkernels.runtime.registry import choose_device
 from bnkernels.train.config import TrainingConfig
 from bnkernels.train.data import Dataset, load_dataset
-from bnkernels.train.data_files import DataError, read_mnist
+from bnkernels.train.data_files import DataError, name_of, read_mnist
 from bnkernels.train.documents import to_json
 from bnkernels.train.environment import blas_threads, versions
 from bnkernels.train.files import write_atomically
 from bnkernels.train.learner import Learner
 from bnkernels.train.plots import draw_accuracy, draw_percentiles
-from bnkernels.train.run_config import LABELS, ConfigError, as_path
+from bnkernels.train.run_config import LABELS, ConfigError, as_path, choice
 
 HIDDEN, BATCH, STEPS = (100, 100, 100), 60, 50_000  # the paper's
 SHORTENED = 10_000  # steps on a CPU
@@ -37,6 +37,8 @@ EVALUATIONS = 100
 AT_ONCE = 1000  # steps, at most, whose examples are gathered together
 PERCENTILES = (15, 50, 85)
 SIDE = 28
+PIXELS = ("binary", "grey")
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package dataset-fashion-mnist puts it
 FILES = {"document": "ioffe2015.json", "accuracy": "accuracy.png", "percentiles": "percentiles.png"}
 
 
@@ -47,7 +49,11 @@ class Experiment:
     Attributes
     ----------
     mnist : str, optional
-        Folder of MNIST's IDX files; None takes the digits of scikit-learn.
+        Folder of the IDX files of MNIST or Fashion-MNIST; None takes those of Debian's package
+        ``dataset-fashion-mnist`` where it is installed, else the digits of scikit-learn.
+    pixels : {"binary", "grey"}
+        Pixels above half of the largest value as 1 and others as 0, which is the paper's way; or as they are, from 0
+        to 1.
     steps : int, optional
         Number of steps; None takes 50,000 on a GPU, 10,000 on a CPU.
     lr : float
@@ -59,6 +65,7 @@ class Experiment:
     """
 
     mnist: str | None = None
+    pixels: str = "binary"
     steps: int | None = None
     lr: float = LR
     seed: int = 0
@@ -66,14 +73,13 @@ class Experiment:
     engine: str = "auto"
 
 
-def binary_images(mnist: str | None = None) -> Dataset:
-    """Return images of 28 x 28 pixels that are 0 or 1: those above half of the largest value are 1.
+def load_images(mnist: str | Path | None = None, pixels: str = "binary") -> Dataset:
+    """Return images of 28 x 28 pixels.
 
     Parameters
     ----------
-    mnist : str, optional
-        The folder of MNIST's IDX files. Without it the digits of scikit-learn are taken, each of whose 8 x 8 pixels
-        becomes 3 x 3, with a margin of 2.
+    mnist, pixels
+        Members of `Experiment`. Each of the digits' 8 x 8 pixels becomes 3 x 3, with a margin of 2.
 
     Returns
     -------
@@ -82,19 +88,25 @@ def binary_images(mnist: str | None = None) -> Dataset:
 
     Raises
     ------
+    ConfigError
+        If `pixels` is none of its values.
     DataError
         If the files are missing or damaged, or their images are not 28 x 28.
     """
-    if mnist is None:
+    binary = choice("pixels", pixels, PIXELS) == "binary"
+    if mnist is None and not FASHION_MNIST.is_dir():
         digits = load_dataset("digits")
-        x_train, x_test = (_enlarged(x > 0.5) for x in (digits.x_train, digits.x_test))
+        x_train, x_test = (_enlarged(x > 0.5 if binary else x) for x in (digits.x_train, digits.x_test))
         return Dataset(digits.name, x_train, digits.y_train, x_test, digits.y_test, digits.n_classes)
-    x_train, y_train, x_test, y_test = read_mnist(Path(mnist), "float32")
+    folder = FASHION_MNIST if mnist is None else Path(mnist)
+    x_train, y_train, x_test, y_test = read_mnist(folder, "float32")
     for images in (x_train, x_test):
         if images.shape[1:] != (SIDE, SIDE):
             found = " x ".join(map(str, images.shape[1:]))
-            raise DataError(f"the experiment takes images of {SIDE} x {SIDE} pixels, and those in {mnist} are {found}")
-    return Dataset("mnist", x_train > 127, y_train, x_test > 127, y_test, 10)
+            raise DataError(f"the experiment takes images of {SIDE} x {SIDE} pixels, and those in {folder} are {found}")
+    name = name_of(x_train)
+    x_train, x_test = (x > 127 if binary else np.divide(x, 255, dtype=np.float32) for x in (x_train, x_test))
+    return Dataset(name, x_train, y_train, x_test, y_test, 10)
 
 
 def _enlarged(pixels: np.ndarray) -> np.ndarray:
@@ -138,7 +150,7 @@ def run(experiment: Experiment, say: Callable[[str], None] = print, dataset: Dat
     say : callable
         Receiver of lines about the progress.
     dataset : Dataset, optional
-        Other images, by default `binary_images`.
+        Other images, by default `load_images`.
 
     Returns
     -------
@@ -151,7 +163,7 @@ def run(experiment: Experiment, say: Callable[[str], None] = print, dataset: Dat
         If the options do not fit the machine, or the data are unusable.
     """
     xp, device, _ = choose_device(experiment.device)
-    images = dataset or binary_images(experiment.mnist)
+    images = dataset or load_images(experiment.mnist, experiment.pixels)
     steps = (SHORTENED if xp is np else STEPS) if experiment.steps is None else experiment.steps
     config = TrainingConfig(
         hidden=HIDDEN,
@@ -166,7 +178,8 @@ def run(experiment: Experiment, say: Callable[[str], None] = print, dataset: Dat
     sizes = (images.n_features, *HIDDEN, images.n_classes)
     learners = {norm: Learner(norm, config, sizes, xp) for norm in config.norms}
     shortened = f", shortened from the paper's {STEPS:,} (--steps {STEPS})" if steps < STEPS else ""
-    say(f"{steps:,} steps{shortened} on {device}; {len(images.x_train):,} training examples of {images.name}")
+    examples = f"{len(images.x_train):,} training examples of {images.name}, {experiment.pixels}"
+    say(f"{steps:,} steps{shortened} on {device}; {examples}")
     # Overflow is no accident to warn about line by line: it shows in the document as null.
     with blas_threads(sizes, BATCH), np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         curves = _train(learners, images, config.steps, config.seed, xp, say)
@@ -174,9 +187,10 @@ def run(experiment: Experiment, say: Callable[[str], None] = print, dataset: Dat
         "experiment": "Ioffe and Szegedy 2015, arXiv:1502.03167, section 4.1, figure 1",
         "data": {
             "name": images.name,
+            "digest": images.digest,
             "training_examples": len(images.x_train),
             "test_examples": len(images.x_test),
-            "inputs": f"{images.n_features} binary",
+            "inputs": f"{images.n_features} {experiment.pixels}",
         },
         "settings": {"sizes": sizes, "batch": BATCH, "steps": config.steps, "lr": config.lr, "seed": config.seed}
         | {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 from pathlib import Path
 
@@ -11,9 +12,9 @@ import pytest
 
 from bnkernels import cli
 from bnkernels.nn.mlp import MLP
-from bnkernels.train import reproduce
+from bnkernels.train import data_files, reproduce
 from bnkernels.train.config import ConfigError
-from bnkernels.train.data import DataError, Dataset
+from bnkernels.train.data import DataError, Dataset, load_dataset
 
 RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "ioffe2015" / "ioffe2015.json"
 
@@ -25,9 +26,17 @@ def small_images(rng: np.random.Generator) -> Dataset:
     return Dataset("small", x[:150], y[:150], x[150:], y[150:], 4)
 
 
+@pytest.fixture(autouse=True)
+def without_fashion_mnist(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Let no test depend on what is installed; return where Debian's package would be."""
+    monkeypatch.setattr(reproduce, "FASHION_MNIST", tmp_path / "fashion-mnist")
+    return tmp_path / "fashion-mnist"
+
+
 def test_the_digits_become_binary_images_of_784_pixels() -> None:
     pytest.importorskip("sklearn")
-    images = reproduce.binary_images()
+    images = reproduce.load_images()
+    assert images.name == "digits"
     assert images.x_train.shape == (1437, 784)
     assert set(np.unique(images.x_train)) == {0.0, 1.0}
     square = images.x_train[0].reshape(28, 28)
@@ -51,10 +60,38 @@ def test_mnist_is_taken_as_it_is(tmp_path: Path, rng: np.random.Generator, zippe
     pixels = rng.integers(0, 256, (20, 28, 28)).astype(np.uint8)
     pixels[0, 0, :4] = 0, 127, 128, 255  # half of the largest value is between
     write_mnist(tmp_path, pixels, zipped)
-    images = reproduce.binary_images(str(tmp_path))
+    images = reproduce.load_images(str(tmp_path))
     np.testing.assert_array_equal(images.x_test, pixels.reshape(20, 784) > 127)
     assert images.x_train.dtype == np.float32
     np.testing.assert_array_equal(images.y_train, np.arange(20) % 10)
+
+
+def test_grey_images_keep_their_pixels(tmp_path: Path, rng: np.random.Generator) -> None:
+    pixels = rng.integers(0, 256, (20, 28, 28)).astype(np.uint8)
+    write_mnist(tmp_path, pixels)
+    images = reproduce.load_images(tmp_path, "grey")
+    np.testing.assert_allclose(images.x_train, pixels.reshape(20, 784) / 255, rtol=1e-6)
+    pytest.importorskip("sklearn")
+    assert len(np.unique(reproduce.load_images(pixels="grey").x_train)) == 17
+    with pytest.raises(ConfigError, match="pixels must be one of binary, grey; got 'colour'"):
+        reproduce.load_images(tmp_path, "colour")
+
+
+def test_the_images_of_debians_package_are_found(without_fashion_mnist: Path, rng: np.random.Generator) -> None:
+    without_fashion_mnist.mkdir()
+    write_mnist(without_fashion_mnist, rng.integers(0, 256, (20, 28, 28)).astype(np.uint8), zipped=True)
+    assert len(reproduce.load_images().x_train) == 20
+
+
+def test_data_is_named_by_its_content(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The name is that of the digest of the training images' file as it is unpacked, and no folder's."""
+    write_mnist(tmp_path, rng.integers(0, 256, (20, 28, 28)).astype(np.uint8))
+    digest = hashlib.sha256((tmp_path / "train-images-idx3-ubyte").read_bytes()).hexdigest()
+    assert reproduce.load_images(tmp_path).name == load_dataset("mnist", tmp_path).name == f"images {digest[:8]}"
+    monkeypatch.setitem(data_files.KNOWN_IMAGES, digest, "fashion-mnist")
+    assert reproduce.load_images(tmp_path).name == load_dataset("mnist", tmp_path).name == "fashion-mnist"
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (14, 56), (10, 20), (8, 8), (1, 784)])
@@ -62,12 +99,12 @@ def test_images_of_another_size_are_refused(tmp_path: Path, rng: np.random.Gener
     """Not scrambled because the number of pixels is right, nor black because they are larger."""
     write_mnist(tmp_path, rng.integers(0, 256, (20, *shape)).astype(np.uint8))
     with pytest.raises(DataError, match=f"takes images of 28 x 28 pixels, and .* are {shape[0]} x {shape[1]}$"):
-        reproduce.binary_images(str(tmp_path))
+        reproduce.load_images(str(tmp_path))
 
 
 def test_what_mnist_lacks_is_told(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="MNIST needs its four IDX files"):
-        reproduce.binary_images(str(tmp_path))
+        reproduce.load_images(str(tmp_path))
 
 
 def test_an_epoch_has_every_example_at_most_once() -> None:
@@ -151,7 +188,7 @@ def test_the_command_writes_document_and_pictures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rng: np.random.Generator
 ) -> None:
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(reproduce, "binary_images", lambda mnist: small_images(rng))
+    monkeypatch.setattr(reproduce, "load_images", lambda mnist, pixels: small_images(rng))
     arguments = ["reproduce", "ioffe2015", "--steps", "20", "--device", "cpu", "--out", str(tmp_path / "run")]
     assert cli.main(arguments) == 0
     assert "with batch norm     test accuracy " in capsys.readouterr().out

@@ -77,6 +77,13 @@ def _processors() -> int:
         return os.cpu_count() or 1
 
 
+def threads_for(tasks: int, size: int) -> int:
+    """Return how many threads `share` takes for so many tasks that together read so many numbers."""
+    if size < WORTH_SHARING or hasattr(_here, "worker"):  # within a task, it would wait for threads that wait for it
+        return 1
+    return max(1, min(get_num_threads(), tasks))
+
+
 def share(work: Callable[..., Any], tasks: int, size: int, *arguments: Any) -> None:
     """Call ``work(*arguments, first, last)`` on ranges that make up all tasks, in threads if that pays.
 
@@ -91,8 +98,8 @@ def share(work: Callable[..., Any], tasks: int, size: int, *arguments: Any) -> N
     *arguments
         First arguments of the kernel.
     """
-    threads = min(get_num_threads(), tasks) if size >= WORTH_SHARING and not hasattr(_here, "worker") else 1
-    if threads <= 1:  # also within a task of others: it would wait for threads that wait for it
+    threads = threads_for(tasks, size)
+    if threads == 1:
         work(*arguments, 0, tasks)
         return
     pool = _pool or _new_pool()

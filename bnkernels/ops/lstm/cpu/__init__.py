@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from bnkernels.ops.lstm.cpu.backward import backward_blocks, backward_products, backward_strips
+from bnkernels.ops.lstm.cpu.backward import backward_blocks, backward_products, backward_sequence, backward_strips
 from bnkernels.ops.lstm.cpu.forward import forward_blocks, forward_strips
 from bnkernels.ops.lstm.cpu.parts import HEIGHT, STRIP
 from bnkernels.ops.lstm.problem import Forward, Saved
 from bnkernels.runtime.arguments import addresses
 from bnkernels.runtime.cpu.language import LIKE
-from bnkernels.runtime.cpu.threads import share
+from bnkernels.runtime.cpu.threads import share, threads_for
 from bnkernels.runtime.seam import Runtime, ceil_div
 
 
@@ -32,11 +32,12 @@ def forward(
     if problem.norm != "batch":
         share(forward_blocks, ceil_div(rows, HEIGHT), used * size, *given, run.eps, run.momentum, sizes)
     else:
+        strips, counts = ceil_div(units, STRIP), np.array(run.counts, np.float64)
         given += addresses(None, *run.running), run.eps, run.momentum, sizes
-        for t, count in enumerate(run.counts):
-            moving = problem.live and t < problem.tracked and count > 1
-            of_step = t, float(count), problem.live, max(0, min(t, problem.tracked - 1)), moving
-            share(forward_strips, ceil_div(units, STRIP), size, *given, *of_step)
+        at_once = used if threads_for(strips, size) == 1 else 1  # threads wait for one another behind every step
+        for t in range(0, used, at_once):
+            of_steps = (t, t + at_once), *addresses(None, counts), problem.live, problem.tracked
+            share(forward_strips, strips, size, *given, *of_steps)
     run.y[used:] = 0
 
 
@@ -61,14 +62,15 @@ def backward(runtime: Runtime | None, saved: Saved, dy: Any, dh_n: Any, dc_n: An
     arrays += dy, dh_n, dc_n, dh0, dc0, dx, dx_part, dh_part, *of_weights, sums, saved.lengths
     pointers, sizes = addresses(None, *arrays), (used, rows, problem.inputs, units)
     size = rows * problem.columns * (2 if problem.norm else 1)
-    if batch:
-        of_products = addresses(None, saved.weight_ih, saved.weight_hh, dx, dh0, dx_part, dh_part)
-        for t in range(used - 1, -1, -1):
-            options = t, float(saved.counts[t]), problem.live
-            share(backward_strips, ceil_div(units, STRIP), size, like, pointers, sizes, *options)
-            share(backward_products, blocks, size, like, of_products, sizes, t)
-    else:
+    strips, counts = ceil_div(units, STRIP), np.array(saved.counts, np.float64)
+    if not batch:
         share(backward_blocks, blocks, used * size, like, pointers, sizes)
+    elif threads_for(max(strips, blocks), size) == 1:
+        backward_sequence(like, pointers, sizes, *addresses(None, counts), problem.live)
+    else:
+        for t in range(used - 1, -1, -1):
+            share(backward_strips, strips, size, like, pointers, sizes, t, counts[t], problem.live)
+            share(backward_products, blocks, size, like, pointers, sizes, t)
     if parts > 1:
         for gradient, partial in zip((dweight_ih, dweight_hh), of_weights, strict=True):
             partial.sum(0, out=gradient)

@@ -10,9 +10,9 @@ Numerics:  Of ``parts``. Products are of the data's type; sums of columns of all
 Order:     Blocks and strips are fixed by the shape: the same bits for any number of threads.
 """
 
-from bnkernels.ops.lstm.cpu.gradient_sums import LINES, column_sums, keep, sums_of_block
+from bnkernels.ops.lstm.cpu.gradient_sums import column_sums, keep, sums_of_block
 from bnkernels.ops.lstm.cpu.parts import HEIGHT, STRIP, WIDE, copy, ends, has, row_sums
-from bnkernels.runtime.cpu.language import cast, device, inner, kernel, numbers, part, size_of, stack
+from bnkernels.runtime.cpu.language import cast, device, doubles, inner, kernel, numbers, part, size_of, stack
 from bnkernels.runtime.cpu.mathematics import tanh
 from bnkernels.runtime.cpu.products import product
 from bnkernels.runtime.cpu.sums import fill_line
@@ -119,7 +119,7 @@ def _through_row(g, scale, hat, rstd, out):
 @inner
 def _products_of_block(like, pointers, sizes, t, start, count):
     """Write the gradients of hidden state and input of some examples."""
-    weight_ih, weight_hh, dx, dh, dx_part, dh_part = pointers
+    weight_ih, weight_hh, dh, dx, dx_part, dh_part = pointers[3], pointers[4], pointers[19], *pointers[21:24]
     _, rows, inputs, units = sizes
     columns = 4 * units
     product(count, units, columns, numbers(like, dh_part, 0, 1), start * columns, columns, 1,
@@ -148,13 +148,12 @@ def _weights(like, pointers, sizes, t, start, count, at, width, more):
 @kernel
 def backward_blocks(like, pointers, sizes, first, last):
     """Compute all steps of some blocks of examples, without a norm or with layer norm."""
-    x, h0, c0, weight_ih, weight_hh, y, gx, gh, gc, bc, gates, x_hat, h_hat, c_hat, cells, rstd = pointers[:16]
-    dy, dh_n, dc_n, dh, dc, dx, dx_part, dh_part, dweight_ih, dweight_hh, sums, lengths = pointers[16:28]
+    x, h0, c0, _, _, y, gx, gh, gc, bc, gates, x_hat, h_hat, c_hat, cells, rstd = pointers[:16]
+    dy, dh_n, dc_n, dh, dc, _, dx_part, dh_part, dweight_ih, dweight_hh, sums, lengths = pointers[16:28]
     steps, rows, inputs, units = sizes
     columns, size = 4 * units, size_of(like)
     length = 3 * columns + 2 * units if gx else columns
     of_row = dy, dh_n, dc_n, c0, gates, cells, c_hat, rstd, gc, bc, dh, dc, lengths
-    of_products = weight_ih, weight_hh, dx, dh, dx_part, dh_part
     for block in range(first, last):
         start, end = block * HEIGHT, min(rows, (block + 1) * HEIGHT)
         of_weights = (
@@ -186,7 +185,7 @@ def backward_blocks(like, pointers, sizes, first, last):
                 else:
                     fill_line(h, like)
             _weights(like, of_weights, sizes, t, start, end - start, 0, columns, int(t < steps - 1))
-            _products_of_block(like, of_products, sizes, t, start, end - start)
+            _products_of_block(like, pointers, sizes, t, start, end - start)
 
 
 @device
@@ -196,14 +195,6 @@ def _scales(gamma, rstd, of_g, of_products, count, live, scale, mean, slope):
         scale[j] = gamma[j] * rstd[j]
         mean[j] = of_g[j] / count if live else 0.0
         slope[j] = of_products[j] / count if live else 0.0
-
-
-@kernel
-def backward_products(like, pointers, sizes, t, first, last):
-    """Write the gradients of hidden state and input of a step of some blocks of examples."""
-    for block in range(first, last):
-        start = block * HEIGHT
-        _products_of_block(like, pointers, sizes, t, start, min(HEIGHT, sizes[1] - start))
 
 
 @inner
@@ -223,66 +214,91 @@ def _outputs_of_strip(like, pointers, sizes, t, start, width):
             _through_output(numbers(like, gates, (t * rows + n) * 4 * units + gate, width), hidden, of_o)
 
 
-@kernel
-def backward_strips(like, pointers, sizes, t, count, live, first, last):
-    """Compute a step of some strips of units with batch norm."""
+@inner
+def _strip_of_step(like, pointers, sizes, t, count, live, start):
+    """Compute a step of a strip of units with batch norm."""
     x, h0, c0, _, _, y, gx, gh, gc, _, gates, x_hat, h_hat, c_hat, cells, rstd = pointers[:16]
     _, _, dc_n, dh, dc, _, dx_part, dh_part, dweight_ih, dweight_hh, sums, lengths = pointers[16:28]
     steps, rows, _, units = sizes
     columns, step = 4 * units, t * rows
     of_weights = x, h0, y, dx_part, dh_part, dweight_ih, dweight_hh
     of_rstd = t * (2 * columns + units)
-    lines, sums_g, sums_x, sums_h = stack(like, LINES), stack(0.0, WIDE), stack(0.0, WIDE), stack(0.0, WIDE)
+    sums_g, sums_x, sums_h = stack(0.0, WIDE), stack(0.0, WIDE), stack(0.0, WIDE)
     scales, means, slopes = stack(like, WIDE), stack(like, WIDE), stack(like, WIDE)
     scales_h, means_h, slopes_h = stack(like, WIDE), stack(like, WIDE), stack(like, WIDE)
-    for start in range(first * STRIP, min(last * STRIP, units), STRIP):
-        width = min(STRIP, units - start)
-        of_g, of_x, of_h = part(sums_g, 0, width), part(sums_x, 0, width), part(sums_h, 0, width)
-        scale, mean, slope = part(scales, 0, width), part(means, 0, width), part(slopes, 0, width)
-        _outputs_of_strip(like, pointers, sizes, t, start, width)
-        at = step * units + start
-        column_sums(like, dh, c_hat, 0, start, at, units, 0, rows, lengths, t, lines, of_g, of_x, of_h)
-        keep(sums, 3 * columns + start, of_x)
-        keep(sums, 3 * columns + units + start, of_g)
-        _scales(numbers(like, gc, start, width), numbers(like, rstd, of_rstd + 2 * columns + start, width), of_g, of_x,
-                count, live, scale, mean, slope)  # fmt: skip
+    width = min(STRIP, units - start)
+    of_g, of_x, of_h = part(sums_g, 0, width), part(sums_x, 0, width), part(sums_h, 0, width)
+    scale, mean, slope = part(scales, 0, width), part(means, 0, width), part(slopes, 0, width)
+    _outputs_of_strip(like, pointers, sizes, t, start, width)
+    at = step * units + start
+    column_sums(like, dh, c_hat, 0, start, at, units, 0, rows, lengths, t, of_g, of_x, of_h)
+    keep(sums, 3 * columns + start, of_x)
+    keep(sums, 3 * columns + units + start, of_g)
+    _scales(numbers(like, gc, start, width), numbers(like, rstd, of_rstd + 2 * columns + start, width), of_g, of_x,
+            count, live, scale, mean, slope)  # fmt: skip
+    for n in range(rows):
+        if has(lengths, n, t):
+            at, state = (step + n) * units + start, n * units + start
+            of_c = _carried(like, dc, dc_n, state, (ends(lengths, n, t, steps - 1), scale))
+            hidden, hat = numbers(like, dh, state, width), numbers(like, c_hat, at, width)
+            for j in range(width):
+                of_c[j] += scale[j] * (hidden[j] - mean[j] - hat[j] * slope[j])
+            a, out = (
+                numbers(like, gates, (step + n) * columns, columns),
+                numbers(like, dx_part, n * columns, columns),
+            )
+            before = numbers(like, cells if t else c0, at - rows * units if t else state, width)
+            _through_gates(a, start, units, before, of_c, out)
+    pieces = 1 if width == units else 4  # parts of the gates of a strip, within which they are neighbours
+    length = 4 * width // pieces
+    of_g, of_x, of_h = part(sums_g, 0, length), part(sums_x, 0, length), part(sums_h, 0, length)
+    scale, mean, slope = part(scales, 0, length), part(means, 0, length), part(slopes, 0, length)
+    scale_h, mean_h, slope_h = part(scales_h, 0, length), part(means_h, 0, length), part(slopes_h, 0, length)
+    for piece in range(pieces):
+        at = piece * units + start
+        place = step * columns + at
+        column_sums(like, dx_part, x_hat, h_hat, at, place, columns, 0, rows, lengths, t, of_g, of_x, of_h)
+        keep(sums, at, of_g), keep(sums, columns + at, of_x), keep(sums, 2 * columns + at, of_h)
+        _scales(numbers(like, gx, at, length), numbers(like, rstd, of_rstd + at, length), of_g, of_x, count, live,
+                scale, mean, slope)  # fmt: skip
+        _scales(numbers(like, gh, at, length), numbers(like, rstd, of_rstd + columns + at, length), of_g, of_h,
+                count, live, scale_h, mean_h, slope_h)  # fmt: skip
         for n in range(rows):
+            row = n * columns + at
+            to_x, to_h = numbers(like, dx_part, row, length), numbers(like, dh_part, row, length)
             if has(lengths, n, t):
-                at, state = (step + n) * units + start, n * units + start
-                of_c = _carried(like, dc, dc_n, state, (ends(lengths, n, t, steps - 1), scale))
-                hidden, hat = numbers(like, dh, state, width), numbers(like, c_hat, at, width)
-                for j in range(width):
-                    of_c[j] += scale[j] * (hidden[j] - mean[j] - hat[j] * slope[j])
-                a, out = (
-                    numbers(like, gates, (step + n) * columns, columns),
-                    numbers(like, dx_part, n * columns, columns),
-                )
-                before = numbers(like, cells if t else c0, at - rows * units if t else state, width)
-                _through_gates(a, start, units, before, of_c, out)
-        pieces = 1 if width == units else 4  # parts of the gates of a strip, within which they are neighbours
-        length = 4 * width // pieces
-        of_g, of_x, of_h = part(sums_g, 0, length), part(sums_x, 0, length), part(sums_h, 0, length)
-        scale, mean, slope = part(scales, 0, length), part(means, 0, length), part(slopes, 0, length)
-        scale_h, mean_h, slope_h = part(scales_h, 0, length), part(means_h, 0, length), part(slopes_h, 0, length)
-        for piece in range(pieces):
-            at = piece * units + start
-            place = step * columns + at
-            column_sums(like, dx_part, x_hat, h_hat, at, place, columns, 0, rows, lengths, t, lines, of_g, of_x, of_h)
-            keep(sums, at, of_g), keep(sums, columns + at, of_x), keep(sums, 2 * columns + at, of_h)
-            _scales(numbers(like, gx, at, length), numbers(like, rstd, of_rstd + at, length), of_g, of_x, count, live,
-                    scale, mean, slope)  # fmt: skip
-            _scales(numbers(like, gh, at, length), numbers(like, rstd, of_rstd + columns + at, length), of_g, of_h,
-                    count, live, scale_h, mean_h, slope_h)  # fmt: skip
-            for n in range(rows):
-                row = n * columns + at
-                to_x, to_h = numbers(like, dx_part, row, length), numbers(like, dh_part, row, length)
-                if has(lengths, n, t):
-                    row += step * columns
-                    x_row, h_row = numbers(like, x_hat, row, length), numbers(like, h_hat, row, length)
-                    for j in range(length):
-                        g = to_x[j]
-                        to_h[j] = scale_h[j] * (g - mean_h[j] - h_row[j] * slope_h[j])
-                        to_x[j] = scale[j] * (g - mean[j] - x_row[j] * slope[j])
-                else:
-                    fill_line(to_x, like), fill_line(to_h, like)
-            _weights(like, of_weights, sizes, t, 0, rows, at, length, int(t < steps - 1))
+                row += step * columns
+                x_row, h_row = numbers(like, x_hat, row, length), numbers(like, h_hat, row, length)
+                for j in range(length):
+                    g = to_x[j]
+                    to_h[j] = scale_h[j] * (g - mean_h[j] - h_row[j] * slope_h[j])
+                    to_x[j] = scale[j] * (g - mean[j] - x_row[j] * slope[j])
+            else:
+                fill_line(to_x, like), fill_line(to_h, like)
+        _weights(like, of_weights, sizes, t, 0, rows, at, length, int(t < steps - 1))
+
+
+@kernel
+def backward_products(like, pointers, sizes, t, first, last):
+    """Write the gradients of hidden state and input of a step of some blocks of examples."""
+    for block in range(first, last):
+        start = block * HEIGHT
+        _products_of_block(like, pointers, sizes, t, start, min(HEIGHT, sizes[1] - start))
+
+
+@kernel
+def backward_strips(like, pointers, sizes, t, count, live, first, last):
+    """Compute a step of some strips of units with batch norm; its products are those of `backward_products`."""
+    for start in range(first * STRIP, min(last * STRIP, sizes[3]), STRIP):
+        _strip_of_step(like, pointers, sizes, t, count, live, start)
+
+
+@kernel
+def backward_sequence(like, pointers, sizes, counts, live):
+    """Compute all steps with batch norm, by one thread."""
+    of_counts = doubles(counts, 0, sizes[0])
+    for t in range(sizes[0] - 1, -1, -1):
+        for start in range(0, sizes[3], STRIP):
+            _strip_of_step(like, pointers, sizes, t, of_counts[t], live, start)
+        for start in range(0, sizes[1], HEIGHT):
+            _products_of_block(like, pointers, sizes, t, start, min(HEIGHT, sizes[1] - start))

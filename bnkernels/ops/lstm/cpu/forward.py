@@ -26,7 +26,7 @@ from bnkernels.ops.lstm.cpu.parts import (
     standardise,
     take_population,
 )
-from bnkernels.runtime.cpu.language import device, inner, kernel, numbers, part, size_of, stack
+from bnkernels.runtime.cpu.language import device, doubles, inner, kernel, numbers, part, size_of, stack
 from bnkernels.runtime.cpu.products import product
 from bnkernels.runtime.cpu.sums import fill_line
 
@@ -44,8 +44,13 @@ def _finish(like, y, h_n, c_n, c, t, n, start, width, sizes, ending):
 @device
 def _open(gates, start, units, width):
     """Write the activations of the gates of some units over their sums."""
-    for gate in range(4):
-        open_gates(part(gates, gate * units + start, width), gate == 2)
+    if width == units:  # i and f are neighbours
+        open_gates(part(gates, 0, 2 * units), False)
+    else:
+        open_gates(part(gates, start, width), False)
+        open_gates(part(gates, units + start, width), False)
+    open_gates(part(gates, 2 * units + start, width), True)
+    open_gates(part(gates, 3 * units + start, width), False)
 
 
 @device
@@ -128,11 +133,11 @@ def forward_blocks(like, pointers, eps, momentum, sizes, first, last):
 
 
 @inner
-def _statistics(like, a, at, pitch, lengths, t, mean, var, out, options, shift, rest, rstd, line, sums):
+def _statistics(like, a, at, pitch, lengths, t, mean, var, out, options, shift, rest, rstd, sums):
     """Find shift, mean and 1 / standard deviation of columns; keep the last and the population statistics."""
     rows, eps, momentum, count, live, moving = options
     if live:
-        column_moments(like, a, at, pitch, rows, lengths, t, count, shift, rest, rstd, line, sums, eps)
+        column_moments(like, a, at, pitch, rows, lengths, t, count, shift, rest, rstd, sums, eps)
         if moving:
             move_population(like, mean, var, shift, rest, sums, count, momentum)
     else:
@@ -159,64 +164,70 @@ def _hidden_of_strip(like, pointers, sizes, t, start, shift, rest, scale):
         _finish(like, y, h_n, c_n, c, t, n, start, width, sizes, ends(lengths, n, t, steps - 1))
 
 
-@kernel
-def forward_strips(like, pointers, running, eps, momentum, sizes, t, count, live, row, moving, first, last):
-    """Compute a step of some strips of units with batch norm; `row` is that of the population statistics."""
+@inner
+def _strip_of_step(like, pointers, running, eps, momentum, sizes, t, count, live, tracked, start):
+    """Compute a step of a strip of units with batch norm; population statistics are those of `tracked` steps."""
     x, h0, c0, weight_ih, weight_hh, bias, gx, gh = pointers[:8]
     gates, x_part, h_part, cells, _, rstd, y, _, _, lengths = pointers[10:20]
     _, rows, inputs, units, many, many_x = sizes
-    columns, size = 4 * units, size_of(like)
+    columns, size, row = 4 * units, size_of(like), max(0, min(t, tracked - 1))
     of_gates, of_cells = row * columns * size, row * units * size  # places in the population statistics
-    options = rows, eps, momentum, count, live, moving
+    options = rows, eps, momentum, count, live, live and t < tracked and count > 1
     step, before = many * t * rows, many * (t - 1) * rows if t else 0
     in_x, in_h, kept = many_x * t * rows * columns, step * columns, many * t * (2 * columns + units)
     shift_x, rest_x, scale_x = stack(like, WIDE), stack(like, WIDE), stack(like, WIDE)
     shift_h, rest_h, scale_h = stack(like, WIDE), stack(like, WIDE), stack(like, WIDE)
     gammas_x, gammas_h, biases = stack(like, WIDE), stack(like, WIDE), stack(like, WIDE)
-    line, sums = stack(like, WIDE), stack(0.0, WIDE)
-    for start in range(first * STRIP, min(last * STRIP, units), STRIP):
-        width = min(STRIP, units - start)
-        pieces = 1 if width == units else 4  # parts of the gates of a strip, within which they are neighbours
-        length = 4 * width // pieces
-        line_, sums_ = part(line, 0, length), part(sums, 0, length)
+    sums = stack(0.0, WIDE)
+    width = min(STRIP, units - start)
+    pieces = 1 if width == units else 4  # parts of the gates of a strip, within which they are neighbours
+    length = 4 * width // pieces
+    sums_ = part(sums, 0, length)
+    for piece in range(pieces):
+        at, k = piece * units + start, piece * length
+        b, out = at * size + of_gates, rstd + (kept + at) * size
+        product(rows, length, inputs, numbers(like, x, 0, 1), t * rows * inputs, inputs, 1,
+                numbers(like, weight_ih, 0, 1), at, columns, 1, numbers(like, x_part, 0, 1), in_x + at, columns,
+                0)  # fmt: skip
+        product(rows, length, units, numbers(like, y if t else h0, 0, 1), (t - 1) * rows * units if t else 0,
+                units, 1, numbers(like, weight_hh, 0, 1), at, columns, 1, numbers(like, h_part, 0, 1), in_h + at,
+                columns, 0)  # fmt: skip
+        shift, rest, scale = part(shift_x, k, length), part(rest_x, k, length), part(scale_x, k, length)
+        _statistics(like, x_part, in_x + at, columns, lengths, t, running[0] + b, running[1] + b, out, options,
+                    shift, rest, scale, sums_)  # fmt: skip
+        shift, rest, scale = part(shift_h, k, length), part(rest_h, k, length), part(scale_h, k, length)
+        _statistics(like, h_part, in_h + at, columns, lengths, t, running[2] + b, running[3] + b,
+                    out + columns * size, options, shift, rest, scale, sums_)  # fmt: skip
+        copy(numbers(like, gx, at, length), part(gammas_x, k, length))
+        copy(numbers(like, gh, at, length), part(gammas_h, k, length))
+        copy(numbers(like, bias, at, length), part(biases, k, length))
+    for n in range(rows):
+        if not has(lengths, n, t):
+            continue
+        a = numbers(like, gates, (step + n) * columns, columns)
         for piece in range(pieces):
             at, k = piece * units + start, piece * length
-            b, out = at * size + of_gates, rstd + (kept + at) * size
-            product(rows, length, inputs, numbers(like, x, 0, 1), t * rows * inputs, inputs, 1,
-                    numbers(like, weight_ih, 0, 1), at, columns, 1, numbers(like, x_part, 0, 1), in_x + at, columns,
-                    0)  # fmt: skip
-            product(rows, length, units, numbers(like, y if t else h0, 0, 1), (t - 1) * rows * units if t else 0,
-                    units, 1, numbers(like, weight_hh, 0, 1), at, columns, 1, numbers(like, h_part, 0, 1), in_h + at,
-                    columns, 0)  # fmt: skip
-            shift, rest, scale = part(shift_x, k, length), part(rest_x, k, length), part(scale_x, k, length)
-            _statistics(like, x_part, in_x + at, columns, lengths, t, running[0] + b, running[1] + b, out, options,
-                        shift, rest, scale, line_, sums_)  # fmt: skip
-            shift, rest, scale = part(shift_h, k, length), part(rest_h, k, length), part(scale_h, k, length)
-            _statistics(like, h_part, in_h + at, columns, lengths, t, running[2] + b, running[3] + b,
-                        out + columns * size, options, shift, rest, scale, line_, sums_)  # fmt: skip
-            copy(numbers(like, gx, at, length), part(gammas_x, k, length))
-            copy(numbers(like, gh, at, length), part(gammas_h, k, length))
-            copy(numbers(like, bias, at, length), part(biases, k, length))
-        for n in range(rows):
-            if not has(lengths, n, t):
-                continue
-            a = numbers(like, gates, (step + n) * columns, columns)
-            for piece in range(pieces):
-                at, k = piece * units + start, piece * length
-                of_x = numbers(like, x_part, in_x + n * columns + at, length)
-                of_h = numbers(like, h_part, in_h + n * columns + at, length)
-                to = part(a, at, length)
-                for j in range(length):
-                    x_hat = ((of_x[j] - shift_x[k + j]) - rest_x[k + j]) * scale_x[k + j]
-                    h_hat = ((of_h[j] - shift_h[k + j]) - rest_h[k + j]) * scale_h[k + j]
-                    of_x[j], of_h[j] = x_hat, h_hat
-                    to[j] = gammas_x[k + j] * x_hat + gammas_h[k + j] * h_hat + biases[k + j]
-            _open(a, start, units, width)
-            c = numbers(like, cells, (step + n) * units + start, width)
-            next_cell(a, start, units, numbers(like, cells if t else c0, (before + n) * units + start, width), c)
-        line_, sums_ = part(line, 0, width), part(sums, 0, width)
-        shift, rest, scale = part(shift_x, 0, width), part(rest_x, 0, width), part(scale_x, 0, width)
-        b, out = start * size + of_cells, rstd + (kept + 2 * columns + start) * size
-        _statistics(like, cells, step * units + start, units, lengths, t, running[4] + b, running[5] + b, out, options,
-                    shift, rest, scale, line_, sums_)  # fmt: skip
-        _hidden_of_strip(like, pointers, sizes, t, start, shift, rest, scale)
+            of_x = numbers(like, x_part, in_x + n * columns + at, length)
+            of_h = numbers(like, h_part, in_h + n * columns + at, length)
+            standardise(of_x, part(shift_x, k, length), part(rest_x, k, length), part(scale_x, k, length), of_x)
+            standardise(of_h, part(shift_h, k, length), part(rest_h, k, length), part(scale_h, k, length), of_h)
+            _sum_of_parts(of_x, of_h, part(gammas_x, k, length), part(gammas_h, k, length), part(biases, k, length),
+                          part(a, at, length))  # fmt: skip
+        _open(a, start, units, width)
+        c = numbers(like, cells, (step + n) * units + start, width)
+        next_cell(a, start, units, numbers(like, cells if t else c0, (before + n) * units + start, width), c)
+    sums_ = part(sums, 0, width)
+    shift, rest, scale = part(shift_x, 0, width), part(rest_x, 0, width), part(scale_x, 0, width)
+    b, out = start * size + of_cells, rstd + (kept + 2 * columns + start) * size
+    _statistics(like, cells, step * units + start, units, lengths, t, running[4] + b, running[5] + b, out, options,
+                shift, rest, scale, sums_)  # fmt: skip
+    _hidden_of_strip(like, pointers, sizes, t, start, shift, rest, scale)
+
+
+@kernel
+def forward_strips(like, pointers, running, eps, momentum, sizes, steps, counts, live, tracked, first, last):
+    """Compute the steps from `steps[0]` to `steps[1]` of some strips of units; several steps only of all strips."""
+    of_counts = doubles(counts, 0, sizes[0])
+    for t in range(steps[0], steps[1]):
+        for start in range(first * STRIP, min(last * STRIP, sizes[3]), STRIP):
+            _strip_of_step(like, pointers, running, eps, momentum, sizes, t, of_counts[t], live, tracked, start)

@@ -7,14 +7,15 @@ Numerics: Numbers are shifted by the first of their column or row, then by the m
 
 import numpy as np
 
-from bnkernels.runtime.cpu.language import cast, device, int32s, numbers, part
+from bnkernels.runtime.cpu.language import cast, device, inner, int32s, numbers, part
 from bnkernels.runtime.cpu.mathematics import sigmoid, tanh
-from bnkernels.runtime.cpu.sums import fill_line, flush
-from bnkernels.runtime.cpu.vectors import WIDTH, first, fold, get, get_first, splat
+from bnkernels.runtime.cpu.sums import fill_line
+from bnkernels.runtime.cpu.vectors import WIDTH, first, fold, get, get_first, put, splat
 
 HEIGHT = 64  # examples that go through all steps together
 STRIP = 128  # units whose columns are worked on together
 WIDE = 4 * STRIP  # their gates
+NONE = np.uint64(0)  # address of what is not given
 GROUP = 8  # rows whose columns are summed in the data's type
 FOUR = 4 * WIDTH
 
@@ -39,66 +40,48 @@ def copy(source, target):
 
 
 @device
-def _add_distances(like, a, offset, shift, mean, squared, line):
-    """Add the distances of a row from shift and mean, or their squares, to a line."""
-    values = numbers(like, a, offset, len(line))
-    if squared:
-        for j in range(len(line)):
-            d = (values[j] - shift[j]) - mean[j]
-            line[j] += d * d
-    else:
-        for j in range(len(line)):
-            line[j] += values[j] - shift[j]
+def _sum_of_group(like, rows, at, pitch, start, count, lengths, t, shift, mean, width, squared):
+    """Return the sums of a vector of columns over some rows, from row `start` on."""
+    some = splat(cast(0, like))
+    for i in range(count):
+        if has(lengths, start + i, t):
+            d = (get_first(rows, at + (start + i) * pitch, width) - shift) - mean
+            some = some + (d * d if squared else d)
+    return some
 
 
-@device
-def _add_four_distances(like, a, offset, pitch, shift, mean, squared, line):
-    """Add the same of four rows."""
-    width = len(line)
-    one, two = numbers(like, a, offset, width), numbers(like, a, offset + pitch, width)
-    three, four = numbers(like, a, offset + 2 * pitch, width), numbers(like, a, offset + 3 * pitch, width)
-    if squared:
-        for j in range(width):
-            s, m = shift[j], mean[j]
-            d, e, f, g = (one[j] - s) - m, (two[j] - s) - m, (three[j] - s) - m, (four[j] - s) - m
-            line[j] += (d * d + e * e) + (f * f + g * g)
-    else:
-        for j in range(width):
-            s = shift[j]
-            line[j] += ((one[j] - s) + (two[j] - s)) + ((three[j] - s) + (four[j] - s))
-
-
-@device
-def _sum_distances(like, a, offset, pitch, rows, lengths, t, shift, mean, squared, line, sums):
-    """Write the float64 sums over the rows that have a step."""
-    fill_line(line, like)
+@inner
+def _sum_distances(like, a, offset, pitch, rows, lengths, t, shift, mean, squared, sums):
+    """Write the float64 sums, over the rows that have a step, of distances from shift and mean, or of their squares."""
+    width, all_rows = len(shift), numbers(like, a, offset, 1)
     fill_line(sums, 0.0)
-    n = pending = 0
-    while n < rows:
-        if lengths == 0 and n + 4 <= rows:
-            _add_four_distances(like, a, offset + n * pitch, pitch, shift, mean, squared, line)
-            n, pending = n + 4, pending + 4
-        else:
-            if has(lengths, n, t):
-                _add_distances(like, a, offset + n * pitch, shift, mean, squared, line)
-                pending += 1
-            n += 1
-        if pending >= GROUP or n == rows:
-            flush(line, sums)
-            pending = 0
+    for above in range(0, rows, GROUP):
+        for j in range(0, width, WIDTH):
+            of_shift, of_mean = get(shift, j), get(mean, j)
+            given = all_rows, j, pitch, above
+            if lengths == 0 and above + GROUP <= rows:  # with constants, which the compiler unrolls
+                some = _sum_of_group(like, *given, GROUP, NONE, t, of_shift, of_mean, width - j, squared)
+            else:
+                count = min(GROUP, rows - above)
+                some = _sum_of_group(like, *given, count, lengths, t, of_shift, of_mean, width - j, squared)
+            put(sums, j, get(sums, j) + some)
 
 
 @device
-def column_moments(like, a, offset, pitch, rows, lengths, t, count, shift, mean, rstd, line, sums, eps):
-    """Write shift and mean of columns, whose sum is their mean, 1 / standard deviation, and the variance in `sums`."""
+def column_moments(like, a, offset, pitch, rows, lengths, t, count, shift, mean, rstd, sums, eps):
+    """Write shift and mean of columns, whose sum is their mean, 1 / standard deviation, and the variance in `sums`.
+
+    The memory of these four is that of whole vectors.
+    """
     first = 0
     while not has(lengths, first, t):
         first += 1
     copy(numbers(like, a, offset + first * pitch, len(shift)), shift)
-    _sum_distances(like, a, offset, pitch, rows, lengths, t, shift, mean, False, line, sums)
+    fill_line(mean, like)
+    _sum_distances(like, a, offset, pitch, rows, lengths, t, shift, mean, False, sums)
     for j in range(len(shift)):
         mean[j] = sums[j] / count
-    _sum_distances(like, a, offset, pitch, rows, lengths, t, shift, mean, True, line, sums)
+    _sum_distances(like, a, offset, pitch, rows, lengths, t, shift, mean, True, sums)
     for j in range(len(shift)):
         sums[j] /= count
         rstd[j] = 1.0 / np.sqrt(sums[j] + eps)
