@@ -1,4 +1,4 @@
-"""The bugs that `mutants.py` plants in the LSTM."""
+"""The bugs that `mutants.py` plants in a time step of the LSTM."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from .mutants import Mutant
 
 FORWARD, BACKWARD = "lib/recurrent/lstm_forward_step.cuh", "lib/recurrent/lstm_backward_step.cuh"
 ITEMS = "lib/recurrent/step_items.cuh"
-SEQUENCE, SEQUENCE_BACKWARD = "lstm_forward_cooperative.cu", "lstm_backward_cooperative.cu"
 STATISTIC = "lib/recurrent/step_statistic.cuh"
 FORMULAS = "test_forward_is_its_formulas"
 GRADIENTS = "test_gradients_are_those_of_the_reference"
@@ -232,103 +231,5 @@ MUTANTS = [
         "if (NORM == BATCH && !a.held) a.dx_part[at] = da[gate];",
         "",
         select=GRADIENTS,
-    ),
-    Mutant(
-        "lstm sequence: the next step before all hidden states are there",
-        SEQUENCE,
-        "grid_barrier(a.barrier_counter, gridDim.x, blockIdx.x);",
-        "__syncthreads();",
-        ("plain", "tsan"),
-        SCHEDULES,
-    ),
-    Mutant(
-        "lstm sequence: the gates of an example before all products are there",
-        SEQUENCE,
-        "a.h_part[pair.gate(gate)] = sums[gate];\n    }\n    __syncthreads();",
-        "a.h_part[pair.gate(gate)] = sums[gate];\n    }",
-        ("plain", "tsan"),
-        SCHEDULES,
-    ),
-    Mutant(
-        "lstm sequence: the weights of another unit",
-        SEQUENCE,
-        "weight_hh[own.column(gate) * a.units + k]",
-        "weight_hh[own.column(gate) * a.units + own.u]",
-        select=FORMULAS,
-    ),
-    Mutant(
-        "lstm sequence: weights before all are there",
-        SEQUENCE,
-        "load_weights(a, weights);\n    __syncthreads();",
-        "load_weights(a, weights);",
-        ("plain", "tsan"),
-        SCHEDULES,
-    ),
-    Mutant(
-        "lstm sequence: every step begins with the first state", SEQUENCE, "        h = step.h;\n", "", select=FORMULAS
-    ),
-    Mutant(
-        "lstm sequence: the cell of the first step stays",
-        SEQUENCE,
-        "if (t > 0) a.before =",
-        "if (false) a.before =",
-        select=FORMULAS,
-    ),
-    Mutant(
-        "lstm sequence: steps beyond move the last population",
-        SEQUENCE,
-        "a.live && t < a.tracked && a.count",
-        "a.live && a.count",
-        select=POPULATION,
-    ),
-    Mutant(
-        "lstm sequence: one example moves the population",
-        SEQUENCE,
-        "a.count > A(1)",
-        "a.count > A(0)",
-        select=POPULATION,
-    ),
-    Mutant(
-        "lstm sequence: the examples of the first step in all",
-        SEQUENCE,
-        "a.count = a.counts[t];",
-        "a.count = a.counts[0];",
-        select=RAGGED,
-    ),
-    Mutant(
-        "lstm sequence backward: the step before, before all gradients are there",
-        SEQUENCE_BACKWARD,
-        "grid_barrier(a.barrier_counter, gridDim.x, blockIdx.x);",
-        "__syncthreads();",
-        ("plain", "tsan"),
-        SCHEDULES,
-    ),
-    Mutant(
-        "lstm sequence backward: half of the gates",
-        SEQUENCE_BACKWARD,
-        "c < (int)a.units; ++c",
-        "c < (int)a.units / 2; ++c",
-        select=GRADIENTS,
-    ),
-    Mutant(
-        "lstm sequence backward: gradients of inputs go to the state",
-        SEQUENCE_BACKWARD,
-        "NORM == PLAIN ? step.dx_part : step.dh_part",
-        "step.dx_part",
-        select=GRADIENTS,
-    ),
-    Mutant(
-        "lstm sequence backward: the sums of one step",
-        SEQUENCE_BACKWARD,
-        "a.sums += t * a.sums_pitch;",
-        "",
-        select=GRADIENTS,
-    ),
-    Mutant(
-        "lstm sequence backward: the examples of the first step in all",
-        SEQUENCE_BACKWARD,
-        "A(1) / a.counts[t]",
-        "A(1) / a.counts[0]",
-        select=RAGGED,
     ),
 ]
