@@ -68,7 +68,7 @@ __device__ __forceinline__ void multiply(const LstmBackward<A>& a, const A* dh_p
         A sum = A(0);
         const Four<A>* const row =
             NORM == LAYER ? rows + threadIdx.y * units : reinterpret_cast<const Four<A>*>(dh_part) + pair.n * units;
-#pragma unroll 4
+#pragma unroll 8
         for (int c = 0; c < units; ++c) {
             const Four<A> gradient = row[c], weight = weights[c * pair.pitch() + pair.place()];
 #pragma unroll

@@ -81,7 +81,7 @@ __device__ __forceinline__ void multiply(const LstmForward<A>& a, const A* h, co
     for (Items<NORM> pair(a); pair.inside(); pair.advance()) {
         A sums[GATES] = {};
         const A* const row = NORM == LAYER ? rows + threadIdx.y * units : h + pair.n * units;
-#pragma unroll(NORM == LAYER ? 8 : 2)
+#pragma unroll 8
         for (int k = 0; k < units; ++k) {
             const A number = row[k];
             const Four<A> weight = weights[k * pair.pitch() + pair.place()];

@@ -123,8 +123,8 @@ MUTANTS = [
     Mutant(
         "lstm: all threads of a unit move the population",
         FORWARD,
-        "if (!first.inside() || !first.speaks()) continue;",
-        "if (!first.inside()) continue;",
+        "if (!first.inside() || !first.speaks()) return;",
+        "if (!first.inside()) return;",
         ("plain", "tsan"),
         POPULATION,
     ),
@@ -145,8 +145,8 @@ MUTANTS = [
     Mutant(
         "lstm: eps behind the square root",
         FORWARD,
-        "reciprocal_sqrt(var + a.eps);\n        if (!first",
-        "A(1) / (sqrt(var) + a.eps);\n        if (!first",
+        "reciprocal_sqrt(squares[i] + a.eps)",
+        "A(1) / (sqrt(squares[i]) + a.eps)",
         select=FORMULAS,
     ),
     Mutant(
@@ -201,12 +201,16 @@ MUTANTS = [
     Mutant(
         "lstm backward: the input's gradients in place of the state's",
         BACKWARD,
-        "da, a.gamma_h[column], h, rstd_h",
-        "da, a.gamma_x[column], h, rstd_h",
+        "gamma[1][gate] = a.gamma_h[column];",
+        "gamma[1][gate] = a.gamma_x[column];",
         select=GRADIENTS,
     ),
     Mutant(
-        "lstm backward: padding has gradients", BACKWARD, "                a.dx_part[at] = A(0);\n", "", select=RAGGED
+        "lstm backward: padding has gradients",
+        BACKWARD,
+        "        a.dx_part[pair.gate(gate)] = A(0);\n",
+        "",
+        select=RAGGED,
     ),
     Mutant(
         "lstm backward: gradients of the cell's scale and shift change places",
