@@ -37,7 +37,7 @@ def found() -> dict[str, tuple[str, Counter, list[Case]]]:
         peers["PyTorch, LSTMCell"] = version, torch_cells, WITHOUT
         peers["PyTorch, F.batch_norm or F.layer_norm"] = version, torch_loop, WITH
     if find_spec("tensorflow"):
-        os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # whose fused operators a GPU does not have
+        os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # its fused operators are not on a GPU
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
         import tensorflow
 

@@ -38,7 +38,7 @@ def test_the_bytes_of_a_forward_are_those_of_its_arrays(emulated: EmulatorRuntim
     product = steps * rows * inputs + 4 * units * inputs + steps * gates
     read = steps * gates + gates + 2 * state + steps * state + weights + 4 * units + steps  # c0 and c, h0 and h
     written = steps * gates + gates + state + steps * state + 2 * state  # gates, h W, c, h, h_n and c_n
-    counter = 1 + 1  # of the grid barrier
+    counter = 1 + 1  # the grid barrier's, read and written
     assert found == sorted(4 * number for number in (steps, product, read + written + counter))
 
 
