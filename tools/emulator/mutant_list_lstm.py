@@ -138,8 +138,8 @@ MUTANTS = [
     Mutant(
         "lstm: pairs that are not held are read once",
         FORWARD,
-        "} while (!a.held && items.inside());\n}\n\n// Finds",
-        "} while (false);\n}\n\n// Finds",
+        "} while (!a.held && items.inside());\n}\n\n// Moves",
+        "} while (false);\n}\n\n// Moves",
         select=FORMULAS,
     ),
     Mutant(
