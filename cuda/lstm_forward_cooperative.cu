@@ -1,14 +1,16 @@
-// A whole sequence of an LSTM, without a norm or with batch norm: the recurrent products too, in one launch.
+// A whole sequence of an LSTM: the recurrent products too, in one launch.
 //
 // Formulas:  For every time step t H = W_hh h[t-1], with h[-1] = h0, and then those of lstm_forward.cu.
 // Arrays:    As in lstm_forward.cu, of all steps: x_part (T, N, 4, H), h (T, N, H); gates, h_part, cells, c_hat and
 //            rstd `pitch` elements from step to step, 0 for those that are not kept. before: c0. weight_hh (4, H, H).
 //            h0 (N, H). counts (T,): examples that every step has. mean_x to var_c (tracked, ...): a row for every
 //            step, the last for those beyond. barrier_counter: see lib/sync/grid_barrier.cuh.
-// Launch:    By unit, see lib/recurrent/step_items.cuh, grid (ceil(H/w), 1, 1), cooperative if that is more than 1.
-//            Dynamic shared memory: 4 w H numbers, which are the weights of the block's units; then as lstm_forward.cu.
-// Traffic:   As T launches of lstm_forward.cu, and W_hh once. Every block reads the hidden state of every step, from
-//            the L2 cache. One grid barrier a step, but for the last.
+// Launch:    plain, batch: by unit, see lib/recurrent/step_items.cuh, grid (ceil(H/w), 1, 1), cooperative if that is
+//            more than 1. layer: by example, grid (ceil(N/r), 1, 1), w >= H; no block waits for another. Dynamic shared
+//            memory: by unit 4 w H numbers, which are the weights of the block's units, by example 4 H (H | 1), which
+//            are all, and the hidden states of the block's examples, r H; then as lstm_forward.cu.
+// Traffic:   As T launches of lstm_forward.cu, and W_hh once, or by example once in every block. By unit every block
+//            reads the hidden state of every step, from the L2 cache; one grid barrier a step, but for the last.
 // Numerics:  As in lstm_forward.cu; products are sums of A in the order of the units.
 // Called by: bnkernels/ops/lstm/kernels.py
 #include "lib/kernel.cuh"
@@ -42,27 +44,47 @@ __device__ __forceinline__ LstmForward<A> of_step(LstmForward<A> a, long long t)
     return a;
 }
 
-// The weights are those of the gates of a unit of the block, of one unit before after the other.
+// Weights of a unit's gates for the hidden state of unit k.
 template <typename A>
-__device__ __forceinline__ void load_weights(const LstmForward<A>& a, Four<A>* weights) {
-    const Items<PLAIN> own(a);
-    for (long long k = threadIdx.y; k < a.units; k += blockDim.y)
+__device__ __forceinline__ Four<A> weights_of(const LstmForward<A>& a, long long u, long long k) {
+    Four<A> found;
 #pragma unroll
-        for (int gate = 0; gate < GATES; ++gate)
-            weights[k * blockDim.x + threadIdx.x].of[gate] =
-                own.u < a.units ? a.weight_hh[own.column(gate) * a.units + k] : A(0);
+    for (int gate = 0; gate < GATES; ++gate)
+        found.of[gate] = u < a.units ? a.weight_hh[(gate * a.units + u) * a.units + k] : A(0);
+    return found;
 }
 
-// Writes the recurrent products of the thread's pairs.
-template <typename A>
-__device__ __forceinline__ void multiply(const LstmForward<A>& a, const A* h, const Four<A>* weights) {
-    for (Items<PLAIN> pair(a); pair.inside(); pair.advance()) {
+// The weights are those of the gates of a unit of the block, of one unit before after the other.
+template <int NORM, typename A>
+__device__ __forceinline__ void load_weights(const LstmForward<A>& a, Four<A>* weights) {
+    const Items<NORM> own(a);
+    if constexpr (NORM == LAYER) {  // a warp along the units before, whose weights are neighbours
+        const int thread = threadIdx.y * blockDim.x + threadIdx.x, warps = blockDim.x * blockDim.y / WARP;
+        for (int k = thread % WARP; k < (int)a.units; k += WARP)
+#pragma unroll 4
+            for (int u = thread / WARP; u < (int)a.units; u += warps)
+                weights[k * own.pitch() + u] = weights_of(a, u, k);
+    } else {
+        for (int k = threadIdx.y; k < (int)a.units; k += blockDim.y)
+            weights[k * own.pitch() + own.place()] = weights_of(a, own.u, k);
+    }
+}
+
+// Writes the recurrent products of the thread's pairs. rows: by example the hidden states of the block's examples.
+template <int NORM, typename A>
+__device__ __forceinline__ void multiply(const LstmForward<A>& a, const A* h, const Four<A>* weights, A* rows) {
+    const int units = (int)a.units;
+    if (NORM == LAYER) {  // a thread has written its own
+        for (Items<NORM> pair(a); pair.inside(); pair.advance()) rows[threadIdx.y * units + pair.u] = h[pair.state()];
+        __syncthreads();
+    }
+    for (Items<NORM> pair(a); pair.inside(); pair.advance()) {
         A sums[GATES] = {};
-        const A* const row = h + pair.n * a.units;
-#pragma unroll 2
-        for (int k = 0; k < (int)a.units; ++k) {
+        const A* const row = NORM == LAYER ? rows + threadIdx.y * units : h + pair.n * units;
+#pragma unroll 8
+        for (int k = 0; k < units; ++k) {
             const A number = row[k];
-            const Four<A> weight = weights[k * blockDim.x + threadIdx.x];
+            const Four<A> weight = weights[k * pair.pitch() + pair.place()];
 #pragma unroll
             for (int gate = 0; gate < GATES; ++gate) sums[gate] = fma(number, weight.of[gate], sums[gate]);
         }
@@ -77,20 +99,21 @@ __device__ __forceinline__ void lstm_sequence_forward(LstmForward<A> a) {
     take_constants(a);
     BNK_DYNAMIC_SHARED(Four<A>, weights);
     constexpr int COUNT = SUMS<NORM>;
-    Team<A, NORM, COUNT> team(reinterpret_cast<A*>(weights + a.units * blockDim.x));
-    load_weights(a, weights);
+    A* const rows = reinterpret_cast<A*>(weights + a.units * Items<NORM>(a).pitch());
+    Team<A, NORM, COUNT> team(NORM == LAYER ? rows + a.units * blockDim.y : rows);
+    load_weights<NORM>(a, weights);
     __syncthreads();
     const A* h = a.h0;
 #pragma unroll 1
     for (long long t = 0; t < a.steps; ++t) {
         const LstmForward<A> step = of_step(a, t);
-        multiply(step, h, weights);
+        multiply<NORM>(step, h, weights, rows);
         if constexpr (NORM == PLAIN)
             plain_step(step);
         else
             norm_step<NORM>(step, team);
         h = step.h;
-        if (t + 1 < a.steps) {
+        if (NORM != LAYER && t + 1 < a.steps) {
             if (gridDim.x > 1)
                 grid_barrier(a.barrier_counter, gridDim.x, blockIdx.x);
             else
@@ -105,5 +128,7 @@ __device__ __forceinline__ void lstm_sequence_forward(LstmForward<A> a) {
 
 LSTM_FORWARD_COOPERATIVE(plain, f32, PLAIN, float)
 LSTM_FORWARD_COOPERATIVE(batch, f32, BATCH, float)
+LSTM_FORWARD_COOPERATIVE(layer, f32, LAYER, float)
 LSTM_FORWARD_COOPERATIVE(plain, f64, PLAIN, double)
 LSTM_FORWARD_COOPERATIVE(batch, f64, BATCH, double)
+LSTM_FORWARD_COOPERATIVE(layer, f64, LAYER, double)

@@ -216,7 +216,59 @@ def large(direction: str, shape: tuple[int, ...], dtype: str) -> Row:
     )
 
 
+def lstm(direction: str, norm: str | None, sizes: tuple[int, int, int]) -> Callable[[Make, int], Call]:
+    """Return what makes an LSTM of (examples, inputs, units), with population statistics where it has them."""
+    rows, inputs, units = sizes
+    gates = 4 * units
+
+    def call(array: Make, steps: int) -> Call:
+        states, weights = (array((rows, units)) for _ in range(2)), (array((gates, inputs)), array((gates, units)))
+        norms = (array((gates,)), array((gates,)), array((units,)), array((units,))) if norm else None
+        widths = (gates, gates, units) if norm == "batch" else ()
+        running = tuple(array((steps, width)) for width in widths for _ in range(2)) or None
+        given = array((steps, rows, inputs)), *states, *weights, array((gates,)), norms, running
+        if direction == "forward":
+            return lambda: bn.lstm_forward(*given, norm=norm)
+        saved, dy = bn.lstm_forward(*given, norm=norm)[3], array((steps, rows, units))
+        return lambda: bn.lstm_backward(dy, None, None, saved)
+
+    return call
+
+
+def sequence(direction: str, norm: str | None, target: int) -> Row:
+    """Return the row of a step within the launch of a sequence; 100 units, products of 8 terms a turn."""
+    loop, terms = (
+        ("t < a.steps; ++t", "k < units; ++k") if direction == "forward" else ("t >= 0; --t", "c < units; ++c")
+    )
+    name = f"lstm {direction}, {norm} norm, step" if norm else f"lstm {direction}, step"
+    row = Row(name, (64, 1, 100), "float32", lstm(direction, norm, (64, 1, 100)), target, repeated=loop)
+    return replace(row, trips=lambda launch: {terms: (Fraction(100 - 7, 8),)})
+
+
+def step_launch(direction: str, norm: str, sizes: tuple[int, int, int], target: int) -> Row:
+    """Return the row of a step that is a launch of its own."""
+    return Row(f"lstm_{norm}_norm_step {direction}", sizes, "float32", lstm(direction, norm, sizes), target)
+
+
+def group_norm(direction: str, target: int) -> Row:
+    """Return the row of images whose groups of channels are as long as those rows."""
+    groups, (shape, dtype) = 16, GROUPS
+
+    def call(array: Make, repetitions: int) -> Call:
+        x, out = array(shape, dtype), array(shape, dtype)
+        gamma, beta, *gradients = (array(shape[1:2]) for _ in range(4))
+        given = x, groups, gamma, beta
+        statistics = array((3, shape[0], groups))
+        if direction == "forward":
+            return lambda: bn.group_norm_forward(*given, out=(out, statistics))
+        dy = array(shape, dtype)
+        return lambda: bn.group_norm_backward(dy, *given, statistics, out=(out, *gradients))
+
+    return replace(long_rows(direction, target), op=f"group_norm {direction}", shape=shape, dtype=dtype, call=call)
+
+
 LONG_ROWS = (16384, 4096), "bfloat16"
+GROUPS = (1024, 256, 16, 16), "bfloat16"
 MATRIX, IMAGES = ((65536, 4096), "bfloat16"), ((256, 256, 56, 56), "float16")
 ROWS = [
     *(large(direction, *data) for data in (MATRIX, IMAGES) for direction in ("forward", "backward")),
@@ -224,6 +276,8 @@ ROWS = [
     long_rows("backward", 260),
     long_rows("forward", 100, centred=False),
     long_rows("backward", 220, centred=False),
+    group_norm("forward", 175),
+    group_norm("backward", 290),
     at_question("forward"),
     at_question("backward"),
     Row(
@@ -244,4 +298,15 @@ ROWS = [
         trips=of_several_blocks,
         repeated="step < a.steps; ++step",
     ),
+    # Targets of an LSTM are what was counted first, and a tenth.
+    sequence("forward", None, 9500),
+    sequence("backward", None, 13000),
+    sequence("forward", "batch", 22000),
+    sequence("backward", "batch", 20500),
+    sequence("forward", "layer", 11500),
+    sequence("backward", "layer", 13000),
+    step_launch("forward", "batch", (64, 1, 1000), 14500),
+    step_launch("backward", "batch", (64, 1, 1000), 12500),
+    step_launch("forward", "layer", (128, 256, 256), 8500),
+    step_launch("backward", "layer", (128, 256, 256), 10500),
 ]

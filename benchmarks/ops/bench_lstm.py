@@ -143,7 +143,7 @@ def torch_eager(case: Case, arrays: Arrays) -> Call:
     wanted = [tensors[name] for name in (*NAMES[1:], *(OF_NORMS if norm else ()))]
 
     def forward() -> Any:
-        return (_torch_loop(torch, tensors, norm) if norm else _torch_layer(torch, tensors))[0]
+        return (torch_loop(torch, tensors, norm) if norm else _torch_layer(torch, tensors))[0]
 
     if not is_both(case):
 
@@ -169,7 +169,8 @@ def _torch_layer(torch: Any, a: Arrays) -> tuple:
     return torch.lstm(a["x"], state, weights, True, 1, 0.0, False, False, False)
 
 
-def _torch_loop(torch: Any, a: Arrays, norm: str) -> tuple:
+def torch_loop(torch: Any, a: Arrays, norm: str) -> tuple:
+    """Return y by a loop over PyTorch's operators."""
     functional, h, c, y = torch.nn.functional, a["h0"], a["c0"], []
 
     def standardised(part: Any, gamma: Any, beta: Any = None) -> Any:

@@ -18,7 +18,19 @@ from typing import Any
 
 from benchmarks.counts import static
 from benchmarks.harness.timing import RESULTS, ROOT, results_folder
-from benchmarks.report import accuracy, budget, front, gpu, ops, overhead, partition, sequence, targets, train_step
+from benchmarks.report import (
+    accuracy,
+    budget,
+    front,
+    gpu,
+    ops,
+    overhead,
+    partition,
+    recurrent,
+    sequence,
+    targets,
+    train_step,
+)
 from benchmarks.report.text import ABSENT, PLACES, Page, missing, paragraphs, table
 from benchmarks.steps import overhead_plot
 from benchmarks.steps.sequence import draw
@@ -176,6 +188,12 @@ def counted_pages(results: Path, baseline: Path, cases: Any, step: Any) -> dict[
             "64 examples, 64 inputs, 20 neurons, 10 classes, float32, launched as on an H200; optimisers on all "
             f"parameters at once. Bytes of global memory are counted once each. {counted}",
             kernels(load(results / "kernels.json"), load(baseline)),
+        ),
+        "recurrent.md": Page(
+            "Launches and bytes of an LSTM",
+            "float32, with all gradients but those of the inputs. Counted, not measured: no times. `python -m "
+            "benchmarks.counts.recurrent` counts; what the ops do: [recurrent layers](../recurrent.md).",
+            recurrent.page(load(results / "recurrent.json")),
         ),
     }
 

@@ -70,5 +70,6 @@ def test_every_row_of_the_budget_runs_inside_the_profiler() -> None:
     plan = planner()
     plan.launches.clear()
     profile.run(plan.empty)
-    assert len(plan.launches) == len(ROWS)
+    forwards = sum(row.op.startswith("lstm") and "backward" in row.op for row in ROWS)  # the backwards need one each
+    assert len(plan.launches) == len(ROWS) + forwards
     assert all(kernel.startswith("bnk_") for _, kernel, _ in plan.launches)

@@ -43,15 +43,15 @@ def test_a_step_is_one_launch(
 
 
 @pytest.mark.emulator
-@pytest.mark.parametrize("norm", [None, "batch"])
+@pytest.mark.parametrize("norm", NORMS)
 def test_a_sequence_is_one_launch(emulated: EmulatorRuntime, rng: np.random.Generator, norm: str | None) -> None:
-    """Its recurrent products too."""
+    """Its recurrent products too; by unit with a grid barrier a step, by example without."""
     backend = backends.make("emulator")
     given = oracle_lstm.arguments(rng, (5, 6, 2, 9), norm, "float32")
     saved = call(backend, given, norm=norm)[3]
     (record,) = emulated.launches
     assert (record.source, record.launch.grid) == ("lstm_forward_cooperative", (3, 1, 1))
-    assert record.launch.cooperative
+    assert record.launch.cooperative == (norm != "layer")
     emulated.reset()
     gradients(backend, saved, np.ones((5, 6, 9), "float32"), None, None)
     (record,) = emulated.launches
@@ -106,10 +106,27 @@ def test_a_sequence_is_one_launch_where_it_fits() -> None:
     alone = H200._replace(cooperative=False)
     assert choose_sequence("forward", problem, alone) is None
     assert not choose_sequence("forward", problem._replace(units=1), alone).launch.cooperative
-    for change in ({"norm": "layer"}, {"rows": 513}, {"units": 513}, {"units": 513, "rows": 2}):
+    for change in ({"rows": 513}, {"units": 513}, {"units": 513, "rows": 2}):
         assert choose_sequence("forward", problem._replace(**change), H200) is None
     small = H200._replace(sms=4, shared_bytes=48 * 1024)
     assert choose_sequence("forward", problem._replace(units=500), small) is None
+
+
+def test_a_sequence_of_layer_norm_is_by_example() -> None:
+    """All weights on one multiprocessor, as few examples on each as there can be, and no block waits for another."""
+    problem = Problem(9, 64, 1, 100, np.dtype("float32"), "layer", False, 0)
+    a100, small = Limits(108, 163 * 1024, 164 * 1024, True), Limits(84, 99 * 1024, 100 * 1024, True)
+    for limits in (H200, a100, H200._replace(cooperative=False)):
+        launch = choose_sequence("backward", problem, limits).launch
+        assert (launch.grid, launch.block, launch.cooperative) == ((64, 1, 1), (128, 1, 1), False)
+    assert choose_sequence("forward", problem, small) is None
+    assert choose_sequence("forward", problem._replace(units=78), small) is not None
+    assert choose_sequence("forward", problem._replace(rows=512, units=64), H200).launch.block == (64, 4, 1)
+    assert choose_sequence("forward", problem._replace(rows=3, units=2), H200).launch.grid == (2, 1, 1)
+    for units in range(1, 150):
+        plan = choose_sequence("forward", problem._replace(units=units), H200)
+        assert (plan is None) == (units > 119)
+        assert plan is None or plan.launch.block[0] >= units
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

@@ -15,6 +15,7 @@ from .mutant_list_linear import MUTANTS as LINEAR
 from .mutant_list_linear_softmax import MUTANTS as LINEAR_SOFTMAX
 from .mutant_list_long_rows import MUTANTS as LONG_ROWS
 from .mutant_list_lstm import MUTANTS as LSTM
+from .mutant_list_lstm_sequence import MUTANTS as LSTM_SEQUENCE
 from .mutant_list_multi_block import MUTANTS as MULTI_BLOCK
 from .mutant_list_one_block import MUTANTS as ONE_BLOCK
 from .mutant_list_options import MUTANTS as OPTIONS
@@ -42,6 +43,7 @@ MUTANTS = [
     *LINEAR,
     *LINEAR_SOFTMAX,
     *LSTM,
+    *LSTM_SEQUENCE,
     *TF32X3,
     *COOPERATIVE,
     *COOPERATIVE_OPTIONS,

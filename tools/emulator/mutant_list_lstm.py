@@ -1,4 +1,4 @@
-"""The bugs that `mutants.py` plants in the LSTM."""
+"""The bugs that `mutants.py` plants in a time step of the LSTM."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from .mutants import Mutant
 
 FORWARD, BACKWARD = "lib/recurrent/lstm_forward_step.cuh", "lib/recurrent/lstm_backward_step.cuh"
 ITEMS = "lib/recurrent/step_items.cuh"
-SEQUENCE, SEQUENCE_BACKWARD = "lstm_forward_cooperative.cu", "lstm_backward_cooperative.cu"
 STATISTIC = "lib/recurrent/step_statistic.cuh"
 FORMULAS = "test_forward_is_its_formulas"
 GRADIENTS = "test_gradients_are_those_of_the_reference"
@@ -124,8 +123,8 @@ MUTANTS = [
     Mutant(
         "lstm: all threads of a unit move the population",
         FORWARD,
-        "if (!first.inside() || !first.speaks()) continue;",
-        "if (!first.inside()) continue;",
+        "if (!first.inside() || !first.speaks()) return;",
+        "if (!first.inside()) return;",
         ("plain", "tsan"),
         POPULATION,
     ),
@@ -139,15 +138,15 @@ MUTANTS = [
     Mutant(
         "lstm: pairs that are not held are read once",
         FORWARD,
-        "} while (!a.held && items.inside());\n}\n\n// Finds",
-        "} while (false);\n}\n\n// Finds",
+        "} while (!a.held && items.inside());\n}\n\n// Moves",
+        "} while (false);\n}\n\n// Moves",
         select=FORMULAS,
     ),
     Mutant(
         "lstm: eps behind the square root",
         FORWARD,
-        "reciprocal_sqrt(var + a.eps);\n        if (!first",
-        "A(1) / (sqrt(var) + a.eps);\n        if (!first",
+        "reciprocal_sqrt(squares[i] + a.eps)",
+        "A(1) / (sqrt(squares[i]) + a.eps)",
         select=FORMULAS,
     ),
     Mutant(
@@ -202,12 +201,16 @@ MUTANTS = [
     Mutant(
         "lstm backward: the input's gradients in place of the state's",
         BACKWARD,
-        "da, a.gamma_h[column], h, rstd_h",
-        "da, a.gamma_x[column], h, rstd_h",
+        "gamma[1][gate] = a.gamma_h[column];",
+        "gamma[1][gate] = a.gamma_x[column];",
         select=GRADIENTS,
     ),
     Mutant(
-        "lstm backward: padding has gradients", BACKWARD, "                a.dx_part[at] = A(0);\n", "", select=RAGGED
+        "lstm backward: padding has gradients",
+        BACKWARD,
+        "        a.dx_part[pair.gate(gate)] = A(0);\n",
+        "",
+        select=RAGGED,
     ),
     Mutant(
         "lstm backward: gradients of the cell's scale and shift change places",
@@ -232,103 +235,5 @@ MUTANTS = [
         "if (NORM == BATCH && !a.held) a.dx_part[at] = da[gate];",
         "",
         select=GRADIENTS,
-    ),
-    Mutant(
-        "lstm sequence: the next step before all hidden states are there",
-        SEQUENCE,
-        "grid_barrier(a.barrier_counter, gridDim.x, blockIdx.x);",
-        "__syncthreads();",
-        ("plain", "tsan"),
-        SCHEDULES,
-    ),
-    Mutant(
-        "lstm sequence: the gates of an example before all products are there",
-        SEQUENCE,
-        "a.h_part[pair.gate(gate)] = sums[gate];\n    }\n    __syncthreads();",
-        "a.h_part[pair.gate(gate)] = sums[gate];\n    }",
-        ("plain", "tsan"),
-        SCHEDULES,
-    ),
-    Mutant(
-        "lstm sequence: the weights of another unit",
-        SEQUENCE,
-        "weight_hh[own.column(gate) * a.units + k]",
-        "weight_hh[own.column(gate) * a.units + own.u]",
-        select=FORMULAS,
-    ),
-    Mutant(
-        "lstm sequence: weights before all are there",
-        SEQUENCE,
-        "load_weights(a, weights);\n    __syncthreads();",
-        "load_weights(a, weights);",
-        ("plain", "tsan"),
-        SCHEDULES,
-    ),
-    Mutant(
-        "lstm sequence: every step begins with the first state", SEQUENCE, "        h = step.h;\n", "", select=FORMULAS
-    ),
-    Mutant(
-        "lstm sequence: the cell of the first step stays",
-        SEQUENCE,
-        "if (t > 0) a.before =",
-        "if (false) a.before =",
-        select=FORMULAS,
-    ),
-    Mutant(
-        "lstm sequence: steps beyond move the last population",
-        SEQUENCE,
-        "a.live && t < a.tracked && a.count",
-        "a.live && a.count",
-        select=POPULATION,
-    ),
-    Mutant(
-        "lstm sequence: one example moves the population",
-        SEQUENCE,
-        "a.count > A(1)",
-        "a.count > A(0)",
-        select=POPULATION,
-    ),
-    Mutant(
-        "lstm sequence: the examples of the first step in all",
-        SEQUENCE,
-        "a.count = a.counts[t];",
-        "a.count = a.counts[0];",
-        select=RAGGED,
-    ),
-    Mutant(
-        "lstm sequence backward: the step before, before all gradients are there",
-        SEQUENCE_BACKWARD,
-        "grid_barrier(a.barrier_counter, gridDim.x, blockIdx.x);",
-        "__syncthreads();",
-        ("plain", "tsan"),
-        SCHEDULES,
-    ),
-    Mutant(
-        "lstm sequence backward: half of the gates",
-        SEQUENCE_BACKWARD,
-        "c < (int)a.units; ++c",
-        "c < (int)a.units / 2; ++c",
-        select=GRADIENTS,
-    ),
-    Mutant(
-        "lstm sequence backward: gradients of inputs go to the state",
-        SEQUENCE_BACKWARD,
-        "NORM == PLAIN ? step.dx_part : step.dh_part",
-        "step.dx_part",
-        select=GRADIENTS,
-    ),
-    Mutant(
-        "lstm sequence backward: the sums of one step",
-        SEQUENCE_BACKWARD,
-        "a.sums += t * a.sums_pitch;",
-        "",
-        select=GRADIENTS,
-    ),
-    Mutant(
-        "lstm sequence backward: the examples of the first step in all",
-        SEQUENCE_BACKWARD,
-        "A(1) / a.counts[t]",
-        "A(1) / a.counts[0]",
-        select=RAGGED,
     ),
 ]

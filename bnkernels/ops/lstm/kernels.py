@@ -176,6 +176,7 @@ def _launcher(runtime: Runtime, plan: LaunchPlan, members: dict[str, Any], used:
     return step
 
 
+@np.errstate(all="ignore")  # kernels have no warnings either
 def _column_sums(runtime: Runtime, matrix: Any) -> Any:
     """Return the sums of the columns of a matrix, by a product."""
     ones, out = (empty(runtime, shape, matrix) for shape in ((1, len(matrix)), (1, matrix.shape[1])))
@@ -184,6 +185,7 @@ def _column_sums(runtime: Runtime, matrix: Any) -> Any:
     return out[0]
 
 
+@np.errstate(all="ignore")  # kernels have no warnings either
 def _sums_over_examples(runtime: Runtime, run: Backward, da: Any, dz: Any) -> Any:
     """Return the gradients of bias and norms from those of gates and cells, with layer norm.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from bnkernels.ops.lstm.problem import Problem
+from bnkernels.ops.lstm.problem import GATES, Problem
 from bnkernels.runtime.arguments import arguments_type, suffix
 from bnkernels.runtime.occupancy import WARP, most_shared, resident
 from bnkernels.runtime.seam import Launch, LaunchPlan, Limits, ceil_div
@@ -30,6 +30,7 @@ SECTOR = 32  # bytes of neighbouring units that a block reads
 WORKERS = 64  # threads of a unit, at most
 MOST_WIDTH = 256  # threads of an example, at most
 FEW = 64  # threads of a block by example, at least
+ROWS = {"forward": 1, "backward": 4}  # numbers of a unit and example that a block of a sequence by example shares
 MOST_ROWS, MOST_STATE = 512, 2**15  # examples or units, and numbers of a state, of a sequence in one launch
 THREADS = 256  # threads of a block of a sequence, at most, as in the launch bounds of its kernels
 MIN_BLOCKS = 1  # resident blocks of a multiprocessor, promised by these
@@ -79,8 +80,9 @@ def choose(direction: str, problem: Problem) -> LaunchPlan:
 def choose_sequence(direction: str, problem: Problem, limits: Limits) -> LaunchPlan | None:
     """Return the launch of a whole sequence; None where every step is one of its own.
 
-    A block has as few units as leave no multiprocessor more than one block, and keeps their recurrent weights. Beyond
-    2^15 numbers of a state a library multiplies faster, as far as instructions tell.
+    By unit a block has as few units as leave no multiprocessor more than one block, and keeps their recurrent weights.
+    By example, with layer norm, it has as few examples, and keeps all weights. Beyond 2^15 numbers of a state a library
+    multiplies faster, as far as instructions tell.
 
     Examples
     --------
@@ -89,24 +91,32 @@ def choose_sequence(direction: str, problem: Problem, limits: Limits) -> LaunchP
     >>> problem = Problem(784, 64, 1, 100, np.dtype("float32"), "batch", True, 0)
     >>> choose_sequence("forward", problem, h200).launch
     Launch(grid=(100, 1, 1), block=(1, 64, 1), shared_bytes=1728, cooperative=True)
-    >>> choose_sequence("forward", problem._replace(norm="layer"), h200) is None
-    True
+    >>> choose_sequence("forward", problem._replace(norm="layer"), h200).launch
+    Launch(grid=(64, 1, 1), block=(128, 1, 1), shared_bytes=162064, cooperative=False)
     """
     rows, units, number = problem.rows, problem.units, problem.dtype.itemsize
-    if problem.norm == "layer" or max(rows, units) > MOST_ROWS or rows * units > MOST_STATE:
+    if max(rows, units) > MOST_ROWS or rows * units > MOST_STATE:
         return None
-    width = min(WARP, _power(ceil_div(units, limits.sms)))
-    workers = max(WARP // width, min(THREADS // width, _power(rows)))
-    blocks, items, places = ceil_div(units, width), ceil_div(rows, workers), width * workers // WARP * width
-    shared = (4 * width * units + BUFFERS[direction][problem.norm] * places) * number
-    fits = shared <= most_shared(limits, MIN_BLOCKS)
-    if not fits or resident(limits, width * workers, shared, MIN_BLOCKS) < blocks:
+    if problem.norm == "layer":
+        width = max(WARP, _power(units))
+        workers = max(1, min(THREADS // width, max(FEW // width, ceil_div(rows, limits.sms))))
+        blocks, items, places = ceil_div(rows, workers), ceil_div(units, width), width * workers // WARP
+        kept, waiting = units * (GATES * (units | 1) + ROWS[direction] * workers), 1
+    else:
+        width = min(WARP, _power(ceil_div(units, limits.sms)))
+        workers = max(WARP // width, min(THREADS // width, _power(rows)))
+        blocks, items, places = ceil_div(units, width), ceil_div(rows, workers), width * workers // WARP * width
+        kept = GATES * width * units
+        waiting = blocks
+    shared = (kept + BUFFERS[direction][problem.norm] * places) * number
+    fits = width <= THREADS and shared <= most_shared(limits, MIN_BLOCKS)
+    if not fits or resident(limits, width * workers, shared, MIN_BLOCKS) < waiting:
         return None
-    if blocks > 1 and not limits.cooperative:
+    if waiting > 1 and not limits.cooperative:
         return None
     held = int(items <= HELD)
     constants = (("live", int(problem.live)), ("held", held)) if problem.norm else ()
-    launch = Launch((blocks, 1, 1), (width, workers, 1), shared, blocks > 1, constants)
+    launch = Launch((blocks, 1, 1), (width, workers, 1), shared, waiting > 1, constants)
     kernel = f"bnk_lstm_{direction}_cooperative_{problem.norm or 'plain'}_{suffix(problem.dtype)}"
     source = f"lstm_{direction}_cooperative"
     return LaunchPlan(source, kernel, launch, ARGUMENTS[direction][problem.dtype], held=held)

@@ -39,16 +39,18 @@ struct LstmBackward {
     int live, held;
 };
 
-// The gradients of a pair behind its output gate: of the cell's norm or the cell, and of the output gate; norm(c).
+// The gradients of a pair behind its output gate: of the cell's norm or the cell, and of the output gate; norm(c);
+// whether its example ends with the step.
 template <typename A>
 struct OutputGradient {
     A dz, of_o, c_hat;
+    bool ends;
 };
 
 template <int NORM, typename A>
 __device__ __forceinline__ OutputGradient<A> through_output(const LstmBackward<A>& a, const Items<NORM>& pair) {
     const long long at = pair.state();
-    OutputGradient<A> found = {A(0), A(0), A(0)};
+    OutputGradient<A> found = {A(0), A(0), A(0), ends_with_step(a, pair.n)};
     A z;
     if (NORM == PLAIN) {
         z = a.cells[at];
@@ -56,8 +58,7 @@ __device__ __forceinline__ OutputGradient<A> through_output(const LstmBackward<A
         found.c_hat = a.c_hat[at];
         z = fma(a.gamma_c[pair.u], found.c_hat, a.beta_c[pair.u]);
     }
-    const bool ends = ends_with_step(a, pair.n);
-    A dh = ends ? (a.dh_n ? a.dh_n[at] : A(0)) : a.dh[at];
+    A dh = found.ends ? (a.dh_n ? a.dh_n[at] : A(0)) : a.dh[at];
     if (a.dy) dh += a.dy[at];
     const Gate<A> tanh = gate_of(z, TANH);
     const A o = a.gates[pair.gate(GATES - 1)];
@@ -68,30 +69,16 @@ __device__ __forceinline__ OutputGradient<A> through_output(const LstmBackward<A
 
 // The gradients of a pair's gates from that of its cell; writes that of the cell before.
 template <int NORM, typename A>
-__device__ __forceinline__ void through_gates(const LstmBackward<A>& a, const Items<NORM>& pair, A more, A of_o,
-                                              A (&da)[GATES]) {
+__device__ __forceinline__ void through_gates(const LstmBackward<A>& a, const Items<NORM>& pair, A more,
+                                              const OutputGradient<A>& output, A (&da)[GATES]) {
     const long long at = pair.state();
-    const bool ends = ends_with_step(a, pair.n);
-    const A dc = (ends ? (a.dc_n ? a.dc_n[at] : A(0)) : a.dc[at]) + more;
+    const A dc = (output.ends ? (a.dc_n ? a.dc_n[at] : A(0)) : a.dc[at]) + more;
     const A i = a.gates[pair.gate(0)], f = a.gates[pair.gate(1)], g = a.gates[pair.gate(2)];
     da[0] = dc * g * i * (A(1) - i);
     da[1] = dc * a.before[at] * f * (A(1) - f);
     da[2] = dc * i * fma(-g, g, A(1));
-    da[3] = of_o;
+    da[3] = output.of_o;
     a.dc[at] = dc * f;
-}
-
-// Calls work(pair, k, there) for the pairs of a thread, HELD at a time; k: the place in registers.
-template <int NORM, typename A, typename Work>
-__device__ __forceinline__ void for_pairs(const LstmBackward<A>& a, const Work& work) {
-    Items<NORM> pair(a);
-    do {
-#pragma unroll
-        for (int k = 0; k < HELD; ++k) {
-            if (pair.inside()) work(pair, k, has_step(a, pair.n));
-            pair.advance();
-        }
-    } while (!a.held && pair.inside());
 }
 
 template <typename A>
@@ -101,7 +88,7 @@ __device__ __forceinline__ void plain_step(const LstmBackward<A>& a, Team<A, PLA
         A da[GATES] = {};
         if (has_step(a, pair.n)) {
             const OutputGradient<A> output = through_output(a, pair);
-            through_gates(a, pair, output.dz, output.of_o, da);
+            through_gates(a, pair, output.dz, output, da);
         }
 #pragma unroll
         for (int gate = 0; gate < GATES; ++gate) {
@@ -126,7 +113,21 @@ template <typename A>
 struct Gradients {
     OutputGradient<A> output[HELD];
     A da[GATES][HELD], hats[PARTS][GATES][HELD];
+    bool there[HELD];
 };
+
+// Calls work(pair, k, there) for the pairs of a thread, HELD at a time; k: the place in registers.
+template <int NORM, typename A, typename Work>
+__device__ __forceinline__ void for_pairs(const LstmBackward<A>& a, const Gradients<A>& kept, const Work& work) {
+    Items<NORM> pair(a);
+    do {
+#pragma unroll
+        for (int k = 0; k < HELD; ++k) {
+            if (pair.inside()) work(pair, k, a.held ? kept.there[k] : has_step(a, pair.n));
+            pair.advance();
+        }
+    } while (!a.held && pair.inside());
+}
 
 // The gradients of gates, and the sums of these. sums: of dz, scaled by example, and dz norm(c), over the team.
 template <int NORM, typename A>
@@ -134,7 +135,7 @@ __device__ __forceinline__ void gates_and_sums(const LstmBackward<A>& a, Gradien
                                                A (&sums)[GATE_SUMS<NORM>]) {
     const A share = NORM == LAYER ? A(1) / A(a.units) : a.live ? a.inverse_count : A(0);
     const A mean = of_cells[0] * share, slope = of_cells[1] * share;
-    for_pairs<NORM>(a, [&](const Items<NORM>& pair, int k, bool there) {
+    for_pairs<NORM>(a, kept, [&](const Items<NORM>& pair, int k, bool there) {
         if (!there) return;
         const OutputGradient<A> output = a.held ? kept.output[k] : through_output(a, pair);
         const A rstd = a.rstd[NORM == LAYER ? 2 * a.rows + pair.n : 2 * GATES * a.units + pair.u];
@@ -142,7 +143,7 @@ __device__ __forceinline__ void gates_and_sums(const LstmBackward<A>& a, Gradien
         const A through = NORM == LAYER ? fma(-output.c_hat, slope, fma(gamma, output.dz, -mean))
                                         : gamma * fma(-output.c_hat, slope, output.dz - mean);
         A da[GATES];
-        through_gates(a, pair, rstd * through, output.of_o, da);
+        through_gates(a, pair, rstd * through, output, da);
         if (NORM == LAYER) a.dz[pair.state()] = output.dz;
 #pragma unroll
         for (int gate = 0; gate < GATES; ++gate) {
@@ -177,35 +178,53 @@ __device__ __forceinline__ A through_norm(A da, A gamma, A hat, A rstd, A mean, 
     return rstd * gamma * fma(-hat, slope, da - mean);
 }
 
+// Writes the gradients of a pair whose example does not have the step.
+template <int NORM, typename A>
+__device__ __forceinline__ void write_zeros(const LstmBackward<A>& a, const Items<NORM>& pair) {
+    if (NORM == LAYER) a.dz[pair.state()] = A(0);
+#pragma unroll
+    for (int gate = 0; gate < GATES; ++gate) {
+        a.dx_part[pair.gate(gate)] = A(0);
+        a.dh_part[pair.gate(gate)] = A(0);
+        if (NORM == LAYER) a.da[pair.gate(gate)] = A(0);
+    }
+}
+
 // Writes the gradients of both parts from the sums over the team.
 template <int NORM, typename A>
 __device__ __forceinline__ void write_parts(const LstmBackward<A>& a, const Gradients<A>& kept,
                                             const A (&sums)[GATE_SUMS<NORM>]) {
     const A share = NORM == LAYER ? A(1) / A(GATES * a.units) : a.live ? a.inverse_count : A(0);
     const A* const of_gates = NORM == LAYER ? a.da : a.dx_part;
-    for_pairs<NORM>(a, [&](const Items<NORM>& pair, int k, bool there) {
+    for_pairs<NORM>(a, kept, [&](const Items<NORM>& pair, int k, bool there) {
+        if (!there) {
+            write_zeros(a, pair);
+            return;
+        }
+        A da[GATES], hats[PARTS][GATES], gamma[PARTS][GATES], rstd[PARTS][GATES];  // all are read before one is written
 #pragma unroll
         for (int gate = 0; gate < GATES; ++gate) {
             const long long at = pair.gate(gate), column = pair.column(gate);
-            if (!there) {
-                a.dx_part[at] = A(0);
-                a.dh_part[at] = A(0);
-                continue;
-            }
-            const A da = a.held ? kept.da[gate][k] : of_gates[at];
-            const A x = a.held ? kept.hats[0][gate][k] : a.x_hat[at], h = a.held ? kept.hats[1][gate][k] : a.h_hat[at];
-            const A rstd_x = a.rstd[NORM == LAYER ? pair.n : column];
-            const A rstd_h = a.rstd[NORM == LAYER ? a.rows + pair.n : GATES * a.units + column];
-            const A mean_x = share * sums[NORM == LAYER ? 0 : gate], mean_h = share * sums[NORM == LAYER ? 2 : gate];
-            const A slope_x = share * sums[NORM == LAYER ? 1 : GATES + gate];
-            const A slope_h = share * sums[NORM == LAYER ? 3 : 2 * GATES + gate];
-            a.dh_part[at] = through_norm<NORM>(da, a.gamma_h[column], h, rstd_h, mean_h, slope_h);
-            a.dx_part[at] = through_norm<NORM>(da, a.gamma_x[column], x, rstd_x, mean_x, slope_x);
+            da[gate] = a.held ? kept.da[gate][k] : of_gates[at];
+            hats[0][gate] = a.held ? kept.hats[0][gate][k] : a.x_hat[at];
+            hats[1][gate] = a.held ? kept.hats[1][gate][k] : a.h_hat[at];
+            gamma[0][gate] = a.gamma_x[column];
+            gamma[1][gate] = a.gamma_h[column];
+            rstd[0][gate] = a.rstd[NORM == LAYER ? pair.n : column];
+            rstd[1][gate] = a.rstd[NORM == LAYER ? a.rows + pair.n : GATES * a.units + column];
         }
-        if (NORM == LAYER && !there) {
-            a.dz[pair.state()] = A(0);
 #pragma unroll
-            for (int gate = 0; gate < GATES; ++gate) a.da[pair.gate(gate)] = A(0);
+        for (int gate = 0; gate < GATES; ++gate) {
+            A through[PARTS];
+#pragma unroll
+            for (int part = 0; part < PARTS; ++part) {
+                const A mean = share * sums[NORM == LAYER ? 2 * part : gate];
+                const A slope = share * sums[NORM == LAYER ? 2 * part + 1 : (part + 1) * GATES + gate];
+                through[part] =
+                    through_norm<NORM>(da[gate], gamma[part][gate], hats[part][gate], rstd[part][gate], mean, slope);
+            }
+            a.dx_part[pair.gate(gate)] = through[0];
+            a.dh_part[pair.gate(gate)] = through[1];
         }
     });
 }
@@ -214,7 +233,13 @@ template <int NORM, typename A>
 __device__ __forceinline__ void norm_step(const LstmBackward<A>& a, Team<A, NORM, GATE_SUMS<NORM>>& team) {
     Gradients<A> kept;
     A of_cells[2] = {}, of_gates[GATE_SUMS<NORM>] = {};
-    for_pairs<NORM>(a, [&](const Items<NORM>& pair, int k, bool there) {
+    Items<NORM> pair(a);
+#pragma unroll
+    for (int k = 0; k < HELD; ++k) {
+        kept.there[k] = pair.inside() && has_step(a, pair.n);
+        pair.advance();
+    }
+    for_pairs<NORM>(a, kept, [&](const Items<NORM>& pair, int k, bool there) {
         if (!there) return;
         const OutputGradient<A> output = through_output(a, pair);
         if (a.held) kept.output[k] = output;

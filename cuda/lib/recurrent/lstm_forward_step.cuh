@@ -83,6 +83,25 @@ __device__ __forceinline__ void for_products(const LstmForward<A>& a, Products<A
     } while (!a.held && items.inside());
 }
 
+// Moves the population statistics of both products. All of them are read before one is written.
+template <typename A>
+__device__ __forceinline__ void move_population(const LstmForward<A>& a, const Items<BATCH>& first,
+                                                const Statistic<A> (&statistics)[SUMS<BATCH>],
+                                                const A (&vars)[SUMS<BATCH>]) {
+    A mean[SUMS<BATCH>], of_var[SUMS<BATCH>];
+#pragma unroll
+    for (int i = 0; i < SUMS<BATCH>; ++i) {
+        mean[i] = (i < GATES ? a.mean_x : a.mean_h)[first.column(i % GATES)];
+        of_var[i] = (i < GATES ? a.var_x : a.var_h)[first.column(i % GATES)];
+    }
+#pragma unroll
+    for (int i = 0; i < SUMS<BATCH>; ++i) {
+        statistics[i].move(a, mean[i], of_var[i], vars[i]);
+        (i < GATES ? a.mean_x : a.mean_h)[first.column(i % GATES)] = mean[i];
+        (i < GATES ? a.var_x : a.var_h)[first.column(i % GATES)] = of_var[i];
+    }
+}
+
 // Finds the statistics of both products. All threads must call.
 template <int NORM, typename A, typename Shared>
 __device__ __forceinline__ void find_statistics(const LstmForward<A>& a, Products<A>& products, Shared& team,
@@ -120,14 +139,15 @@ __device__ __forceinline__ void find_statistics(const LstmForward<A>& a, Product
     add(squares, true);
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
-        const A var = squares[i] * share;
-        statistics[i].rstd = reciprocal_sqrt(var + a.eps);
-        if (!first.inside() || !first.speaks()) continue;
-        const long long at = NORM == LAYER ? 0 : first.column(i % GATES);
-        if (NORM == LAYER)
-            a.rstd[i * a.rows + first.n] = statistics[i].rstd;
-        else if (a.moving)
-            statistics[i].move(a, i < GATES ? a.mean_x : a.mean_h, i < GATES ? a.var_x : a.var_h, at, var);
+        squares[i] *= share;
+        statistics[i].rstd = reciprocal_sqrt(squares[i] + a.eps);
+    }
+    if (!first.inside() || !first.speaks()) return;
+    if constexpr (NORM == LAYER) {
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) a.rstd[i * a.rows + first.n] = statistics[i].rstd;
+    } else {
+        if (a.moving) move_population(a, first, statistics, squares);
     }
 }
 
@@ -145,12 +165,14 @@ __device__ __forceinline__ void take_population(const LstmForward<A>& a, const I
 template <typename A>
 struct Cells {
     A c[HELD], o[HELD];
+    bool there[HELD];
 
     template <int NORM>
     __device__ __forceinline__ void load(const LstmForward<A>& a, Items<NORM> items) {
 #pragma unroll
         for (int k = 0; k < HELD; ++k) {
-            if (items.inside() && has_step(a, items.n)) {
+            there[k] = items.inside() && has_step(a, items.n);
+            if (there[k]) {
                 c[k] = a.cells[items.state()];
                 o[k] = a.gates[items.gate(GATES - 1)];
             }
@@ -206,6 +228,7 @@ __device__ __forceinline__ void compute_cells(const LstmForward<A>& a, Products<
     for_products<NORM>(a, products, [&](Items<NORM> pair, const Products<A>& p) {
 #pragma unroll
         for (int k = 0; k < HELD; ++k) {
+            cells.there[k] = p.there[k];
             if (p.there[k]) {
                 A gates[GATES];
 #pragma unroll
@@ -234,7 +257,7 @@ __device__ __forceinline__ void for_cells(const LstmForward<A>& a, Cells<A>& cel
         if (!a.held) cells.load(a, items);
 #pragma unroll
         for (int k = 0; k < HELD; ++k) {
-            if (items.inside()) work(items, has_step(a, items.n), cells.c[k], cells.o[k]);
+            if (items.inside()) work(items, cells.there[k], cells.c[k], cells.o[k]);
             items.advance();
         }
     } while (!a.held && items.inside());
@@ -271,7 +294,7 @@ __device__ __forceinline__ Statistic<A> statistic_of_cells(const LstmForward<A>&
         const A var = squares[0] * share;
         found.rstd = reciprocal_sqrt(var + a.eps);
         if (NORM == BATCH && a.moving && first.inside() && first.speaks())
-            found.move(a, a.mean_c, a.var_c, first.u, var);
+            found.move(a, a.mean_c[first.u], a.var_c[first.u], var);
     }
     if (first.inside() && first.speaks())
         a.rstd[NORM == LAYER ? 2 * a.rows + first.n : 2 * GATES * a.units + first.u] = found.rstd;

@@ -48,6 +48,10 @@ struct Items {
     __device__ __forceinline__ long long gate(int number) const { return (n * GATES + number) * units + u; }
     // Place of the unit's gate in a vector of all gates.
     __device__ __forceinline__ long long column(int number) const { return number * units + u; }
+    // Pitch of the recurrent weights that a block of a sequence keeps, of its units or of all, and the unit's place
+    // among them. It is odd where a warp writes a column.
+    __device__ __forceinline__ int pitch() const { return NORM == LAYER ? (int)units | 1 : blockDim.x; }
+    __device__ __forceinline__ int place() const { return NORM == LAYER ? (int)u : threadIdx.x; }
     // Whether the thread speaks for all that are normalised together.
     __device__ __forceinline__ bool speaks() const { return (NORM == LAYER ? threadIdx.x : threadIdx.y) == 0; }
 };

@@ -21,9 +21,10 @@ struct Statistic {
 
     // Moves population statistics towards these, of the biased variance `var`.
     template <typename Arguments>
-    __device__ __forceinline__ void move(const Arguments& a, A* mean, A* of_var, long long at, A var) const {
+    __device__ __forceinline__ void move(const Arguments& a, A& mean, A& of_var, A var) const {
         const A keep = A(1) - a.momentum, unbiased = var * (a.count / (a.count - A(1)));
-        mean[at] = fma(a.momentum, shift + rest, keep * mean[at]);
-        of_var[at] = fma(a.momentum, unbiased, keep * of_var[at]);
+        const A moved = fma(a.momentum, unbiased, keep * of_var);
+        mean = fma(a.momentum, shift + rest, keep * mean);
+        of_var = moved;
     }
 };
