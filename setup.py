@@ -36,7 +36,7 @@ TEST = [
     "safetensors>=0.8",
     "thinc>=8.3,<8.4; python_version < '3.13'",  # where it surely has wheels
     *(f"{package.split(';')[0]}; sys_platform == 'linux'" for package in MPI),
-    f"nccl4py>=0.6,<0.7; {PLATFORMS} and sys_platform == 'linux'",  # can be imported without NCCL, as CuPy without a GPU
+    f"nccl4py>=0.6,<0.7; {PLATFORMS} and sys_platform == 'linux'",  # imports without NCCL, as CuPy without a GPU
     f"nvidia-cuda-nvdisasm>=13.5; {PLATFORMS}",  # reads what the newest NVRTC makes
     "setuptools>=77",  # tests/test_packaging.py builds without the network
 ]

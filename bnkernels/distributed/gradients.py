@@ -1,4 +1,4 @@
-"""The exchange of a data-parallel step: gradients of all ranks, averaged in one all-gather."""
+"""The exchange of a data-parallel step: gradients of all ranks, added up in one all-gather."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bnkernels.runtime.registry import runtime_of
 
 
 class GradientExchange:
-    """Averages arrays over the ranks, all in one all-gather, in the order of the ranks: the same bits in every run.
+    """Adds up arrays over the ranks, all in one all-gather, in the order of the ranks: the same bits in every run.
 
     Parameters
     ----------
@@ -57,13 +57,15 @@ class GradientExchange:
         self._buffer = empty(runtime_of(first.kind), (sum(sizes) + 1,), self._arrays[0])
         self._ranks.agree(f"a flat exchange of {sizes} numbers, {first.dtype}")
 
-    def __call__(self, weight: float | None = None, flag: float = 0.0) -> float:
-        """Replace the arrays by their mean over the ranks.
+    def __call__(self, *weights: float, flag: float = 0.0) -> float:
+        """Replace the arrays by their sums over the ranks, each rank's weighted.
 
         Parameters
         ----------
-        weight : float, optional
-            Weight of this rank, such as its share of the examples; they add up to 1. By default all count alike.
+        *weights : float
+            Weight of this rank, one for each array; by default ``1 / size``, which gives means. Ranks with unequal
+            parts of a mini-batch scale the gradient of their loss by their share of the examples **before** the
+            backward, for synchronised batch norm adds it up too, and give the weight 1 to the gradients.
         flag : float
             Number that goes along, such as a wish to stop.
 
@@ -71,17 +73,24 @@ class GradientExchange:
         -------
         float
             Largest flag of all ranks.
+
+        Raises
+        ------
+        ValueError
+            If there are not as many weights as arrays.
         """
         ranks, buffer, start = self._ranks, self._buffer, 0
-        weight = 1 / ranks.size if weight is None else check.number("weight", weight, 0)
-        for array in self._arrays:
-            buffer[start : start + array.size] = array * array.dtype.type(weight)
+        weights = weights or (1 / ranks.size,) * len(self._arrays)
+        if len(weights) != len(self._arrays):
+            raise ValueError(f"weights must be {len(self._arrays)}, one for each array, got {len(weights)}")
+        for array, weight in zip(self._arrays, weights, strict=True):
+            buffer[start : start + array.size] = array if weight == 1 else array * array.dtype.type(weight)
             start += array.size
         buffer[-1] = flag
         gathered, start = ranks.allgather(buffer), 0
-        total = gathered[0]
+        total = gathered[0, :-1]
         for rank in range(1, ranks.size):
-            total[:-1] += gathered[rank, :-1]
+            total += gathered[rank, :-1]
         for array in self._arrays:
             array[...] = total[start : start + array.size]
             start += array.size

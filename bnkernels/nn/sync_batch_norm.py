@@ -42,7 +42,7 @@ class SyncBatchNorm(BatchNorm):
     Notes
     -----
     `backward` writes this rank's part of the gradients of weight and bias, as other layers do of theirs: all of them
-    are to be averaged over the ranks, weighted by their examples, as `GradientExchange` does.
+    are to be added up over the ranks, as `GradientExchange` does.
 
     Examples
     --------
