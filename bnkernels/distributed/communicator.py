@@ -34,10 +34,13 @@ class Communicator(ABC):
         Number of this rank, from 0.
     size : int
         Number of ranks.
+    speaker : int or None
+        First of the ranks with an error, once all of them know that they cannot go on together: the one to say so.
     """
 
     rank: int
     size: int
+    speaker: int | None = None
 
     @abstractmethod
     def allgather(self, values: Any) -> Any:
@@ -91,12 +94,11 @@ class Communicator(ABC):
             The error that was given; ranks without one get a `RankError` with its message.
         """
         said = f"{ERROR}{type(text).__name__}: {text}" if isinstance(text, Exception) else text
-        found = self._gather_bytes(np.frombuffer(message(said), np.uint8))
-        if isinstance(text, Exception):
-            raise text
-        texts = [bytes(each) for each in np.asarray(found)]
-        if len(set(texts)) > 1:
-            raise RankError(difference(texts))
+        texts = [bytes(each) for each in self._gather_bytes(np.frombuffer(message(said), np.uint8))]
+        if isinstance(text, Exception) or len(set(texts)) > 1:
+            failed = [rank for rank, one in enumerate(texts) if one[DIGEST:].startswith(ERROR.encode())]
+            self.speaker = min(failed, default=0)
+            raise text if isinstance(text, Exception) else RankError(difference(texts))
 
     def agree_once(self, key: Hashable, text: Callable[[], str], checks: Callable[[], Any]) -> None:
         """Let the ranks `agree` before the first collective of a kind.
@@ -128,6 +130,9 @@ class Communicator(ABC):
     def _gather_bytes(self, values: np.ndarray) -> np.ndarray:
         """Return the bytes of all ranks, on the host."""
         return self.allgather(values)
+
+    def synchronize(self) -> None:  # noqa: B027  most have ended when they return
+        """Wait on the host for all-gathers that are enqueued."""
 
     def abort(self, reason: str) -> None:  # noqa: B027  most have nobody to end
         """End all ranks after an error on this one, where they are processes that would wait for it."""

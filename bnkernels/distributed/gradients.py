@@ -88,6 +88,7 @@ class GradientExchange:
             start += array.size
         buffer[-1] = flag
         gathered, start = ranks.allgather(buffer), 0
+        ranks.synchronize()
         total = gathered[0, :-1]
         for rank in range(1, ranks.size):
             total += gathered[rank, :-1]
