@@ -120,6 +120,8 @@ class MLP(Perceptron):
             linear = Linear.from_arrays(
                 mine["weight"], mine.get("bias"), gradients=grads, input_gradient=i > 0, **behind
             )
+            if self.layers and isinstance(self.layers[-1], SyncBatchNorm):
+                linear.later = self.layers[-1].rest  # gradients of weights, while the ranks exchange sums
             self.layers.append(linear)
             if "gamma" not in mine:
                 continue

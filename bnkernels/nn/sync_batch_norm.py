@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 from bnkernels.distributed.batch_norm import sync_batch_norm_backward, sync_batch_norm_forward
@@ -119,7 +121,18 @@ class SyncBatchNorm(BatchNorm):
         return sync_batch_norm_forward(self.communicator, x, *vectors, name=self.name, **options)
 
     def _differentiate(self, *arrays: Any, grouped: bool, **options: Any) -> tuple[Any, ...]:
-        return sync_batch_norm_backward(self.communicator, *arrays, name=self.name, **options)
+        return sync_batch_norm_backward(
+            self.communicator, *arrays, name=self.name, meanwhile=self._do_the_rest, **options
+        )
+
+    @cached_property
+    def rest(self) -> list[Callable[[], None]]:
+        """What the backward of the layer above has left to do, done while this one waits for the other ranks."""
+        return []
+
+    def _do_the_rest(self) -> None:
+        while self.rest:
+            self.rest.pop(0)()
 
     def _options(self) -> list[str]:
         first, *others = super()._options()

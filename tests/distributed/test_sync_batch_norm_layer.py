@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -163,6 +163,26 @@ def test_ranks_train_an_mlp_as_one_trains_it(rng: np.random.Generator) -> None:
     right = step(nn.MLP((3, 5, 4, 2), **options), 0, 40, lambda weight: None)
     for found in run_threads(2, work):
         np.testing.assert_allclose(found, right, rtol=1e-10, atol=1e-13)
+
+
+def test_gradients_of_weights_above_are_formed_while_the_ranks_exchange_sums() -> None:
+    class Observed(OneRank):
+        unwritten: ClassVar[list[bool]] = []
+
+        def start(self, values: Any) -> Any:
+            """Note whether the gradients of the layer above are still to come."""
+            self.unwritten.append(bool(np.isnan(model.gradients).any()))
+            return super().start(values)
+
+    model = nn.MLP((3, 5, 4, 2), communicator=Observed())
+    y = model.forward(np.ones((6, 3), "float32") * np.arange(6, dtype="float32")[:, None])
+    Observed.unwritten.clear()
+    above = [layer.gradients["weight"] for layer in model.layers[2::2]]
+    for gradient in above:
+        gradient[...] = np.nan
+    model.backward(np.ones_like(y))
+    assert Observed.unwritten == [True, True]
+    assert not any(np.isnan(gradient).any() for gradient in above)
 
 
 def test_an_exchange_of_other_sizes_is_an_error_on_all_ranks() -> None:
