@@ -18,7 +18,19 @@ from typing import Any
 
 from benchmarks.counts import static
 from benchmarks.harness.timing import RESULTS, ROOT, results_folder
-from benchmarks.report import accuracy, budget, front, gpu, ops, overhead, partition, sequence, targets, train_step
+from benchmarks.report import (
+    accuracy,
+    budget,
+    distributed,
+    front,
+    gpu,
+    ops,
+    overhead,
+    partition,
+    sequence,
+    targets,
+    train_step,
+)
 from benchmarks.report.text import ABSENT, PLACES, Page, missing, paragraphs, table
 from benchmarks.steps import overhead_plot
 from benchmarks.steps.sequence import draw
@@ -115,6 +127,12 @@ def pages(results: Path = RESULTS, baseline: Path = BASELINE) -> dict[str, Page]
             "Forward and backward of a batch-norm layer, compiled, with barriers that spin: cut by example all threads "
             f"wait for one another twice each way, cut by neuron never. {protocol}",
             partition.page(latest(results, "partition.json", "cpu"), "../../benchmarks/results"),
+        ),
+        "distributed.md": Page(
+            "Synchronised batch norm on several ranks",
+            "Processes of one thread each under mpiexec, beside one another in the same run. What is exchanged: "
+            f"[synchronised batch norm](../synchronised.md). {protocol}",
+            distributed.page(latest(results, "distributed.json", "cpu"), "../../benchmarks/results"),
         ),
         "training_step.md": Page("Training steps", protocol, train_step.figures(step)),
         "overhead.md": Page(
