@@ -44,13 +44,16 @@ def layers(document: Mapping[str, Any]) -> str:
     for ranks, shape in dict.fromkeys(key[:2] for key in rows):
         ours, theirs = rows[ranks, shape, OURS], rows.get((ranks, shape, PYTORCH))
         ratio = "" if theirs is None else f"{ours['us']['median'] / theirs['us']['median']:.2f}"
-        sent = [
-            f"{row['collectives']}, {' + '.join(map(str, row['bytes']))}" if row else ABSENT for row in (ours, theirs)
-        ]
+        sent = [exchanged(row) if row else ABSENT for row in (ours, theirs)]
         times = [spread(row["us"]) if row else ABSENT for row in (ours, theirs)]
         lines.append([f"{ranks}, {shape.replace('x', ' x ')}", sent[0], sent[1], *times, ratio])
     head = ["ranks, mini-batch", "collectives, bytes", "theirs", "µs", "PyTorch's ops over gloo", "ours / theirs"]
     return table(head, lines)
+
+
+def exchanged(row: Mapping[str, Any]) -> str:
+    """Return number and bytes of the collectives of a layer and step."""
+    return f"{row['collectives']}, {' + '.join(map(str, row['bytes']))}"
 
 
 def scale(document: Mapping[str, Any]) -> str:
@@ -65,7 +68,7 @@ def scale(document: Mapping[str, Any]) -> str:
         head = [
             f"{name}: step / work, **predicted**",
             *(f"{ranks:,} ranks" for ranks in SHOWN),
-            "within 1.1 of ghost to",
+            "at most 1.1 of ghost",
         ]
         parts.append(table(head, lines))
     return paragraphs(*parts)
@@ -74,11 +77,10 @@ def scale(document: Mapping[str, Any]) -> str:
 def validation(document: Mapping[str, Any]) -> str:
     """Return predicted and measured steps."""
     rows = model.validation(document)
-    lines = [
-        [f"{row['network']}, {row['ranks']} ranks, {row['way']}", figure(row["measured"]), figure(row["predicted"])]
-        + [f"{row['predicted'] / row['measured']:.2f}"]
-        for row in rows
-    ]
+    lines = []
+    for row in rows:
+        where, ratio = f"{row['network']}, {row['ranks']} ranks, {row['way']}", row["predicted"] / row["measured"]
+        lines.append([where, figure(row["measured"]), figure(row["predicted"]), f"{ratio:.2f}"])
     off = median(abs(row["predicted"] / row["measured"] - 1) for row in rows)
     return paragraphs(
         table(["", "µs measured", "predicted", "predicted / measured"], lines),
