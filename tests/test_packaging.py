@@ -123,7 +123,20 @@ def test_numpy_is_the_only_hard_dependency(wheel: Path) -> None:
     metadata = Parser().parsestr(archive.read(name).decode())
     requirements = metadata.get_all("Requires-Dist")
     assert set(metadata.get_all("Provides-Extra")) == {
-        *("cpu", "train", "safetensors", "thinc", "torch", "cuda12", "cuda13", "without-gpu", "test", "notebooks"),
+        *(
+            "cpu",
+            "train",
+            "safetensors",
+            "thinc",
+            "torch",
+            "cuda12",
+            "cuda13",
+            "without-gpu",
+            "test",
+            "notebooks",
+            "mpi",
+            "nccl",
+        ),
         "benchmarks",
     }
     assert metadata["Requires-Python"] == ">=3.10"

@@ -43,7 +43,7 @@ class Network(NamedTuple):
 
 
 class Machine(NamedTuple):
-    """What was fitted.
+    """Constants that were fitted.
 
     Attributes
     ----------

@@ -32,7 +32,7 @@ SIZES = (64, 1024, 2**14, 2**18, 2**20)  # bytes of a bare all-gather
 STEPS = {"64-20-10": ((64, 20, 10), 64), "256-512-512-10": ((256, 512, 512, 10), 64)}  # sizes, examples of a rank
 DELAYS = 4000  # pieces of work whose times give the distribution of delays
 MOMENT = 5e-3  # seconds of calls that are timed together
-TOLERANCE = 2e-4  # of a result, against float64: the composite keeps only one float of each mean
+TOLERANCE = 2e-4  # largest error of dx: the composite keeps only one float of each mean
 
 
 class Counted(Communicator):

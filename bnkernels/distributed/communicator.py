@@ -106,7 +106,7 @@ class Communicator(ABC):
         Parameters
         ----------
         key : hashable
-            What tells the kind from others on this rank. A later call with the same key exchanges nothing.
+            Key that tells the kind from others on this rank. A later call with the same key exchanges nothing.
         text : callable
             Function that returns the description.
         checks : callable
@@ -135,7 +135,13 @@ class Communicator(ABC):
         """Wait on the host for all-gathers that are enqueued."""
 
     def abort(self, reason: str) -> None:  # noqa: B027  most have nobody to end
-        """End all ranks after an error on this one, where they are processes that would wait for it."""
+        """End all ranks after an error on this one, where they are processes that would wait for it.
+
+        Parameters
+        ----------
+        reason : str
+            Reason, which the others are told.
+        """
 
     def __copy__(self) -> Communicator:
         return self
@@ -162,7 +168,18 @@ class OneRank(Communicator):
         return gathered
 
     def split(self, color: int) -> OneRank:
-        """Return the group of this rank: itself."""
+        """Return the group of this rank: itself.
+
+        Parameters
+        ----------
+        color : int
+            Number of the group, at least 0.
+
+        Returns
+        -------
+        OneRank
+            Group.
+        """
         check.integer("color", color, 0)
         return OneRank()
 

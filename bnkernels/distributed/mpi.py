@@ -20,7 +20,8 @@ from bnkernels.runtime.registry import runtime_of
 
 # Variables that Open MPI, and the launchers of MPICH, Intel MPI and Slurm's PMI, set for each rank.
 SIZES = "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS"
-PATIENT, NAP = 1e-3, 1e-4  # seconds of yielding the processor to others, after which a rank sleeps between looks
+SPIN = 1e-3  # seconds of looking again and again, where each rank has a core, as MPI libraries do
+PATIENT, NAP = 2e-2, 1e-4  # seconds of giving the core to others in between, after which a rank sleeps in between
 ERROR_CODE = 1
 
 
@@ -48,7 +49,10 @@ class MPICommunicator(Communicator):
         self._mpi, self._comm, self._roll_call = MPI, comm.Dup(), RollCall(comm)
         self.rank, self.size = comm.rank, comm.size
         self.timeout, self.cuda_aware = timeout, cuda_aware
-        self.number = 0  # of all-gathers so far
+        self.number = 0  # all-gathers so far
+        beside = comm.Split_type(MPI.COMM_TYPE_SHARED)  # ranks of this machine
+        self._crowded = beside.size > len(os.sched_getaffinity(0))
+        beside.Free()
 
     def allgather(self, values: Any) -> Any:
         """Return the arrays of all ranks; see `Communicator.allgather`."""
@@ -104,7 +108,8 @@ class MPICommunicator(Communicator):
         while not ended():
             waited = time.monotonic() - begin
             if waited < PATIENT:
-                os.sched_yield()
+                if self._crowded or waited > SPIN:
+                    os.sched_yield()
                 continue
             time.sleep(NAP)
             if waited - looked > LOOK:

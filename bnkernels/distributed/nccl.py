@@ -143,7 +143,7 @@ def nccl(bootstrap: Communicator | None = None, *, timeout: float = TIMEOUT) -> 
         if bootstrap is not None:
             own = bootstrap._gather_bytes(np.frombuffer(own, np.uint8))[0].tobytes()
         comm = core.Communicator.init(size, rank, core.UniqueId.from_bytes(own))
-    except RuntimeError as error:  # of cuda-pathfinder, which looks for libnccl.so.2 at the first call
+    except RuntimeError as error:  # cuda-pathfinder looks for libnccl.so.2 at the first call
         if "libnccl" not in str(error):
             raise
         raise ImportError(f"NCCL itself is missing ({error}): pip install 'bnkernels[nccl]'") from error

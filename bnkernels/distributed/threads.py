@@ -25,7 +25,7 @@ class _Exchange:
 
 
 class _Meeting:
-    """What the threads share."""
+    """State that the threads share."""
 
     def __init__(self, size: int, timeout: float) -> None:
         self.size, self.timeout = size, timeout
@@ -85,7 +85,7 @@ class ThreadCommunicator(Communicator):
                     )
             if len(exchange.values) < self.size:
                 raise RankError(meeting.failed)
-            meeting.exchanges.pop(self._number - 1, None)  # who is here has left the one before
+            meeting.exchanges.pop(self._number - 1, None)  # all have left the one before
             return [exchange.values[rank] for rank in range(self.size)]
 
     def split(self, color: int) -> ThreadCommunicator:
@@ -158,7 +158,7 @@ def run_threads(size: int, work: Callable[[Communicator], Result], *, timeout: f
     Returns
     -------
     list
-        What the function returned, by rank.
+        Results of the function, by rank.
 
     Raises
     ------

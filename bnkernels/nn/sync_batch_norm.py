@@ -127,7 +127,7 @@ class SyncBatchNorm(BatchNorm):
 
     @cached_property
     def rest(self) -> list[Callable[[], None]]:
-        """What the backward of the layer above has left to do, done while this one waits for the other ranks."""
+        """Work that the backward of the layer above has left, done while this one waits for the other ranks."""
         return []
 
     def _do_the_rest(self) -> None:

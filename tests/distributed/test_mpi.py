@@ -87,7 +87,7 @@ def test_train_on_four_ranks_and_resume_on_two(tmp_path: Path) -> None:
     common = "--norm", "sync-batch", "--dtype", "float64", "--quiet", "--json"
     done = bnkernels(4, "train", *common, "--steps", "30", "--out", out)
     assert done.returncode == 0, done.stderr
-    document = json.loads(done.stdout)  # of one rank
+    document = json.loads(done.stdout)  # one rank prints
     assert document["status"] == "finished"
     done = bnkernels(2, "train", "--resume", out, "--steps", "50", "--json")
     assert done.returncode == 0, done.stderr

@@ -27,7 +27,7 @@ from tools import fake_nccl
 from tools.emulator import EmulatorRuntime
 from tools.fake_cupy import graphs, streams
 
-OWN = {"streams", "state", "init"}  # of the stand-in; `init` is compared by itself
+OWN = {"streams", "state", "init"}  # members for tests; and `init`, which is compared by itself
 
 
 @pytest.fixture
