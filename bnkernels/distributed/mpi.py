@@ -20,7 +20,7 @@ from bnkernels.runtime.registry import runtime_of
 
 # Variables that Open MPI, and the launchers of MPICH, Intel MPI and Slurm's PMI, set for each rank.
 SIZES = "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS"
-SPIN = 1e-3  # seconds of looking again and again, where each rank has a core, as MPI libraries do
+SPIN = 1e-4  # seconds of looking again and again, where each rank has a core, as MPI libraries do
 PATIENT, NAP = 2e-2, 1e-4  # seconds of giving the core to others in between, after which a rank sleeps in between
 ERROR_CODE = 1
 
