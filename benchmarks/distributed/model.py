@@ -125,6 +125,7 @@ def predict(machine: Machine, network: Network, way: str, ranks: int, limited: b
         gathers = sum(machine.gather(size, members) for size in sizes)
     pieces = work / (points + 1)
     waiting = points * machine.waiting(pieces, members) + machine.waiting(pieces, ranks)
+    waiting = max(waiting, machine.waiting(work, ranks))  # to wait more often shortens no wait for the gradients
     return work + waiting + gathers + exchange
 
 

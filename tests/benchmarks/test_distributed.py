@@ -61,7 +61,8 @@ def test_who_exchanges_less_is_faster(ranks: int) -> None:
     machine, (network,) = model.fit(document()), model.networks(document()).values()
     times = {way: model.predict(machine, network, way, ranks) for way in model.WAYS}
     whole, ghost = times["synchronised, one all-gather"], times["ghost batches"]
-    assert ghost <= times["delayed statistics"] <= whole
+    assert ghost == min(times.values())
+    assert times["delayed statistics"] <= whole
     if ranks > model.GROUP:
         assert times[f"groups of {model.GROUP} ranks"] < whole
     if ranks >= 64:

@@ -165,6 +165,8 @@ def test_a_stream_may_be_given_as_its_handle() -> None:
 def test_one_rank_on_a_gpu_is_batch_norm(rng: np.random.Generator) -> None:
     import cupy
 
+    real()
+
     ranks, x = nccl(), cupy.asarray(rng.standard_normal((64, 20)).astype("float32"))
     with cupy.cuda.Stream(non_blocking=True):
         y, statistics = sync_batch_norm_forward(ranks, x)
