@@ -35,7 +35,7 @@ test-fast: $(TEST) ## a quick look: every second test, without the slow ones
 	$(RUN) -m pytest -q $(PARALLEL) -m "not slow and not mpi" --every 2 $(ARGS)
 
 test-mpi: $(TEST) ## ranks under mpiexec: synchronised batch norm, data-parallel training, and every fault that one can have
-	BNKERNELS_REQUIRE_MPI=1 $(RUN) -m pytest -q -m mpi $(ARGS) tests/distributed
+	BNKERNELS_REQUIRE_MPI=1 $(RUN) -m pytest -q -m mpi $(ARGS) tests/distributed tests/benchmarks/test_distributed.py
 
 frameworks: $(FRAMEWORKS) ## install PyTorch too, and run what compares with it, layers in other frameworks, examples
 	$(RUN) -m pytest -q $(PARALLEL) $(ARGS) tests/compat tests/examples tests/nn/test_state_dict.py
