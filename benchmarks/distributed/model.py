@@ -2,6 +2,7 @@
 
 A step is local work, collectives, and waiting for the slowest rank before each of them:
 
+* the local work of a way is its step on one rank, where the exchanges are with itself;
 * an all-gather of m bytes from each of N ranks takes ``a log2(N) + b m (N - 1)``; an all-reduce of gradients, which is
   assumed for all ways, ``a log2(N) + 2 b m (N - 1) / N``;
 * the slowest of N ranks takes longer than its work w by the largest of ``N w / u`` delays drawn from those measured of
@@ -35,9 +36,21 @@ DRAWS = 4001  # points of the integral over a distribution
 
 
 class Network(NamedTuple):
-    """Work of a step on one rank in microseconds, widths of its normalised layers, and parameters."""
+    """A measured network.
+
+    Attributes
+    ----------
+    work, synchronised, ghost : float
+        Microseconds of a step on one rank: without any exchange, and with the exchanges of both ways, with itself.
+    channels : tuple of int
+        Widths of its normalised layers.
+    parameters : int
+        Number of parameters.
+    """
 
     work: float
+    synchronised: float
+    ghost: float
     channels: tuple[int, ...]
     parameters: int
 
@@ -97,18 +110,22 @@ def fit(document: Mapping[str, Any]) -> Machine:
 
 
 def networks(document: Mapping[str, Any]) -> dict[str, Network]:
-    """Return the measured networks: their work is a step of a rank by itself."""
-    found = {}
-    for row in document["steps"]:
-        if row["ranks"] == 1 and row["way"] == "alone":
-            channels = STEPS[row["network"]][0][1:-1]
-            found[row["network"]] = Network(row["us"]["median"], channels, row["parameters"])
-    return found
+    """Return the measured networks by name."""
+    alone = [row for row in document["steps"] if row["ranks"] == 1]
+    times = {(row["network"], row["way"]): row["us"]["median"] for row in alone}
+    sizes = {row["network"]: row["parameters"] for row in alone}
+    return {
+        name: Network(
+            *(times[name, way] for way in ("alone", "synchronised", "ghost batches")), STEPS[name][0][1:-1], parameters
+        )
+        for name, parameters in sizes.items()
+    }
 
 
 def predict(machine: Machine, network: Network, way: str, ranks: int, limited: bool = False) -> float:
     """Return the microseconds of a step; `limited` ranks share the cores that there are."""
-    work = network.work * (max(1.0, ranks / machine.cores) if limited else 1.0)
+    work = network.ghost if way == "ghost batches" else network.synchronised
+    work *= max(1.0, ranks / machine.cores) if limited else 1.0
     exchange = machine.reduce(FLOAT * network.parameters, ranks)
     sizes = [each * channels for channels in network.channels for each in (MOMENTS, SUMS)]
     points = len(sizes)
@@ -154,7 +171,7 @@ def draw(document: Mapping[str, Any]) -> bytes:
     with matplotlib.rc_context({"svg.hashsalt": "bnkernels", "svg.fonttype": "none"}):
         figure = Figure(figsize=(9, 4), layout="constrained", facecolor="white")
         figure.suptitle(
-            "Predicted time of a training step, relative to one rank; each rank has 64 examples\n"
+            "Predicted time of a training step, relative to one rank that exchanges nothing; each has 64 examples\n"
             f"fitted to 1 to 4 ranks on {document['device']}",
             fontsize=10,
         )
