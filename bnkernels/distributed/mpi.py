@@ -16,6 +16,7 @@ from bnkernels.distributed.communicator import TIMEOUT, Communicator, RankError,
 from bnkernels.distributed.roll_call import LOOK, RollCall
 from bnkernels.runtime import checks as check
 from bnkernels.runtime.arguments import empty
+from bnkernels.runtime.cpu.threads import processors
 from bnkernels.runtime.registry import runtime_of
 
 # Variables that Open MPI, and the launchers of MPICH, Intel MPI and Slurm's PMI, set for each rank.
@@ -51,7 +52,7 @@ class MPICommunicator(Communicator):
         self.timeout, self.cuda_aware = timeout, cuda_aware
         self.number = 0  # all-gathers so far
         beside = comm.Split_type(MPI.COMM_TYPE_SHARED)  # ranks of this machine
-        self._crowded = beside.size > len(os.sched_getaffinity(0))
+        self._crowded = beside.size > processors()
         beside.Free()
 
     def allgather(self, values: Any) -> Any:
