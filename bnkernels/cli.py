@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,11 +17,14 @@ import numpy as np
 
 import bnkernels
 from bnkernels import _process
+from bnkernels.distributed.communicator import OneRank, RankError
+from bnkernels.distributed.mpi import launched_by_mpi, mpi
 from bnkernels.runtime import cpu
 from bnkernels.runtime.registry import DeviceError
 from bnkernels.train.checkpoint import CheckpointError
 from bnkernels.train.config import TrainingConfig
 from bnkernels.train.data import DataError
+from bnkernels.train.data_parallel import together
 from bnkernels.train.documents import to_json
 from bnkernels.train.environment import report
 from bnkernels.train.evaluate import evaluate
@@ -72,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         reason = error.strerror or str(error)
         return _fail(f"{reason}: {error.filename}" if error.filename else reason)
-    except (CheckpointError, ConfigError, DataError, DeviceError, ImportError) as error:
+    except (CheckpointError, ConfigError, DataError, DeviceError, ImportError, RankError) as error:
         return _fail(str(error))
     except MemoryError as error:
         return _fail(f"not enough memory: {error}" if str(error) else "not enough memory")
@@ -172,17 +176,28 @@ def run_train(options: argparse.Namespace) -> int:
     places = {"folder": given.get("out"), "checkpoint": given.get("checkpoint")}
     require_matplotlib()  # first: what installs it installs the progress bar too
     should_stop = _process.Stop()
-    with should_stop.on_signals(), _progress(options.quiet or options.json) as on_epoch:
-        if "resume" in given:
-            result = resume(given["resume"], on_epoch=on_epoch, should_stop=should_stop, **places, **config)
-        else:
-            config = options.kind(**config)
-            places["folder"] = places["folder"] or partial(default_folder, config.name)
-            result = train(config, on_epoch=on_epoch, should_stop=should_stop, **places)
+    ranks = mpi() if launched_by_mpi() else OneRank()
+    try:
+        with should_stop.on_signals(), _progress(options.quiet or options.json or ranks.rank > 0) as on_epoch:
+            more = {"communicator": ranks, "on_epoch": on_epoch, "should_stop": should_stop}
+            if "resume" in given:
+                result = resume(given["resume"], **places, **more, **config)
+            else:
+                config = together(ranks, partial(options.kind, **config), str)
+                places["folder"] = places["folder"] or partial(default_folder, config.name)
+                result = train(config, **places, **more)
+    except Exception as error:
+        if ranks.speaker is None:
+            ranks.abort(str(error))  # the others wait for this one
+        elif ranks.speaker != ranks.rank:
+            return EXIT_BAD_INPUT
+        raise
     if result.status == "stopped":
-        print(f"bnkernels: stopped and saved; continue with: {result.continuation}", file=sys.stderr)
-        return 128 + should_stop.received
-    print(to_json(result.document()) if options.json else answer(result))
+        if ranks.rank == 0:
+            print(f"bnkernels: stopped and saved; continue with: {result.continuation}", file=sys.stderr)
+        return 128 + (should_stop.received or signal.SIGTERM)  # the signal may have been another rank's
+    if ranks.rank == 0:
+        print(to_json(result.document()) if options.json else answer(result))
     return 0
 
 

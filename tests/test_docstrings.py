@@ -18,6 +18,7 @@ import pytest
 from numpydoc.validate import validate
 
 import bnkernels
+from bnkernels import distributed
 from bnkernels.train import environment
 from tools import real_torch
 
@@ -42,7 +43,7 @@ FRAGMENT = re.compile(r"(of|what|whatever|who|whose|whoever|so many|so much|how)
 def public_names() -> list[str]:
     """Return the dotted public names, with the public methods of public classes."""
     names = []
-    for module in (bnkernels, bnkernels.nn):
+    for module in (bnkernels, bnkernels.nn, distributed):
         for name in module.__all__:
             thing = getattr(module, name)
             names += [f"{module.__name__}.{name}"] if callable(thing) else []

@@ -36,6 +36,7 @@ FLOORS = [  # from the bottom: a module imports from its own room, and from thos
     {"ops.linear_batch_norm", "ops.rms_norm", "ops.instance_norm", "ops.group_norm"},
     {"ops.linear_softmax_cross_entropy"},
     {"ops.fused_training"},
+    {"distributed"},
     {"nn"},
     {"compat"},
     {""},  # the public names

@@ -124,7 +124,7 @@ def test_numpy_is_the_only_hard_dependency(wheel: Path) -> None:
     requirements = metadata.get_all("Requires-Dist")
     assert set(metadata.get_all("Provides-Extra")) == {
         *("cpu", "train", "safetensors", "thinc", "torch", "cuda12", "cuda13", "without-gpu", "test", "notebooks"),
-        *("benchmarks", "docs", "browser"),
+        *("benchmarks", "docs", "browser", "mpi", "nccl"),
     }
     assert metadata["Requires-Python"] == ">=3.10"
     assert [line for line in requirements if "extra ==" not in line] == ["numpy>=2"]

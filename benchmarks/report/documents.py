@@ -21,6 +21,7 @@ from benchmarks.harness.timing import RESULTS, ROOT, results_folder
 from benchmarks.report import (
     accuracy,
     budget,
+    distributed,
     front,
     gpu,
     ops,
@@ -130,6 +131,12 @@ def pages(results: Path = RESULTS, baseline: Path = BASELINE) -> dict[str, Page]
             "Forward and backward of a batch-norm layer, compiled, with barriers that spin: cut by example all threads "
             f"wait for one another twice each way, cut by neuron never. {protocol}",
             partition.page(latest(results, "partition.json", "cpu"), "../../benchmarks/results"),
+        ),
+        "distributed.md": Page(
+            "Synchronised batch norm on several ranks",
+            "Processes of one thread each under mpiexec, beside one another in the same run. What is exchanged: "
+            f"[synchronised batch norm](../synchronised.md). {protocol}",
+            distributed.page(latest(results, "distributed.json", "cpu"), "../../benchmarks/results"),
         ),
         "training_step.md": Page("Training steps", protocol, train_step.figures(step)),
         "overhead.md": Page(

@@ -18,6 +18,7 @@ from bnkernels.nn.norm_lstm import BatchNormLSTM, LayerNormLSTM
 from bnkernels.nn.optimizers import SGD, Adam, Momentum, RMSProp, clip_gradients
 from bnkernels.nn.rms_norm import RMSNorm
 from bnkernels.nn.statistics import Statistics
+from bnkernels.nn.sync_batch_norm import SyncBatchNorm
 
 __all__ = [
     "CONVENTIONS",
@@ -50,6 +51,7 @@ __all__ = [
     "SiLU",
     "Sigmoid",
     "Statistics",
+    "SyncBatchNorm",
     "Tanh",
     "batch_norm_like",
     "clip_gradients",

@@ -87,6 +87,9 @@ running_var (2,): 4 parameters
     True
     """
 
+    # The ops of a training step; a class of layers that has statistics of another mini-batch has its own.
+    _normalise, _differentiate = staticmethod(batch_norm_forward), staticmethod(batch_norm_backward)
+
     def __init__(
         self,
         num_features: int,
@@ -220,7 +223,7 @@ running_var (2,): 4 parameters
             if keep:
                 self._saved = x, None, residual, mask
             return y
-        y, statistics = batch_norm_forward(  # a dict of options would cost more than some launches
+        y, statistics = self._normalise(  # a dict of options would cost more than some launches
             x,
             *vectors,
             momentum=self.momentum,
@@ -276,7 +279,7 @@ running_var (2,): 4 parameters
             running = self._buffers["running_mean"], self._buffers["running_var"]
             batch_norm_inference_backward(dy, x, weight, bias, *running, **options)
             return dx if residual is None else (dx, out[3])
-        batch_norm_backward(
+        self._differentiate(
             *(dy, x, weight, bias, statistics),
             axis=self.axis,
             residual=residual,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -86,6 +86,9 @@ class Linear(Leaf):
         weight = xp.asarray(drawn.astype(dtype))
         of_bias = xp.zeros(outputs, accumulator(dtype)) if check.boolean("bias", bias) else None
         self._take(weight, of_bias, None, activation, alpha, input_gradient)
+
+    # A list for the rest of a backward, where a layer below does it: while ranks exchange what it waits for.
+    later: list[Callable[[], None]] | None = None
 
     @classmethod
     def from_arrays(
@@ -177,22 +180,28 @@ class Linear(Leaf):
 
     def _backward(self, dy: Any, in_place: bool) -> Any:
         x, saved = self._saved
-        gradients, matmul = self._gradients, self._matmul
-        dbias = gradients.get("bias")
+        matmul, dbias = self._matmul, self._gradients.get("bias")
         if self.activation != "identity":
             dy = activate_backward(dy, saved, self._parameters.get("bias"), self._phi, dbias, in_place)
             dbias = None
         dz = dy
         if dy.ndim != 2:
             x, dz = _rows(x), _rows(dy)
-        matmul(x.T, dz, out=gradients["weight"])
+        if self.later is None:
+            self._parameter_gradients(x, dz, dbias)
+        else:
+            self.later.append(partial(self._parameter_gradients, x, dz, dbias))
+        return matmul(dy, self._parameters["weight"].T) if self.input_gradient else None
+
+    def _parameter_gradients(self, x: Any, dz: Any, dbias: Any) -> None:
+        """Write the gradients of the weights, and of a bias behind which there is no activation."""
+        self._matmul(x.T, dz, out=self._gradients["weight"])
         if dbias is not None:
             if runtime_of(type(dz)) is None:
                 dz = dz if dz.flags.c_contiguous else dz.copy()
                 on_cpu().backward(dz, dz, None, IDENTITY, None, dbias)
             else:
                 dz.sum(axis=0, out=dbias)
-        return matmul(dy, self._parameters["weight"].T) if self.input_gradient else None
 
     @cached_property
     def _matmul(self) -> Callable[..., Any]:

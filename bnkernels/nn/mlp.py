@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from bnkernels.distributed.communicator import Communicator, checked
 from bnkernels.nn import display
 from bnkernels.nn.batch_norm import BatchNorm
 from bnkernels.nn.containers import Sequential
@@ -19,6 +20,7 @@ from bnkernels.nn.linear import Linear
 from bnkernels.nn.owner import device_module
 from bnkernels.nn.perceptron import Perceptron
 from bnkernels.nn.state import host
+from bnkernels.nn.sync_batch_norm import SyncBatchNorm
 from bnkernels.runtime import checks as check
 
 
@@ -59,6 +61,8 @@ class MLP(Perceptron):
     track_running_stats : bool
         Whether the batch norms have running statistics; without them they always normalise with those of the
         mini-batch.
+    communicator : Communicator, optional
+        Ranks over whose mini-batches together the batch norms normalise; see `SyncBatchNorm`.
 
     Attributes
     ----------
@@ -97,8 +101,12 @@ class MLP(Perceptron):
         unbiased: bool = True,
         eps: float = 1e-5,
         track_running_stats: bool = True,
+        communicator: Communicator | None = None,
     ) -> None:
         options = {"momentum": momentum, "unbiased": unbiased, "eps": eps, "track_running_stats": track_running_stats}
+        self.communicator = None if communicator is None else checked(communicator)
+        if norm != "batch" and communicator is not None:
+            raise ValueError(f"communicator is for the statistics of batch norms; norm {norm!r} has none: drop it")
         super().__init__(sizes, norm, activation, dtype, seed, xp, **options)
         self._input: tuple | None = None  # form of the last input, which was checked
         self._logits: tuple | None = None  # form of the logits of the last forward in training
@@ -112,6 +120,8 @@ class MLP(Perceptron):
             linear = Linear.from_arrays(
                 mine["weight"], mine.get("bias"), gradients=grads, input_gradient=i > 0, **behind
             )
+            if self.layers and isinstance(self.layers[-1], SyncBatchNorm):
+                linear.later = self.layers[-1].rest  # gradients of weights, while the ranks exchange sums
             self.layers.append(linear)
             if "gamma" not in mine:
                 continue
@@ -121,7 +131,10 @@ class MLP(Perceptron):
             if self.norm == "layer":
                 self.layers.append(LayerNorm.from_arrays(*vectors, eps=self._options["eps"], **options))
                 continue
-            norm = BatchNorm.from_arrays(*vectors, **running, **options, **self._options)
+            kind = BatchNorm
+            if self.communicator is not None:
+                kind, options = SyncBatchNorm, options | {"communicator": self.communicator, "name": str(i)}
+            norm = kind.from_arrays(*vectors, **running, **options, **self._options)
             if self.tracked:
                 norm.running_var[...] = 1
                 self._norms[f"{i}.batches"] = norm
@@ -280,7 +293,8 @@ class MLP(Perceptron):
 
     def __getstate__(self) -> dict[str, Any]:
         names = "sizes", "norm", "activation", "dtype"
-        options = {name: getattr(self, name) for name in names} | self._options | {"track_running_stats": self.tracked}
+        options = {name: getattr(self, name) for name in names} | self._options
+        options |= {"track_running_stats": self.tracked, "communicator": self.communicator}
         views = {kind: getattr(self, kind) for kind in ("_parameters", "_gradients", "_running")}
         arrays = {kind: {name: host(array) for name, array in of.items()} for kind, of in views.items()}
         xp = self.xp.__name__ if isinstance(self.xp, ModuleType) else self.xp

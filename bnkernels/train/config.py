@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, ClassVar
 
+from bnkernels.distributed.communicator import Communicator
 from bnkernels.nn.mlp import MLP
 from bnkernels.nn.optimizers import Optimizer
 from bnkernels.ops.activations import ACTIVATIONS
+from bnkernels.train.data_parallel import DataParallelEngine
 from bnkernels.train.engines import Engine, choose_engine
 from bnkernels.train.run_config import CHOICES, ConfigError, RunConfig, shown, whole_number
 
@@ -85,13 +87,18 @@ class TrainingConfig(RunConfig):
         for number, shape in enumerate(pairwise(sizes)):
             yield f"{number}.weight", shape
 
-    def make_model(self, norm: str, sizes: tuple[int, ...], xp: Any, seed: int) -> MLP:
+    def make_model(
+        self, norm: str, sizes: tuple[int, ...], xp: Any, seed: int, ranks: Communicator | None = None
+    ) -> MLP:
         """Return a network with fresh weights."""
-        return MLP(sizes, norm=norm, activation=self.activation, dtype=self.dtype, seed=seed, xp=xp)
+        options = {"activation": self.activation, "dtype": self.dtype, "seed": seed, "xp": xp}
+        if norm == "sync-batch":
+            return MLP(sizes, norm="batch", **options, communicator=ranks)
+        return MLP(sizes, norm=norm, **options)
 
-    def make_engine(self, trained: Sequence[tuple[MLP, Optimizer]]) -> Engine:
+    def make_engine(self, trained: Sequence[tuple[MLP, Optimizer]], ranks: Communicator | None = None) -> Engine:
         """Return the engine of this name; with ``auto``, the fastest that can train the networks."""
-        return choose_engine(trained, self)
+        return choose_engine(trained, self) if ranks is None else DataParallelEngine(trained, self, ranks)
 
 
 def _widths(hidden: Any) -> tuple[int, ...]:

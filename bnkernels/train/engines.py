@@ -116,18 +116,28 @@ class LayersEngine(Engine):
 
     def run(self, x: Any, y: Any, start: int, steps: int) -> None:
         """Make the steps, model by model."""
-        batch = self.config.batch_size
+        batch, (first, end) = self.config.batch_size, self.part
         for model, optimizer in self.trained:
             for row in range(start * batch, (start + steps) * batch, batch):
-                logits, labels = self.forward(model, x[row : row + batch], optimizer.steps), y[row : row + batch]
+                mine = slice(row + first, row + end)
+                logits, labels = self.forward(model, x[mine], optimizer.steps), y[mine]
                 if model.xp is np:
                     labels = labels.copy()  # at an address that comes again, so that the call is replayed
                 if self._out is None:
                     runtime = runtime_of(type(logits))
                     self._out = empty(runtime, logits.shape[:1], logits), empty(runtime, logits.shape, logits)
                 _, dlogits = softmax_cross_entropy(logits, labels, out=self._out)
-                model.backward(dlogits)
+                self.backward(model, dlogits)
                 self.update(model, optimizer)
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """The first of the rows of a mini-batch that this process takes, and the one behind the last: all of them."""
+        return 0, self.config.batch_size
+
+    def backward(self, model: Any, dlogits: Any) -> None:
+        """Write the gradients of the parameters."""
+        model.backward(dlogits)
 
     def forward(self, model: Any, x: Any, step: int) -> Any:
         """Return the logits of a mini-batch, after so many steps."""

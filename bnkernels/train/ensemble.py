@@ -8,14 +8,17 @@ from typing import Any
 
 import numpy as np
 
+from bnkernels.distributed.communicator import Communicator
 from bnkernels.train.checkpoint import CheckpointError
 from bnkernels.train.learner import Learner, below
 from bnkernels.train.run_config import RunConfig
 
 
-def make_learner(norm: str, config: RunConfig, sizes: tuple[int, ...], xp: Any) -> Learner | Ensemble:
+def make_learner(
+    norm: str, config: RunConfig, sizes: tuple[int, ...], xp: Any, ranks: Communicator | None = None
+) -> Learner | Ensemble:
     """Return the learner of a configuration, or an ensemble if it asks for several models."""
-    return (Learner if config.models == 1 else Ensemble)(norm, config, sizes, xp)
+    return (Learner if config.models == 1 else Ensemble)(norm, config, sizes, xp, ranks=ranks)
 
 
 class Ensemble:
@@ -23,7 +26,7 @@ class Ensemble:
 
     Parameters
     ----------
-    norm, config, sizes, xp
+    norm, config, sizes, xp, ranks
         Arguments of `Learner`; the models begin with the seeds ``config.seed``, ``config.seed + 1``, ...
 
     Attributes
@@ -36,10 +39,12 @@ class Ensemble:
         Evaluations, as in `TrainingResult`.
     """
 
-    def __init__(self, norm: str, config: RunConfig, sizes: tuple[int, ...], xp: Any) -> None:
+    def __init__(
+        self, norm: str, config: RunConfig, sizes: tuple[int, ...], xp: Any, ranks: Communicator | None = None
+    ) -> None:
         seeds = range(config.seed, config.seed + config.models)
-        self.members = [Learner(norm, config, sizes, xp, seed) for seed in seeds]
-        self.engine = config.make_engine([(member.model, member.optimizer) for member in self.members])
+        self.members = [Learner(norm, config, sizes, xp, seed, ranks) for seed in seeds]
+        self.engine = config.make_engine([(member.model, member.optimizer) for member in self.members], ranks)
         self.history: list[dict[str, Any]] = []
 
     @property

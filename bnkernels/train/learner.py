@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from bnkernels.distributed.communicator import Communicator
 from bnkernels.nn.state import host
 from bnkernels.ops.softmax_cross_entropy.op import softmax_cross_entropy
 from bnkernels.train.checkpoint import CheckpointError
@@ -19,7 +20,7 @@ class Learner:
 
     Parameters
     ----------
-    norm : {"batch", "layer", "none"}
+    norm : {"batch", "sync-batch", "layer", "none"}
         Norm of the hidden layers.
     config : RunConfig
         Options of the model and of its training.
@@ -29,6 +30,8 @@ class Learner:
         Array module that computes: ``numpy`` or ``cupy``.
     seed : int, optional
         Seed of the weights; by default that of the configuration.
+    ranks : Communicator, optional
+        Several ranks that train the model together, each with its part of every mini-batch.
 
     Attributes
     ----------
@@ -47,10 +50,18 @@ class Learner:
         If the engine of the configuration cannot train the model.
     """
 
-    def __init__(self, norm: str, config: RunConfig, sizes: tuple[int, ...], xp: Any, seed: int | None = None) -> None:
-        self.model = config.make_model(norm, sizes, xp, config.seed if seed is None else seed)
+    def __init__(
+        self,
+        norm: str,
+        config: RunConfig,
+        sizes: tuple[int, ...],
+        xp: Any,
+        seed: int | None = None,
+        ranks: Communicator | None = None,
+    ) -> None:
+        self.model = config.make_model(norm, sizes, xp, config.seed if seed is None else seed, ranks)
         self.optimizer = config.make_optimizer(self.model)
-        self.engine = config.make_engine([(self.model, self.optimizer)])
+        self.engine = config.make_engine([(self.model, self.optimizer)], ranks)
         self._rows = config.evaluation_rows(sizes)
         self.history: list[dict[str, Any]] = []
 

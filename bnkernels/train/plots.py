@@ -14,6 +14,7 @@ from bnkernels.train.run_config import LABELS
 # Okabe and Ito's blue and vermilion: distinct in every kind of colour vision; the line styles tell them apart in grey.
 STYLES = {
     "batch": {"label": LABELS["batch"], "color": "#0072B2", "linestyle": "-"},
+    "sync-batch": {"label": LABELS["sync-batch"], "color": "#CC79A7", "linestyle": ":"},
     "layer": {"label": LABELS["layer"], "color": "#009E73", "linestyle": "-."},
     "none": {"label": LABELS["none"], "color": "#D55E00", "linestyle": "--"},
 }

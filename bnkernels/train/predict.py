@@ -25,7 +25,7 @@ def predict(path: str | Path, data: str | Path, *, norm: str | None = None, devi
         Folder of a run, or its checkpoint.
     data : path
         An ``.npz`` file with `x`, scaled as the run's own data; labels in it are not read.
-    norm : {"batch", "layer", "none"}, optional
+    norm : {"batch", "sync-batch", "layer", "none"}, optional
         Network to ask; by default all of the run.
     device : {"auto", "cpu", "cuda"}
         Device that computes.

@@ -12,17 +12,23 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from bnkernels.distributed.communicator import Communicator
 from bnkernels.nn.optimizers import Optimizer, make_optimizer
 from bnkernels.train.data import DATASETS
 from bnkernels.train.environment import total_memory
 
 CHOICES = {
     "dataset": DATASETS,
-    "norm": ("batch", "layer", "none", "both", "all"),
+    "norm": ("batch", "sync-batch", "layer", "none", "both", "all"),
     "dtype": ("float32", "float64"),
     "device": ("auto", "cpu", "cuda"),
 }
-LABELS = {"batch": "with batch norm", "layer": "with layer norm", "none": "without norm"}  # by `normalization`
+LABELS = {  # by `normalization`
+    "batch": "with batch norm",
+    "sync-batch": "with sync batch norm",
+    "layer": "with layer norm",
+    "none": "without norm",
+}
 MOST = 2**63 - 1  # the largest count
 MOST_SEED = 2**128 - 1  # the largest seed that NumPy's generators draw for themselves
 EVALUATION_ROWS = 8192  # evaluated at a time, to bound the memory of the activations
@@ -45,9 +51,10 @@ class RunConfig(ABC):
     batch_size : int
         Number of examples per step, at least 2. Examples of an epoch left over after whole batches wait for the next
         permutation: statistics over a handful of examples would only add noise.
-    norm : {"both", "batch", "layer", "none", "all"}
+    norm : {"both", "batch", "sync-batch", "layer", "none", "all"}
         Networks to train: with batch norm, with layer norm, without a norm; ``both`` is with batch norm and
-        without, ``all`` all three.
+        without, ``all`` all three. On several ranks ``batch`` normalises each rank's part of a mini-batch by itself,
+        and ``sync-batch`` all parts together.
     optimizer : str
         Rule that turns gradients into steps.
     lr : float, optional
@@ -164,16 +171,18 @@ class RunConfig(ABC):
         """Yield name and shape of the arrays that make up most of a network, as a checkpoint has them."""
 
     @abstractmethod
-    def make_model(self, norm: str, sizes: tuple[int, ...], xp: Any, seed: int) -> Any:
-        """Return a network with fresh weights."""
+    def make_model(
+        self, norm: str, sizes: tuple[int, ...], xp: Any, seed: int, ranks: Communicator | None = None
+    ) -> Any:
+        """Return a network with fresh weights, whose statistics some ranks share."""
 
     def make_optimizer(self, model: Any) -> Optimizer:
         """Return the optimiser of a network."""
         return make_optimizer(self.optimizer, model, self.lr)
 
     @abstractmethod
-    def make_engine(self, trained: Sequence[tuple[Any, Optimizer]]) -> Any:
-        """Return the engine that makes the steps of networks, each with its optimiser."""
+    def make_engine(self, trained: Sequence[tuple[Any, Optimizer]], ranks: Communicator | None = None) -> Any:
+        """Return the engine that makes the steps of networks, each with its optimiser; on several ranks, with them."""
 
 
 def require_memory(config: RunConfig, sizes: tuple[int, ...], rows: int) -> None:

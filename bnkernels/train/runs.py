@@ -206,6 +206,12 @@ class RunFolder:
         for path in self.files.values():
             check_replaceable(path)
 
+    def check_places(self, folder: str | Path | None, checkpoint: str | Path | None) -> None:
+        """Raise a ConfigError if the folder or the checkpoint that the caller gives is another than the run's."""
+        for name, given, place in (("folder", folder, self.folder), ("checkpoint", checkpoint, self.checkpoint)):
+            if given is not None and Path(given).resolve() != place.resolve():
+                raise ConfigError(f"the {name} of the run is {place}, not {given}: drop it or start a new run")
+
     @classmethod
     def find_checkpoint(cls, path: str | Path) -> Path:
         """Return the checkpoint that a path means: the file itself, or the one in a run's folder; no link to it.

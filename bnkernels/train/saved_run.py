@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from bnkernels.train.sequence import SequenceConfig
 from bnkernels.train.step_time import MOST_ROUNDS
 
 CONFIGS: dict[str, type[RunConfig]] = {config.command: config for config in (TrainingConfig, SequenceConfig)}
+CHANGEABLE_ON_RESUME = ("data", "device", "engine", "epochs", "steps")
 LARGEST = 2**53  # the largest integer up to which a float holds all
 MEASURED = ("epoch", "step", "accuracy", "us_per_step")  # numbers of every entry of a history; its loss may be None
 
@@ -93,6 +94,20 @@ def run_folder(path: Path, meta: Mapping[str, Any], given: str | Path | None) ->
         f"{path} says that the folder of its run is {shown}, which holds nothing of that run yet: "
         "if it is right, give it as --out (folder=)"
     )
+
+
+def merged(config: RunConfig, options: Mapping[str, Any]) -> RunConfig:
+    """Return a run's configuration with the options that may change, after checking that the others do not."""
+    saved = asdict(config)
+    for name, value in options.items():
+        if name not in saved:
+            raise ConfigError(f"there is no option {name}: a run has {', '.join(saved)}")
+        if name not in CHANGEABLE_ON_RESUME and saved[name] != getattr(replace(config, **{name: value}), name):
+            raise ConfigError(f"the run was started with {name} {saved[name]}, not {value}: drop it or start a new run")
+    changes = {name: options[name] for name in CHANGEABLE_ON_RESUME if name in options}
+    if "epochs" in changes or "steps" in changes:
+        changes = {"epochs": None, "steps": None, **changes}
+    return replace(config, **changes)
 
 
 def _holds(folder: Path, networks: Mapping[str, Any]) -> bool:

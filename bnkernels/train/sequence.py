@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from bnkernels.distributed.communicator import Communicator
 from bnkernels.nn.containers import Sequential
 from bnkernels.nn.linear import Linear
 from bnkernels.nn.lstm import LSTM
@@ -137,7 +138,9 @@ class SequenceConfig(RunConfig):
         if norm == "batch":
             yield "0.running_mean_ih_l0", (steps, 4 * self.hidden)
 
-    def make_model(self, norm: str, sizes: tuple[int, ...], xp: Any, seed: int) -> SequenceClassifier:
+    def make_model(
+        self, norm: str, sizes: tuple[int, ...], xp: Any, seed: int, ranks: Communicator | None = None
+    ) -> SequenceClassifier:
         """Return a network with fresh weights."""
         steps, inputs = self.shape(sizes[0])
         kinds = {"none": LSTM, "layer": LayerNormLSTM, "batch": BatchNormLSTM}
@@ -156,7 +159,9 @@ class SequenceConfig(RunConfig):
         linear = Linear(self.hidden, sizes[-1], dtype=self.dtype, seed=rng, xp=xp)
         return SequenceClassifier(lstm, linear, sizes=sizes, steps=steps, order=self.order(sizes[0]))
 
-    def make_engine(self, trained: Sequence[tuple[SequenceClassifier, Optimizer]]) -> SequenceEngine:
+    def make_engine(
+        self, trained: Sequence[tuple[SequenceClassifier, Optimizer]], ranks: Communicator | None = None
+    ) -> SequenceEngine:
         """Return the engine."""
         return SequenceEngine(trained, self)
 

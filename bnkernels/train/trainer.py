@@ -6,16 +6,18 @@ import copy
 import statistics
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bnkernels.distributed.communicator import Communicator, OneRank
 from bnkernels.runtime.registry import choose_device
 from bnkernels.train.checkpoint import CheckpointError
 from bnkernels.train.config import TrainingConfig
 from bnkernels.train.data import DataError, Dataset, load_dataset
+from bnkernels.train.data_parallel import SharedStop, check_ranks, ranks_beside, together
 from bnkernels.train.ensemble import make_learner
 from bnkernels.train.environment import blas_threads
 from bnkernels.train.files import locked
@@ -23,12 +25,10 @@ from bnkernels.train.learner import load_learners
 from bnkernels.train.plots import require_matplotlib
 from bnkernels.train.run_config import ConfigError, RunConfig, as_path, require_memory
 from bnkernels.train.runs import RunFolder, TrainingResult
-from bnkernels.train.saved_run import load_run, run_folder
+from bnkernels.train.saved_run import load_run, merged, run_folder
 from bnkernels.train.step_time import Rounds
 
 __all__ = ["ConfigError", "Trainer", "TrainingConfig", "TrainingResult", "resume", "train"]
-
-CHANGEABLE_ON_RESUME = ("data", "device", "engine", "epochs", "steps")
 
 
 def never() -> bool:
@@ -45,6 +45,8 @@ class Trainer:
         Options of the run.
     dataset : Dataset, optional
         Data set; by default the one that the configuration names is loaded.
+    communicator : Communicator, optional
+        Ranks that train together; by default one.
 
     Raises
     ------
@@ -52,8 +54,11 @@ class Trainer:
         If the configuration does not fit the data or the machine, or the data are unusable.
     """
 
-    def __init__(self, config: RunConfig, dataset: Dataset | None = None) -> None:
-        self.config = config
+    def __init__(
+        self, config: RunConfig, dataset: Dataset | None = None, communicator: Communicator | None = None
+    ) -> None:
+        self.config, self.ranks = config, communicator or OneRank()
+        check_ranks(config, self.ranks)
         self.dataset = (dataset or load_dataset(config.dataset, config.data, config.dtype)).astype(config.dtype)
         self.steps_per_epoch = len(self.dataset.x_train) // config.batch_size
         if self.steps_per_epoch == 0:
@@ -65,7 +70,8 @@ class Trainer:
         self.xp, self.device = device.xp, device.description
         self.sizes = (self.dataset.n_features, *config.widths, self.dataset.n_classes)
         require_memory(config, self.sizes, min(config.evaluation_rows(self.sizes), len(self.dataset.x_train)))
-        self.learners = {norm: make_learner(norm, config, self.sizes, self.xp) for norm in config.norms}
+        ranks = ranks_beside(self.ranks, self.xp)
+        self.learners = {norm: make_learner(norm, config, self.sizes, self.xp, ranks) for norm in config.norms}
         self.rounds = Rounds(device, [str(learner.engine) for learner in self.learners.values()])
         self.epoch = 0  # complete ones
         self._generator = np.random.default_rng(config.seed)  # its state is that at the start of the current epoch
@@ -110,6 +116,10 @@ class Trainer:
         if last == first + self.steps_per_epoch:
             self.epoch, self._generator = self.epoch + 1, generator
         return True
+
+    def __str__(self) -> str:
+        """Return what ranks must agree on to train together."""
+        return f"{self.config}, {[each.step for each in self.learners.values()]} done, data {self.dataset.digest}"
 
     def _to_device(self, x: np.ndarray, y: np.ndarray) -> tuple[Any, Any]:
         return self.xp.asarray(x), self.xp.asarray(y)
@@ -173,6 +183,7 @@ def train(
     folder: str | Path | Callable[[], Path] | None = None,
     checkpoint: str | Path | None = None,
     dataset: Dataset | None = None,
+    communicator: Communicator | None = None,
     on_epoch: Callable[[Trainer], None] = lambda trainer: None,
     should_stop: Callable[[], bool] = never,
 ) -> TrainingResult:
@@ -189,6 +200,8 @@ def train(
         Place of the checkpoint outside the folder; needs a `folder`.
     dataset : Dataset, optional
         Data set, if it is already loaded.
+    communicator : Communicator, optional
+        Ranks that train together, each with its part of every mini-batch; rank 0 writes the files. By default one.
     on_epoch : callable
         Function called with the trainer before the first epoch and after each one.
     should_stop : callable
@@ -219,11 +232,17 @@ def train(
         folder = folder if callable(folder) else as_path("folder", folder)
     if checkpoint is not None:
         checkpoint = as_path("checkpoint", checkpoint)
-    trainer = Trainer(config or TrainingConfig(), dataset)
-    if folder is None:
-        return _run(trainer, None, on_epoch, should_stop)
-    with RunFolder.create(folder, checkpoint) as run:
-        run.save(*trainer.state())  # from here on a killed run can be resumed
+    ranks = communicator or OneRank()
+    with ExitStack() as locks:
+
+        def prepare() -> tuple[Trainer, RunFolder | None]:
+            trainer, run = Trainer(config or TrainingConfig(), dataset, ranks), None
+            if folder is not None and ranks.rank == 0:
+                run = locks.enter_context(RunFolder.create(folder, checkpoint))
+                run.save(*trainer.state())  # from here on a killed run can be resumed
+            return trainer, run
+
+        trainer, run = together(ranks, prepare, lambda made: str(made[0]))
         return _run(trainer, run, on_epoch, should_stop)
 
 
@@ -232,6 +251,7 @@ def resume(
     *,
     folder: str | Path | None = None,
     checkpoint: str | Path | None = None,
+    communicator: Communicator | None = None,
     on_epoch: Callable[[Trainer], None] = lambda trainer: None,
     should_stop: Callable[[], bool] = never,
     **options: Any,
@@ -245,6 +265,8 @@ def resume(
     folder, checkpoint : path, optional
         Places of the run, as they were given to `train`: other places are an error. The folder must be given if the
         checkpoint lies outside it and nothing in it says yet that it is the run's: before the run's end.
+    communicator : Communicator, optional
+        Ranks, as of `train`; their number may be another than before. All read the checkpoint.
     on_epoch, should_stop : callable
         Arguments of `train`.
     **options : any
@@ -266,41 +288,35 @@ def resume(
         If the folder cannot be written, or another run is at work there: it is locked to the end of this one.
     """
     require_matplotlib()
-    path = RunFolder.find_checkpoint(path)
+    ranks = communicator or OneRank()
     with ExitStack() as locks:
-        locks.enter_context(locked(path))
-        config, meta, arrays = load_run(path)
-        run = run_folder(path, meta, folder)
-        for name, given, place in (("folder", folder, run.folder), ("checkpoint", checkpoint, run.checkpoint)):
-            if given is not None and Path(given).resolve() != place.resolve():
-                raise ConfigError(f"the {name} of the run is {place}, not {given}: drop it or start a new run")
-        locks.enter_context(run.lock_folder())
-        trainer = Trainer(_merged(config, options))
-        trainer.load_state(meta, arrays)
+
+        def prepare() -> tuple[Trainer, RunFolder]:
+            found = RunFolder.find_checkpoint(path)
+            if ranks.rank == 0:
+                locks.enter_context(locked(found))
+            config, meta, arrays = load_run(found)
+            run = run_folder(found, meta, folder)
+            run.check_places(folder, checkpoint)
+            if ranks.rank == 0:
+                locks.enter_context(run.lock_folder())
+            trainer = Trainer(merged(config, options), communicator=ranks)
+            trainer.load_state(meta, arrays)
+            return trainer, run
+
+        trainer, run = together(ranks, prepare, lambda made: str(made[0]))
         if trainer.finished and all(file.exists() for file in run.files.values()):
             return _result("already finished", trainer, run)
-        run.check_writable()
-        return _run(trainer, run, on_epoch, should_stop)
-
-
-def _merged(config: RunConfig, options: Mapping[str, Any]) -> RunConfig:
-    """Return a run's configuration with the options that may change, after checking that the others do not."""
-    saved = asdict(config)
-    for name, value in options.items():
-        if name not in saved:
-            raise ConfigError(f"there is no option {name}: a run has {', '.join(saved)}")
-        if name not in CHANGEABLE_ON_RESUME and saved[name] != getattr(replace(config, **{name: value}), name):
-            raise ConfigError(f"the run was started with {name} {saved[name]}, not {value}: drop it or start a new run")
-    changes = {name: options[name] for name in CHANGEABLE_ON_RESUME if name in options}
-    if "epochs" in changes or "steps" in changes:
-        changes = {"epochs": None, "steps": None, **changes}
-    return replace(config, **changes)
+        if ranks.rank == 0:
+            run.check_writable()
+        return _run(trainer, run if ranks.rank == 0 else None, on_epoch, should_stop)
 
 
 def _run(
     trainer: Trainer, run: RunFolder | None, on_epoch: Callable[[Trainer], None], should_stop: Callable[[], bool]
 ) -> TrainingResult:
     """Train to the end or until asked to stop, saving after every epoch."""
+    should_stop = should_stop if trainer.ranks.size == 1 else SharedStop(should_stop)
     on_epoch(trainer)
     with blas_threads(trainer.sizes, trainer.config.batch_size):
         while not trainer.finished and not should_stop():

@@ -94,8 +94,8 @@ def test_the_same_bits_whoever_computes(compiled: None, op: str, dtype: str) -> 
         assert in_a_child(op, arrays) == wanted
 
 
-def test_all_processors_that_the_process_may_run_on_are_used() -> None:
-    assert bn.get_num_threads() == threads._processors() >= 1
+def test_allprocessors_that_the_process_may_run_on_are_used() -> None:
+    assert bn.get_num_threads() == threads.processors() >= 1
     if not hasattr(os, "sched_setaffinity"):
         pytest.skip("this system cannot bind a process")
     code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); import bnkernels as bn; "

@@ -77,6 +77,11 @@ class Stream:
             raise RuntimeError("cudaErrorStreamCaptureImplicit: the legacy stream is asked while another is captured")
         return self.ptr in self._driver.captures
 
+    @property
+    def done(self) -> bool:
+        """Whether what was launched has run: it has."""
+        return True
+
     def synchronize(self) -> None:
         """Return: what was launched has run."""
         if self.ptr in self._driver.captures:

@@ -69,14 +69,8 @@ def run(
     tuple of arrays
         Those that the pass returns.
     """
-    axis, grouped = check.integer("axis", axis), check.boolean("grouped", grouped)
-    plan = _planned(kind, axis, grouped, options.renorm is not None, *check.signatures(arrays))
-    runtime, written = plan.runtime, kind.written
-    if runtime is not None:
-        check.one_device(runtime, kind.names, arrays)
-    places = addresses(runtime, *arrays)
-    if any(places[:written]):
-        overlap.check_outputs(runtime, kind.names, arrays, places, plan.reaches, written, kind.in_place)
+    plan, places = checked(kind, arrays, axis, options, grouped)
+    runtime = plan.runtime
     made = [place for place, *_ in plan.outputs if arrays[place] is None]
     if made or plan.copied:
         arrays = _completed(plan, arrays)
@@ -93,6 +87,21 @@ def run(
     else:
         reference.run(plan, dict(zip(kind.names, arrays, strict=True)), options)
     return outputs
+
+
+def checked(
+    kind: Pass, arrays: tuple, axis: Any, options: Options, grouped: Any = False
+) -> tuple[Plan, tuple[int, ...]]:
+    """Check the arrays of a call; return its plan, and their addresses. Nothing is computed or written."""
+    axis, grouped = check.integer("axis", axis), check.boolean("grouped", grouped)
+    plan = _planned(kind, axis, grouped, options.renorm is not None, *check.signatures(arrays))
+    runtime, written = plan.runtime, kind.written
+    if runtime is not None:
+        check.one_device(runtime, kind.names, arrays)
+    places = addresses(runtime, *arrays)
+    if any(places[:written]):
+        overlap.check_outputs(runtime, kind.names, arrays, places, plan.reaches, written, kind.in_place)
+    return plan, places
 
 
 @lru_cache(maxsize=1024)

@@ -37,7 +37,7 @@ def get_num_threads() -> int:
         given = os.environ.get(VARIABLE, "")
         if given and not (given.isdecimal() and int(given) > 0):
             raise ValueError(f"{VARIABLE} must be a number of threads, at least 1, got {given!r}")
-        _threads = int(given) if given else _processors()
+        _threads = int(given) if given else processors()
     return _threads
 
 
@@ -69,7 +69,7 @@ def described() -> str:
     return f"{number}, " + (f"set by {VARIABLE}" if os.environ.get(VARIABLE) else "the processors of this process")
 
 
-def _processors() -> int:
+def processors() -> int:
     """Return the number of processors that this process may run on."""
     try:
         return len(os.sched_getaffinity(0))
