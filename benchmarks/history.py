@@ -1,4 +1,4 @@
-"""How our times changed from commit to commit: all versions of the results in the repository's history, as a picture.
+"""Picture of our times from commit to commit: all versions of the results in the repository's history.
 
 ``python -m benchmarks.history`` writes ``build/history.png``. A point is one of ``python -m benchmarks.everything`` or
 of ``make gpu``: our median beside the fastest time of PyTorch in the same run, so that a slower machine or a busy one

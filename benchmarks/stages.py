@@ -35,7 +35,7 @@ STAGES = {  # neurons of a block, its threads, bytes of its shared memory
 
 
 class Stage(NamedTuple):
-    """What a kernel does.
+    """Counts of a launch, and of its code.
 
     Attributes
     ----------
@@ -44,7 +44,7 @@ class Stage(NamedTuple):
     neurons, warps : int
         Neurons of the layer, and warps of the launch.
     read, written : float
-        How often the bytes of x are read, and those of y written.
+        Bytes of x that are read, and of y that are written, over those of the array.
     barriers, registers : int
         Barriers of a block; registers of a thread, on sm_90.
     instructions : int or None
@@ -93,7 +93,7 @@ def measure(neurons: int) -> Iterator[Stage]:
 
 
 def stage(name: str, record: LaunchRecord, x: np.ndarray, y: np.ndarray, code: nvrtc.Resources) -> Stage:
-    """Return what a launch did."""
+    """Return the counts of a launch."""
     warps = record.launch.blocks * ceil_div(record.launch.threads, 32)
     read, written = record.counts.of(x).bytes_read / x.nbytes, record.counts.of(y).bytes_written / y.nbytes
     instructions = code.code.instructions if code.code else None

@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 
 import bnkernels
+import bnkernels.distributed
 from tests.train.test_captured_step import cupy
 
 __all__ = ["cupy"]  # the fixture
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-ENTRY = re.compile(r"^\.\. (currentmodule|autofunction|autoclass|autodata):: (\S+)$", re.M)
+ENTRY = re.compile(r"^\.\. (currentmodule|autofunction|autoclass|autoexception|autodata):: (\S+)$", re.M)
 PAGES = {path.relative_to(DOCS).as_posix(): path.read_text(encoding="utf-8") for path in DOCS.rglob("*.md")}
 WITH_LINES = sorted(name for name, text in PAGES.items() if ">>> " in text)
 
@@ -45,6 +46,7 @@ def of_compat(path: Path) -> list[str]:
 def test_the_reference_has_every_public_name_once() -> None:
     public = [f"bnkernels.{name}" for name in bnkernels.__all__ if name not in ("nn", "MLP")]
     public += [f"bnkernels.nn.{name}" for name in bnkernels.nn.__all__]  # MLP among them
+    public += [f"bnkernels.distributed.{name}" for name in bnkernels.distributed.__all__]
     compat = set((ROOT / "bnkernels" / "compat").glob("*.py"))
     for path in compat - {path for path in compat if path.stem in ("__init__", "torch_autograd")}:
         public += of_compat(path)
