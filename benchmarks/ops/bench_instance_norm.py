@@ -88,8 +88,8 @@ OP = Op(
 
 
 SAVED = "dy x gamma beta statistics"
-SPECS = {"statistics": "A N3C"} | dict.fromkeys(("x", "y", "dy", "dx"), "T NCL")
-SIZES = ({"N": 4, "C": 5, "L": 6}, {"N": 2, "C": 3, "L": 9000})
+SPECS = {"statistics": "A N3C"} | dict.fromkeys(("x", "y", "dy", "dx"), "T NCS")  # positions that are always there
+SIZES = ({"N": 4, "C": 5, "S": 6}, {"N": 2, "C": 3, "S": 9000})
 
 
 def forward(a: Arrays) -> Any:

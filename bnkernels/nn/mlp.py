@@ -105,7 +105,7 @@ class MLP(Perceptron):
     ) -> None:
         options = {"momentum": momentum, "unbiased": unbiased, "eps": eps, "track_running_stats": track_running_stats}
         self.communicator = None if communicator is None else checked(communicator)
-        if norm != "batch" and communicator is not None:
+        if communicator is not None and norm != "batch":
             raise ValueError(f"communicator is for the statistics of batch norms; norm {norm!r} has none: drop it")
         super().__init__(sizes, norm, activation, dtype, seed, xp, **options)
         self._input: tuple | None = None  # form of the last input, which was checked

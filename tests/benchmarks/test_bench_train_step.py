@@ -147,7 +147,7 @@ def test_a_run_writes_what_the_report_reads(monkeypatch: pytest.MonkeyPatch) -> 
     assert document["engine"] == cpu.engine()
     assert all(row["us"]["p20"] <= row["us"]["median"] <= row["us"]["p80"] for row in document["rows"])
     assert [target["met"] for target in document["targets"]][1] is None  # nobody has PyTorch
-    assert "### 784-100-100-100-10, mini-batches of 60" in report.figures({"cpu": document})
+    assert "## 784-100-100-100-10, mini-batches of 60" in report.figures({"cpu": document})
     assert "bnkernels, batch norm" in report.figures({"cpu": json.loads(json.dumps(document))})
 
 

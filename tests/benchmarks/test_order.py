@@ -13,12 +13,14 @@ MAY_IMPORT = {
     "harness": set(),
     "peers": {"harness"},
     "ops": {"harness", "peers"},
-    "counts": {"harness", "ops"},
+    "counts": {"harness", "ops", "peers"},
     "steps": {"harness", "peers"},
     "accuracy": {"harness"},
     "gpu": {"counts", "harness", "ops"},
-    "report": {"accuracy", "counts", "harness", "steps"},
-    "": {"harness", "ops", "peers"},  # the commands
+    "distributed": {"harness", "peers"},
+    "step_through": {"counts", "harness", "peers"},
+    "report": {"accuracy", "counts", "distributed", "harness", "steps"},
+    "": {"counts", "harness", "ops", "peers"},  # the commands
 }
 MODULES = {
     ".".join(path.relative_to(FOLDER.parent).with_suffix("").parts).removesuffix(".__init__"): path

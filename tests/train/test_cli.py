@@ -137,7 +137,7 @@ def test_mnist_is_read_from_its_folder(capsys, tmp_path):
             (tmp_path / f"{part}-{kind}-ubyte").write_bytes(header + array.tobytes())
     code, out, _ = run(capsys, "train", "--dataset", "mnist", "--data", tmp_path, "--epochs", "1", "--out", "run")
     assert code == 0
-    assert "mnist: 64 training and 20 test examples\nnetwork 4-20-10" in out
+    assert re.search(r"^images [0-9a-f]{8}: 64 training and 20 test examples\nnetwork 4-20-10", out, re.MULTILINE)
 
 
 def test_device_auto_says_where_it_trains(capsys, monkeypatch):

@@ -262,11 +262,13 @@ def test_bad_options_are_one_line(
 
 
 def test_the_page_has_the_figures_of_the_run() -> None:
-    document = json.loads(RESULT.read_text())
+    documents = {"black and white": RESULT, "grey (`--pixels grey`)": RESULT.parent / "grey" / RESULT.name}
     page = (RESULT.parents[3] / "docs" / "ioffe2015.md").read_text()
-    networks = document["networks"].items()
-    for norm, network in networks:
-        row = [f"{network['test_accuracy'][network['steps'].index(step)]:.1%}" for step in (500, 2000, 10000, 50000)]
-        assert f"| {'with' if norm == 'batch' else 'without'} | {' | '.join(row)} |" in page
-    assert document["settings"]["steps"] == 50_000
-    assert document["environment"]["commit"] in page
+    for pixels, path in documents.items():
+        document, rows = json.loads(path.read_text()), []
+        for network in (document["networks"][norm] for norm in ("batch", "none")):
+            steps = [network["steps"].index(step) for step in (500, 2000, 10000, 50000)]
+            rows.append(" | ".join(f"{network['test_accuracy'][step]:.1%}" for step in steps))
+        assert f"| {pixels}, with batch norm | {rows[0]} |\n| without | {rows[1]} |" in page
+        assert document["settings"]["steps"] == 50_000
+        assert document["environment"]["commit"].rstrip("+") in page
