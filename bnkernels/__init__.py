@@ -21,7 +21,6 @@ from bnkernels.ops.instance_norm.op import instance_norm_backward, instance_norm
 from bnkernels.ops.layer_norm.op import layer_norm_backward, layer_norm_forward
 from bnkernels.ops.linear_batch_norm.op import linear_batch_norm_backward, linear_batch_norm_forward
 from bnkernels.ops.linear_softmax_cross_entropy.op import linear_softmax_cross_entropy
-from bnkernels.ops.lstm.op import lstm_backward, lstm_forward
 from bnkernels.ops.mini_batch.op import mini_batch, random_rows
 from bnkernels.ops.parameter_update.op import adam_update, momentum_update, rmsprop_update, sgd_update
 from bnkernels.ops.parameter_update.schedule import scheduled_update, update_schedule
@@ -32,6 +31,7 @@ from bnkernels.runtime.cpu.threads import get_num_threads, set_num_threads
 if TYPE_CHECKING:
     from bnkernels import nn
     from bnkernels.nn.mlp import MLP
+    from bnkernels.ops.lstm.op import lstm_backward, lstm_forward
 
 __all__ = [
     "MLP",
@@ -77,11 +77,14 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """Return the layers, or `MLP` of them, when they are first asked for: ops do not need the time to load them."""
-    if name not in ("MLP", "nn"):
-        raise AttributeError(f"module 'bnkernels' has no attribute {name!r}")
+    """Return the layers, `MLP` of them, or the LSTM, when they are first asked for: others need not load them."""
     from importlib import import_module
 
-    layers = import_module("bnkernels.nn")
-    globals().update(MLP=layers.MLP, nn=layers)
+    if name in ("MLP", "nn"):
+        layers = import_module("bnkernels.nn")
+        globals().update(MLP=layers.MLP, nn=layers)
+    elif name in ("lstm_forward", "lstm_backward"):
+        globals()[name] = getattr(import_module("bnkernels.ops.lstm.op"), name)
+    else:
+        raise AttributeError(f"module 'bnkernels' has no attribute {name!r}")
     return globals()[name]
