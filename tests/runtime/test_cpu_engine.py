@@ -84,7 +84,7 @@ def test_importing_the_package_loads_nothing_of_numba() -> None:
 
 
 def test_importing_the_package_takes_little_beside_importing_numpy(tmp_path: Path) -> None:
-    """At most 0.45 of it, where 0.25 to 0.35 is usual, by machine: the median over processes, in each of which a load slows both alike.
+    """At most 0.45 of it, where 0.25 to 0.35 is usual: the median over processes, each of which a load slows alike.
 
     With bytecode on disk, as for all but the first process: else most of the time would be that of compiling Python.
     """
