@@ -15,7 +15,6 @@ from bnkernels.ops.batch_norm.in_parts import (
 )
 from bnkernels.ops.batch_norm.inference import batch_norm_inference, batch_norm_inference_backward
 from bnkernels.ops.batch_norm.training import batch_norm_backward, batch_norm_forward
-from bnkernels.ops.fused_training.op import fused_training
 from bnkernels.ops.group_norm.op import group_norm_backward, group_norm_forward
 from bnkernels.ops.instance_norm.op import instance_norm_backward, instance_norm_forward
 from bnkernels.ops.layer_norm.op import layer_norm_backward, layer_norm_forward
@@ -31,6 +30,7 @@ from bnkernels.runtime.cpu.threads import get_num_threads, set_num_threads
 if TYPE_CHECKING:
     from bnkernels import nn
     from bnkernels.nn.mlp import MLP
+    from bnkernels.ops.fused_training.op import fused_training
     from bnkernels.ops.lstm.op import lstm_backward, lstm_forward
 
 __all__ = [
@@ -76,15 +76,22 @@ __all__ = [
 ]
 
 
+# Names whose modules are loaded when they are first asked for: the other ops do not need the time that these take.
+_LATER = {
+    "MLP": "bnkernels.nn.mlp",
+    "fused_training": "bnkernels.ops.fused_training.op",
+    "lstm_backward": "bnkernels.ops.lstm.op",
+    "lstm_forward": "bnkernels.ops.lstm.op",
+}
+
+
 def __getattr__(name: str) -> object:
-    """Return the layers, `MLP` of them, or the LSTM, when they are first asked for: others need not load them."""
+    """Return what is loaded late."""
     from importlib import import_module
 
-    if name in ("MLP", "nn"):
-        layers = import_module("bnkernels.nn")
-        globals().update(MLP=layers.MLP, nn=layers)
-    elif name in ("lstm_forward", "lstm_backward"):
-        globals()[name] = getattr(import_module("bnkernels.ops.lstm.op"), name)
-    else:
+    if name == "nn":
+        return import_module("bnkernels.nn")
+    if name not in _LATER:
         raise AttributeError(f"module 'bnkernels' has no attribute {name!r}")
-    return globals()[name]
+    globals()[name] = found = getattr(import_module(_LATER[name]), name)
+    return found

@@ -18,8 +18,8 @@ GROUPS = 32
 
 
 def groups_of(case: Case) -> int:
-    """Return the number of groups: 32, or as many as divide the channels of a small case."""
-    return GROUPS if case.shape[1] % GROUPS == 0 else case.shape[1]
+    """Return the number of groups: 32, or a channel each, of instance norm and where 32 do not divide them."""
+    return GROUPS if case.op == "group_norm" and case.shape[1] % GROUPS == 0 else case.shape[1]
 
 
 def inputs(case: Case, random: Callable[..., Any]) -> Arrays:
@@ -78,14 +78,20 @@ def formulas(case: Case, arrays: Arrays) -> Call:
 
 
 def torch_eager(case: Case, arrays: Arrays) -> Call:
-    """Prepare PyTorch's function, whose autograd makes the backward."""
+    """Prepare PyTorch's function."""
+    return of_torch(
+        case, arrays, lambda library, x, *vectors: library.group_norm(x, groups_of(case), *vectors, EPSILON)
+    )
+
+
+def of_torch(case: Case, arrays: Arrays, norm: Callable[..., Any]) -> Call:
+    """Prepare a norm of ``torch.nn.functional``, of x, gamma and beta in its type; autograd makes the backward."""
     torch = pytorch.load()
     tensors = {name: pytorch.tensor_of(array) for name, array in arrays.items()}
     given = [tensors[name] for name in ("x", "gamma", "beta")]
 
     def layer(x: Any, gamma: Any, beta: Any) -> Any:
-        vectors = gamma.to(x.dtype), beta.to(x.dtype)
-        return torch.nn.functional.group_norm(x, groups_of(case), *vectors, EPSILON)
+        return norm(torch.nn.functional, x, gamma.to(x.dtype), beta.to(x.dtype))
 
     if not is_backward(case):
         return lambda: (layer(*given),)

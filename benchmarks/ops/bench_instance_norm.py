@@ -1,4 +1,4 @@
-"""Instance norm of images, without an activation. A case's shape is (N, C, H, W)."""
+"""Instance norm of images: group norm with a channel for each group. A case's shape is (N, C, H, W)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import Any
 
 import bnkernels as bn
 from benchmarks.harness.case import Arrays, Call, Case, Op, on_both
-from benchmarks.harness.places import array_module
 from benchmarks.harness.samples import Sample, take
 from benchmarks.ops import bench_group_norm
 from benchmarks.ops.bench_layer_norm import is_backward
@@ -26,50 +25,13 @@ def ours(case: Case, arrays: Arrays) -> Call:
     return lambda: bn.instance_norm_backward(*behind, out=grads)
 
 
-def formulas(case: Case, arrays: Arrays) -> Call:
-    """Prepare what a user would write. 16-bit data are computed in float32."""
-    dtype, xp = arrays["x"].dtype, array_module(arrays["x"])
-    along, axes = (1, -1, *[1] * (len(case.shape) - 2)), tuple(range(2, len(case.shape)))
-    gamma, beta = (arrays[name].reshape(along) for name in ("gamma", "beta"))
-    x = arrays["x"].astype(gamma.dtype, copy=False)
-
-    def normalised() -> tuple:
-        d = x - x.mean(axes, keepdims=True)
-        rstd = (xp.square(d).mean(axes, keepdims=True) + EPSILON) ** -0.5
-        return d * rstd, rstd
-
-    if not is_backward(case):
-        return lambda: ((gamma * normalised()[0] + beta).astype(dtype, copy=False),)
-    xhat, rstd = normalised()
-    dy = arrays["dy"].astype(gamma.dtype, copy=False)
-
-    def backward() -> tuple:
-        h = gamma * dy
-        dx = rstd * (h - h.mean(axes, keepdims=True) - xhat * (h * xhat).mean(axes, keepdims=True))
-        return dx.astype(dtype, copy=False), (dy * xhat).sum((0, *axes)), dy.sum((0, *axes))
-
-    return backward
-
-
 def torch_eager(case: Case, arrays: Arrays) -> Call:
-    """Prepare PyTorch's function, whose autograd makes the backward."""
-    torch = pytorch.load()
-    tensors = {name: pytorch.tensor_of(array) for name, array in arrays.items()}
-    given = [tensors[name] for name in ("x", "gamma", "beta")]
+    """Prepare PyTorch's function."""
 
-    def layer(x: Any, gamma: Any, beta: Any) -> Any:
-        vectors = gamma.to(x.dtype), beta.to(x.dtype)
-        return torch.nn.functional.instance_norm(x, None, None, *vectors, eps=EPSILON)
+    def norm(library: Any, x: Any, *vectors: Any) -> Any:
+        return library.instance_norm(x, None, None, *vectors, eps=EPSILON)
 
-    if not is_backward(case):
-        return lambda: (layer(*given),)
-    y = layer(*(tensor.requires_grad_() for tensor in given))
-    return lambda: torch.autograd.grad(y, given, tensors["dy"], retain_graph=True)
-
-
-def reference(case: Case, arrays: Arrays, xp: Any) -> tuple:
-    """Return the right outputs from float64 arrays."""
-    return formulas(case, arrays)()
+    return bench_group_norm.of_torch(case, arrays, norm)
 
 
 OP = Op(
@@ -81,9 +43,13 @@ OP = Op(
         for direction in ("forward", "backward")
     ],
     inputs=bench_group_norm.inputs,
-    reference=reference,
+    reference=bench_group_norm.reference,
     bytes_moved=bench_group_norm.bytes_moved,
-    providers=(*on_both("bnkernels", ours), *expression.providers(formulas), *pytorch.providers(torch_eager)),
+    providers=(
+        *on_both("bnkernels", ours),
+        *expression.providers(bench_group_norm.formulas),
+        *pytorch.providers(torch_eager),
+    ),
 )
 
 

@@ -78,6 +78,26 @@ class Communicator(ABC):
         gathered = self.allgather(values)
         return lambda: gathered
 
+    def split(self, color: int) -> Communicator:
+        """Return the group of the ranks that give this color; all ranks must call it.
+
+        Parameters
+        ----------
+        color : int
+            Number of the group, at least 0.
+
+        Returns
+        -------
+        Communicator
+            Group, in the order of the ranks.
+
+        Raises
+        ------
+        NotImplementedError
+            If the class has no groups.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no groups: give the class a method split(color)")
+
     def agree(self, text: str | Exception) -> None:
         """Exchange a message of fixed length, and raise an error on every rank unless all say the same.
 
@@ -168,18 +188,7 @@ class OneRank(Communicator):
         return gathered
 
     def split(self, color: int) -> OneRank:
-        """Return the group of this rank: itself.
-
-        Parameters
-        ----------
-        color : int
-            Number of the group, at least 0.
-
-        Returns
-        -------
-        OneRank
-            Group.
-        """
+        """Return the group of this rank: itself; see `Communicator.split`."""
         check.integer("color", color, 0)
         return OneRank()
 

@@ -133,18 +133,7 @@ class MPICommunicator(Communicator):
         return RankError(f"rank {self.rank} of {self.size}, all-gather {self.number}: {reason}")
 
     def split(self, color: int) -> MPICommunicator:
-        """Return the group of the ranks that give this color; all ranks must call it.
-
-        Parameters
-        ----------
-        color : int
-            Number of the group, at least 0.
-
-        Returns
-        -------
-        MPICommunicator
-            Group, in the order of the ranks.
-        """
+        """Return the group of the ranks that give this color; see `Communicator.split`."""
         return MPICommunicator(
             self._comm.Split(check.integer("color", color, 0), self.rank), self.timeout, self.cuda_aware
         )

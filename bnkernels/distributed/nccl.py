@@ -81,18 +81,7 @@ class NCCLCommunicator(Communicator):
         return RankError(f"rank {self.rank} of {self.size}, all-gather: {reason}")
 
     def split(self, color: int) -> NCCLCommunicator:
-        """Return the group of the ranks that give this color; all ranks must call it.
-
-        Parameters
-        ----------
-        color : int
-            Number of the group, at least 0.
-
-        Returns
-        -------
-        NCCLCommunicator
-            Group, in the order of the ranks.
-        """
+        """Return the group of the ranks that give this color; see `Communicator.split`."""
         color = check.integer("color", color, 0)
         bootstrap = None if self._bootstrap is None else self._bootstrap.split(color)
         return NCCLCommunicator(self._comm.split(color, self.rank), self._xp, self.timeout, bootstrap)

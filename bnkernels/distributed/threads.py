@@ -89,18 +89,7 @@ class ThreadCommunicator(Communicator):
             return [exchange.values[rank] for rank in range(self.size)]
 
     def split(self, color: int) -> ThreadCommunicator:
-        """Return the group of the ranks that give this color; all ranks must call it.
-
-        Parameters
-        ----------
-        color : int
-            Number of the group, at least 0.
-
-        Returns
-        -------
-        ThreadCommunicator
-            Group, in the order of the ranks.
-        """
+        """Return the group of the ranks that give this color; see `Communicator.split`."""
         colors = self.allgather(np.array(check.integer("color", color, 0)))
         members = np.flatnonzero(colors == color).tolist()
         meeting, key = self._meeting, (self._number, color)
