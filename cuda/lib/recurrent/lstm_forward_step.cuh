@@ -97,8 +97,10 @@ __device__ __forceinline__ void move_population(const LstmForward<A>& a, const I
 #pragma unroll
     for (int i = 0; i < SUMS<BATCH>; ++i) {
         statistics[i].move(a, mean[i], of_var[i], vars[i]);
-        (i < GATES ? a.mean_x : a.mean_h)[first.column(i % GATES)] = mean[i];
-        (i < GATES ? a.var_x : a.var_h)[first.column(i % GATES)] = of_var[i];
+        // Named pointers: with g++ 12 and UBSan a store through a conditional one is lost.
+        A *const to_mean = i < GATES ? a.mean_x : a.mean_h, *const to_var = i < GATES ? a.var_x : a.var_h;
+        to_mean[first.column(i % GATES)] = mean[i];
+        to_var[first.column(i % GATES)] = of_var[i];
     }
 }
 
