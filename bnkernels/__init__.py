@@ -20,6 +20,7 @@ from bnkernels.ops.instance_norm.op import instance_norm_backward, instance_norm
 from bnkernels.ops.layer_norm.op import layer_norm_backward, layer_norm_forward
 from bnkernels.ops.linear_batch_norm.op import linear_batch_norm_backward, linear_batch_norm_forward
 from bnkernels.ops.linear_softmax_cross_entropy.op import linear_softmax_cross_entropy
+from bnkernels.ops.matmul.op import matmul
 from bnkernels.ops.mini_batch.op import mini_batch, random_rows
 from bnkernels.ops.parameter_update.op import adam_update, momentum_update, rmsprop_update, sgd_update
 from bnkernels.ops.parameter_update.schedule import scheduled_update, update_schedule
@@ -61,6 +62,7 @@ __all__ = [
     "linear_softmax_cross_entropy",
     "lstm_backward",
     "lstm_forward",
+    "matmul",
     "mini_batch",
     "momentum_update",
     "nn",

@@ -39,6 +39,8 @@ class LSTM(Leaf):
         every gate of the hidden state, biases 0 and of the forget gate 1.
     input_gradient : bool
         Whether `backward` returns the gradient of the input.
+    capturable : bool
+        Whether forward and backward can be captured as a CUDA graph, see `lstm_forward`.
     dtype : data type
         Type of data and parameters, float32 or float64.
     seed : int, numpy.random.Generator, optional
@@ -86,6 +88,7 @@ class LSTM(Leaf):
         output: str = "all",
         initial: str = "uniform",
         input_gradient: bool = True,
+        capturable: bool = False,
         dtype: Any = "float32",
         seed: int | np.random.Generator | None = None,
         xp: Any = np,
@@ -96,6 +99,7 @@ class LSTM(Leaf):
         check.one_of("output", output, ("all", "last"))
         check.one_of("initial", initial, INITIAL)
         self.output, self.input_gradient = output, check.boolean("input_gradient", input_gradient)
+        self.capturable = check.boolean("capturable", capturable)
         self.state: State | None = None
         self.state_gradient: State | None = None
         dtype, xp = data_type(dtype), array_module(xp)
@@ -149,7 +153,7 @@ class LSTM(Leaf):
             first = (None, None) if state is None else (state[0][number], state[1][number])
             y, h_n, c_n, kept = lstm_forward(
                 y, *first, **self._arrays(number), norm=self.norm, eps=self.eps, lengths=lengths, keep=keep,
-                **self._mode_options(training),
+                capturable=self.capturable, **self._mode_options(training),
             )  # fmt: skip
             saved.append(kept)
             last.append((h_n, c_n))
@@ -272,6 +276,7 @@ class LSTM(Leaf):
         options += ["batch_first=True"] if self.batch_first else []
         options += ["output='last'"] if self.output == "last" else []
         options += [] if self.input_gradient else ["input_gradient=False"]
+        options += ["capturable=True"] if self.capturable else []
         return [*options, f"dtype='{self._parameters['weight_ih_l0'].dtype}'"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,16 @@ from bnkernels.ops.lstm.problem import Problem
 from bnkernels.runtime import registry, source
 from bnkernels.runtime.seam import Limits
 from tests.ops.test_lstm import NORMS, by_step, call, gradients
+from tests.regress.refusal import refused
 from tests.runtime.test_cuda_runtime import forget_the_runtime
+from tests.train.test_captured_step import cupy
 from tools import backends, oracle_lstm
+from tools.backends import Backend
 from tools.emulator import EmulatorRuntime
 from tools.emulator.build import CUDA_VARIABLE
 from tools.fake_cupy import streams
 
+__all__ = ["cupy"]  # the fixture
 H200 = Limits(132, 227 * 1024, 228 * 1024, True)
 
 
@@ -167,3 +172,44 @@ def test_the_cuda_runtime_launches_the_same(
         forget_the_runtime()
     for one, two in zip(*found, strict=True):
         np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.emulator
+@pytest.mark.parametrize("fits", [True, False])
+@pytest.mark.parametrize("norm", NORMS)
+def test_forward_and_backward_are_captured(
+    cupy: types.ModuleType, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator, norm: str | None, fits: bool
+) -> None:
+    """As a user of CuPy captures them: with a memory pool of the graph's, after one run on the same stream."""
+    if not fits:
+        by_step(monkeypatch)
+    given = oracle_lstm.arguments(rng, (6, 5, 3, 9), norm, "float64")
+    first, norms = oracle_lstm.split({n: None if a is None else cupy.asarray(a) for n, a in given.items()})
+    dy, results = cupy.asarray(rng.standard_normal((6, 5, 9))), []
+
+    def step() -> None:
+        *outputs, saved = bn.lstm_forward(*first, norms, norm=norm, eps=0.1, capturable=True)
+        *gradients, dnorms = bn.lstm_backward(dy, None, None, saved)
+        results[:] = *outputs, *gradients, *(dnorms or ())
+
+    stream, pool = cupy.cuda.Stream(non_blocking=True), cupy.cuda.MemoryPool()
+    with stream:
+        step()
+        with cupy.cuda.using_allocator(pool.malloc):
+            stream.begin_capture()
+            step()
+            graph = stream.end_capture()
+    first[0][...] = cupy.asarray(rng.standard_normal((6, 5, 3)))  # other data, in the same place
+    graph.launch(stream)
+    found = [array.get() for array in results]
+    step()
+    for got, right in zip(found, results, strict=True):
+        np.testing.assert_array_equal(got, right.get())
+
+
+def test_lengths_are_not_captured(backend: Backend) -> None:
+    """They come from the host, which a graph would not look at again."""
+    arrays = backend.arrays(*(np.ones(shape, "float32") for shape in ((2, 3, 1), (4, 1), (4, 1))))
+    x, *weights = arrays
+    with refused(backend, ValueError, "lengths must be None with capturable=True", *arrays):
+        bn.lstm_forward(x, None, None, *weights, lengths=[2, 1, 2], capturable=True)

@@ -42,6 +42,8 @@ def main() -> int:
             return coverage(arguments)
         if options.command == "mutants":
             chosen = [mutant for mutant in MUTANTS if mutant.name.startswith(options.name)]
+            if not chosen:
+                raise EmulatorError(f"--name must begin the name of a mutant, and none begins with {options.name!r}")
             return check(chosen[:: max(1, options.every)])
         return run(options.build, options.module, arguments)
     except EmulatorError as error:

@@ -16,6 +16,7 @@ from .mutant_list_linear_softmax import MUTANTS as LINEAR_SOFTMAX
 from .mutant_list_long_rows import MUTANTS as LONG_ROWS
 from .mutant_list_lstm import MUTANTS as LSTM
 from .mutant_list_lstm_sequence import MUTANTS as LSTM_SEQUENCE
+from .mutant_list_matmul import MUTANTS as MATMUL
 from .mutant_list_multi_block import MUTANTS as MULTI_BLOCK
 from .mutant_list_one_block import MUTANTS as ONE_BLOCK
 from .mutant_list_options import MUTANTS as OPTIONS
@@ -35,6 +36,7 @@ MUTANTS = [
     *DOUBLE_BACKWARD,
     *OPTIONS,
     *FUSED,
+    *MATMUL,
     *MULTI_BLOCK,
     *LAYER_NORM,
     *LONG_ROWS,

@@ -108,6 +108,15 @@ class Driver:
         self._thread.device = device
 
     @property
+    def pool(self) -> Any:
+        """The memory pool that the calling thread uses instead of the common one, or None."""
+        return getattr(self._thread, "pool", None)
+
+    @pool.setter
+    def pool(self, pool: Any) -> None:
+        self._thread.pool = pool
+
+    @property
     def streams(self) -> dict[int, Stream]:
         """The calling thread's current stream on every device."""
         if not hasattr(self._thread, "streams"):
@@ -165,6 +174,8 @@ class Driver:
     def hold(self, array: Array) -> None:
         """Let kernels of the array's device touch its memory."""
         self._memory[array.device.id].add(array)
+        if self.pool is not None:
+            self.pool.memory.append(array._memory)
 
     def load(self, code: str, options: tuple) -> EmulatorRuntime:
         """Return the module compiled for the current device; like CuPy, without a lock of its own."""

@@ -1,4 +1,4 @@
-"""Arrays of the stand-in for CuPy with arithmetic: NumPy's, which cannot be captured."""
+"""Arrays of the stand-in for CuPy with arithmetic: NumPy's, of which products by a library cannot be captured."""
 
 from __future__ import annotations
 
@@ -71,6 +71,7 @@ OPERATORS = (
     "abs add and eq floordiv ge gt invert le lt matmul mod mul ne neg or pow radd rmul rsub rtruediv sub truediv"
 )
 IN_PLACE = "iadd imul isub itruediv"
+BLAS = {"matmul", "rmatmul", "dot", "tensordot", "einsum", "inner"}  # by a library that CuPy does not capture
 METHODS = "all any argmax astype copy max mean min sum var"
 
 
@@ -105,10 +106,23 @@ def bare(value: Any) -> Any:
 def computed(driver: package.Driver, function: Callable[..., Any], args: Sequence, given: dict) -> Any:
     """Call a function of NumPy on the arrays' memory; return its result as an array of the stand-in."""
     if driver.capture is not None:
-        raise RuntimeError("the stand-in for CuPy captures kernels, copies and fills, not arithmetic")
+        return _captured(driver, function, args, given)
     result = function(*map(bare, args), **{name: bare(value) for name, value in given.items()})
     if given.get("out") is not None:
         return given["out"]
     if isinstance(result, np.ndarray | np.generic):
         return driver.new(result)
+    return result
+
+
+def _captured(driver: package.Driver, function: Callable[..., Any], args: Sequence, given: dict) -> Any:
+    """Call a function of NumPy whenever the graph is launched; what it returns now has only its shape and type."""
+    if function.__name__.strip("_") in BLAS:
+        raise NotImplementedError("calling cuBLAS API during stream capture is currently unsupported")
+    work = functools.partial(function, *map(bare, args), **{name: bare(value) for name, value in given.items()})
+    if given.get("out") is not None or function.__name__.strip("_") in IN_PLACE.split():
+        driver.enqueue(work)
+        return given.get("out")
+    result = driver.new(np.zeros_like(work()))
+    driver.enqueue(lambda: np.asarray(result._memory).__setitem__(..., work()))
     return result

@@ -1,7 +1,7 @@
 """More of the stand-in for CuPy: events, arithmetic, and kernels of others.
 
-Benchmarks run on it without a GPU, to see that they would run with one. Arithmetic is NumPy's and cannot be captured
-here. Events answer NaN for a time, so that no figure can come out of a rehearsal.
+Benchmarks run on it without a GPU, to see that they would run with one. Arithmetic is NumPy's. Events answer NaN for a
+time, so that no figure can come out of a rehearsal.
 
 A kernel that is not the project's cannot run on the emulator. It is compiled by NVRTC where that is installed, and then
 its host version runs, a Python function that does the same: ``driver.host_kernels[name](launch, *arguments)``.
@@ -105,6 +105,21 @@ def raw_kernel(driver: package.Driver) -> Callable[..., RawKernel]:
     return make
 
 
+class MemoryPool:
+    """``cupy.cuda.MemoryPool``: what it has given out stays allocated as long as it is there."""
+
+    def __init__(self) -> None:
+        self.memory: list[Any] = []
+
+    def malloc(self, size: int) -> Any:
+        """Stand for the allocator, which `using_allocator` knows by its pool."""
+        raise NotImplementedError("only for using_allocator")
+
+    def free_all_blocks(self) -> None:
+        """Free what nobody uses."""
+        self.memory.clear()
+
+
 # ---- the module -----------------------------------------------------------------------------------------------------
 
 
@@ -167,7 +182,11 @@ def cuda(base: Any, driver: package.Driver) -> types.SimpleNamespace:
 
     @contextmanager
     def using_allocator(allocator: Any) -> Iterator[None]:
-        yield
+        before, driver.pool = driver.pool, allocator.__self__
+        try:
+            yield
+        finally:
+            driver.pool = before
 
     properties = {"name": b"emulator", "major": 9, "minor": 0, "totalGlobalMem": 2**30}
     return types.SimpleNamespace(
@@ -177,7 +196,7 @@ def cuda(base: Any, driver: package.Driver) -> types.SimpleNamespace:
         Function=base.Function,
         Event=functools.partial(Event, driver),
         get_elapsed_time=get_elapsed_time,
-        MemoryPool=lambda: types.SimpleNamespace(malloc=None, free_all_blocks=lambda: None),
+        MemoryPool=MemoryPool,
         using_allocator=using_allocator,
         set_allocator=lambda allocator=None: None,
         function=base.function,

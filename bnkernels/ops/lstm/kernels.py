@@ -13,6 +13,7 @@ import numpy as np
 
 from bnkernels.ops.lstm.launch import choose, choose_sequence
 from bnkernels.ops.lstm.problem import NORM_NAMES, RUNNING_NAMES, Backward, Forward, Problem
+from bnkernels.ops.matmul.op import add_rows
 from bnkernels.runtime.arguments import addresses, empty, pack
 from bnkernels.runtime.seam import LaunchPlan, Runtime
 from bnkernels.runtime.workspace import barrier_counters
@@ -106,7 +107,7 @@ class BackwardKernels:
         """Return the gradients of bias and norms, one behind the other."""
         if self._sums is None:
             return _sums_over_examples(self._runtime, self._run, self._da, self._dz)
-        return _column_sums(self._runtime, self._sums)
+        return _column_sums(self._runtime, self._run.problem, self._sums)
 
 
 def backward(runtime: Runtime, run: Backward) -> BackwardKernels:
@@ -176,12 +177,10 @@ def _launcher(runtime: Runtime, plan: LaunchPlan, members: dict[str, Any], used:
     return step
 
 
-@np.errstate(all="ignore")  # kernels have no warnings either
-def _column_sums(runtime: Runtime, matrix: Any) -> Any:
-    """Return the sums of the columns of a matrix, by a product."""
-    ones, out = (empty(runtime, shape, matrix) for shape in ((1, len(matrix)), (1, matrix.shape[1])))
-    ones[...] = 1
-    runtime.xp.matmul(ones, matrix, out=out)
+def _column_sums(runtime: Runtime, problem: Problem, matrix: Any) -> Any:
+    """Return the sums of the columns of a matrix."""
+    out = empty(runtime, (1, matrix.shape[1]), matrix)
+    add_rows(runtime, matrix, out, capturable=problem.capturable)
     return out[0]
 
 
@@ -201,6 +200,6 @@ def _sums_over_examples(runtime: Runtime, run: Backward, da: Any, dz: Any) -> An
         if hat is not None:
             matrix = space[: gradient.size].reshape(gradient.shape)
             xp.multiply(gradient, hat[:used], out=matrix)
-        sums[start : start + width] = _column_sums(runtime, matrix.reshape(-1, width))
+        sums[start : start + width] = _column_sums(runtime, problem, matrix.reshape(-1, width))
         start += width
     return sums

@@ -54,6 +54,7 @@ def lstm_forward(
     lengths: Any = None,
     keep: bool = True,
     reuse: Any = None,
+    capturable: bool = False,
     out: tuple[AnyArray, AnyArray, AnyArray] | None = None,
 ) -> tuple[Array, Array, Array, Any]:
     """Run an LSTM over whole sequences.
@@ -92,6 +93,9 @@ def lstm_forward(
         Whether a backward follows; False takes less memory.
     reuse : tuple, optional
         Result `saved` of an earlier forward, whose backward is not wanted any more: its memory is taken where it fits.
+    capturable : bool
+        Whether forward and backward can be captured as a CUDA graph: products are those of `matmul`, where CuPy's are
+        faster. Without `lengths`, which come from the host.
     out : tuple of three arrays, optional
         Arrays for ``(y, h_n, c_n)``; C order.
 
@@ -139,11 +143,15 @@ def lstm_forward(
     """
     check.one_of("norm", norm, NORMS)
     training, keep = check.boolean("training", training), check.boolean("keep", keep)
+    capturable = check.boolean("capturable", capturable)
+    if capturable and lengths is not None:
+        raise ValueError("lengths must be None with capturable=True: a CUDA graph cannot copy them from the host")
     y, h_n, c_n = check.pack_outputs(out, ("y", "h_n", "c_n"))
     norms, running = _pack("norms", norms, NORM_NAMES), _pack("running", running, RUNNING_NAMES)
     written = (running, ()) if training else ((), running)
     arrays = (y, h_n, c_n, *written[0], x, h0, c0, weight_ih, weight_hh, bias, *norms, *written[1])
-    runtime, problem = (TRAINING if training else INFERENCE).check(*arrays, options=(norm, training, keep))
+    operands, options = TRAINING if training else INFERENCE, (norm, training, keep, capturable)
+    runtime, problem = operands.check(*arrays, options=options)
     eps = check.epsilon(eps, x)
     momentum = check.cumulative(batches_before) if momentum is None else check.number("momentum", momentum, 0, 1)
     lengths = check_lengths(lengths, problem.steps, problem.rows)
@@ -304,9 +312,9 @@ def _fitting(runtime: Runtime | None, problem: Problem, reuse: Any, used: int, x
         return None
     if not isinstance(reuse, Saved):
         raise TypeError(f"reuse must be the last result of lstm_forward with keep=True, got {check.shown(reuse)}")
-    same = reuse.problem._replace(steps=problem.steps, live=problem.live, tracked=problem.tracked) == problem
+    sizes = [(of.rows, of.inputs, of.units, of.dtype, of.norm) for of in (reuse.problem, problem)]
     steps = len(reuse.cells)
-    if not same or type(reuse.y) is not type(x) or not (steps == used or 1 < used <= steps):
+    if sizes[0] != sizes[1] or type(reuse.y) is not type(x) or not (steps == used or 1 < used <= steps):
         return None
     if runtime is not None and runtime.device(reuse.y) != runtime.device(x):
         return None

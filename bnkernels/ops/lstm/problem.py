@@ -19,7 +19,7 @@ class Problem(NamedTuple):
     """Sizes (T, N, I, H), data type and norm.
 
     `live` is True where the statistics are those of the mini-batch, and `tracked` is the number of time steps that have
-    population statistics.
+    population statistics. `capturable` is True where products are those of `matmul`.
     """
 
     steps: int
@@ -30,6 +30,7 @@ class Problem(NamedTuple):
     norm: str | None
     live: bool
     tracked: int
+    capturable: bool = False
 
     @property
     def columns(self) -> int:
@@ -157,7 +158,7 @@ def counts_of(lengths: np.ndarray | None, steps: int, rows: int) -> tuple[int, .
 Arguments = dict[str, check.Argument | None]
 
 
-def _forward(args: Arguments, norm: str | None, training: bool, kept: bool) -> Problem:
+def _forward(args: Arguments, norm: str | None, training: bool, kept: bool, capturable: bool) -> Problem:
     x = args["x"]
     check.float32_or_float64(x)
     if len(x.shape) != 3:
@@ -182,7 +183,7 @@ def _forward(args: Arguments, norm: str | None, training: bool, kept: bool) -> P
     shapes |= {name: (tracked, units if name[-1] == "c" else columns) for name in RUNNING_NAMES}
     for name, shape in shapes.items():
         check.contiguous(args[name], shape, x.dtype)
-    return Problem(steps, rows, inputs, units, x.dtype, norm, live, tracked)
+    return Problem(steps, rows, inputs, units, x.dtype, norm, live, tracked, capturable)
 
 
 def _check_given(args: Arguments, norm: str | None, training: bool) -> None:

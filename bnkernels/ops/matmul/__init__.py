@@ -1,0 +1,1 @@
+"""A matrix product that a CUDA graph can capture."""
