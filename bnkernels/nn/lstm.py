@@ -149,12 +149,15 @@ class LSTM(Leaf):
     def _run(self, x: Any, training: bool, keep: bool, state: State | None, lengths: Any) -> Any:
         y = _time_first(x) if self.batch_first else x
         saved, last, shape = [], [], y.shape
+        before = self._saved[1] if keep and self._saved is not None else [None] * self.layers
         for number in range(self.layers):
             first = (None, None) if state is None else (state[0][number], state[1][number])
             y, h_n, c_n, kept = lstm_forward(
                 y, *first, **self._arrays(number), norm=self.norm, eps=self.eps, lengths=lengths, keep=keep,
-                capturable=self.capturable, **self._mode_options(training),
+                reuse=before[number], capturable=self.capturable, **self._mode_options(training),
             )  # fmt: skip
+            if keep:
+                self._saved = None  # whose memory has been taken
             saved.append(kept)
             last.append((h_n, c_n))
         if training and self._buffers:
