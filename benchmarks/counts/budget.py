@@ -17,6 +17,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
+from hashlib import sha256
 from math import ceil, prod
 from typing import Any
 
@@ -27,13 +29,15 @@ from benchmarks.counts.counting import planner
 from benchmarks.counts.devices import H100, H200, Device
 from benchmarks.counts.limits import WARP, occupancy
 from benchmarks.harness.case import native_dtype
-from benchmarks.harness.timing import RESULTS, round4, write_json
+from benchmarks.harness.timing import RESULTS, ROOT, round4, write_json
 from bnkernels.runtime import source
 from bnkernels.runtime.seam import Launch, ceil_div
 from tools.backends import emulated_runtime
 from tools.compile import nvrtc, paths
 
 PATH = RESULTS / "budget.json"
+METHOD = [f"benchmarks/counts/{name}.py" for name in ("budget", "budget_rows", "counting", "devices", "limits")]
+METHOD += [f"tools/{name}.py" for name in ("compile/nvrtc", "compile/paths", "compile/sass", "emulator/runtime")]
 LANES, SCHEDULERS, VECTOR = 128, 4, 16
 DRAM_LATENCY = 1400  # cycles of a load from memory at full load: about twice an idle one's (arXiv:2402.13499)
 COPY_RATES = {H200: 4.3e12, H100: 3.0e12}  # bytes per second that copies reach (published)
@@ -53,6 +57,21 @@ def issue_budget(device: Device, moved: int) -> float:
 def bytes_needed(device: Device) -> float:
     """Return the bytes that a multiprocessor needs on their way, by Little's law."""
     return COPY_RATES[device] / device.sms * DRAM_LATENCY / device.clock
+
+
+@cache
+def _method() -> str:
+    """Return the texts of all that makes figures of a kernel."""
+    emulator = ROOT / "tools" / "emulator"
+    files = [*sorted(emulator.rglob("*.h")), *sorted(emulator.rglob("*.cpp")), *[ROOT / name for name in METHOD]]
+    return "".join(path.read_text(encoding="utf-8") for path in files)
+
+
+def digest(row: Row) -> str:
+    """Return a digest of all that the figures of a row depend on: kernel, launch, compiler and method."""
+    stem, kernel, launch = launched(row)
+    text = source.read(stem, kernel, launch.constants), repr(launch), nvrtc.NEWEST, _method()
+    return sha256("\0".join(text).encode()).hexdigest()[:16]
 
 
 def figures(row: Row) -> dict[str, Any]:
@@ -186,7 +205,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.counts.budget", description=__doc__)
     parser.add_argument("--only", default="", help="rows whose name contains this; nothing is written then")
     options = parser.parse_args(arguments)
-    rows = [figures(row) for row in ROWS if options.only in row.name]
+    rows = [figures(row) | {"digest": digest(row)} for row in ROWS if options.only in row.name]
     print(table(rows))
     if not options.only:
         write_json(PATH, {"nvrtc": nvrtc.NEWEST, "rows": rows})

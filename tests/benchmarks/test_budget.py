@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,7 @@ from benchmarks.counts import budget
 from benchmarks.counts.budget_rows import ROWS, Row
 from benchmarks.counts.devices import H100, H200
 from benchmarks.report import budget as report
+from bnkernels.runtime import source
 from tools.compile import nvrtc, paths
 
 
@@ -20,15 +22,33 @@ def test_the_issue_budget_is_what_memory_leaves_time_for() -> None:
     assert budget.issue_budget(H100, 3) > budget.issue_budget(H200, 3) > budget.issue_budget(H200, 2)
 
 
-@pytest.mark.usefixtures("nvrtc")
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_the_committed_table_is_of_these_sources(row: Row) -> None:
     committed = json.loads(budget.PATH.read_text(encoding="utf-8"))
     assert committed["nvrtc"] == nvrtc.NEWEST
     assert len(committed["rows"]) == len(ROWS)
-    (known,) = (one for one in committed["rows"] if (one["op"], tuple(one["shape"])) == (row.op, row.shape))
+    digest = committed_row(row)["digest"]
+    assert digest == budget.digest(row), "python -m benchmarks.counts.budget, then python -m benchmarks.report"
+
+
+@pytest.mark.usefixtures("nvrtc")
+@pytest.mark.parametrize("row", ROWS[::9], ids=lambda row: row.name)
+def test_the_same_sources_have_the_same_figures(row: Row) -> None:
     found = json.loads(json.dumps(budget.figures(row)))
-    assert found == known, "if this is meant: python -m benchmarks.counts.budget, then python -m benchmarks.report"
+    assert found | {"digest": budget.digest(row)} == committed_row(row)
+
+
+def test_a_kernel_that_changes_has_another_digest(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, read = budget.digest(ROWS[0]), source.read
+    monkeypatch.setattr(source, "read", lambda *given: read(*given) + "\n")
+    assert budget.digest(ROWS[0]) != before
+
+
+def committed_row(row: Row) -> dict[str, Any]:
+    """Return what is committed of a row."""
+    rows = json.loads(budget.PATH.read_text(encoding="utf-8"))["rows"]
+    (found,) = (one for one in rows if (one["op"], tuple(one["shape"])) == (row.op, row.shape))
+    return found
 
 
 @pytest.mark.usefixtures("nvrtc")

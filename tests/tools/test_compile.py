@@ -21,9 +21,11 @@ ARCHITECTURE = 90
 # By the end of a kernel's name, the type that it computes in.
 DTYPES = {"f16": np.dtype(np.float32), "bf16": np.dtype(np.float32)}
 DTYPES |= {"f32": np.dtype(np.float32), "f64": np.dtype(np.float64)}
-# Every kernel by the oldest compiler, some by the others, of whose arithmetic `make compile` counts every instruction.
+# Of every file its first and its last kernel, which differ in their data types.
 COMPILED = [
-    (version, stem) for version in nvrtc.VERSIONS for stem in source.stems()[:: 1 if version == nvrtc.OLDEST else 4]
+    (stem, kernel)
+    for stem in source.stems()
+    for kernel in source.entry_points(stem)[:: max(1, len(source.entry_points(stem)) - 1)]
 ]
 
 
@@ -45,21 +47,17 @@ def test_the_baseline_holds_the_compilers_that_are_installed_and_all_their_archi
         assert list(instructions[kernel]) == [str(one) for one in sass.ARCHITECTURES if str(one) in row]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("version", "stem"), COMPILED)
-def test_ptx_takes_what_python_packs_and_rounds_as_the_source_says(
-    version: str, stem: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("stem", "kernel"), COMPILED)
+def test_ptx_takes_what_python_packs_and_needs_no_options_of_cupys(
+    stem: str, kernel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the oldest compiler with our options alone: no kernel leans on those that CuPy adds."""
-    if version == nvrtc.OLDEST:
-        monkeypatch.setattr(nvrtc, "OPTIONS", source.OPTIONS)
-    text = source.read(stem, constants=command.CONSTANTS.get(stem, ()))
-    assembly = nvrtc.ptx(text, nvrtc.OLDEST_ARCHITECTURE, version)
-    for kernel, size in ptx.parameter_bytes(assembly).items():
-        assert LAYOUTS[struct_of(stem, kernel)][DTYPES[kernel.rpartition("_")[2]]].itemsize == size, kernel
-    assert ptx.float_atomics(assembly) == []
+    """By the oldest compiler with our options alone: no kernel leans on those of CuPy, which `make compile` has."""
+    monkeypatch.setattr(nvrtc, "OPTIONS", source.OPTIONS)
+    text = source.read(stem, kernel, command.CONSTANTS.get(stem, ()))
+    assembly = nvrtc.ptx(text, ARCHITECTURE, nvrtc.OLDEST)
+    size = LAYOUTS[struct_of(stem, kernel)][DTYPES[kernel.rpartition("_")[2]]].itemsize
+    assert ptx.parameter_bytes(assembly) == {kernel: size}
     assert ".rn" in assembly or stem == "mini_batch", "only a copy computes nothing"
-    assert ptx.contractible(assembly) == [], "a product and a sum are contracted by fma only"
 
 
 def test_data_move_16_bytes_at_a_time_where_they_lie_in_vectors() -> None:
@@ -128,14 +126,20 @@ def test_every_product_of_tf32x3_is_made_by_tensor_cores() -> None:
 
 
 def test_the_ptx_checks_see_what_they_look_for() -> None:
-    assembly = nvrtc.ptx('extern "C" __global__ void k(float* a, int n) { atomicAdd(a, float(n)); }', 75)
-    assert len(ptx.float_atomics(assembly)) == 1
+    text = 'extern "C" __global__ void k(float* a, int n) { atomicAdd(a, float(n)); }'
+    assembly, found = nvrtc.ptx(text, 75), nvrtc.resources(text, 75)
+    assert (len(ptx.float_atomics(assembly)), found["k"].float_atomics) == (1, 1)
+    assert "k on sm_75: 1 atomic sums, whose order changes from run to run, must be 0" in command.excesses(
+        {"k": {"75": found["k"]}}
+    )
     with pytest.raises(ValueError, match="k must have one parameter, a struct by value; it has 2"):
         ptx.parameter_bytes(assembly)
     assert ptx.float_atomics("atom.global.add.u32 %r1, [%rd1], 1;") == []
     assert ptx.contractible("mul.ftz.f32 %f1, %f2, %f3;\nadd.f64 %d1, %d2, %d3;\nadd.s32 %r1, %r2, %r3;") == [
         *("mul.ftz.f32", "add.f64"),
     ]
+    two = ".visible .entry a(.param .u64 p) { add.f32 %f1; }\n.visible .entry b(.param .u64 p) { add.rn.f32 %f1; }"
+    assert [len(ptx.contractible(text)) for text in ptx.entries(two).values()] == [1, 0]
     assert ptx.contractible("mul.rn.ftz.f32 %f1, %f2, %f3;\nfma.rn.f64 %d1, %d2, %d3, %d4;") == []
 
 

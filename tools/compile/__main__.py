@@ -34,6 +34,8 @@ FORBIDDEN = {
     "spill_loads": "bytes of spill loads",
     "stack": "bytes of stack",
     "static_shared": "bytes of static shared memory",
+    "contractible": "sums and products that ptxas may contract, which only fma may be",
+    "float_atomics": "atomic sums, whose order changes from run to run",
 }
 
 Table = dict[str, dict[str, nvrtc.Resources]]  # kernel -> architecture -> resources

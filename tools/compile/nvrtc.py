@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bnkernels.runtime import source
+from tools.compile import ptx as assembly
 from tools.compile import sass
 
 # Exactly what CuPy compiles with on a device: it adds to our options, and none of it can be turned off.
@@ -52,13 +53,18 @@ class CompileError(Exception):
 
 
 class Resources(NamedTuple):
-    """Resources of one kernel: registers per thread, bytes, and its machine code if that was disassembled."""
+    """Resources of one kernel: registers per thread, bytes, and its machine code if that was disassembled.
+
+    `contractible` and `float_atomics` are numbers of instructions of its PTX, see `tools.compile.ptx`.
+    """
 
     registers: int
     spill_stores: int
     spill_loads: int
     stack: int
     static_shared: int
+    contractible: int = 0
+    float_atomics: int = 0
     code: sass.MachineCode | None = None
 
 
@@ -138,8 +144,8 @@ def _text(result: bytes) -> str:
 def resources(text: str, architecture: int, version: str = NEWEST, disassemble: bool = False) -> dict[str, Resources]:
     """Compile to machine code; return what every kernel needs, as ptxas reports it, and its code on demand."""
     options = f"-arch=sm_{architecture}", "--ptxas-options=-v"
-    log, cubin = _compile(text, options, version, "ProgramLog", "CUBIN")
-    log = _text(log)
+    log, cubin, text = _compile(text, options, version, "ProgramLog", "CUBIN", "PTX")
+    log, entries = _text(log), assembly.entries(_text(text))
     codes = sass.disassemble(cubin) if disassemble else {}
     found = {}
     for kernel in _KERNEL.finditer(log):
@@ -150,6 +156,8 @@ def resources(text: str, architecture: int, version: str = NEWEST, disassemble: 
             spill_loads=int(kernel["loads"]),
             stack=int(kernel["stack"]),
             static_shared=int(shared[1]) if shared else 0,
+            contractible=len(assembly.contractible(entries[kernel["kernel"]])),
+            float_atomics=len(assembly.float_atomics(entries[kernel["kernel"]])),
             code=codes[kernel["kernel"]] if disassemble else None,
         )
     compiled = log.count("Compiling entry function")

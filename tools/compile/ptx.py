@@ -12,6 +12,13 @@ _FLOAT_ATOMIC = re.compile(r"\b(?:atom|red)\.(?:[\w:]+\.)*add\.(?:\w+\.)*b?f\d+\
 _CONTRACTIBLE = re.compile(r"\b(?:(?:add|sub|mul)\.(?!r[nzmp]\b)|mad\.)(?:\w+\.)*f(?:32|64)\b")
 
 
+def entries(ptx: str) -> dict[str, str]:
+    """Return the text of every kernel, that of the first one with the functions before it."""
+    starts = list(_ENTRY.finditer(ptx))
+    bounds = [0, *[start.start() for start in starts[1:]], len(ptx)]
+    return {start[1]: ptx[bounds[i] : bounds[i + 1]] for i, start in enumerate(starts)}
+
+
 def parameter_bytes(ptx: str) -> dict[str, int]:
     """Return the bytes of every kernel's one parameter.
 
