@@ -17,6 +17,7 @@ from bnkernels.runtime import registry
 from tools import backends, real_torch
 from tools.compile import nvrtc
 from tools.emulator import EmulatorRuntime
+from tools.emulator.build import BUILD_VARIABLE
 
 LEFT_OUT = pytest.StashKey[Counter]()  # tests that were not even started, by reason
 
@@ -45,7 +46,13 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Fail a test marked `cuda` where BNKERNELS_REQUIRE_GPU=1 says that the kernels can run, and they cannot."""
+    """Fail a test marked `cuda` where BNKERNELS_REQUIRE_GPU=1 says that the kernels can run, and they cannot.
+
+    Skip one marked `plain_build` in another build of the emulator.
+    """
+    build = os.environ.get(BUILD_VARIABLE, "plain")
+    if item.get_closest_marker("plain_build") and build != "plain":
+        pytest.skip(f"the build {build!r} makes other code of the kernels")
     if item.get_closest_marker("cuda") and (reason := registry.why_no_cuda()):
         pytest.fail(f"BNKERNELS_REQUIRE_GPU=1, but {reason}", pytrace=False)
 

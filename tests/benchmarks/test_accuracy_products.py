@@ -13,7 +13,6 @@ PAGE = Path(__file__).parents[2] / "docs" / "fused_layers.md"
 
 
 @pytest.mark.emulator
+@pytest.mark.plain_build
 def test_the_page_has_the_errors_that_are_measured(emulated: EmulatorRuntime) -> None:
-    if emulated.build != "plain":
-        pytest.skip("one build shows the bits")
     assert "\n".join(products.lines()) in PAGE.read_text(encoding="utf-8")

@@ -39,10 +39,9 @@ def test_a_reader_is_through_the_readme_in_a_few_minutes() -> None:
 
 
 @pytest.mark.emulator
+@pytest.mark.plain_build
 def test_the_counts_of_the_kernels_are_those_of_these_kernels(emulated: EmulatorRuntime) -> None:
     committed = json.loads((documents.RESULTS / "kernels.json").read_text(encoding="utf-8"))
-    if emulated.build != "plain":
-        pytest.skip(f"the build {emulated.build!r} does not count accesses")
     assert kernels.count() == committed["kernels"], "run python -m benchmarks.counts.kernels"
 
 

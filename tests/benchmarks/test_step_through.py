@@ -25,12 +25,11 @@ def test_every_case_is_there() -> None:
 
 
 @pytest.mark.emulator
+@pytest.mark.plain_build
 @pytest.mark.parametrize(
     "key", [("example", 64, 20), ("neuron", 64, 256), ("neuron", 1024, 20), ("neuron", 4096, 4), ("neuron", 4096, 20)]
 )
 def test_the_traces_are_those_of_these_kernels(key: tuple[str, int, int], emulated: EmulatorRuntime) -> None:
-    if emulated.build != "plain":
-        pytest.skip(f"the build {emulated.build!r} sees no accesses")
     (committed,) = (one for one in CASES if page.key(one) == key)
     assert json.loads(record.text([record.case(*key)])) == [committed], f"{WRITTEN} --record"
 

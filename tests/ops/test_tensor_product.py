@@ -59,13 +59,12 @@ def integers(rng: np.random.Generator, shape: tuple[int, ...], dtype: str, most:
 
 
 @pytest.mark.emulator
+@pytest.mark.plain_build
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_host_version_has_the_fragments_of_the_ptx_isa(
     emulated: EmulatorRuntime, rng: np.random.Generator, dtype: str
 ) -> None:
     """PTX ISA 9.2, section 9.7.14.5.8, element by element; the kernel and the host version could be wrong together."""
-    if emulated.build != "plain":
-        pytest.skip("one build shows where the numbers go")
     runtime = EmulatorRuntime("plain", read_sources(CUDA) | {"fragments.cu": FRAGMENTS})
     a, b = (integers(rng, shape, dtype, 8) for shape in ((16, 16), (16, 8)))
     c = rng.integers(-1000, 1000, (16, 8)).astype("float32")
@@ -89,12 +88,11 @@ def multiplied(runtime: EmulatorRuntime, dtype: str, a: np.ndarray, b: np.ndarra
 
 
 @pytest.mark.emulator
+@pytest.mark.plain_build
 def test_the_host_version_has_the_tf32_fragments_of_the_ptx_isa(
     emulated: EmulatorRuntime, rng: np.random.Generator
 ) -> None:
     """The section on mma.m16n8k8 for .tf32; of a register only the first 19 bits count."""
-    if emulated.build != "plain":
-        pytest.skip("one build shows where the numbers go")
     runtime = EmulatorRuntime("plain", read_sources(CUDA) | {"fragments.cu": FRAGMENTS})
     a, b = (rng.integers(-2047, 2048, shape).astype("float32") for shape in ((16, 8), (8, 8)))
     c = rng.integers(-1000, 1000, (16, 8)).astype("float32")

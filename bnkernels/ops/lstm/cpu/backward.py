@@ -108,12 +108,20 @@ def _step_of_row(like, pointers, sizes, t, n, out):
 
 
 @device
-def _through_row(g, scale, hat, rstd, out):
-    """Write the gradient of a row that was normalised."""
-    sum_, product_ = row_sums(g, scale, hat)
-    mean, slope = cast(sum_, rstd), cast(product_, rstd)
-    for j in range(len(out)):
-        out[j] = rstd * (scale[j] * g[j] - mean - hat[j] * slope)
+def _through_rows(g, scale_x, scale_h, hat_x, hat_h, rstd_x, rstd_h, of_h):
+    """Write the gradients of recurrent part and, over `g`, input part of a row, which were normalised."""
+    sum_x, product_x = row_sums(g, scale_x, hat_x)
+    sum_h, product_h = row_sums(g, scale_h, hat_h)
+    mean_x, slope_x, mean_h, slope_h = (
+        cast(sum_x, rstd_x),
+        cast(product_x, rstd_x),
+        cast(sum_h, rstd_h),
+        cast(product_h, rstd_h),
+    )
+    for j in range(len(g)):
+        one = g[j]
+        of_h[j] = rstd_h * (scale_h[j] * one - mean_h - hat_h[j] * slope_h)
+        g[j] = rstd_x * (scale_x[j] * one - mean_x - hat_x[j] * slope_x)
 
 
 @inner
@@ -177,11 +185,10 @@ def backward_blocks(like, pointers, sizes, first, last):
             for n in range(start, end if gx else start):
                 g, h = numbers(like, dx_part, n * columns, columns), numbers(like, dh_part, n * columns, columns)
                 if has(lengths, n, t):
-                    scales = numbers(like, rstd, 3 * step, 3 * rows)
-                    hat = numbers(like, h_hat, (step + n) * columns, columns)
-                    _through_row(g, numbers(like, gh, 0, columns), hat, scales[rows + n], h)
-                    hat = numbers(like, x_hat, (step + n) * columns, columns)
-                    _through_row(g, numbers(like, gx, 0, columns), hat, scales[n], g)
+                    scales, at = numbers(like, rstd, 3 * step, 3 * rows), (step + n) * columns
+                    _through_rows(g, numbers(like, gx, 0, columns), numbers(like, gh, 0, columns),
+                                  numbers(like, x_hat, at, columns), numbers(like, h_hat, at, columns),
+                                  scales[n], scales[rows + n], h)  # fmt: skip
                 else:
                     fill_line(h, like)
             _weights(like, of_weights, sizes, t, start, end - start, 0, columns, int(t < steps - 1))

@@ -61,6 +61,17 @@ def _sum_of_parts(x, h, scale_x, scale_h, shift, out):
 
 
 @device
+def _sum_of_rows(x, h, moments_x, moments_h, scale_x, scale_h, shift, out):
+    """Normalise input part and recurrent part of a row, and write the input of its gates."""
+    shift_x, mean_x, rstd_x = moments_x
+    shift_h, mean_h, rstd_h = moments_h
+    for j in range(len(out)):
+        hat_x, hat_h = ((x[j] - shift_x) - mean_x) * rstd_x, ((h[j] - shift_h) - mean_h) * rstd_h
+        x[j], h[j] = hat_x, hat_h
+        out[j] = scale_x[j] * hat_x + scale_h[j] * hat_h + shift[j]
+
+
+@device
 def _affine(hat, scale, shift, out):
     for j in range(len(out)):
         out[j] = scale[j] * hat[j] + shift[j]
@@ -83,10 +94,9 @@ def _gates_of_row(like, a, x, h, gx, gh, bias, of_rows, n, eps):
         for j in range(columns):
             a[j] += h[j] + shift[j]
         return
-    rows = len(of_rows) // 3
-    _standardise_row(x, of_rows, n, eps)
-    _standardise_row(h, of_rows, rows + n, eps)
-    _sum_of_parts(x, h, numbers(like, gx, 0, columns), numbers(like, gh, 0, columns), shift, a)
+    of_x, of_h = row_moments(x, eps), row_moments(h, eps)
+    of_rows[n], of_rows[len(of_rows) // 3 + n] = of_x[2], of_h[2]
+    _sum_of_rows(x, h, of_x, of_h, numbers(like, gx, 0, columns), numbers(like, gh, 0, columns), shift, a)
 
 
 @kernel
