@@ -74,7 +74,7 @@ emulate: $(TEST) ## run the op tests on emulated kernels under AddressSanitizer 
 mutants: $(TEST) ## plant bugs in the kernels: the tests must catch every one
 	$(RUN) -m tools.emulator mutants $(ARGS)
 
-coverage: $(TEST) ## lines of cuda/ that the emulated tests execute
+coverage: $(TEST) ## lines of cuda/ that the emulated tests of the ops execute
 	$(RUN) -m tools.emulator coverage -- $(PARALLEL) $(ARGS)
 
 bench: $(BENCH) ## measure everything that this machine can, beside the rivals; write the results and the tables

@@ -27,6 +27,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--every", type=int, default=1, metavar="N", help="run only every Nth of the chosen tests")
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark the quick tests of the ops themselves: what only the layers above them happen to execute is not tested."""
+    names = {mark.name for mark in item.iter_markers()}
+    if item.path.parent.name in ("ops", "regress") and "emulator" in names and not names & {"slow", "plain_build"}:
+        item.add_marker("covered")
+
+
 @pytest.hookimpl(trylast=True)  # after -m and -k have chosen
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out and count the tests that need a GPU where none is; begin with the slow ones on several processors."""

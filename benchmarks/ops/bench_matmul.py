@@ -88,12 +88,12 @@ def _sample(layouts: str) -> Sample:
     specs = {name: f"T {shapes[layout][i]}" for i, (name, layout) in enumerate(zip("ab", layouts, strict=True))}
     return Sample(
         "a b",
-        "product",
+        "out",
         lambda arrays: bn.matmul(
             *[arrays[name] if layout == "n" else arrays[name].T for name, layout in zip("ab", layouts, strict=True)],
-            out=arrays["product"],
+            out=arrays["out"],
         ),
-        specs=specs | {"product": "T NC"},
+        specs=specs | {"out": "T NC"},
         dtypes=("float32", "float64"),
         sizes=({}, {"N": 5, "K": 1030, "C": 3}),
     )

@@ -106,6 +106,20 @@ def test_two_hundred_steps_in_float32_learn_what_the_layers_learn(
     assert np.isfinite(parameters).all()
 
 
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_large_logits_do_not_overflow(backend: Backend, rng: np.random.Generator, first: int) -> None:
+    """The largest one, of whichever class, is far beyond those of which float32 has an exponential."""
+    sizes, batch = (4, 6, 3), 8
+    x, y = make_data(rng, sizes, 2 * batch, "float32")
+    model = MLP(sizes, norm="batch", activation="tanh", seed=2)
+    model.layer_arrays[-1].parameters["bias"][...] = np.roll([1000, 0, -1000], first)
+    found = in_one(backend, model, "sgd", x, y, batch)
+    losses = by_layers(model, make_optimizer("sgd", model, RATES["sgd"]), x, y, batch)
+    assert max(losses) > 500
+    np.testing.assert_allclose(found[0], losses, rtol=1e-5)
+    np.testing.assert_allclose(found[1], model.parameters, rtol=1e-4, atol=1e-4)
+
+
 def test_adams_first_step_does_not_overflow(backend: Backend) -> None:
     """The squares of gradients of 1e20, divided by 1 - beta2, are beyond float32; each weight moves by the rate."""
     model = MLP((3, 2), norm="none")

@@ -18,6 +18,7 @@ from tests.ops.test_constant_channels import test_fused_training_of_equal_exampl
 from tests.ops.test_constant_channels import test_the_running_mean_of_equal_examples as assert_the_running_mean
 from tests.ops.test_fused_training import OPTIMIZERS, RATES, by_layers, in_one, make_data
 from tests.ops.test_fused_training import test_adams_first_step_does_not_overflow as assert_it_does_not_overflow
+from tests.ops.test_fused_training import test_large_logits_do_not_overflow as assert_large_logits_do_not_overflow
 from tests.regress.refusal import refused
 from tests.train.test_engines import network_on
 from tools import backends
@@ -87,6 +88,11 @@ def test_many_steps_in_float32_learn_what_the_layers_learn(
     assert losses[-20:].mean() == pytest.approx(np.mean(wanted[-20:]), rel=0.1, abs=0.02)
     assert losses[-20:].mean() < 0.5 * losses[:5].mean()
     assert np.isfinite(parameters).all()
+
+
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_large_logits_do_not_overflow(backend: Backend, group: str, rng: np.random.Generator, first: int) -> None:
+    assert_large_logits_do_not_overflow(backend, rng, first)
 
 
 def test_adams_first_step_does_not_overflow(backend: Backend, group: str) -> None:

@@ -51,7 +51,7 @@ def check(found: tuple, given: list[np.ndarray]) -> None:
     oracle.assert_within(dbias, dlogits.sum(0), of_sums, "dbias")
 
 
-@pytest.mark.parametrize(("dtype", "labels"), [("float32", "int32"), ("float64", "int64")])
+@pytest.mark.parametrize(("dtype", "labels"), [("float32", "int32"), ("float64", "int64"), ("float64", "int32")])
 @pytest.mark.parametrize("sizes", SIZES)
 def test_matches_extended_precision(
     backend: Backend, rng: np.random.Generator, sizes: tuple[int, int, int], dtype: str, labels: str

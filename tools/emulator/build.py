@@ -51,7 +51,7 @@ BUILDS: Mapping[str, Build] = {
     # Atomic counters announce themselves as atomics: not as accesses of the kernel.
     "coverage": Build(
         engine=("-DBNK_COUNT",),
-        kernel=("-fsanitize=thread", "-O0", "--coverage", "-fprofile-update=atomic"),
+        kernel=("-fsanitize=thread", "-Og", "--coverage", "-fprofile-update=atomic"),
         link=("--coverage",),
     ),
     "asan": Build(

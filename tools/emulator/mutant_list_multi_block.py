@@ -302,6 +302,13 @@ MUTANTS = [
         select=OF_LAYER,
     ),
     Mutant(
+        "multi-block: logits are shifted by the last, not by the largest",
+        STEP,
+        "top = value > top ? value : top;",
+        "top = value;",
+        select="large_logits",
+    ),
+    Mutant(
         "multi-block by example: every block fetches the first examples",
         BY_EXAMPLE,
         "rows + first, count",
