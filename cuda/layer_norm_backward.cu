@@ -5,8 +5,8 @@
 //            dx = rstd (h - sum h / C - xhat sum (h xhat) / C)        sums over the C values of a row
 //            RMS norm, where rows are not centred: without mean, sum h, beta and dbeta.
 //            Group norm: as in layer_norm_forward.cu; dgamma and dbeta of a channel sum over its I columns too.
-// Arrays:    dy, x, dx (N, C) of type T, C order; dx may alias dy. gamma, beta (G D,) of the accumulator's type A or
-//            of T, may be null (1, 0). dgamma, dbeta (G D,) of their type. statistics (3, N) of A: mean, mean_low,
+// Arrays:    dy, x, dx as x in layer_norm_forward.cu; dx may alias dy. gamma, beta (G D,) of the accumulator's type A
+//            or of T, may be null (1, 0). dgamma, dbeta (G D,) of their type. statistics (3, N) of A: mean, mean_low,
 //            rstd; of RMS norm (1, N): rstd. partial (blocks, 2, D) of A: partial sums of dgamma and dbeta of every
 //            block, unused where a group of channels has one. barrier_counter: see lib/sync/grid_barrier.cuh.
 // Launch:    Block (width, r, 1), width a power of two and width r = `threads` a multiple of 32. The grid is any
@@ -16,7 +16,8 @@
 //            longer rows are for layer_norm_backward_cooperative.cu. Dynamic shared memory: 4 numbers of type A for
 //            every warp; for every thread, `stages` times `held` vectors of dy and of x: a row and with two stages the
 //            next one, on its way; and a Pair<A> for every column sum. Variants: linear, of the piecewise linear
-//            activations, and curved.
+//            activations, and curved; and both for channels that come last, of 256 threads at most: places and
+//            parameters that are no vectors take more than the registers of 512.
 // Traffic:   dy and x read once and dx written once; gamma, beta from the cache. Partial sums: 2 D words of every
 //            block, written once and read once; of RMS norm D.
 // Numerics:  In A. Sums of a row are plain; a number is divided by C before it is added, so that they cannot overflow.
@@ -38,7 +39,7 @@ template <typename T>
 constexpr int MOST_HELD = sizeof(T) == 4 ? 4 : 2;
 
 // scaled: by gamma, shifted: by beta, as ParameterKind. centred: 0 for RMS norm. channel_groups, inner: G and I.
-// half_share: 1 / (2 C).
+// adjacent: D if channels come last, else 0. half_share: 1 / (2 C).
 template <typename T, typename A>
 struct LayerNormBackward {
     const T* dy;
@@ -53,7 +54,7 @@ struct LayerNormBackward {
     unsigned* barrier_counter;
     long long rows, columns;
     A alpha, half_share;
-    int activation, shape, scaled, shifted, centred, channel_groups, inner, width, held, stages, threads;
+    int activation, shape, scaled, shifted, centred, channel_groups, inner, width, held, stages, threads, adjacent;
 };
 
 // A thread's sums for dgamma and dbeta over the columns of its units, in shared memory.
@@ -102,21 +103,22 @@ struct ColumnSums {
         return sum;
     }
 
-    // Calls emit(channel, quantity, sum) for all channels of the row, `inner` columns each.
-    template <typename Emit>
+    // Calls emit(channel, quantity, sum) for all channels of the row, of `inner` columns each.
+    template <typename Units, typename Emit>
     __device__ __forceinline__ void merge_rows(int columns, int inner, const Emit& emit) const {
-        if (inner > 1) return merge_channels(columns / inner, inner, emit);
+        if (inner > 1) return merge_channels<Units>(columns / inner, inner, emit);
         for (int item = thread; item < columns * quantities; item += threads)
             emit(item % columns, item / columns, value(of_column(item % columns, item / columns)));
     }
 
     // The same for channels of several columns, by a warp each.
-    template <typename Emit>
+    template <typename Units, typename Emit>
     __device__ __forceinline__ void merge_channels(int channels, int inner, const Emit& emit) const {
         for (int item = thread / WARP; item < channels * quantities; item += threads / WARP) {
             const int channel = item % channels, quantity = item / channels;
             Pair<A> sum = {A(0), A(0)};
-            for (int i = thread % WARP; i < inner; i += WARP) sum = add(sum, of_column(channel * inner + i, quantity));
+            for (int i = thread % WARP; i < inner; i += WARP)
+                sum = add(sum, of_column(Units::column_of(channel, i, inner, channels), quantity));
             sum = warp_sum(sum);
             if (thread % WARP == 0) emit(channel, quantity, value(sum));
         }
@@ -124,13 +126,13 @@ struct ColumnSums {
 };
 
 // The column sums of the block's rows, and their dx.
-template <bool CURVED, typename T, typename A>
+template <bool CURVED, typename Units, typename T, typename A>
 __device__ __forceinline__ void differentiate_rows(const LayerNormBackward<T, A>& a, Vector* stages,
                                                    const ColumnSums<T, A>& sums, A* scratch) {
-    using Row = RowGradients<CURVED, MOST_HELD<T>, T, LayerNormBackward<T, A>>;
+    using Row = RowGradients<CURVED, MOST_HELD<T>, Units, LayerNormBackward<T, A>>;
     const GroupRows own(a);
     const long long step = (long long)own.blocks * blockDim.y, first = (long long)own.block * blockDim.y;
-    const RowUnits<T> units((int)a.columns, a.width, a.shape);
+    const Units units = Units::of_row(a);
     const auto row_of = [&](long long n, int stage, const RowStatistics<A>& statistics) {
         const ThreadVectors places(stages + stage * 2 * a.held * a.threads + sums.thread, a.threads);
         return Row(a, units, places, own.row(n), 0, statistics);
@@ -189,18 +191,18 @@ __device__ __forceinline__ void merge_blocks(const LayerNormBackward<T, A>& a, c
     }
 }
 
-template <bool CURVED, typename T, typename A>
+template <bool CURVED, typename Units, typename T, typename A>
 __device__ __forceinline__ void layer_norm_backward(const LayerNormBackward<T, A>& arguments) {
     BNK_DYNAMIC_SHARED(Vector, shared);
     LayerNormBackward<T, A> a = arguments;
     take_constants(a);
     Vector* const stages = shared + a.threads / WARP * sizeof(A) / 4;
     const ColumnSums<T, A> sums(a, stages + a.stages * 2 * a.held * a.threads);
-    differentiate_rows<CURVED>(a, stages, sums, reinterpret_cast<A*>(shared));
+    differentiate_rows<CURVED, Units>(a, stages, sums, reinterpret_cast<A*>(shared));
     __syncthreads();
     const GroupRows rows(a);
     const long long channels = a.columns / a.inner;
-    sums.merge_rows((int)a.columns, a.inner, [&](int channel, int quantity, A sum) {
+    sums.template merge_rows<Units>((int)a.columns, a.inner, [&](int channel, int quantity, A sum) {
         if (rows.blocks > 1)
             a.partial[((long long)blockIdx.x * 2 + quantity) * channels + channel] = sum;
         else
@@ -213,7 +215,7 @@ __device__ __forceinline__ void layer_norm_backward(const LayerNormBackward<T, A
 
 #define LAYER_NORM_BACKWARD(variant, suffix, curved, T, A)                                      \
     BNK_KERNEL(bnk_layer_norm_backward_##variant##_##suffix, (LayerNormBackward<T, A>), 512, 1, \
-               (layer_norm_backward<curved, T, A>))
+               (layer_norm_backward<curved, RowUnits<T>, T, A>))
 
 LAYER_NORM_BACKWARD(linear, f32, false, float, float)
 LAYER_NORM_BACKWARD(linear, f16, false, Float16, float)
@@ -223,3 +225,16 @@ LAYER_NORM_BACKWARD(curved, f32, true, float, float)
 LAYER_NORM_BACKWARD(curved, f16, true, Float16, float)
 LAYER_NORM_BACKWARD(curved, bf16, true, BFloat16, float)
 LAYER_NORM_BACKWARD(curved, f64, true, double, double)
+
+#define LAYER_NORM_BACKWARD_LAST(variant, suffix, curved, T, A)                                      \
+    BNK_KERNEL(bnk_layer_norm_backward_##variant##_last_##suffix, (LayerNormBackward<T, A>), 256, 1, \
+               (layer_norm_backward<curved, LastUnits<T>, T, A>))
+
+LAYER_NORM_BACKWARD_LAST(linear, f32, false, float, float)
+LAYER_NORM_BACKWARD_LAST(linear, f16, false, Float16, float)
+LAYER_NORM_BACKWARD_LAST(linear, bf16, false, BFloat16, float)
+LAYER_NORM_BACKWARD_LAST(linear, f64, false, double, double)
+LAYER_NORM_BACKWARD_LAST(curved, f32, true, float, float)
+LAYER_NORM_BACKWARD_LAST(curved, f16, true, Float16, float)
+LAYER_NORM_BACKWARD_LAST(curved, bf16, true, BFloat16, float)
+LAYER_NORM_BACKWARD_LAST(curved, f64, true, double, double)

@@ -10,9 +10,9 @@
 //            channels; cooperative if these have more than one block. Every block has columns: `part` of them, a whole
 //            number of vectors, or what is left of the row. Blocks wait for one another once for `at_once` rows.
 //            Dynamic shared memory: 4 numbers of type A for every warp; for every thread, `held` vectors of dy and of
-//            x, 1 to MOST_HELD, of each of these rows, and with two stages of the next ones, on
-//            their way. One stage and one row at once if a span is not all. Variants: linear, of the piecewise linear
-//            activations, and curved.
+//            x, 1 to MOST_HELD, of each of these rows, and with two stages of the next ones, on their way. One stage
+//            and one row at once if a span is not all. Variants: as in layer_norm_backward.cu; of channels that come
+//            last one block is resident on a multiprocessor, of others two.
 // Traffic:   dy and x read once and dx written once as long as all columns are held; the others are read twice. gamma
 //            and beta from the cache. Partial sums: 4 C words of every group, written once and read once, and again for
 //            every ROWS_IN_REGISTERS rows behind the first ones, or for every row if not all columns are held. Every
@@ -34,7 +34,7 @@ constexpr int MOST_HELD = sizeof(T) == 2   ? 2
                                            : 4;
 
 // scaled: by gamma, shifted: by beta, as ParameterKind. centred: 0 for RMS norm. channel_groups, inner: G and I.
-// half_share: 1 / (2 C).
+// adjacent: D if channels come last, else 0. half_share: 1 / (2 C).
 template <typename T, typename A>
 struct LayerNormBackwardCooperative {
     const T* dy;
@@ -50,7 +50,7 @@ struct LayerNormBackwardCooperative {
     unsigned* barrier_counter;
     long long rows, columns, part;
     A alpha, half_share;
-    int activation, shape, scaled, shifted, centred, channel_groups, inner, held, stages, at_once;
+    int activation, shape, scaled, shifted, centred, channel_groups, inner, held, stages, at_once, adjacent;
 };
 
 // Adds the terms of all units, and clears them. A rare path: rolled, so that it takes no registers of the others.
@@ -75,10 +75,10 @@ __device__ __forceinline__ void add_terms(const GroupSums<A>& sums, const RowUni
 }
 
 // A block's share of the rows.
-template <bool CURVED, typename T, typename A>
+template <bool CURVED, typename Units, typename T, typename A>
 struct RowShare {
     using Arguments = LayerNormBackwardCooperative<T, A>;
-    using Row = RowGradients<CURVED, MOST_HELD<T>, T, Arguments, true>;
+    using Row = RowGradients<CURVED, MOST_HELD<T>, Units, Arguments, true>;
     const Arguments& a;
     const BlockColumns<T> own;
     const ThreadVectors places;
@@ -97,7 +97,8 @@ struct RowShare {
     __device__ __forceinline__ Row row(long long n, int i, int span, int turn,
                                        const RowStatistics<A>& statistics) const {
         const int stage = (a.stages == 2 && turn % 2 ? a.at_once : 0) + i;
-        return Row(a, own.units(span), places.from(2 * stage * a.held), rows().row(n), own.first(span), statistics);
+        return Row(a, Units::of_span(a, own, span), places.from(2 * stage * a.held), rows().row(n), own.first(span),
+                   statistics);
     }
 
     // First row of a turn of the group.
@@ -225,7 +226,7 @@ struct RowShare {
             Pair<A> sum = {A(0), A(0)};
 #pragma unroll 4
             for (int i = threadIdx.x; i < a.inner; i += blockDim.x)
-                sum = add(sum, of_all_groups(quantity, channel * a.inner + i));
+                sum = add(sum, of_all_groups(quantity, Units::column_of(channel, i, a.inner, channels)));
             sum = warp_sum(sum);
             if (threadIdx.x % WARP == 0) {
                 scratch[2 * warp] = sum.high;
@@ -241,19 +242,19 @@ struct RowShare {
     }
 };
 
-template <bool CURVED, typename T, typename A>
+template <bool CURVED, typename Units, typename T, typename A>
 __device__ __forceinline__ void layer_norm_backward_cooperative(const LayerNormBackwardCooperative<T, A>& arguments) {
     BNK_DYNAMIC_SHARED(A, shared);
     LayerNormBackwardCooperative<T, A> a = arguments;
     take_constants(a);
-    const RowShare<CURVED, T, A> share(a, shared);
+    const RowShare<CURVED, Units, T, A> share(a, shared);
     share.differentiate();
     share.merge_groups();
 }
 
 #define LAYER_NORM_BACKWARD_COOPERATIVE(variant, suffix, curved, T, A)                                                 \
     BNK_KERNEL(bnk_layer_norm_backward_cooperative_##variant##_##suffix, (LayerNormBackwardCooperative<T, A>), 256, 2, \
-               (layer_norm_backward_cooperative<curved, T, A>))
+               (layer_norm_backward_cooperative<curved, RowUnits<T>, T, A>))
 
 LAYER_NORM_BACKWARD_COOPERATIVE(linear, f32, false, float, float)
 LAYER_NORM_BACKWARD_COOPERATIVE(linear, f16, false, Float16, float)
@@ -263,3 +264,16 @@ LAYER_NORM_BACKWARD_COOPERATIVE(curved, f32, true, float, float)
 LAYER_NORM_BACKWARD_COOPERATIVE(curved, f16, true, Float16, float)
 LAYER_NORM_BACKWARD_COOPERATIVE(curved, bf16, true, BFloat16, float)
 LAYER_NORM_BACKWARD_COOPERATIVE(curved, f64, true, double, double)
+
+#define LAYER_NORM_BACKWARD_COOPERATIVE_LAST(variant, suffix, curved, T, A)                                         \
+    BNK_KERNEL(bnk_layer_norm_backward_cooperative_##variant##_last_##suffix, (LayerNormBackwardCooperative<T, A>), \
+               256, 1, (layer_norm_backward_cooperative<curved, LastUnits<T>, T, A>))
+
+LAYER_NORM_BACKWARD_COOPERATIVE_LAST(linear, f32, false, float, float)
+LAYER_NORM_BACKWARD_COOPERATIVE_LAST(linear, f16, false, Float16, float)
+LAYER_NORM_BACKWARD_COOPERATIVE_LAST(linear, bf16, false, BFloat16, float)
+LAYER_NORM_BACKWARD_COOPERATIVE_LAST(linear, f64, false, double, double)
+LAYER_NORM_BACKWARD_COOPERATIVE_LAST(curved, f32, true, float, float)
+LAYER_NORM_BACKWARD_COOPERATIVE_LAST(curved, f16, true, Float16, float)
+LAYER_NORM_BACKWARD_COOPERATIVE_LAST(curved, bf16, true, BFloat16, float)
+LAYER_NORM_BACKWARD_COOPERATIVE_LAST(curved, f64, true, double, double)

@@ -5,13 +5,15 @@
 //            y = phi(gamma[c] rstd (x - mean) + beta[c])
 //            RMS norm, where rows are not centred: mean = 0, so rstd = 1 / sqrt(sum x^2 / C + eps); no beta.
 //            Group norm, of G groups of D channels with I positions: the rows of an example are its groups, C = D I,
-//            and gamma and beta are those of channel (n mod G) D + c / I. Layer norm: G = I = 1.
-// Arrays:    x, y (N, C) of type T, C order; y may alias x. gamma, beta (G D,) of the accumulator's type A or of T,
-//            may be null (1, 0). statistics (3, N): mean, mean_low, rstd, of type A; of RMS norm (1, N): rstd.
+//            and gamma and beta are those of channel (n mod G) D + c / I. Layer norm: G = I = 1. If channels come
+//            last, column c is channel (n mod G) D + c mod D of position c / D.
+// Arrays:    x, y (N, C) of type T, C order, or if channels come last (N / G, I, G D); y may alias x. gamma, beta
+//            (G D,) of the accumulator's type A or of T, may be null (1, 0). statistics (3, N): mean, mean_low, rstd,
+//            of type A; of RMS norm (1, N): rstd.
 // Launch:    Block (width, r, 1), width a power of two and width r a multiple of 32, grid (ceil(N / r), 1, 1): the
 //            threads with the same threadIdx.y share a row. A thread holds `held` vectors of 16 bytes, 1 to MOST_HELD;
 //            longer rows are for layer_norm_forward_cooperative.cu. Dynamic shared memory: 3 numbers of type A for
-//            every warp.
+//            every warp. Variants: last, where channels come last; the others do not look at `adjacent`.
 // Traffic:   x read once, y written once, gamma and beta from the cache.
 // Numerics:  In A. The two plain sums of lib/reduce/row_moments.cuh, in a fixed order: deterministic. Alignment changes
 //            no bit. A variance out of range counts as infinite. RMS norm: one plain sum, of the squares.
@@ -27,7 +29,7 @@ template <typename T>
 constexpr int MOST_HELD = sizeof(T) == 2 ? 4 : 8;
 
 // scaled: by gamma, shifted: by beta, as ParameterKind. centred: 0 for RMS norm. channel_groups, inner: G and I.
-// half_share: 1 / (2 C).
+// adjacent: D if channels come last, else 0. half_share: 1 / (2 C).
 template <typename T, typename A>
 struct LayerNormForward {
     const T* x;
@@ -37,20 +39,20 @@ struct LayerNormForward {
     A* statistics;
     long long rows, columns;
     A eps, alpha, half_share;
-    int activation, shape, scaled, shifted, centred, channel_groups, inner, width, held;
+    int activation, shape, scaled, shifted, centred, channel_groups, inner, width, held, adjacent;
 };
 
 // A row of x in registers.
-template <typename T, typename A>
+template <typename Units, typename T, typename A>
 struct InputRow {
     const LayerNormForward<T, A>& a;
     const long long offset;
     const bool is_there;
-    const RowUnits<T> units;
+    const Units units;
     Vector values[MOST_HELD<T>];
 
     __device__ __forceinline__ InputRow(const LayerNormForward<T, A>& a, long long n)
-        : a(a), offset(n * a.columns), is_there(n < a.rows), units((int)a.columns, a.width, a.shape) {
+        : a(a), offset(Units::place_of_row(a, n, 0)), is_there(n < a.rows), units(Units::of_row(a)) {
         if (!is_there) return;
 #pragma unroll
         for (int k = 0; k < MOST_HELD<T>; ++k)
@@ -81,8 +83,9 @@ struct InputRow {
 };
 
 // The moments of the row. All threads must call.
-template <typename T, typename A>
-__device__ __forceinline__ RowMoments<A> moments_of(const LayerNormForward<T, A>& a, InputRow<T, A>& row, A* scratch) {
+template <typename Units, typename T, typename A>
+__device__ __forceinline__ RowMoments<A> moments_of(const LayerNormForward<T, A>& a, InputRow<Units, T, A>& row,
+                                                    A* scratch) {
     if (!a.centred) {
         A squares[1] = {A(0)};
         row.for_each_unit([&](int, const Unpacked<T>& x) { add_squares<T>(squares[0], x); });
@@ -102,21 +105,21 @@ __device__ __forceinline__ RowMoments<A> moments_of(const LayerNormForward<T, A>
 }
 
 // Writes the row's y.
-template <int UNROLL, typename T, typename A>
-__device__ __forceinline__ void normalise(InputRow<T, A>& row, long long n, Pair<A> mean, A rstd) {
+template <int UNROLL, typename Units, typename T, typename A>
+__device__ __forceinline__ void normalise(InputRow<Units, T, A>& row, long long n, Pair<A> mean, A rstd) {
     const ParameterPlace place = parameter_place(row.a, n, 0);
     row.template for_each_unit<UNROLL>([&](int k, const Unpacked<T>& x) {
         write_normalised(row.a, row.units, row.a.y + row.offset, place, k, x, mean, rstd);
     });
 }
 
-template <typename T, typename A>
+template <typename Units, typename T, typename A>
 __device__ __forceinline__ void layer_norm_forward(const LayerNormForward<T, A>& arguments) {
     BNK_DYNAMIC_SHARED(A, scratch);
     LayerNormForward<T, A> a = arguments;
     take_constants(a);
     const long long n = (long long)blockIdx.x * blockDim.y + threadIdx.y;
-    InputRow<T, A> row(a, n);
+    InputRow<Units, T, A> row(a, n);
     const RowMoments<A> moments = moments_of(a, row, scratch);
     Pair<A> mean = moments.mean;
     const A share = A(2) * a.half_share, rstd = reciprocal_sqrt(moments.m2 * share + a.eps);
@@ -128,10 +131,20 @@ __device__ __forceinline__ void layer_norm_forward(const LayerNormForward<T, A>&
         normalise<1>(row, n, mean, rstd);
 }
 
-#define LAYER_NORM_FORWARD(suffix, T, A) \
-    BNK_KERNEL(bnk_layer_norm_forward_##suffix, (LayerNormForward<T, A>), 512, 1, (layer_norm_forward<T, A>))
+#define LAYER_NORM_FORWARD(suffix, T, A)                                          \
+    BNK_KERNEL(bnk_layer_norm_forward_##suffix, (LayerNormForward<T, A>), 512, 1, \
+               (layer_norm_forward<RowUnits<T>, T, A>))
 
 LAYER_NORM_FORWARD(f32, float, float)
 LAYER_NORM_FORWARD(f16, Float16, float)
 LAYER_NORM_FORWARD(bf16, BFloat16, float)
 LAYER_NORM_FORWARD(f64, double, double)
+
+#define LAYER_NORM_FORWARD_LAST(suffix, T, A)                                          \
+    BNK_KERNEL(bnk_layer_norm_forward_last_##suffix, (LayerNormForward<T, A>), 512, 1, \
+               (layer_norm_forward<LastUnits<T>, T, A>))
+
+LAYER_NORM_FORWARD_LAST(f32, float, float)
+LAYER_NORM_FORWARD_LAST(f16, Float16, float)
+LAYER_NORM_FORWARD_LAST(bf16, BFloat16, float)
+LAYER_NORM_FORWARD_LAST(f64, double, double)

@@ -8,7 +8,7 @@
 //            lib/reduce/shared_rows.cuh; cooperative if splits > 1. Every block has columns: `part` of them, a whole
 //            number of vectors, or what is left of the row. Dynamic shared memory: 3 numbers of type A for every warp;
 //            for every thread, `held` vectors of a row and with two stages of the next one, on its way. One stage if a
-//            span is not all.
+//            span is not all. Variants: as in layer_norm_forward.cu.
 // Traffic:   x read once and y written once as long as all columns are held; the others are read twice. gamma and beta
 //            from the cache. Every warp reads 12 splits bytes of moments a row, of float64 24.
 // Numerics:  In A. The sums of a span are those of lib/reduce/row_moments.cuh, four vectors of a thread at a time.
@@ -23,6 +23,7 @@
 #include "lib/reduce/shared_rows.cuh"
 
 // scaled: by gamma, shifted: by beta, as ParameterKind. centred: 0 for RMS norm. channel_groups, inner: G and I.
+// adjacent: D if channels come last, else 0.
 template <typename T, typename A>
 struct LayerNormForwardCooperative {
     const T* x;
@@ -34,11 +35,11 @@ struct LayerNormForwardCooperative {
     unsigned* barrier_counter;
     long long rows, columns, part;
     A eps, alpha;
-    int activation, shape, scaled, shifted, centred, channel_groups, inner, held, stages;
+    int activation, shape, scaled, shifted, centred, channel_groups, inner, held, stages, adjacent;
 };
 
 // A block's share of the rows.
-template <typename T, typename A>
+template <typename Units, typename T, typename A>
 struct RowShare {
     const LayerNormForwardCooperative<T, A>& a;
     const BlockColumns<T> own;
@@ -56,9 +57,9 @@ struct RowShare {
 
     // Begins to copy a span of row n, if there is that row.
     __device__ __forceinline__ void ask(long long n, int span, int turn) const {
-        const RowUnits<T> units = own.units(span);
+        const Units units = Units::of_span(a, own, span);
         const ThreadVectors held = of_thread(turn);
-        const T* const row = a.x + n * a.columns + own.first(span);
+        const T* const row = a.x + Units::place_of_row(a, n, own.first(span));
         if (n < a.rows) {
 #pragma unroll 4
             for (int k = 0; k < a.held; ++k)
@@ -125,8 +126,8 @@ struct RowShare {
         const int last = own.spans - 1;
 #pragma unroll 1
         for (int span = last; span >= 0; --span) {
-            const RowUnits<T> units = own.units(span);
-            const long long column = own.first(span), place = n * a.columns + column;
+            const Units units = Units::of_span(a, own, span);
+            const long long column = own.first(span), place = Units::place_of_row(a, n, column);
             const ParameterPlace parameters = parameter_place(a, n, column);
             const auto load = [&](int k) { return span == last ? held[k] : units.load(a.x + place, k); };
             for_each_unit<UNROLL, T>(units, a.held, load, [&](int k, const Unpacked<T>& x) {
@@ -136,11 +137,11 @@ struct RowShare {
     }
 };
 
-template <typename T, typename A>
+template <typename Units, typename T, typename A>
 __device__ __forceinline__ void layer_norm_forward_cooperative(const LayerNormForwardCooperative<T, A>& arguments) {
     LayerNormForwardCooperative<T, A> a = arguments;
     take_constants(a);
-    const RowShare<T, A> share(a);
+    const RowShare<Units, T, A> share(a);
     if (a.stages == 2) share.ask(blockIdx.x, 0, 0);
     int turn = 0;
 #pragma unroll 1
@@ -172,9 +173,18 @@ __device__ __forceinline__ void layer_norm_forward_cooperative(const LayerNormFo
 
 #define LAYER_NORM_FORWARD_COOPERATIVE(suffix, T, A)                                                     \
     BNK_KERNEL(bnk_layer_norm_forward_cooperative_##suffix, (LayerNormForwardCooperative<T, A>), 256, 2, \
-               (layer_norm_forward_cooperative<T, A>))
+               (layer_norm_forward_cooperative<RowUnits<T>, T, A>))
 
 LAYER_NORM_FORWARD_COOPERATIVE(f32, float, float)
 LAYER_NORM_FORWARD_COOPERATIVE(f16, Float16, float)
 LAYER_NORM_FORWARD_COOPERATIVE(bf16, BFloat16, float)
 LAYER_NORM_FORWARD_COOPERATIVE(f64, double, double)
+
+#define LAYER_NORM_FORWARD_COOPERATIVE_LAST(suffix, T, A)                                                     \
+    BNK_KERNEL(bnk_layer_norm_forward_cooperative_last_##suffix, (LayerNormForwardCooperative<T, A>), 256, 2, \
+               (layer_norm_forward_cooperative<LastUnits<T>, T, A>))
+
+LAYER_NORM_FORWARD_COOPERATIVE_LAST(f32, float, float)
+LAYER_NORM_FORWARD_COOPERATIVE_LAST(f16, Float16, float)
+LAYER_NORM_FORWARD_COOPERATIVE_LAST(bf16, BFloat16, float)
+LAYER_NORM_FORWARD_COOPERATIVE_LAST(f64, double, double)

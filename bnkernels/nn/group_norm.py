@@ -16,7 +16,7 @@ from bnkernels.runtime.registry import runtime_of
 
 
 class GroupNorm(Norm):
-    """Group normalisation of (N, C), (N, C, L), (N, C, H, W), ..., C order, with an activation behind it.
+    """Group normalisation of (N, C), (N, C, L), (N, C, H, W), ..., or channels last, with an activation behind it.
 
     Parameters
     ----------
@@ -24,6 +24,8 @@ class GroupNorm(Norm):
         Number of groups, which divides that of the channels.
     num_channels : int
         Number of channels, C.
+    axis : int
+        Axis of the channels: 1, or -1 where they come last.
     eps : float
         Number added to the variance, in the units of ``x**2``.
     affine : bool
@@ -61,6 +63,7 @@ class GroupNorm(Norm):
         num_groups: int,
         num_channels: int,
         *,
+        axis: int = 1,
         eps: float = 1e-5,
         affine: bool = True,
         activation: str = "identity",
@@ -73,6 +76,9 @@ class GroupNorm(Norm):
         self.num_channels = check.integer("num_channels", num_channels, 1)
         if num_channels % num_groups:
             raise ValueError(f"num_groups must divide num_channels, got {num_groups} and {num_channels}")
+        self.axis = check.integer("axis", axis)
+        if self.axis not in (1, -1):
+            raise ValueError(f"axis must be 1 or -1: channels come behind the examples or last, got {axis}")
         options = {"eps": eps, "activation": activation, "alpha": alpha, "dtype": dtype, "xp": xp}
         self._take(("weight", "bias") if check.boolean("affine", affine) else (), num_channels, options)
 
@@ -91,7 +97,7 @@ class GroupNorm(Norm):
         gradients : dict of str to array, optional
             Arrays for the gradients of `weight` and `bias`; by default they are made.
         **options
-            Other options of the constructor: eps, activation, alpha.
+            Other options of the constructor: axis, eps, activation, alpha.
 
         Returns
         -------
@@ -110,8 +116,8 @@ class GroupNorm(Norm):
 
     def _forward(self, x: Any, training: bool, keep: bool) -> Any:
         given = x, self.num_groups, self._parameters.get("weight"), self._parameters.get("bias")
-        options = {"eps": self.eps, "activation": self.activation, "alpha": self.alpha, "out": self._new_outputs(x)}
-        y, statistics = group_norm_forward(*given, **options)
+        options = {"axis": self.axis, "eps": self.eps, "activation": self.activation, "alpha": self.alpha}
+        y, statistics = group_norm_forward(*given, **options, out=self._new_outputs(x))
         if keep:
             self._saved = x, statistics
         return y
@@ -121,17 +127,19 @@ class GroupNorm(Norm):
         vectors = self._vector_gradients(x, (self.num_channels,))
         out = dy if in_place else empty(runtime_of(type(x)), x.shape, x), *vectors
         given = dy, x, self.num_groups, self._parameters.get("weight"), self._parameters.get("bias"), statistics
-        return group_norm_backward(*given, activation=self.activation, alpha=self.alpha, out=out)[0]
+        options = {"axis": self.axis, "activation": self.activation, "alpha": self.alpha}
+        return group_norm_backward(*given, **options, out=out)[0]
 
     def _statistics_of(self, x: Any) -> tuple[int, ...]:
         return 3, x.shape[0], self.num_groups
 
     def _check(self, x: Any) -> None:
         super()._check(x)
-        if len(x.shape) < 2 or x.shape[1] != self.num_channels:
-            raise ValueError(f"x must have {self.num_channels} channels in axis 1, got the shape {x.shape}")
+        if len(x.shape) < 2 or x.shape[self.axis] != self.num_channels:
+            raise ValueError(f"x must have {self.num_channels} channels in axis {self.axis}, got the shape {x.shape}")
 
     def _options(self) -> list[str]:
-        options = [f"{self.num_groups}, {self.num_channels}", *([] if self.eps == 1e-5 else [f"eps={self.eps!r}"])]
+        options = [f"{self.num_groups}, {self.num_channels}", *([] if self.axis == 1 else ["axis=-1"])]
+        options += [] if self.eps == 1e-5 else [f"eps={self.eps!r}"]
         options += [] if self._parameters else ["affine=False"]
         return options + self._last_options()

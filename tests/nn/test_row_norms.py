@@ -43,16 +43,18 @@ def test_rms_norm_is_its_formulas(backend: Backend, rng: np.random.Generator, ax
     assert_gradients(backend, layer, x, dy)
 
 
+@pytest.mark.parametrize("axis", [1, -1])
 @pytest.mark.parametrize(("groups", "shape"), [(2, (5, 4, 6)), (3, (4, 6)), (1, (2, 3, 2, 5)), (4, (2, 4, 3, 2))])
 def test_group_norm_is_its_formulas(
-    backend: Backend, rng: np.random.Generator, groups: int, shape: tuple[int, ...]
+    backend: Backend, rng: np.random.Generator, groups: int, shape: tuple[int, ...], axis: int
 ) -> None:
     x, dy = rng.standard_normal((2, *shape))
-    layer = nn.GroupNorm(groups, shape[1], activation="tanh", dtype="float64", xp=backend.xp)
+    layer = nn.GroupNorm(groups, shape[1], axis=axis, activation="tanh", dtype="float64", xp=backend.xp)
     perturbed(backend, rng, layer)
     xhat = normalised(x.reshape(shape[0], groups, -1), (2,), 1e-5).reshape(shape)
     weight, bias = (backend.asnumpy(array).reshape(-1, *[1] * (x.ndim - 2)) for array in (layer.weight, layer.bias))
-    assert_close(backend, layer(backend.asarray(x)), np.tanh(weight * xhat + bias))
+    x, dy, y = (np.ascontiguousarray(np.moveaxis(a, 1, axis)) for a in (x, dy, np.tanh(weight * xhat + bias)))
+    assert_close(backend, layer(backend.asarray(x)), y)
     assert_gradients(backend, layer, x, dy)
     assert layer.statistics.mean.shape == (shape[0], groups)
 
@@ -160,6 +162,12 @@ def test_gradients_accumulate_and_a_repr_makes_such_a_layer(
         (lambda: nn.RMSNorm(4)(np.zeros((3, 5), "float32")), ValueError, r"x must have \(4,\) as its last axes"),
         (lambda: nn.GroupNorm(4, 6), ValueError, "num_groups must divide num_channels, got 4 and 6"),
         (lambda: nn.GroupNorm(0, 6), ValueError, "num_groups must be at least 1"),
+        (lambda: nn.GroupNorm(2, 6, axis=2), ValueError, "axis must be 1 or -1"),
+        (
+            lambda: nn.GroupNorm(2, 6, axis=-1)(np.zeros((3, 6, 4), "float32")),
+            ValueError,
+            "x must have 6 channels in axis -1",
+        ),
         (lambda: nn.GroupNorm(2, 6)(np.zeros((3, 5), "float32")), ValueError, "x must have 6 channels in axis 1"),
         (
             lambda: nn.GroupNorm(2, 6)(np.zeros((3, 4, 6), "float32").transpose(0, 2, 1)),

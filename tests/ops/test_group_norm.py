@@ -35,6 +35,9 @@ CASES = [
 ]
 
 
+AXES = pytest.mark.parametrize("axis", [1, -1], ids=["channels first", "channels last"])
+
+
 def make(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> list[np.ndarray]:
     """Return x, dy in the type, gamma and beta in that of the accumulator."""
     kind = dtype_named(dtype)
@@ -43,29 +46,31 @@ def make(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> list[n
     return [x, dy, rng.uniform(0.5, 1.5, shape[1]).astype(of), rng.standard_normal(shape[1]).astype(of)]
 
 
-def problem_of(shape: tuple[int, ...], groups: int, dtype: str) -> Problem:
-    """Return the problem of a tensor."""
+def problem_of(shape: tuple[int, ...], groups: int, dtype: str, axis: int = 1) -> Problem:
+    """Return the problem of a tensor, (N, C, ...), with its channels in an axis."""
     inner = int(np.prod(shape[2:]))
-    columns = shape[1] // groups * inner
-    return Problem(shape[0] * groups, columns, np.dtype(dtype_named(dtype)), channel_groups=groups, inner=inner)
+    sizes = shape[0] * groups, shape[1] // groups * inner, np.dtype(dtype_named(dtype))
+    return Problem(*sizes, channel_groups=groups, inner=inner, channels_last=axis != 1 and inner > 1)
 
 
-def plans(shape: tuple[int, ...], groups: int, dtype: str, limits: Limits) -> list[LaunchPlan]:
+def plans(shape: tuple[int, ...], groups: int, dtype: str, limits: Limits, axis: int = 1) -> list[LaunchPlan]:
     """Return the plans of both directions."""
-    problem = problem_of(shape, groups, dtype)
+    problem = problem_of(shape, groups, dtype, axis)
     return [choose_forward(problem, limits), choose_backward(problem, limits)]
 
 
 def assert_right(
-    backend: Backend, groups: int, x: Any, dy: Any, gamma: Any, beta: Any, activation: str = "identity"
+    backend: Backend, groups: int, x: Any, dy: Any, gamma: Any, beta: Any, activation: str = "identity", axis: int = 1
 ) -> None:
-    """Check forward and backward against the formulas of every group."""
-    eps, u = 1e-3, unit_roundoff(x.dtype)
-    on_x, on_dy, *vectors = backend.arrays(x, dy, gamma, beta)
-    y, statistics = bn.group_norm_forward(on_x, groups, *vectors, eps=eps, activation=activation)
+    """Check forward and backward against the formulas of every group, with the channels in an axis."""
+    eps, u, options = 1e-3, unit_roundoff(x.dtype), {"activation": activation, "axis": axis}
+    given = (np.ascontiguousarray(np.moveaxis(array, 1, axis)) for array in (x, dy))
+    on_x, on_dy, *vectors = backend.arrays(*given, gamma, beta)
+    y, statistics = bn.group_norm_forward(on_x, groups, *vectors, eps=eps, **options)
     assert statistics.shape == (3, len(x), groups)
-    grads = bn.group_norm_backward(on_dy, on_x, groups, *vectors, statistics, activation=activation)
+    grads = bn.group_norm_backward(on_dy, on_x, groups, *vectors, statistics, **options)
     y, statistics, dx, dgamma, dbeta = map(backend.asnumpy, (y, statistics, *grads))
+    y, dx = (np.ascontiguousarray(np.moveaxis(array, axis, 1)) for array in (y, dx))
     rows, channels = (len(x), groups, -1), x.shape[1] // groups
     inner = x[0].size // x.shape[1]
     for group in range(groups):
@@ -91,10 +96,11 @@ def test_is_what_the_formulas_say(
     assert_right(backend, groups, *make(rng, shape, dtype))
 
 
+@AXES
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu", "sigmoid", "tanh", "gelu", "silu", "elu"])
-def test_every_activation(backend: Backend, rng: np.random.Generator, activation: str) -> None:
-    assert_right(backend, 3, *make(rng, (4, 6, 8), "float32"), activation)
-    assert_right(backend, 2, *make(rng, (3, 4, 5), "bfloat16"), activation)
+def test_every_activation(backend: Backend, rng: np.random.Generator, activation: str, axis: int) -> None:
+    assert_right(backend, 3, *make(rng, (4, 6, 8), "float32"), activation, axis)
+    assert_right(backend, 2, *make(rng, (3, 4, 5), "bfloat16"), activation, axis)
 
 
 @pytest.mark.parametrize("given", [(False, False), (True, False), (False, True)])
@@ -121,18 +127,20 @@ def test_agrees_with_pytorch(
         np.testing.assert_allclose(backend.asnumpy(got), right, rtol=tolerance, atol=tolerance * abs(right).max())
 
 
-def test_the_gradients_are_slopes(backend: Backend, rng: np.random.Generator) -> None:
+@AXES
+def test_the_gradients_are_slopes(backend: Backend, rng: np.random.Generator, axis: int) -> None:
     """Central differences."""
-    x, dy, gamma, beta = make(rng, (2, 4, 3), "float64")
+    x, dy, gamma, beta = make(rng, (2, 4, 4), "float64")
+    options = {"activation": "tanh", "axis": axis}
 
     def loss(arrays: list[np.ndarray]) -> float:
         on_x, *vectors = backend.arrays(*arrays)
-        y, _ = bn.group_norm_forward(on_x, 2, *vectors, activation="tanh")
+        y, _ = bn.group_norm_forward(on_x, 2, *vectors, **options)
         return float((backend.asnumpy(y) * dy).sum())
 
     on_x, on_dy, *vectors = backend.arrays(x, dy, gamma, beta)
-    _, statistics = bn.group_norm_forward(on_x, 2, *vectors, activation="tanh")
-    grads = bn.group_norm_backward(on_dy, on_x, 2, *vectors, statistics, activation="tanh")
+    _, statistics = bn.group_norm_forward(on_x, 2, *vectors, **options)
+    grads = bn.group_norm_backward(on_dy, on_x, 2, *vectors, statistics, **options)
     for number, got in enumerate(map(backend.asnumpy, grads)):
         for i in range(got.size):
             values = []
@@ -167,26 +175,31 @@ def test_with_a_group_for_each_channel_is_instance_norm(backend: Backend, rng: n
         np.testing.assert_allclose(backend.asnumpy(got), backend.asnumpy(want), rtol=1e-12, atol=1e-13)
 
 
-def test_groups_know_nothing_of_each_other(backend: Backend, rng: np.random.Generator) -> None:
+@AXES
+def test_groups_know_nothing_of_each_other(backend: Backend, rng: np.random.Generator, axis: int) -> None:
     """Results of a group alone have the same bits; what is not finite stays in its group of its example."""
     x, _, gamma, beta = make(rng, (3, 6, 8), "float32")
     x[1, 2, 3], x[2, 0, 0] = np.nan, np.inf
-    on_x, *vectors = backend.arrays(x, gamma, beta)
-    y, _ = bn.group_norm_forward(on_x, 3, *vectors)
-    wrong = np.isnan(backend.asnumpy(y)).reshape(3, 3, 16).any(2)
+
+    def forward(groups: int, own: slice) -> np.ndarray:
+        given = backend.arrays(np.ascontiguousarray(np.moveaxis(x[:, own], 1, axis)), gamma[own], beta[own])
+        y, _ = bn.group_norm_forward(given[0], groups, *given[1:], axis=axis)
+        return np.moveaxis(backend.asnumpy(y), axis, 1)
+
+    y = forward(3, slice(6))
+    wrong = np.isnan(y.reshape(3, 3, 16)).any(2)
     assert np.argwhere(wrong).tolist() == [[1, 1], [2, 0]]
     for group in range(3):
         own = slice(2 * group, 2 * group + 2)
-        alone = backend.arrays(np.ascontiguousarray(x[:, own]), gamma[own], beta[own])
-        one, _ = bn.group_norm_forward(alone[0], 1, *alone[1:])
-        np.testing.assert_array_equal(backend.asnumpy(one), backend.asnumpy(y)[:, own])
+        np.testing.assert_array_equal(forward(1, own), y[:, own])
 
 
-def test_a_constant_group_is_its_shift(backend: Backend) -> None:
-    x, beta = np.full((2, 6, 7), 0.1, "float32"), np.arange(6, dtype="float32")
+@AXES
+def test_a_constant_group_is_its_shift(backend: Backend, axis: int) -> None:
+    x, beta = np.full((2, 6, 6), 0.1, "float32"), np.arange(6, dtype="float32")
     on_x, on_beta = backend.arrays(x, beta)
-    y, statistics = bn.group_norm_forward(on_x, 2, None, on_beta)
-    np.testing.assert_array_equal(backend.asnumpy(y), np.broadcast_to(beta[:, None], x.shape))
+    y, statistics = bn.group_norm_forward(on_x, 2, None, on_beta, axis=axis)
+    np.testing.assert_array_equal(np.moveaxis(backend.asnumpy(y), axis, 1), np.broadcast_to(beta[:, None], x.shape))
     np.testing.assert_array_equal(backend.asnumpy(statistics)[0], np.float32(0.1))
 
 

@@ -10,7 +10,7 @@ import pytest
 import bnkernels as bn
 from bnkernels.runtime.seam import Limits
 from tests.ops.test_batch_norm_masked import DTYPES, dtype_named
-from tests.ops.test_group_norm import assert_right, make, plans
+from tests.ops.test_group_norm import AXES, assert_right, make, plans
 from tests.ops.test_layer_norm import H200
 from tests.ops.test_layer_norm_long_rows import ALONE, ROOMIEST, SMALL, WIDE
 from tests.regress.refusal import refused
@@ -29,6 +29,7 @@ def test_long_groups(backend: Backend, rng: np.random.Generator, shape: tuple[in
 
 
 @pytest.mark.emulator
+@AXES
 @pytest.mark.parametrize(
     ("dtype", "shape", "groups", "limits"),
     [
@@ -38,8 +39,10 @@ def test_long_groups(backend: Backend, rng: np.random.Generator, shape: tuple[in
         ("float32", (2, 4, 18_000), 2, ALONE),  # a block for each group, none of which may wait
         ("float32", (9, 10, 4100), 5, SMALL),  # more groups than blocks that are resident
         ("float32", (3, 10, 4096), 2, WIDE),
+        ("float32", (3, 16, 2050), 2, SMALL),
+        ("float32", (24, 16, 1026), 2, ROOMIEST),
     ],
-    ids=["splits", "two at once", "read again", "alone", "many groups", "whole vectors"],
+    ids=["splits", "two at once", "read again", "alone", "many groups", *["whole vectors"] * 3],
 )
 def test_long_groups_of_several_blocks(
     emulated: EmulatorRuntime,
@@ -48,23 +51,25 @@ def test_long_groups_of_several_blocks(
     shape: tuple[int, ...],
     groups: int,
     limits: Limits,
+    axis: int,
 ) -> None:
-    backward = plans(shape, groups, dtype, limits)[1]
+    backward = plans(shape, groups, dtype, limits, axis)[1]
     assert "cooperative" in backward.kernel
     assert backward.launch.grid[0] % groups == 0
     with emulated.device_limits(limits):
-        assert_right(backends.make("emulator"), groups, *make(rng, shape, dtype))
+        assert_right(backends.make("emulator"), groups, *make(rng, shape, dtype), axis=axis)
 
 
+@AXES
 @pytest.mark.parametrize(("shape", "groups"), [((900, 8, 6), 2), ((300, 16, 16), 4), ((5000, 8), 2)])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_several_blocks_meet(
-    backend: Backend, rng: np.random.Generator, shape: tuple[int, ...], groups: int, dtype: str
+    backend: Backend, rng: np.random.Generator, shape: tuple[int, ...], groups: int, dtype: str, axis: int
 ) -> None:
-    grid = plans(shape, groups, dtype, H200)[1].launch.grid
+    grid = plans(shape, groups, dtype, H200, axis)[1].launch.grid
     assert grid[0] > groups
     assert grid[0] % groups == 0
-    assert_right(backend, groups, *make(rng, shape, dtype))
+    assert_right(backend, groups, *make(rng, shape, dtype), axis=axis)
 
 
 @pytest.mark.parametrize(("shape", "groups"), [((64, 300, 4), 300), ((4, 64, 300), 32)])
@@ -114,9 +119,10 @@ def test_every_byte_is_moved_once(counting_emulator: EmulatorRuntime, rng: np.ra
     assert backward.of(dgamma).bytes_written == backward.of(dbeta).bytes_written == dgamma.nbytes
 
 
+@AXES
 @pytest.mark.parametrize("shift", [1, 3])
-def test_alignment_changes_no_bit(backend: Backend, rng: np.random.Generator, shift: int) -> None:
-    arrays, found = make(rng, (40, 12, 8), "float32"), []
+def test_alignment_changes_no_bit(backend: Backend, rng: np.random.Generator, shift: int, axis: int) -> None:
+    arrays, found = make(rng, (40, 12, 12), "float32"), []
     for start in (0, shift):
         moved = []
         for array in arrays:
@@ -125,8 +131,8 @@ def test_alignment_changes_no_bit(backend: Backend, rng: np.random.Generator, sh
             view[...] = backend.asarray(array)
             moved.append(view)
         x, dy, *vectors = moved
-        y, statistics = bn.group_norm_forward(x, 3, *vectors)
-        grads = bn.group_norm_backward(dy, x, 3, *vectors, statistics)
+        y, statistics = bn.group_norm_forward(x, 3, *vectors, axis=axis)
+        grads = bn.group_norm_backward(dy, x, 3, *vectors, statistics, axis=axis)
         found.append([backend.asnumpy(array) for array in (y, statistics, *grads)])
     for one, two in zip(*found, strict=True):
         np.testing.assert_array_equal(one, two)
@@ -174,11 +180,12 @@ def test_in_place_and_replayed(backend: Backend, rng: np.random.Generator) -> No
     np.testing.assert_array_equal(backend.asnumpy(x), backend.asnumpy(y))
 
 
-def test_of_no_examples_there_is_nothing(backend: Backend) -> None:
-    x = backend.asarray(np.zeros((0, 4, 5), "float32"))
-    y, statistics = bn.group_norm_forward(x, 2)
-    dx, dgamma, _ = bn.group_norm_backward(x, x, 2, None, None, statistics)
-    assert (y.shape, statistics.shape, dx.shape, dgamma.shape) == ((0, 4, 5), (3, 0, 2), (0, 4, 5), (4,))
+@AXES
+def test_of_no_examples_there_is_nothing(backend: Backend, axis: int) -> None:
+    x = backend.asarray(np.zeros((0, 4, 4), "float32"))
+    y, statistics = bn.group_norm_forward(x, 2, axis=axis)
+    dx, dgamma, _ = bn.group_norm_backward(x, x, 2, None, None, statistics, axis=axis)
+    assert (y.shape, statistics.shape, dx.shape, dgamma.shape) == ((0, 4, 4), (3, 0, 2), (0, 4, 4), (4,))
     assert not backend.asnumpy(dgamma).any()
 
 

@@ -90,9 +90,9 @@ def layer_norm_plans(limits: Limits) -> Iterator[Plan]:
 
 def group_norm_plans(limits: Limits) -> Iterator[Plan]:
     """Yield one for each data type and shape; a backward has as many blocks for each group of channels."""
-    sizes = product(TYPES, (1, 64, 5000), (1, 2, 32, 300), (1, 10, 16), (1, 49, 3136, 20_000))
-    for dtype, examples, groups, channels, inner in sizes:
-        shape = {"channel_groups": groups, "inner": inner}
+    sizes = product(TYPES, (1, 64, 5000), (1, 2, 32, 300), (1, 10, 16), (1, 49, 3136, 20_000), (False, True))
+    for dtype, examples, groups, channels, inner, last in sizes:
+        shape = {"channel_groups": groups, "inner": inner, "channels_last": last and inner > 1}
         problem = layer_norm.Problem(examples * groups, channels * inner, dtype, **shape)
         for curved in (False, True):
             chosen = layer_norm.choose_backward(problem, limits, curved)
@@ -206,6 +206,8 @@ def promise_of(kernel: str) -> int:
         ("batch_norm", batch_norm, ""),
         ("layer_norm", layer_norm, "backward_(linear|curved)"),
         ("layer_norm", long_rows, "(forward|backward)_cooperative"),
+        ("group_norm", long_rows, "forward_cooperative_last|backward_cooperative_(linear|curved)_(?!last)"),
+        ("group_norm", layer_norm, "backward_(cooperative_)?(linear|curved)_last"),
         ("lstm", lstm, ""),
         *((op, gemm, "") for op in ("linear_batch_norm", "linear_softmax_cross_entropy", "fused_training")),
     ],

@@ -12,7 +12,12 @@ from typing import Any
 
 from bnkernels.ops.activations import activation_named
 from bnkernels.ops.layer_norm.call import backward, forward
-from bnkernels.ops.layer_norm.problem import GROUP_BACKWARD, GROUP_FORWARD
+from bnkernels.ops.layer_norm.problem import (
+    GROUP_BACKWARD,
+    GROUP_FORWARD,
+    LAST_GROUP_BACKWARD,
+    LAST_GROUP_FORWARD,
+)
 from bnkernels.runtime import checks as check
 from bnkernels.runtime.arrays import AnyArray, Array
 from bnkernels.runtime.replay import ReplayCache
@@ -26,6 +31,7 @@ def group_norm_forward(
     gamma: AnyArray | None = None,
     beta: AnyArray | None = None,
     *,
+    axis: int = 1,
     eps: float = 1e-5,
     activation: str = "identity",
     alpha: float | None = None,
@@ -35,14 +41,15 @@ def group_norm_forward(
 
     Parameters
     ----------
-    x : array, shape (N, C), (N, C, L), (N, C, H, W), ..., type T
-        Examples; C order. Channels last are refused, for they would have to be copied: pass
-        ``xp.ascontiguousarray(xp.moveaxis(x, -1, 1))``.
+    x : array, shape (N, C), (N, C, L), (N, C, H, W), ..., or (N, L, C), (N, H, W, C), ..., type T
+        Examples; C order.
     groups : int
         Number of groups, G, which divides C. With one group it is layer norm with a scale and a shift for each channel,
         with C groups instance norm.
     gamma, beta : array, shape (C,), type P, optional
         Scale and shift of every channel; without them 1 and 0.
+    axis : int
+        Axis of the channels: 1, or -1 where they come last, without a copy.
     eps : float
         Number added to the variance, in the units of ``x**2``: at least the smallest normal number of type A, because
         a constant group has the variance 0.
@@ -91,11 +98,11 @@ def group_norm_forward(
     >>> statistics[0]
     array([[2., 5.]])
     """
-    call = FORWARD_CALLS.replay(out, (x, gamma, beta), groups, eps, activation, alpha)
+    call = FORWARD_CALLS.replay(out, (x, gamma, beta), groups, axis, eps, activation, alpha)
     if call.replayed:
         return out
     options = ("groups", groups), activation_named(activation, alpha), check.epsilon(eps, x)
-    return forward(GROUP_FORWARD, call, out, *options, x, gamma, beta)
+    return forward(LAST_GROUP_FORWARD if _last(x, axis) else GROUP_FORWARD, call, out, *options, x, gamma, beta)
 
 
 def group_norm_backward(
@@ -106,6 +113,7 @@ def group_norm_backward(
     beta: AnyArray | None,
     statistics: AnyArray,
     *,
+    axis: int = 1,
     activation: str = "identity",
     alpha: float | None = None,
     workspace: AnyArray | None = None,
@@ -121,7 +129,7 @@ def group_norm_backward(
         Arguments of the forward.
     statistics : array, shape (3, N, G), type A
         Result of the forward.
-    activation, alpha : str, float
+    axis, activation, alpha : int, str, float
         Arguments of the forward.
     workspace : array, shape (W,), type A, optional
         Memory for partial sums: W of at least 512 times the numbers of a group, and of 4 times those of an example. By
@@ -157,8 +165,16 @@ def group_norm_backward(
     (True, array([2., 2., 2., 2.]))
     """
     given = dy, x, gamma, beta, statistics, workspace
-    call = BACKWARD_CALLS.replay(out, given, groups, activation, alpha)
+    call = BACKWARD_CALLS.replay(out, given, groups, axis, activation, alpha)
     if call.replayed:
         return out
     options = ("groups", groups), activation_named(activation, alpha)
-    return backward(GROUP_BACKWARD, call, out, *options, *given)
+    return backward(LAST_GROUP_BACKWARD if _last(x, axis) else GROUP_BACKWARD, call, out, *options, *given)
+
+
+def _last(x: Any, axis: int) -> bool:
+    """Tell whether the channels come last. What is no array has no shape: the op says so."""
+    axis, last = check.integer("axis", axis), len(getattr(x, "shape", (0, 0))) - 1
+    if axis not in (1, -1, last):
+        raise ValueError(f"axis must be 1 or -1: channels come behind the examples or last, got {axis}")
+    return axis != 1

@@ -103,15 +103,16 @@ def _prepared(
 def _codes(plan: LaunchPlan, problem: Problem, phi: Activation, members: dict[str, Any]) -> dict[str, int]:
     """Return the last members of the argument, for whose values a kernel is compiled."""
     names, width = plan.arguments.names, plan.launch.block[0]
-    by_vectors = ("dy", "x", "y", "dx", "gamma", "beta") if problem.inner == 1 else ("dy", "x", "y", "dx")
-    by_vectors = [members[name] for name in by_vectors if name in members]
-    shape = problem.columns % problem.count == 0 and all(address % VECTOR == 0 for address in by_vectors)
+    adjacent = problem.adjacent
+    names_of = ("dy", "x", "y", "dx", "gamma", "beta") if problem.inner == 1 or adjacent else ("dy", "x", "y", "dx")
+    by_vectors = [members[name] for name in names_of if name in members]
+    shape = (adjacent or problem.columns) % problem.count == 0 and all(place % VECTOR == 0 for place in by_vectors)
     if shape and "width" in names and plan.held * width == problem.vectors:
         shape = FULL
     kind = IN_STORAGE_TYPE if problem.params_in_storage_type else IN_ACCUMULATOR_TYPE
     given = {"scaled": members["gamma"] and kind, "shifted": members["beta"] and kind}
     codes = {"activation": phi.code, "shape": int(shape), **given, "centred": int(problem.centred)}
-    codes |= {"channel_groups": problem.channel_groups, "inner": problem.inner}
+    codes |= {"channel_groups": problem.channel_groups, "inner": problem.inner, "adjacent": adjacent}
     codes |= {"width": width, "held": plan.held}
     codes |= {"stages": plan.stages, "threads": plan.launch.threads, "at_once": plan.at_once}
     return {name: code for name, code in codes.items() if name in names}

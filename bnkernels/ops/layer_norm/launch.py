@@ -21,25 +21,25 @@ ARGUMENTS = {
         "x gamma beta y statistics",
         "rows columns",
         "eps alpha half_share",
-        "activation shape scaled shifted centred channel_groups inner width held",
+        "activation shape scaled shifted centred channel_groups inner width held adjacent",
     ),
     "forward_cooperative": arguments_type(
         "x gamma beta y statistics exchange barrier_counter",
         "rows columns part",
         "eps alpha",
-        "activation shape scaled shifted centred channel_groups inner held stages",
+        "activation shape scaled shifted centred channel_groups inner held stages adjacent",
     ),
     "backward": arguments_type(
         "dy x gamma beta statistics dx dgamma dbeta partial barrier_counter",
         "rows columns",
         "alpha half_share",
-        "activation shape scaled shifted centred channel_groups inner width held stages threads",
+        "activation shape scaled shifted centred channel_groups inner width held stages threads adjacent",
     ),
     "backward_cooperative": arguments_type(
         "dy x gamma beta statistics dx dgamma dbeta partial exchange barrier_counter",
         "rows columns part",
         "alpha half_share",
-        "activation shape scaled shifted centred channel_groups inner held stages at_once",
+        "activation shape scaled shifted centred channel_groups inner held stages at_once adjacent",
     ),
 }
 MIN_BLOCKS = 1  # resident blocks of a multiprocessor, promised by the launch bounds of the kernels
@@ -76,14 +76,14 @@ def choose_forward(problem: Problem, limits: Limits) -> LaunchPlan:
         width = min(THREADS, _power(ceil_div(problem.vectors, FEW_HELD)))
     most = MOST_HELD[problem.dtype.itemsize]
     if problem.vectors > most * MOST_THREADS:
-        return _shared_rows("forward", problem, limits, problem.vectors, MOST_BARRIERS)
+        return _shared_rows("forward", problem, limits, problem.vectors, MOST_BARRIERS, _variant(problem))
     if problem.vectors > most * THREADS:
         width = MOST_THREADS
     of_thread, rows = ceil_div(problem.vectors, width), max(THREADS // width, 1)
     launch = Launch(
         (ceil_div(problem.rows, rows), 1, 1), (width, rows, 1), 3 * width * rows // WARP * problem.acc_dtype.itemsize
     )
-    return _plan("forward", problem, launch, held=of_thread)
+    return _plan("forward", problem, launch, _variant(problem), held=of_thread)
 
 
 @lru_cache(maxsize=1024)
@@ -94,7 +94,8 @@ def choose_backward(problem: Problem, limits: Limits, curved: bool = False) -> L
     the one being worked on, or a block of half as many threads has fewer rows. A grid barrier precedes the last sums.
     For a small problem, or on a device without cooperative launches, there is one block. Rows that a block cannot hold
     are shared by several, whose groups have pairs of partial sums. A block has rows of one group of channels only; a
-    block that has all of them waits for no other.
+    block that has all of them waits for no other. Where channels come last a block has half as many threads, for places
+    and parameters number by number take registers.
 
     Examples
     --------
@@ -104,7 +105,8 @@ def choose_backward(problem: Problem, limits: Limits, curved: bool = False) -> L
     Launch(grid=(132, 1, 1), block=(128, 4, 1), shared_bytes=131328, cooperative=True)
     """
     most, available = MOST_SUMMED[problem.dtype.itemsize], most_shared(limits, MIN_BLOCKS)
-    for threads, stages, wanted in product((MOST_THREADS, MOST_THREADS // 2), (2, 1), (2, 1)):
+    sizes = (MOST_THREADS, MOST_THREADS // 2)[problem.channels_last :]
+    for threads, stages, wanted in product(sizes, (2, 1), (2, 1)):
         width = min(threads, _power(ceil_div(problem.vectors, wanted)))
         held = ceil_div(problem.vectors, width)
         shared = _shared(problem, threads, held, stages)
@@ -112,14 +114,14 @@ def choose_backward(problem: Problem, limits: Limits, curved: bool = False) -> L
             break
     else:
         held, most = MOST_HELD_SUMMED[problem.dtype.itemsize], MOST_PARTIALS // 4 if limits.cooperative else 1
-        return _shared_rows("backward", problem, limits, held, most, _variant(curved))
+        return _shared_rows("backward", problem, limits, held, most, _variant(problem, curved))
     rows, groups = threads // width, problem.channel_groups
     most_blocks = min(resident(limits, threads, shared, MIN_BLOCKS), MOST_SPLITS) // groups
     blocks = max(1, min(ceil_div(problem.rows // groups, rows), most_blocks))  # for each group of channels
     if problem.rows * problem.columns <= SMALL or not limits.cooperative:
         blocks = 1
     launch = Launch((groups * blocks, 1, 1), (width, rows, 1), shared, cooperative=blocks > 1)
-    return _plan("backward", problem, launch, _variant(curved), held=held, stages=stages)
+    return _plan("backward", problem, launch, _variant(problem, curved), held=held, stages=stages)
 
 
 def partial_sums(plan: LaunchPlan, problem: Problem) -> int:
@@ -137,7 +139,7 @@ def _shared(problem: Problem, threads: int, held: int, stages: int) -> int:
 
 
 def _shared_rows(
-    direction: str, problem: Problem, limits: Limits, most_held: int, most_groups: int, variant: str = ""
+    direction: str, problem: Problem, limits: Limits, most_held: int, most_groups: int, variant: str
 ) -> LaunchPlan:
     """Return the plan of rows that several blocks share."""
     chosen = long_rows.share(direction, problem, limits, most_held, most_groups)
@@ -146,11 +148,12 @@ def _shared_rows(
     return _plan(f"{direction}_cooperative", problem, launch, variant, **more)
 
 
-def _variant(curved: bool) -> str:
-    return "curved_" if curved else "linear_"
+def _variant(problem: Problem, curved: bool | None = None) -> str:
+    activation = "" if curved is None else "curved_" if curved else "linear_"
+    return f"{activation}last_" if problem.channels_last else activation
 
 
-def _plan(struct: str, problem: Problem, launch: Launch, variant: str = "", **more: int) -> LaunchPlan:
+def _plan(struct: str, problem: Problem, launch: Launch, variant: str, **more: int) -> LaunchPlan:
     source = f"layer_norm_{struct}"
     kernel = f"bnk_{source}_{variant}{suffix(problem.dtype)}"
     return LaunchPlan(source, kernel, launch, ARGUMENTS[struct][problem.acc_dtype], **more)

@@ -13,7 +13,7 @@ from bnkernels.runtime.occupancy import WARP, most_shared, resident
 from bnkernels.runtime.seam import Launch, Limits, ceil_div
 from bnkernels.runtime.workspace import MOST_SPLITS
 
-MIN_BLOCKS = 2  # resident blocks of a multiprocessor, promised by the launch bounds: one works while the other waits
+MIN_BLOCKS = 2  # resident blocks of a multiprocessor, promised by most launch bounds: one works while the other waits
 THREADS = 256  # threads of a block, as in these launch bounds
 ROOM = 0.95  # share of the shared memory that is used: no launch depends on its last bytes
 EXCHANGE = 6  # vectors that each thread could move while blocks wait for one another, some 3 us
@@ -44,6 +44,11 @@ class Share(NamedTuple):
         return again > 0, turns * max(time, exchange if self.stages == 2 else 0) + waits * exchange
 
 
+def min_blocks(direction: str, problem: Problem) -> int:
+    """Return the resident blocks that launch bounds promise: a backward of channels that come last has one."""
+    return 1 if direction == "backward" and problem.channels_last else MIN_BLOCKS
+
+
 def share(direction: str, problem: Problem, limits: Limits, most_held: int, most_groups: int) -> Share:
     """Return how blocks share rows, in the least time by a simple model; one block has a row where none may wait.
 
@@ -60,7 +65,7 @@ def share(direction: str, problem: Problem, limits: Limits, most_held: int, most
     room = (most - beside) // vector
     if room < 1:
         raise ValueError(f"the device gives a block {most} bytes of shared memory, {beside + vector} are needed")
-    blocks = resident(limits, THREADS, most, MIN_BLOCKS)
+    blocks = resident(limits, THREADS, most, min_blocks(direction, problem))
     of_channels = problem.channel_groups if direction == "backward" else 1  # groups with other rows each
     splits = min(blocks // of_channels, problem.vectors // THREADS, MOST_SPLITS) if limits.cooperative else 1
 
@@ -88,4 +93,4 @@ def launch_of(direction: str, problem: Problem, limits: Limits, chosen: Share) -
 def _block(direction: str, problem: Problem, limits: Limits) -> tuple[int, int, int]:
     """Return a block's shared memory in bytes: all, what sums take of it, and what a vector of every thread takes."""
     sums = SUMS[direction] * THREADS // WARP * problem.acc_dtype.itemsize
-    return int(ROOM * most_shared(limits, MIN_BLOCKS)), sums, PLANES[direction] * VECTOR * THREADS
+    return int(ROOM * most_shared(limits, min_blocks(direction, problem))), sums, PLANES[direction] * VECTOR * THREADS

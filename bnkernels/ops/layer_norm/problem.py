@@ -25,7 +25,7 @@ class Problem(NamedTuple):
     """A matrix (rows, columns) of a data type; scale and shift may be of that type too, instead of the accumulator's.
 
     Layer norm centres the rows, RMS norm does not. In group norm the rows of an example are its groups of channels, of
-    which `inner` columns share one.
+    which `inner` columns share one: neighbours, or if channels come last the same one of every position.
     """
 
     rows: int
@@ -35,6 +35,12 @@ class Problem(NamedTuple):
     centred: bool = True
     channel_groups: int = 1
     inner: int = 1
+    channels_last: bool = False
+
+    @property
+    def adjacent(self) -> int:
+        """The channels of a row that are neighbours in every position, 0 where those of all rows are not."""
+        return self.channels if self.channels_last else 0
 
     @property
     def acc_dtype(self) -> np.dtype:
@@ -114,17 +120,23 @@ def _trailing(args: Arguments, axes: int, *, centred: bool = True) -> Checked:
     return _of_rows(args, math.prod(leading), math.prod(last), leading, last, centred=centred)
 
 
-def _channel_groups(args: Arguments, groups: int) -> Checked:
-    """Check the same of a norm over groups of channels and all positions."""
+def _channel_groups(args: Arguments, groups: int, *, last: bool = False) -> Checked:
+    """Check the same of a norm over groups of channels, in axis 1 or the last, and all positions."""
     x = args["x"]
     check.floating(x)
     if len(x.shape) < 2 or 0 in x.shape[1:]:
-        raise ValueError(f"x must have the shape (N, C, ...), no axis empty but N, got {x.shape}: nothing to normalise")
-    if x.shape[1] % groups:
-        raise ValueError(f"groups must divide the {x.shape[1]} channels of x, got {groups}")
-    inner = math.prod(x.shape[2:])
-    sizes = x.shape[0] * groups, x.shape[1] // groups * inner
-    return _of_rows(args, *sizes, (x.shape[0], groups), x.shape[1:2], channel_groups=groups, inner=inner)
+        wanted = "(N, ..., C)" if last else "(N, C, ...)"
+        raise ValueError(f"x must have the shape {wanted}, no axis empty but N, got {x.shape}: nothing to normalise")
+    channels = x.shape[-1 if last else 1]
+    if channels % groups:
+        raise ValueError(f"groups must divide the {channels} channels of x, got {groups}")
+    inner = math.prod(x.shape[1:]) // channels
+    if last and channels // groups * inner >= 2**31:
+        raise ValueError(
+            f"x has {channels // groups * inner} numbers in a group, 2^31 or more: pass channels in axis 1, with axis=1"
+        )
+    sizes, more = (x.shape[0] * groups, channels // groups * inner), {"channels_last": last and inner > 1}
+    return _of_rows(args, *sizes, (x.shape[0], groups), (channels,), channel_groups=groups, inner=inner, **more)
 
 
 def _of_rows(args: Arguments, rows: int, columns: int, leading: Shape, of_parameters: Shape, **more: Any) -> Checked:
@@ -160,3 +172,4 @@ def _operands(rows: Rows, optional: str = "gamma beta") -> tuple[Operands, Opera
 FORWARD, BACKWARD = _operands(_trailing)
 RMS_FORWARD, RMS_BACKWARD = _operands(partial(_trailing, centred=False), "gamma")
 GROUP_FORWARD, GROUP_BACKWARD = _operands(_channel_groups)
+LAST_GROUP_FORWARD, LAST_GROUP_BACKWARD = _operands(partial(_channel_groups, last=True))

@@ -36,8 +36,28 @@ def _of_columns(problem: Problem, parameters: np.ndarray | None) -> np.ndarray |
     """Return the parameters of all columns, of every row where those of the rows differ."""
     if parameters is None:
         return None
-    each = parameters.reshape(-1).astype(problem.acc_dtype).repeat(problem.inner).reshape(problem.channel_groups, -1)
+    each = parameters.astype(problem.acc_dtype).reshape(problem.channel_groups, -1, 1)
+    each = each.repeat(problem.inner, 2)
+    each = (each.swapaxes(1, 2) if problem.channels_last else each).reshape(problem.channel_groups, -1)
     return np.tile(each, (problem.rows // problem.channel_groups, 1)) if problem.channel_groups > 1 else each[0]
+
+
+def _rows(problem: Problem, array: np.ndarray) -> np.ndarray:
+    """Return the matrix: a view, or if channels come last a copy."""
+    if problem.channels_last:
+        array = _by_group(problem, array)
+    return array.reshape(problem.rows, problem.columns)
+
+
+def _by_group(problem: Problem, array: np.ndarray) -> np.ndarray:
+    """Return a view of channels that come last, (examples, groups, positions, channels of a group)."""
+    return array.reshape(-1, problem.inner, problem.channel_groups, problem.channels).swapaxes(1, 2)
+
+
+def _write(problem: Problem, array: np.ndarray, rows: np.ndarray) -> None:
+    """Write the rows of the matrix."""
+    to = _by_group(problem, array) if problem.channels_last else array
+    to[...] = rows.reshape(to.shape)
 
 
 def _activated(
@@ -66,14 +86,14 @@ def forward(
     statistics: np.ndarray,
 ) -> None:
     """Write `y` and `statistics`."""
-    acc_dtype, shape = problem.acc_dtype, (problem.rows, problem.columns)
-    x, y, statistics = x.reshape(shape), y.reshape(shape), statistics.reshape(problem.statistics_shape)
+    acc_dtype = problem.acc_dtype
+    x, statistics = _rows(problem, x), statistics.reshape(problem.statistics_shape)
     gamma, beta = (_of_columns(problem, array) for array in (gamma, beta))
     d = _centre(x, statistics) if problem.centred else x.astype(FLOAT64)
     rstd = 1 / np.sqrt(_means(d * d).astype(acc_dtype) + acc_dtype.type(eps))
     statistics[-1] = rstd[:, 0]
     d *= rstd
-    y[...] = _activated(d, gamma, beta, acc_dtype, phi)[1]
+    _write(problem, y, _activated(d, gamma, beta, acc_dtype, phi)[1])
 
 
 @np.errstate(all="ignore")  # kernels have no warnings either
@@ -90,8 +110,8 @@ def backward(
     dbeta: np.ndarray | None,
 ) -> None:
     """Write the gradients; `dx` may be `dy`."""
-    acc_dtype, shape = problem.acc_dtype, (problem.rows, problem.columns)
-    dy, x, dx, statistics = dy.reshape(shape), x.reshape(shape), dx.reshape(shape), statistics.astype(FLOAT64)
+    acc_dtype = problem.acc_dtype
+    dy, x, statistics = _rows(problem, dy), _rows(problem, x), statistics.astype(FLOAT64)
     gamma, beta = (_of_columns(problem, array) for array in (gamma, beta))
     *mean, rstd = statistics.reshape(*problem.statistics_shape, 1)
     xhat = x.astype(FLOAT64)
@@ -106,6 +126,9 @@ def backward(
     for gradient, terms in ((dbeta, g), (dgamma, g * xhat)):
         if gradient is not None:
             sums = total(terms.reshape(-1, problem.channel_groups * problem.columns), 0)
+            shape = (problem.inner, problem.channels) if problem.channels_last else (problem.channels, problem.inner)
+            sums = sums.reshape(problem.channel_groups, *shape)
+            sums = sums.swapaxes(1, 2) if problem.channels_last else sums
             gradient.reshape(-1)[...] = total(sums.reshape(-1, problem.inner), 1)[:, 0].astype(acc_dtype)
     if gamma is not None:
         g *= gamma
@@ -115,4 +138,4 @@ def backward(
     xhat *= slope
     g -= xhat
     g *= rstd
-    dx[...] = g.astype(np.float32) if dx.dtype.itemsize == 2 else g
+    _write(problem, dx, g.astype(np.float32) if dx.dtype.itemsize == 2 else g)

@@ -86,11 +86,12 @@ __device__ __forceinline__ void sums_of_row(const Arguments& a, A (&sums)[2], in
 
 // Columns of a row of dy and x, of which a thread has up to HELD units. ROLLED: the loop of the copies, which saves
 // registers.
-template <bool CURVED, int HELD, typename T, typename Arguments, bool ROLLED = false>
+template <bool CURVED, int HELD, typename Units, typename Arguments, bool ROLLED = false>
 struct RowGradients {
+    using T = typename Units::Type;
     using A = typename Packed<T>::Number;
     const Arguments& a;
-    const RowUnits<T> units;
+    const Units units;
     const ThreadVectors stage;      // dy and x, alternating
     const long long column, place;  // of the first column: in the row, and in the matrix
     const ParameterPlace parameters;
@@ -99,13 +100,13 @@ struct RowGradients {
     const Pair<A> mean;
 
     // rstd is 0 for finite numbers only, whose distance from their mean may not be finite.
-    __device__ __forceinline__ RowGradients(const Arguments& a, const RowUnits<T>& units, const ThreadVectors& stage,
+    __device__ __forceinline__ RowGradients(const Arguments& a, const Units& units, const ThreadVectors& stage,
                                             long long n, long long column, const RowStatistics<A>& statistics)
         : a(a),
           units(units),
           stage(stage),
           column(column),
-          place(n * a.columns + column),
+          place(Units::place_of_row(a, n, column)),
           parameters(parameter_place(a, n, column)),
           is_there(n < a.rows),
           rstd(statistics.rstd),

@@ -104,8 +104,8 @@ __device__ __forceinline__ void store_statistics(const Arguments& a, long long n
 
 // Writes unit k of y. With rstd = 0 the numbers are finite, but their distance from the mean may not be: then the mean
 // given is 0.
-template <typename T, typename A, typename Arguments>
-__device__ __forceinline__ void write_normalised(const Arguments& a, const RowUnits<T>& units, T* y,
+template <typename T, typename A, typename Units, typename Arguments>
+__device__ __forceinline__ void write_normalised(const Arguments& a, const Units& units, T* y,
                                                  const ParameterPlace& place, int k, const Unpacked<T>& x, Pair<A> mean,
                                                  A rstd) {
     Unpacked<T> gamma, z;

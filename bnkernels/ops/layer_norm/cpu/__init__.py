@@ -1,13 +1,14 @@
 """Layer norm, RMS norm and group norm on the CPU, compiled by Numba: the kernels, and who computes which rows.
 
 Blocks of rows are fixed by the shape, so the bits are the same for any number of threads. Beside its arrays a call
-takes 2 MiB at most, for the sums of columns of every block.
+takes 2 MiB at most, for the sums of columns of every block; and where channels come last twice 1 MiB, or what two
+examples take that are larger.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from bnkernels.runtime.cpu.sums import MOST_SUMS, merge
 from bnkernels.runtime.cpu.threads import share
 from bnkernels.runtime.seam import ceil_div
 
+PART = 2**20  # bytes of channels that come last, which are put in the order of the others to be computed
 HEIGHT = 64  # rows of a block, unless there would be too many blocks
 
 
@@ -36,6 +38,8 @@ def forward(
     statistics: np.ndarray,
 ) -> Callable[[tuple], None]:
     """Return what writes `y` and `statistics`, given these, x, gamma and beta as a tuple."""
+    if problem.channels_last:
+        return partial(_forward_last, problem, eps, phi)
     rows, columns, (like, params, _, _) = problem.rows, problem.columns, _plan(problem)
     pointers = addresses(None, x, gamma, beta, y, statistics)
     numbers = rows, columns, problem.channel_groups, problem.centred, eps, phi.alpha, phi.code
@@ -64,6 +68,8 @@ def backward(
     dbeta: np.ndarray | None,
 ) -> Callable[[tuple], None]:
     """Return what writes the gradients, given these, dy, x, gamma, beta and statistics; `dx` may be `dy`."""
+    if problem.channels_last:
+        return partial(_backward_last, problem, phi)
     inputs, outputs = addresses(None, dy, x, gamma, beta, statistics), addresses(None, dx, dgamma, dbeta)
     if problem.inner == 1:
         return lambda _: _differentiate(problem, phi, inputs, outputs)
@@ -78,6 +84,52 @@ def backward(
             gradient[...] = of_columns.reshape(-1, problem.inner).sum(1, dtype=np.float64).astype(problem.acc_dtype)
 
     return of_channels
+
+
+def _parts(problem: Problem) -> Iterator[tuple[Problem, slice, slice]]:
+    """Yield the problem of the next examples, 1 MiB or one, with channels first; and places of examples and rows."""
+    groups, size = problem.channel_groups, problem.channel_groups * problem.columns * problem.dtype.itemsize
+    examples, count = problem.rows // groups, max(1, PART // size)
+    for start in range(0, examples, count):
+        end = min(start + count, examples)
+        own = problem._replace(rows=(end - start) * groups, channels_last=False)
+        yield own, slice(start, end), slice(start * groups, end * groups)
+
+
+def _first(problem: Problem, array: np.ndarray) -> np.ndarray:
+    """Return a view with the channels in axis 1, (examples, channels, positions)."""
+    return array.reshape(-1, problem.inner, problem.channel_groups * problem.channels).swapaxes(1, 2)
+
+
+@np.errstate(all="ignore")  # kernels have no warnings either
+def _forward_last(problem: Problem, eps: float, phi: Activation, arrays: tuple) -> None:
+    """Write `y` and `statistics` of channels that come last, part by part by way of the cache."""
+    y, statistics, x, gamma, beta = arrays[:5]
+    of_rows = statistics.reshape(problem.statistics_shape)
+    for own, examples, rows in _parts(problem):
+        part = np.ascontiguousarray(_first(problem, x[examples]))
+        of_part = np.empty(own.statistics_shape, problem.acc_dtype)
+        given = part, of_part, part, gamma, beta
+        forward(own, part, gamma, beta, eps, phi, part, of_part)(given)
+        _first(problem, y[examples])[...] = part
+        of_rows[:, rows] = of_part
+
+
+@np.errstate(all="ignore")  # kernels have no warnings either
+def _backward_last(problem: Problem, phi: Activation, arrays: tuple) -> None:
+    """Write the gradients of channels that come last, likewise."""
+    dx, dgamma, dbeta, dy, x, gamma, beta, statistics = arrays[:8]  # a workspace may follow
+    sums = [np.zeros(gradient.shape) for gradient in (dgamma, dbeta)]
+    of_rows = statistics.reshape(problem.statistics_shape)
+    for own, examples, rows in _parts(problem):
+        of_dy, of_x = (np.ascontiguousarray(_first(problem, array[examples])) for array in (dy, x))
+        gradients = [np.empty(dgamma.shape, problem.acc_dtype) for _ in sums]
+        given = of_dy, of_x, gamma, beta, np.ascontiguousarray(of_rows[:, rows])
+        backward(own, *given, phi, of_dy, *gradients)((of_dy, *gradients, *given))
+        _first(problem, dx[examples])[...] = of_dy
+        for sum_, gradient in zip(sums, gradients, strict=True):
+            sum_ += gradient
+    dgamma[...], dbeta[...] = sums
 
 
 def _of_columns(problem: Problem, parameters: np.ndarray | None) -> np.ndarray | None:
