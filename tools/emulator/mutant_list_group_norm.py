@@ -8,6 +8,7 @@ ROW, GRADIENTS, SHARED = "lib/reduce/vector_rows.cuh", "lib/reduce/row_gradients
 BACKWARD, COOPERATIVE = "layer_norm_backward.cu", "layer_norm_backward_cooperative.cu"
 TESTS = "tests/ops/test_group_norm.py", "tests/ops/test_group_norm_launch.py"
 FORMULAS = "test_is_what_the_formulas_say and float32"
+LAST, LAST_TESTS = "group norm, channels last: ", ("tests/ops/test_group_norm_channels_last.py",)
 MEET, LONG, ORDER = "several_blocks_meet and float32", "test_long_groups_of_several_blocks", "test_the_order_of_blocks"
 
 MUTANTS = [
@@ -131,5 +132,93 @@ MUTANTS = [
         ("plain", "tsan"),
         select=ORDER,
         among=TESTS,
+    ),
+    Mutant(
+        LAST + "all groups have the channels of the first",
+        ROW,
+        "(n - group) * a.columns + group * a.adjacent",
+        "(n - group) * a.columns",
+        select=FORMULAS,
+        among=LAST_TESTS,
+    ),
+    Mutant(
+        LAST + "the next position is that of the next group",
+        ROW,
+        "pitch(adjacent * a.channel_groups)",
+        "pitch(adjacent)",
+        select=FORMULAS,
+        among=LAST_TESTS,
+    ),
+    Mutant(
+        LAST + "a unit does not go on in the next position",
+        ROW,
+        "own += pitch - adjacent;",
+        "",
+        select=FORMULAS,
+        among=LAST_TESTS,
+    ),
+    Mutant(
+        LAST + "a unit goes on a channel too late",
+        ROW,
+        "if (channel == adjacent) {",
+        "if (channel > adjacent) {",
+        select=FORMULAS,
+        among=LAST_TESTS,
+    ),
+    Mutant(
+        LAST + "a unit begins with the first parameter",
+        ROW,
+        "this->channel(k);\n        if (kind && shape != ANY)",
+        "0;\n        if (kind && shape != ANY)",
+        select=FORMULAS,
+        among=LAST_TESTS,
+    ),
+    Mutant(
+        LAST + "parameters go on with the next group's",
+        ROW,
+        "if (channel == adjacent) channel = 0;",
+        "",
+        select=FORMULAS,
+        among=LAST_TESTS,
+    ),
+    Mutant(
+        LAST + "the first vector of parameters alone",
+        ROW,
+        "(parameters) + first + i);",
+        "(parameters) + first);",
+        select="test_is_what_the_formulas_say and bfloat16",
+        among=LAST_TESTS,
+    ),
+    Mutant(
+        LAST + "16-bit parameters are read as float32, in vectors",
+        ROW,
+        "IN_STORAGE_TYPE)\n            return unpack<T>(bnk",
+        "IN_ACCUMULATOR_TYPE)\n            return unpack<T>(bnk",
+        select="test_16_bit_parameters and bfloat16",
+        among=LAST_TESTS,
+    ),
+    Mutant(
+        LAST + "16-bit parameters are read as float32, one by one",
+        ROW,
+        "given && kind == IN_STORAGE_TYPE",
+        "given && kind > IN_STORAGE_TYPE",
+        select="test_16_bit_parameters and bfloat16",
+        among=LAST_TESTS,
+    ),
+    Mutant(
+        LAST + "every span begins with the first column",
+        ROW,
+        "(int)blockDim.x, own.first(span)}",
+        "(int)blockDim.x, 0}",
+        select=f"{LONG} and last",
+        among=TESTS,
+    ),
+    Mutant(
+        LAST + "backward: channels are neighbouring columns",
+        ROW,
+        "channel + i * channels;",
+        "channel * channels + i;",
+        select=FORMULAS,
+        among=LAST_TESTS,
     ),
 ]
