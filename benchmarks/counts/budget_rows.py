@@ -250,25 +250,27 @@ def step_launch(direction: str, norm: str, sizes: tuple[int, int, int], target: 
     return Row(f"lstm_{norm}_norm_step {direction}", sizes, "float32", lstm(direction, norm, sizes), target)
 
 
-def group_norm(direction: str, target: int) -> Row:
-    """Return the row of images whose groups of channels are as long as those rows."""
-    groups, (shape, dtype) = 16, GROUPS
+def group_norm(direction: str, target: int, axis: int = 1) -> Row:
+    """Return the row of images, with their channels in an axis, whose groups of channels are as long as those rows."""
+    groups, (shape, dtype) = 16, GROUPS if axis == 1 else LAST_GROUPS
 
     def call(array: Make, repetitions: int) -> Call:
         x, out = array(shape, dtype), array(shape, dtype)
-        gamma, beta, *gradients = (array(shape[1:2]) for _ in range(4))
+        gamma, beta, *gradients = (array((shape[axis],)) for _ in range(4))
         given = x, groups, gamma, beta
         statistics = array((3, shape[0], groups))
         if direction == "forward":
-            return lambda: bn.group_norm_forward(*given, out=(out, statistics))
+            return lambda: bn.group_norm_forward(*given, axis=axis, out=(out, statistics))
         dy = array(shape, dtype)
-        return lambda: bn.group_norm_backward(dy, *given, statistics, out=(out, *gradients))
+        return lambda: bn.group_norm_backward(dy, *given, statistics, axis=axis, out=(out, *gradients))
 
-    return replace(long_rows(direction, target), op=f"group_norm {direction}", shape=shape, dtype=dtype, call=call)
+    op = f"group_norm {direction}" if axis == 1 else f"group_norm {direction}, channels last"
+    return replace(long_rows(direction, target), op=op, shape=shape, dtype=dtype, call=call)
 
 
 LONG_ROWS = (16384, 4096), "bfloat16"
 GROUPS = (1024, 256, 16, 16), "bfloat16"
+LAST_GROUPS = (1024, 16, 16, 256), "bfloat16"
 MATRIX, IMAGES = ((65536, 4096), "bfloat16"), ((256, 256, 56, 56), "float16")
 ROWS = [
     *(large(direction, *data) for data in (MATRIX, IMAGES) for direction in ("forward", "backward")),
@@ -278,6 +280,8 @@ ROWS = [
     long_rows("backward", 220, centred=False),
     group_norm("forward", 175),
     group_norm("backward", 290),
+    group_norm("forward", 175, axis=-1),
+    group_norm("backward", 300, axis=-1),
     at_question("forward"),
     at_question("backward"),
     Row(

@@ -1,4 +1,4 @@
-"""Group norm of images with 32 groups, without an activation. A case's shape is (N, C, H, W)."""
+"""Group norm of images with 32 groups, in both layouts, without an activation. A case's shape is (N, C, H, W)."""
 
 from __future__ import annotations
 
@@ -28,23 +28,29 @@ def inputs(case: Case, random: Callable[..., Any]) -> Arrays:
     Raises
     ------
     NotSupportedError
-        For an epilogue, and where channels come last.
+        For an epilogue, and of instance norm where channels come last.
     """
-    if case.epilogue or case.layout == "NHWC":
+    if case.epilogue or (case.op != "group_norm" and case.layout == "NHWC"):
         raise NotSupportedError(f"{case.op} is for (N, C, ...) and no epilogue")
     vectors = {"gamma": abs(random(case.shape[1:2])) + 0.5, "beta": random(case.shape[1:2])}
-    return {"x": random(case.shape)} | ({"dy": random(case.shape)} if is_backward(case) else {}) | vectors
+    tensors = ("x", "dy") if is_backward(case) else ("x",)
+    return {name: random(case.memory_shape) for name in tensors} | vectors
+
+
+def axis_of(case: Case) -> int:
+    """Return the axis of the channels."""
+    return -1 if case.layout == "NHWC" else 1
 
 
 def ours(case: Case, arrays: Arrays) -> Call:
     """Prepare our op."""
-    given = arrays["x"], groups_of(case), arrays["gamma"], arrays["beta"]
-    out = bn.group_norm_forward(*given, eps=EPSILON)
+    given, axis = (arrays["x"], groups_of(case), arrays["gamma"], arrays["beta"]), axis_of(case)
+    out = bn.group_norm_forward(*given, axis=axis, eps=EPSILON)
     if not is_backward(case):
-        return lambda: bn.group_norm_forward(*given, eps=EPSILON, out=out)[:1]
+        return lambda: bn.group_norm_forward(*given, axis=axis, eps=EPSILON, out=out)[:1]
     behind = arrays["dy"], *given, out[1]
-    grads = bn.group_norm_backward(*behind)
-    return lambda: bn.group_norm_backward(*behind, out=grads)
+    grads = bn.group_norm_backward(*behind, axis=axis)
+    return lambda: bn.group_norm_backward(*behind, axis=axis, out=grads)
 
 
 def formulas(case: Case, arrays: Arrays) -> Call:
@@ -52,8 +58,11 @@ def formulas(case: Case, arrays: Arrays) -> Call:
     dtype, xp, groups = arrays["x"].dtype, array_module(arrays["x"]), groups_of(case)
     along = (1, -1, *[1] * (len(case.shape) - 2))
     gamma, beta = (arrays[name].reshape(along) for name in ("gamma", "beta"))
-    x = arrays["x"].astype(gamma.dtype, copy=False)
+    x = xp.moveaxis(arrays["x"], axis_of(case), 1).astype(gamma.dtype, copy=False)
     axes = (0, *range(2, len(case.shape)))
+
+    def in_memory_order(array: Any) -> Any:
+        return xp.moveaxis(array.astype(dtype, copy=False), 1, axis_of(case))
 
     def rows(array: Any) -> Any:
         return array.reshape(len(array), groups, -1)
@@ -64,15 +73,15 @@ def formulas(case: Case, arrays: Arrays) -> Call:
         return d * rstd, rstd
 
     if not is_backward(case):
-        return lambda: ((gamma * normalised()[0].reshape(x.shape) + beta).astype(dtype, copy=False),)
+        return lambda: (in_memory_order(gamma * normalised()[0].reshape(x.shape) + beta),)
     xhat, rstd = normalised()
-    dy = arrays["dy"].astype(gamma.dtype, copy=False)
+    dy = xp.moveaxis(arrays["dy"], axis_of(case), 1).astype(gamma.dtype, copy=False)
 
     def backward() -> tuple:
         h = rows(gamma * dy)
         dx = rstd * (h - h.mean(2, keepdims=True) - xhat * (h * xhat).mean(2, keepdims=True))
         sums = (dy * xhat.reshape(x.shape)).sum(axes), dy.sum(axes)
-        return dx.reshape(x.shape).astype(dtype, copy=False), *sums
+        return in_memory_order(dx.reshape(x.shape)), *sums
 
     return backward
 
@@ -87,16 +96,21 @@ def torch_eager(case: Case, arrays: Arrays) -> Call:
 def of_torch(case: Case, arrays: Arrays, norm: Callable[..., Any]) -> Call:
     """Prepare a norm of ``torch.nn.functional``, of x, gamma and beta in its type; autograd makes the backward."""
     torch = pytorch.load()
-    tensors = {name: pytorch.tensor_of(array) for name, array in arrays.items()}
+    tensors = pytorch.tensors_of(case, arrays)
     given = [tensors[name] for name in ("x", "gamma", "beta")]
 
     def layer(x: Any, gamma: Any, beta: Any) -> Any:
         return norm(torch.nn.functional, x, gamma.to(x.dtype), beta.to(x.dtype))
 
     if not is_backward(case):
-        return lambda: (layer(*given),)
+        return lambda: (pytorch.in_memory_order(case, layer(*given)),)
     y = layer(*(tensor.requires_grad_() for tensor in given))
-    return lambda: torch.autograd.grad(y, given, tensors["dy"], retain_graph=True)
+
+    def backward() -> tuple:
+        dx, *sums = torch.autograd.grad(y, given, tensors["dy"], retain_graph=True)
+        return pytorch.in_memory_order(case, dx), *sums
+
+    return backward
 
 
 def reference(case: Case, arrays: Arrays, xp: Any) -> tuple:
@@ -114,7 +128,8 @@ def bytes_moved(case: Case) -> int:
 OP = Op(
     "group_norm",
     cases=[
-        Case("group_norm", direction, shape, dtype, layout="NCHW")
+        Case("group_norm", direction, shape, dtype, layout)
+        for layout in ("NCHW", "NHWC")
         for dtype in ("float32", "bfloat16")
         for shape in SHAPES
         for direction in ("forward", "backward")
@@ -137,17 +152,17 @@ SIZES = (
 )
 
 
-def forward(a: Arrays, groups: int = 1) -> Any:
+def forward(a: Arrays, groups: int = 1, axis: int = 1) -> Any:
     """Call our forward."""
     x, *vectors = take(a, "x gamma beta")
-    return bn.group_norm_forward(x, groups, *vectors, activation="relu", out=take(a, "y statistics"))
+    return bn.group_norm_forward(x, groups, *vectors, axis=axis, activation="relu", out=take(a, "y statistics"))
 
 
-def backward(a: Arrays, groups: int = 1) -> Any:
+def backward(a: Arrays, groups: int = 1, axis: int = 1, activation: str = "relu") -> Any:
     """Call our backward."""
     dy, x, *saved = take(a, SAVED)
     out = take(a, "dx dgamma dbeta")
-    return bn.group_norm_backward(dy, x, groups, *saved, activation="relu", out=out)
+    return bn.group_norm_backward(dy, x, groups, *saved, axis=axis, activation=activation, out=out)
 
 
 SAMPLES = {
@@ -155,6 +170,7 @@ SAMPLES = {
     "group_norm_backward": Sample(SAVED, "dx dgamma dbeta", backward, specs=SPECS, sizes=SIZES),
 }
 EVEN = {"C": 8}  # channels of two groups
+LAST = {**GROUPED, **dict.fromkeys(("x", "y", "dy", "dx"), "T NLC")}
 VARIANTS = {
     "two_group_norm_forward": Sample(
         "x gamma beta", "y statistics", partial(forward, groups=2), specs=GROUPED, fixed=EVEN, sizes=SIZES
@@ -162,4 +178,16 @@ VARIANTS = {
     "two_group_norm_backward": Sample(
         SAVED, "dx dgamma dbeta", partial(backward, groups=2), specs=GROUPED, fixed=EVEN, sizes=SIZES
     ),
+    "last_group_norm_forward": Sample(
+        "x gamma beta", "y statistics", partial(forward, groups=2, axis=-1), specs=LAST, fixed=EVEN, sizes=SIZES
+    ),
+    **{
+        f"last_group_norm_backward_{activation}": Sample(
+            *(SAVED, "dx dgamma dbeta", partial(backward, groups=2, axis=-1, activation=activation)),
+            specs=LAST,
+            fixed=EVEN,
+            sizes=SIZES,
+        )
+        for activation in ("relu", "gelu")
+    },
 }

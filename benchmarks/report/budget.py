@@ -113,7 +113,7 @@ def bytes_of(row: Row) -> int:
 
 def measured_of(row: Row, rows: Sequence[Row]) -> float | None:
     """Return the time of our op, cold for a large tensor and hot for a small one."""
-    op, direction = row["op"].split(" ")
+    op, direction = row["op"].partition(",")[0].split(" ")
     wanted = op, direction, "x".join(map(str, row["shape"])), row["dtype"]
     key = "cold_us_median" if "budget" in row else "hot_us_median"
     return next(

@@ -15,6 +15,7 @@ from benchmarks.harness.measure import error_of
 from benchmarks.harness.places import cast, to_float64
 from benchmarks.ops import (
     bench_batch_norm_statistics,
+    bench_group_norm,
     bench_layer_norm,
     bench_lstm,
     bench_parameter_update,
@@ -85,6 +86,17 @@ def test_a_layer_norm_alone_is_the_reference(name: str, direction: str) -> None:
     exact = op.reference(case, to_float64(arrays_of(op, case)), np)
     for _ in range(2):
         assert error_of(case, map(HostClock().to_float64, call()), exact) < 1e-6
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("name", ["bnkernels", "NumPy expression", "PyTorch eager"])
+def test_a_group_norm_of_channels_that_come_last_is_the_reference(name: str, direction: str) -> None:
+    op, case = bench_group_norm.OP, Case("group_norm", direction, (2, 64, 3, 5), layout="NHWC")
+    provider = next(p for p in op.providers if (p.name, p.place) == (name, "cpu"))
+    outputs = prepared(op, provider, case)()
+    assert outputs[0].shape == (2, 3, 5, 64)
+    exact = op.reference(case, to_float64(arrays_of(op, case)), np)
+    assert error_of(case, map(HostClock().to_float64, outputs), exact) < 1e-6
 
 
 @pytest.mark.parametrize("direction", bench_lstm.NORMS)
