@@ -82,8 +82,7 @@ class Driver:
         self.launches: list[LaunchRecord] = []
         self.replays: list[tuple[int, int]] = []
         self.reads = self.described = self.asked = 0
-        self.of_sm: int | None = None
-        self.dead = False
+        self.of_sm, self.dead, self.pool = None, False, None  # a pool in which memory is, within `using_allocator`
         self.kernels: list[fake_cupy_kernels.RawKernel] = []
         self.handles = itertools.count(1 << 20, 16)
         self.pointers: dict[int, fake_cupy_kernels.Function] = {}
@@ -106,15 +105,6 @@ class Driver:
         if not 0 <= device < self.devices:
             raise RuntimeError(f"cudaErrorInvalidDevice: {device}")
         self._thread.device = device
-
-    @property
-    def pool(self) -> Any:
-        """The memory pool that the calling thread uses instead of the common one, or None."""
-        return getattr(self._thread, "pool", None)
-
-    @pool.setter
-    def pool(self, pool: Any) -> None:
-        self._thread.pool = pool
 
     @property
     def streams(self) -> dict[int, Stream]:
