@@ -13,7 +13,7 @@ from benchmarks.harness.case import Arrays, Call, Case, NotSupportedError, Op, o
 from benchmarks.harness.samples import Sample
 from benchmarks.peers import expression, pytorch
 
-# Of an LSTM: 64 steps of 64 examples with 28 inputs and 100 units, their gradients, and one step.
+# Products of an LSTM: 64 steps of 64 examples with 28 inputs and 100 units, their gradients, and one step.
 CASES = [("nt", (4096, 28, 400)), ("tn", (400, 4096, 100)), ("nn", (4096, 400, 28)), ("nt", (64, 100, 400))]
 LAYOUTS = ("nn", "nt", "tn", "tt")
 

@@ -157,7 +157,7 @@ class LSTM(Leaf):
                 reuse=before[number], capturable=self.capturable, **self._mode_options(training),
             )  # fmt: skip
             if keep:
-                self._saved = None  # whose memory has been taken
+                self._saved = None  # its memory has been taken
             saved.append(kept)
             last.append((h_n, c_n))
         if training and self._buffers:

@@ -21,7 +21,7 @@ ARCHITECTURE = 90
 # By the end of a kernel's name, the type that it computes in.
 DTYPES = {"f16": np.dtype(np.float32), "bf16": np.dtype(np.float32)}
 DTYPES |= {"f32": np.dtype(np.float32), "f64": np.dtype(np.float64)}
-# Of every file its first and its last kernel, which differ in their data types.
+# The first and the last kernel of every file, which differ in their data types.
 COMPILED = [
     (stem, kernel)
     for stem in source.stems()

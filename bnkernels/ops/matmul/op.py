@@ -18,10 +18,10 @@ from bnkernels.runtime.seam import Launch, LaunchPlan, Limits, Runtime, ceil_div
 ARGUMENTS = arguments_type(
     "left right out", "rows columns terms left_pitch right_pitch tile_rows width part buffers", "", ""
 )
-TILE_ROWS = 256  # of a block
+TILE_ROWS = 256  # rows of a block
 TERMS, UNIT = 256, 16  # terms of a part, at least, and what their number is a multiple of
 MOST = 2**31 - 1  # elements of a matrix, which kernels count in 32 bits
-MOST_TILES = 2**16 - 1  # of rows: blocks of a grid along its second axis
+MOST_TILES = 2**16 - 1  # blocks of a grid along its second axis, that of the rows
 
 
 def _check(args: dict[str, check.Argument | None]) -> None:
@@ -40,7 +40,7 @@ def _check(args: dict[str, check.Argument | None]) -> None:
     for one in (a, b):
         if not (one.contiguous or _transposed(one).contiguous):
             raise ValueError(
-                f"{one.name} must be contiguous in C order, or its transpose, got strides {one.strides}; pass a copy"
+                f"{one.name} must be contiguous in C order, got strides {one.strides}, nor is its transpose; pass a copy"
             )
 
 
