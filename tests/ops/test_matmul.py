@@ -89,8 +89,8 @@ def plain(*shape: int, dtype: str = "float32") -> np.ndarray:
         ({"a": plain(3)}, ValueError, r"a and b must have the shapes \(M, K\) and \(K, N\), got"),
         ({"out": plain(4, 2)}, ValueError, r"out must have the shape \(2, 4\), got \(4, 2\)"),
         ({"out": plain(4, 2).T}, ValueError, "out must be contiguous in C order"),
-        ({"a": plain(2, 6)[:, ::2]}, ValueError, "a must be contiguous in C order, got strides .*nor is its transpose"),
-        ({"b": plain(6, 4)[::2]}, ValueError, "b must be contiguous in C order, got strides .*nor is its transpose"),
+        ({"a": plain(2, 6)[:, ::2]}, ValueError, "a must be contiguous in C order, got strides .*nor its transpose"),
+        ({"b": plain(6, 4)[::2]}, ValueError, "b must be contiguous in C order, got strides .*nor its transpose"),
         ({"a": None}, TypeError, "a must be an array, got None"),
     ],
 )

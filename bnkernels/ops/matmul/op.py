@@ -40,7 +40,7 @@ def _check(args: dict[str, check.Argument | None]) -> None:
     for one in (a, b):
         if not (one.contiguous or _transposed(one).contiguous):
             raise ValueError(
-                f"{one.name} must be contiguous in C order, got strides {one.strides}, nor is its transpose; pass a copy"
+                f"{one.name} must be contiguous in C order, got strides {one.strides}, nor its transpose; pass a copy"
             )
 
 
