@@ -18,6 +18,7 @@ from benchmarks.ops import (
     bench_group_norm,
     bench_layer_norm,
     bench_lstm,
+    bench_matmul,
     bench_parameter_update,
     bench_softmax_cross_entropy,
     every_op,
@@ -28,8 +29,8 @@ from benchmarks.peers import EPSILON
 ELSEWHERE = {"batch_norm", "batch_norm_double_backward", "fused_training", "mini_batch"}  # tested with the op
 OPS = [op for op in every_op().values() if op.name not in ELSEWHERE]
 UPDATES = {rule: every_op()[f"{rule}_update"] for rule in bench_parameter_update.STATES}
-NO_HALVES = [bench_softmax_cross_entropy.OP, bench_lstm.OP, *UPDATES.values()]
-SMALL = {1: (100,), 2: (6, 5), 4: (3, 4, 5, 2)}
+NO_HALVES = [bench_softmax_cross_entropy.OP, bench_lstm.OP, bench_matmul.OP, *UPDATES.values()]
+SMALL = {1: (100,), 2: (6, 5), 3: (6, 7, 5), 4: (3, 4, 5, 2)}
 PAIRS = [(op, provider) for op in OPS for provider in op.providers if provider.place == "cpu"]
 IDS = [f"{op.name}, {provider.name}" for op, provider in PAIRS]
 

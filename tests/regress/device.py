@@ -26,6 +26,13 @@ class RecordedArray:
 
     data = property(lambda self: types.SimpleNamespace(ptr=self.address, device_id=self.device_number))
 
+    @property
+    def T(self) -> RecordedArray:
+        """The transpose, a view."""
+        view = type(self)(self.shape[::-1], self.dtype, self.address, self.device_number)
+        view.strides = self.strides[::-1]
+        return view
+
     def __getitem__(self, row: int) -> RecordedArray:
         """Return a view of one row."""
         return RecordedArray(self.shape[1:], self.dtype, self.address + row * self.strides[0], self.device_number)
