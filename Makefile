@@ -2,6 +2,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 ARGS ?=
+RACES ?= # of make emulate: options of the part under ThreadSanitizer
 
 PACKAGING := setup.py pyproject.toml tools/install.py tools/compile/compilers.txt
 TRAIN := .venv/installed-train
@@ -61,7 +62,7 @@ compile: $(TEST) ## compile every kernel for every architecture with the oldest 
 
 emulate: $(TEST) ## run the op tests on emulated kernels under AddressSanitizer + UBSan, then ThreadSanitizer
 	$(RUN) -m tools.emulator run asan -- -q $(PARALLEL) -m "emulator and not slow" $(ARGS) tests
-	$(RUN) -m tools.emulator run tsan -- -q $(PARALLEL) -m "emulator and not slow" $(OP_TESTS) tests/regress/test_tileops_1727.py \
+	$(RUN) -m tools.emulator run tsan -- -q $(PARALLEL) -m "emulator and not slow" $(RACES) $(OP_TESTS) tests/regress/test_tileops_1727.py \
 		tests/ops/test_batch_norm_cooperative.py::test_the_order_of_blocks_and_threads_changes_no_bit tests/ops/test_mini_batch.py \
 		tests/ops/test_batch_norm_cooperative_groups.py::test_the_order_of_blocks_changes_no_bit_of_groups \
 		tests/ops/test_layer_norm.py::test_the_order_of_blocks_and_threads_changes_no_bit \
