@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 ARGS ?=
-RACES ?= # of make emulate: options of the part under ThreadSanitizer
+RACES ?= # options of make emulate for its part under ThreadSanitizer
 
 PACKAGING := setup.py pyproject.toml tools/install.py tools/compile/compilers.txt
 TRAIN := .venv/installed-train

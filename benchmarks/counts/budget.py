@@ -68,7 +68,7 @@ def _method() -> str:
 
 
 def digest(row: Row) -> str:
-    """Return a digest of all that the figures of a row depend on: kernel, launch, compiler and method."""
+    """Return a digest of kernel, launch, compiler and method: what the figures of a row depend on."""
     stem, kernel, launch = launched(row)
     text = source.read(stem, kernel, launch.constants), repr(launch), nvrtc.NEWEST, _method()
     return sha256("\0".join(text).encode()).hexdigest()[:16]

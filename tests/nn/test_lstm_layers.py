@@ -148,6 +148,26 @@ def test_learns_with_an_optimiser_and_is_copied_and_saved(
         assert_close(backend, other.eval()(given), backend.asnumpy(model.eval()(given)), 0)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_forward_takes_the_memory_of_the_last_one(
+    backend: Backend, rng: np.random.Generator, kind: type[nn.LSTM]
+) -> None:
+    """Whose backward nobody can ask for any more; a refused call leaves it."""
+    layer, fresh = make(kind, backend), make(kind, backend)
+    first, second, dy = (backend.asarray(rng.standard_normal(shape)) for shape in ((5, 6, 3), (5, 6, 3), (5, 6, 4)))
+    layer(first)
+    kept = layer._saved[1][0].cells
+    with pytest.raises(ValueError, match="lengths must"):
+        layer(second, lengths=[0] * 6)
+    fresh(first)
+    assert_close(backend, layer.backward(dy), backend.asnumpy(fresh.backward(dy)), 0)
+    layer(second)
+    assert layer._saved[1][0].cells is kept
+    other = make(kind, backend)
+    other(second)
+    assert_close(backend, layer.backward(dy), backend.asnumpy(other.backward(dy)), 0)
+
+
 def test_its_text_is_its_constructor() -> None:
     layer = nn.BatchNormLSTM(3, 4, steps=7, layers=2, batch_first=True, output="last", momentum=None, eps=1e-3)
     text = repr(layer)

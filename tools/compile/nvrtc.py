@@ -144,8 +144,8 @@ def _text(result: bytes) -> str:
 def resources(text: str, architecture: int, version: str = NEWEST, disassemble: bool = False) -> dict[str, Resources]:
     """Compile to machine code; return what every kernel needs, as ptxas reports it, and its code on demand."""
     options = f"-arch=sm_{architecture}", "--ptxas-options=-v"
-    log, cubin, text = _compile(text, options, version, "ProgramLog", "CUBIN", "PTX")
-    log, entries = _text(log), assembly.entries(_text(text))
+    log, cubin, ptx_text = _compile(text, options, version, "ProgramLog", "CUBIN", "PTX")
+    log, entries = _text(log), assembly.entries(_text(ptx_text))
     codes = sass.disassemble(cubin) if disassemble else {}
     found = {}
     for kernel in _KERNEL.finditer(log):

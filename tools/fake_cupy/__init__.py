@@ -82,7 +82,7 @@ class Driver:
         self.launches: list[LaunchRecord] = []
         self.replays: list[tuple[int, int]] = []
         self.reads = self.described = self.asked = 0
-        self.of_sm, self.dead, self.pool = None, False, None  # a pool in which memory is, within `using_allocator`
+        self.of_sm, self.dead, self.allocator = None, False, None  # an allocator within `using_allocator`
         self.kernels: list[fake_cupy_kernels.RawKernel] = []
         self.handles = itertools.count(1 << 20, 16)
         self.pointers: dict[int, fake_cupy_kernels.Function] = {}
@@ -164,8 +164,8 @@ class Driver:
     def hold(self, array: Array) -> None:
         """Let kernels of the array's device touch its memory."""
         self._memory[array.device.id].add(array)
-        if self.pool is not None:
-            self.pool.memory.append(array._memory)
+        if self.allocator is not None:
+            self.allocator(array._memory)
 
     def load(self, code: str, options: tuple) -> EmulatorRuntime:
         """Return the module compiled for the current device; like CuPy, without a lock of its own."""

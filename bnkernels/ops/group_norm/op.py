@@ -49,7 +49,7 @@ def group_norm_forward(
     gamma, beta : array, shape (C,), type P, optional
         Scale and shift of every channel; without them 1 and 0.
     axis : int
-        Axis of the channels: 1, or -1 where they come last, without a copy.
+        Axis of the channels: 1, or -1 where they come last; on a GPU without a copy, on a CPU 1 MiB at a time.
     eps : float
         Number added to the variance, in the units of ``x**2``: at least the smallest normal number of type A, because
         a constant group has the variance 0.

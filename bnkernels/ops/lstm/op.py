@@ -312,9 +312,13 @@ def _fitting(runtime: Runtime | None, problem: Problem, reuse: Any, used: int, x
         return None
     if not isinstance(reuse, Saved):
         raise TypeError(f"reuse must be the last result of lstm_forward with keep=True, got {check.shown(reuse)}")
-    sizes = [(of.rows, of.inputs, of.units, of.dtype, of.norm) for of in (reuse.problem, problem)]
+    free = {name: getattr(problem, name) for name in ("steps", "live", "tracked", "capturable")}
     steps = len(reuse.cells)
-    if sizes[0] != sizes[1] or type(reuse.y) is not type(x) or not (steps == used or 1 < used <= steps):
+    if (
+        reuse.problem._replace(**free) != problem
+        or type(reuse.y) is not type(x)
+        or not (steps == used or 1 < used <= steps)
+    ):
         return None
     if runtime is not None and runtime.device(reuse.y) != runtime.device(x):
         return None

@@ -112,12 +112,8 @@ def _through_rows(g, scale_x, scale_h, hat_x, hat_h, rstd_x, rstd_h, of_h):
     """Write the gradients of recurrent part and, over `g`, input part of a row, which were normalised."""
     sum_x, product_x = row_sums(g, scale_x, hat_x)
     sum_h, product_h = row_sums(g, scale_h, hat_h)
-    mean_x, slope_x, mean_h, slope_h = (
-        cast(sum_x, rstd_x),
-        cast(product_x, rstd_x),
-        cast(sum_h, rstd_h),
-        cast(product_h, rstd_h),
-    )
+    mean_x, slope_x = cast(sum_x, rstd_x), cast(product_x, rstd_x)
+    mean_h, slope_h = cast(sum_h, rstd_h), cast(product_h, rstd_h)
     for j in range(len(g)):
         one = g[j]
         of_h[j] = rstd_h * (scale_h[j] * one - mean_h - hat_h[j] * slope_h)
