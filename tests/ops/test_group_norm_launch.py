@@ -34,7 +34,8 @@ def test_long_groups(backend: Backend, rng: np.random.Generator, shape: tuple[in
     ("dtype", "shape", "groups", "limits"),
     [
         ("bfloat16", (7, 4, 20_004), 2, WIDE),  # channels that two splits have
-        ("float64", (40, 4, 1051), 2, ROOMIEST),  # two rows at once, and more than a thread sums in registers
+        ("float64", (40, 4, 1051), 2, ROOMIEST),  # more than a thread sums in registers
+        ("float32", (17, 4, 4101), 2, ROOMIEST),  # two rows at once
         ("float32", (2, 4, 35_000), 2, SMALL),  # columns that are read again
         ("float32", (2, 4, 18_000), 2, ALONE),  # a block for each group, none of which may wait
         ("float32", (9, 10, 4100), 5, SMALL),  # more groups than blocks that are resident
@@ -42,7 +43,7 @@ def test_long_groups(backend: Backend, rng: np.random.Generator, shape: tuple[in
         ("float32", (3, 16, 2050), 2, SMALL),
         ("float32", (24, 16, 1026), 2, ROOMIEST),
     ],
-    ids=["splits", "two at once", "read again", "alone", "many groups", *["whole vectors"] * 3],
+    ids=["splits", "many sums", "two at once", "read again", "alone", "many groups", *["whole vectors"] * 3],
 )
 def test_long_groups_of_several_blocks(
     emulated: EmulatorRuntime,
@@ -58,6 +59,14 @@ def test_long_groups_of_several_blocks(
     assert backward.launch.grid[0] % groups == 0
     with emulated.device_limits(limits):
         assert_right(backends.make("emulator"), groups, *make(rng, shape, dtype), axis=axis)
+
+
+@pytest.mark.parametrize(("dtype", "most"), [("float32", (2, 3)), ("float16", (2, 1)), ("float64", (1, 1))])
+def test_rows_at_once_are_as_many_as_there_are_registers_for(dtype: str, most: tuple[int, int]) -> None:
+    """With more, kernels as they are launched spilled up to 48 bytes; rows of layer norm have no such limit."""
+    found = [plans((40, 4, length), 2, dtype, ROOMIEST, 1)[1] for length in range(1051, 9000, 250)]
+    shared = [(plan.stages, plan.at_once) for plan in found if "cooperative" in plan.kernel]
+    assert max(shared) == most
 
 
 @AXES

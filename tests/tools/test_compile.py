@@ -84,17 +84,18 @@ def test_masked_kernels_with_the_most_numbers_do_not_spill(version: str) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("suffix", "stages"), [("f16", 2), ("f64", 1)])  # the most, as the planner has them
 @pytest.mark.parametrize("last", ["", "last_"])
 @pytest.mark.parametrize("inner", [49, 3136])
 @pytest.mark.parametrize("rows", ["", "_cooperative"])
-def test_kernels_of_group_norm_do_not_spill(rows: str, inner: int, last: str) -> None:
+def test_kernels_of_group_norm_do_not_spill(rows: str, inner: int, last: str, suffix: str, stages: int) -> None:
     """The baseline has those of layer norm; here they are as launched, with gelu and rows that are not aligned."""
     launched = {"activation": activation_named("gelu", None).code, "shape": 0, "scaled": 1, "shifted": 1, "centred": 1}
     launched |= {"channel_groups": 32, "inner": inner, "adjacent": 10 if last else 0}
-    launched |= {"held": 2, "stages": 1, "at_once": 1}
+    launched |= {"held": 2, "stages": stages, "at_once": 1}
     for stem, variant in ((f"layer_norm_forward{rows}", ""), (f"layer_norm_backward{rows}", "curved_")):
-        kernel = f"bnk_{stem}_{variant}{last}f16"
-        names = LAYOUTS[struct_of(stem, kernel)][DTYPES["f16"]].names
+        kernel = f"bnk_{stem}_{variant}{last}{suffix}"
+        names = LAYOUTS[struct_of(stem, kernel)][DTYPES[suffix]].names
         constants = tuple((name, code) for name, code in launched.items() if name in names)
         assert_nothing_spills(stem, kernel, constants, nvrtc.NEWEST)
 

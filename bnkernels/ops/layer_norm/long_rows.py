@@ -67,6 +67,9 @@ def share(direction: str, problem: Problem, limits: Limits, most_held: int, most
         raise ValueError(f"the device gives a block {most} bytes of shared memory, {beside + vector} are needed")
     blocks = resident(limits, THREADS, most, min_blocks(direction, problem))
     of_channels = problem.channel_groups if direction == "backward" else 1  # groups with other rows each
+    # Several columns a channel and as many rows take too many registers; with float64 a row on its way does.
+    of_columns = direction == "backward" and problem.inner > 1 and not problem.channels_last
+    crowded = of_columns and problem.dtype.itemsize != 4
     splits = min(blocks // of_channels, problem.vectors // THREADS, MOST_SPLITS) if limits.cooperative else 1
 
     def choice(splits: int) -> Share:
@@ -74,9 +77,9 @@ def share(direction: str, problem: Problem, limits: Limits, most_held: int, most
         groups = min(problem.rows, min(blocks // splits, most_groups) // of_channels * of_channels)
         found = Share(max(groups, of_channels), splits, own, min(own, most_held, room))
         turns = ceil_div(problem.rows, found.groups)
-        if turns == 1 or found.held < own or 2 * own > room:
+        if turns == 1 or found.held < own or 2 * own > room or (crowded and problem.dtype.itemsize == 8):
             return found
-        enough = ceil_div(EXCHANGE, own) if splits > 1 and direction == "backward" else 1
+        enough = ceil_div(EXCHANGE, own) if splits > 1 and direction == "backward" and not crowded else 1
         return found._replace(stages=2, at_once=max(1, min(enough, room // (2 * own), turns // 2)))
 
     return min(map(choice, range(1, max(splits, 1) + 1)), key=lambda one: one.time(problem.rows))
