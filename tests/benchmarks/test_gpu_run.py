@@ -315,6 +315,7 @@ def test_the_emulator_in_its_place_sees_its_bug_and_is_blind_to_none_at_all(monk
     assert sanitize.judge(sanitize.emulator_tool("synccheck"), limit)["outcome"].startswith("blind: ")
 
 
+@pytest.mark.covered  # make coverage compiles every kernel anyway
 @pytest.mark.slow
 @pytest.mark.emulator
 def test_the_small_suite_runs_every_kernel_and_notices_a_missing_one(

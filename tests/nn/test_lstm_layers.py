@@ -152,7 +152,7 @@ def test_learns_with_an_optimiser_and_is_copied_and_saved(
 def test_a_forward_takes_the_memory_of_the_last_one(
     backend: Backend, rng: np.random.Generator, kind: type[nn.LSTM]
 ) -> None:
-    """Whose backward nobody can ask for any more; a refused call leaves it."""
+    """The next forward ends the time in which its backward can be asked for; a refused call leaves it."""
     layer, fresh = make(kind, backend), make(kind, backend)
     first, second, dy = (backend.asarray(rng.standard_normal(shape)) for shape in ((5, 6, 3), (5, 6, 3), (5, 6, 4)))
     layer(first)
