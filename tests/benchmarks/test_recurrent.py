@@ -31,6 +31,7 @@ def test_a_step_of_ours_adds_no_launch(emulated: EmulatorRuntime, way: str, norm
 
 
 @pytest.mark.emulator
+@pytest.mark.plain_build
 def test_the_bytes_of_a_forward_are_those_of_its_arrays(emulated: EmulatorRuntime) -> None:
     steps, rows, inputs, units = SHAPE
     found = sorted(recurrent.ours(Case("lstm", "forward", SHAPE)))

@@ -6,9 +6,9 @@ import pytest
 
 from benchmarks import stages
 
-pytestmark = pytest.mark.emulator
 
-
+@pytest.mark.emulator
+@pytest.mark.plain_build
 def test_the_stages_read_less_and_less() -> None:
     found = {stage.name: stage for stage in stages.measure(20)}
     ours = found.popitem()[1]
