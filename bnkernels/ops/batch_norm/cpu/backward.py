@@ -125,8 +125,8 @@ def _gradient(a, like, dy, x, residual, group, row, first, column, count, column
 
 
 @inner
-def _sum(a, like, dy, x, residual, group, first, channels, block, state):
-    """Form the sums of g and of g (x - mean) of the channels of a slice, over the rows of a block."""
+def _sum(a, like, dy, x, residual, group, first, channels, first_block, last_block, state):
+    """Form the sums of g and of g (x - mean) of the channels of a slice, over the rows of each of some blocks."""
     lines, columns, sums = stack(1.0, 16384), stack(1.0, 4096), stack(1.0, 7168)
     normalisation, waiting, waiting_x = stack(1.0, 7168), stack(np.uint64(0), 4), stack(np.uint64(0), 4)
     normalise(a, like, group, first, channels, normalisation)
@@ -135,30 +135,32 @@ def _sum(a, like, dy, x, residual, group, first, channels, block, state):
     for i in range(channels):
         shift[i] = mean[i] if is_double(like) else mean[i] + low[i]
     whole, length = columns_of(a, channels)
-    begin_sums(a, like, channels, shift, unit, low, sums, length)
     spread_normalisation(a, like, normalisation, channels, length, columns)
-    raw, found = _raw_rows(a, dy, x), 0
-    for row in range(rows_before(a, block), rows_before(a, block + 1)):
-        if skipped(a, group, row):
-            continue
-        for column in range(0, whole, length):
-            count, own = own_columns(a, row, min(length, whole - column)), part(lines, found * 4 * LINE, 4 * LINE)
-            if raw:
-                g, values = row_of(a, like, dy, row, first, column), row_of(a, like, x, row, first, column)
-            else:
-                g, values = _gradient(a, like, dy, x, residual, group, row, first, column, count, columns, own)
-            waiting[found], waiting_x[found] = g, values
-            if is_double(like):
-                add_product_exactly(g, values, count, sums)
-            elif count < length:
-                _add(like, raw, part(waiting, found, 1), part(waiting_x, found, 1), 1, count, sums)
-            else:
-                found += 1
-                if found == PRODUCTS_TOGETHER:
-                    _add(like, raw, waiting, waiting_x, found, length, sums)
-                    found = 0
-    _add(like, raw, waiting, waiting_x, found, length, sums)
-    end_sums(a, sums, length, first, channels, block, state)
+    raw = _raw_rows(a, dy, x)
+    for block in range(first_block, last_block):
+        found = 0
+        begin_sums(a, like, channels, shift, unit, low, sums, length)
+        for row in range(rows_before(a, block), rows_before(a, block + 1)):
+            if skipped(a, group, row):
+                continue
+            for column in range(0, whole, length):
+                count, own = own_columns(a, row, min(length, whole - column)), part(lines, found * 4 * LINE, 4 * LINE)
+                if raw:
+                    g, values = row_of(a, like, dy, row, first, column), row_of(a, like, x, row, first, column)
+                else:
+                    g, values = _gradient(a, like, dy, x, residual, group, row, first, column, count, columns, own)
+                waiting[found], waiting_x[found] = g, values
+                if is_double(like):
+                    add_product_exactly(g, values, count, sums)
+                elif count < length:
+                    _add(like, raw, part(waiting, found, 1), part(waiting_x, found, 1), 1, count, sums)
+                else:
+                    found += 1
+                    if found == PRODUCTS_TOGETHER:
+                        _add(like, raw, waiting, waiting_x, found, length, sums)
+                        found = 0
+        _add(like, raw, waiting, waiting_x, found, length, sums)
+        end_sums(a, sums, length, first, channels, block, state)
 
 
 @inner
@@ -255,8 +257,8 @@ def _choose_factors(a, like, first, count, normalisation, state, factor, shift):
 
 
 @inner
-def _write(a, like, dy, x, residual, group, first, channels, count_of_group, block, state):
-    """Write the rows of a block of a slice of dx and dresidual."""
+def _write(a, like, dy, x, residual, group, first, channels, count_of_group, first_block, last_block, state):
+    """Write the rows of some blocks of a slice of dx and dresidual."""
     lines, columns, normalisation, factors = stack(1.0, 6144), stack(1.0, 6144), stack(1.0, 7168), stack(1.0, 2048)
     acc, clears, nothing = accumulator(like), to_be_cleared(a), part(lines, 5 * LINE, LINE)
     if clears:
@@ -271,7 +273,7 @@ def _write(a, like, dy, x, residual, group, first, channels, count_of_group, blo
     spread_normalisation(a, like, normalisation, channels, length, columns)
     spread_line(a, like, factor, channels, length, columns, FACTOR)
     spread_line(a, like, shift, channels, length, columns, GRADIENT_SHIFT)
-    for row in range(rows_before(a, block), rows_before(a, block + 1)):
+    for row in range(rows_before(a, first_block), rows_before(a, last_block)):
         for column in range(0, whole, length):
             count, out = own_columns(a, row, min(length, whole - column)), row_of(a, like, dx, row, first, column)
             out_residual = row_of(a, like, dresidual, row, first, column)
@@ -326,13 +328,13 @@ def by_slices(like, arguments, counts, first_slice, last_slice):
             dy, x, residual = _inputs(a, group)
             if a.stage != APPLY:
                 _begin(a, first, channels, state)
-                _sum(a, like, dy, x, residual, group, first, channels, 0, state)
+                _sum(a, like, dy, x, residual, group, first, channels, 0, 1, state)
                 if is_double(like):
                     recentre(a, first, channels, counts[group], state)
-                    _sum(a, like, dy, x, residual, group, first, channels, 0, state)
+                    _sum(a, like, dy, x, residual, group, first, channels, 0, 1, state)
                 _add_to_parameters(a, like, group, first, channels, counts[group], state, totals)
             if a.stage != COLLECT:
-                _write(a, like, dy, x, residual, group, first, channels, counts[group], 0, state)
+                _write(a, like, dy, x, residual, group, first, channels, counts[group], 0, 1, state)
         if a.stage == WHOLE or a.stage == FROZEN:
             _write_parameters(a, like, first, channels, totals)
 
@@ -355,9 +357,7 @@ def by_blocks(like, arguments, counts, state, step, first_block, last_block):
             _add_to_parameters(a, like, 0, first, channels, counts[0], state, totals)
             if a.stage != COLLECT:
                 _write_parameters(a, like, first, channels, totals)
-        else:
-            for block in range(first_block, last_block):
-                if step == SUM:
-                    _sum(a, like, dy, x, residual, 0, first, channels, block, state)
-                elif step == WRITE:
-                    _write(a, like, dy, x, residual, 0, first, channels, counts[0], block, state)
+        elif step == SUM:
+            _sum(a, like, dy, x, residual, 0, first, channels, first_block, last_block, state)
+        elif step == WRITE:
+            _write(a, like, dy, x, residual, 0, first, channels, counts[0], first_block, last_block, state)

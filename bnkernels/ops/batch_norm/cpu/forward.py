@@ -96,39 +96,41 @@ def _choose_shift(a, like, x, group, first, channels, state):
 
 
 @inner
-def _sum(a, like, x, group, first, channels, block, state):
-    """Form the sums of the channels of a slice about their shift, over the rows of a block."""
+def _sum(a, like, x, group, first, channels, first_block, last_block, state):
+    """Form the sums of the channels of a slice about their shift, over the rows of each of some blocks."""
     lines, columns, waiting = stack(1.0, 8192), stack(1.0, 7168), stack(np.uint64(0), 8)
     shift, unit = quantity_of(a, state, SHIFT, first, channels), quantity_of(a, state, UNIT, first, channels)
-    acc, clears, found = accumulator(like), to_be_cleared(a), 0
+    acc, clears = accumulator(like), to_be_cleared(a)
     raw = in_order(a, x) and not clears
     whole, length = columns_of(a, channels)
-    begin_sums(a, like, channels, shift, unit, unit, columns, length)
-    for row in range(rows_before(a, block), rows_before(a, block + 1)):
-        if skipped(a, group, row):
-            continue
-        for column in range(0, whole, length):
-            count, line = own_columns(a, row, min(length, whole - column)), line_of(lines, found)
-            if raw:
-                values = row_of(a, like, x, row, first, column)
-            else:
-                values = load_row(a, like, x, row, first, column, count, line)
-            if clears:
-                copy_line(acc, values, line, count)
-                clear(a, acc, group, row, column, part(columns, AT_SHIFT, count), line, count)
-                values = line
-            waiting[found] = values
-            if is_double(like):
-                add_row_exactly(values, count, columns)
-            elif count < length:
-                _add(like, raw, part(waiting, found, 1), 1, count, columns)
-            else:
-                found += 1
-                if found == TOGETHER:
-                    _add(like, raw, waiting, found, length, columns)
-                    found = 0
-    _add(like, raw, waiting, found, length, columns)
-    end_sums(a, columns, length, first, channels, block, state)
+    for block in range(first_block, last_block):
+        found = 0
+        begin_sums(a, like, channels, shift, unit, unit, columns, length)
+        for row in range(rows_before(a, block), rows_before(a, block + 1)):
+            if skipped(a, group, row):
+                continue
+            for column in range(0, whole, length):
+                count, line = own_columns(a, row, min(length, whole - column)), line_of(lines, found)
+                if raw:
+                    values = row_of(a, like, x, row, first, column)
+                else:
+                    values = load_row(a, like, x, row, first, column, count, line)
+                if clears:
+                    copy_line(acc, values, line, count)
+                    clear(a, acc, group, row, column, part(columns, AT_SHIFT, count), line, count)
+                    values = line
+                waiting[found] = values
+                if is_double(like):
+                    add_row_exactly(values, count, columns)
+                elif count < length:
+                    _add(like, raw, part(waiting, found, 1), 1, count, columns)
+                else:
+                    found += 1
+                    if found == TOGETHER:
+                        _add(like, raw, waiting, found, length, columns)
+                        found = 0
+        _add(like, raw, waiting, found, length, columns)
+        end_sums(a, columns, length, first, channels, block, state)
 
 
 @inner
@@ -220,8 +222,8 @@ def _conclude(a, like, group, first, channels, count, state):
 
 
 @inner
-def _write(a, like, x, residual, y, group, first, channels, block):
-    """Write the rows of a block of a slice of the output."""
+def _write(a, like, x, residual, y, group, first, channels, first_block, last_block):
+    """Write the rows of some blocks of a slice of the output."""
     lines, columns, normalisation = stack(1.0, 3072), stack(1.0, 4096), stack(1.0, 7168)
     acc, clears, nothing = accumulator(like), to_be_cleared(a), part(lines, 2 * LINE, LINE)
     if clears:
@@ -232,7 +234,7 @@ def _write(a, like, x, residual, y, group, first, channels, block):
     normalise(a, like, group, first, channels, normalisation)
     whole, length = columns_of(a, channels)
     spread_normalisation(a, like, normalisation, channels, length, columns)
-    for row in range(rows_before(a, block), rows_before(a, block + 1)):
+    for row in range(rows_before(a, first_block), rows_before(a, last_block)):
         for column in range(0, whole, length):
             count, out = own_columns(a, row, min(length, whole - column)), row_of(a, like, y, row, first, column)
             if skipped(a, group, row):
@@ -263,13 +265,13 @@ def by_slices(like, arguments, counts, first_slice, last_slice):
             first, channels = channels_of(a, number)
             if a.stage != APPLY and a.stage != FROZEN:
                 _choose_shift(a, like, x, group, first, channels, state)
-                _sum(a, like, x, group, first, channels, 0, state)
+                _sum(a, like, x, group, first, channels, 0, 1, state)
                 if is_double(like):
                     recentre(a, first, channels, counts[group], state)
-                    _sum(a, like, x, group, first, channels, 0, state)
+                    _sum(a, like, x, group, first, channels, 0, 1, state)
                 _conclude(a, like, group, first, channels, counts[group], state)
             if a.stage != COLLECT:
-                _write(a, like, x, residual, y, group, first, channels, 0)
+                _write(a, like, x, residual, y, group, first, channels, 0, 1)
 
 
 @kernel
@@ -287,12 +289,10 @@ def by_blocks(like, arguments, counts, state, step, first_block, last_block):
             recentre(a, first, channels, counts[0], state)
         elif step == CONCLUDE:
             _conclude(a, like, 0, first, channels, counts[0], state)
-        else:
-            for block in range(first_block, last_block):
-                if step == SUM:
-                    _sum(a, like, x, 0, first, channels, block, state)
-                elif step == WRITE:
-                    _write(a, like, x, residual, y, 0, first, channels, block)
+        elif step == SUM:
+            _sum(a, like, x, 0, first, channels, first_block, last_block, state)
+        elif step == WRITE:
+            _write(a, like, x, residual, y, 0, first, channels, first_block, last_block)
 
 
 @inner
