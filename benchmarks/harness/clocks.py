@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from time import perf_counter, sleep
+from time import perf_counter, process_time, sleep
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -56,18 +56,39 @@ def made(calls: Sequence[Call], keep: bool) -> deque[tuple]:
     return deque((call() for call in calls), maxlen=None if keep else 1)
 
 
+QUIET = 12e-3  # seconds: longer than a tick, in which Linux counts the time of threads that compute
+LONGEST_WAIT = 10.0  # seconds
+AWAKE = 50e-3  # seconds of calls behind which a system has its cores awake, and gives threads one each
+
+
+def wait_for_others() -> None:
+    """Return when no thread of this process computes: those of OpenMP spin on for 10 ms and more behind a call.
+
+    Raises
+    ------
+    RuntimeError
+        If they do not end: nothing can be timed beside them.
+    """
+    started = perf_counter()
+    while perf_counter() - started < LONGEST_WAIT:
+        before = process_time()
+        sleep(QUIET)
+        if process_time() - before < QUIET / 10:
+            return
+    raise RuntimeError(f"other threads of this process have computed for {LONGEST_WAIT:g} s: nothing can be timed")
+
+
 class HostClock:
     """Calls that have computed when they return: NumPy, PyTorch on the CPU, threads.
 
     Parameters
     ----------
     alone : bool
-        Whether others' threads must have gone to sleep first: they spin for a while behind their last call, on cores
-        that the calls of this batch need.
+        Whether others' threads must have gone to sleep first, since they take cores that the calls of this batch need,
+        and its own be awake.
     """
 
     method = "wall"
-    REST = 5e-3  # seconds; threads of OpenMP spin for one or two thousandths
 
     def __init__(self, alone: bool = False) -> None:
         self.alone = alone
@@ -77,8 +98,10 @@ class HostClock:
 
         def run() -> float:
             if self.alone:
-                sleep(self.REST)
-                calls[0]()  # wakes the threads of this batch
+                wait_for_others()
+                begun = perf_counter()
+                while perf_counter() - begun < AWAKE:
+                    calls[0]()
             started = perf_counter()
             for call in calls:
                 call()

@@ -122,10 +122,11 @@ def version_of(package: str) -> str | None:
 
 
 def commit() -> str:
-    """Return the short hash of the checkout, with ``+`` behind it if anything tracked differs from it."""
+    """Return the short hash of the checkout, with ``+`` behind it if anything tracked but results differs from it."""
     try:
         name = _git("rev-parse", "--short", "HEAD")
-        return name + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!*.md")
+        return name + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "not a git checkout"
 

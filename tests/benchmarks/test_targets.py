@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -86,13 +88,31 @@ def test_a_copy_by_all_cores_copies_everything(monkeypatch: pytest.MonkeyPatch) 
     host.use_threads(1)
 
 
-def test_a_batch_of_threads_waits_until_the_others_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[str] = []
-    monkeypatch.setattr(clocks, "sleep", lambda seconds: made.append("rest"))
-    for rests in (False, True):
-        made.clear()
-        clocks.HostClock(rests).batch([lambda: made.append("call")] * 2, keep=False).run()
-        assert made == (["rest", "call", "call", "call"] if rests else ["call", "call"])
+@pytest.fixture
+def computing() -> Iterator[threading.Thread]:
+    """Return a thread that computes for some tenths of a second, without Python's lock."""
+    thread = threading.Thread(target=hashlib.pbkdf2_hmac, args=("sha256", b"", b"", 500_000))
+    thread.start()
+    yield thread
+    thread.join()
+
+
+def test_a_batch_of_threads_waits_until_no_other_computes(computing: threading.Thread) -> None:
+    alive: list[bool] = []
+    calls = [lambda: alive.append(computing.is_alive())] * 2
+    clocks.HostClock().batch(calls, keep=False).run()
+    assert alive == [True, True]
+    clocks.HostClock(alone=True).batch(calls, keep=False).run()
+    assert len(alive[2:]) > len(calls)  # those before wake the threads
+    assert not any(alive[2:])
+
+
+def test_what_others_disturb_for_ever_is_not_timed(
+    computing: threading.Thread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clocks, "LONGEST_WAIT", 0.05)
+    with pytest.raises(RuntimeError, match=r"other threads of this process have computed for 0\.05 s"):
+        clocks.HostClock(alone=True).batch([list], keep=False).run()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc alone can be told")
