@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness.case import Call, Case, cores
+from benchmarks.harness.clocks import awaken
 from benchmarks.harness.measure import error_of
 from benchmarks.harness.places import Host, cast, copies, to_float64
 from benchmarks.harness.timing import facts, interleave, quantiles, results_folder, write_json
@@ -51,7 +52,7 @@ def stopwatch(call: Call) -> Callable[[], float]:
     """Return what makes as many calls as fill a moment and returns the microseconds of one."""
 
     def run(count: int) -> float:
-        call()  # wakes the threads
+        awaken(call)
         started = perf_counter()
         for _ in range(count):
             call()

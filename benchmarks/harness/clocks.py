@@ -58,7 +58,7 @@ def made(calls: Sequence[Call], keep: bool) -> deque[tuple]:
 
 QUIET = 12e-3  # seconds: longer than a tick, in which Linux counts the time of threads that compute
 LONGEST_WAIT = 10.0  # seconds
-AWAKE = 50e-3  # seconds of calls behind which a system has its cores awake, and gives threads one each
+AWAKE = 50e-3  # seconds of calls
 
 
 def wait_for_others() -> None:
@@ -76,6 +76,13 @@ def wait_for_others() -> None:
         if process_time() - before < QUIET / 10:
             return
     raise RuntimeError(f"other threads of this process have computed for {LONGEST_WAIT:g} s: nothing can be timed")
+
+
+def awaken(call: Call) -> None:
+    """Make calls until the system has its cores awake and gives the threads of the call one each."""
+    begun = perf_counter()
+    while perf_counter() - begun < AWAKE:
+        call()
 
 
 class HostClock:
@@ -99,9 +106,7 @@ class HostClock:
         def run() -> float:
             if self.alone:
                 wait_for_others()
-                begun = perf_counter()
-                while perf_counter() - begun < AWAKE:
-                    calls[0]()
+                awaken(calls[0])
             started = perf_counter()
             for call in calls:
                 call()
