@@ -122,7 +122,7 @@ def version_of(package: str) -> str | None:
 
 
 def commit() -> str:
-    """Return the short hash of the checkout, with ``+`` behind it if anything tracked but results differs from it."""
+    """Return the short hash of the checkout, with ``+`` behind it if it differs in more than results and prose."""
     try:
         name = _git("rev-parse", "--short", "HEAD")
         changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!*.md")

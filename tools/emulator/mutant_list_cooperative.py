@@ -38,14 +38,6 @@ MUTANTS = [
         "test_the_order_of_blocks_and_threads_changes_no_bit and shape3",
     ),
     Mutant(
-        "cooperative: the next slice's flag over the word that a thread may not have read yet",
-        SLICES,
-        "token, flag + 1)",
-        "token, flag)",
-        ("tsan",),
-        "test_the_order_of_blocks_and_threads_changes_no_bit and shape3",
-    ),
-    Mutant(
         "cooperative: the merge of many blocks writes over the rows of the last",
         SLICES,
         "min(min(min(parts(), SUMMING), room), blocks)",

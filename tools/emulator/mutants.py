@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -112,6 +113,7 @@ SHORTEST_LIMIT = 60  # seconds; compilation of a mutant included
 AT_ONCE = 2
 # Exit statuses of pytest and of `python -m tools.emulator run`.
 PASSED, FAILED, REPORTED = 0, 1, 66
+CRASHED = 256 - signal.SIGSEGV  # which the kernels as they are do not
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,7 @@ def _is_caught(mutant: Mutant, sources: dict[str, str], limits: dict[tuple, floa
     for build in mutant.builds:
         run = build, mutant.tests(), mutant.select
         outcome = _run(sources, *run, limits[run])
-        if outcome.status not in (PASSED, FAILED, REPORTED) or "g++ does not compile" in outcome.text:
+        if outcome.status not in (PASSED, FAILED, REPORTED, CRASHED) or "g++ does not compile" in outcome.text:
             print(f"NOT A VERDICT  {mutant.name} ({build}):\n{outcome.text}", flush=True)
             return False
         if outcome.status != PASSED:
